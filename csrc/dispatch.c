@@ -1,0 +1,165 @@
+/* CPU probe, the active table, the public entry points. Everything a call needs to know about the CPU is decided here. */
+#include "kernels.h"
+#include "philox.h"
+
+#include <stdatomic.h>
+#include <stddef.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+/* Outputs at least this large are written with streaming stores: they do not survive in the cache until the next pass
+ * reads them, and not reading the line before writing it saves a third of the traffic. Measured, docs/design.md. */
+#ifndef STREAM_BYTES
+#define STREAM_BYTES (16u << 20)
+#endif
+
+/* Cells a thread takes at a time; fewer than two of these run on the calling thread alone, since waking another costs
+ * what 100,000 cells cost. */
+enum { GRAIN_CELLS = 128 * FD_BLOCK_CELLS };
+
+/* ---- instruction sets ---- */
+
+enum { ISA_SCALAR, ISA_NEON, ISA_AVX2, ISA_AVX512, ISA_COUNT };
+
+static int always(void) { return 1; }
+
+#if defined(__x86_64__)
+enum { XCR0_SSE_AVX = 0x06, XCR0_AVX512 = 0xE6 };
+
+/* State components that the operating system saves on a context switch; xgetbv by its bytes, so that no target flag is
+ * needed. */
+static uint64_t saved_state(void) {
+    uint32_t a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
+    __asm__ volatile(".byte 0x0f, 0x01, 0xd0" : "=a"(a), "=d"(d) : "c"(0));
+    return (uint64_t)d << 32 | a;
+}
+
+static int has_avx2(void) {
+    uint32_t a, b, c, d;
+    const uint32_t wanted = bit_FMA | bit_AVX | bit_F16C | bit_POPCNT;
+    if ((saved_state() & XCR0_SSE_AVX) != XCR0_SSE_AVX) return 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & wanted) != wanted) return 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2) && (b & bit_BMI2);
+}
+
+static int has_avx512(void) {
+    uint32_t a, b, c, d;
+    const uint32_t wanted = bit_AVX512F | bit_AVX512BW | bit_AVX512DQ | bit_AVX512VL;
+    if (!has_avx2() || (saved_state() & XCR0_AVX512) != XCR0_AVX512) return 0;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & wanted) == wanted;
+}
+#endif
+
+static const struct {
+    const char *name;
+    const fd_table *table; /* NULL: not built for this architecture */
+    int (*supported)(void);
+} isas[ISA_COUNT] = {
+    [ISA_SCALAR] = {"scalar", &fd_table_scalar, always},
+#if defined(__aarch64__)
+    [ISA_NEON] = {"neon", &fd_table_neon, always},
+#else
+    [ISA_NEON] = {"neon", NULL, NULL},
+#endif
+#if defined(__x86_64__)
+    [ISA_AVX2] = {"avx2", &fd_table_avx2, has_avx2},
+    [ISA_AVX512] = {"avx512", &fd_table_avx512, has_avx512},
+#else
+    [ISA_AVX2] = {"avx2", NULL, NULL},
+    [ISA_AVX512] = {"avx512", NULL, NULL},
+#endif
+};
+
+static atomic_int active = -1; /* -1: not probed yet; any thread may probe, all find the same */
+
+int fd_isa_count(void) { return ISA_COUNT; }
+
+const char *fd_isa_name(int isa) { return isa >= 0 && isa < ISA_COUNT ? isas[isa].name : ""; }
+
+int fd_isa_usable(int isa) { return isa >= 0 && isa < ISA_COUNT && isas[isa].table && isas[isa].supported(); }
+
+int fd_isa_active(void) {
+    int isa = atomic_load_explicit(&active, memory_order_relaxed);
+    if (isa < 0) {
+        for (isa = ISA_COUNT - 1; !fd_isa_usable(isa);) isa--;
+        atomic_store_explicit(&active, isa, memory_order_relaxed);
+    }
+    return isa;
+}
+
+int fd_isa_select(int isa) {
+    if (!fd_isa_usable(isa)) return FD_BAD_ISA;
+    atomic_store(&active, isa);
+    return FD_OK;
+}
+
+/* ---- primitives ---- */
+
+static const uint64_t THRESHOLD_ALL = (uint64_t)1 << 32; /* drop all; 0 keeps all. Both are the caller's to handle */
+
+static uint64_t element_bytes(int dtype) { return dtype == FD_FLOAT64 ? 8 : dtype == FD_FLOAT32 ? 4 : 2; }
+
+static int good_draw(uint64_t first, uint64_t n, uint64_t threshold) {
+    return threshold > 0 && threshold < THRESHOLD_ALL && (n == 0 || n - 1 <= UINT64_MAX - first);
+}
+
+static int good_dtype(int dtype) { return dtype >= FD_FLOAT32 && dtype <= FD_BFLOAT16; }
+
+/* For each op: is the call sound, which cells does it run over, how many bytes does it write. */
+static int draw_bits_good(const draw_bits_args *a) {
+    return a->words && good_draw(a->first, a->n, a->threshold) && a->n <= UINT64_MAX - a->position;
+}
+static uint64_t draw_bits_begin(const draw_bits_args *a) { return a->position; }
+static uint64_t draw_bits_cells(const draw_bits_args *a) { return a->n; }
+static uint64_t draw_bits_bytes(const draw_bits_args *a) { return a->n / 8; }
+
+static int dropout_forward_good(const dropout_forward_args *a) {
+    return a->x && a->y && good_dtype(a->dtype) && good_draw(a->first, a->n, a->threshold);
+}
+static uint64_t dropout_forward_begin(const dropout_forward_args *a) {
+    (void)a;
+    return 0;
+}
+static uint64_t dropout_forward_cells(const dropout_forward_args *a) { return a->n; }
+static uint64_t dropout_forward_bytes(const dropout_forward_args *a) { return a->n * element_bytes(a->dtype); }
+
+static int masked_affine_good(const masked_affine_args *a) {
+    uint64_t n;
+    return a->x && a->y && a->words && good_dtype(a->dtype) && !__builtin_mul_overflow(a->outer, a->repeat, &n) &&
+           !__builtin_mul_overflow(n, a->inner, &n) && a->outer * a->inner <= UINT64_MAX - a->position;
+}
+static uint64_t masked_affine_begin(const masked_affine_args *a) {
+    (void)a;
+    return 0;
+}
+static uint64_t masked_affine_cells(const masked_affine_args *a) { return a->outer * a->repeat * a->inner; }
+static uint64_t masked_affine_bytes(const masked_affine_args *a) {
+    return masked_affine_cells(a) * element_bytes(a->dtype);
+}
+
+/* The public entry points. */
+#define FD_VALUE(type, name) .name = name,
+#define FD_OP(op, PARAMETERS)                                                                                          \
+    int fd_##op(PARAMETERS(FD_PARAMETER, FD_NEXT_PARAMETER)) {                                                         \
+        op##_args args = {PARAMETERS(FD_VALUE, FD_VALUE)};                                                             \
+        if (!op##_good(&args)) return FD_BAD_ARGUMENT;                                                                 \
+        uint64_t begin = op##_begin(&args);                                                                            \
+        args.stream = op##_bytes(&args) >= STREAM_BYTES;                                                               \
+        fd_parallel_for(isas[fd_isa_active()].table->op, &args, begin, begin + op##_cells(&args), GRAIN_CELLS);        \
+        return FD_OK;                                                                                                  \
+    }
+#include "ops.def"
+#undef FD_OP
+
+void fd_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]) {
+    philox4x32_10(counter, key, out);
+}
+
+int fd_scale_float32(const void *x, void *y, uint64_t n, float a, int stream) {
+    if (!x || !y) return FD_BAD_ARGUMENT;
+    isas[fd_isa_active()].table->scale_float32(x, y, n, a, stream);
+    return FD_OK;
+}

@@ -1,0 +1,65 @@
+"""Builds fastdrop._native: the C sources of this folder behind a cdef made from fastdrop.h and ops.def.
+
+The cdef is derived, never written down: ops.def declares each primitive once, and this file only spells those rows out
+in the form cffi's parser reads.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from cffi import FFI
+
+HERE = Path(__file__).resolve().parent
+SOURCES = ["dispatch.c", "threads.c", "isa_scalar.c", "isa_neon.c", "isa_avx2.c", "isa_avx512.c"]
+HEADERS = sorted(path.name for pattern in ("*.h", "*.def") for path in HERE.glob(pattern))
+
+# Wider instructions appear only inside the isa_ files' own target regions. No contraction: a x + b must round twice on
+# every instruction set, as NumPy does.
+COMPILE_ARGS = ["-std=c11", "-O2", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
+
+COMMENT = re.compile(r"/\*.*?\*/", re.S)
+ROW = re.compile(r"#define (\w+)_PARAMETERS\(FIRST, NEXT\)((?:.*\\\n)*.*)\nFD_OP\((\w+), \1_PARAMETERS\)")
+PARAMETER = re.compile(r"(?:FIRST|NEXT)\(([^,]+), (\w+)\)")
+
+
+def primitives() -> dict[str, list[tuple[str, str]]]:
+    """Each primitive's (C type, name) parameters, as ops.def lists them."""
+    text = COMMENT.sub("", (HERE / "ops.def").read_text())
+    return {name: PARAMETER.findall(body) for _, body, name in ROW.findall(text)}
+
+
+def cdef() -> str:
+    """Every prototype of the ABI, for cffi."""
+    prototypes = [
+        f"int fd_{name}({', '.join(f'{type_} {parameter}' for type_, parameter in parameters)});"
+        for name, parameters in primitives().items()
+    ]
+    header = COMMENT.sub("", (HERE / "fastdrop.h").read_text())
+    prototypes += re.findall(r"^(?:int|void|const char \*) ?fd_\w+\([^#;]*\);", header, re.M)
+    constants = re.findall(r"\b(FD_(?:OK|BAD_\w+|FLOAT\w+|BFLOAT\w+|BLOCK_CELLS))\b =", header)
+    return "\n".join(prototypes + [f"#define {name} ..." for name in constants])
+
+
+def builder() -> FFI:
+    ffi = FFI()
+    ffi.cdef(cdef())
+    root = HERE.parent
+    debug = os.environ.get("FASTDROP_CFLAGS", "").split()  # sanitizers and warnings, for the project's own tests
+    ffi.set_source(
+        "fastdrop._native",
+        '#include "fastdrop.h"',
+        sources=[str((HERE / name).relative_to(root)) for name in SOURCES],
+        include_dirs=[str(HERE.relative_to(root))],
+        depends=[str((HERE / name).relative_to(root)) for name in HEADERS],
+        extra_compile_args=COMPILE_ARGS + debug,
+        extra_link_args=["-pthread"] + debug,
+        optional=True,  # no compiler: the install goes through and fastdrop runs on Numba or NumPy
+    )
+    return ffi
+
+
+ffibuilder = builder()
+
+if __name__ == "__main__":
+    print(cdef())

@@ -1,0 +1,15 @@
+/* AVX2 with FMA, F16C, BMI2 (Haswell, Zen and later). */
+#if defined(__x86_64__)
+#if defined(__clang__)
+#include <immintrin.h>
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,popcnt,bmi2"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,popcnt,bmi2")
+#endif
+#include "simd_avx2.h"
+#define FD_TABLE fd_table_avx2
+#include "kernels.inc.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,6 @@
+/* Arm AdvSIMD, in every AArch64 CPU. */
+#if defined(__aarch64__)
+#include "simd_neon.h"
+#define FD_TABLE fd_table_neon
+#include "kernels.inc.h"
+#endif

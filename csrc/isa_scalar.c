@@ -1,0 +1,7 @@
+/* Plain C for any CPU. The autovectoriser is off so that "scalar" means scalar wherever it is measured or tested. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC optimize("no-tree-vectorize")
+#endif
+#include "simd_scalar.h"
+#define FD_TABLE fd_table_scalar
+#include "kernels.inc.h"

@@ -1,0 +1,31 @@
+/* What dispatch.c and the kernel files agree on: one argument struct per row of ops.def, one table per ISA. */
+#ifndef FASTDROP_KERNELS_H
+#define FASTDROP_KERNELS_H
+
+#include "fastdrop.h"
+
+#define FD_FIELD(type, name) type name;
+#define FD_OP(name, PARAMETERS)                                                                                        \
+    typedef struct {                                                                                                   \
+        PARAMETERS(FD_FIELD, FD_FIELD)                                                                                 \
+        int stream; /* output too large for the cache to keep: write around it */                                      \
+    } name##_args;
+#include "ops.def"
+#undef FD_OP
+
+/* A kernel does cells begin .. end-1 of its call; both are multiples of FD_BLOCK_CELLS except at the ends of the whole. */
+typedef void (*fd_kernel)(const void *args, uint64_t begin, uint64_t end);
+
+typedef struct {
+#define FD_OP(name, PARAMETERS) fd_kernel name;
+#include "ops.def"
+#undef FD_OP
+    void (*scale_float32)(const float *x, float *y, uint64_t n, float a, int stream);
+} fd_table;
+
+extern const fd_table fd_table_scalar, fd_table_avx2, fd_table_avx512, fd_table_neon;
+
+/* threads.c */
+void fd_parallel_for(fd_kernel kernel, const void *args, uint64_t begin, uint64_t end, uint64_t grain);
+
+#endif

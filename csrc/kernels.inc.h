@@ -1,0 +1,465 @@
+/* Every kernel body, once. An isa_<name>.c file includes a lane vocabulary and then this; it defines FD_TABLE first.
+ *
+ * How the draw works. A vector holds LANES mask words; one Philox group gives each of them four bit planes, most
+ * significant first. All words of a mask share key and offset, and a word's groups differ in one counter word only, so
+ * the first three rounds are mostly common: counter_of() does that part once per word, state_of() what is left of it per
+ * group, and seven full rounds remain of ten.
+ *
+ * Planes are compared with the threshold's, least significant first, one instruction each for "keep" and for "equal".
+ * After two groups (8 planes) one cell in 256 is undecided, which still hits nearly every block of 512. So undecided
+ * words are set aside, gathered over a chunk, and only then given more groups, a full vector at a time: 2.2 groups per
+ * block where deciding each block to its end takes 3.1.
+ *
+ * How memory is handled. dropout_forward draws a chunk ahead: while block b of this chunk is applied, block b of the next
+ * is drawn, so that the multiplications of Philox fill the time in which data is in flight; the data itself is
+ * prefetched PREFETCH_BYTES ahead. Bits live in a small local buffer with slack behind it; user memory is never read or
+ * written beyond its end.
+ */
+#include "bits.h"
+#include "kernels.h"
+#include "philox.h"
+
+#define INLINE static inline __attribute__((always_inline))
+
+#ifndef FD_CHUNK_BLOCKS
+#define FD_CHUNK_BLOCKS 16
+#endif
+enum {
+    CHUNK_CELLS = FD_CHUNK_BLOCKS * FD_BLOCK_CELLS,
+    CHUNK_WORDS = (FD_CHUNK_BLOCKS + 1) * FD_BLOCK_WORDS, /* a chunk may begin inside a block */
+    LINE_BYTES = 64,
+    PREFETCH_BYTES = 8192, /* data ahead of the one applied; measured, flat from 4 to 16 KiB */
+    RUN = 32 /* cells per step of the apply loop */
+};
+
+/* ---- draw ---- */
+
+enum first_look { ONE_PLANE, ONE_GROUP, TWO_GROUPS, MORE_GROUPS };
+
+typedef struct {
+    uint32_t key0[PHILOX_ROUNDS], key1[PHILOX_ROUNDS];
+    uint32_t offset_low;
+    uint32_t planes[GROUPS * PLANES_PER_GROUP]; /* threshold, spread: all ones where its bit is 1 */
+    int groups;                                 /* later ones cannot change a decision: the threshold is 0 there */
+    enum first_look look;
+    /* Words 1 to 3 of the counter are the same for all words of a block, so what rounds 1 to 3 make of them alone are
+     * constants; those of a group belong to one upper half of the word index. */
+    uint32_t round1_c2, round2_c0, high, group_round2_c2[GROUPS], group_round3_c2[GROUPS];
+} draw_t;
+
+typedef struct {
+    product_t p0, p1, p2;
+} counter_t;
+/* Bits of blocks block .. of the grid, and the words among them that are still undecided. */
+typedef struct {
+    uint32_t words[CHUNK_WORDS + 4]; /* slack: mask bits are fetched eight bytes at a time */
+    uint64_t first_word;             /* of words[0] */
+    unsigned pending;
+    counter_t ahead[FD_BLOCK_WORDS / LANES];
+    uint32_t slot[CHUNK_WORDS + LANES], undecided[CHUNK_WORDS + LANES];
+} chunk_t;
+
+
+typedef struct {
+    wide_t c0, c1, c2, c3;
+} state_t;
+
+static void draw_set_high(draw_t *d, uint32_t high) {
+    d->high = high;
+    for (uint32_t g = 0; g < GROUPS; g++) {
+        uint32_t c1 = high | MASK_DOMAIN | g << GROUP_SHIFT;
+        uint32_t c0 = mul_high(PHILOX_M1, d->offset_low) ^ c1 ^ d->key0[0];
+        d->group_round2_c2[g] = mul_high(PHILOX_M0, c0) ^ d->key1[1];
+        d->group_round3_c2[g] = PHILOX_M0 * c0 ^ d->key1[2];
+    }
+}
+
+static void draw_prepare(draw_t *d, uint64_t seed, uint64_t offset, uint64_t threshold, uint64_t first) {
+    uint32_t t = (uint32_t)threshold;
+    for (int r = 0; r < PHILOX_ROUNDS; r++) {
+        d->key0[r] = (uint32_t)seed + (uint32_t)r * PHILOX_W0;
+        d->key1[r] = (uint32_t)(seed >> 32) + (uint32_t)r * PHILOX_W1;
+    }
+    d->offset_low = (uint32_t)offset;
+    d->round1_c2 = (uint32_t)(offset >> 32) ^ d->key1[0];
+    d->round2_c0 = PHILOX_M1 * d->offset_low ^ d->key0[1];
+    draw_set_high(d, (uint32_t)(first / 32 >> 32));
+    for (int k = 0; k < 32; k++) d->planes[k] = t >> (31 - k) & 1 ? ~0u : 0u;
+    int planes = 32 - __builtin_ctz(t | 1u << 31); /* 0 < t: the caller handles keep-all and drop-all */
+    d->groups = (planes + PLANES_PER_GROUP - 1) / PLANES_PER_GROUP;
+    d->look = planes == 1 ? ONE_PLANE : d->groups == 1 ? ONE_GROUP : d->groups == 2 ? TWO_GROUPS : MORE_GROUPS;
+}
+
+/* Rounds 1 to 3 as far as they do not depend on the group. */
+INLINE counter_t counter_of(const draw_t *d, words_t w) {
+    counter_t c;
+    c.p0 = wide_mul(wide_of(w), PHILOX_M0);
+    c.p1 = wide_mul(wide_xor(wide_high(c.p0), wide_set1(d->round1_c2)), PHILOX_M1);
+    c.p2 = wide_mul(wide_xor(wide_high(c.p1), wide_set1(d->round2_c0)), PHILOX_M0);
+    return c;
+}
+
+/* State of a group after round 3. */
+INLINE state_t state_of(const draw_t *d, counter_t c, int group) {
+    product_t p = wide_mul(wide_xor(wide_low(c.p0), wide_set1(d->group_round2_c2[group])), PHILOX_M1);
+    state_t s;
+    s.c0 = wide_xor3(wide_high(p), wide_low(c.p1), wide_set1(d->key0[2]));
+    s.c1 = wide_low(p);
+    s.c2 = wide_xor(wide_high(c.p2), wide_set1(d->group_round3_c2[group]));
+    s.c3 = wide_low(c.p2);
+    return s;
+}
+
+INLINE void philox_round(const draw_t *d, state_t *s, int r) {
+    product_t p0 = wide_mul(s->c0, PHILOX_M0), p1 = wide_mul(s->c2, PHILOX_M1);
+    s->c0 = wide_xor3(wide_high(p1), s->c1, wide_set1(d->key0[r]));
+    s->c1 = wide_low(p1);
+    s->c2 = wide_xor3(wide_high(p0), s->c3, wide_set1(d->key1[r]));
+    s->c3 = wide_low(p0);
+}
+
+/* The last round, its results back in word order. */
+INLINE void philox_planes(const draw_t *d, const state_t *s, words_t plane[PLANES_PER_GROUP]) {
+    const int r = PHILOX_ROUNDS - 1;
+    product_t p0 = wide_mul(s->c0, PHILOX_M0), p1 = wide_mul(s->c2, PHILOX_M1);
+    plane[0] = words_xor3(words_high(p1), words_of(s->c1), words_set1(d->key0[r]));
+    plane[1] = words_low(p1);
+    plane[2] = words_xor3(words_high(p0), words_of(s->c3), words_set1(d->key1[r]));
+    plane[3] = words_low(p0);
+}
+
+/* Compares draws with the threshold in groups group .. group+groups-1, the first `planes` planes of each: constants where
+ * called. *keep: cells not below the threshold there; *equal: cells undecided. */
+INLINE void draw_groups(const draw_t *d, counter_t counter, int group, const int groups, const int planes,
+                        words_t *keep, words_t *equal) {
+    state_t s[2];
+    words_t ge[2], eq[2];
+#pragma GCC unroll 2
+    for (int from = 0; from < groups; from += GROUPS_ABREAST) {
+        const int to = from + GROUPS_ABREAST < groups ? from + GROUPS_ABREAST : groups;
+#pragma GCC unroll 2
+        for (int g = from; g < to; g++) s[g] = state_of(d, counter, group + g);
+#pragma GCC unroll 6
+        for (int r = 3; r < PHILOX_ROUNDS - 1; r++) {
+#pragma GCC unroll 2
+            for (int g = from; g < to; g++) philox_round(d, &s[g], r);
+        }
+#pragma GCC unroll 2
+        for (int g = from; g < to; g++) {
+            words_t plane[PLANES_PER_GROUP];
+            philox_planes(d, &s[g], plane);
+            ge[g] = eq[g] = words_set1(~0u);
+#pragma GCC unroll 4
+            for (int k = planes - 1; k >= 0; k--) {
+                uint32_t t = d->planes[(group + g) * PLANES_PER_GROUP + k];
+                ge[g] = words_keep(ge[g], plane[k], t);
+                eq[g] = words_equal(eq[g], plane[k], t);
+            }
+        }
+    }
+    *keep = groups == 2 ? words_unless(ge[0], eq[0], ge[1]) : ge[0];
+    *equal = groups == 2 ? words_and(eq[0], eq[1]) : eq[0];
+}
+
+/* Decides the words set aside, a group for all of them at a time; those still undecided move to the front. */
+static void draw_pending(const draw_t *d, chunk_t *chunk) {
+    words_t base = words_set1((uint32_t)chunk->first_word);
+    unsigned pending = chunk->pending;
+    for (int g = 2; g < d->groups && pending; g++) {
+        uint32_t decided[LANES];
+        unsigned left = 0;
+        words_store(chunk->undecided + pending, words_set1(0)); /* lanes past the last word */
+        for (unsigned i = 0; i < pending; i += LANES) {
+            unsigned n = pending - i < LANES ? pending - i : LANES;
+            words_t slot = words_load(chunk->slot + i), undecided = words_load(chunk->undecided + i), keep, equal;
+            draw_groups(d, counter_of(d, words_add(base, slot)), g, 1, PLANES_PER_GROUP, &keep, &equal);
+            words_store(decided, words_unless(words_set1(~0u), undecided, keep));
+            for (unsigned j = 0; j < n; j++) chunk->words[chunk->slot[i + j]] &= decided[j];
+            left += words_compact(slot, words_and(undecided, equal), chunk->slot + left, chunk->undecided + left);
+        }
+        pending = left;
+    }
+    chunk->pending = 0;
+}
+
+INLINE counter_t counter_of(const draw_t *d, words_t w);
+static inline void chunk_open(const draw_t*d, chunk_t *chunk, uint64_t first_block) {
+ for(unsigned v=0;v<FD_BLOCK_WORDS;v+=LANES) chunk->ahead[v/LANES]=counter_of(d,words_count_from((uint32_t)(first_block*FD_BLOCK_WORDS)+v));
+
+    chunk->first_word = first_block * FD_BLOCK_WORDS;
+    chunk->pending = 0;
+}
+
+/* First look at block b of the chunk. Blocks never straddle a multiple of 2^32 words, so a vector of them shares the
+ * upper half of its index. */
+INLINE void draw_block(draw_t *d, chunk_t *chunk, unsigned b) {
+    uint64_t word = chunk->first_word + (uint64_t)b * FD_BLOCK_WORDS;
+    uint32_t high = (uint32_t)(word >> 32);
+    if (__builtin_expect(high != d->high, 0)) {
+        draw_pending(d, chunk);
+        draw_set_high(d, high);
+    }
+    for (unsigned v = 0; v < FD_BLOCK_WORDS; v += LANES) {
+        uint32_t slot = b * FD_BLOCK_WORDS + v;
+        words_t keep, equal;
+        counter_t w = chunk->ahead[v/LANES];
+        chunk->ahead[v/LANES] = counter_of(d, words_count_from((uint32_t)word + FD_BLOCK_WORDS + v));
+
+        switch (d->look) {
+        case ONE_PLANE: draw_groups(d, w, 0, 1, 1, &keep, &equal); break;
+        case ONE_GROUP: draw_groups(d, w, 0, 1, PLANES_PER_GROUP, &keep, &equal); break;
+        case TWO_GROUPS: draw_groups(d, w, 0, 2, PLANES_PER_GROUP, &keep, &equal); break;
+        default:
+            draw_groups(d, w, 0, 2, PLANES_PER_GROUP, &keep, &equal);
+            chunk->pending += words_compact(words_count_from(slot), equal, chunk->slot + chunk->pending,
+                                            chunk->undecided + chunk->pending);
+        }
+        words_store(chunk->words + slot, keep);
+    }
+}
+
+static void draw_bits(const void *arguments, uint64_t begin, uint64_t end) {
+    const draw_bits_args *args = arguments;
+    draw_t d;
+    chunk_t chunk;
+    draw_prepare(&d, args->seed, args->offset, args->threshold, args->first + (begin - args->position));
+    for (uint64_t at = begin, step; at < end; at += step) {
+        step = end - at < CHUNK_CELLS ? end - at : CHUNK_CELLS;
+        uint64_t cell = args->first + (at - args->position);
+        unsigned lead = (unsigned)(cell % FD_BLOCK_CELLS);
+        chunk_open(&d,&chunk, cell / FD_BLOCK_CELLS);
+        for (unsigned b = 0; b * FD_BLOCK_CELLS < lead + step; b++) draw_block(&d, &chunk, b);
+        draw_pending(&d, &chunk);
+        copy_bits(args->words, at, chunk.words, lead, step);
+    }
+}
+
+/* ---- apply ---- */
+
+/* once: the line will not be wanted again soon, keep it out of the outer caches. May point past the data. */
+INLINE void prefetch(const void *p, const int once) {
+    if (once)
+        __builtin_prefetch(p, 0, 0);
+    else
+        __builtin_prefetch(p, 0, 3);
+}
+
+/* copy_bits for whole chunks of a mask that is written around the cache: ordinary stores between streaming ones cost the
+ * memory system several times their share. */
+INLINE void stream_words(uint32_t *to, uint64_t to_position, const uint32_t *from, uint64_t from_position, uint64_t n,
+                         int stream) {
+    uint32_t *line = to + to_position / 32;
+    if (!stream || n != CHUNK_CELLS || from_position || to_position % 32 || (uintptr_t)line % LINE_BYTES) {
+        copy_bits(to, to_position, from, from_position, n);
+        return;
+    }
+    for (unsigned w = 0; w < CHUNK_CELLS / 32; w += LANES) words_stream(line + w, words_load(from + w));
+}
+
+/* The RUN bits from a position on; the buffer has eight bytes of slack. bytewise: the position is known to be a multiple
+ * of 8, and the load can broadcast straight from memory. */
+INLINE uint32_t bits_at(const uint32_t *bits, uint64_t position, const int bytewise) {
+    const unsigned char *at = (const unsigned char *)bits + (position >> 3);
+    uint64_t pair;
+    uint32_t run;
+    if (bytewise) {
+        memcpy(&run, at, sizeof run);
+        return run;
+    }
+    memcpy(&pair, at, sizeof pair);
+    return (uint32_t)(pair >> (position & 7));
+}
+
+/* Bits of elements at .. at+n-1 of data (outer, repeat, inner) under a mask (outer, inner). */
+static void gather_bits(uint32_t *to, const masked_affine_args *args, uint64_t at, uint64_t n) {
+    const uint32_t *words = args->words;
+    if (args->repeat == 1) {
+        copy_bits(to, 0, words, args->position + at, n);
+        return;
+    }
+    uint64_t row = at / args->inner, i = at % args->inner; /* row counts (outer, repeat) */
+    uint64_t o = row / args->repeat, r = row % args->repeat;
+    for (uint64_t done = 0, step; done < n; done += step) {
+        uint64_t cell = args->position + o * args->inner + i, left = n - done;
+        if (args->inner == 1) {
+            step = args->repeat - r < left ? args->repeat - r : left;
+            fill_bits(to, done, read_bits(words, cell, 1), step);
+            r += step;
+        } else {
+            step = args->inner - i < left ? args->inner - i : left;
+            copy_bits(to, done, words, cell, step);
+            i = 0;
+            r += 1;
+        }
+        if (r == args->repeat) {
+            r = 0;
+            o += 1;
+        }
+    }
+}
+
+/* Elements from x until y reaches a cache line; 0 where it never does. */
+#define ELEMENTS_TO_LINE(y)                                                                                            \
+    ((uintptr_t)(y) % sizeof *(y) ? 0 : (unsigned)(-(uintptr_t)(y) % LINE_BYTES / sizeof *(y)))
+
+/* D is a dtype of the vocabulary. plain: b = c = 0, select a x or +0 (adding b = 0 would turn -0 into +0). */
+#define DEFINE_APPLY(D)                                                                                                \
+    typedef struct {                                                                                                   \
+        D##_v a, b, c;                                                                                                 \
+        int plain, stream;                                                                                             \
+    } D##_affine_t;                                                                                                    \
+                                                                                                                       \
+    INLINE D##_v D##_one(const D##_affine_t *f, uint32_t run, int k, D##_v x, const int plain) {                             \
+        D##_keep keep = D##_mask(run, k);\
+ return plain ? D##_scale(keep, x, f->a) : D##_affine(keep, x, f->a, f->b, f->c);           \
+    }                                                                                                                  \
+                                                                                                                       \
+    /* Fewer than a vector, through a local copy. */                                                                   \
+    INLINE void D##_part(const D##_t *x, D##_t *y, const uint32_t *bits, uint64_t position, unsigned n,                \
+                         const D##_affine_t *f, const int plain) {                                                     \
+        D##_t part[D##_lanes] = {0};                                                                                   \
+        memcpy(part, x, n * sizeof *x);                                                                                \
+        D##_store(part, D##_one(f, bits_at(bits, position, 0), 0, D##_load(part), plain));                                   \
+        memcpy(y, part, n * sizeof *y);                                                                                \
+    }                                                                                                                  \
+                                                                                                                       \
+    INLINE void D##_apply_as(const D##_t *x, D##_t *y, const uint32_t *bits, uint64_t position, uint64_t n,            \
+                             const D##_affine_t *f, const int plain, const int stream, const int bytewise) { \
+        uint64_t i = 0;                                                                                                \
+        for (unsigned step; stream && i < n && (step = ELEMENTS_TO_LINE(y + i)); i += step) {                          \
+            if (step > D##_lanes) step = D##_lanes;                                                                    \
+            if (step > n - i) step = (unsigned)(n - i);                                                                \
+            D##_part(x + i, y + i, bits, position + i, step, f, plain);                                                \
+        }                                                                                                              \
+        for (; i + RUN <= n; i += RUN) {                                                                               \
+            uint32_t run = bits_at(bits, position + i, bytewise);                                                                \
+            for (unsigned byte = 0; byte < RUN * sizeof *x; byte += LINE_BYTES)                                        \
+                prefetch((const char *)(x + i) + PREFETCH_BYTES + byte, stream);                                       \
+            _Pragma("GCC unroll 4") for (unsigned k = 0; k < RUN; k += D##_lanes) {                                                            \
+                D##_v v = D##_one(f, run, (int)k, D##_load(x + i + k), plain);                                            \
+                if (stream)                                                                                            \
+                    D##_stream(y + i + k, v);                                                                          \
+                else                                                                                                   \
+                    D##_store(y + i + k, v);                                                                           \
+            }                                                                                                          \
+        }                                                                                                              \
+        for (unsigned step; i < n; i += step) {                                                                        \
+            step = n - i < D##_lanes ? (unsigned)(n - i) : (unsigned)D##_lanes;                                        \
+            D##_part(x + i, y + i, bits, position + i, step, f, plain);                                                \
+        }                                                                                                              \
+    }                                                                                                                  \
+                                                                                                                       \
+    INLINE void D##_apply(const D##_t *x, D##_t *y, const uint32_t *bits, uint64_t position, uint64_t n,               \
+                          const D##_affine_t *f) {                                                                     \
+        unsigned seam = f->stream ? ELEMENTS_TO_LINE(y) : 0; /* where whole runs begin */                              \
+        int bytewise = (position + seam) % 8 == 0;                                                                     \
+        if (f->plain && f->stream && bytewise)                                                                         \
+            D##_apply_as(x, y, bits, position, n, f, 1, 1, 1);                                                         \
+        else if (f->plain && f->stream)                                                                                \
+            D##_apply_as(x, y, bits, position, n, f, 1, 1, 0);                                                         \
+        else if (f->plain && bytewise)                                                                                 \
+            D##_apply_as(x, y, bits, position, n, f, 1, 0, 1);                                                         \
+        else if (f->plain)                                                                                             \
+            D##_apply_as(x, y, bits, position, n, f, 1, 0, 0);                                                         \
+        else                                                                                                           \
+            D##_apply_as(x, y, bits, position, n, f, 0, 0, 0);                                                         \
+    }                                                                                                                  \
+                                                                                                                       \
+    static D##_affine_t D##_affine_of(double a, double b, double c, int stream, const void *y) {                       \
+        D##_affine_t f = {D##_set1(a), D##_set1(b), D##_set1(c), b == 0 && c == 0, stream};                            \
+        if ((uintptr_t)y % sizeof(D##_t)) f.stream = 0;                                                                \
+        return f;                                                                                                      \
+    }                                                                                                                  \
+                                                                                                                       \
+    static void D##_masked_affine(const masked_affine_args *args, uint64_t begin, uint64_t end) {                      \
+        const D##_t *x = args->x;                                                                                      \
+        D##_t *y = args->y;                                                                                            \
+        D##_affine_t f = D##_affine_of(args->a, args->b, args->c, args->stream, y);                                    \
+        uint32_t bits[CHUNK_CELLS / 32 + 4];                                                                           \
+        for (uint64_t at = begin, step; at < end; at += step) {                                                        \
+            step = end - at < CHUNK_CELLS ? end - at : CHUNK_CELLS;                                                    \
+            gather_bits(bits, args, at, step);                                                                         \
+            if (args->repeat == 1)                                                                                     \
+                for (unsigned ahead = 0; ahead < CHUNK_CELLS / 8; ahead += LINE_BYTES)                                 \
+                    prefetch((const char *)args->words + (args->position + at + step) / 8 + ahead, f.stream);          \
+            D##_apply(x + at, y + at, bits, 0, step, &f);                                                              \
+        }                                                                                                              \
+        if (f.stream) stream_fence();                                                                                  \
+    }                                                                                                                  \
+                                                                                                                       \
+    static void D##_dropout_forward(const dropout_forward_args *args, uint64_t begin, uint64_t end) {                  \
+        const D##_t *x = args->x;                                                                                      \
+        D##_t *y = args->y;                                                                                            \
+        D##_affine_t f = D##_affine_of(args->a, args->b, args->c, args->stream, y);                                    \
+        draw_t d;                                                                                                      \
+        chunk_t chunks[2], *now = chunks, *next = chunks + 1, *swap;                                                   \
+        draw_prepare(&d, args->seed, args->offset, args->threshold, args->first + begin);                                               \
+        uint64_t lead = (args->first + begin) % FD_BLOCK_CELLS, block = (args->first + begin) / FD_BLOCK_CELLS;        \
+        uint64_t n = 0, drawn = end - begin < CHUNK_CELLS ? end - begin : CHUNK_CELLS; /* of this and the next chunk */ \
+        /* The pass over the first chunk only draws, the pass after the last only applies. */                          \
+        for (uint64_t at = begin; n || drawn; at += n, n = drawn, drawn = end - at - n < CHUNK_CELLS ? end - at - n : CHUNK_CELLS) { \
+            unsigned apply_blocks = (unsigned)((n + FD_BLOCK_CELLS - 1) / FD_BLOCK_CELLS);                             \
+            unsigned draw_blocks = drawn ? (unsigned)((lead + drawn + FD_BLOCK_CELLS - 1) / FD_BLOCK_CELLS) : 0;       \
+            unsigned shift = f.stream ? ELEMENTS_TO_LINE(y + at) : 0; /* so that all seams but the chunk's lie on lines */ \
+            uint64_t from = 0;                                                                                         \
+            chunk_open(&d,next, block);                                                                                   \
+            for (unsigned b = 0; b < apply_blocks || b < draw_blocks; b++) {                                           \
+                if (b < draw_blocks) draw_block(&d, next, b);                                                          \
+                if (b < apply_blocks) {                                                                                \
+                    uint64_t to = (uint64_t)(b + 1) * FD_BLOCK_CELLS + shift;                                          \
+                    if (to > n || b + 1 == apply_blocks) to = n;                                                       \
+                    D##_apply(x + at + from, y + at + from, now->words, lead + from, to - from, &f);                   \
+                    from = to;                                                                                         \
+                }                                                                                                      \
+            }                                                                                                          \
+            draw_pending(&d, next);                                                                                    \
+            if (args->words) stream_words(args->words, at, now->words, lead, n, f.stream);                                         \
+            block += FD_CHUNK_BLOCKS;                                                                                  \
+            swap = now, now = next, next = swap;                                                                       \
+        }                                                                                                              \
+        if (f.stream) stream_fence();                                                                                  \
+    }
+
+DEFINE_APPLY(f32)
+DEFINE_APPLY(f64)
+DEFINE_APPLY(f16)
+DEFINE_APPLY(bf16)
+
+#define DEFINE_BY_DTYPE(op)                                                                                            \
+    static void op(const void *arguments, uint64_t begin, uint64_t end) {                                              \
+        const op##_args *args = arguments;                                                                             \
+        switch (args->dtype) {                                                                                         \
+        case FD_FLOAT32: f32_##op(args, begin, end); break;                                                            \
+        case FD_FLOAT64: f64_##op(args, begin, end); break;                                                            \
+        case FD_FLOAT16: f16_##op(args, begin, end); break;                                                            \
+        default: bf16_##op(args, begin, end); break;                                                                   \
+        }                                                                                                              \
+    }
+DEFINE_BY_DTYPE(dropout_forward)
+DEFINE_BY_DTYPE(masked_affine)
+
+static void scale_float32(const float *x, float *y, uint64_t n, float a, int stream) {
+    uint64_t i = 0;
+    f32_v scale = f32_set1(a);
+    if ((uintptr_t)y % LINE_BYTES) stream = 0;
+    for (; i + RUN <= n; i += RUN) {
+        for (unsigned byte = 0; byte < RUN * sizeof *x; byte += LINE_BYTES)
+            prefetch((const char *)(x + i) + PREFETCH_BYTES + byte, stream);
+        for (unsigned k = 0; k < RUN; k += f32_lanes) {
+            f32_v v = f32_scale(f32_mask(~0u, 0), f32_load(x + i + k), scale);
+            if (stream)
+                f32_stream(y + i + k, v);
+            else
+                f32_store(y + i + k, v);
+        }
+    }
+    for (; i < n; i++) y[i] = a * x[i];
+    if (stream) stream_fence();
+}
+
+const fd_table FD_TABLE = {
+    .scale_float32 = scale_float32,
+#define FD_OP(name, PARAMETERS) .name = name,
+#include "ops.def"
+#undef FD_OP
+};

@@ -1,0 +1,138 @@
+/* Lane vocabulary: AVX2, FMA, F16C. 8 words, 8 floats; words are carried through Philox as even and odd halves, as
+ * simd_avx512.h explains. There are no lane masks here: a mask bit becomes a full lane by a compare, and selecting is an
+ * AND, which gives the +0 that a dropped element must be, whatever the data. */
+#ifndef FASTDROP_SIMD_AVX2_H
+#define FASTDROP_SIMD_AVX2_H
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 8
+#define GROUPS_ABREAST 2 /* spills a little; one group leaves the multiplier idle half the time */
+
+typedef __m256i words_t;
+typedef struct {
+    __m256i even, odd;
+} wide_t;
+typedef wide_t product_t;
+
+enum { HIGH_HALVES = 0xF5, LOW_TO_HIGH = 0xA0, ODD_LANES = 0xAA };
+
+static inline words_t words_set1(uint32_t v) { return _mm256_set1_epi32((int)v); }
+static inline words_t words_count_from(uint32_t first) {
+    return _mm256_add_epi32(words_set1(first), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+static inline words_t words_load(const uint32_t *p) { return _mm256_loadu_si256((const __m256i *)p); }
+static inline void words_store(uint32_t *p, words_t v) { _mm256_storeu_si256((__m256i *)p, v); }
+static inline void words_stream(uint32_t *p, words_t v) { _mm256_stream_si256((__m256i *)p, v); }
+static inline words_t words_add(words_t a, words_t b) { return _mm256_add_epi32(a, b); }
+static inline words_t words_xor3(words_t a, words_t b, words_t c) {
+    return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
+}
+static inline words_t words_and(words_t a, words_t b) { return _mm256_and_si256(a, b); }
+/* The threshold is the same for all words of a call: a branch on it costs nothing, a select would cost three. */
+static inline words_t words_keep(words_t keep, words_t r, uint32_t t) {
+    return t ? _mm256_and_si256(keep, r) : _mm256_or_si256(keep, r);
+}
+static inline words_t words_equal(words_t equal, words_t r, uint32_t t) {
+    return t ? _mm256_and_si256(r, equal) : _mm256_andnot_si256(r, equal);
+}
+static inline words_t words_unless(words_t keep, words_t equal, words_t later) {
+    return _mm256_andnot_si256(_mm256_andnot_si256(later, equal), keep);
+}
+static inline int words_any(words_t v) { return !_mm256_testz_si256(v, v); }
+static inline unsigned words_compact(words_t index, words_t value, uint32_t *indices, uint32_t *values) {
+    __m256i zero = _mm256_cmpeq_epi32(value, _mm256_setzero_si256());
+    uint32_t i[LANES], v[LANES];
+    unsigned n = 0;
+    words_store(i, index);
+    words_store(v, value);
+    for (unsigned left = ~(unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(zero)) & 0xFF; left; left &= left - 1) {
+        unsigned lane = (unsigned)__builtin_ctz(left);
+        indices[n] = i[lane];
+        values[n++] = v[lane];
+    }
+    return n;
+}
+
+static inline __m256i high_halves(__m256i v) { return _mm256_shuffle_epi32(v, HIGH_HALVES); }
+static inline wide_t wide_of(words_t v) { return (wide_t){v, high_halves(v)}; }
+static inline wide_t wide_set1(uint32_t v) { return (wide_t){words_set1(v), words_set1(v)}; }
+static inline wide_t wide_xor(wide_t a, wide_t b) {
+    return (wide_t){_mm256_xor_si256(a.even, b.even), _mm256_xor_si256(a.odd, b.odd)};
+}
+static inline wide_t wide_xor3(wide_t a, wide_t b, wide_t c) { return wide_xor(wide_xor(a, b), c); }
+static inline product_t wide_mul(wide_t a, uint32_t b) {
+    return (product_t){_mm256_mul_epu32(a.even, words_set1(b)), _mm256_mul_epu32(a.odd, words_set1(b))};
+}
+static inline wide_t wide_low(product_t p) { return p; }
+static inline wide_t wide_high(product_t p) { return (wide_t){high_halves(p.even), high_halves(p.odd)}; }
+static inline words_t words_of(wide_t v) {
+    return _mm256_blend_epi32(v.even, _mm256_shuffle_epi32(v.odd, LOW_TO_HIGH), ODD_LANES);
+}
+static inline words_t words_low(product_t p) { return words_of(p); }
+static inline words_t words_high(product_t p) {
+    return _mm256_blend_epi32(high_halves(p.even), p.odd, ODD_LANES);
+}
+
+typedef float f32_t;
+typedef __m256 f32_v;
+typedef __m256 f32_keep;
+enum { f32_lanes = 8 };
+static inline f32_v f32_load(const f32_t *p) { return _mm256_loadu_ps(p); }
+static inline void f32_store(f32_t *p, f32_v v) { _mm256_storeu_ps(p, v); }
+static inline void f32_stream(f32_t *p, f32_v v) { _mm256_stream_ps(p, v); }
+static inline f32_v f32_set1(double v) { return _mm256_set1_ps((float)v); }
+static inline f32_keep f32_mask(uint32_t run, int k) {
+    const __m256i lane = _mm256_slli_epi32(_mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), k);
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(words_set1(run), lane), lane));
+}
+static inline f32_v f32_scale(f32_keep keep, f32_v x, f32_v a) { return _mm256_and_ps(keep, _mm256_mul_ps(x, a)); }
+static inline f32_v f32_affine(f32_keep keep, f32_v x, f32_v a, f32_v b, f32_v c) {
+    return _mm256_blendv_ps(c, _mm256_add_ps(_mm256_mul_ps(x, a), b), keep);
+}
+
+typedef double f64_t;
+typedef __m256d f64_v;
+typedef __m256d f64_keep;
+enum { f64_lanes = 4 };
+static inline f64_v f64_load(const f64_t *p) { return _mm256_loadu_pd(p); }
+static inline void f64_store(f64_t *p, f64_v v) { _mm256_storeu_pd(p, v); }
+static inline void f64_stream(f64_t *p, f64_v v) { _mm256_stream_pd(p, v); }
+static inline f64_v f64_set1(double v) { return _mm256_set1_pd(v); }
+static inline f64_keep f64_mask(uint32_t run, int k) {
+    const __m256i lane = _mm256_slli_epi64(_mm256_setr_epi64x(1, 2, 4, 8), k);
+    return _mm256_castsi256_pd(_mm256_cmpeq_epi64(_mm256_and_si256(words_set1(run), lane), lane));
+}
+static inline f64_v f64_scale(f64_keep keep, f64_v x, f64_v a) { return _mm256_and_pd(keep, _mm256_mul_pd(x, a)); }
+static inline f64_v f64_affine(f64_keep keep, f64_v x, f64_v a, f64_v b, f64_v c) {
+    return _mm256_blendv_pd(c, _mm256_add_pd(_mm256_mul_pd(x, a), b), keep);
+}
+
+typedef uint16_t f16_t;
+static inline f32_v f16_load(const f16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+static inline __m128i f16_of_f32(f32_v v) { return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline void f16_store(f16_t *p, f32_v v) { _mm_storeu_si128((__m128i *)p, f16_of_f32(v)); }
+static inline void f16_stream(f16_t *p, f32_v v) { _mm_stream_si128((__m128i *)p, f16_of_f32(v)); }
+
+typedef uint16_t bf16_t;
+static inline f32_v bf16_load(const bf16_t *p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+static inline __m128i bf16_of_f32(f32_v v) {
+    __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+    __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    rounded = _mm256_blendv_epi8(rounded, _mm256_or_si256(u, _mm256_set1_epi32(0x400000)), nan);
+    rounded = _mm256_srli_epi32(rounded, 16); /* below 2^16: the saturating pack leaves it alone */
+    return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+}
+static inline void bf16_store(bf16_t *p, f32_v v) { _mm_storeu_si128((__m128i *)p, bf16_of_f32(v)); }
+static inline void bf16_stream(bf16_t *p, f32_v v) { _mm_stream_si128((__m128i *)p, bf16_of_f32(v)); }
+
+static inline void stream_fence(void) { _mm_sfence(); }
+
+#include "simd_16bit.h"
+
+#endif

@@ -1,0 +1,165 @@
+/* Lane vocabulary: scalar. One word, one number at a time, in plain C11: the form every CPU runs, and the one to read
+ * first. The other vocabularies define the same names over vectors; kernels.inc.h uses nothing else.
+ *
+ *   words_t    LANES mask words, one 32-bit lane each
+ *   wide_t     the same words as multiplication wants them; product_t the 64-bit products
+ *   f32_t ...  storage types; f32_v ... what is computed with, f32_lanes of them at a time; f32_keep a lane mask
+ */
+#ifndef FASTDROP_SIMD_SCALAR_H
+#define FASTDROP_SIMD_SCALAR_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 1
+#define GROUPS_ABREAST 1
+
+typedef uint32_t words_t;
+typedef uint32_t wide_t;
+typedef uint64_t product_t;
+
+static inline words_t words_set1(uint32_t v) { return v; }
+static inline words_t words_count_from(uint32_t first) { return first; }
+static inline words_t words_load(const uint32_t *p) { return *p; }
+static inline void words_store(uint32_t *p, words_t v) { *p = v; }
+static inline void words_stream(uint32_t *p, words_t v) { *p = v; }
+static inline words_t words_add(words_t a, words_t b) { return a + b; }
+static inline words_t words_xor3(words_t a, words_t b, words_t c) { return a ^ b ^ c; }
+static inline words_t words_and(words_t a, words_t b) { return a & b; }
+/* One plane r of the draw against plane t (0 or ~0) of the threshold, least significant plane first. Kept so far: draw not
+ * below threshold. */
+static inline words_t words_keep(words_t keep, words_t r, uint32_t t) { return t ? keep & r : keep | r; }
+/* Cells whose planes all equalled the threshold's. */
+static inline words_t words_equal(words_t equal, words_t r, uint32_t t) { return equal & ~(r ^ t); }
+/* Later planes decide the cells that were equal. */
+static inline words_t words_unless(words_t keep, words_t equal, words_t later) { return keep & (later | ~equal); }
+static inline int words_any(words_t v) { return v != 0; }
+/* Appends the (index, value) pairs of nonzero values; may write up to LANES pairs, returns how many count. */
+static inline unsigned words_compact(words_t index, words_t value, uint32_t *indices, uint32_t *values) {
+    *indices = index;
+    *values = value;
+    return value != 0;
+}
+
+static inline wide_t wide_of(words_t v) { return v; }
+static inline wide_t wide_set1(uint32_t v) { return v; }
+static inline wide_t wide_xor(wide_t a, wide_t b) { return a ^ b; }
+static inline wide_t wide_xor3(wide_t a, wide_t b, wide_t c) { return a ^ b ^ c; }
+static inline product_t wide_mul(wide_t a, uint32_t b) { return (uint64_t)a * b; }
+static inline wide_t wide_low(product_t p) { return (uint32_t)p; }
+static inline wide_t wide_high(product_t p) { return (uint32_t)(p >> 32); }
+static inline words_t words_of(wide_t v) { return v; }
+static inline words_t words_low(product_t p) { return (uint32_t)p; }
+static inline words_t words_high(product_t p) { return (uint32_t)(p >> 32); }
+
+static inline uint32_t bits_of_f32(float v) {
+    uint32_t u;
+    memcpy(&u, &v, sizeof u);
+    return u;
+}
+static inline float f32_of_bits(uint32_t u) {
+    float v;
+    memcpy(&v, &u, sizeof v);
+    return v;
+}
+static inline uint64_t bits_of_f64(double v) {
+    uint64_t u;
+    memcpy(&u, &v, sizeof u);
+    return u;
+}
+static inline double f64_of_bits(uint64_t u) {
+    double v;
+    memcpy(&v, &u, sizeof v);
+    return v;
+}
+
+typedef float f32_t;
+typedef float f32_v;
+typedef int f32_keep;
+enum { f32_lanes = 1 };
+static inline f32_v f32_load(const f32_t *p) {
+    float v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void f32_store(f32_t *p, f32_v v) { memcpy(p, &v, sizeof v); }
+static inline void f32_stream(f32_t *p, f32_v v) { f32_store(p, v); }
+static inline f32_v f32_set1(double v) { return (float)v; }
+static inline f32_keep f32_mask(uint32_t run, int k) { return (int)(run >> k & 1); }
+static inline f32_v f32_scale(f32_keep keep, f32_v x, f32_v a) {
+    return f32_of_bits(bits_of_f32(x * a) & (0u - (uint32_t)keep)); /* no branch: it would be mispredicted at random */
+}
+static inline f32_v f32_affine(f32_keep keep, f32_v x, f32_v a, f32_v b, f32_v c) { return keep ? x * a + b : c; }
+
+typedef double f64_t;
+typedef double f64_v;
+typedef int f64_keep;
+enum { f64_lanes = 1 };
+static inline f64_v f64_load(const f64_t *p) {
+    double v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void f64_store(f64_t *p, f64_v v) { memcpy(p, &v, sizeof v); }
+static inline void f64_stream(f64_t *p, f64_v v) { f64_store(p, v); }
+static inline f64_v f64_set1(double v) { return v; }
+static inline f64_keep f64_mask(uint32_t run, int k) { return (int)(run >> k & 1); }
+static inline f64_v f64_scale(f64_keep keep, f64_v x, f64_v a) {
+    return f64_of_bits(bits_of_f64(x * a) & (0u - (uint64_t)keep));
+}
+static inline f64_v f64_affine(f64_keep keep, f64_v x, f64_v a, f64_v b, f64_v c) { return keep ? x * a + b : c; }
+
+/* 16-bit types are computed with in float32 and rounded once, to nearest even. NaNs stay NaNs: the quiet bit is set and
+ * the payload's top bits kept, as the conversion instructions of x86 and Arm do. */
+static inline float f32_of_f16(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7FFFu;
+    if (magnitude >= 0x7C00u)
+        return f32_of_bits(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13 | (magnitude > 0x7C00u ? 0x400000u : 0u));
+    /* The exponent rebias is a multiplication by 2^112, exact for subnormals too. */
+    return f32_of_bits(sign | bits_of_f32(f32_of_bits(magnitude << 13) * 0x1p112f));
+}
+static inline uint16_t f16_of_f32(float v) {
+    uint32_t u = bits_of_f32(v), sign = u >> 16 & 0x8000u, magnitude = u & 0x7FFFFFFFu;
+    if (magnitude > 0x7F800000u) return (uint16_t)(sign | 0x7E00u | (magnitude >> 13 & 0x3FFu));
+    if (magnitude >= 0x477FF000u) return (uint16_t)(sign | 0x7C00u); /* rounds to 2^16 or beyond */
+    if (magnitude < 0x38800000u) {                                   /* subnormal: let the adder round at 2^-24 */
+        uint32_t rounded = bits_of_f32(f32_of_bits(magnitude) + 0.5f) - 0x3F000000u;
+        return (uint16_t)(sign | rounded);
+    }
+    return (uint16_t)(sign | ((magnitude - 0x38000000u + 0xFFFu + (magnitude >> 13 & 1u)) >> 13));
+}
+static inline float f32_of_bf16(uint16_t h) { return f32_of_bits((uint32_t)h << 16); }
+static inline uint16_t bf16_of_f32(float v) {
+    uint32_t u = bits_of_f32(v);
+    if ((u & 0x7FFFFFFFu) > 0x7F800000u) return (uint16_t)(u >> 16 | 0x40u);
+    return (uint16_t)((u + 0x7FFFu + (u >> 16 & 1u)) >> 16);
+}
+
+typedef uint16_t f16_t;
+typedef uint16_t bf16_t;
+static inline f32_v f16_load(const f16_t *p) {
+    uint16_t h;
+    memcpy(&h, p, sizeof h);
+    return f32_of_f16(h);
+}
+static inline void f16_store(f16_t *p, f32_v v) {
+    uint16_t h = f16_of_f32(v);
+    memcpy(p, &h, sizeof h);
+}
+static inline void f16_stream(f16_t *p, f32_v v) { f16_store(p, v); }
+static inline f32_v bf16_load(const bf16_t *p) {
+    uint16_t h;
+    memcpy(&h, p, sizeof h);
+    return f32_of_bf16(h);
+}
+static inline void bf16_store(bf16_t *p, f32_v v) {
+    uint16_t h = bf16_of_f32(v);
+    memcpy(p, &h, sizeof h);
+}
+static inline void bf16_stream(bf16_t *p, f32_v v) { bf16_store(p, v); }
+
+static inline void stream_fence(void) {}
+
+#include "simd_16bit.h"
+
+#endif

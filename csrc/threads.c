@@ -1,0 +1,178 @@
+/* Worker pool: a few threads that share one loop over cells at a time.
+ *
+ * Not OpenMP: a child forked after libgomp ran hangs in its first parallel region, and its threads take milliseconds to
+ * wake after an idle spell. Here the caller works too and waits only for those who joined in, and a forked child starts
+ * with an empty pool. Two callers at once: the second finds the pool busy and does its work alone, which costs less than
+ * waiting.
+ *
+ * A worker out of work looks for more for SPIN_NANOSECONDS, yielding its core at every look to whoever wants it, and then
+ * sleeps on a condition variable: forward and backward of neighbouring layers find it awake (1 us instead of 30 to 50),
+ * other libraries' threads and an idle process do not notice it.
+ *
+ * Ranges are handed out a grain at a time, so that a thread the system has put aside holds up no more than one grain.
+ */
+#define _GNU_SOURCE /* sched_getaffinity */
+
+#include "kernels.h"
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifndef SPIN_NANOSECONDS
+#define SPIN_NANOSECONDS 100000
+#endif
+enum { MAX_THREADS = 256 };
+
+typedef struct {
+    fd_kernel kernel;
+    const void *args;
+    uint64_t end, grain;
+    _Atomic uint64_t next;
+} job_t;
+
+/* busy: held by the caller whose job the pool runs; others try it and never wait. lock: guards what follows it. The
+ * atomics among that are written under it and also watched without it. */
+static pthread_mutex_t busy = PTHREAD_MUTEX_INITIALIZER, lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t wake = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
+static job_t *job;
+static int seats;                /* workers the job still admits */
+static int workers;              /* threads started */
+static atomic_uint generation;   /* of the job, so that a worker joins each one once */
+static atomic_int working;       /* workers inside the job */
+
+static atomic_int wanted; /* threads asked for; 0: not set yet */
+
+static int64_t now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+static void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+static void work(job_t *j) {
+    for (;;) {
+        /* Seams lie on multiples of the grain, itself one of FD_BLOCK_CELLS. */
+        uint64_t begin = atomic_load_explicit(&j->next, memory_order_relaxed), end;
+        do {
+            if (begin >= j->end) return;
+            end = j->end - begin > j->grain ? begin + j->grain - begin % j->grain : j->end;
+        } while (!atomic_compare_exchange_weak_explicit(&j->next, &begin, end, memory_order_relaxed,
+                                                        memory_order_relaxed));
+        j->kernel(j->args, begin, end);
+    }
+}
+
+static void *worker(void *unused) {
+    unsigned seen = 0;
+    int spin = 1;
+    (void)unused;
+    for (;;) {
+        int64_t idle_since = now();
+        if (spin) while (atomic_load(&generation) == seen && now() - idle_since < SPIN_NANOSECONDS) relax();
+        pthread_mutex_lock(&lock);
+        while (seats == 0 || atomic_load(&generation) == seen) {
+            seen = atomic_load(&generation); /* no seat left in that one */
+            pthread_cond_wait(&wake, &lock);
+        }
+        seen = atomic_load(&generation);
+        seats--;
+        atomic_fetch_add(&working, 1);
+        job_t *j = job;
+        pthread_mutex_unlock(&lock);
+        spin = now() - idle_since < SPIN_NANOSECONDS;
+        work(j);
+        pthread_mutex_lock(&lock);
+        if (atomic_fetch_sub(&working, 1) == 1) pthread_cond_signal(&done);
+        pthread_mutex_unlock(&lock);
+    }
+    return NULL;
+}
+
+/* The child has the caller's thread alone; whatever the others held is gone with them. */
+static void reset_in_child(void) {
+    pthread_mutex_init(&busy, NULL);
+    pthread_mutex_init(&lock, NULL);
+    pthread_cond_init(&wake, NULL);
+    pthread_cond_init(&done, NULL);
+    job = NULL;
+    seats = workers = 0;
+    atomic_store(&working, 0);
+}
+
+static void register_reset(void) { pthread_atfork(NULL, NULL, reset_in_child); }
+
+/* Called with lock held. Fewer threads than asked for is not an error: the work gets done. */
+static void start_workers(int n) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, register_reset);
+    for (; workers < n; workers++) {
+        pthread_t thread;
+        pthread_attr_t detached;
+        pthread_attr_init(&detached);
+        pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+        int failed = pthread_create(&thread, &detached, worker, NULL);
+        pthread_attr_destroy(&detached);
+        if (failed) return;
+    }
+}
+
+void fd_parallel_for(fd_kernel kernel, const void *args, uint64_t begin, uint64_t end, uint64_t grain) {
+    int threads = fd_get_num_threads();
+    uint64_t grains = (end - begin) / grain;
+    if ((uint64_t)threads > grains) threads = (int)grains;
+    if (threads <= 1 || pthread_mutex_trylock(&busy) != 0) {
+        if (end > begin) kernel(args, begin, end);
+        return;
+    }
+    job_t j = {kernel, args, end, grain, begin};
+    pthread_mutex_lock(&lock);
+    start_workers(threads - 1);
+    job = &j;
+    seats = threads - 1 < workers ? threads - 1 : workers;
+    atomic_fetch_add(&generation, 1);
+    pthread_cond_broadcast(&wake);
+    pthread_mutex_unlock(&lock);
+    work(&j);
+    pthread_mutex_lock(&lock);
+    seats = 0; /* late risers stay out */
+    pthread_mutex_unlock(&lock);
+    for (int64_t until = now() + SPIN_NANOSECONDS; atomic_load(&working) > 0 && now() < until;) relax();
+    pthread_mutex_lock(&lock);
+    while (atomic_load(&working) > 0) pthread_cond_wait(&done, &lock);
+    job = NULL;
+    pthread_mutex_unlock(&lock);
+    pthread_mutex_unlock(&busy);
+}
+
+static int usable_cpus(void) {
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n > 0 ? (int)n : 1;
+}
+
+int fd_set_num_threads(int n) {
+    if (n < 1 || n > MAX_THREADS) return FD_BAD_ARGUMENT;
+    atomic_store(&wanted, n);
+    return FD_OK;
+}
+
+int fd_get_num_threads(void) {
+    int n = atomic_load_explicit(&wanted, memory_order_relaxed);
+    if (n == 0) {
+        n = usable_cpus();
+        if (n > MAX_THREADS) n = MAX_THREADS;
+        atomic_store_explicit(&wanted, n, memory_order_relaxed);
+    }
+    return n;
+}

@@ -1,0 +1,191 @@
+"""The only place where user input is validated and outputs are allocated.
+
+Every message names the argument, what came and what is allowed. Nothing is written before everything is checked.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[Any]
+
+UINT64_END = 1 << 64
+
+# Tags by which kernels know a dtype; csrc/fastdrop.h has the same.
+FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
+
+ALLOWED = "float32, float64, float16, bfloat16 (ml_dtypes)"
+SCALINGS = ("inverted", "standard")
+STORES = ("bits", "seed")
+
+# Tag of each dtype seen to be allowed; bfloat16 joins when an array of it first comes along.
+_tags: dict[np.dtype[Any], int] = {
+    np.dtype(np.float32): FLOAT32,
+    np.dtype(np.float64): FLOAT64,
+    np.dtype(np.float16): FLOAT16,
+}
+
+
+def data(name: str, value: Any) -> tuple[Array, int]:
+    """The value as a plain ndarray, and its dtype's tag."""
+    array: Array = value if type(value) is np.ndarray else np.asarray(value)
+    tag = _tags.get(array.dtype)
+    if tag is None:
+        dtype = array.dtype
+        if dtype.name != "bfloat16" or dtype.itemsize != 2:
+            raise TypeError(f"{name} must have dtype {ALLOWED}, but got {dtype}")
+        tag = _tags[dtype] = BFLOAT16
+    return array, tag
+
+
+def probability(p: Any) -> float:
+    """p as a Python float in [0, 1]."""
+    if type(p) is not float:
+        p = _number("p", p)
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"p, the drop probability, must be between 0 and 1, but got {p}")
+    return float(p)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, np.ndarray) and value.ndim == 0:
+        value = value[()]
+    if not isinstance(value, numbers.Real) and not isinstance(value, np.number):
+        raise TypeError(f"{name} must be a number, but got {type(value).__name__}")
+    if isinstance(value, (bool, np.bool_, np.complexfloating)):
+        raise TypeError(f"{name} must be a real number, but got {type(value).__name__}")
+    return float(value)
+
+
+def finite(name: str, value: Any) -> float:
+    number = _number(name, value)
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be finite, but got {number}")
+    return number
+
+
+def uint64(name: str, value: Any) -> int:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, but got {type(value).__name__}")
+    if not 0 <= value < UINT64_END:
+        raise ValueError(f"{name} must be from 0 to 2**64 - 1, but got {value}")
+    return int(value)
+
+
+def choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but got {value!r}")
+
+
+def no_random_state(rng: Any) -> TypeError:
+    return TypeError(
+        f"rng must be None, an int seed, a fastdrop.Stream or a numpy.random.Generator, but got {type(rng).__name__}"
+    )
+
+
+def shape(name: str, value: Any) -> tuple[int, ...]:
+    axes = (value,) if isinstance(value, (int, np.integer)) else value
+    try:
+        extents = tuple(int(axis.__index__()) for axis in axes)
+    except (TypeError, AttributeError):
+        raise TypeError(f"{name} must be an int or a tuple of ints, but got {value!r}") from None
+    if any(extent < 0 for extent in extents):
+        raise ValueError(f"{name} must not have negative extents, but got {value!r}")
+    return extents
+
+
+def noise_shape(value: Any, full: tuple[int, ...]) -> tuple[int, ...]:
+    """noise_shape with None replaced by the extent: 1 or the extent on each axis."""
+    if value is None:
+        return full
+    try:
+        axes = tuple(value)
+    except TypeError:
+        raise TypeError(f"noise_shape must be None or a tuple of ints and None, but got {value!r}") from None
+    if len(axes) != len(full):
+        raise ValueError(f"noise_shape must have one entry per axis of x, whose shape is {full}, but got {value!r}")
+    cells = shape("noise_shape", tuple(e if a is None else a for a, e in zip(axes, full, strict=True)))
+    if any(c not in (1, e) for c, e in zip(cells, full, strict=True)):
+        raise ValueError(
+            f"noise_shape must be 1, None or the full extent on each axis of x, whose shape is {full}, but got {value!r}"
+        )
+    return cells
+
+
+def mask_grid(name: str, data_shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> None:
+    if len(data_shape) != len(mask_shape) or any(
+        m not in (1, d) for m, d in zip(mask_shape, data_shape, strict=True)
+    ):
+        raise ValueError(
+            f"mask must have the shape of {name}, {data_shape}, or 1 on axes that share a decision, but got a mask of "
+            f"shape {mask_shape}"
+        )
+
+
+def first_cell(value: Any, cells: int) -> int:
+    first = uint64("first_cell", value)
+    if first + cells > UINT64_END:
+        raise ValueError(f"first_cell must be at most 2**64 less the mask's {cells} cells, but got {first}")
+    return first
+
+
+def words(value: Any, cells: int, count: int) -> NDArray[np.uint32]:
+    if not isinstance(value, np.ndarray) or value.dtype != np.uint32:
+        raise TypeError(f"words must be an array of uint32, but got {getattr(value, 'dtype', type(value).__name__)}")
+    if value.shape != (count,) or not value.flags.c_contiguous:
+        raise ValueError(f"words must be {count} contiguous words for {cells} cells, but got shape {value.shape}")
+    if cells & 31 and int(value[-1]) >> (cells & 31):
+        raise ValueError(f"words must have 0 in the unused bits past cell {cells}, but got {int(value[-1]):#010x}")
+    return value
+
+
+def keep_flags(keep: ArrayLike, p: Any) -> tuple[NDArray[np.bool_], float]:
+    flags = np.asarray(keep)
+    if flags.dtype != np.bool_:
+        raise TypeError(f"keep must be boolean, True = keep, but got dtype {flags.dtype}")
+    p = probability(p)
+    if p == 1.0 and flags.any():
+        raise ValueError("p = 1 drops everything, but keep has True in it")
+    return flags, p
+
+
+def output(out: Any, x: Array, name: str) -> Array:
+    """out if it may take the result for x, a new array like x if it is None."""
+    if out is None:
+        return np.empty_like(x)
+    if out is x and x.flags.writeable:
+        return x
+    if not isinstance(out, np.ndarray):
+        raise TypeError(f"out must be an ndarray, but got {type(out).__name__}")
+    if out.dtype != x.dtype:
+        raise TypeError(f"out must have {name}'s dtype, {x.dtype}, but got {out.dtype}")
+    if out.shape != x.shape:
+        raise ValueError(f"out must have {name}'s shape, {x.shape}, but got {out.shape}")
+    if not out.flags.writeable:
+        raise ValueError("out must be writeable, but got a read-only array")
+    if np.may_share_memory(out, x) and not _same_elements(out, x) and _overlap(out, x):
+        raise ValueError(f"out must be {name} itself or not share memory with it, but got one that overlaps in part")
+    if out.size > 1 and _overlaps_itself(out):
+        raise ValueError(f"out must not hold one address twice, but got strides {out.strides} for shape {out.shape}")
+    return out
+
+
+def _same_elements(a: Array, b: Array) -> bool:
+    same_start = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+    return same_start and a.strides == b.strides
+
+
+def _overlap(a: Array, b: Array) -> bool:
+    try:
+        return np.shares_memory(a, b, max_work=10_000)
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _overlaps_itself(out: Array) -> bool:
+    return not out.flags.forc and any(s == 0 and e > 1 for s, e in zip(out.strides, out.shape, strict=True))

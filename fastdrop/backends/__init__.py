@@ -1,0 +1,183 @@
+"""Which backend runs: the registry, and what it can say about its choice.
+
+``auto`` takes the first of C, Numba and NumPy that can run here. A backend asked for by name never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+from types import ModuleType, TracebackType
+from typing import Any
+
+import numpy as np
+
+__all__ = ["active", "explain", "get_num_threads", "reasons", "set_num_threads", "show_config", "use_backend"]
+
+MODULES = {"c": "native", "numba": "numba_cpu", "numpy": "reference"}  # best first
+AUTO = "auto"
+
+_chosen: str | None = None  # by name; None until FASTDROP_BACKEND or use_backend has spoken
+_module: Any = None  # what _chosen stands for, once loaded
+_num_threads: int | None = None
+
+
+def active() -> Any:
+    """The module whose primitives run now."""
+    return _module if _module is not None else _resolve()
+
+
+def active_name() -> str:
+    """The name of the backend that runs now."""
+    module = active()
+    return next(name for name, file in MODULES.items() if module.__name__.endswith("." + file))
+
+
+def load(name: str) -> ModuleType:
+    """A backend by name, usable; RuntimeError with the reason if it is not."""
+    module = importlib.import_module(f".{MODULES[name]}", __name__)
+    reason = module.unavailable()
+    if reason:
+        raise RuntimeError(f"backend {name!r} can't run here: {reason}")
+    return module
+
+
+def reasons() -> dict[str, str | None]:
+    """For each backend, why it can't run here; None where it can."""
+    return {name: importlib.import_module(f".{file}", __name__).unavailable() for name, file in MODULES.items()}
+
+
+def _resolve() -> Any:
+    global _chosen, _module
+    if _chosen is None:
+        _chosen = _checked(os.environ.get("FASTDROP_BACKEND", AUTO), "FASTDROP_BACKEND")
+    if _chosen == AUTO:
+        name = next(name for name in MODULES if name == "numpy" or _can_run(name))
+    else:
+        name = _chosen
+    module: Any = load(name)
+    module.set_num_threads(get_num_threads())
+    _module = module
+    return module
+
+
+def _can_run(name: str) -> bool:
+    return importlib.import_module(f".{MODULES[name]}", __name__).unavailable() is None
+
+
+def _checked(name: str, argument: str) -> str:
+    if name not in (AUTO, *MODULES):
+        raise ValueError(f"{argument} must be one of {', '.join((AUTO, *MODULES))}, but got {name!r}")
+    return name
+
+
+class use_backend:  # noqa: N801  (used as a function and as a context manager)
+    """Makes a backend the one that runs, process-wide; as a context manager, until the block ends.
+
+    Parameters
+    ----------
+    name : {"auto", "c", "numba", "numpy"}
+        The environment variable ``FASTDROP_BACKEND`` sets the same at start.
+
+    Raises
+    ------
+    ValueError
+        Unknown name.
+    RuntimeError
+        The backend can't run here; the message says why and how to get it.
+
+    >>> import fastdrop as fd
+    >>> with fd.use_backend("numpy"):
+    ...     mask = fd.draw_mask(8, 0.5, rng=0)
+    >>> mask == fd.draw_mask(8, 0.5, rng=0)
+    True
+    """
+
+    def __init__(self, name: str) -> None:
+        global _chosen, _module
+        _checked(name, "name")
+        self._before = (_chosen, _module)
+        try:
+            _chosen, _module = name, None
+            _resolve()
+        except BaseException:
+            _chosen, _module = self._before
+            raise
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _chosen, _module
+        _chosen, _module = self._before
+        if _module is not None:
+            _module.set_num_threads(get_num_threads())
+
+    def __repr__(self) -> str:
+        return f"use_backend({_chosen!r})"
+
+
+def explain() -> str:
+    """Which backend runs and, for each, why it was or was not taken.
+
+    >>> import fastdrop as fd
+    >>> with fd.use_backend("numpy"):
+    ...     print(fd.explain().splitlines()[-1])
+    numpy: taken, asked for by name
+    """
+    taken = active_name()
+    lines = []
+    for name, reason in reasons().items():
+        if name == taken:
+            why = "taken, the best that can run here" if _chosen == AUTO else "taken, asked for by name"
+        elif reason:
+            why = f"can't run: {reason}"
+        else:
+            why = f"could run, but {taken} " + ("is faster" if _chosen == AUTO else "was asked for by name")
+        lines.append(f"{name}: {why}")
+    return "\n".join(lines)
+
+
+def set_num_threads(n: int) -> None:
+    """Sets how many threads a call may use (1 to 256); never changes a bit of any mask.
+
+    Raises TypeError or ValueError for anything else.
+    """
+    global _num_threads
+    if isinstance(n, (bool, np.bool_)) or not isinstance(n, (int, np.integer)):
+        raise TypeError(f"n must be an int, but got {type(n).__name__}")
+    if not 1 <= n <= 256:
+        raise ValueError(f"n, the number of threads, must be from 1 to 256, but got {n}")
+    _num_threads = int(n)
+    if _module is not None:
+        _module.set_num_threads(_num_threads)
+
+
+def get_num_threads() -> int:
+    """How many threads a call may use: by default ``FASTDROP_NUM_THREADS``, or the CPUs this process may run on."""
+    global _num_threads
+    if _num_threads is None:
+        from_environment = os.environ.get("FASTDROP_NUM_THREADS")
+        if from_environment is not None:
+            if not (from_environment.isdecimal() and 1 <= int(from_environment) <= 256):
+                raise ValueError(f"FASTDROP_NUM_THREADS must be from 1 to 256, but got {from_environment!r}")
+            _num_threads = int(from_environment)
+        elif hasattr(os, "sched_getaffinity"):
+            _num_threads = min(256, len(os.sched_getaffinity(0)))
+        else:
+            _num_threads = min(256, os.cpu_count() or 1)
+    return _num_threads
+
+
+def show_config() -> None:
+    """Prints versions, backends, instruction set and threads."""
+    from .. import __version__
+
+    print(f"fastdrop {__version__}, Python {platform.python_version()}, NumPy {np.__version__}")
+    print(f"{platform.system()} {platform.machine()}, {get_num_threads()} threads")
+    for name, reason in reasons().items():
+        mark = "*" if name == active_name() else " "
+        print(f"{mark} {name:6} {reason or load(name).describe()}")

@@ -1,0 +1,130 @@
+"""The C backend: hands pointers to ``fastdrop._native`` and decides nothing but the instruction set.
+
+``FASTDROP_ISA`` forces one by name; a name that is unknown or that this CPU lacks is an error, never a fallback.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+try:
+    from .. import _native
+except ImportError as error:
+    _native = None
+    _import_error = str(error)
+
+Array = NDArray[Any]
+Words = NDArray[np.uint32]
+
+if _native is not None:
+    _lib: Any = _native.lib
+    _address: Any = _native.ffi.from_buffer
+    _no_words: Any = _native.ffi.NULL
+
+
+def unavailable() -> str | None:
+    if _native is None:
+        return (
+            f"the C extension is not built ({_import_error}); install a C compiler (Debian: apt-get install gcc "
+            "python3-dev) and then run: pip install --force-reinstall --no-binary fastdrop fastdrop"
+        )
+    return None
+
+
+def describe() -> str:
+    return f"C, {isa()} in use of {', '.join(usable_isas())}"
+
+
+def isa() -> str:
+    """Name of the instruction set in use."""
+    return _name(_lib.fd_isa_active())
+
+
+def usable_isas() -> list[str]:
+    """Names of those built in and supported by this CPU, best last."""
+    return [_name(i) for i in range(_lib.fd_isa_count()) if _lib.fd_isa_usable(i)]
+
+
+def select_isa(name: str) -> None:
+    """Makes one the instruction set of all calls from now on, in all threads."""
+    for i in range(_lib.fd_isa_count()):
+        if _name(i) == name and _lib.fd_isa_select(i) == _lib.FD_OK:
+            return
+    raise ValueError(f"FASTDROP_ISA must be one of {', '.join(usable_isas())} on this machine, but got {name!r}")
+
+
+def set_num_threads(n: int) -> None:
+    _status(_lib.fd_set_num_threads(n))
+
+
+def scale_float32(x: Array, y: Array, a: float, stream: bool) -> None:
+    """y = a x, for benchmarks: the least that any pass over this memory can take."""
+    _status(_lib.fd_scale_float32(_address(x), _address(y), x.size, a, stream))
+
+
+def philox4x32_10(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
+    """One block, for known-answer tests."""
+    out = _native.ffi.new("uint32_t[4]")
+    _lib.fd_philox4x32_10(counter, key, out)
+    return list(out)
+
+
+def draw_bits(words: Words, position: int, first: int, n: int, seed: int, offset: int, threshold: int) -> None:
+    _status(_lib.fd_draw_bits(_address(words), position, first, n, seed, offset, threshold))
+
+
+def dropout_forward(
+    dtype: int,
+    x: Array,
+    y: Array,
+    words: Words | None,
+    first: int,
+    n: int,
+    seed: int,
+    offset: int,
+    threshold: int,
+    a: float,
+    b: float,
+    c: float,
+) -> None:
+    bits = _no_words if words is None else _address(words)
+    _status(
+        _lib.fd_dropout_forward(dtype, _address(x), _address(y), bits, first, n, seed, offset, threshold, a, b, c)
+    )
+
+
+def masked_affine(
+    dtype: int,
+    x: Array,
+    y: Array,
+    words: Words,
+    position: int,
+    outer: int,
+    repeat: int,
+    inner: int,
+    a: float,
+    b: float,
+    c: float,
+) -> None:
+    _status(
+        _lib.fd_masked_affine(
+            dtype, _address(x), _address(y), _address(words), position, outer, repeat, inner, a, b, c
+        )
+    )
+
+
+def _name(isa: int) -> str:
+    return str(_native.ffi.string(_lib.fd_isa_name(isa)).decode())
+
+
+def _status(code: int) -> None:
+    if code:  # unreachable from the public API, which checks first
+        raise ValueError(f"the C kernel refused its arguments (code {code})")
+
+
+if _native is not None and (_forced := os.environ.get("FASTDROP_ISA")):
+    select_isa(_forced)

@@ -1,0 +1,160 @@
+"""The NumPy backend, and the contract of the primitives: what every backend must do is what is written here.
+
+All backends have the same functions with the same parameters in the same order as ``csrc/ops.def``. They take what
+`fastdrop.ops` has checked and never validate, allocate results or call each other:
+
+* ``x`` and ``y`` are C-contiguous arrays of the same number of elements, of the dtype that the tag ``dtype`` names;
+  bfloat16 comes as its bits, uint16. ``y`` may be ``x``.
+* ``words`` is a contiguous array of uint32 that has room for the bits.
+* ``0 < threshold < 2**32``: keeping all and dropping all need no draw.
+* Kept elements become ``a * x + b``, dropped ones ``c``, selected and not multiplied: a dropped inf or NaN leaves no
+  trace. With ``b == c == 0`` it is ``a * x`` and exactly +0. float32 and float64 are computed in themselves, 16-bit
+  types in float32 with ``a``, ``b`` and ``c`` rounded to it, and rounded once at the end, to nearest even.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._checks import BFLOAT16, FLOAT16
+from ..mask import word_count
+from ..stream import GROUP_SHIFT, GROUPS, LOW, MASK_DOMAIN, PLANES_PER_GROUP, philox4x32_10
+
+Array = NDArray[Any]
+Words = NDArray[np.uint32]
+
+CHUNK_WORDS = 1 << 14  # drawn at a time; bounds the temporaries at a few MB
+
+
+def unavailable() -> str | None:
+    """Why this backend can't run here; None if it can."""
+    return None
+
+
+def describe() -> str:
+    """One line for `show_config`."""
+    return f"NumPy {np.__version__}"
+
+
+def set_num_threads(n: int) -> None:
+    """NumPy runs on the calling thread."""
+
+
+def draw_bits(words: Words, position: int, first: int, n: int, seed: int, offset: int, threshold: int) -> None:
+    """Draws cells ``first .. first+n-1`` and writes them at bits ``position .. position+n-1`` of words.
+
+    Bits below ``position`` in its word stay, bits above the last one written in its word are cleared.
+    """
+    for at in range(0, n, 32 * CHUNK_WORDS):
+        count = min(n - at, 32 * CHUNK_WORDS)
+        cell = first + at
+        lead = cell & 31
+        drawn = _keep_words(cell >> 5, word_count(lead + count), seed, offset, threshold)
+        _write_bits(words, position + at, _unpack(drawn, lead, count))
+
+
+def dropout_forward(
+    dtype: int,
+    x: Array,
+    y: Array,
+    words: Words | None,
+    first: int,
+    n: int,
+    seed: int,
+    offset: int,
+    threshold: int,
+    a: float,
+    b: float,
+    c: float,
+) -> None:
+    """Element i < n is decided by cell ``first + i``; its bit goes to bit i of words too, unless that is None."""
+    bits = np.empty(word_count(n), np.uint32) if words is None else words
+    draw_bits(bits, 0, first, n, seed, offset, threshold)
+    masked_affine(dtype, x, y, bits, 0, 1, 1, n, a, b, c)
+
+
+def masked_affine(
+    dtype: int,
+    x: Array,
+    y: Array,
+    words: Words,
+    position: int,
+    outer: int,
+    repeat: int,
+    inner: int,
+    a: float,
+    b: float,
+    c: float,
+) -> None:
+    """Data ``[outer, repeat, inner]`` under stored bits: element (o, r, i) by bit ``position + o * inner + i``."""
+    keep = _unpack(words, position, outer * inner).reshape(outer, 1, inner)
+    source, target = x.reshape(outer, repeat, inner), y.reshape(outer, repeat, inner)
+    if dtype == BFLOAT16:
+        source = bfloat16_to_float32(source)
+    elif dtype == FLOAT16:
+        source = source.astype(np.float32)
+    kind = source.dtype.type
+    with np.errstate(all="ignore"):  # inf and NaN in data are data
+        kept = source * kind(a)
+        if b != 0.0 or c != 0.0:
+            kept += kind(b)
+        result = np.where(keep, kept, kind(c))
+        target[...] = float32_to_bfloat16(result) if dtype == BFLOAT16 else result
+
+
+def bfloat16_to_float32(bits: Array) -> Array:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def float32_to_bfloat16(values: Array) -> Array:
+    """Rounds to nearest even; NaNs stay NaNs, quiet, with the top bits of their payload."""
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def _keep_words(first: int, count: int, seed: int, offset: int, threshold: int) -> Words:
+    """Mask words ``first .. first+count-1``, drawn lazily: words leave the draw when all their cells are decided."""
+    index = np.arange(count, dtype=np.uint64) + np.uint64(first)
+    drop = np.zeros(count, np.uint32)
+    undecided = np.full(count, LOW, np.uint32)
+    open_words = np.arange(count)
+    key = (seed & LOW, seed >> 32)
+    for group in range(GROUPS):
+        if not (threshold << (PLANES_PER_GROUP * group)) & LOW or not open_words.size:
+            break  # the rest of the threshold is 0, no draw can be below it
+        w = index[open_words]
+        counter = (
+            w & np.uint64(LOW),
+            (w >> np.uint64(32)) | np.uint64(MASK_DOMAIN | group << GROUP_SHIFT),
+            offset & LOW,
+            offset >> 32,
+        )
+        for k, plane in enumerate(philox4x32_10(counter, key)):
+            at = undecided[open_words]
+            if threshold >> (31 - PLANES_PER_GROUP * group - k) & 1:
+                drop[open_words] |= at & ~plane
+                undecided[open_words] = at & plane
+            else:
+                undecided[open_words] = at & ~plane
+        open_words = open_words[undecided[open_words] != 0]
+    return ~drop
+
+
+def _unpack(words: Words, position: int, n: int) -> NDArray[np.bool_]:
+    """Bits ``position .. position+n-1`` as booleans."""
+    whole = words[position >> 5 : (position + n + 31) >> 5].astype("<u4", copy=False)
+    lead = position & 31
+    return np.unpackbits(whole.view(np.uint8), bitorder="little")[lead : lead + n].view(np.bool_)
+
+
+def _write_bits(words: Words, position: int, keep: NDArray[np.bool_]) -> None:
+    lead = position & 31
+    start, stop = position >> 5, (position + keep.size + 31) >> 5
+    bits = np.zeros(32 * (stop - start), np.bool_)
+    bits[:lead] = _unpack(words, position - lead, lead)
+    bits[lead : lead + keep.size] = keep
+    words[start:stop] = np.packbits(bits, bitorder="little").view("<u4")

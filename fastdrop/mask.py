@@ -1,0 +1,249 @@
+"""What forward leaves for backward: one bit per cell, or nothing but the seed.
+
+This module owns the packed format: uint32 words, bit ``j`` of word ``w`` is cell ``32 w + j``, least significant first,
+1 = keep, unused bits of the last word 0, little-endian in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _checks
+from .stream import DROP_ALL, keep_scale, threshold
+
+__all__ = ["PackedMask", "SeededMask", "empty_words", "word_count"]
+
+LINE_BYTES = 64
+# From here on kernels write around the cache, a line of mask at a time, and want lines to start where words do.
+ALIGNED_FROM_WORDS = 1 << 17
+
+
+def word_count(cells: int) -> int:
+    """Words that hold so many cells."""
+    return (cells + 31) >> 5
+
+
+def empty_words(cells: int) -> NDArray[np.uint32]:
+    """Uninitialised words; large ones start on a cache line, at the cost of up to 64 bytes."""
+    n = word_count(cells)
+    if n < ALIGNED_FROM_WORDS:
+        return np.empty(n, np.uint32)
+    padded = np.empty(n + LINE_BYTES // 4, np.uint32)
+    skip = -padded.ctypes.data % LINE_BYTES // 4
+    return padded[skip : skip + n]
+
+
+def _popcount(words: NDArray[np.uint32]) -> int:
+    if hasattr(np, "bitwise_count"):
+        return int(np.bitwise_count(words).sum(dtype=np.int64))
+    step = 1 << 16  # NumPy 1: by way of unpacked bits, a piece at a time
+    return sum(int(np.unpackbits(words[i : i + step].view(np.uint8)).sum()) for i in range(0, words.size, step))
+
+
+class PackedMask:
+    """A dropout mask at one bit per cell.
+
+    Parameters
+    ----------
+    words : ndarray of uint32, C-contiguous, ``ceil(cells / 32)`` of them
+        Bit ``j`` of word ``w`` is cell ``32 w + j`` of ``shape`` in C order; 1 keeps. Bits past the last cell are 0.
+    shape : tuple of int
+        The mask's own shape: 1 on axes that share a decision.
+    p : float
+        Drop probability that the mask was drawn with.
+    scale : float, optional
+        What kept elements are multiplied by; by default inverted dropout's, ``1 / (1 - p)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Words of another dtype, size or layout, or with bits set past the last cell; p outside [0, 1].
+
+    >>> mask = PackedMask.from_bool([True, False, True, True], 0.25)
+    >>> mask
+    PackedMask(shape=(4,), p=0.25, kept=3, nbytes=4)
+    >>> mask.words, mask.to_bool()
+    (array([13], dtype=uint32), array([ True, False,  True,  True]))
+    """
+
+    __slots__ = ("_p", "_scale", "_shape", "_words")
+
+    _words: NDArray[np.uint32]
+    _shape: tuple[int, ...]
+    _p: float
+    _scale: float
+
+    def __init__(self, words: NDArray[np.uint32], shape: tuple[int, ...], p: float, scale: float | None = None) -> None:
+        self._p = _checks.probability(p)
+        self._shape = _checks.shape("shape", shape)
+        self._words = _checks.words(words, math.prod(self._shape), word_count(math.prod(self._shape)))
+        self._scale = keep_scale(threshold(self._p)) if scale is None else _checks.finite("scale", scale)
+
+    @classmethod
+    def _of(cls, words: NDArray[np.uint32], shape: tuple[int, ...], p: float, scale: float) -> PackedMask:
+        """Without checks, from parts known to be right."""
+        self = object.__new__(cls)
+        self._words = words
+        self._shape = shape
+        self._p = p
+        self._scale = scale
+        return self
+
+    @classmethod
+    def from_bool(cls, keep: ArrayLike, p: float) -> PackedMask:
+        """Packs a boolean array, True = keep.
+
+        Raises TypeError if ``keep`` is not boolean, ValueError if ``p`` is 1 and anything is kept.
+        """
+        flags, p = _checks.keep_flags(keep, p)
+        packed = np.zeros(4 * word_count(flags.size), np.uint8)
+        bits = np.packbits(flags.reshape(-1), bitorder="little")
+        packed[: bits.size] = bits
+        words = packed.view("<u4").astype(np.uint32, copy=False)
+        return cls._of(words, flags.shape, p, keep_scale(threshold(p)))
+
+    @property
+    def words(self) -> NDArray[np.uint32]:
+        return self._words
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def p(self) -> float:
+        return self._p
+
+    @property
+    def scale(self) -> float:
+        """Multiplier of kept elements: ``1 / (1 - T / 2**32)``, or 1 under standard scaling; 0 when all are dropped."""
+        return self._scale
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept for backward: 1/8 per cell, rounded up to whole words."""
+        return int(self._words.nbytes)
+
+    @property
+    def kept(self) -> int:
+        """Number of cells kept."""
+        return _popcount(self._words)
+
+    def to_bool(self) -> NDArray[np.bool_]:
+        """The mask as booleans of ``shape``, True = keep (1 byte per cell)."""
+        little = self._words.astype("<u4", copy=False).view(np.uint8)
+        cells = math.prod(self._shape)
+        return np.unpackbits(little, count=cells, bitorder="little").view(np.bool_).reshape(self._shape)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PackedMask):
+            return NotImplemented
+        same = (self._shape, self._p, self._scale) == (other._shape, other._p, other._scale)
+        return same and np.array_equal(self._words, other._words)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedMask, (np.ascontiguousarray(self._words), self._shape, self._p, self._scale)
+
+    def __repr__(self) -> str:
+        return f"PackedMask(shape={self._shape}, p={self._p}, kept={self.kept}, nbytes={self.nbytes})"
+
+
+class SeededMask:
+    """A dropout mask as what it is drawn from: zero bytes per cell, drawn again wherever it is needed.
+
+    Parameters
+    ----------
+    seed, offset : int
+        Random state, from 0 to 2**64 - 1.
+    shape, p, scale
+        As for `PackedMask`.
+
+    ``draw_mask(mask.shape, mask.p, rng=Stream(mask.seed, mask.offset))`` is the same mask, packed.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> x = np.ones(1000, np.float32)
+    >>> y, mask = fd.dropout(x, 0.1, store="seed", rng=3)
+    >>> mask
+    SeededMask(seed=3, offset=0, shape=(1000,), p=0.1)
+    >>> mask.nbytes, bool((fd.dropout_backward(x, mask) == y).all())
+    (0, True)
+    """
+
+    __slots__ = ("_offset", "_p", "_scale", "_seed", "_shape", "_threshold")
+
+    _seed: int
+    _offset: int
+    _shape: tuple[int, ...]
+    _p: float
+    _scale: float
+    _threshold: int
+
+    def __init__(self, seed: int, offset: int, shape: tuple[int, ...], p: float, scale: float | None = None) -> None:
+        self._seed = _checks.uint64("seed", seed)
+        self._offset = _checks.uint64("offset", offset)
+        self._shape = _checks.shape("shape", shape)
+        self._p = _checks.probability(p)
+        self._threshold = threshold(self._p)
+        self._scale = keep_scale(self._threshold) if scale is None else _checks.finite("scale", scale)
+
+    @classmethod
+    def _of(cls, seed: int, offset: int, shape: tuple[int, ...], p: float, scale: float, cut: int) -> SeededMask:
+        self = object.__new__(cls)
+        self._seed, self._offset, self._shape = seed, offset, shape
+        self._p, self._scale, self._threshold = p, scale, cut
+        return self
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    @property
+    def offset(self) -> int:
+        return self._offset
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def p(self) -> float:
+        return self._p
+
+    @property
+    def threshold(self) -> int:
+        return self._threshold
+
+    @property
+    def scale(self) -> float:
+        return self._scale
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept per cell: none."""
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SeededMask):
+            return NotImplemented
+        return self.__reduce__()[1] == other.__reduce__()[1]
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SeededMask, (self._seed, self._offset, self._shape, self._p, self._scale)
+
+    def __repr__(self) -> str:
+        return f"SeededMask(seed={self._seed}, offset={self._offset}, shape={self._shape}, p={self._p})"
+
+
+def fill_words(words: NDArray[np.uint32], cells: int, cut: int) -> None:
+    """The masks that need no draw: keep all (threshold 0) or drop all (threshold 2**32)."""
+    words[:] = 0 if cut == DROP_ALL else 0xFFFFFFFF
+    if cut != DROP_ALL and cells & 31:
+        words[-1] = (1 << (cells & 31)) - 1

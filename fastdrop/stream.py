@@ -1,0 +1,178 @@
+"""Random state: which (seed, offset) a mask is drawn from, and the generator that turns it into bits.
+
+This module owns the counter rule of the mask (docs/design.md, section 1): the mask word of index ``w`` is made of eight
+groups of four bit planes; group ``g`` is one Philox4x32-10 block under the key ``seed`` at the counter
+``(w low, w high | 1 << 27 | g << 29, offset low, offset high)``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import _checks
+
+__all__ = ["Stream", "keep_scale", "manual_seed", "philox4x32_10", "random_state", "threshold"]
+
+UInt32Array = NDArray[np.uint32]
+
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)  # key increments: golden ratio, sqrt(3) - 1
+MASK_DOMAIN = 1 << 27  # bits 27-28 of counter word 1: 1 = mask bits; 0 is left to torch and cuRAND
+GROUP_SHIFT = 29
+PLANES_PER_GROUP = 4
+GROUPS = 8
+DROP_ALL = 1 << 32  # the threshold of p = 1
+LOW = 0xFFFFFFFF
+
+
+def threshold(p: float) -> int:
+    """``round_half_even(p * 2**32)``: a cell is dropped when its 32-bit draw is below it.
+
+    >>> threshold(0.5) == 2**31, threshold(1e-10), threshold(1.0) == 2**32
+    (True, 0, True)
+    """
+    return round(p * 4294967296.0)  # the product is exact: only the exponent changes
+
+
+def keep_scale(threshold: int) -> float:
+    """``1 / (1 - threshold / 2**32)``: inverted dropout's multiplier, of the probability that is really used.
+
+    >>> keep_scale(2**31)
+    2.0
+    """
+    return 1.0 / (1.0 - threshold / 4294967296.0) if threshold < DROP_ALL else 0.0
+
+
+def philox4x32_10(
+    counter: tuple[Any, Any, Any, Any], key: tuple[int, int]
+) -> tuple[UInt32Array, UInt32Array, UInt32Array, UInt32Array]:
+    """Four words of Philox4x32-10 for each counter.
+
+    Parameters
+    ----------
+    counter : tuple of four uint32 scalars or arrays that broadcast together
+    key : tuple of two ints below 2**32
+
+    Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    >>> [hex(int(word)) for word in philox4x32_10((0, 0, 0, 0), (0, 0))]
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    c0, c1, c2, c3 = (np.asarray(c).astype(np.uint64) for c in np.broadcast_arrays(*counter))
+    k0, k1 = key
+    low, shift = np.uint64(LOW), np.uint64(32)
+    for _ in range(ROUNDS):
+        p0, p1 = np.uint64(MULTIPLIERS[0]) * c0, np.uint64(MULTIPLIERS[1]) * c2
+        c0, c1 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low
+        c2, c3 = (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
+        k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
+    return c0.astype(np.uint32), c1.astype(np.uint32), c2.astype(np.uint32), c3.astype(np.uint32)
+
+
+class Stream:
+    """A seed and a running offset: each draw takes the next offset, so no two draws of a stream share a bit.
+
+    Parameters
+    ----------
+    seed, offset : int
+        From 0 to 2**64 - 1. The offset wraps.
+
+    Taking is thread-safe. Streams compare by value and pickle; a copy goes on from where the original stands.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> s = fd.Stream(7)
+    >>> first, second = fd.draw_mask(1000, 0.5, rng=s), fd.draw_mask(1000, 0.5, rng=s)
+    >>> first == second, s
+    (False, Stream(seed=7, offset=2))
+    >>> first == fd.draw_mask(1000, 0.5, rng=fd.Stream(7))
+    True
+    """
+
+    __slots__ = ("_lock", "_offset", "_seed")
+
+    def __init__(self, seed: int, offset: int = 0) -> None:
+        self._seed = _checks.uint64("seed", seed)
+        self._offset = _checks.uint64("offset", offset)
+        self._lock = threading.Lock()
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    @property
+    def offset(self) -> int:
+        """The offset that the next draw will take."""
+        return self._offset
+
+    def take(self) -> tuple[int, int]:
+        """``(seed, offset)`` for one draw; the offset is then used up."""
+        with self._lock:
+            offset = self._offset
+            self._offset = offset + 1 if offset < _checks.UINT64_END - 1 else 0
+        return self._seed, offset
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Stream):
+            return NotImplemented
+        return (self._seed, self._offset) == (other._seed, other._offset)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[Stream], tuple[int, int]]:
+        return Stream, (self._seed, self._offset)
+
+    def __repr__(self) -> str:
+        return f"Stream(seed={self._seed}, offset={self._offset})"
+
+
+def _entropy() -> int:
+    return int.from_bytes(os.urandom(8), "little")
+
+
+_default = Stream(_entropy())
+_seeded_by_user = False
+
+
+def random_state(rng: Any) -> tuple[int, int]:
+    """(seed, offset) for one draw, from any of the forms that ``rng`` may have; None is the process-wide stream."""
+    if rng is None:
+        return _default.take()
+    if isinstance(rng, Stream):
+        return rng.take()
+    if isinstance(rng, np.random.Generator):
+        return int(rng.integers(0, _checks.UINT64_END, dtype=np.uint64)), 0
+    if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
+        return _checks.uint64("rng, as a seed,", rng), 0
+    raise _checks.no_random_state(rng)
+
+
+def manual_seed(seed: int) -> Stream:
+    """Restarts the process-wide stream at ``seed`` and returns it.
+
+    A forked child goes on with its parent's seeded stream, as with `numpy.random.seed`; left unseeded, a child gets a seed
+    of its own.
+
+    >>> import fastdrop as fd
+    >>> fd.manual_seed(0)
+    Stream(seed=0, offset=0)
+    """
+    global _default, _seeded_by_user
+    _default = Stream(seed)
+    _seeded_by_user = True
+    return _default
+
+
+def _after_fork_in_child() -> None:
+    """The parent may have forked while one of its threads held the lock: the child's stream needs a new one."""
+    global _default
+    _default = Stream(_default.seed, _default.offset) if _seeded_by_user else Stream(_entropy())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
