@@ -1,4 +1,5 @@
-/* CPU probe, the active table, the public entry points. Everything a call needs to know about the CPU is decided here. */
+/* CPU probe, the active table, the public entry points. Everything a call needs to know about the CPU is decided here.
+ */
 #include "kernels.h"
 #include "philox.h"
 

@@ -1,7 +1,7 @@
 /* The C ABI of fastdrop: three primitives, a thread count and an instruction set.
  *
- * Every primitive is one row of ops.def. From that row come the struct that carries its arguments to the worker threads,
- * the public prototype fd_<name>, its slot in the kernel tables and its cffi declaration.
+ * Every primitive is one row of ops.def. From that row come the struct that carries its arguments to the worker
+ * threads, the public prototype fd_<name>, its slot in the kernel tables and its cffi declaration.
  *
  * Contract of every entry point: it returns FD_OK or a negative code, allocates nothing the caller sees, never aborts,
  * reads and writes nothing when it returns an error. Any alignment is legal. x may equal y; other overlaps are the

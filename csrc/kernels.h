@@ -13,7 +13,8 @@
 #include "ops.def"
 #undef FD_OP
 
-/* A kernel does cells begin .. end-1 of its call; both are multiples of FD_BLOCK_CELLS except at the ends of the whole. */
+/* A kernel does cells begin .. end-1 of its call; both are multiples of FD_BLOCK_CELLS except at the ends of the whole.
+ */
 typedef void (*fd_kernel)(const void *args, uint64_t begin, uint64_t end);
 
 typedef struct {

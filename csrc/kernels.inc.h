@@ -2,16 +2,16 @@
  *
  * How the draw works. A vector holds LANES mask words; one Philox group gives each of them four bit planes, most
  * significant first. All words of a mask share key and offset, and a word's groups differ in one counter word only, so
- * the first three rounds are mostly common: counter_of() does that part once per word, state_of() what is left of it per
- * group, and seven full rounds remain of ten.
+ * the first three rounds are mostly common: counter_of() does that part once per word, state_of() what is left of it
+ * per group, and seven full rounds remain of ten.
  *
  * Planes are compared with the threshold's, least significant first, one instruction each for "keep" and for "equal".
  * After two groups (8 planes) one cell in 256 is undecided, which still hits nearly every block of 512. So undecided
  * words are set aside, gathered over a chunk, and only then given more groups, a full vector at a time: 2.2 groups per
  * block where deciding each block to its end takes 3.1.
  *
- * How memory is handled. dropout_forward draws a chunk ahead: while block b of this chunk is applied, block b of the next
- * is drawn, so that the multiplications of Philox fill the time in which data is in flight; the data itself is
+ * How memory is handled. dropout_forward draws a chunk ahead: while block b of this chunk is applied, block b of the
+ * next is drawn, so that the multiplications of Philox fill the time in which data is in flight; the data itself is
  * prefetched PREFETCH_BYTES ahead. Bits live in a small local buffer with slack behind it; user memory is never read or
  * written beyond its end.
  */
@@ -21,16 +21,18 @@
 
 #define INLINE static inline __attribute__((always_inline))
 
-#ifndef FD_CHUNK_BLOCKS
-#define FD_CHUNK_BLOCKS 16
-#endif
 enum {
-    CHUNK_CELLS = FD_CHUNK_BLOCKS * FD_BLOCK_CELLS,
-    CHUNK_WORDS = (FD_CHUNK_BLOCKS + 1) * FD_BLOCK_WORDS, /* a chunk may begin inside a block */
+    CHUNK_BLOCKS = 16,
+    CHUNK_CELLS = CHUNK_BLOCKS * FD_BLOCK_CELLS,
+    CHUNK_WORDS = (CHUNK_BLOCKS + 1) * FD_BLOCK_WORDS, /* a chunk may begin inside a block */
+    SLACK_WORDS = 4,                                   /* behind buffers: bits are fetched eight bytes at a time */
     LINE_BYTES = 64,
-    PREFETCH_BYTES = 8192, /* data ahead of the one applied; measured, flat from 4 to 16 KiB */
-    RUN = 32 /* cells per step of the apply loop */
+    PREFETCH_BYTES = 8192, /* how far ahead of the data applied; measured, flat from 4 to 16 KiB */
+    RUN = 32               /* cells per step of the apply loop */
 };
+
+INLINE uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
+INLINE uint64_t blocks_for(uint64_t cells) { return (cells + FD_BLOCK_CELLS - 1) / FD_BLOCK_CELLS; }
 
 /* ---- draw ---- */
 
@@ -47,18 +49,20 @@ typedef struct {
     uint32_t round1_c2, round2_c0, high, group_round2_c2[GROUPS], group_round3_c2[GROUPS];
 } draw_t;
 
+/* What rounds 1 to 3 make of the word indices, whatever the group. */
 typedef struct {
     product_t p0, p1, p2;
 } counter_t;
-/* Bits of blocks block .. of the grid, and the words among them that are still undecided. */
+
+/* Bits of a run of blocks, and which of their words are still undecided. */
 typedef struct {
-    uint32_t words[CHUNK_WORDS + 4]; /* slack: mask bits are fetched eight bytes at a time */
-    uint64_t first_word;             /* of words[0] */
-    unsigned pending;
-    counter_t ahead[FD_BLOCK_WORDS / LANES];
+    uint32_t words[CHUNK_WORDS + SLACK_WORDS];
+    uint64_t first_word; /* index of words[0] in the mask */
+    counter_t
+        counters[FD_BLOCK_WORDS / LANES]; /* of the block to be drawn next: begun early, they hide their latency */
+    unsigned pending;                     /* undecided words: where in words they are, and which of their bits */
     uint32_t slot[CHUNK_WORDS + LANES], undecided[CHUNK_WORDS + LANES];
 } chunk_t;
-
 
 typedef struct {
     wide_t c0, c1, c2, c3;
@@ -128,8 +132,8 @@ INLINE void philox_planes(const draw_t *d, const state_t *s, words_t plane[PLANE
     plane[3] = words_low(p0);
 }
 
-/* Compares draws with the threshold in groups group .. group+groups-1, the first `planes` planes of each: constants where
- * called. *keep: cells not below the threshold there; *equal: cells undecided. */
+/* Compares draws with the threshold in groups group .. group+groups-1, the first `planes` planes of each: constants
+ * where called. *keep: cells not below the threshold there; *equal: cells undecided. */
 INLINE void draw_groups(const draw_t *d, counter_t counter, int group, const int groups, const int planes,
                         words_t *keep, words_t *equal) {
     state_t s[2];
@@ -182,16 +186,18 @@ static void draw_pending(const draw_t *d, chunk_t *chunk) {
     chunk->pending = 0;
 }
 
-INLINE counter_t counter_of(const draw_t *d, words_t w);
-static inline void chunk_open(const draw_t*d, chunk_t *chunk, uint64_t first_block) {
- for(unsigned v=0;v<FD_BLOCK_WORDS;v+=LANES) chunk->ahead[v/LANES]=counter_of(d,words_count_from((uint32_t)(first_block*FD_BLOCK_WORDS)+v));
-
-    chunk->first_word = first_block * FD_BLOCK_WORDS;
-    chunk->pending = 0;
+INLINE counter_t block_counter(const draw_t *d, uint64_t first_word, unsigned v) {
+    return counter_of(d, words_count_from((uint32_t)first_word + v * LANES));
 }
 
-/* First look at block b of the chunk. Blocks never straddle a multiple of 2^32 words, so a vector of them shares the
- * upper half of its index. */
+static inline void chunk_open(const draw_t *d, chunk_t *chunk, uint64_t first_block) {
+    chunk->first_word = first_block * FD_BLOCK_WORDS;
+    chunk->pending = 0;
+    for (unsigned v = 0; v < FD_BLOCK_WORDS / LANES; v++) chunk->counters[v] = block_counter(d, chunk->first_word, v);
+}
+
+/* First look at block b of the chunk; blocks come in order. They never straddle a multiple of 2^32 words, so the words
+ * of one share the upper half of their index. */
 INLINE void draw_block(draw_t *d, chunk_t *chunk, unsigned b) {
     uint64_t word = chunk->first_word + (uint64_t)b * FD_BLOCK_WORDS;
     uint32_t high = (uint32_t)(word >> 32);
@@ -199,18 +205,17 @@ INLINE void draw_block(draw_t *d, chunk_t *chunk, unsigned b) {
         draw_pending(d, chunk);
         draw_set_high(d, high);
     }
-    for (unsigned v = 0; v < FD_BLOCK_WORDS; v += LANES) {
-        uint32_t slot = b * FD_BLOCK_WORDS + v;
+    for (unsigned v = 0; v < FD_BLOCK_WORDS / LANES; v++) {
+        uint32_t slot = b * FD_BLOCK_WORDS + v * LANES;
         words_t keep, equal;
-        counter_t w = chunk->ahead[v/LANES];
-        chunk->ahead[v/LANES] = counter_of(d, words_count_from((uint32_t)word + FD_BLOCK_WORDS + v));
-
+        counter_t counter = chunk->counters[v];
+        chunk->counters[v] = block_counter(d, word + FD_BLOCK_WORDS, v);
         switch (d->look) {
-        case ONE_PLANE: draw_groups(d, w, 0, 1, 1, &keep, &equal); break;
-        case ONE_GROUP: draw_groups(d, w, 0, 1, PLANES_PER_GROUP, &keep, &equal); break;
-        case TWO_GROUPS: draw_groups(d, w, 0, 2, PLANES_PER_GROUP, &keep, &equal); break;
+        case ONE_PLANE: draw_groups(d, counter, 0, 1, 1, &keep, &equal); break;
+        case ONE_GROUP: draw_groups(d, counter, 0, 1, PLANES_PER_GROUP, &keep, &equal); break;
+        case TWO_GROUPS: draw_groups(d, counter, 0, 2, PLANES_PER_GROUP, &keep, &equal); break;
         default:
-            draw_groups(d, w, 0, 2, PLANES_PER_GROUP, &keep, &equal);
+            draw_groups(d, counter, 0, 2, PLANES_PER_GROUP, &keep, &equal);
             chunk->pending += words_compact(words_count_from(slot), equal, chunk->slot + chunk->pending,
                                             chunk->undecided + chunk->pending);
         }
@@ -224,10 +229,10 @@ static void draw_bits(const void *arguments, uint64_t begin, uint64_t end) {
     chunk_t chunk;
     draw_prepare(&d, args->seed, args->offset, args->threshold, args->first + (begin - args->position));
     for (uint64_t at = begin, step; at < end; at += step) {
-        step = end - at < CHUNK_CELLS ? end - at : CHUNK_CELLS;
+        step = min_u64(end - at, CHUNK_CELLS);
         uint64_t cell = args->first + (at - args->position);
         unsigned lead = (unsigned)(cell % FD_BLOCK_CELLS);
-        chunk_open(&d,&chunk, cell / FD_BLOCK_CELLS);
+        chunk_open(&d, &chunk, cell / FD_BLOCK_CELLS);
         for (unsigned b = 0; b * FD_BLOCK_CELLS < lead + step; b++) draw_block(&d, &chunk, b);
         draw_pending(&d, &chunk);
         copy_bits(args->words, at, chunk.words, lead, step);
@@ -244,10 +249,10 @@ INLINE void prefetch(const void *p, const int once) {
         __builtin_prefetch(p, 0, 3);
 }
 
-/* copy_bits for whole chunks of a mask that is written around the cache: ordinary stores between streaming ones cost the
- * memory system several times their share. */
-INLINE void stream_words(uint32_t *to, uint64_t to_position, const uint32_t *from, uint64_t from_position, uint64_t n,
-                         int stream) {
+/* copy_bits for whole chunks of a mask that is written around the cache: ordinary stores between streaming ones cost
+ * the memory system several times their share. */
+INLINE void store_bits(uint32_t *to, uint64_t to_position, const uint32_t *from, uint64_t from_position, uint64_t n,
+                       int stream) {
     uint32_t *line = to + to_position / 32;
     if (!stream || n != CHUNK_CELLS || from_position || to_position % 32 || (uintptr_t)line % LINE_BYTES) {
         copy_bits(to, to_position, from, from_position, n);
@@ -256,8 +261,8 @@ INLINE void stream_words(uint32_t *to, uint64_t to_position, const uint32_t *fro
     for (unsigned w = 0; w < CHUNK_CELLS / 32; w += LANES) words_stream(line + w, words_load(from + w));
 }
 
-/* The RUN bits from a position on; the buffer has eight bytes of slack. bytewise: the position is known to be a multiple
- * of 8, and the load can broadcast straight from memory. */
+/* The RUN bits from a position on; the buffer has eight bytes of slack. bytewise: the position is known to be a
+ * multiple of 8, and the load can broadcast straight from memory. */
 INLINE uint32_t bits_at(const uint32_t *bits, uint64_t position, const int bytewise) {
     const unsigned char *at = (const unsigned char *)bits + (position >> 3);
     uint64_t pair;
@@ -298,132 +303,24 @@ static void gather_bits(uint32_t *to, const masked_affine_args *args, uint64_t a
     }
 }
 
-/* Elements from x until y reaches a cache line; 0 where it never does. */
-#define ELEMENTS_TO_LINE(y)                                                                                            \
-    ((uintptr_t)(y) % sizeof *(y) ? 0 : (unsigned)(-(uintptr_t)(y) % LINE_BYTES / sizeof *(y)))
+/* The next chunk's mask words, so that gathering them does not wait. */
+INLINE void prefetch_words(const masked_affine_args *args, uint64_t at, int stream) {
+    const char *next = (const char *)args->words + (args->position + at) / 8;
+    if (args->repeat == 1)
+        for (unsigned byte = 0; byte < CHUNK_CELLS / 8; byte += LINE_BYTES) prefetch(next + byte, stream);
+}
 
-/* D is a dtype of the vocabulary. plain: b = c = 0, select a x or +0 (adding b = 0 would turn -0 into +0). */
-#define DEFINE_APPLY(D)                                                                                                \
-    typedef struct {                                                                                                   \
-        D##_v a, b, c;                                                                                                 \
-        int plain, stream;                                                                                             \
-    } D##_affine_t;                                                                                                    \
-                                                                                                                       \
-    INLINE D##_v D##_one(const D##_affine_t *f, uint32_t run, int k, D##_v x, const int plain) {                             \
-        D##_keep keep = D##_mask(run, k);\
- return plain ? D##_scale(keep, x, f->a) : D##_affine(keep, x, f->a, f->b, f->c);           \
-    }                                                                                                                  \
-                                                                                                                       \
-    /* Fewer than a vector, through a local copy. */                                                                   \
-    INLINE void D##_part(const D##_t *x, D##_t *y, const uint32_t *bits, uint64_t position, unsigned n,                \
-                         const D##_affine_t *f, const int plain) {                                                     \
-        D##_t part[D##_lanes] = {0};                                                                                   \
-        memcpy(part, x, n * sizeof *x);                                                                                \
-        D##_store(part, D##_one(f, bits_at(bits, position, 0), 0, D##_load(part), plain));                                   \
-        memcpy(y, part, n * sizeof *y);                                                                                \
-    }                                                                                                                  \
-                                                                                                                       \
-    INLINE void D##_apply_as(const D##_t *x, D##_t *y, const uint32_t *bits, uint64_t position, uint64_t n,            \
-                             const D##_affine_t *f, const int plain, const int stream, const int bytewise) { \
-        uint64_t i = 0;                                                                                                \
-        for (unsigned step; stream && i < n && (step = ELEMENTS_TO_LINE(y + i)); i += step) {                          \
-            if (step > D##_lanes) step = D##_lanes;                                                                    \
-            if (step > n - i) step = (unsigned)(n - i);                                                                \
-            D##_part(x + i, y + i, bits, position + i, step, f, plain);                                                \
-        }                                                                                                              \
-        for (; i + RUN <= n; i += RUN) {                                                                               \
-            uint32_t run = bits_at(bits, position + i, bytewise);                                                                \
-            for (unsigned byte = 0; byte < RUN * sizeof *x; byte += LINE_BYTES)                                        \
-                prefetch((const char *)(x + i) + PREFETCH_BYTES + byte, stream);                                       \
-            _Pragma("GCC unroll 4") for (unsigned k = 0; k < RUN; k += D##_lanes) {                                                            \
-                D##_v v = D##_one(f, run, (int)k, D##_load(x + i + k), plain);                                            \
-                if (stream)                                                                                            \
-                    D##_stream(y + i + k, v);                                                                          \
-                else                                                                                                   \
-                    D##_store(y + i + k, v);                                                                           \
-            }                                                                                                          \
-        }                                                                                                              \
-        for (unsigned step; i < n; i += step) {                                                                        \
-            step = n - i < D##_lanes ? (unsigned)(n - i) : (unsigned)D##_lanes;                                        \
-            D##_part(x + i, y + i, bits, position + i, step, f, plain);                                                \
-        }                                                                                                              \
-    }                                                                                                                  \
-                                                                                                                       \
-    INLINE void D##_apply(const D##_t *x, D##_t *y, const uint32_t *bits, uint64_t position, uint64_t n,               \
-                          const D##_affine_t *f) {                                                                     \
-        unsigned seam = f->stream ? ELEMENTS_TO_LINE(y) : 0; /* where whole runs begin */                              \
-        int bytewise = (position + seam) % 8 == 0;                                                                     \
-        if (f->plain && f->stream && bytewise)                                                                         \
-            D##_apply_as(x, y, bits, position, n, f, 1, 1, 1);                                                         \
-        else if (f->plain && f->stream)                                                                                \
-            D##_apply_as(x, y, bits, position, n, f, 1, 1, 0);                                                         \
-        else if (f->plain && bytewise)                                                                                 \
-            D##_apply_as(x, y, bits, position, n, f, 1, 0, 1);                                                         \
-        else if (f->plain)                                                                                             \
-            D##_apply_as(x, y, bits, position, n, f, 1, 0, 0);                                                         \
-        else                                                                                                           \
-            D##_apply_as(x, y, bits, position, n, f, 0, 0, 0);                                                         \
-    }                                                                                                                  \
-                                                                                                                       \
-    static D##_affine_t D##_affine_of(double a, double b, double c, int stream, const void *y) {                       \
-        D##_affine_t f = {D##_set1(a), D##_set1(b), D##_set1(c), b == 0 && c == 0, stream};                            \
-        if ((uintptr_t)y % sizeof(D##_t)) f.stream = 0;                                                                \
-        return f;                                                                                                      \
-    }                                                                                                                  \
-                                                                                                                       \
-    static void D##_masked_affine(const masked_affine_args *args, uint64_t begin, uint64_t end) {                      \
-        const D##_t *x = args->x;                                                                                      \
-        D##_t *y = args->y;                                                                                            \
-        D##_affine_t f = D##_affine_of(args->a, args->b, args->c, args->stream, y);                                    \
-        uint32_t bits[CHUNK_CELLS / 32 + 4];                                                                           \
-        for (uint64_t at = begin, step; at < end; at += step) {                                                        \
-            step = end - at < CHUNK_CELLS ? end - at : CHUNK_CELLS;                                                    \
-            gather_bits(bits, args, at, step);                                                                         \
-            if (args->repeat == 1)                                                                                     \
-                for (unsigned ahead = 0; ahead < CHUNK_CELLS / 8; ahead += LINE_BYTES)                                 \
-                    prefetch((const char *)args->words + (args->position + at + step) / 8 + ahead, f.stream);          \
-            D##_apply(x + at, y + at, bits, 0, step, &f);                                                              \
-        }                                                                                                              \
-        if (f.stream) stream_fence();                                                                                  \
-    }                                                                                                                  \
-                                                                                                                       \
-    static void D##_dropout_forward(const dropout_forward_args *args, uint64_t begin, uint64_t end) {                  \
-        const D##_t *x = args->x;                                                                                      \
-        D##_t *y = args->y;                                                                                            \
-        D##_affine_t f = D##_affine_of(args->a, args->b, args->c, args->stream, y);                                    \
-        draw_t d;                                                                                                      \
-        chunk_t chunks[2], *now = chunks, *next = chunks + 1, *swap;                                                   \
-        draw_prepare(&d, args->seed, args->offset, args->threshold, args->first + begin);                                               \
-        uint64_t lead = (args->first + begin) % FD_BLOCK_CELLS, block = (args->first + begin) / FD_BLOCK_CELLS;        \
-        uint64_t n = 0, drawn = end - begin < CHUNK_CELLS ? end - begin : CHUNK_CELLS; /* of this and the next chunk */ \
-        /* The pass over the first chunk only draws, the pass after the last only applies. */                          \
-        for (uint64_t at = begin; n || drawn; at += n, n = drawn, drawn = end - at - n < CHUNK_CELLS ? end - at - n : CHUNK_CELLS) { \
-            unsigned apply_blocks = (unsigned)((n + FD_BLOCK_CELLS - 1) / FD_BLOCK_CELLS);                             \
-            unsigned draw_blocks = drawn ? (unsigned)((lead + drawn + FD_BLOCK_CELLS - 1) / FD_BLOCK_CELLS) : 0;       \
-            unsigned shift = f.stream ? ELEMENTS_TO_LINE(y + at) : 0; /* so that all seams but the chunk's lie on lines */ \
-            uint64_t from = 0;                                                                                         \
-            chunk_open(&d,next, block);                                                                                   \
-            for (unsigned b = 0; b < apply_blocks || b < draw_blocks; b++) {                                           \
-                if (b < draw_blocks) draw_block(&d, next, b);                                                          \
-                if (b < apply_blocks) {                                                                                \
-                    uint64_t to = (uint64_t)(b + 1) * FD_BLOCK_CELLS + shift;                                          \
-                    if (to > n || b + 1 == apply_blocks) to = n;                                                       \
-                    D##_apply(x + at + from, y + at + from, now->words, lead + from, to - from, &f);                   \
-                    from = to;                                                                                         \
-                }                                                                                                      \
-            }                                                                                                          \
-            draw_pending(&d, next);                                                                                    \
-            if (args->words) stream_words(args->words, at, now->words, lead, n, f.stream);                                         \
-            block += FD_CHUNK_BLOCKS;                                                                                  \
-            swap = now, now = next, next = swap;                                                                       \
-        }                                                                                                              \
-        if (f.stream) stream_fence();                                                                                  \
-    }
+/* Elements until y reaches a cache line; 0 where it never does. */
+#define ELEMENTS_TO_LINE(y) ((uintptr_t)(y) % sizeof *(y) ? 0 : (unsigned)(-(uintptr_t)(y) % LINE_BYTES / sizeof *(y)))
 
-DEFINE_APPLY(f32)
-DEFINE_APPLY(f64)
-DEFINE_APPLY(f16)
-DEFINE_APPLY(bf16)
+#define DTYPE f32
+#include "apply.inc.h"
+#define DTYPE f64
+#include "apply.inc.h"
+#define DTYPE f16
+#include "apply.inc.h"
+#define DTYPE bf16
+#include "apply.inc.h"
 
 #define DEFINE_BY_DTYPE(op)                                                                                            \
     static void op(const void *arguments, uint64_t begin, uint64_t end) {                                              \

@@ -1,6 +1,6 @@
 /* Lane vocabulary: AVX2, FMA, F16C. 8 words, 8 floats; words are carried through Philox as even and odd halves, as
- * simd_avx512.h explains. There are no lane masks here: a mask bit becomes a full lane by a compare, and selecting is an
- * AND, which gives the +0 that a dropped element must be, whatever the data. */
+ * simd_avx512.h explains. There are no lane masks here: a mask bit becomes a full lane by a compare, and selecting is
+ * an AND, which gives the +0 that a dropped element must be, whatever the data. */
 #ifndef FASTDROP_SIMD_AVX2_H
 #define FASTDROP_SIMD_AVX2_H
 
@@ -72,9 +72,7 @@ static inline words_t words_of(wide_t v) {
     return _mm256_blend_epi32(v.even, _mm256_shuffle_epi32(v.odd, LOW_TO_HIGH), ODD_LANES);
 }
 static inline words_t words_low(product_t p) { return words_of(p); }
-static inline words_t words_high(product_t p) {
-    return _mm256_blend_epi32(high_halves(p.even), p.odd, ODD_LANES);
-}
+static inline words_t words_high(product_t p) { return _mm256_blend_epi32(high_halves(p.even), p.odd, ODD_LANES); }
 
 typedef float f32_t;
 typedef __m256 f32_v;

@@ -68,9 +68,7 @@ static inline product_t wide_mul(wide_t a, uint32_t b) {
 }
 static inline wide_t wide_low(product_t p) { return p; }
 static inline wide_t wide_high(product_t p) { return (wide_t){high_halves(p.even), high_halves(p.odd)}; }
-static inline words_t words_of(wide_t v) {
-    return _mm512_mask_shuffle_epi32(v.even, 0xAAAA, v.odd, _MM_PERM_CCAA);
-}
+static inline words_t words_of(wide_t v) { return _mm512_mask_shuffle_epi32(v.even, 0xAAAA, v.odd, _MM_PERM_CCAA); }
 static inline words_t words_low(product_t p) { return words_of(p); }
 static inline words_t words_high(product_t p) {
     return _mm512_mask_shuffle_epi32(p.odd, 0x5555, p.even, _MM_PERM_DDBB);
@@ -84,8 +82,8 @@ static inline f32_v f32_load(const f32_t *p) { return _mm512_loadu_ps(p); }
 static inline void f32_store(f32_t *p, f32_v v) { _mm512_storeu_ps(p, v); }
 static inline void f32_stream(f32_t *p, f32_v v) { _mm512_stream_ps(p, v); }
 static inline f32_v f32_set1(double v) { return _mm512_set1_ps((float)v); }
-/* Bits k .. k+15 of a run as a lane mask: a test against one bit per lane costs one instruction, where moving the bits to
- * a mask register costs two and waits on a crossing between register files. */
+/* Bits k .. k+15 of a run as a lane mask: a test against one bit per lane costs one instruction, where moving the bits
+ * to a mask register costs two and waits on a crossing between register files. */
 static inline f32_keep f32_mask(uint32_t run, int k) {
     const __m512i lane = _mm512_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768);
     return _mm512_test_epi32_mask(words_set1(run), _mm512_slli_epi32(lane, (unsigned)k));

@@ -26,8 +26,8 @@ static inline void words_stream(uint32_t *p, words_t v) { *p = v; }
 static inline words_t words_add(words_t a, words_t b) { return a + b; }
 static inline words_t words_xor3(words_t a, words_t b, words_t c) { return a ^ b ^ c; }
 static inline words_t words_and(words_t a, words_t b) { return a & b; }
-/* One plane r of the draw against plane t (0 or ~0) of the threshold, least significant plane first. Kept so far: draw not
- * below threshold. */
+/* One plane r of the draw against plane t (0 or ~0) of the threshold, least significant plane first. Kept so far: draw
+ * not below threshold. */
 static inline words_t words_keep(words_t keep, words_t r, uint32_t t) { return t ? keep & r : keep | r; }
 /* Cells whose planes all equalled the threshold's. */
 static inline words_t words_equal(words_t equal, words_t r, uint32_t t) { return equal & ~(r ^ t); }

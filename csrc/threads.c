@@ -2,12 +2,12 @@
  *
  * Not OpenMP: a child forked after libgomp ran hangs in its first parallel region, and its threads take milliseconds to
  * wake after an idle spell. Here the caller works too and waits only for those who joined in, and a forked child starts
- * with an empty pool. Two callers at once: the second finds the pool busy and does its work alone, which costs less than
- * waiting.
+ * with an empty pool. Two callers at once: the second finds the pool busy and does its work alone, which costs less
+ * than waiting.
  *
- * A worker out of work looks for more for SPIN_NANOSECONDS, yielding its core at every look to whoever wants it, and then
- * sleeps on a condition variable: forward and backward of neighbouring layers find it awake (1 us instead of 30 to 50),
- * other libraries' threads and an idle process do not notice it.
+ * A worker out of work looks for more for SPIN_NANOSECONDS, yielding its core at every look to whoever wants it, and
+ * then sleeps on a condition variable: forward and backward of neighbouring layers find it awake (1 us instead of 30 to
+ * 50), other libraries' threads and an idle process do not notice it.
  *
  * Ranges are handed out a grain at a time, so that a thread the system has put aside holds up no more than one grain.
  */
@@ -38,10 +38,10 @@ typedef struct {
 static pthread_mutex_t busy = PTHREAD_MUTEX_INITIALIZER, lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
 static job_t *job;
-static int seats;                /* workers the job still admits */
-static int workers;              /* threads started */
-static atomic_uint generation;   /* of the job, so that a worker joins each one once */
-static atomic_int working;       /* workers inside the job */
+static int seats;              /* workers the job still admits */
+static int workers;            /* threads started */
+static atomic_uint generation; /* of the job, so that a worker joins each one once */
+static atomic_int working;     /* workers inside the job */
 
 static atomic_int wanted; /* threads asked for; 0: not set yet */
 
@@ -64,8 +64,8 @@ static void work(job_t *j) {
         do {
             if (begin >= j->end) return;
             end = j->end - begin > j->grain ? begin + j->grain - begin % j->grain : j->end;
-        } while (!atomic_compare_exchange_weak_explicit(&j->next, &begin, end, memory_order_relaxed,
-                                                        memory_order_relaxed));
+        } while (
+            !atomic_compare_exchange_weak_explicit(&j->next, &begin, end, memory_order_relaxed, memory_order_relaxed));
         j->kernel(j->args, begin, end);
     }
 }
@@ -76,7 +76,8 @@ static void *worker(void *unused) {
     (void)unused;
     for (;;) {
         int64_t idle_since = now();
-        if (spin) while (atomic_load(&generation) == seen && now() - idle_since < SPIN_NANOSECONDS) relax();
+        if (spin)
+            while (atomic_load(&generation) == seen && now() - idle_since < SPIN_NANOSECONDS) relax();
         pthread_mutex_lock(&lock);
         while (seats == 0 || atomic_load(&generation) == seen) {
             seen = atomic_load(&generation); /* no seat left in that one */

@@ -1,2 +1,532 @@
-def unavailable(): return "not written"
-def set_num_threads(n): pass
+"""The Numba CPU backend: the C kernels' scheme as loops that LLVM vectorises, on any CPU Numba runs on.
+
+Blocks of 16 words are drawn two groups at a time; the few words then undecided are gathered over a chunk and given more
+groups together, as in csrc/kernels.inc.h. A block's data is prefetched while its bits are drawn. float32 and float64 are
+applied 32 elements at a time by an intrinsic that hands LLVM whole vectors, since streaming stores are not vectorised
+otherwise.
+
+Kernels release the GIL and run over ranges, which a small pool of Python threads shares: Numba's own parallel layers hang
+or abort in forked children or under concurrent callers. Compiled code is cached on disk.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._checks import BFLOAT16, FLOAT16
+from ..stream import GROUP_SHIFT, GROUPS, LOW, MASK_DOMAIN, PLANES_PER_GROUP
+
+try:
+    import numba
+    from llvmlite import ir
+    from numba import types
+    from numba.core.extending import intrinsic
+
+    from ._scalars import coefficient, decide_group, narrow, philox4x32_10, widen
+except ImportError as error:
+    numba = None
+    _import_error = str(error)
+
+Array = NDArray[Any]
+Words = NDArray[np.uint32]
+
+BLOCK_WORDS = 16
+BLOCK_CELLS = 512
+CHUNK_BLOCKS = 32
+CHUNK_WORDS = CHUNK_BLOCKS * BLOCK_WORDS
+CHUNK_CELLS = CHUNK_BLOCKS * BLOCK_CELLS
+LINE_BYTES = 64
+PREFETCH_BYTES = 8192
+STREAM_BYTES = 16 << 20  # as in csrc/dispatch.c
+GRAIN_CELLS = 128 * BLOCK_CELLS
+
+_num_threads = 1
+_pool: ThreadPoolExecutor | None = None
+_pool_lock = threading.Lock()
+
+
+def unavailable() -> str | None:
+    if numba is None:
+        return f"numba is not installed ({_import_error}): pip install 'fastdrop[numba]'"
+    return None
+
+
+def describe() -> str:
+    return f"Numba {numba.__version__}"
+
+
+def set_num_threads(n: int) -> None:
+    global _num_threads
+    _num_threads = n
+
+
+def draw_bits(words: Words, position: int, first: int, n: int, seed: int, offset: int, threshold: int) -> None:
+    state = _state(seed, offset, threshold)
+    _over_ranges(lambda begin, end: _draw_bits(words, position, first, begin, end, *state), n, position)
+
+
+def dropout_forward(
+    dtype: int,
+    x: Array,
+    y: Array,
+    words: Words | None,
+    first: int,
+    n: int,
+    seed: int,
+    offset: int,
+    threshold: int,
+    a: float,
+    b: float,
+    c: float,
+) -> None:
+    source, target = _typed(dtype, x), _typed(dtype, y)
+    state = _state(seed, offset, threshold)
+    bits, keeps = (_NO_WORDS, False) if words is None else (words, True)
+    stream = _streams(target)
+    kernel = _forward_plain if b == 0 and c == 0 else _forward_affine
+    _over_ranges(
+        lambda begin, end: kernel(source, target, bits, keeps, first, begin, end, *state, a, b, c, stream), n
+    )
+
+
+def masked_affine(
+    dtype: int,
+    x: Array,
+    y: Array,
+    words: Words,
+    position: int,
+    outer: int,
+    repeat: int,
+    inner: int,
+    a: float,
+    b: float,
+    c: float,
+) -> None:
+    source, target = _typed(dtype, x), _typed(dtype, y)
+    stream = _streams(target)
+    kernel = _masked_plain if b == 0 and c == 0 else _masked_affine
+    _over_ranges(
+        lambda begin, end: kernel(source, target, words, position, repeat, inner, begin, end, a, b, c, stream),
+        outer * repeat * inner,
+    )
+
+
+_NO_WORDS = np.zeros(0, np.uint32)
+
+
+def _typed(dtype: int, x: Array) -> Array:
+    """Flat, with 16-bit dtypes told apart by the integer type that holds their bits."""
+    flat = x if x.ndim == 1 else x.reshape(-1)
+    if dtype == FLOAT16:
+        return flat.view(np.int16)
+    return flat.view(np.uint16) if dtype == BFLOAT16 else flat
+
+
+def _streams(y: Array) -> bool:
+    return y.nbytes >= STREAM_BYTES and y.ctypes.data % LINE_BYTES == 0
+
+
+def _state(seed: int, offset: int, threshold: int) -> tuple[Any, ...]:
+    """What a draw needs, as typed scalars."""
+    u = np.uint64
+    return u(seed & LOW), u(seed >> 32), u(offset & LOW), u(offset >> 32), u(threshold)
+
+
+def _over_ranges(kernel: Callable[[int, int], None], n: int, lead: int = 0) -> None:
+    """kernel(begin, end) over 0 .. n, by several threads where that pays; seams lie where ``lead`` + cell is a multiple of
+    a block, so that no two threads share a word."""
+    parts = min(_num_threads, n // GRAIN_CELLS)
+    if parts <= 1:
+        kernel(0, n)
+        return
+    step = -(-n // parts // BLOCK_CELLS) * BLOCK_CELLS
+    seams = [0, *(i * step - lead % BLOCK_CELLS for i in range(1, parts)), n]
+    futures = [_workers().submit(kernel, *seam) for seam in zip(seams[1:-1], seams[2:], strict=True)]
+    kernel(seams[0], seams[1])
+    for future in futures:
+        future.result()
+
+
+def _workers() -> ThreadPoolExecutor:
+    global _pool
+    with _pool_lock:
+        if _pool is None:
+            _pool = ThreadPoolExecutor(256, thread_name_prefix="fastdrop")
+        return _pool
+
+
+def _forget_pool() -> None:
+    """The threads of a parent are not in its forked child."""
+    global _pool, _pool_lock
+    _pool, _pool_lock = None, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_pool)
+
+
+if numba is not None:
+    U = np.uint64
+    DOMAIN = U(MASK_DOMAIN)
+    GROUP_COUNT = GROUPS * PLANES_PER_GROUP  # index, past the planes, of the number of groups that can decide anything
+    kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
+    inner = numba.njit(forceinline=True, error_model="numpy")  # arrays as arguments cost more than the work of a block
+
+    def _one(builder: Any) -> Any:
+        return builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+
+    def _apply_run(stream: bool) -> Any:
+        """Intrinsic: 32 elements at address x, under the bits of a word, times a, to address y."""
+
+        @intrinsic
+        def apply_run(typingctx: Any, x: Any, y: Any, word: Any, a: Any) -> Any:
+            def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+                element = context.get_value_type(a)
+                vector = ir.VectorType(element, 32)
+                size = a.bitwidth // 8
+                lanes = ir.VectorType(ir.IntType(1), 32)
+                source = builder.inttoptr(args[0], ir.PointerType(vector))
+                target = builder.inttoptr(args[1], ir.PointerType(vector))
+                loaded = builder.load(source, align=size)
+                zeros = ir.Constant(ir.VectorType(ir.IntType(32), 32), [0] * 32)
+                single = builder.insert_element(ir.Constant(vector, ir.Undefined), args[3], ir.Constant(ir.IntType(32), 0))
+                scaled = builder.fmul(loaded, builder.shuffle_vector(single, single, zeros))
+                keep = builder.bitcast(args[2], lanes)
+                result = builder.select(keep, scaled, ir.Constant(vector, [0.0] * 32))
+                store = builder.store(result, target, align=LINE_BYTES if stream else size)
+                if stream:
+                    store.set_metadata("nontemporal", _one(builder))
+                return context.get_dummy_value()
+
+            return types.void(types.uintp, types.uintp, types.uint32, a), codegen
+
+        return apply_run
+
+    store_run, stream_run = _apply_run(False), _apply_run(True)
+
+    @intrinsic
+    def stream_line(typingctx: Any, to: Any, source: Any) -> Any:
+        """Copies 64 bytes to a line of memory, around the cache."""
+
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            line = ir.PointerType(ir.VectorType(ir.IntType(32), LINE_BYTES // 4))
+            store = builder.store(
+                builder.load(builder.inttoptr(args[1], line), align=4), builder.inttoptr(args[0], line), align=LINE_BYTES
+            )
+            store.set_metadata("nontemporal", _one(builder))
+            return context.get_dummy_value()
+
+        return types.void(types.uintp, types.uintp), codegen
+
+    @intrinsic
+    def prefetch(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            i32 = ir.IntType(32)
+            pointer = ir.PointerType(ir.IntType(8))
+            kind = ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32])
+            function = builder.module.declare_intrinsic("llvm.prefetch", [pointer], kind)
+            read, nearest, data = ir.Constant(i32, 0), ir.Constant(i32, 3), ir.Constant(i32, 1)
+            builder.call(function, [builder.inttoptr(args[0], pointer), read, nearest, data])
+            return context.get_dummy_value()
+
+        return types.void(types.uintp), codegen
+
+    @kernel
+    def _planes(threshold):  # type: ignore[no-untyped-def]
+        """The bits of the threshold, most significant first, each spread to a whole word; then the number of groups up to
+        its last 1: later ones decide nothing."""
+        planes = np.zeros(GROUP_COUNT + 1, np.uint64)
+        for k in range(32):
+            if (threshold >> U(31 - k)) & U(1):
+                planes[k] = ~U(0)
+                planes[GROUP_COUNT] = U(k // PLANES_PER_GROUP + 1)
+        return planes
+
+    @inner
+    def _look_1(keep, slot, word, k0, k1, o0, o1, planes):  # type: ignore[no-untyped-def]
+        """Words word .. word+15, written at slot, for a threshold that one group decides."""
+        t0, t1, t2, t3 = planes[0], planes[1], planes[2], planes[3]
+        c1 = (word >> U(32)) | DOMAIN
+        for i in range(BLOCK_WORDS):
+            r0, r1, r2, r3 = philox4x32_10(word + U(i), c1, o0, o1, k0, k1)
+            decided, _ = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
+            keep[slot + U(i)] = np.uint32(decided)
+
+    @inner
+    def _look_2(keep, undecided, slot, word, k0, k1, o0, o1, planes):  # type: ignore[no-untyped-def]
+        """The same after two groups; ``undecided`` takes what they leave open."""
+        t0, t1, t2, t3 = planes[0], planes[1], planes[2], planes[3]
+        t4, t5, t6, t7 = planes[4], planes[5], planes[6], planes[7]
+        c1 = (word >> U(32)) | DOMAIN
+        for i in range(BLOCK_WORDS):
+            w = word + U(i)
+            r0, r1, r2, r3 = philox4x32_10(w, c1, o0, o1, k0, k1)
+            r4, r5, r6, r7 = philox4x32_10(w, c1 | U(1 << GROUP_SHIFT), o0, o1, k0, k1)
+            keep_high, equal_high = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
+            keep_low, equal_low = decide_group(r4, r5, r6, r7, t4, t5, t6, t7)
+            keep[slot + U(i)] = np.uint32(keep_high & (keep_low | ~equal_high))
+            undecided[slot + U(i)] = np.uint32(equal_high & equal_low)
+
+    @kernel
+    def _look_on(result, bits, slots, base, pending, group, k0, k1, o0, o1, planes, left):  # type: ignore[no-untyped-def]
+        """One more group for the pending words, listed up to a multiple of 16 so that the loop has no tail: ``result``
+        takes the word to AND in, ``left`` the bits still undecided."""
+        g = U(PLANES_PER_GROUP) * group
+        t0, t1, t2, t3 = planes[g], planes[g + U(1)], planes[g + U(2)], planes[g + U(3)]
+        for block in range(U(0), pending, U(BLOCK_WORDS)):
+            for i in range(BLOCK_WORDS):
+                at = block + U(i)
+                w = base + U(slots[at])
+                c1 = (w >> U(32)) | DOMAIN | (group << U(GROUP_SHIFT))
+                r0, r1, r2, r3 = philox4x32_10(w, c1, o0, o1, k0, k1)
+                decided, equal = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
+                result[at] = np.uint32(decided | ~U(bits[at]))
+                left[at] = np.uint32(equal & U(bits[at]))
+
+    @kernel
+    def _decide_pending(keep, undecided, blocks, base, k0, k1, o0, o1, planes, lists):  # type: ignore[no-untyped-def]
+        if planes[GROUP_COUNT] <= U(2):
+            return
+        slots, bits, result, left = lists[0], lists[1], lists[2], lists[3]
+        pending = U(0)
+        for i in range(U(0), blocks * U(BLOCK_WORDS)):
+            slots[pending] = np.uint32(i)
+            bits[pending] = undecided[i]
+            pending += U(undecided[i] != 0)  # no branch: it would be mispredicted one time in eight
+        group = U(2)
+        while pending and group < planes[GROUP_COUNT]:
+            for i in range(pending, pending + U(BLOCK_WORDS)):
+                slots[i] = 0
+                bits[i] = 0
+            _look_on(result, bits, slots, base, pending, group, k0, k1, o0, o1, planes, left)
+            still = U(0)
+            for i in range(U(0), pending):
+                keep[slots[i]] &= result[i]
+                if left[i]:
+                    slots[still] = slots[i]
+                    bits[still] = left[i]
+                    still += U(1)
+            pending = still
+            group += U(1)
+
+    @inner
+    def _draw_block(keep, undecided, block, first_word, k0, k1, o0, o1, planes):  # type: ignore[no-untyped-def]
+        """First look at a block of the chunk that begins at first_word; _decide_pending ends the chunk."""
+        slot = block * U(BLOCK_WORDS)
+        if planes[GROUP_COUNT] == U(1):
+            _look_1(keep, slot, first_word + slot, k0, k1, o0, o1, planes)
+        else:
+            _look_2(keep, undecided, slot, first_word + slot, k0, k1, o0, o1, planes)
+
+    @inner
+    def _bits_at(words, position):  # type: ignore[no-untyped-def]
+        """32 bits from a position on; the caller sees to it that both words are there."""
+        low = U(words[position >> U(5)]) >> (position & U(31))
+        high = U(words[(position >> U(5)) + U(1)]) << (U(32) - (position & U(31)))
+        return np.uint32(low | high)
+
+    @kernel
+    def _copy_bits(to, to_position, words, position, n):  # type: ignore[no-untyped-def]
+        """Copies n bits; bits below them in their first word stay, bits above them in their last are cleared."""
+        if (to_position | position) & U(31) == U(0):
+            start, source = to_position >> U(5), position >> U(5)
+            for i in range(U(0), n >> U(5)):
+                to[start + i] = words[source + i]
+            done = n & ~U(31)
+            to_position += done
+            position += done
+            n -= done
+        while n:
+            room = min(U(32) - (to_position & U(31)), n, U(32) - (position & U(31)))
+            bits = (U(words[position >> U(5)]) >> (position & U(31))) & ((U(1) << room) - U(1))
+            at, shift = to_position >> U(5), to_position & U(31)
+            below = U(to[at]) & ((U(1) << shift) - U(1))
+            to[at] = np.uint32(below | (bits << shift))
+            to_position += room
+            position += room
+            n -= room
+
+    @kernel
+    def _draw_bits(words, position, first, begin, end, k0, k1, o0, o1, threshold):  # type: ignore[no-untyped-def]
+        planes = _planes(threshold)
+        keep = np.empty(CHUNK_WORDS + BLOCK_WORDS + 1, np.uint32)
+        undecided = np.empty(CHUNK_WORDS + BLOCK_WORDS, np.uint32)
+        lists = np.empty((4, CHUNK_WORDS + 2 * BLOCK_WORDS), np.uint32)
+        at, stop = U(begin), U(end)
+        while at < stop:
+            step = min(stop - at, U(CHUNK_CELLS))
+            cell = U(first) + at
+            lead = cell % U(BLOCK_CELLS)
+            blocks = (lead + step + U(BLOCK_CELLS - 1)) // U(BLOCK_CELLS)
+            first_word = cell // U(BLOCK_CELLS) * U(BLOCK_WORDS)
+            for block in range(U(0), blocks):
+                _draw_block(keep, undecided, block, first_word, k0, k1, o0, o1, planes)
+            _decide_pending(keep, undecided, blocks, first_word, k0, k1, o0, o1, planes, lists)
+            _copy_bits(words, U(position) + at, keep, lead, step)
+            at += step
+
+    @kernel
+    def _apply_affine(x, y, start, bits, lead, n, a, b, c):  # type: ignore[no-untyped-def]
+        for i in range(U(0), n):
+            cell = lead + i
+            kept = (bits[cell >> U(5)] >> np.uint32(cell & U(31))) & np.uint32(1)
+            value = widen(x[start + i]) * a + b
+            y[start + i] = narrow(value if kept else c, x[U(0)])
+
+    @kernel
+    def _apply_plain(x, y, start, bits, lead, n, a):  # type: ignore[no-untyped-def]
+        zero = a - a
+        for i in range(U(0), n):
+            cell = lead + i
+            kept = (bits[cell >> U(5)] >> np.uint32(cell & U(31))) & np.uint32(1)
+            value = widen(x[start + i]) * a
+            y[start + i] = narrow(value if kept else zero, x[U(0)])
+
+    def _apply_whole_runs(x: Any, y: Any, start: Any, bits: Any, lead: Any, n: Any, a: Any, stream: Any) -> Any:
+        """Applies as many whole runs of 32 as there are; returns the number of elements done."""
+        raise NotImplementedError
+
+    @numba.core.extending.overload(_apply_whole_runs, jit_options={"nogil": True, "error_model": "numpy"})
+    def _whole_runs_of(x, y, start, bits, lead, n, a, stream):  # type: ignore[no-untyped-def]
+        size = x.dtype.bitwidth // 8
+        if isinstance(x.dtype, types.Float):
+
+            def vectors(x, y, start, bits, lead, n, a, stream):  # type: ignore[no-untyped-def]
+                source, target = U(x.ctypes.data) + start * U(size), U(y.ctypes.data) + start * U(size)
+                runs = n >> U(5)
+                for run in range(U(0), runs):
+                    at = run * U(32 * size)
+                    for line in range(U(0), U(32 * size), U(LINE_BYTES)):
+                        prefetch(source + at + line + U(PREFETCH_BYTES))
+                    if stream:
+                        stream_run(source + at, target + at, _bits_at(bits, lead + (run << U(5))), a)
+                    else:
+                        store_run(source + at, target + at, _bits_at(bits, lead + (run << U(5))), a)
+                return runs << U(5)
+
+            return vectors
+
+        def lanes(x, y, start, bits, lead, n, a, stream):  # type: ignore[no-untyped-def]
+            zero = a - a
+            runs = n >> U(5)
+            for run in range(U(0), runs):
+                word = _bits_at(bits, lead + (run << U(5)))
+                at = start + (run << U(5))
+                for i in range(32):
+                    value = widen(x[at + U(i)]) * a
+                    kept = (word >> np.uint32(i)) & np.uint32(1)
+                    y[at + U(i)] = narrow(value if kept else zero, x[U(0)])
+            return runs << U(5)
+
+        return lanes
+
+    @kernel
+    def _forward_plain(x, y, words, keeps, first, begin, end, k0, k1, o0, o1, threshold, a, b, c, stream):  # type: ignore[no-untyped-def]
+        """Draws a chunk ahead, block by block beside the one applied, so that drawing fills the time data takes."""
+        planes = _planes(threshold)
+        scale = coefficient(a, x)
+        keeps_of = np.empty((2, CHUNK_WORDS + BLOCK_WORDS + 1), np.uint32)
+        undecided = np.empty(CHUNK_WORDS + BLOCK_WORDS, np.uint32)
+        lists = np.empty((4, CHUNK_WORDS + 2 * BLOCK_WORDS), np.uint32)
+        at, stop = U(begin), U(end)
+        lead = (U(first) + at) % U(BLOCK_CELLS)
+        word = (U(first) + at) // U(BLOCK_CELLS) * U(BLOCK_WORDS)  # of the chunk drawn
+        turn, step, ahead = U(0), U(0), min(stop - at, U(CHUNK_CELLS))
+        while step or ahead:
+            now, drawn = keeps_of[turn], keeps_of[U(1) - turn]
+            apply_blocks = (step + U(BLOCK_CELLS - 1)) // U(BLOCK_CELLS)
+            draw_blocks = (lead + ahead + U(BLOCK_CELLS - 1)) // U(BLOCK_CELLS) if ahead else U(0)
+            for block in range(U(0), max(apply_blocks, draw_blocks)):
+                if block < draw_blocks:
+                    _draw_block(drawn, undecided, block, word, k0, k1, o0, o1, planes)
+                if block < apply_blocks:
+                    done = block * U(BLOCK_CELLS)
+                    n = min(step - done, U(BLOCK_CELLS))
+                    whole = _apply_whole_runs(x, y, at + done, now, lead + done, n, scale, stream)
+                    if whole < n:
+                        _apply_plain(x, y, at + done + whole, now, lead + done + whole, n - whole, scale)
+            _decide_pending(drawn, undecided, draw_blocks, word, k0, k1, o0, o1, planes, lists)
+            if keeps and step:
+                line = U(words.ctypes.data) + (at >> U(3))
+                if stream and step == U(CHUNK_CELLS) and lead == U(0) and line % U(LINE_BYTES) == U(0):
+                    for byte in range(U(0), U(CHUNK_CELLS // 8), U(LINE_BYTES)):
+                        stream_line(line + byte, U(now.ctypes.data) + byte)
+                else:
+                    _copy_bits(words, at, now, lead, step)
+            at += step
+            word += U(CHUNK_WORDS)
+            turn = U(1) - turn
+            step, ahead = ahead, min(stop - at - ahead, U(CHUNK_CELLS))
+
+    @kernel
+    def _forward_affine(x, y, words, keeps, first, begin, end, k0, k1, o0, o1, threshold, a, b, c, stream):  # type: ignore[no-untyped-def]
+        keep = np.empty(CHUNK_WORDS + 1, np.uint32)
+        a, b, c = coefficient(a, x), coefficient(b, x), coefficient(c, x)
+        at, stop = U(begin), U(end)
+        while at < stop:
+            step = min(stop - at, U(CHUNK_CELLS))
+            _draw_bits(keep, 0, U(first) + at, 0, step, k0, k1, o0, o1, threshold)
+            _apply_affine(x, y, at, keep, U(0), step, a, b, c)
+            if keeps:
+                _copy_bits(words, at, keep, U(0), step)
+            at += step
+
+    @kernel
+    def _gather_bits(to, words, position, repeat, inner, at, n):  # type: ignore[no-untyped-def]
+        """Bits of elements at .. at+n-1 of data (outer, repeat, inner) under a mask (outer, inner)."""
+        if repeat == U(1):
+            _copy_bits(to, U(0), words, position + at, n)
+            return
+        row, i = at // inner, at % inner
+        done = U(0)
+        while done < n:
+            cell = position + row // repeat * inner + i
+            if inner == U(1):
+                step = min(repeat - row % repeat, n - done)
+                bit = U(0) - ((U(words[cell >> U(5)]) >> (cell & U(31))) & U(1))
+                ones = np.uint32(bit & U(LOW))
+                stop = done + step
+                while done < stop:
+                    room = min(U(32) - (done & U(31)), stop - done)
+                    shift = done & U(31)
+                    below = U(to[done >> U(5)]) & ((U(1) << shift) - U(1))
+                    above = (U(ones) & ((U(1) << room) - U(1))) << shift
+                    to[done >> U(5)] = np.uint32(below | above)
+                    done += room
+                row += step
+            else:
+                step = min(inner - i, n - done)
+                _copy_bits(to, done, words, cell, step)
+                done += step
+                row += U(1)
+                i = U(0)
+
+    @kernel
+    def _masked_plain(x, y, words, position, repeat, inner, begin, end, a, b, c, stream):  # type: ignore[no-untyped-def]
+        bits = np.empty(CHUNK_WORDS + 1, np.uint32)
+        scale = coefficient(a, x)
+        at, stop = U(begin), U(end)
+        while at < stop:
+            step = min(stop - at, U(CHUNK_CELLS))
+            _gather_bits(bits, words, U(position), U(repeat), U(inner), at, step)
+            done = _apply_whole_runs(x, y, at, bits, U(0), step, scale, stream)
+            _apply_plain(x, y, at + done, bits, done, step - done, scale)
+            at += step
+
+    @kernel
+    def _masked_affine(x, y, words, position, repeat, inner, begin, end, a, b, c, stream):  # type: ignore[no-untyped-def]
+        bits = np.empty(CHUNK_WORDS + 1, np.uint32)
+        a, b, c = coefficient(a, x), coefficient(b, x), coefficient(c, x)
+        at, stop = U(begin), U(end)
+        while at < stop:
+            step = min(stop - at, U(CHUNK_CELLS))
+            _gather_bits(bits, words, U(position), U(repeat), U(inner), at, step)
+            _apply_affine(x, y, at, bits, U(0), step, a, b, c)
+            at += step

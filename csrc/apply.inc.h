@@ -1,0 +1,128 @@
+/* Applying bits to data: included by kernels.inc.h once per dtype, with DTYPE set to the vocabulary's prefix for it. */
+#define PASTE_(a, b) a##_##b
+#define PASTE(a, b) PASTE_(a, b)
+#define D(name) PASTE(DTYPE, name)
+
+/* plain: b = c = 0, select a x or +0 (adding b = 0 would turn -0 into +0). */
+typedef struct {
+    D(v) a, b, c;
+    int plain, stream;
+} D(affine_t);
+
+static D(affine_t) D(affine_of)(double a, double b, double c, int stream, const void *y) {
+    D(affine_t) f = {D(set1)(a), D(set1)(b), D(set1)(c), b == 0 && c == 0, stream};
+    if ((uintptr_t)y % sizeof(D(t))) f.stream = 0; /* no element ever starts a line */
+    return f;
+}
+
+/* The lanes of x under bits k .. of a run. */
+INLINE D(v) D(lanes_under)(const D(affine_t) * f, uint32_t run, int k, D(v) x, const int plain) {
+    D(keep) keep = D(mask)(run, k);
+    return plain ? D(scale)(keep, x, f->a) : D(affine)(keep, x, f->a, f->b, f->c);
+}
+
+/* Fewer elements than a vector has, through a local copy. */
+INLINE void D(apply_part)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, unsigned n,
+                          const D(affine_t) * f, const int plain) {
+    D(t) part[D(lanes)] = {0};
+    memcpy(part, x, n * sizeof *x);
+    D(store)(part, D(lanes_under)(f, bits_at(bits, position, 0), 0, D(load)(part), plain));
+    memcpy(y, part, n * sizeof *y);
+}
+
+INLINE void D(apply_as)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, uint64_t n,
+                        const D(affine_t) * f, const int plain, const int stream, const int bytewise) {
+    uint64_t i = 0;
+    for (unsigned step; stream && i < n && (step = ELEMENTS_TO_LINE(y + i)); i += step) {
+        if (step > D(lanes)) step = D(lanes);
+        if (step > n - i) step = (unsigned)(n - i);
+        D(apply_part)(x + i, y + i, bits, position + i, step, f, plain);
+    }
+    for (; i + RUN <= n; i += RUN) {
+        uint32_t run = bits_at(bits, position + i, bytewise);
+        for (unsigned byte = 0; byte < RUN * sizeof *x; byte += LINE_BYTES)
+            prefetch((const char *)(x + i) + PREFETCH_BYTES + byte, stream);
+#pragma GCC unroll 4
+        for (unsigned k = 0; k < RUN; k += D(lanes)) {
+            D(v) v = D(lanes_under)(f, run, (int)k, D(load)(x + i + k), plain);
+            if (stream)
+                D(stream)(y + i + k, v);
+            else
+                D(store)(y + i + k, v);
+        }
+    }
+    for (unsigned step; i < n; i += step) {
+        step = n - i < D(lanes) ? (unsigned)(n - i) : (unsigned)D(lanes);
+        D(apply_part)(x + i, y + i, bits, position + i, step, f, plain);
+    }
+}
+
+INLINE void D(apply)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, uint64_t n,
+                     const D(affine_t) * f) {
+    unsigned seam = f->stream ? ELEMENTS_TO_LINE(y) : 0; /* where whole runs begin */
+    int bytewise = (position + seam) % 8 == 0;
+    if (!f->plain)
+        D(apply_as)(x, y, bits, position, n, f, 0, 0, 0);
+    else if (f->stream && bytewise)
+        D(apply_as)(x, y, bits, position, n, f, 1, 1, 1);
+    else if (f->stream)
+        D(apply_as)(x, y, bits, position, n, f, 1, 1, 0);
+    else if (bytewise)
+        D(apply_as)(x, y, bits, position, n, f, 1, 0, 1);
+    else
+        D(apply_as)(x, y, bits, position, n, f, 1, 0, 0);
+}
+
+static void D(masked_affine)(const masked_affine_args *args, uint64_t begin, uint64_t end) {
+    const D(t) *x = args->x;
+    D(t) *y = args->y;
+    D(affine_t) f = D(affine_of)(args->a, args->b, args->c, args->stream, y);
+    uint32_t bits[CHUNK_CELLS / 32 + SLACK_WORDS];
+    for (uint64_t at = begin, step; at < end; at += step) {
+        step = min_u64(end - at, CHUNK_CELLS);
+        gather_bits(bits, args, at, step);
+        prefetch_words(args, at + step, f.stream);
+        D(apply)(x + at, y + at, bits, 0, step, &f);
+    }
+    if (f.stream) stream_fence();
+}
+
+static void D(dropout_forward)(const dropout_forward_args *args, uint64_t begin, uint64_t end) {
+    const D(t) *x = args->x;
+    D(t) *y = args->y;
+    D(affine_t) f = D(affine_of)(args->a, args->b, args->c, args->stream, y);
+    draw_t d;
+    chunk_t chunks[2], *now = &chunks[0], *next = &chunks[1];
+    draw_prepare(&d, args->seed, args->offset, args->threshold, args->first + begin);
+    uint64_t lead = (args->first + begin) % FD_BLOCK_CELLS; /* of a chunk's first cell in its first block */
+    uint64_t block = (args->first + begin) / FD_BLOCK_CELLS;
+    uint64_t at = begin, n = 0, ahead = min_u64(end - begin, CHUNK_CELLS); /* cells applied and drawn in this pass */
+    while (n || ahead) {
+        uint64_t apply_blocks = blocks_for(n), draw_blocks = ahead ? blocks_for(lead + ahead) : 0, from = 0;
+        uint64_t shift = f.stream ? ELEMENTS_TO_LINE(y + at) : 0; /* all seams but the chunk's own lie on lines of y */
+        chunk_open(&d, next, block);
+        for (uint64_t b = 0; b < apply_blocks || b < draw_blocks; b++) {
+            if (b < draw_blocks) draw_block(&d, next, (unsigned)b);
+            if (b < apply_blocks) {
+                uint64_t to = b + 1 == apply_blocks ? n : min_u64(n, (b + 1) * FD_BLOCK_CELLS + shift);
+                D(apply)(x + at + from, y + at + from, now->words, lead + from, to - from, &f);
+                from = to;
+            }
+        }
+        draw_pending(&d, next);
+        if (args->words) store_bits(args->words, at, now->words, lead, n, f.stream);
+        chunk_t *applied = now;
+        now = next;
+        next = applied;
+        block += CHUNK_BLOCKS;
+        at += n;
+        n = ahead;
+        ahead = min_u64(end - at - n, CHUNK_CELLS);
+    }
+    if (f.stream) stream_fence();
+}
+
+#undef D
+#undef PASTE
+#undef PASTE_
+#undef DTYPE

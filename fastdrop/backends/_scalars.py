@@ -1,0 +1,173 @@
+"""Scalars shared by the Numba backends, CPU and CUDA: one Philox round, one plane's decision, one 16-bit conversion.
+
+Loops, memory and launch are the backends' own. All integers are uint64, whose low 32 bits count: LLVM then multiplies with
+one instruction and never masks, and nothing mixes signed with unsigned, which Numba would turn into float.
+
+16-bit arrays come as integers, which tells their dtype by type: int16 holds float16 bits, uint16 bfloat16 bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.core.extending import intrinsic, overload
+
+from ..stream import LOW, MULTIPLIERS, WEYL
+
+U = np.uint64
+M0, M1 = U(MULTIPLIERS[0]), U(MULTIPLIERS[1])
+W0, W1 = U(WEYL[0]), U(WEYL[1])
+LOW_32 = U(LOW)
+HALF = U(32)
+scalar = njit(forceinline=True)
+
+
+@scalar
+def philox_round(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
+    p0, p1 = (c0 & LOW_32) * M0, (c2 & LOW_32) * M1
+    return (p1 >> HALF) ^ c1 ^ k0, p1, (p0 >> HALF) ^ c3 ^ k1, p0
+
+
+@scalar
+def philox4x32_10(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
+    """Four bit planes; written out, because loops within loops are not vectorised."""
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + W0, k1 + W1)
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(2) * W0, k1 + U(2) * W1)
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(3) * W0, k1 + U(3) * W1)
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(4) * W0, k1 + U(4) * W1)
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(5) * W0, k1 + U(5) * W1)
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(6) * W0, k1 + U(6) * W1)
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(7) * W0, k1 + U(7) * W1)
+    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(8) * W0, k1 + U(8) * W1)
+    return philox_round(c0, c1, c2, c3, k0 + U(9) * W0, k1 + U(9) * W1)
+
+
+@scalar
+def keep_plane(keep: Any, r: Any, t: Any) -> Any:
+    """One plane r of the draw against plane t of the threshold, least significant first: draw not below it so far."""
+    return (keep & r) | (~t & (keep | r))
+
+
+@scalar
+def equal_plane(equal: Any, r: Any, t: Any) -> Any:
+    return equal & ~(r ^ t)
+
+
+@scalar
+def decide_group(r0: Any, r1: Any, r2: Any, r3: Any, t0: Any, t1: Any, t2: Any, t3: Any) -> Any:
+    """(keep, equal) of one group of planes."""
+    ones = ~U(0)
+    keep = keep_plane(keep_plane(keep_plane(keep_plane(ones, r3, t3), r2, t2), r1, t1), r0, t0)
+    equal = equal_plane(equal_plane(equal_plane(equal_plane(ones, r3, t3), r2, t2), r1, t1), r0, t0)
+    return keep, equal
+
+
+def _reinterpret(to: Any) -> Any:
+    """An intrinsic that takes a value's bits for those of another type of the same size."""
+
+    @intrinsic
+    def reinterpret(typingctx: Any, value: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            return builder.bitcast(args[0], context.get_value_type(to))
+
+        return to(value), codegen
+
+    return reinterpret
+
+
+bits_of = _reinterpret(types.uint32)
+float_of = _reinterpret(types.float32)
+
+
+def coefficient(a: Any, like: Any) -> Any:
+    """A float64 as the type that elements of array ``like`` are computed in."""
+    raise NotImplementedError
+
+
+@overload(coefficient, inline="always")
+def _coefficient(a: Any, like: Any) -> Any:
+    compute = np.float64 if like.dtype == types.float64 else np.float32
+
+    def convert(a: Any, like: Any) -> Any:
+        return compute(a)
+
+    return convert
+
+
+def widen(v: Any) -> Any:
+    """A stored number as the type it is computed in."""
+    raise NotImplementedError
+
+
+def narrow(v: Any, like: Any) -> Any:
+    """A computed number as it is stored in ``like``'s type, rounded once to nearest even."""
+    raise NotImplementedError
+
+
+@overload(widen, inline="always")
+def _widen(v: Any) -> Any:
+    if v == types.uint16:  # bfloat16
+
+        def bfloat16(v: Any) -> Any:
+            return float_of(np.uint32(np.uint32(v) << np.uint32(16)))
+
+        return bfloat16
+    if v == types.int16:  # float16: the exponent rebias is a multiplication by 2**112, exact for subnormals too
+
+        def float16(v: Any) -> Any:
+            bits = np.uint32(np.uint16(v))
+            sign = np.uint32((bits & np.uint32(0x8000)) << np.uint32(16))
+            magnitude = np.uint32(bits & np.uint32(0x7FFF))
+            shifted = np.uint32(magnitude << np.uint32(13))
+            quiet = np.uint32(0x400000) if magnitude > np.uint32(0x7C00) else np.uint32(0)
+            special = np.uint32(np.uint32(0x7F800000) | shifted | quiet)
+            finite = bits_of(np.float32(float_of(shifted) * np.float32(2.0**112)))
+            return float_of(np.uint32(sign | (special if magnitude >= np.uint32(0x7C00) else finite)))
+
+        return float16
+
+    def same(v: Any) -> Any:
+        return v
+
+    return same
+
+
+@overload(narrow, inline="always")
+def _narrow(v: Any, like: Any) -> Any:
+    if like == types.uint16:
+
+        def bfloat16(v: Any, like: Any) -> Any:
+            bits = bits_of(v)
+            odd = np.uint32((bits >> np.uint32(16)) & np.uint32(1))
+            rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+            nan = np.uint32(np.uint32(bits >> np.uint32(16)) | np.uint32(0x40))
+            return np.uint16(nan if (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000) else rounded)
+
+        return bfloat16
+    if like == types.int16:
+
+        def float16(v: Any, like: Any) -> Any:
+            bits = bits_of(v)
+            sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
+            magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+            odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
+            normal = np.uint32(
+                np.uint32(magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
+            )
+            # Below 2**-14 the adder rounds at 2**-24.
+            small = np.uint32(bits_of(np.float32(float_of(magnitude) + np.float32(0.5))) - np.uint32(0x3F000000))
+            nan = np.uint32(np.uint32(0x7E00) | ((magnitude >> np.uint32(13)) & np.uint32(0x3FF)))
+            half = small if magnitude < np.uint32(0x38800000) else normal
+            half = np.uint32(0x7C00) if magnitude >= np.uint32(0x477FF000) else half
+            half = nan if magnitude > np.uint32(0x7F800000) else half
+            return np.int16(np.uint16(sign | half))
+
+        return float16
+
+    def same(v: Any, like: Any) -> Any:
+        return v
+
+    return same

@@ -1,0 +1,188 @@
+/* Every instruction set of this machine against the scalar one and the golden vectors, without Python: what the
+ * sanitizers and the emulator run.  kernels_test GOLDEN, where GOLDEN is what golden.py prints. */
+#include "fastdrop.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { MAX_CELLS = 200000, GUARD = 64, CALLERS = 6 };
+
+static const uint64_t LENGTHS[] = {0, 1, 7, 31, 32, 33, 63, 511, 512, 513, 1000, 8191, 8192, 8193, 8704, 20001};
+static const uint64_t FIRSTS[] = {0, 1, 31, 33, 511, 512, 1000, (1ull << 37) - 4097, (1ull << 63) + 77};
+static const uint64_t THRESHOLDS[] = {1u << 31, 1u << 30, 77u << 24, 429496730u, 4295u, 1u, 0xFFFFFFFFu, 0xE0000001u};
+static const uint64_t SEED = 0x123456789ABCDEF0ull, OFFSET = 0xFEDCBA9876543210ull;
+#define COUNT(a) (sizeof(a) / sizeof *(a))
+
+static int failures;
+static size_t element_bytes(int dtype) { return dtype == FD_FLOAT64 ? 8 : dtype == FD_FLOAT32 ? 4 : 2; }
+
+static void expect(int good, const char *what, int isa, uint64_t a, uint64_t b) {
+    if (good) return;
+    failures++;
+    if (failures < 20)
+        fprintf(stderr, "FAIL %s on %s (%llu, %llu)\n", what, fd_isa_name(isa), (unsigned long long)a,
+                (unsigned long long)b);
+}
+
+/* Sound arrays end where malloc's do, so that the address sanitizer sees one byte too many; shift misaligns the start.
+ */
+typedef struct {
+    unsigned char *block, *at;
+} array_t;
+static array_t array(size_t bytes, size_t shift, int fill) {
+    array_t a;
+    a.block = malloc(bytes + shift + 1);
+    a.at = a.block + shift;
+    memset(a.block, fill, bytes + shift + 1);
+    a.block = realloc(a.block, bytes + shift ? bytes + shift : 1);
+    a.at = a.block + shift;
+    return a;
+}
+
+static void fill_random(unsigned char *p, size_t bytes, uint32_t state) {
+    for (size_t i = 0; i < bytes; i++) {
+        state = state * 1664525u + 1013904223u;
+        p[i] = (unsigned char)(state >> 24);
+    }
+}
+
+/* Random bytes hold every kind of NaN; the scalar result says what is right, bit for bit. */
+static void compare(int isa, int dtype, uint64_t n, uint64_t first, uint64_t threshold, size_t shift, double b) {
+    size_t bytes = n * element_bytes(dtype), word_bytes = (n + 31) / 32 * 4;
+    array_t x = array(bytes, shift, 0), y[2], words[2], back[2];
+    fill_random(x.at, bytes, (uint32_t)(n * 31 + first));
+    for (int side = 0; side < 2; side++) {
+        fd_isa_select(side ? isa : 0);
+        y[side] = array(bytes, side ? shift : 0, 0xA5);
+        back[side] = array(bytes, 0, 0x5A);
+        words[side] = array(word_bytes, 4 * side, 0xFF);
+        expect(fd_dropout_forward(dtype, x.at, y[side].at, words[side].at, first, n, SEED, OFFSET, threshold, 1.25, b,
+                                  b) == FD_OK,
+               "status", isa, n, first);
+        fd_masked_affine(dtype, x.at, back[side].at, words[side].at, 0, 1, 1, n, 1.25, b, b);
+    }
+    expect(!memcmp(words[0].at, words[1].at, word_bytes), "words", isa, n, first);
+    expect(!memcmp(y[0].at, y[1].at, bytes), "forward", isa, n, first);
+    expect(!memcmp(y[0].at, back[0].at, bytes), "backward, scalar", isa, n, first);
+    expect(!memcmp(y[0].at, back[1].at, bytes), "backward", isa, n, first);
+    free(x.block);
+    for (int side = 0; side < 2; side++) {
+        free(y[side].block);
+        free(words[side].block);
+        free(back[side].block);
+    }
+}
+
+static void compare_grids(int isa) {
+    static const uint64_t GRIDS[][3] = {{1, 5, 7}, {3, 49, 1}, {4, 3, 33}, {2, 700, 64}, {1, 9000, 1}, {5, 2, 4097}};
+    for (size_t g = 0; g < COUNT(GRIDS); g++)
+        for (uint64_t position = 0; position < 40; position += 13) {
+            const uint64_t *e = GRIDS[g], cells = e[0] * e[2], n = cells * e[1];
+            size_t word_bytes = (position + cells + 31) / 32 * 4;
+            array_t x = array(4 * n, 0, 0), words = array(word_bytes, 0, 0), y[2];
+            fill_random(x.at, 4 * n, 9);
+            fill_random(words.at, word_bytes, 11);
+            for (int side = 0; side < 2; side++) {
+                fd_isa_select(side ? isa : 0);
+                y[side] = array(4 * n, 0, 0xA5);
+                fd_masked_affine(FD_FLOAT32, x.at, y[side].at, words.at, position, e[0], e[1], e[2], 2, 0, 0);
+            }
+            expect(!memcmp(y[0].at, y[1].at, 4 * n), "grid", isa, g, position);
+            free(x.block), free(words.block), free(y[0].block), free(y[1].block);
+        }
+}
+
+static void check_golden(const char *path) {
+    FILE *file = fopen(path, "r");
+    unsigned long long seed, offset, first_word, threshold;
+    unsigned count, golden[64];
+    if (!file) {
+        perror(path);
+        exit(2);
+    }
+    int lines = 0;
+    while (fscanf(file, "%llx %llx %llx %llx %u", &seed, &offset, &first_word, &threshold, &count) == 5) {
+        for (unsigned i = 0; i < count; i++)
+            if (count > 64 || fscanf(file, "%x", &golden[i]) != 1) exit(2);
+        lines++;
+        for (int isa = 0; isa < fd_isa_count(); isa++) {
+            uint32_t words[64];
+            if (fd_isa_select(isa) != FD_OK) continue;
+            int status = fd_draw_bits(words, 0, 32 * first_word, 32 * count, seed, offset, threshold);
+            expect(status == FD_OK && !memcmp(words, golden, 4 * count), "golden", isa, first_word, threshold);
+        }
+    }
+    fclose(file);
+    expect(lines > 50, "number of golden vectors", 0, (uint64_t)lines, 0);
+}
+
+/* Several callers at once: one gets the pool, the others work alone, all get the same bits. */
+static float shared_x[MAX_CELLS];
+static uint32_t expected_words[MAX_CELLS / 32];
+static void *caller(void *unused) {
+    float *y = malloc(sizeof shared_x);
+    uint32_t *words = malloc(sizeof expected_words);
+    (void)unused;
+    for (int turn = 0; turn < 8; turn++) {
+        memset(words, 0, sizeof expected_words);
+        fd_dropout_forward(FD_FLOAT32, shared_x, y, words, 3, MAX_CELLS, SEED, OFFSET, 429496730u, 1.5, 0, 0);
+        if (memcmp(words, expected_words, sizeof expected_words)) __atomic_add_fetch(&failures, 1, __ATOMIC_RELAXED);
+    }
+    free(y);
+    free(words);
+    return NULL;
+}
+
+static void check_threads(void) {
+    pthread_t threads[CALLERS];
+    fd_set_num_threads(1);
+    fd_draw_bits(expected_words, 0, 3, MAX_CELLS, SEED, OFFSET, 429496730u);
+    fd_set_num_threads(3);
+    for (int i = 0; i < CALLERS; i++) pthread_create(&threads[i], NULL, caller, NULL);
+    for (int i = 0; i < CALLERS; i++) pthread_join(threads[i], NULL);
+    expect(failures == 0, "threads", fd_isa_active(), CALLERS, 0);
+    fd_set_num_threads(1);
+}
+
+static void check_refusals(void) {
+    uint32_t words[2] = {1, 2};
+    float x[4] = {1, 2, 3, 4};
+    expect(fd_draw_bits(NULL, 0, 0, 1, 0, 0, 5) == FD_BAD_ARGUMENT, "NULL", 0, 0, 0);
+    expect(fd_draw_bits(words, 0, 0, 1, 0, 0, 0) == FD_BAD_ARGUMENT, "threshold 0", 0, 0, 0);
+    expect(fd_draw_bits(words, 0, ~0ull, 2, 0, 0, 5) == FD_BAD_ARGUMENT, "cells past 2^64", 0, 0, 0);
+    expect(fd_masked_affine(7, x, x, words, 0, 1, 1, 4, 1, 0, 0) == FD_BAD_ARGUMENT, "dtype", 0, 0, 0);
+    expect(fd_masked_affine(0, x, x, words, 0, 1ull << 40, 1ull << 40, 1, 1, 0, 0) == FD_BAD_ARGUMENT, "size", 0, 0, 0);
+    expect(fd_isa_select(99) == FD_BAD_ISA && fd_set_num_threads(0) == FD_BAD_ARGUMENT, "range", 0, 0, 0);
+    expect(words[0] == 1 && words[1] == 2, "words untouched", 0, 0, 0);
+}
+
+int main(int argc, char **argv) {
+    if (argc != 2) {
+        fprintf(stderr, "usage: kernels_test GOLDEN\n");
+        return 2;
+    }
+    fd_set_num_threads(1);
+    check_golden(argv[1]);
+    int sets = 0;
+    for (int isa = 0; isa < fd_isa_count(); isa++) {
+        if (!fd_isa_usable(isa)) continue;
+        sets++;
+        for (int dtype = FD_FLOAT32; dtype <= FD_BFLOAT16; dtype++)
+            for (size_t i = 0; i < COUNT(LENGTHS); i++)
+                for (size_t j = 0; j < COUNT(FIRSTS); j++) {
+                    size_t turn = i + j + (size_t)dtype;
+                    compare(isa, dtype, LENGTHS[i], FIRSTS[j], THRESHOLDS[turn % COUNT(THRESHOLDS)],
+                            turn % 3 * (turn % 5), turn % 4 ? 0 : 0.5);
+                }
+        compare_grids(isa);
+        for (size_t shift = 0; shift < 8; shift += 4) /* past the size from which stores go around the cache */
+            compare(isa, FD_FLOAT32, (16u << 20) / 4 + 1003, 0, THRESHOLDS[3], shift, 0);
+        printf("%s: %s\n", fd_isa_name(isa), failures ? "FAIL" : "ok");
+    }
+    check_threads();
+    check_refusals();
+    printf("%s: %d instruction sets, %d failures\n", failures ? "FAIL" : "PASS", sets, failures);
+    return failures != 0;
+}

@@ -1,0 +1,60 @@
+#!/bin/sh
+# Wheel and sdist, each installed in a clean environment and self-tested there, outside the checkout: with the newest
+# NumPy, with NumPy 1.26, and without a compiler. PYTHON is an interpreter that has the build package.
+set -eu
+
+checkout=$(pwd)
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+
+step() { echo "== package: $*"; }
+
+environment() { # environment NAME PACKAGE...: a clean one at $work/NAME
+    name=$1
+    shift
+    "$PYTHON" -m venv "$work/$name"
+    "$work/$name/bin/pip" install --quiet --disable-pip-version-check "$@"
+}
+
+step "building sdist and wheel"
+"$PYTHON" -m build --outdir "$work/dist" "$checkout" > "$work/build.log" 2>&1 || { tail -n 40 "$work/build.log"; exit 1; }
+wheel=$(ls "$work"/dist/*.whl)
+sdist=$(ls "$work"/dist/*.tar.gz)
+case $wheel in
+*-cp310-abi3-*) echo "built $(basename "$wheel") and $(basename "$sdist")" ;;
+*) echo "the wheel's tag should be cp310-abi3, but is $(basename "$wheel")" && exit 1 ;;
+esac
+"$PYTHON" -m zipfile -l "$wheel" | grep -q '_native.abi3.so' || { echo "the wheel lacks the C extension" && exit 1; }
+
+cd "$work"
+
+step "wheel, newest NumPy"
+environment wheel "$wheel"
+"$work/wheel/bin/fastdrop" selftest
+
+step "wheel, NumPy 1.26"
+environment numpy1 "$wheel" 'numpy==1.26.4'
+"$work/numpy1/bin/python" -m fastdrop selftest
+
+step "sdist"
+environment sdist "$sdist"
+"$work/sdist/bin/fastdrop" selftest
+
+step "sdist, no compiler"
+CC=/bin/false environment nocompiler "$sdist"
+"$work/nocompiler/bin/fastdrop" info
+FASTDROP_BACKEND=auto "$work/nocompiler/bin/fastdrop" selftest
+if "$work/nocompiler/bin/python" -c 'import fastdrop._native' 2> "$work/import.log"; then
+    echo "an install without a compiler should have no C extension" && exit 1
+fi
+
+for version in 3.10 3.12 3.13; do
+    if interpreter=$(command -v "python$version") && "$interpreter" -c '' 2> "$work/import.log"; then
+        step "the same wheel on Python $version"
+        PYTHON=$interpreter environment "python$version" "$wheel"
+        "$work/python$version/bin/fastdrop" selftest
+    else
+        step "Python $version: skipped, not installed"
+    fi
+done
+step "passed"
