@@ -10,12 +10,6 @@
 #include <cpuid.h>
 #endif
 
-/* Outputs at least this large are written with streaming stores: they do not survive in the cache until the next pass
- * reads them, and not reading the line before writing it saves a third of the traffic. Measured, docs/design.md. */
-#ifndef STREAM_BYTES
-#define STREAM_BYTES (16u << 20)
-#endif
-
 /* Cells a thread takes at a time; fewer than two of these run on the calling thread alone, since waking another costs
  * what 100,000 cells cost. */
 enum { GRAIN_CELLS = 128 * FD_BLOCK_CELLS };
@@ -148,7 +142,7 @@ static uint64_t masked_affine_bytes(const masked_affine_args *a) {
         op##_args args = {PARAMETERS(FD_VALUE, FD_VALUE)};                                                             \
         if (!op##_good(&args)) return FD_BAD_ARGUMENT;                                                                 \
         uint64_t begin = op##_begin(&args);                                                                            \
-        args.stream = op##_bytes(&args) >= STREAM_BYTES;                                                               \
+        args.stream = op##_bytes(&args) >= FD_STREAM_BYTES;                                                               \
         fd_parallel_for(isas[fd_isa_active()].table->op, &args, begin, begin + op##_cells(&args), GRAIN_CELLS);        \
         return FD_OK;                                                                                                  \
     }

@@ -22,6 +22,10 @@ enum { FD_FLOAT32 = 0, FD_FLOAT64 = 1, FD_FLOAT16 = 2, FD_BFLOAT16 = 3 };
 /* Work is split at multiples of this many cells: one AVX-512 vector of 16 words. */
 enum { FD_BLOCK_CELLS = 512, FD_BLOCK_WORDS = FD_BLOCK_CELLS / 32 };
 
+/* Outputs at least this large are written with streaming stores: they do not survive in the cache until the next pass
+ * reads them, and not reading a line before writing it saves a third of the traffic. Measured, docs/design.md. */
+enum { FD_STREAM_BYTES = 16 << 20 };
+
 #define FD_PARAMETER(type, name) type name
 #define FD_NEXT_PARAMETER(type, name) , type name
 #define FD_OP(name, PARAMETERS) int fd_##name(PARAMETERS(FD_PARAMETER, FD_NEXT_PARAMETER));

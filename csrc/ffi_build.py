@@ -37,7 +37,7 @@ def cdef() -> str:
     ]
     header = COMMENT.sub("", (HERE / "fastdrop.h").read_text())
     prototypes += re.findall(r"^(?:int|void|const char \*) ?fd_\w+\([^#;]*\);", header, re.M)
-    constants = re.findall(r"\b(FD_(?:OK|BAD_\w+|FLOAT\w+|BFLOAT\w+|BLOCK_CELLS))\b =", header)
+    constants = re.findall(r"\b(FD_(?:OK|BAD_\w+|FLOAT\w+|BFLOAT\w+|BLOCK_CELLS|STREAM_BYTES))\b =", header)
     return "\n".join(prototypes + [f"#define {name} ..." for name in constants])
 
 

@@ -22,6 +22,7 @@ FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
 ALLOWED = "float32, float64, float16, bfloat16 (ml_dtypes)"
 SCALINGS = ("inverted", "standard")
 STORES = ("bits", "seed")
+EXACT_OVERLAP_WORK = 10_000  # steps NumPy may take to tell interleaved views apart; beyond, they count as overlapping
 
 # Tag of each dtype seen to be allowed; bfloat16 joins when an array of it first comes along.
 _tags: dict[np.dtype[Any], int] = {
@@ -70,6 +71,8 @@ def finite(name: str, value: Any) -> float:
 
 
 def uint64(name: str, value: Any) -> int:
+    if type(value) is int and 0 <= value < UINT64_END:
+        return value
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, but got {type(value).__name__}")
     if not 0 <= value < UINT64_END:
@@ -118,9 +121,7 @@ def noise_shape(value: Any, full: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def mask_grid(name: str, data_shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> None:
-    if len(data_shape) != len(mask_shape) or any(
-        m not in (1, d) for m, d in zip(mask_shape, data_shape, strict=True)
-    ):
+    if len(data_shape) != len(mask_shape) or any(m not in (1, d) for m, d in zip(mask_shape, data_shape, strict=True)):
         raise ValueError(
             f"mask must have the shape of {name}, {data_shape}, or 1 on axes that share a decision, but got a mask of "
             f"shape {mask_shape}"
@@ -137,11 +138,12 @@ def first_cell(value: Any, cells: int) -> int:
 def words(value: Any, cells: int, count: int) -> NDArray[np.uint32]:
     if not isinstance(value, np.ndarray) or value.dtype != np.uint32:
         raise TypeError(f"words must be an array of uint32, but got {getattr(value, 'dtype', type(value).__name__)}")
-    if value.shape != (count,) or not value.flags.c_contiguous:
-        raise ValueError(f"words must be {count} contiguous words for {cells} cells, but got shape {value.shape}")
-    if cells & 31 and int(value[-1]) >> (cells & 31):
-        raise ValueError(f"words must have 0 in the unused bits past cell {cells}, but got {int(value[-1]):#010x}")
-    return value
+    array: NDArray[np.uint32] = value
+    if array.shape != (count,) or not array.flags.c_contiguous:
+        raise ValueError(f"words must be {count} contiguous words for {cells} cells, but got shape {array.shape}")
+    if cells & 31 and int(array[-1]) >> (cells & 31):
+        raise ValueError(f"words must have 0 in the unused bits past cell {cells}, but got {int(array[-1]):#010x}")
+    return array
 
 
 def keep_flags(keep: ArrayLike, p: Any) -> tuple[NDArray[np.bool_], float]:
@@ -158,7 +160,8 @@ def output(out: Any, x: Array, name: str) -> Array:
     """out if it may take the result for x, a new array like x if it is None."""
     if out is None:
         return np.empty_like(x)
-    if out is x and x.flags.writeable:
+    in_place: bool = out is x
+    if in_place and x.flags.writeable:
         return x
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an ndarray, but got {type(out).__name__}")
@@ -168,24 +171,22 @@ def output(out: Any, x: Array, name: str) -> Array:
         raise ValueError(f"out must have {name}'s shape, {x.shape}, but got {out.shape}")
     if not out.flags.writeable:
         raise ValueError("out must be writeable, but got a read-only array")
-    if np.may_share_memory(out, x) and not _same_elements(out, x) and _overlap(out, x):
+    own = out.flags.owndata and x.flags.owndata  # memory of their own: no need to compare addresses
+    if not own and np.may_share_memory(out, x) and not _same_elements(out, x) and _overlap(out, x):
         raise ValueError(f"out must be {name} itself or not share memory with it, but got one that overlaps in part")
-    if out.size > 1 and _overlaps_itself(out):
+    result: Array = out
+    if not result.flags.forc and any(s == 0 and e > 1 for s, e in zip(result.strides, result.shape, strict=True)):
         raise ValueError(f"out must not hold one address twice, but got strides {out.strides} for shape {out.shape}")
-    return out
+    return result
 
 
 def _same_elements(a: Array, b: Array) -> bool:
-    same_start = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
+    same_start: bool = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
     return same_start and a.strides == b.strides
 
 
 def _overlap(a: Array, b: Array) -> bool:
     try:
-        return np.shares_memory(a, b, max_work=10_000)
+        return np.shares_memory(a, b, max_work=EXACT_OVERLAP_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
-
-
-def _overlaps_itself(out: Array) -> bool:
-    return not out.flags.forc and any(s == 0 and e > 1 for s, e in zip(out.strides, out.shape, strict=True))

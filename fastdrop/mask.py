@@ -17,9 +17,10 @@ from .stream import DROP_ALL, keep_scale, threshold
 
 __all__ = ["PackedMask", "SeededMask", "empty_words", "word_count"]
 
+UINT32 = np.dtype(np.uint32)
 LINE_BYTES = 64
 # From here on kernels write around the cache, a line of mask at a time, and want lines to start where words do.
-ALIGNED_FROM_WORDS = 1 << 17
+ALIGNED_FROM_WORDS = 1 << 16
 
 
 def word_count(cells: int) -> int:
@@ -29,10 +30,10 @@ def word_count(cells: int) -> int:
 
 def empty_words(cells: int) -> NDArray[np.uint32]:
     """Uninitialised words; large ones start on a cache line, at the cost of up to 64 bytes."""
-    n = word_count(cells)
+    n = (cells + 31) >> 5
     if n < ALIGNED_FROM_WORDS:
-        return np.empty(n, np.uint32)
-    padded = np.empty(n + LINE_BYTES // 4, np.uint32)
+        return np.empty(n, UINT32)
+    padded = np.empty(n + LINE_BYTES // 4, UINT32)
     skip = -padded.ctypes.data % LINE_BYTES // 4
     return padded[skip : skip + n]
 
@@ -231,7 +232,7 @@ class SeededMask:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SeededMask):
             return NotImplemented
-        return self.__reduce__()[1] == other.__reduce__()[1]
+        return bool(self.__reduce__()[1] == other.__reduce__()[1])
 
     __hash__ = None  # type: ignore[assignment]
 

@@ -12,7 +12,7 @@ from . import _checks, backends
 from ._checks import BFLOAT16
 from .grid import Grid
 from .mask import PackedMask, SeededMask, empty_words, fill_words
-from .stream import DROP_ALL, Stream, keep_scale, random_state, threshold
+from .stream import DROP_ALL, Stream, random_state, threshold_and_scale
 
 __all__ = ["apply_mask", "draw_mask", "dropout", "dropout_backward"]
 
@@ -91,31 +91,29 @@ def dropout(
         _checks.choice("scaling", scaling, _checks.SCALINGS)
     if store != "bits":
         _checks.choice("store", store, _checks.STORES)
-    cells_shape = x.shape if noise_shape is None else _checks.noise_shape(noise_shape, x.shape)
-    cut = threshold(p)
+    shape = x.shape
+    cells_shape = shape if noise_shape is None else _checks.noise_shape(noise_shape, shape)
+    cut, scale = threshold_and_scale(p)
     if not training or cut == 0:
         return _evaluated(given, x, cut, scaling, out), None
     y = _checks.output(out, x, "x")
     seed, offset = random_state(rng)
-    scale = keep_scale(cut) if scaling == "inverted" else 1.0
-    cells = x.size if cells_shape is x.shape else math.prod(cells_shape)
-
+    if scaling == "standard":
+        scale = 1.0
     if store == "seed":
         seeded = SeededMask._of(seed, offset, cells_shape, p, scale, cut)
         _apply(x, tag, seeded, y)
         return y, seeded
-    if cells_shape == x.shape and 0 < cut < DROP_ALL and cells:
+    cells = x.size if cells_shape is shape else math.prod(cells_shape)
+    if cells_shape == shape and cut < DROP_ALL and cells:
         words = empty_words(cells)
-        if tag != BFLOAT16 and x.flags.c_contiguous and y.flags.c_contiguous:  # _through, without its detours
-            backends.active().dropout_forward(tag, x, y, words, 0, cells, seed, offset, cut, scale, 0.0, 0.0)
-        else:
-            flat, to = _flat(x, tag), _flat_output(y, tag)
-            backends.active().dropout_forward(tag, flat, to, words, 0, cells, seed, offset, cut, scale, 0.0, 0.0)
-            _deliver(to, y, tag)
-    else:
-        words = _draw_words(cells, 0, seed, offset, cut)
-        _apply(x, tag, PackedMask._of(words, cells_shape, p, scale), y)
-    return y, PackedMask._of(words, cells_shape, p, scale)
+        source, target = _flat(x, tag), _flat_output(y, tag)
+        backends.active().dropout_forward(tag, source, target, words, 0, cells, seed, offset, cut, scale, 0.0, 0.0)
+        _deliver(target, y, tag)
+        return y, PackedMask._of(words, shape, p, scale)
+    mask = PackedMask._of(_draw_words(cells, 0, seed, offset, cut), cells_shape, p, scale)
+    _apply(x, tag, mask, y)
+    return y, mask
 
 
 def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> Array:
@@ -159,9 +157,7 @@ def apply_mask(x: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> 
     return _masked("x", x, mask, out)
 
 
-def draw_mask(
-    shape: int | tuple[int, ...], p: float, *, rng: RandomState = None, first_cell: int = 0
-) -> PackedMask:
+def draw_mask(shape: int | tuple[int, ...], p: float, *, rng: RandomState = None, first_cell: int = 0) -> PackedMask:
     """Returns a mask alone, drawn but not applied.
 
     Parameters
@@ -191,8 +187,8 @@ def draw_mask(
     cells = math.prod(extents)
     first = _checks.first_cell(first_cell, cells)
     seed, offset = random_state(rng)
-    cut = threshold(p)
-    return PackedMask._of(_draw_words(cells, first, seed, offset, cut), extents, p, keep_scale(cut))
+    cut, scale = threshold_and_scale(p)
+    return PackedMask._of(_draw_words(cells, first, seed, offset, cut), extents, p, scale)
 
 
 def _masked(name: str, x: ArrayLike, mask: Mask | None, out: Array | None) -> Array:
@@ -219,29 +215,29 @@ def _apply(x: Array, tag: int, mask: Mask, y: Array) -> None:
     if not x.size:
         return
     backend = backends.active()
-    flat, to = _flat(x, tag), _flat_output(y, tag)
+    source, target = _flat(x, tag), _flat_output(y, tag)
     if isinstance(mask, SeededMask):
         if mask._shape == x.shape and 0 < mask._threshold < DROP_ALL:
             backend.dropout_forward(
-                tag, flat, to, None, 0, x.size, mask._seed, mask._offset, mask._threshold, mask._scale, 0.0, 0.0
+                tag, source, target, None, 0, x.size, mask._seed, mask._offset, mask._threshold, mask._scale, 0.0, 0.0
             )
-            _deliver(to, y, tag)
+            _deliver(target, y, tag)
             return
         words = _draw_words(math.prod(mask._shape), 0, mask._seed, mask._offset, mask._threshold)
     else:
         words = mask._words
     a = mask._scale
     if mask._shape == x.shape:
-        backend.masked_affine(tag, flat, to, words, 0, 1, 1, x.size, a, 0.0, 0.0)
+        backend.masked_affine(tag, source, target, words, 0, 1, 1, x.size, a, 0.0, 0.0)
     else:
         grid = Grid.of(x.shape, mask._shape)
-        source, target = flat.reshape(-1), to.reshape(-1)
+        elements, results = source.reshape(-1), target.reshape(-1)
         for start, cell in grid.pieces():
             part = slice(start, start + grid.size)
             backend.masked_affine(
-                tag, source[part], target[part], words, cell, grid.outer, grid.repeat, grid.inner, a, 0.0, 0.0
+                tag, elements[part], results[part], words, cell, grid.outer, grid.repeat, grid.inner, a, 0.0, 0.0
             )
-    _deliver(to, y, tag)
+    _deliver(target, y, tag)
 
 
 def _evaluated(given: ArrayLike, x: Array, cut: int, scaling: str, out: Array | None) -> Array:
@@ -268,16 +264,18 @@ def _draw_words(cells: int, first: int, seed: int, offset: int, cut: int) -> NDA
 
 def _flat(x: Array, tag: int) -> Array:
     """x as backends take it: C-contiguous in logical order (a copy where it is not), bfloat16 as its bits."""
-    x = x if x.flags.c_contiguous else np.ascontiguousarray(x)
+    if not x.flags.c_contiguous:
+        x = np.ascontiguousarray(x)
     return x.view(np.uint16) if tag == BFLOAT16 else x
 
 
 def _flat_output(y: Array, tag: int) -> Array:
     """y as backends take it, or an array in its stead that `_deliver` copies over."""
-    y = y if y.flags.c_contiguous else np.empty(y.shape, y.dtype)
+    if not y.flags.c_contiguous:
+        y = np.empty(y.shape, y.dtype)
     return y.view(np.uint16) if tag == BFLOAT16 else y
 
 
-def _deliver(to: Array, y: Array, tag: int) -> None:
-    if not y.flags.c_contiguous:
-        np.copyto(y, to.view(y.dtype) if tag == BFLOAT16 else to)
+def _deliver(target: Array, y: Array, tag: int) -> None:
+    if target is not y and not y.flags.c_contiguous:
+        np.copyto(y, target.view(y.dtype) if tag == BFLOAT16 else target)

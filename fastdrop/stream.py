@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,15 @@ from numpy.typing import NDArray
 
 from . import _checks
 
-__all__ = ["Stream", "keep_scale", "manual_seed", "philox4x32_10", "random_state", "threshold"]
+__all__ = [
+    "Stream",
+    "keep_scale",
+    "manual_seed",
+    "philox4x32_10",
+    "random_state",
+    "threshold",
+    "threshold_and_scale",
+]
 
 UInt32Array = NDArray[np.uint32]
 
@@ -38,6 +47,13 @@ def threshold(p: float) -> int:
     (True, 0, True)
     """
     return round(p * 4294967296.0)  # the product is exact: only the exponent changes
+
+
+@lru_cache(maxsize=1024)
+def threshold_and_scale(p: float) -> tuple[int, float]:
+    """`threshold` and its `keep_scale`, remembered: networks use few p."""
+    cut = threshold(p)
+    return cut, keep_scale(cut)
 
 
 def keep_scale(threshold: int) -> float:
@@ -143,6 +159,8 @@ def random_state(rng: Any) -> tuple[int, int]:
     """(seed, offset) for one draw, from any of the forms that ``rng`` may have; None is the process-wide stream."""
     if rng is None:
         return _default.take()
+    if type(rng) is int:
+        return _checks.uint64("rng, as a seed,", rng), 0
     if isinstance(rng, Stream):
         return rng.take()
     if isinstance(rng, np.random.Generator):

@@ -31,7 +31,7 @@ def philox_round(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
 
 
 @scalar
-def philox4x32_10(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
+def philox_planes(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
     """Four bit planes; written out, because loops within loops are not vectorised."""
     c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
     c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + W0, k1 + W1)
@@ -154,9 +154,7 @@ def _narrow(v: Any, like: Any) -> Any:
             sign = np.uint32((bits >> np.uint32(16)) & np.uint32(0x8000))
             magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
             odd = np.uint32((magnitude >> np.uint32(13)) & np.uint32(1))
-            normal = np.uint32(
-                np.uint32(magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13)
-            )
+            normal = np.uint32(np.uint32(magnitude - np.uint32(0x38000000) + np.uint32(0xFFF) + odd) >> np.uint32(13))
             # Below 2**-14 the adder rounds at 2**-24.
             small = np.uint32(bits_of(np.float32(float_of(magnitude) + np.float32(0.5))) - np.uint32(0x3F000000))
             nan = np.uint32(np.uint32(0x7E00) | ((magnitude >> np.uint32(13)) & np.uint32(0x3FF)))

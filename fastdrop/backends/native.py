@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+_native: Any
 try:
-    from .. import _native
+    _native = importlib.import_module("fastdrop._native")
 except ImportError as error:
     _native = None
     _import_error = str(error)
@@ -24,6 +26,7 @@ if _native is not None:
     _lib: Any = _native.lib
     _address: Any = _native.ffi.from_buffer
     _no_words: Any = _native.ffi.NULL
+    STREAM_BYTES: int = _lib.FD_STREAM_BYTES  # outputs from here on are written around the cache
 
 
 def unavailable() -> str | None:
@@ -58,12 +61,14 @@ def select_isa(name: str) -> None:
 
 
 def set_num_threads(n: int) -> None:
-    _status(_lib.fd_set_num_threads(n))
+    if _lib.fd_set_num_threads(n):
+        raise _refusal()
 
 
 def scale_float32(x: Array, y: Array, a: float, stream: bool) -> None:
     """y = a x, for benchmarks: the least that any pass over this memory can take."""
-    _status(_lib.fd_scale_float32(_address(x), _address(y), x.size, a, stream))
+    if _lib.fd_scale_float32(_address(x), _address(y), x.size, a, stream):
+        raise _refusal()
 
 
 def philox4x32_10(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
@@ -74,7 +79,8 @@ def philox4x32_10(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
 
 
 def draw_bits(words: Words, position: int, first: int, n: int, seed: int, offset: int, threshold: int) -> None:
-    _status(_lib.fd_draw_bits(_address(words), position, first, n, seed, offset, threshold))
+    if _lib.fd_draw_bits(_address(words), position, first, n, seed, offset, threshold):
+        raise _refusal()
 
 
 def dropout_forward(
@@ -92,9 +98,8 @@ def dropout_forward(
     c: float,
 ) -> None:
     bits = _no_words if words is None else _address(words)
-    _status(
-        _lib.fd_dropout_forward(dtype, _address(x), _address(y), bits, first, n, seed, offset, threshold, a, b, c)
-    )
+    if _lib.fd_dropout_forward(dtype, _address(x), _address(y), bits, first, n, seed, offset, threshold, a, b, c):
+        raise _refusal()
 
 
 def masked_affine(
@@ -110,20 +115,17 @@ def masked_affine(
     b: float,
     c: float,
 ) -> None:
-    _status(
-        _lib.fd_masked_affine(
-            dtype, _address(x), _address(y), _address(words), position, outer, repeat, inner, a, b, c
-        )
-    )
+    if _lib.fd_masked_affine(dtype, _address(x), _address(y), _address(words), position, outer, repeat, inner, a, b, c):
+        raise _refusal()
 
 
 def _name(isa: int) -> str:
     return str(_native.ffi.string(_lib.fd_isa_name(isa)).decode())
 
 
-def _status(code: int) -> None:
-    if code:  # unreachable from the public API, which checks first
-        raise ValueError(f"the C kernel refused its arguments (code {code})")
+def _refusal() -> ValueError:
+    """Unreachable from the public API, which checks first."""
+    return ValueError("the C kernel refused its arguments")
 
 
 if _native is not None and (_forced := os.environ.get("FASTDROP_ISA")):

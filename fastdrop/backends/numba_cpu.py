@@ -11,6 +11,7 @@ or abort in forked children or under concurrent callers. Compiled code is cached
 
 from __future__ import annotations
 
+import importlib
 import os
 import threading
 from collections.abc import Callable
@@ -23,13 +24,16 @@ from numpy.typing import NDArray
 from .._checks import BFLOAT16, FLOAT16
 from ..stream import GROUP_SHIFT, GROUPS, LOW, MASK_DOMAIN, PLANES_PER_GROUP
 
+numba: Any
+kernel: Any
+inner: Any
+intrinsic: Any
 try:
-    import numba
+    numba = importlib.import_module("numba")
     from llvmlite import ir
     from numba import types
-    from numba.core.extending import intrinsic
 
-    from ._scalars import coefficient, decide_group, narrow, philox4x32_10, widen
+    from ._scalars import coefficient, decide_group, narrow, philox_planes, widen
 except ImportError as error:
     numba = None
     _import_error = str(error)
@@ -44,7 +48,7 @@ CHUNK_WORDS = CHUNK_BLOCKS * BLOCK_WORDS
 CHUNK_CELLS = CHUNK_BLOCKS * BLOCK_CELLS
 LINE_BYTES = 64
 PREFETCH_BYTES = 8192
-STREAM_BYTES = 16 << 20  # as in csrc/dispatch.c
+STREAM_BYTES = 16 << 20  # as in csrc/fastdrop.h
 GRAIN_CELLS = 128 * BLOCK_CELLS
 
 _num_threads = 1
@@ -67,9 +71,14 @@ def set_num_threads(n: int) -> None:
     _num_threads = n
 
 
+def philox4x32_10(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
+    """One block, for known-answer tests."""
+    return [int(word) & LOW for word in _one_block(*(np.uint64(word) for word in (*counter, *key)))]
+
+
 def draw_bits(words: Words, position: int, first: int, n: int, seed: int, offset: int, threshold: int) -> None:
     state = _state(seed, offset, threshold)
-    _over_ranges(lambda begin, end: _draw_bits(words, position, first, begin, end, *state), n, position)
+    _over_ranges(lambda begin, end: _draw_bits(words, position, np.uint64(first), begin, end, *state), n, position)
 
 
 def dropout_forward(
@@ -92,7 +101,7 @@ def dropout_forward(
     stream = _streams(target)
     kernel = _forward_plain if b == 0 and c == 0 else _forward_affine
     _over_ranges(
-        lambda begin, end: kernel(source, target, bits, keeps, first, begin, end, *state, a, b, c, stream), n
+        lambda begin, end: kernel(source, target, bits, keeps, np.uint64(first), begin, end, *state, a, b, c, stream), n
     )
 
 
@@ -174,6 +183,7 @@ if hasattr(os, "register_at_fork"):
 
 if numba is not None:
     U = np.uint64
+    intrinsic = numba.core.extending.intrinsic
     DOMAIN = U(MASK_DOMAIN)
     GROUP_COUNT = GROUPS * PLANES_PER_GROUP  # index, past the planes, of the number of groups that can decide anything
     kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
@@ -185,7 +195,7 @@ if numba is not None:
     def _apply_run(stream: bool) -> Any:
         """Intrinsic: 32 elements at address x, under the bits of a word, times a, to address y."""
 
-        @intrinsic
+        @intrinsic  # type: ignore[untyped-decorator]
         def apply_run(typingctx: Any, x: Any, y: Any, word: Any, a: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
                 element = context.get_value_type(a)
@@ -196,7 +206,9 @@ if numba is not None:
                 target = builder.inttoptr(args[1], ir.PointerType(vector))
                 loaded = builder.load(source, align=size)
                 zeros = ir.Constant(ir.VectorType(ir.IntType(32), 32), [0] * 32)
-                single = builder.insert_element(ir.Constant(vector, ir.Undefined), args[3], ir.Constant(ir.IntType(32), 0))
+                single = builder.insert_element(
+                    ir.Constant(vector, ir.Undefined), args[3], ir.Constant(ir.IntType(32), 0)
+                )
                 scaled = builder.fmul(loaded, builder.shuffle_vector(single, single, zeros))
                 keep = builder.bitcast(args[2], lanes)
                 result = builder.select(keep, scaled, ir.Constant(vector, [0.0] * 32))
@@ -211,21 +223,23 @@ if numba is not None:
 
     store_run, stream_run = _apply_run(False), _apply_run(True)
 
-    @intrinsic
+    @intrinsic  # type: ignore[untyped-decorator]
     def stream_line(typingctx: Any, to: Any, source: Any) -> Any:
         """Copies 64 bytes to a line of memory, around the cache."""
 
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             line = ir.PointerType(ir.VectorType(ir.IntType(32), LINE_BYTES // 4))
             store = builder.store(
-                builder.load(builder.inttoptr(args[1], line), align=4), builder.inttoptr(args[0], line), align=LINE_BYTES
+                builder.load(builder.inttoptr(args[1], line), align=4),
+                builder.inttoptr(args[0], line),
+                align=LINE_BYTES,
             )
             store.set_metadata("nontemporal", _one(builder))
             return context.get_dummy_value()
 
         return types.void(types.uintp, types.uintp), codegen
 
-    @intrinsic
+    @intrinsic  # type: ignore[untyped-decorator]
     def prefetch(typingctx: Any, address: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             i32 = ir.IntType(32)
@@ -237,6 +251,10 @@ if numba is not None:
             return context.get_dummy_value()
 
         return types.void(types.uintp), codegen
+
+    @kernel
+    def _one_block(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+        return philox_planes(c0, c1, c2, c3, k0, k1)
 
     @kernel
     def _planes(threshold):  # type: ignore[no-untyped-def]
@@ -255,7 +273,7 @@ if numba is not None:
         t0, t1, t2, t3 = planes[0], planes[1], planes[2], planes[3]
         c1 = (word >> U(32)) | DOMAIN
         for i in range(BLOCK_WORDS):
-            r0, r1, r2, r3 = philox4x32_10(word + U(i), c1, o0, o1, k0, k1)
+            r0, r1, r2, r3 = philox_planes(word + U(i), c1, o0, o1, k0, k1)
             decided, _ = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
             keep[slot + U(i)] = np.uint32(decided)
 
@@ -267,8 +285,8 @@ if numba is not None:
         c1 = (word >> U(32)) | DOMAIN
         for i in range(BLOCK_WORDS):
             w = word + U(i)
-            r0, r1, r2, r3 = philox4x32_10(w, c1, o0, o1, k0, k1)
-            r4, r5, r6, r7 = philox4x32_10(w, c1 | U(1 << GROUP_SHIFT), o0, o1, k0, k1)
+            r0, r1, r2, r3 = philox_planes(w, c1, o0, o1, k0, k1)
+            r4, r5, r6, r7 = philox_planes(w, c1 | U(1 << GROUP_SHIFT), o0, o1, k0, k1)
             keep_high, equal_high = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
             keep_low, equal_low = decide_group(r4, r5, r6, r7, t4, t5, t6, t7)
             keep[slot + U(i)] = np.uint32(keep_high & (keep_low | ~equal_high))
@@ -285,7 +303,7 @@ if numba is not None:
                 at = block + U(i)
                 w = base + U(slots[at])
                 c1 = (w >> U(32)) | DOMAIN | (group << U(GROUP_SHIFT))
-                r0, r1, r2, r3 = philox4x32_10(w, c1, o0, o1, k0, k1)
+                r0, r1, r2, r3 = philox_planes(w, c1, o0, o1, k0, k1)
                 decided, equal = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
                 result[at] = np.uint32(decided | ~U(bits[at]))
                 left[at] = np.uint32(equal & U(bits[at]))

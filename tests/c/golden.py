@@ -8,6 +8,4 @@ VECTORS = Path(__file__).resolve().parents[2] / "fastdrop" / "vectors" / "masks.
 for mask in json.loads(VECTORS.read_text())["masks"]:
     if 0 < mask["threshold"] < 2**32:  # the others are never drawn
         words = mask["words"]
-        print(
-            mask["seed"], mask["offset"], f"{mask['first_word']:x}", f"{mask['threshold']:x}", len(words), *words
-        )
+        print(mask["seed"], mask["offset"], f"{mask['first_word']:x}", f"{mask['threshold']:x}", len(words), *words)

@@ -1,0 +1,88 @@
+"""What is measured: operation x variant x dtype x size x p x threads, and beside whom.
+
+A variant is a backend, with its instruction set if it has several. Every case runs beside ``torch.mul`` and, in float32
+on one thread of C, our own streaming scale: the least any pass over this memory takes. The best C variant also meets
+the dropouts people use today, and Numba meets C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+from fastdrop import backends
+from fastdrop.backends import native
+
+SIZES = {"64k": 1 << 16, "1M": 1 << 20, "16M": 1 << 24, "64M": 1 << 26}
+DTYPES = ("float32", "float64", "float16", "bfloat16")
+PROBABILITIES = (0.1, 0.5)
+THREADS = (1, 2)
+OPERATIONS = ("forward", "backward", "forward+backward")
+# Slow variants and peers stop where a single call takes long; what they cost per element no longer changes there.
+LARGEST = {"numpy": SIZES["1M"], "c-scalar": SIZES["16M"]}
+PEERS_LARGEST = SIZES["16M"]
+
+
+@dataclass(frozen=True)
+class Case:
+    operation: str
+    variant: str
+    dtype: str
+    size: int
+    p: float
+    threads: int
+    store: str = "bits"
+
+    @property
+    def id(self) -> str:
+        size = next(name for name, n in SIZES.items() if n == self.size)
+        store = "" if self.store == "bits" else f"-{self.store}"
+        return f"{self.operation}-{self.variant}-{self.dtype}-{size}-p{self.p}-t{self.threads}{store}"
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def variants() -> list[str]:
+    """Those that can run here."""
+    here = [name for name, reason in backends.reasons().items() if reason is None]
+    isas = [f"c-{isa}" for isa in native.usable_isas()] if "c" in here else []
+    return isas + [name for name in here if name != "c"]
+
+
+def best_c() -> str:
+    return f"c-{native.usable_isas()[-1]}"
+
+
+def every_case() -> Iterator[Case]:
+    for size in SIZES.values():
+        for dtype in DTYPES:
+            for p in PROBABILITIES:
+                for threads in THREADS:
+                    for operation in OPERATIONS:
+                        for variant in variants():
+                            if size <= LARGEST.get(variant, size) and not (variant == "numpy" and threads > 1):
+                                yield Case(operation, variant, dtype, size, p, threads)
+    yield from seed_cases()
+
+
+def seed_cases() -> Iterator[Case]:
+    yield Case("backward", best_c(), "float32", SIZES["16M"], 0.1, 1, "seed")
+
+
+def quick_cases() -> Iterator[Case]:
+    """The rows of the speed table that the project holds itself to."""
+    best = best_c()
+    for size in SIZES.values():
+        for p in PROBABILITIES:
+            yield Case("forward", best, "float32", size, p, 1)
+        yield Case("backward", best, "float32", size, 0.1, 1)
+        if size > SIZES["64k"]:
+            yield Case("forward+backward", best, "float32", size, 0.1, 2)
+        for dtype in ("bfloat16", "float16"):
+            yield Case("forward", best, dtype, size, 0.1, 1)
+    for size in (SIZES["64k"], SIZES["16M"]):
+        for variant in ("c-avx2", "numba"):
+            if variant in variants():
+                yield Case("forward", variant, "float32", size, 0.1, 1)
+    yield from seed_cases()

@@ -1,0 +1,155 @@
+"""Turns a benchmark JSON into a report: python bench/report.py RESULTS.json writes RESULTS.md and RESULTS.png.
+
+First the targets the project holds itself to, misses on top; then every case: ns per element, GB/s, ratio to the limit
+and to each peer, all from the paired samples of one run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+SIZE_NAMES = {1 << 16: "64k", 1 << 20: "1M", 1 << 24: "16M", 1 << 26: "64M", 1000: "1000"}
+PEER_COLUMNS = ("scale limit", "torch.mul", "F.dropout", "compiled F.dropout", "NumPy", "C", "bits")
+K64, M1, M16, M64 = 1 << 16, 1 << 20, 1 << 24, 1 << 26
+
+# (what, peer, {size: at most}, and the case it is read from); ratios, medians of paired samples
+# ruff: noqa: E501
+TARGETS = [
+    ("C forward, p = 0.1", "torch.mul", {K64: 1.6, M1: 1.0, M16: 0.9, M64: 0.9}, ("forward", "best", "float32", 0.1, 1)),
+    ("C forward, p = 0.5", "torch.mul", {K64: 1.05, M1: 1.0, M16: 1.0, M64: 1.0}, ("forward", "best", "float32", 0.5, 1)),
+    ("C backward", "torch.mul", {K64: 1.0, M1: 1.0, M16: 0.75, M64: 0.75}, ("backward", "best", "float32", 0.1, 1)),
+    ("forward + backward, 2 threads, against torch.mul twice", "torch.mul", {M1: 1.0, M16: 1.0, M64: 1.0},
+     ("forward+backward", "best", "float32", 0.1, 2)),
+    ("bfloat16 forward", "torch.mul", {K64: 1.4, M1: 1.4, M16: 1.0, M64: 1.0}, ("forward", "best", "bfloat16", 0.1, 1)),
+    ("float16 forward", "torch.mul", {K64: 1.4, M1: 1.4, M16: 1.0, M64: 1.0}, ("forward", "best", "float16", 0.1, 1)),
+    ("AVX2 forward, p = 0.1", "torch.mul", {K64: 3.0, M16: 1.2}, ("forward", "c-avx2", "float32", 0.1, 1)),
+    ("Numba forward against C, p = 0.1", "C", {K64: 2.0, M16: 1.3}, ("forward", "numba", "float32", 0.1, 1)),
+    ("store=\"seed\" backward against bits", "bits", {M16: 1.2}, ("backward", "seed", "float32", 0.1, 1)),
+]  # fmt: skip
+CALL_MICROSECONDS = 4.0
+
+
+def main(arguments: list[str]) -> int:
+    if len(arguments) != 1:
+        print(__doc__)
+        return 2
+    source = Path(arguments[0])
+    run = json.loads(source.read_text())
+    rows = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
+    text = report(run, rows)
+    source.with_suffix(".md").write_text(text)
+    plot(run, rows, source.with_suffix(".png"))
+    print(text.split("## Every case")[0])
+    print(f"wrote {source.with_suffix('.md')} and {source.with_suffix('.png')}")
+    return 0
+
+
+def report(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    machine = run["machine_info"]
+    lines = [
+        "# Benchmark report",
+        "",
+        f"{machine['cpu_name']}, {machine['cpu'].get('count', '?')} CPUs, {machine['system']}; Python "
+        f"{machine['python_version']}; fastdrop {machine['fastdrop']}; {run['datetime'][:10]}.",
+        "",
+        "Medians of alternating samples; every ratio is the median of ratios taken round by round. Times are of the "
+        "public API (`fd.dropout(x, p, out=y)`), Python's share included.",
+        "",
+        "## Targets",
+        "",
+        "| what | size | at most | measured | |",
+        "|---|---|---|---|---|",
+    ]
+    judged = sorted(targets(rows), key=lambda row: row[3] <= row[2])
+    for what, size, limit, measured, unit in judged:
+        lines.append(f"| {what} | {size} | {limit:g}{unit} | {measured:.2f}{unit} | {verdict(measured, limit)} |")
+    lines += [
+        "",
+        "## Every case",
+        "",
+        "| case | ns/element | GB/s | " + " | ".join(f"/ {p}" for p in PEER_COLUMNS) + " |",
+    ]
+    lines.append("|---" * (3 + len(PEER_COLUMNS)) + "|")
+    for row in rows:
+        ns = 1e9 * row["seconds"] / row["size"]
+        ratios = [row["peers"].get(peer, {}).get("ratio") for peer in PEER_COLUMNS]
+        cells = [name(row), f"{ns:.3f}", f"{row['bytes_per_element'] / ns:.1f}"]
+        lines.append("| " + " | ".join(cells + [f"{r:.3g}" if r else "" for r in ratios]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def name(row: dict[str, Any]) -> str:
+    threads = f", {row['threads']} threads" if row["threads"] > 1 else ""
+    store = ", seed" if row["store"] == "seed" else ""
+    return f"{row['operation']} {row['variant']} {row['dtype']} {SIZE_NAMES[row['size']]} p={row['p']}{threads}{store}"
+
+
+def verdict(measured: float, limit: float) -> str:
+    return "met" if measured <= limit else "**missed**"
+
+
+def targets(rows: list[dict[str, Any]]) -> list[tuple[str, str, float, float, str]]:
+    """(what, size, at most, measured, unit) of each target that this run measured."""
+    best = next((row["variant"] for row in rows if row["operation"] == "whole call"), None)
+    found = []
+    for what, peer, limits, (operation, variant, dtype, p, threads) in TARGETS:
+        for size, limit in limits.items():
+            wanted = {
+                "operation": operation, "dtype": dtype, "p": p, "threads": threads, "size": size,
+                "variant": best if variant in ("best", "seed") else variant,
+                "store": "seed" if variant == "seed" else "bits",
+            }  # fmt: skip
+            for row in rows:
+                if all(row.get(key) == value for key, value in wanted.items()) and peer in row["peers"]:
+                    found.append((what, SIZE_NAMES[size], limit, row["peers"][peer]["ratio"], "x"))
+    for row in rows:
+        if row["operation"] == "whole call":
+            found.append(
+                ("`fd.dropout` of 1,000 elements, whole call", "1000", CALL_MICROSECONDS, 1e6 * row["seconds"], " us")
+            )
+    return found
+
+
+def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
+    """ns per element over size, forward and backward: fastdrop, the peers, the limit."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    best = next((row["variant"] for row in rows if row["operation"] == "whole call"), None)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    for axis, operation in zip(axes, ("forward", "backward"), strict=True):
+        curves: dict[str, dict[int, float]] = {}
+        for row in rows:
+            if (row["operation"], row["dtype"], row["p"], row["threads"]) != (operation, "float32", 0.1, 1):
+                continue
+            if row["store"] != "bits":
+                continue
+            if row["variant"] == best:
+                for peer, times in row["peers"].items():
+                    curves.setdefault(peer, {})[row["size"]] = 1e9 * times["seconds"] / row["size"]
+            label = {best: f"fastdrop, {best}"}.get(row["variant"], f"fastdrop, {row['variant']}")
+            curves.setdefault(label, {})[row["size"]] = 1e9 * row["seconds"] / row["size"]
+        for label, points in sorted(curves.items(), key=lambda item: -max(item[1].values())):
+            ours = label == f"fastdrop, {best}"
+            style = {"color": "#d62728", "linewidth": 2.8, "zorder": 5} if ours else {"linewidth": 1.4}
+            if label in ("torch.mul", "scale limit"):
+                style.update(linestyle="--", color="#555555" if label == "torch.mul" else "#aaaaaa")
+            sizes = sorted(points)
+            axis.plot(sizes, [points[size] for size in sizes], marker="o", markersize=4, label=label, **style)
+        axis.set(xscale="log", yscale="log", title=operation, xlabel="elements")
+        axis.set_xticks(list(SIZE_NAMES)[:4], [SIZE_NAMES[size] for size in list(SIZE_NAMES)[:4]])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("ns per element")
+    axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.suptitle(f"Dropout of float32, p = 0.1, one thread ({run['machine_info']['cpu_name']})")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

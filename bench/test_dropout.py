@@ -1,0 +1,188 @@
+"""Forward, backward and both, every case in turn with its peers.
+
+pytest-benchmark times fastdrop; before each of its rounds the setup times every peer once, so that all meet the same
+machine. A sample is as many calls as last about 200 us. ``extra_info`` keeps, per peer, the median and the median of
+the paired ratios fastdrop / peer.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastdrop as fd
+from fastdrop import backends
+from fastdrop.backends import native
+from fastdrop.cli import contenders
+
+from . import cases
+
+SAMPLE_SECONDS = 200e-6
+CASE_SECONDS = {"all": 0.5, "quick": 2.5}
+MIN_ROUNDS, MAX_ROUNDS = 5, 151
+COMPILED = "compiled F.dropout"
+C, BITS = "C", "bits"
+
+torch = contenders.import_torch()
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        quick = metafunc.config.getoption("--cases") == "quick"
+        chosen = cases.quick_cases() if quick else cases.every_case()
+        metafunc.parametrize("case", chosen, ids=lambda case: case.id)
+
+
+@pytest.fixture
+def running(case: cases.Case) -> Iterator[None]:
+    """The case's variant and threads, for its time."""
+    backend, _, isa = case.variant.partition("-")
+    before = native.isa()
+    with fd.use_backend(backend), contenders.threads(case.threads, torch):
+        if isa:
+            native.select_isa(isa)
+        yield
+        native.select_isa(before)
+
+
+@lru_cache(maxsize=1)
+def buffers(size: int, dtype: str) -> contenders.Buffers:
+    return contenders.Buffers.of((size,), np.dtype(getattr(ml_dtypes, dtype, dtype)))
+
+
+def test_dropout(case: cases.Case, running: None, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    data = buffers(case.size, case.dtype)
+    measured = call_of(fastdrop_contender(case, data), case.operation)
+    peers = dict(peers_of(case, data))
+    benchmark.extra_info.update(case.as_dict(), bytes_per_element=traffic(case, data))
+    seconds = CASE_SECONDS[request.config.getoption("--cases")]
+    alternate(benchmark, measured, peers, seconds)
+
+
+def test_whole_call_of_1000_elements(benchmark: Any) -> None:
+    """What Python costs: fd.dropout on an array so small that the kernel hardly counts."""
+    x = np.ones(1000, np.float32)
+    y = np.empty_like(x)
+    stream = fd.Stream(0)
+    peers = {}
+    if torch is not None:
+        tensor = torch.from_numpy(x)
+        peers["F.dropout"] = lambda: torch.nn.functional.dropout(tensor, 0.1, True)
+    benchmark.extra_info.update(operation="whole call", variant=cases.best_c(), dtype="float32", size=1000, p=0.1)
+    benchmark.extra_info.update(threads=1, store="bits", bytes_per_element=8.125)
+    with contenders.threads(1, torch):
+        alternate(benchmark, lambda: fd.dropout(x, 0.1, rng=stream, out=y), peers, 1.0)
+
+
+def fastdrop_contender(case: cases.Case, data: contenders.Buffers) -> contenders.Contender:
+    if case.store == "bits":
+        return contenders.fastdrop(data, case.p)
+    _, mask = fd.dropout(data.x, case.p, store=case.store, rng=0, out=data.y)
+    backward = lambda: fd.dropout_backward(data.dy, mask, out=data.dx)  # noqa: E731
+    return contenders.Contender(contenders.FASTDROP, backward, backward, backward, 0.0)
+
+
+def peers_of(case: cases.Case, data: contenders.Buffers) -> Iterator[tuple[str, Callable[[], object]]]:
+    if torch is not None:
+        yield contenders.TORCH_MUL, call_of(contenders.torch_mul(torch, data, case.p), case.operation)
+    if case.store != "bits":
+        yield BITS, call_of(contenders.fastdrop(data, case.p), case.operation)
+        return
+    limit = contenders.scale_limit(data, case.p)
+    if limit is not None and case.threads == 1:
+        yield contenders.LIMIT, call_of(limit, case.operation)
+    if case.variant == "numba" and backends.reasons()["c"] is None:
+        yield C, with_c(call_of(contenders.fastdrop(data, case.p), case.operation))
+    if case.variant == cases.best_c() and case.size <= cases.PEERS_LARGEST:
+        yield contenders.NUMPY, call_of(contenders.plain_numpy(data, case.p), case.operation)
+        if torch is not None:
+            yield contenders.F_DROPOUT, call_of(contenders.torch_dropout(torch, data, case.p), case.operation)
+            if case.dtype == "float32" and case.operation == "forward" and compiled() is not None:
+                tensor, run = torch.from_numpy(data.x), compiled()
+                yield COMPILED, lambda: run(tensor, case.p)
+
+
+def with_c(call: Callable[[], object]) -> Callable[[], object]:
+    """Runs it on C; switching is paid outside of what is timed only in part, a microsecond in all."""
+
+    def run() -> None:
+        with fd.use_backend("c"):
+            call()
+
+    return run
+
+
+@lru_cache(maxsize=1)
+def compiled() -> Any:
+    """torch.compile'd F.dropout, or None where it can't compile (no C++ compiler)."""
+    run = torch.compile(lambda x, p: torch.nn.functional.dropout(x, p, True), dynamic=True)
+    try:
+        run(torch.ones(4096), 0.1)
+    except Exception:  # whatever a broken tool chain raises
+        return None
+    return run
+
+
+def call_of(contender: contenders.Contender, operation: str) -> Callable[[], object]:
+    passes = {"forward": contender.forward, "backward": contender.backward, "forward+backward": contender.both}
+    return passes[operation]
+
+
+def traffic(case: cases.Case, data: contenders.Buffers) -> float:
+    """Bytes an ideal kernel moves per element: each array once, and the mask."""
+    one = 2 * data.x.itemsize + (0.125 if case.store == "bits" else 0.0)
+    return one * (2 if case.operation == "forward+backward" else 1)
+
+
+def alternate(
+    benchmark: Any, measured: Callable[[], object], peers: dict[str, Callable[[], object]], seconds: float
+) -> None:
+    """Times ``measured`` by the fixture and the peers in its setup; leaves medians and paired ratios in extra_info."""
+    repeats, cost = {}, 0.0
+    for name, call in {"": measured, **peers}.items():
+        call()
+        once = min(sample(call, 1) for _ in range(3))
+        repeats[name] = max(1, round(SAMPLE_SECONDS / once))
+        cost += once * (repeats[name] + 1)
+    rounds = min(max(int(seconds / cost), MIN_ROUNDS), MAX_ROUNDS)
+    samples: dict[str, list[float]] = {name: [] for name in peers}
+    order = list(peers)
+    shuffle = random.Random(0).shuffle
+
+    def take_turns() -> None:
+        shuffle(order)
+        for name in order:
+            peers[name]()  # brings its data back into the caches that its neighbours have used
+            samples[name].append(sample(peers[name], repeats[name]))
+        measured()
+
+    def run() -> None:
+        for _ in range(repeats[""]):
+            measured()
+
+    benchmark.pedantic(run, setup=take_turns, rounds=rounds, iterations=1)
+    own = [time / repeats[""] for time in benchmark.stats.stats.data]
+    benchmark.extra_info["repeats"] = repeats[""]
+    benchmark.extra_info["seconds"] = statistics.median(own)
+    benchmark.extra_info["peers"] = {
+        name: {
+            "seconds": statistics.median(taken),
+            "ratio": statistics.median(mine / its for mine, its in zip(own, taken, strict=True)),
+        }
+        for name, taken in samples.items()
+    }
+
+
+def sample(call: Callable[[], object], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    return (time.perf_counter() - start) / repeats
