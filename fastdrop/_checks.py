@@ -115,7 +115,8 @@ def noise_shape(value: Any, full: tuple[int, ...]) -> tuple[int, ...]:
     cells = shape("noise_shape", tuple(e if a is None else a for a, e in zip(axes, full, strict=True)))
     if any(c not in (1, e) for c, e in zip(cells, full, strict=True)):
         raise ValueError(
-            f"noise_shape must be 1, None or the full extent on each axis of x, whose shape is {full}, but got {value!r}"
+            f"noise_shape must be 1, None or the full extent on each axis of x, whose shape is {full}, but got "
+            f"{value!r}"
         )
     return cells
 

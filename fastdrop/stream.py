@@ -173,8 +173,8 @@ def random_state(rng: Any) -> tuple[int, int]:
 def manual_seed(seed: int) -> Stream:
     """Restarts the process-wide stream at ``seed`` and returns it.
 
-    A forked child goes on with its parent's seeded stream, as with `numpy.random.seed`; left unseeded, a child gets a seed
-    of its own.
+    A forked child goes on with its parent's seeded stream, as with `numpy.random.seed`; left unseeded, a child gets a
+    seed of its own.
 
     >>> import fastdrop as fd
     >>> fd.manual_seed(0)

@@ -36,7 +36,7 @@ def active_name() -> str:
 
 def load(name: str) -> ModuleType:
     """A backend by name, usable; RuntimeError with the reason if it is not."""
-    module = importlib.import_module(f".{MODULES[name]}", __name__)
+    module = _module_of(MODULES[name])
     reason = module.unavailable()
     if reason:
         raise RuntimeError(f"backend {name!r} can't run here: {reason}")
@@ -45,25 +45,26 @@ def load(name: str) -> ModuleType:
 
 def reasons() -> dict[str, str | None]:
     """For each backend, why it can't run here; None where it can."""
-    return {name: importlib.import_module(f".{file}", __name__).unavailable() for name, file in MODULES.items()}
+    return {name: _module_of(file).unavailable() for name, file in MODULES.items()}
+
+
+def _module_of(file: str) -> ModuleType:
+    return importlib.import_module(f".{file}", __name__)
 
 
 def _resolve() -> Any:
     global _chosen, _module
     if _chosen is None:
         _chosen = _checked(os.environ.get("FASTDROP_BACKEND", AUTO), "FASTDROP_BACKEND")
-    if _chosen == AUTO:
-        name = next(name for name in MODULES if name == "numpy" or _can_run(name))
-    else:
-        name = _chosen
-    module: Any = load(name)
+    module: Any = load(_best() if _chosen == AUTO else _chosen)
     module.set_num_threads(get_num_threads())
     _module = module
     return module
 
 
-def _can_run(name: str) -> bool:
-    return importlib.import_module(f".{MODULES[name]}", __name__).unavailable() is None
+def _best() -> str:
+    """The first that can run; those after it are not even imported."""
+    return next(name for name, file in MODULES.items() if _module_of(file).unavailable() is None)
 
 
 def _checked(name: str, argument: str) -> str:
@@ -72,7 +73,7 @@ def _checked(name: str, argument: str) -> str:
     return name
 
 
-class use_backend:  # noqa: N801  (used as a function and as a context manager)
+class use_backend:
     """Makes a backend the one that runs, process-wide; as a context manager, until the block ends.
 
     Parameters

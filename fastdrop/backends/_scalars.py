@@ -1,7 +1,7 @@
 """Scalars shared by the Numba backends, CPU and CUDA: one Philox round, one plane's decision, one 16-bit conversion.
 
-Loops, memory and launch are the backends' own. All integers are uint64, whose low 32 bits count: LLVM then multiplies with
-one instruction and never masks, and nothing mixes signed with unsigned, which Numba would turn into float.
+Loops, memory and launch are the backends' own. All integers are uint64, whose low 32 bits count: LLVM then multiplies
+with one instruction and never masks, and nothing mixes signed with unsigned, which Numba would turn into float.
 
 16-bit arrays come as integers, which tells their dtype by type: int16 holds float16 bits, uint16 bfloat16 bits.
 """

@@ -1,17 +1,17 @@
 """The Numba CPU backend: the C kernels' scheme as loops that LLVM vectorises, on any CPU Numba runs on.
 
-Blocks of 16 words are drawn two groups at a time; the few words then undecided are gathered over a chunk and given more
-groups together, as in csrc/kernels.inc.h. A block's data is prefetched while its bits are drawn. float32 and float64 are
-applied 32 elements at a time by an intrinsic that hands LLVM whole vectors, since streaming stores are not vectorised
-otherwise.
+Blocks of 16 words are drawn two groups at a time, a chunk ahead of the data; the few words then undecided are gathered
+over a chunk and given more groups together, as in csrc/kernels.inc.h. float32 and float64 are applied 32 elements at a
+time by an intrinsic that hands LLVM whole vectors, since streaming stores are not vectorised otherwise.
 
-Kernels release the GIL and run over ranges, which a small pool of Python threads shares: Numba's own parallel layers hang
-or abort in forked children or under concurrent callers. Compiled code is cached on disk.
+Kernels release the GIL and run over ranges, which a small pool of Python threads shares: Numba's own parallel layers
+hang or abort in forked children or under concurrent callers. Compiled code is cached on disk.
 """
 
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -149,15 +149,17 @@ def _state(seed: int, offset: int, threshold: int) -> tuple[Any, ...]:
 
 
 def _over_ranges(kernel: Callable[[int, int], None], n: int, lead: int = 0) -> None:
-    """kernel(begin, end) over 0 .. n, by several threads where that pays; seams lie where ``lead`` + cell is a multiple of
-    a block, so that no two threads share a word."""
+    """kernel(begin, end) over 0 .. n, by several threads where that pays.
+
+    Seams lie where ``lead`` + cell is a multiple of a block, so that no two threads share a word.
+    """
     parts = min(_num_threads, n // GRAIN_CELLS)
     if parts <= 1:
         kernel(0, n)
         return
     step = -(-n // parts // BLOCK_CELLS) * BLOCK_CELLS
     seams = [0, *(i * step - lead % BLOCK_CELLS for i in range(1, parts)), n]
-    futures = [_workers().submit(kernel, *seam) for seam in zip(seams[1:-1], seams[2:], strict=True)]
+    futures = [_workers().submit(kernel, *seam) for seam in itertools.pairwise(seams[1:])]
     kernel(seams[0], seams[1])
     for future in futures:
         future.result()
@@ -258,8 +260,8 @@ if numba is not None:
 
     @kernel
     def _planes(threshold):  # type: ignore[no-untyped-def]
-        """The bits of the threshold, most significant first, each spread to a whole word; then the number of groups up to
-        its last 1: later ones decide nothing."""
+        """The bits of the threshold, most significant first, each spread to a whole word; then the number of groups up
+        to its last 1: later ones decide nothing."""
         planes = np.zeros(GROUP_COUNT + 1, np.uint64)
         for k in range(32):
             if (threshold >> U(31 - k)) & U(1):
