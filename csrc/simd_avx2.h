@@ -42,18 +42,24 @@ static inline words_t words_unless(words_t keep, words_t equal, words_t later) {
     return _mm256_andnot_si256(_mm256_andnot_si256(later, equal), keep);
 }
 static inline int words_any(words_t v) { return !_mm256_testz_si256(v, v); }
+/* Row m holds the positions of the 1 bits of m, a byte each, lowest first. */
+#define COMPACT_STEP(m, lane, later) ((uint64_t)(later) << 8 * ((m) >> (lane) & 1) | ((m) >> (lane) & 1) * (lane))
+#define COMPACT_LOW(m, later) COMPACT_STEP(m, 0, COMPACT_STEP(m, 1, COMPACT_STEP(m, 2, COMPACT_STEP(m, 3, later))))
+#define COMPACT_ROW(m) COMPACT_LOW(m, COMPACT_STEP(m, 4, COMPACT_STEP(m, 5, COMPACT_STEP(m, 6, COMPACT_STEP(m, 7, 0)))))
+#define COMPACT_4(m) COMPACT_ROW(m), COMPACT_ROW(m + 1), COMPACT_ROW(m + 2), COMPACT_ROW(m + 3)
+#define COMPACT_16(m) COMPACT_4(m), COMPACT_4(m + 4), COMPACT_4(m + 8), COMPACT_4(m + 12)
+#define COMPACT_64(m) COMPACT_16(m), COMPACT_16(m + 16), COMPACT_16(m + 32), COMPACT_16(m + 48)
+static const uint64_t compact_rows[256] = {COMPACT_64(0), COMPACT_64(64), COMPACT_64(128), COMPACT_64(192)};
+
+/* By table and not by a loop over lanes: which lanes count is as random as the mask, and a mispredicted branch behind a
+ * draw would keep the data after it from being worked on meanwhile. */
 static inline unsigned words_compact(words_t index, words_t value, uint32_t *indices, uint32_t *values) {
     __m256i zero = _mm256_cmpeq_epi32(value, _mm256_setzero_si256());
-    uint32_t i[LANES], v[LANES];
-    unsigned n = 0;
-    words_store(i, index);
-    words_store(v, value);
-    for (unsigned left = ~(unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(zero)) & 0xFF; left; left &= left - 1) {
-        unsigned lane = (unsigned)__builtin_ctz(left);
-        indices[n] = i[lane];
-        values[n++] = v[lane];
-    }
-    return n;
+    unsigned nonzero = ~(unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(zero)) & 0xFF;
+    __m256i lanes = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)&compact_rows[nonzero]));
+    words_store(indices, _mm256_permutevar8x32_epi32(index, lanes));
+    words_store(values, _mm256_permutevar8x32_epi32(value, lanes));
+    return (unsigned)__builtin_popcount(nonzero);
 }
 
 static inline __m256i high_halves(__m256i v) { return _mm256_shuffle_epi32(v, HIGH_HALVES); }
@@ -114,20 +120,53 @@ static inline __m128i f16_of_f32(f32_v v) { return _mm256_cvtps_ph(v, _MM_FROUND
 static inline void f16_store(f16_t *p, f32_v v) { _mm_storeu_si128((__m128i *)p, f16_of_f32(v)); }
 static inline void f16_stream(f16_t *p, f32_v v) { _mm_stream_si128((__m128i *)p, f16_of_f32(v)); }
 
+/* Even and odd elements as two vectors of floats, as simd_avx512.h explains. */
+#define BF16_PAIRS
 typedef uint16_t bf16_t;
-static inline f32_v bf16_load(const bf16_t *p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+typedef struct {
+    __m256 even, odd;
+} bf16_v;
+typedef bf16_v bf16_keep;
+enum { bf16_lanes = 16 };
+static inline bf16_v bf16_load(const bf16_t *p) {
+    __m256i pairs = _mm256_loadu_si256((const __m256i *)p);
+    return (bf16_v){_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
+                    _mm256_castsi256_ps(_mm256_and_si256(pairs, words_set1(0xFFFF0000u)))};
 }
-static inline __m128i bf16_of_f32(f32_v v) {
-    __m256i u = _mm256_castps_si256(v), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
-    __m256i rounded = _mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+static inline bf16_v bf16_set1(double v) { return (bf16_v){f32_set1(v), f32_set1(v)}; }
+static inline __m256 bf16_lanes_of(uint32_t run, __m256i lane) {
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(words_set1(run), lane), lane));
+}
+static inline bf16_keep bf16_mask(uint32_t run, int k) {
+    const __m256i even =
+        _mm256_slli_epi32(_mm256_setr_epi32(1, 1 << 2, 1 << 4, 1 << 6, 1 << 8, 1 << 10, 1 << 12, 1 << 14), k);
+    return (bf16_keep){bf16_lanes_of(run, even), bf16_lanes_of(run, _mm256_slli_epi32(even, 1))};
+}
+static inline bf16_v bf16_scale(bf16_keep keep, bf16_v x, bf16_v a) {
+    return (bf16_v){f32_scale(keep.even, x.even, a.even), f32_scale(keep.odd, x.odd, a.odd)};
+}
+static inline bf16_v bf16_affine(bf16_keep keep, bf16_v x, bf16_v a, bf16_v b, bf16_v c) {
+    return (bf16_v){f32_affine(keep.even, x.even, a.even, b.even, c.even),
+                    f32_affine(keep.odd, x.odd, a.odd, b.odd, c.odd)};
+}
+static inline __m256i bf16_rounded(__m256 v) {
+    __m256i u = _mm256_castps_si256(v), lowest = _mm256_and_si256(_mm256_srli_epi32(u, 16), words_set1(1));
+    return _mm256_add_epi32(u, _mm256_add_epi32(lowest, words_set1(0x7FFF)));
+}
+static inline __m256i bf16_quieted(__m256i rounded, __m256 v) {
     __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-    rounded = _mm256_blendv_epi8(rounded, _mm256_or_si256(u, _mm256_set1_epi32(0x400000)), nan);
-    rounded = _mm256_srli_epi32(rounded, 16); /* below 2^16: the saturating pack leaves it alone */
-    return _mm_packus_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+    return _mm256_blendv_epi8(rounded, _mm256_or_si256(_mm256_castps_si256(v), words_set1(0x400000)), nan);
 }
-static inline void bf16_store(bf16_t *p, f32_v v) { _mm_storeu_si128((__m128i *)p, bf16_of_f32(v)); }
-static inline void bf16_stream(bf16_t *p, f32_v v) { _mm_stream_si128((__m128i *)p, bf16_of_f32(v)); }
+static inline __m256i bf16_of(bf16_v v) {
+    __m256i even = bf16_rounded(v.even), odd = bf16_rounded(v.odd);
+    if (__builtin_expect(_mm256_movemask_ps(_mm256_cmp_ps(v.even, v.odd, _CMP_UNORD_Q)) != 0, 0)) {
+        even = bf16_quieted(even, v.even);
+        odd = bf16_quieted(odd, v.odd);
+    }
+    return _mm256_blend_epi16(_mm256_srli_epi32(even, 16), odd, 0xAA);
+}
+static inline void bf16_store(bf16_t *p, bf16_v v) { _mm256_storeu_si256((__m256i *)p, bf16_of(v)); }
+static inline void bf16_stream(bf16_t *p, bf16_v v) { _mm256_stream_si256((__m256i *)p, bf16_of(v)); }
 
 static inline void stream_fence(void) { _mm_sfence(); }
 

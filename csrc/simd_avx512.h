@@ -116,19 +116,56 @@ static inline __m256i f16_of_f32(f32_v v) { return _mm512_cvtps_ph(v, _MM_FROUND
 static inline void f16_store(f16_t *p, f32_v v) { _mm256_storeu_si256((__m256i *)p, f16_of_f32(v)); }
 static inline void f16_stream(f16_t *p, f32_v v) { _mm256_stream_si256((__m256i *)p, f16_of_f32(v)); }
 
-/* The hardware's vcvtneps2bf16 flushes subnormals, so round in integers: add 0x7FFF plus the lowest kept bit. */
+/* A bfloat16 is the upper half of a float32, so a vector of 32 becomes two of floats, even and odd elements, by a shift
+ * and a mask, and back by a shift and a blend: nothing crosses lanes. The hardware's own conversion flushes subnormals;
+ * here numbers are rounded in integers, by adding 0x7FFF and the lowest bit kept. */
+#define BF16_PAIRS
 typedef uint16_t bf16_t;
-static inline f32_v bf16_load(const bf16_t *p) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+typedef struct {
+    __m512 even, odd;
+} bf16_v;
+typedef struct {
+    __mmask16 even, odd;
+} bf16_keep;
+enum { bf16_lanes = 32 };
+static inline bf16_v bf16_load(const bf16_t *p) {
+    __m512i pairs = _mm512_loadu_si512(p);
+    return (bf16_v){_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
+                    _mm512_castsi512_ps(_mm512_and_si512(pairs, words_set1(0xFFFF0000u)))};
 }
-static inline __m256i bf16_of_f32(f32_v v) {
-    __m512i u = _mm512_castps_si512(v), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
-    __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
-    rounded = _mm512_mask_or_epi32(rounded, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), u, _mm512_set1_epi32(0x400000));
-    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+static inline bf16_v bf16_set1(double v) { return (bf16_v){f32_set1(v), f32_set1(v)}; }
+static inline bf16_keep bf16_mask(uint32_t run, int k) {
+    const __m512i even = _mm512_setr_epi32(1, 1 << 2, 1 << 4, 1 << 6, 1 << 8, 1 << 10, 1 << 12, 1 << 14, 1 << 16,
+                                           1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 28, 1 << 30);
+    (void)k; /* one vector takes the whole run */
+    return (bf16_keep){_mm512_test_epi32_mask(words_set1(run), even),
+                       _mm512_test_epi32_mask(words_set1(run), _mm512_slli_epi32(even, 1))};
 }
-static inline void bf16_store(bf16_t *p, f32_v v) { _mm256_storeu_si256((__m256i *)p, bf16_of_f32(v)); }
-static inline void bf16_stream(bf16_t *p, f32_v v) { _mm256_stream_si256((__m256i *)p, bf16_of_f32(v)); }
+static inline bf16_v bf16_scale(bf16_keep keep, bf16_v x, bf16_v a) {
+    return (bf16_v){f32_scale(keep.even, x.even, a.even), f32_scale(keep.odd, x.odd, a.odd)};
+}
+static inline bf16_v bf16_affine(bf16_keep keep, bf16_v x, bf16_v a, bf16_v b, bf16_v c) {
+    return (bf16_v){f32_affine(keep.even, x.even, a.even, b.even, c.even),
+                    f32_affine(keep.odd, x.odd, a.odd, b.odd, c.odd)};
+}
+static inline __m512i bf16_rounded(__m512 v) {
+    __m512i u = _mm512_castps_si512(v), up = _mm512_add_epi32(u, words_set1(0x7FFF));
+    return _mm512_mask_add_epi32(up, _mm512_test_epi32_mask(u, words_set1(0x10000)), up, words_set1(1));
+}
+static inline __m512i bf16_quieted(__m512i rounded, __m512 v) {
+    __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+    return _mm512_mask_or_epi32(rounded, nan, _mm512_castps_si512(v), words_set1(0x400000));
+}
+static inline __m512i bf16_of(bf16_v v) {
+    __m512i even = bf16_rounded(v.even), odd = bf16_rounded(v.odd);
+    if (__builtin_expect(_mm512_cmp_ps_mask(v.even, v.odd, _CMP_UNORD_Q) != 0, 0)) { /* a NaN on either side */
+        even = bf16_quieted(even, v.even);
+        odd = bf16_quieted(odd, v.odd);
+    }
+    return _mm512_mask_blend_epi16(0xAAAAAAAAu, _mm512_srli_epi32(even, 16), odd);
+}
+static inline void bf16_store(bf16_t *p, bf16_v v) { _mm512_storeu_si512(p, bf16_of(v)); }
+static inline void bf16_stream(bf16_t *p, bf16_v v) { _mm512_stream_si512((__m512i *)p, bf16_of(v)); }
 
 static inline void stream_fence(void) { _mm_sfence(); }
 
