@@ -60,7 +60,10 @@ def _number(name: str, value: Any) -> float:
         raise TypeError(f"{name} must be a number, but got {type(value).__name__}")
     if isinstance(value, (bool, np.bool_, np.complexfloating)):
         raise TypeError(f"{name} must be a real number, but got {type(value).__name__}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if int(value) > 0 else -math.inf
 
 
 def finite(name: str, value: Any) -> float:
@@ -152,9 +155,14 @@ def keep_flags(keep: ArrayLike, p: Any) -> tuple[NDArray[np.bool_], float]:
     if flags.dtype != np.bool_:
         raise TypeError(f"keep must be boolean, True = keep, but got dtype {flags.dtype}")
     p = probability(p)
-    if p == 1.0 and flags.any():
-        raise ValueError("p = 1 drops everything, but keep has True in it")
+    nothing_kept("keep", flags, p)
     return flags, p
+
+
+def nothing_kept(name: str, bits: Array, p: float) -> None:
+    """p = 1 has no scale for what is kept."""
+    if p == 1.0 and bits.any():
+        raise ValueError(f"p = 1 drops everything, but {name} would keep something")
 
 
 def output(out: Any, x: Array, name: str) -> Array:

@@ -82,6 +82,8 @@ class PackedMask:
         self._p = _checks.probability(p)
         self._shape = _checks.shape("shape", shape)
         self._words = _checks.words(words, math.prod(self._shape), word_count(math.prod(self._shape)))
+        if scale is None:
+            _checks.nothing_kept("words", self._words, self._p)
         self._scale = keep_scale(threshold(self._p)) if scale is None else _checks.finite("scale", scale)
 
     @classmethod

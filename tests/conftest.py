@@ -1,0 +1,64 @@
+"""Fixtures: every backend x instruction set that can run here, every dtype, and state left as it was found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+import fastdrop as fd
+
+from .cases import DTYPES, VARIANTS, Dtype, activated
+
+collect_ignore = ["c"]  # a C program and what feeds it; `make sanitize` runs them
+
+# No deadline: no test is about time. `variant` lasts for all examples of a test, as it should.
+settings.register_profile(
+    "fastdrop", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+settings.load_profile("fastdrop")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "large: arrays beyond 2**31 elements; several GB of memory")
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The primitives of one backend x instruction set, which is also the active one."""
+    with activated(request.param) as module:
+        yield module
+
+
+@pytest.fixture(params=[name for name in VARIANTS if name.startswith("c-")])
+def c_variant(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    with activated(request.param) as module:
+        yield module
+
+
+@pytest.fixture(params=[name for name in VARIANTS if name != "numpy"])
+def compiled(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    with activated(request.param) as module:
+        yield module
+
+
+@pytest.fixture(params=["numpy", "numba", "c"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend's name, active with its best instruction set."""
+    with activated(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> Dtype:
+    return request.param
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """The number of threads is as before afterwards."""
+    before = fd.get_num_threads()
+    yield
+    fd.set_num_threads(before)

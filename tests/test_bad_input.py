@@ -1,0 +1,352 @@
+"""Bad input: which exception, what its message names, and that nothing is written."""
+
+from __future__ import annotations
+
+import re
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+import fastdrop as fd
+
+from .cases import bits_of, primitive_modules, readable, run_python
+
+X = np.arange(12, dtype=np.float32).reshape(3, 4)
+MASK = fd.draw_mask((3, 4), 0.5, rng=0)
+ALLOWED = "float32, float64, float16, bfloat16"
+
+# The calls that read data, by the name their array has there.
+TAKES_ARRAY = {
+    "dropout": ("x", lambda x, **more: fd.dropout(x, 0.5, rng=0, **more)),
+    "dropout-seed": ("x", lambda x, **more: fd.dropout(x, 0.5, rng=0, store="seed", **more)),
+    "dropout-noise": ("x", lambda x, **more: fd.dropout(x, 0.5, rng=0, noise_shape=(1, 4), **more)),
+    "dropout-p=0": ("x", lambda x, **more: fd.dropout(x, 0.0, rng=0, **more)),
+    "dropout-p=1": ("x", lambda x, **more: fd.dropout(x, 1.0, rng=0, **more)),
+    "evaluation": ("x", lambda x, **more: fd.dropout(x, 0.5, training=False, **more)),
+    "evaluation-standard": ("x", lambda x, **more: fd.dropout(x, 0.5, training=False, scaling="standard", **more)),
+    "dropout_backward": ("dy", lambda x, **more: fd.dropout_backward(x, MASK, **more)),
+    "dropout_backward-none": ("dy", lambda x, **more: fd.dropout_backward(x, None, **more)),
+    "apply_mask": ("x", lambda x, **more: fd.apply_mask(x, MASK, **more)),
+}
+
+
+@pytest.fixture(params=TAKES_ARRAY)
+def call(request):
+    return TAKES_ARRAY[request.param]
+
+
+def refused(error, *names):
+    """raises(error) whose message has each of these in this order."""
+    return pytest.raises(error, match="(?s)" + ".*".join(re.escape(str(name)) for name in names))
+
+
+# ---- p ----
+
+BAD_P = {
+    "below 0": (-0.1, ValueError, "-0.1"),
+    "just below 0": (-5e-324, ValueError, "-5e-324"),
+    "above 1": (1.5, ValueError, "1.5"),
+    "just above 1": (np.nextafter(1, 2), ValueError, "1.0000000000000002"),
+    "NaN": (float("nan"), ValueError, "nan"),
+    "NumPy NaN": (np.float32("nan"), ValueError, "nan"),
+    "inf": (float("inf"), ValueError, "inf"),
+    "-inf": (float("-inf"), ValueError, "-inf"),
+    "int": (2, ValueError, "2"),
+    "huge int": (10**400, ValueError, ""),
+    "huge fraction": (Fraction(10**400), ValueError, ""),
+    "str": ("0.5", TypeError, "str"),
+    "None": (None, TypeError, "NoneType"),
+    "bool": (True, TypeError, "bool"),
+    "NumPy bool": (np.True_, TypeError, "bool"),
+    "complex": (0.5 + 0j, TypeError, "complex"),
+    "NumPy complex": (np.complex64(0.5), TypeError, "complex64"),
+    "list": ([0.5], TypeError, "list"),
+    "1-d array": (np.array([0.5]), TypeError, "ndarray"),
+}
+
+
+@pytest.mark.parametrize(("p", "error", "came"), BAD_P.values(), ids=BAD_P)
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_refuses_p(p, error, came, training):
+    out = np.full_like(X, 7)
+    allowed = "between 0 and 1" if error is ValueError else "number"
+    with refused(error, "p", allowed, "got", came):
+        fd.dropout(X, p, training=training, rng=0, out=out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize(("p", "error", "came"), BAD_P.values(), ids=BAD_P)
+def test_draw_mask_refuses_p(p, error, came):
+    with refused(error, "p", "between 0 and 1" if error is ValueError else "number", "got", came):
+        fd.draw_mask(5, p)
+
+
+# ---- dtype ----
+
+BAD_DTYPES = ["i4", "i8", "u1", "u2", "u4", "?", "c8", "c16", "g", ">f4", ">f8", "O", "U3", "S2", "V2", "M8[s]"]
+
+
+@pytest.mark.parametrize("kind", BAD_DTYPES)
+def test_data_of_other_dtypes_is_refused(call, kind):
+    name, function = call
+    if np.dtype(kind) == np.float64:
+        pytest.skip("longdouble is float64 on this platform")
+    x = np.zeros((3, 4), kind)
+    out = np.full_like(X, 7)
+    with refused(TypeError, name, ALLOWED, "got", x.dtype):
+        function(x, out=out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("x", [[[1, 2, 3, 4]] * 3, None, "text", 3], ids=readable)
+def test_data_that_is_no_array_of_floats_is_refused(call, x):
+    name, function = call
+    with refused(TypeError, name, ALLOWED, "got"):
+        function(x)
+
+
+def test_float8_is_refused(call):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    name, function = call
+    with refused(TypeError, name, ALLOWED, "got", "float8_e5m2"):
+        function(X.astype(ml_dtypes.float8_e5m2))
+
+
+# ---- out ----
+
+
+def bad_outs():
+    """(x, out, error, what the message must have) by case; out always starts as sevens."""
+    sevens = np.full_like(X, 7)
+    readonly = sevens.copy()
+    readonly.flags.writeable = False
+    line = np.full(40, 7, np.float32)
+    square = np.full((4, 4), 7, np.float32)
+    repeated = np.lib.stride_tricks.as_strided(np.full(4, 7, np.float32), (3, 4), (0, 4))
+    return {
+        "another shape": (X, np.full((4, 3), 7, np.float32), ValueError, ["(3, 4)", "(4, 3)"]),
+        "fewer axes": (X, np.full(12, 7, np.float32), ValueError, ["(3, 4)", "(12,)"]),
+        "a shape that broadcasts": (X, np.full((1, 3, 4), 7, np.float32), ValueError, ["(3, 4)", "(1, 3, 4)"]),
+        "another dtype": (X, np.full((3, 4), 7.0), TypeError, ["float32", "float64"]),
+        "another byte order": (X, sevens.astype(">f4"), TypeError, ["float32", ">f4"]),
+        "a list": (X, sevens.tolist(), TypeError, ["ndarray", "list"]),
+        "read-only": (X, readonly, ValueError, ["read-only"]),
+        "shifted by one": (line[:12].reshape(3, 4), line[1:13].reshape(3, 4), ValueError, ["overlap"]),
+        "shifted by a row": (line[:12].reshape(3, 4), line[4:16].reshape(3, 4), ValueError, ["overlap"]),
+        "shifted by a byte": (
+            line.view(np.uint8)[:48].view(np.float32).reshape(3, 4),
+            line.view(np.uint8)[1:49].view(np.float32).reshape(3, 4),
+            ValueError,
+            ["overlap"],
+        ),
+        "ahead of x": (line[1:13].reshape(3, 4), line[:12].reshape(3, 4), ValueError, ["overlap"]),
+        "x reversed": (line[:12].reshape(3, 4), line[11::-1].reshape(3, 4), ValueError, ["overlap"]),
+        "x transposed": (square[:3, :3], square[:3, :3].T, ValueError, ["overlap"]),
+        "one row repeated": (X, repeated, ValueError, ["strides"]),
+    }
+
+
+@pytest.mark.parametrize("case", bad_outs())
+def test_bad_out_is_refused_and_left_alone(call, case):
+    name, function = call
+    x, out, error, parts = bad_outs()[case]
+    if x.shape != X.shape and name != "x":
+        function = lambda x, **more: fd.dropout_backward(x, fd.draw_mask(x.shape, 0.5, rng=0), **more)  # noqa: E731
+    elif x.shape != X.shape:
+        function = lambda x, **more: fd.dropout(x, 0.5, rng=0, **more)  # noqa: E731
+    before = x.copy(), np.array(out)
+    with refused(error, "out", *parts):
+        function(x, out=out)
+    assert (bits_of(np.array(out)) == bits_of(before[1])).all()
+    assert (bits_of(x) == bits_of(before[0])).all()
+
+
+def test_x_itself_as_out_must_be_writeable(call):
+    _, function = call
+    x = X.copy()
+    x.flags.writeable = False
+    with refused(ValueError, "out", "read-only"):
+        function(x, out=x)
+    assert (x == X).all()
+
+
+def test_a_refused_call_takes_no_offset():
+    stream = fd.Stream(0)
+    for bad in (
+        {"p": 2},
+        {"x": X.astype(int)},
+        {"out": X[:2].copy()},
+        {"noise_shape": (2, 4)},
+        {"scaling": "other"},
+        {"store": "other"},
+    ):
+        with pytest.raises((TypeError, ValueError), match="must"):
+            fd.dropout(**{"x": X, "p": 0.5, "rng": stream} | bad)
+    with pytest.raises(ValueError, match="first_cell"):
+        fd.draw_mask(5, 0.5, rng=stream, first_cell=-1)
+    assert stream.offset == 0
+
+
+# ---- noise_shape, scaling, store, rng ----
+
+
+@pytest.mark.parametrize(
+    ("noise_shape", "error", "came"),
+    [
+        ((4,), ValueError, "(4,)"),
+        ((3, 4, 1), ValueError, "(3, 4, 1)"),
+        ((), ValueError, "()"),
+        ((2, 4), ValueError, "(2, 4)"),
+        ((3, 0), ValueError, "(3, 0)"),
+        ((3, -1), ValueError, "(3, -1)"),
+        ((3, 1.0), TypeError, "(3, 1.0)"),
+        (("3", "4"), TypeError, "('3', '4')"),
+        (3, TypeError, "3"),
+        ("ab", TypeError, "a"),
+    ],
+    ids=readable,
+)
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_refuses_noise_shape(noise_shape, error, came, training):
+    out = np.full_like(X, 7)
+    with refused(error, "noise_shape", "got", came) as caught:
+        fd.dropout(X, 0.5, noise_shape=noise_shape, rng=0, out=out, training=training)
+    if error is ValueError and -1 not in noise_shape:
+        assert "(3, 4)" in str(caught.value)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(("argument", "allowed"), [("scaling", "'inverted', 'standard'"), ("store", "'bits', 'seed'")])
+@pytest.mark.parametrize("value", ["other", "", None, 1, "Bits"])
+def test_dropout_refuses_unknown_choices(argument, allowed, value, training):
+    out = np.full_like(X, 7)
+    with refused(ValueError, argument, allowed, "got", repr(value)):
+        fd.dropout(X, 0.5, rng=0, out=out, training=training, **{argument: value})
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize(
+    ("rng", "error", "came"),
+    [
+        (-1, ValueError, "-1"),
+        (2**64, ValueError, "18446744073709551616"),
+        (1.0, TypeError, "float"),
+        ("seed", TypeError, "str"),
+        (True, TypeError, "bool"),
+        (np.True_, TypeError, "bool"),
+        (np.random, TypeError, "module"),
+        (range(3), TypeError, "range"),
+        ((1, 2), TypeError, "tuple"),
+    ],
+    ids=readable,
+)
+def test_bad_rng_is_refused(rng, error, came):
+    out = np.full_like(X, 7)
+    with refused(error, "rng", "got", came):
+        fd.dropout(X, 0.5, rng=rng, out=out)
+    with refused(error, "rng", "got", came):
+        fd.draw_mask(5, 0.5, rng=rng)
+    assert (out == 7).all()
+
+
+# ---- masks ----
+
+
+@pytest.mark.parametrize("function", [fd.dropout_backward, fd.apply_mask], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("kind", ["packed", "seeded"])
+@pytest.mark.parametrize("shape", [(4, 3), (12,), (3, 4, 1), (1, 3, 4), (3, 5), (3, 2), (2, 1), ()], ids=readable)
+def test_mask_of_another_shape_is_refused(function, kind, shape):
+    mask = fd.draw_mask(shape, 0.5, rng=0) if kind == "packed" else fd.SeededMask(0, 0, shape, 0.5)
+    out = np.full_like(X, 7)
+    with refused(ValueError, "mask", "(3, 4)", "got", shape):
+        function(X, mask, out=out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("function", [fd.dropout_backward, fd.apply_mask], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mask", [np.ones((3, 4), bool), 0.5, "mask", [True]], ids=lambda m: type(m).__name__)
+def test_what_is_no_mask_is_refused(function, mask):
+    out = np.full_like(X, 7)
+    with refused(TypeError, "mask", "PackedMask", "got", type(mask).__name__):
+        function(X, mask, out=out)
+    assert (out == 7).all()
+
+
+# ---- draw_mask ----
+
+
+@pytest.mark.parametrize(
+    ("shape", "error", "came"),
+    [
+        (-1, ValueError, "-1"),
+        ((3, -2), ValueError, "(3, -2)"),
+        (2.5, TypeError, "2.5"),
+        ((3, 2.5), TypeError, "(3, 2.5)"),
+        ("ab", TypeError, "'ab'"),
+        (None, TypeError, "None"),
+    ],
+    ids=readable,
+)
+def test_draw_mask_refuses_shape(shape, error, came):
+    with refused(error, "shape", "got", came):
+        fd.draw_mask(shape, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("first_cell", "error"),
+    [
+        (-1, ValueError),
+        (2**64 - 99, ValueError),
+        (2**64, ValueError),
+        (2**70, ValueError),
+        (1.0, TypeError),
+        ("1", TypeError),
+        (None, TypeError),
+        (True, TypeError),
+    ],
+    ids=readable,
+)
+@pytest.mark.parametrize("p", [0.0, 0.5])
+def test_draw_mask_refuses_first_cell(first_cell, error, p):
+    with refused(error, "first_cell", "got", first_cell if error is ValueError else type(first_cell).__name__):
+        fd.draw_mask(100, p, rng=0, first_cell=first_cell)
+
+
+def test_draw_mask_takes_the_last_first_cell():
+    assert fd.draw_mask(100, 0.5, rng=0, first_cell=2**64 - 100).shape == (100,)
+    assert fd.draw_mask(0, 0.5, rng=0, first_cell=2**64 - 1).shape == (0,)
+
+
+# ---- environment ----
+
+DRAW = "import fastdrop as fd; fd.draw_mask(5, 0.5)"
+
+
+@pytest.mark.parametrize("isa", ["sse9", "AVX2", "neon", "avx512"])
+def test_environment_isa_is_never_a_fallback(isa):
+    native = primitive_modules()["c"]
+    if native.unavailable():
+        pytest.skip(native.unavailable())
+    if isa in native.usable_isas():
+        pytest.skip(f"{isa} is usable here")
+    result = run_python(DRAW, FASTDROP_ISA=isa)
+    assert result.returncode != 0
+    assert f"FASTDROP_ISA must be one of {', '.join(native.usable_isas())}" in result.stderr
+    assert repr(isa) in result.stderr
+
+
+@pytest.mark.parametrize("name", ["cuda", "C", "numpy "])
+def test_environment_backend_is_never_a_fallback(name):
+    result = run_python(DRAW, FASTDROP_BACKEND=name)
+    assert result.returncode != 0
+    assert f"FASTDROP_BACKEND must be one of auto, c, numba, numpy, but got {name!r}" in result.stderr
+
+
+@pytest.mark.parametrize("count", ["0", "257", "-1", "two", "1.5", "1e1"])
+@pytest.mark.parametrize("code", [DRAW, "import fastdrop as fd; fd.get_num_threads()"], ids=["draw", "get"])
+def test_environment_num_threads_is_refused(count, code):
+    result = run_python(code, FASTDROP_NUM_THREADS=count)
+    assert result.returncode != 0
+    assert f"FASTDROP_NUM_THREADS must be from 1 to 256, but got {count!r}" in result.stderr
