@@ -142,7 +142,7 @@ static uint64_t masked_affine_bytes(const masked_affine_args *a) {
         op##_args args = {PARAMETERS(FD_VALUE, FD_VALUE)};                                                             \
         if (!op##_good(&args)) return FD_BAD_ARGUMENT;                                                                 \
         uint64_t begin = op##_begin(&args);                                                                            \
-        args.stream = op##_bytes(&args) >= FD_STREAM_BYTES;                                                               \
+        args.stream = op##_bytes(&args) >= FD_STREAM_BYTES;                                                            \
         fd_parallel_for(isas[fd_isa_active()].table->op, &args, begin, begin + op##_cells(&args), GRAIN_CELLS);        \
         return FD_OK;                                                                                                  \
     }

@@ -52,8 +52,8 @@ def builder() -> FFI:
         sources=[str((HERE / name).relative_to(root)) for name in SOURCES],
         include_dirs=[str(HERE.relative_to(root))],
         depends=[str((HERE / name).relative_to(root)) for name in HEADERS],
-        extra_compile_args=COMPILE_ARGS + debug,
-        extra_link_args=["-pthread"] + debug,
+        extra_compile_args=[*COMPILE_ARGS, *debug],
+        extra_link_args=["-pthread", *debug],
         optional=True,  # no compiler: the install goes through and fastdrop runs on Numba or NumPy
     )
     return ffi

@@ -53,7 +53,8 @@ def probability(p: Any) -> float:
     return float(p)
 
 
-def _number(name: str, value: Any) -> float:
+def _number(name: str, given: Any) -> float:
+    value = given
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
     if not isinstance(value, numbers.Real) and not isinstance(value, np.number):
@@ -63,7 +64,7 @@ def _number(name: str, value: Any) -> float:
     try:
         return float(value)
     except OverflowError:
-        return math.inf if int(value) > 0 else -math.inf
+        return math.inf if given > 0 else -math.inf
 
 
 def finite(name: str, value: Any) -> float:
