@@ -77,12 +77,17 @@ static void D(masked_affine)(const masked_affine_args *args, uint64_t begin, uin
     const D(t) *x = args->x;
     D(t) *y = args->y;
     D(affine_t) f = D(affine_of)(args->a, args->b, args->c, args->stream, y);
+    uint64_t cells = args->outer * args->inner;
     uint32_t bits[CHUNK_CELLS / 32 + SLACK_WORDS];
     for (uint64_t at = begin, step; at < end; at += step) {
         step = min_u64(end - at, CHUNK_CELLS);
-        gather_bits(bits, args, at, step);
-        prefetch_words(args, at + step, f.stream);
-        D(apply)(x + at, y + at, bits, 0, step, &f);
+        if (args->repeat == 1 &&
+            cells - at >= step + SLACK_CELLS) { /* in place; a copy would wait for each chunk's words */
+            D(apply)(x + at, y + at, args->words, args->position + at, step, &f);
+        } else {
+            gather_bits(bits, args, at, step);
+            D(apply)(x + at, y + at, bits, 0, step, &f);
+        }
     }
     if (f.stream) stream_fence();
 }

@@ -26,6 +26,7 @@ enum {
     CHUNK_CELLS = CHUNK_BLOCKS * FD_BLOCK_CELLS,
     CHUNK_WORDS = (CHUNK_BLOCKS + 1) * FD_BLOCK_WORDS, /* a chunk may begin inside a block */
     SLACK_WORDS = 4,                                   /* behind buffers: bits are fetched eight bytes at a time */
+    SLACK_CELLS = 64,                                  /* the same behind words in place */
     LINE_BYTES = 64,
     PREFETCH_BYTES = 8192, /* how far ahead of the data applied; measured, flat from 4 to 16 KiB */
     RUN = 32               /* cells per step of the apply loop */
@@ -303,13 +304,6 @@ static void gather_bits(uint32_t *to, const masked_affine_args *args, uint64_t a
     }
 }
 
-/* The next chunk's mask words, so that gathering them does not wait. */
-INLINE void prefetch_words(const masked_affine_args *args, uint64_t at, int stream) {
-    const char *next = (const char *)args->words + (args->position + at) / 8;
-    if (args->repeat == 1)
-        for (unsigned byte = 0; byte < CHUNK_CELLS / 8; byte += LINE_BYTES) prefetch(next + byte, stream);
-}
-
 /* Elements until y reaches a cache line; 0 where it never does. */
 #define ELEMENTS_TO_LINE(y) ((uintptr_t)(y) % sizeof *(y) ? 0 : (unsigned)(-(uintptr_t)(y) % LINE_BYTES / sizeof *(y)))
 
@@ -342,6 +336,7 @@ static void scale_float32(const float *x, float *y, uint64_t n, float a, int str
     for (; i + RUN <= n; i += RUN) {
         for (unsigned byte = 0; byte < RUN * sizeof *x; byte += LINE_BYTES)
             prefetch((const char *)(x + i) + PREFETCH_BYTES + byte, stream);
+#pragma GCC unroll 4
         for (unsigned k = 0; k < RUN; k += f32_lanes) {
             f32_v v = f32_scale(f32_mask(~0u, 0), f32_load(x + i + k), scale);
             if (stream)

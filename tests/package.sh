@@ -24,7 +24,8 @@ case $wheel in
 *-cp310-abi3-*) echo "built $(basename "$wheel") and $(basename "$sdist")" ;;
 *) echo "the wheel's tag should be cp310-abi3, but is $(basename "$wheel")" && exit 1 ;;
 esac
-"$PYTHON" -m zipfile -l "$wheel" | grep -q '_native.abi3.so' || { echo "the wheel lacks the C extension" && exit 1; }
+"$PYTHON" -m zipfile -l "$wheel" > "$work/contents"
+grep -q '_native.abi3.so' "$work/contents" || { echo "the wheel lacks the C extension" && exit 1; }
 
 cd "$work"
 

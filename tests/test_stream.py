@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pickle
-import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
@@ -132,21 +132,28 @@ def test_stream_takes_numpy_integers(kind):
     assert fd.Stream(kind(3), kind(4)) == fd.Stream(3, 4)
 
 
+def yielding(frame, event, arg):
+    """Trace function that lets other threads run between any two lines of take()."""
+    if frame.f_code.co_name != "take":
+        return None
+    time.sleep(0)
+    return yielding
+
+
 def test_stream_gives_no_offset_twice_to_threads():
     stream, start = fd.Stream(0), threading.Barrier(16)
 
-    def take(_):
+    def draw(_):
         start.wait()
-        return [stream.take()[1] for _ in range(500)]
+        return [stream.take()[1] for _ in range(200)]
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)  # so that threads meet inside take()
+    threading.settrace(yielding)
     try:
         with ThreadPoolExecutor(16) as pool:
-            taken = [offset for offsets in pool.map(take, range(16)) for offset in offsets]
+            taken = [offset for offsets in pool.map(draw, range(16)) for offset in offsets]
     finally:
-        sys.setswitchinterval(interval)
-    assert sorted(taken) == list(range(16 * 500))
+        threading.settrace(None)
+    assert sorted(taken) == list(range(16 * 200))
 
 
 def test_manual_seed_restarts_the_process_wide_stream():
