@@ -31,13 +31,14 @@ class Case:
     size: int
     p: float
     threads: int
+    level: str = "kernel"  # the primitives over given memory; "call": the public function, Python's share included
     store: str = "bits"
 
     @property
     def id(self) -> str:
         size = next(name for name, n in SIZES.items() if n == self.size)
-        store = "" if self.store == "bits" else f"-{self.store}"
-        return f"{self.operation}-{self.variant}-{self.dtype}-{size}-p{self.p}-t{self.threads}{store}"
+        extra = "" if self.store == "bits" else f"-{self.store}"
+        return f"{self.operation}-{self.variant}-{self.dtype}-{size}-p{self.p}-t{self.threads}-{self.level}{extra}"
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -63,11 +64,16 @@ def every_case() -> Iterator[Case]:
                         for variant in variants():
                             if size <= LARGEST.get(variant, size) and not (variant == "numpy" and threads > 1):
                                 yield Case(operation, variant, dtype, size, p, threads)
-    yield from seed_cases()
+    yield from call_cases()
 
 
-def seed_cases() -> Iterator[Case]:
-    yield Case("backward", best_c(), "float32", SIZES["16M"], 0.1, 1, "seed")
+def call_cases() -> Iterator[Case]:
+    """Whole calls of the public functions."""
+    for size in SIZES.values():
+        for p in PROBABILITIES:
+            yield Case("forward", best_c(), "float32", size, p, 1, "call")
+        yield Case("backward", best_c(), "float32", size, 0.1, 1, "call")
+    yield Case("backward", best_c(), "float32", SIZES["16M"], 0.1, 1, "call", "seed")
 
 
 def quick_cases() -> Iterator[Case]:
@@ -85,4 +91,4 @@ def quick_cases() -> Iterator[Case]:
         for variant in ("c-avx2", "numba"):
             if variant in variants():
                 yield Case("forward", variant, "float32", size, 0.1, 1)
-    yield from seed_cases()
+    yield from call_cases()

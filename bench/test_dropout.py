@@ -76,13 +76,15 @@ def test_whole_call_of_1000_elements(benchmark: Any) -> None:
     if torch is not None:
         tensor = torch.from_numpy(x)
         peers["F.dropout"] = lambda: torch.nn.functional.dropout(tensor, 0.1, True)
-    benchmark.extra_info.update(operation="whole call", variant=cases.best_c(), dtype="float32", size=1000, p=0.1)
-    benchmark.extra_info.update(threads=1, store="bits", bytes_per_element=8.125)
+    benchmark.extra_info.update(operation="whole call", variant=cases.best_c(), level="call", size=1000, p=0.1)
+    benchmark.extra_info.update(dtype="float32", threads=1, store="bits", bytes_per_element=8.125)
     with contenders.threads(1, torch):
         alternate(benchmark, lambda: fd.dropout(x, 0.1, rng=stream, out=y), peers, 1.0)
 
 
 def fastdrop_contender(case: cases.Case, data: contenders.Buffers) -> contenders.Contender:
+    if case.level == "kernel":
+        return contenders.kernels(backends.active(), data, case.p)
     if case.store == "bits":
         return contenders.fastdrop(data, case.p)
     _, mask = fd.dropout(data.x, case.p, store=case.store, rng=0, out=data.y)
@@ -100,24 +102,14 @@ def peers_of(case: cases.Case, data: contenders.Buffers) -> Iterator[tuple[str, 
     if limit is not None and case.threads == 1:
         yield contenders.LIMIT, call_of(limit, case.operation)
     if case.variant == "numba" and backends.reasons()["c"] is None:
-        yield C, with_c(call_of(contenders.fastdrop(data, case.p), case.operation))
-    if case.variant == cases.best_c() and case.size <= cases.PEERS_LARGEST:
+        yield C, call_of(contenders.kernels(native, data, case.p), case.operation)
+    if case.variant == cases.best_c() and case.level == "call" and case.size <= cases.PEERS_LARGEST:
         yield contenders.NUMPY, call_of(contenders.plain_numpy(data, case.p), case.operation)
         if torch is not None:
             yield contenders.F_DROPOUT, call_of(contenders.torch_dropout(torch, data, case.p), case.operation)
-            if case.dtype == "float32" and case.operation == "forward" and compiled() is not None:
+            if case.operation == "forward" and compiled() is not None:
                 tensor, run = torch.from_numpy(data.x), compiled()
                 yield COMPILED, lambda: run(tensor, case.p)
-
-
-def with_c(call: Callable[[], object]) -> Callable[[], object]:
-    """Runs it on C; switching is paid outside of what is timed only in part, a microsecond in all."""
-
-    def run() -> None:
-        with fd.use_backend("c"):
-            call()
-
-    return run
 
 
 @lru_cache(maxsize=1)
