@@ -8,6 +8,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "simd_lane_bits.h"
+
 #define LANES 8
 #define GROUPS_ABREAST 2 /* spills a little; one group leaves the multiplier idle half the time */
 
@@ -89,7 +91,7 @@ static inline void f32_store(f32_t *p, f32_v v) { _mm256_storeu_ps(p, v); }
 static inline void f32_stream(f32_t *p, f32_v v) { _mm256_stream_ps(p, v); }
 static inline f32_v f32_set1(double v) { return _mm256_set1_ps((float)v); }
 static inline f32_keep f32_mask(uint32_t run, int k) {
-    const __m256i lane = _mm256_slli_epi32(_mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128), k);
+    __m256i lane = _mm256_load_si256((const __m256i *)(lane_bit + k));
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(words_set1(run), lane), lane));
 }
 static inline f32_v f32_scale(f32_keep keep, f32_v x, f32_v a) { return _mm256_and_ps(keep, _mm256_mul_ps(x, a)); }
@@ -106,7 +108,7 @@ static inline void f64_store(f64_t *p, f64_v v) { _mm256_storeu_pd(p, v); }
 static inline void f64_stream(f64_t *p, f64_v v) { _mm256_stream_pd(p, v); }
 static inline f64_v f64_set1(double v) { return _mm256_set1_pd(v); }
 static inline f64_keep f64_mask(uint32_t run, int k) {
-    const __m256i lane = _mm256_slli_epi64(_mm256_setr_epi64x(1, 2, 4, 8), k);
+    __m256i lane = _mm256_load_si256((const __m256i *)(lane_bit_64 + k));
     return _mm256_castsi256_pd(_mm256_cmpeq_epi64(_mm256_and_si256(words_set1(run), lane), lane));
 }
 static inline f64_v f64_scale(f64_keep keep, f64_v x, f64_v a) { return _mm256_and_pd(keep, _mm256_mul_pd(x, a)); }
@@ -134,13 +136,12 @@ static inline bf16_v bf16_load(const bf16_t *p) {
                     _mm256_castsi256_ps(_mm256_and_si256(pairs, words_set1(0xFFFF0000u)))};
 }
 static inline bf16_v bf16_set1(double v) { return (bf16_v){f32_set1(v), f32_set1(v)}; }
-static inline __m256 bf16_lanes_of(uint32_t run, __m256i lane) {
+static inline __m256 bf16_half_mask(uint32_t run, const uint32_t *bits) {
+    __m256i lane = _mm256_load_si256((const __m256i *)bits);
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(words_set1(run), lane), lane));
 }
 static inline bf16_keep bf16_mask(uint32_t run, int k) {
-    const __m256i even =
-        _mm256_slli_epi32(_mm256_setr_epi32(1, 1 << 2, 1 << 4, 1 << 6, 1 << 8, 1 << 10, 1 << 12, 1 << 14), k);
-    return (bf16_keep){bf16_lanes_of(run, even), bf16_lanes_of(run, _mm256_slli_epi32(even, 1))};
+    return (bf16_keep){bf16_half_mask(run, lane_bit_pairs + k / 2), bf16_half_mask(run, lane_bit_pairs + 16 + k / 2)};
 }
 static inline bf16_v bf16_scale(bf16_keep keep, bf16_v x, bf16_v a) {
     return (bf16_v){f32_scale(keep.even, x.even, a.even), f32_scale(keep.odd, x.odd, a.odd)};

@@ -11,6 +11,8 @@
 #include <immintrin.h>
 #include <stdint.h>
 
+#include "simd_lane_bits.h"
+
 #define LANES 16
 #define GROUPS_ABREAST 2 /* groups drawn side by side: four chains of multiplications in flight, no spills */
 
@@ -85,8 +87,7 @@ static inline f32_v f32_set1(double v) { return _mm512_set1_ps((float)v); }
 /* Bits k .. k+15 of a run as a lane mask: a test against one bit per lane costs one instruction, where moving the bits
  * to a mask register costs two and waits on a crossing between register files. */
 static inline f32_keep f32_mask(uint32_t run, int k) {
-    const __m512i lane = _mm512_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768);
-    return _mm512_test_epi32_mask(words_set1(run), _mm512_slli_epi32(lane, (unsigned)k));
+    return _mm512_test_epi32_mask(words_set1(run), _mm512_load_si512(lane_bit + k));
 }
 static inline f32_v f32_scale(f32_keep keep, f32_v x, f32_v a) { return _mm512_maskz_mul_ps(keep, x, a); }
 static inline f32_v f32_affine(f32_keep keep, f32_v x, f32_v a, f32_v b, f32_v c) {
@@ -102,8 +103,7 @@ static inline void f64_store(f64_t *p, f64_v v) { _mm512_storeu_pd(p, v); }
 static inline void f64_stream(f64_t *p, f64_v v) { _mm512_stream_pd(p, v); }
 static inline f64_v f64_set1(double v) { return _mm512_set1_pd(v); }
 static inline f64_keep f64_mask(uint32_t run, int k) {
-    const __m512i lane = _mm512_setr_epi64(1, 2, 4, 8, 16, 32, 64, 128);
-    return _mm512_test_epi64_mask(words_set1(run), _mm512_slli_epi64(lane, (unsigned)k));
+    return _mm512_test_epi64_mask(words_set1(run), _mm512_load_si512(lane_bit_64 + k));
 }
 static inline f64_v f64_scale(f64_keep keep, f64_v x, f64_v a) { return _mm512_maskz_mul_pd(keep, x, a); }
 static inline f64_v f64_affine(f64_keep keep, f64_v x, f64_v a, f64_v b, f64_v c) {
@@ -135,11 +135,9 @@ static inline bf16_v bf16_load(const bf16_t *p) {
 }
 static inline bf16_v bf16_set1(double v) { return (bf16_v){f32_set1(v), f32_set1(v)}; }
 static inline bf16_keep bf16_mask(uint32_t run, int k) {
-    const __m512i even = _mm512_setr_epi32(1, 1 << 2, 1 << 4, 1 << 6, 1 << 8, 1 << 10, 1 << 12, 1 << 14, 1 << 16,
-                                           1 << 18, 1 << 20, 1 << 22, 1 << 24, 1 << 26, 1 << 28, 1 << 30);
     (void)k; /* one vector takes the whole run */
-    return (bf16_keep){_mm512_test_epi32_mask(words_set1(run), even),
-                       _mm512_test_epi32_mask(words_set1(run), _mm512_slli_epi32(even, 1))};
+    return (bf16_keep){_mm512_test_epi32_mask(words_set1(run), _mm512_load_si512(lane_bit_pairs)),
+                       _mm512_test_epi32_mask(words_set1(run), _mm512_load_si512(lane_bit_pairs + 16))};
 }
 static inline bf16_v bf16_scale(bf16_keep keep, bf16_v x, bf16_v a) {
     return (bf16_v){f32_scale(keep.even, x.even, a.even), f32_scale(keep.odd, x.odd, a.odd)};
