@@ -8,6 +8,9 @@ Kernels release the GIL and run over ranges, which a small pool of Python thread
 hang or abort in forked children or under concurrent callers. Compiled code is cached on disk.
 """
 
+# mypy: allow-untyped-defs, allow-untyped-calls
+# (Numba types the kernels, by what they are called with)
+
 from __future__ import annotations
 
 import importlib
@@ -77,8 +80,8 @@ def philox4x32_10(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
 
 
 def draw_bits(words: Words, position: int, first: int, n: int, seed: int, offset: int, threshold: int) -> None:
-    state = _state(seed, offset, threshold)
-    _over_ranges(lambda begin, end: _draw_bits(words, position, np.uint64(first), begin, end, *state), n, position)
+    arguments = words, position, *_state(seed, offset, threshold, first)
+    _over_ranges(_draw_bits, arguments, n, position)
 
 
 def dropout_forward(
@@ -96,13 +99,9 @@ def dropout_forward(
     c: float,
 ) -> None:
     source, target = _typed(dtype, x), _typed(dtype, y)
-    state = _state(seed, offset, threshold)
     bits, keeps = (_NO_WORDS, False) if words is None else (words, True)
-    stream = _streams(target)
-    kernel = _forward_plain if b == 0 and c == 0 else _forward_affine
-    _over_ranges(
-        lambda begin, end: kernel(source, target, bits, keeps, np.uint64(first), begin, end, *state, a, b, c, stream), n
-    )
+    arguments = source, target, bits, keeps, *_state(seed, offset, threshold, first), a, b, c, _streams(target)
+    _over_ranges(_forward_plain if b == 0 and c == 0 else _forward_affine, arguments, n)
 
 
 def masked_affine(
@@ -119,12 +118,8 @@ def masked_affine(
     c: float,
 ) -> None:
     source, target = _typed(dtype, x), _typed(dtype, y)
-    stream = _streams(target)
-    kernel = _masked_plain if b == 0 and c == 0 else _masked_affine
-    _over_ranges(
-        lambda begin, end: kernel(source, target, words, position, repeat, inner, begin, end, a, b, c, stream),
-        outer * repeat * inner,
-    )
+    arguments = source, target, words, position, repeat, inner, a, b, c, _streams(target)
+    _over_ranges(_masked_plain if b == 0 and c == 0 else _masked_affine, arguments, outer * repeat * inner)
 
 
 _NO_WORDS = np.zeros(0, np.uint32)
@@ -142,25 +137,24 @@ def _streams(y: Array) -> bool:
     return y.nbytes >= STREAM_BYTES and y.ctypes.data % LINE_BYTES == 0
 
 
-def _state(seed: int, offset: int, threshold: int) -> tuple[Any, ...]:
-    """What a draw needs, as typed scalars."""
-    u = np.uint64
-    return u(seed & LOW), u(seed >> 32), u(offset & LOW), u(offset >> 32), u(threshold)
+def _state(seed: int, offset: int, threshold: int, first: int) -> tuple[int, ...]:
+    """What a draw needs, as ints that all fit into 64 signed bits, the type Numba takes every int for."""
+    return seed & LOW, seed >> 32, offset & LOW, offset >> 32, threshold, first & LOW, first >> 32
 
 
-def _over_ranges(kernel: Callable[[int, int], None], n: int, lead: int = 0) -> None:
-    """kernel(begin, end) over 0 .. n, by several threads where that pays.
+def _over_ranges(kernel: Callable[..., None], arguments: tuple[Any, ...], n: int, lead: int = 0) -> None:
+    """kernel(begin, end, *arguments) over 0 .. n, by several threads where that pays.
 
     Seams lie where ``lead`` + cell is a multiple of a block, so that no two threads share a word.
     """
     parts = min(_num_threads, n // GRAIN_CELLS)
     if parts <= 1:
-        kernel(0, n)
+        kernel(0, n, *arguments)
         return
     step = -(-n // parts // BLOCK_CELLS) * BLOCK_CELLS
     seams = [0, *(i * step - lead % BLOCK_CELLS for i in range(1, parts)), n]
-    futures = [_workers().submit(kernel, *seam) for seam in itertools.pairwise(seams[1:])]
-    kernel(seams[0], seams[1])
+    futures = [_workers().submit(kernel, *seam, *arguments) for seam in itertools.pairwise(seams[1:])]
+    kernel(seams[0], seams[1], *arguments)
     for future in futures:
         future.result()
 
@@ -255,11 +249,11 @@ if numba is not None:
         return types.void(types.uintp), codegen
 
     @kernel
-    def _one_block(c0, c1, c2, c3, k0, k1):  # type: ignore[no-untyped-def]
+    def _one_block(c0, c1, c2, c3, k0, k1):
         return philox_planes(c0, c1, c2, c3, k0, k1)
 
     @kernel
-    def _planes(threshold):  # type: ignore[no-untyped-def]
+    def _planes(threshold):
         """The bits of the threshold, most significant first, each spread to a whole word; then the number of groups up
         to its last 1: later ones decide nothing."""
         planes = np.zeros(GROUP_COUNT + 1, np.uint64)
@@ -270,7 +264,7 @@ if numba is not None:
         return planes
 
     @inner
-    def _look_1(keep, slot, word, k0, k1, o0, o1, planes):  # type: ignore[no-untyped-def]
+    def _look_1(keep, slot, word, k0, k1, o0, o1, planes):
         """Words word .. word+15, written at slot, for a threshold that one group decides."""
         t0, t1, t2, t3 = planes[0], planes[1], planes[2], planes[3]
         c1 = (word >> U(32)) | DOMAIN
@@ -280,7 +274,7 @@ if numba is not None:
             keep[slot + U(i)] = np.uint32(decided)
 
     @inner
-    def _look_2(keep, undecided, slot, word, k0, k1, o0, o1, planes):  # type: ignore[no-untyped-def]
+    def _look_2(keep, undecided, slot, word, k0, k1, o0, o1, planes):
         """The same after two groups; ``undecided`` takes what they leave open."""
         t0, t1, t2, t3 = planes[0], planes[1], planes[2], planes[3]
         t4, t5, t6, t7 = planes[4], planes[5], planes[6], planes[7]
@@ -295,7 +289,7 @@ if numba is not None:
             undecided[slot + U(i)] = np.uint32(equal_high & equal_low)
 
     @kernel
-    def _look_on(result, bits, slots, base, pending, group, k0, k1, o0, o1, planes, left):  # type: ignore[no-untyped-def]
+    def _look_on(result, bits, slots, base, pending, group, k0, k1, o0, o1, planes, left):
         """One more group for the pending words, listed up to a multiple of 16 so that the loop has no tail: ``result``
         takes the word to AND in, ``left`` the bits still undecided."""
         g = U(PLANES_PER_GROUP) * group
@@ -311,7 +305,7 @@ if numba is not None:
                 left[at] = np.uint32(equal & U(bits[at]))
 
     @kernel
-    def _decide_pending(keep, undecided, blocks, base, k0, k1, o0, o1, planes, lists):  # type: ignore[no-untyped-def]
+    def _decide_pending(keep, undecided, blocks, base, k0, k1, o0, o1, planes, lists):
         if planes[GROUP_COUNT] <= U(2):
             return
         slots, bits, result, left = lists[0], lists[1], lists[2], lists[3]
@@ -337,7 +331,7 @@ if numba is not None:
             group += U(1)
 
     @inner
-    def _draw_block(keep, undecided, block, first_word, k0, k1, o0, o1, planes):  # type: ignore[no-untyped-def]
+    def _draw_block(keep, undecided, block, first_word, k0, k1, o0, o1, planes):
         """First look at a block of the chunk that begins at first_word; _decide_pending ends the chunk."""
         slot = block * U(BLOCK_WORDS)
         if planes[GROUP_COUNT] == U(1):
@@ -346,14 +340,14 @@ if numba is not None:
             _look_2(keep, undecided, slot, first_word + slot, k0, k1, o0, o1, planes)
 
     @inner
-    def _bits_at(words, position):  # type: ignore[no-untyped-def]
+    def _bits_at(words, position):
         """32 bits from a position on; the caller sees to it that both words are there."""
         low = U(words[position >> U(5)]) >> (position & U(31))
         high = U(words[(position >> U(5)) + U(1)]) << (U(32) - (position & U(31)))
         return np.uint32(low | high)
 
     @kernel
-    def _copy_bits(to, to_position, words, position, n):  # type: ignore[no-untyped-def]
+    def _copy_bits(to, to_position, words, position, n):
         """Copies n bits; bits below them in their first word stay, bits above them in their last are cleared."""
         if (to_position | position) & U(31) == U(0):
             start, source = to_position >> U(5), position >> U(5)
@@ -374,15 +368,16 @@ if numba is not None:
             n -= room
 
     @kernel
-    def _draw_bits(words, position, first, begin, end, k0, k1, o0, o1, threshold):  # type: ignore[no-untyped-def]
-        planes = _planes(threshold)
+    def _draw_bits(begin, end, words, position, seed0, seed1, offset0, offset1, threshold, first0, first1):
+        k0, k1, o0, o1 = U(seed0), U(seed1), U(offset0), U(offset1)
+        first, planes = U(first0) | U(first1) << U(32), _planes(U(threshold))
         keep = np.empty(CHUNK_WORDS + BLOCK_WORDS + 1, np.uint32)
         undecided = np.empty(CHUNK_WORDS + BLOCK_WORDS, np.uint32)
         lists = np.empty((4, CHUNK_WORDS + 2 * BLOCK_WORDS), np.uint32)
         at, stop = U(begin), U(end)
         while at < stop:
             step = min(stop - at, U(CHUNK_CELLS))
-            cell = U(first) + at
+            cell = first + at
             lead = cell % U(BLOCK_CELLS)
             blocks = (lead + step + U(BLOCK_CELLS - 1)) // U(BLOCK_CELLS)
             first_word = cell // U(BLOCK_CELLS) * U(BLOCK_WORDS)
@@ -393,7 +388,7 @@ if numba is not None:
             at += step
 
     @kernel
-    def _apply_affine(x, y, start, bits, lead, n, a, b, c):  # type: ignore[no-untyped-def]
+    def _apply_affine(x, y, start, bits, lead, n, a, b, c):
         for i in range(U(0), n):
             cell = lead + i
             kept = (bits[cell >> U(5)] >> np.uint32(cell & U(31))) & np.uint32(1)
@@ -401,7 +396,7 @@ if numba is not None:
             y[start + i] = narrow(value if kept else c, x[U(0)])
 
     @kernel
-    def _apply_plain(x, y, start, bits, lead, n, a):  # type: ignore[no-untyped-def]
+    def _apply_plain(x, y, start, bits, lead, n, a):
         zero = a - a
         for i in range(U(0), n):
             cell = lead + i
@@ -414,11 +409,11 @@ if numba is not None:
         raise NotImplementedError
 
     @numba.core.extending.overload(_apply_whole_runs, jit_options={"nogil": True, "error_model": "numpy"})
-    def _whole_runs_of(x, y, start, bits, lead, n, a, stream):  # type: ignore[no-untyped-def]
+    def _whole_runs_of(x, y, start, bits, lead, n, a, stream):
         size = x.dtype.bitwidth // 8
         if isinstance(x.dtype, types.Float):
 
-            def vectors(x, y, start, bits, lead, n, a, stream):  # type: ignore[no-untyped-def]
+            def vectors(x, y, start, bits, lead, n, a, stream):
                 source, target = U(x.ctypes.data) + start * U(size), U(y.ctypes.data) + start * U(size)
                 runs = n >> U(5)
                 for run in range(U(0), runs):
@@ -433,7 +428,7 @@ if numba is not None:
 
             return vectors
 
-        def lanes(x, y, start, bits, lead, n, a, stream):  # type: ignore[no-untyped-def]
+        def lanes(x, y, start, bits, lead, n, a, stream):
             zero = a - a
             runs = n >> U(5)
             for run in range(U(0), runs):
@@ -448,16 +443,19 @@ if numba is not None:
         return lanes
 
     @kernel
-    def _forward_plain(x, y, words, keeps, first, begin, end, k0, k1, o0, o1, threshold, a, b, c, stream):  # type: ignore[no-untyped-def]
+    def _forward_plain(
+        begin, end, x, y, words, keeps, seed0, seed1, offset0, offset1, threshold, first0, first1, a, b, c, stream
+    ):
         """Draws a chunk ahead, block by block beside the one applied, so that drawing fills the time data takes."""
-        planes = _planes(threshold)
+        k0, k1, o0, o1 = U(seed0), U(seed1), U(offset0), U(offset1)
+        first, planes = U(first0) | U(first1) << U(32), _planes(U(threshold))
         scale = coefficient(a, x)
         keeps_of = np.empty((2, CHUNK_WORDS + BLOCK_WORDS + 1), np.uint32)
         undecided = np.empty(CHUNK_WORDS + BLOCK_WORDS, np.uint32)
         lists = np.empty((4, CHUNK_WORDS + 2 * BLOCK_WORDS), np.uint32)
         at, stop = U(begin), U(end)
-        lead = (U(first) + at) % U(BLOCK_CELLS)
-        word = (U(first) + at) // U(BLOCK_CELLS) * U(BLOCK_WORDS)  # of the chunk drawn
+        lead = (first + at) % U(BLOCK_CELLS)
+        word = (first + at) // U(BLOCK_CELLS) * U(BLOCK_WORDS)  # of the chunk drawn
         turn, step, ahead = U(0), U(0), min(stop - at, U(CHUNK_CELLS))
         while step or ahead:
             now, drawn = keeps_of[turn], keeps_of[U(1) - turn]
@@ -486,20 +484,23 @@ if numba is not None:
             step, ahead = ahead, min(stop - at - ahead, U(CHUNK_CELLS))
 
     @kernel
-    def _forward_affine(x, y, words, keeps, first, begin, end, k0, k1, o0, o1, threshold, a, b, c, stream):  # type: ignore[no-untyped-def]
+    def _forward_affine(
+        begin, end, x, y, words, keeps, seed0, seed1, offset0, offset1, threshold, first0, first1, a, b, c, stream
+    ):
         keep = np.empty(CHUNK_WORDS + 1, np.uint32)
         a, b, c = coefficient(a, x), coefficient(b, x), coefficient(c, x)
         at, stop = U(begin), U(end)
         while at < stop:
             step = min(stop - at, U(CHUNK_CELLS))
-            _draw_bits(keep, 0, U(first) + at, 0, step, k0, k1, o0, o1, threshold)
+            cell = (U(first0) | U(first1) << U(32)) + at
+            _draw_bits(0, step, keep, 0, seed0, seed1, offset0, offset1, threshold, cell & U(LOW), cell >> U(32))
             _apply_affine(x, y, at, keep, U(0), step, a, b, c)
             if keeps:
                 _copy_bits(words, at, keep, U(0), step)
             at += step
 
     @kernel
-    def _gather_bits(to, words, position, repeat, inner, at, n):  # type: ignore[no-untyped-def]
+    def _gather_bits(to, words, position, repeat, inner, at, n):
         """Bits of elements at .. at+n-1 of data (outer, repeat, inner) under a mask (outer, inner)."""
         if repeat == U(1):
             _copy_bits(to, U(0), words, position + at, n)
@@ -529,7 +530,7 @@ if numba is not None:
                 i = U(0)
 
     @kernel
-    def _masked_plain(x, y, words, position, repeat, inner, begin, end, a, b, c, stream):  # type: ignore[no-untyped-def]
+    def _masked_plain(begin, end, x, y, words, position, repeat, inner, a, b, c, stream):
         bits = np.empty(CHUNK_WORDS + 1, np.uint32)
         scale = coefficient(a, x)
         at, stop = U(begin), U(end)
@@ -541,7 +542,7 @@ if numba is not None:
             at += step
 
     @kernel
-    def _masked_affine(x, y, words, position, repeat, inner, begin, end, a, b, c, stream):  # type: ignore[no-untyped-def]
+    def _masked_affine(begin, end, x, y, words, position, repeat, inner, a, b, c, stream):
         bits = np.empty(CHUNK_WORDS + 1, np.uint32)
         a, b, c = coefficient(a, x), coefficient(b, x), coefficient(c, x)
         at, stop = U(begin), U(end)
