@@ -18,7 +18,7 @@ OUT := build/c
 help:
 	@echo "make demo       train a small network with fastdrop, beside what is used today; writes fastdrop-demo.png"
 	@echo "make test       the whole test suite"
-	@echo "make bench      every benchmark (about half an hour), then the report; bench-quick: the table of the README"
+	@echo "make bench      every benchmark (about a quarter of an hour), then the report; bench-quick: the speed table alone"
 	@echo "make lint       ruff, mypy, clang-format; make format applies the formatters"
 	@echo "make sanitize   the C kernels under the address, undefined-behaviour and thread sanitizers"
 	@echo "make test-neon  the Arm kernels, cross-compiled and emulated"
@@ -52,7 +52,7 @@ bench-quick: $(VENV)/.built
 	$(BIN)/python bench/run.py --quick
 
 report: $(VENV)/.built
-	$(BIN)/python bench/report.py
+	$(BIN)/python bench/report.py bench/results/all.json
 
 lint: $(VENV)/.packages
 	@echo "== ruff, mypy, clang-format"

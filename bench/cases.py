@@ -20,7 +20,7 @@ THREADS = (1, 2)
 OPERATIONS = ("forward", "backward", "forward+backward")
 # Slow variants and peers stop where a single call takes long; what they cost per element no longer changes there.
 LARGEST = {"numpy": SIZES["1M"], "c-scalar": SIZES["16M"]}
-PEERS_LARGEST = SIZES["16M"]
+PEERS_LARGEST = SIZES["16M"]  # but for float32 on one thread
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,10 @@ def variants() -> list[str]:
     return isas + [name for name in here if name != "c"]
 
 
-def best_c() -> str:
-    return f"c-{native.usable_isas()[-1]}"
+def best() -> str:
+    """The variant that ``auto`` takes."""
+    name = backends.active_name()
+    return f"c-{native.usable_isas()[-1]}" if name == "c" else name
 
 
 def every_case() -> Iterator[Case]:
@@ -64,29 +66,36 @@ def every_case() -> Iterator[Case]:
                         for variant in variants():
                             if size <= LARGEST.get(variant, size) and not (variant == "numpy" and threads > 1):
                                 yield Case(operation, variant, dtype, size, p, threads)
-    yield from call_cases()
+    yield from call_cases(DTYPES, PROBABILITIES, THREADS)
 
 
-def call_cases() -> Iterator[Case]:
-    """Whole calls of the public functions."""
+def call_cases(
+    dtypes: tuple[str, ...] = ("float32",),
+    probabilities: tuple[float, ...] = PROBABILITIES,
+    threads: tuple[int, ...] = (1,),
+) -> Iterator[Case]:
+    """Whole calls of the public functions, beside what people use today."""
     for size in SIZES.values():
-        for p in PROBABILITIES:
-            yield Case("forward", best_c(), "float32", size, p, 1, "call")
-        yield Case("backward", best_c(), "float32", size, 0.1, 1, "call")
-    yield Case("backward", best_c(), "float32", SIZES["16M"], 0.1, 1, "call", "seed")
+        for dtype in dtypes:
+            for p in probabilities:
+                for n in threads:
+                    if size <= PEERS_LARGEST or (dtype, n) == ("float32", 1):
+                        for operation in OPERATIONS:
+                            yield Case(operation, best(), dtype, size, p, n, "call")
+    yield Case("backward", best(), "float32", SIZES["16M"], 0.1, 1, "call", "seed")
 
 
 def quick_cases() -> Iterator[Case]:
     """The rows of the speed table that the project holds itself to."""
-    best = best_c()
+    chosen = best()
     for size in SIZES.values():
         for p in PROBABILITIES:
-            yield Case("forward", best, "float32", size, p, 1)
-        yield Case("backward", best, "float32", size, 0.1, 1)
+            yield Case("forward", chosen, "float32", size, p, 1)
+        yield Case("backward", chosen, "float32", size, 0.1, 1)
         if size > SIZES["64k"]:
-            yield Case("forward+backward", best, "float32", size, 0.1, 2)
+            yield Case("forward+backward", chosen, "float32", size, 0.1, 2)
         for dtype in ("bfloat16", "float16"):
-            yield Case("forward", best, dtype, size, 0.1, 1)
+            yield Case("forward", chosen, dtype, size, 0.1, 1)
     for size in (SIZES["64k"], SIZES["16M"]):
         for variant in ("c-avx2", "numba"):
             if variant in variants():

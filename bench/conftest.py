@@ -31,6 +31,16 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["cpu_name"] = _cpu_name()
 
 
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[object], output_json: dict[str, object]
+) -> None:
+    """Keeps what the report needs: no host's name, no single samples."""
+    output_json.pop("commit_info", None)
+    output_json["machine_info"].pop("node", None)
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
+
+
 def _cpu_name() -> str:
     try:
         with open("/proc/cpuinfo") as file:

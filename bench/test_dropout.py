@@ -45,10 +45,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def running(case: cases.Case) -> Iterator[None]:
     """The case's variant and threads, for its time."""
     backend, _, isa = case.variant.partition("-")
-    before = native.isa()
     with fd.use_backend(backend), contenders.threads(case.threads, torch):
-        if isa:
-            native.select_isa(isa)
+        if not isa:
+            yield
+            return
+        before = native.isa()
+        native.select_isa(isa)
         yield
         native.select_isa(before)
 
@@ -76,7 +78,7 @@ def test_whole_call_of_1000_elements(benchmark: Any) -> None:
     if torch is not None:
         tensor = torch.from_numpy(x)
         peers["F.dropout"] = lambda: torch.nn.functional.dropout(tensor, 0.1, True)
-    benchmark.extra_info.update(operation="whole call", variant=cases.best_c(), level="call", size=1000, p=0.1)
+    benchmark.extra_info.update(operation="whole call", variant=cases.best(), level="call", size=1000, p=0.1)
     benchmark.extra_info.update(dtype="float32", threads=1, store="bits", bytes_per_element=8.125)
     with contenders.threads(1, torch):
         alternate(benchmark, lambda: fd.dropout(x, 0.1, rng=stream, out=y), peers, 1.0)
@@ -103,13 +105,12 @@ def peers_of(case: cases.Case, data: contenders.Buffers) -> Iterator[tuple[str, 
         yield contenders.LIMIT, call_of(limit, case.operation)
     if case.variant == "numba" and backends.reasons()["c"] is None:
         yield C, call_of(contenders.kernels(native, data, case.p), case.operation)
-    if case.variant == cases.best_c() and case.level == "call" and case.size <= cases.PEERS_LARGEST:
+    if case.level == "call":
         yield contenders.NUMPY, call_of(contenders.plain_numpy(data, case.p), case.operation)
         if torch is not None:
             yield contenders.F_DROPOUT, call_of(contenders.torch_dropout(torch, data, case.p), case.operation)
-            if case.operation == "forward" and compiled() is not None:
-                tensor, run = torch.from_numpy(data.x), compiled()
-                yield COMPILED, lambda: run(tensor, case.p)
+            if case.dtype == "float32" and case.operation != "backward" and compiled() is not None:
+                yield COMPILED, compiled_call(data, case)
 
 
 @lru_cache(maxsize=1)
@@ -121,6 +122,14 @@ def compiled() -> Any:
     except Exception:  # whatever a broken tool chain raises
         return None
     return run
+
+
+def compiled_call(data: contenders.Buffers, case: cases.Case) -> Callable[[], object]:
+    run, x, dy = compiled(), torch.from_numpy(data.x), torch.from_numpy(data.dy)
+    if case.operation == "forward":
+        return lambda: run(x, case.p)
+    leaf = x.requires_grad_()
+    return lambda: torch.autograd.grad(run(leaf, case.p), leaf, dy)
 
 
 def call_of(contender: contenders.Contender, operation: str) -> Callable[[], object]:

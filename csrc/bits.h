@@ -8,12 +8,19 @@
 
 static inline uint32_t low_bits(unsigned n) { return n >= 32 ? ~0u : (1u << n) - 1u; }
 
+/* Words may lie at any address. */
+static inline uint32_t word_at(const uint32_t *w) {
+    uint32_t word;
+    memcpy(&word, w, sizeof word);
+    return word;
+}
+
 /* Bits position .. position+n-1 (n <= 32) as the low bits of a word; touches no word that holds none of them. */
 static inline uint32_t read_bits(const uint32_t *words, uint64_t position, unsigned n) {
     const uint32_t *w = words + (position >> 5);
     unsigned shift = (unsigned)(position & 31);
-    uint64_t pair = w[0];
-    if (shift + n > 32) pair |= (uint64_t)w[1] << 32;
+    uint64_t pair = word_at(w);
+    if (shift + n > 32) pair |= (uint64_t)word_at(w + 1) << 32;
     return (uint32_t)(pair >> shift) & low_bits(n);
 }
 
@@ -21,7 +28,8 @@ static inline uint32_t read_bits(const uint32_t *words, uint64_t position, unsig
 static inline void write_bits(uint32_t *words, uint64_t position, unsigned n, uint32_t bits) {
     uint32_t *w = words + (position >> 5);
     unsigned shift = (unsigned)(position & 31);
-    *w = (*w & low_bits(shift)) | (bits & low_bits(n)) << shift;
+    uint32_t word = (word_at(w) & low_bits(shift)) | (bits & low_bits(n)) << shift;
+    memcpy(w, &word, sizeof word);
 }
 
 /* Copies n bits. In the first and last word touched, bits below stay and bits above are cleared, so that a mask filled

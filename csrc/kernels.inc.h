@@ -345,7 +345,12 @@ static void scale_float32(const float *x, float *y, uint64_t n, float a, int str
                 f32_store(y + i + k, v);
         }
     }
-    for (; i < n; i++) y[i] = a * x[i];
+    for (; i < n; i++) { /* through bytes: any alignment is legal */
+        float v;
+        memcpy(&v, x + i, sizeof v);
+        v *= a;
+        memcpy(y + i, &v, sizeof v);
+    }
     if (stream) stream_fence();
 }
 

@@ -43,7 +43,6 @@ static inline words_t words_equal(words_t equal, words_t r, uint32_t t) {
 static inline words_t words_unless(words_t keep, words_t equal, words_t later) {
     return _mm256_andnot_si256(_mm256_andnot_si256(later, equal), keep);
 }
-static inline int words_any(words_t v) { return !_mm256_testz_si256(v, v); }
 /* Row m holds the positions of the 1 bits of m, a byte each, lowest first. */
 #define COMPACT_STEP(m, lane, later) ((uint64_t)(later) << 8 * ((m) >> (lane) & 1) | ((m) >> (lane) & 1) * (lane))
 #define COMPACT_LOW(m, later) COMPACT_STEP(m, 0, COMPACT_STEP(m, 1, COMPACT_STEP(m, 2, COMPACT_STEP(m, 3, later))))

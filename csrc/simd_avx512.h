@@ -47,7 +47,6 @@ static inline words_t words_unless(words_t keep, words_t equal, words_t later) {
     return _mm512_ternarylogic_epi32(keep, equal, later, TERNARY_UNLESS);
 }
 static inline words_t words_and(words_t a, words_t b) { return _mm512_and_si512(a, b); }
-static inline int words_any(words_t v) { return _mm512_test_epi32_mask(v, v) != 0; }
 static inline unsigned words_compact(words_t index, words_t value, uint32_t *indices, uint32_t *values) {
     /* Compress in registers, then store whole: the compress-store form is microcoded on Zen 4. */
     __mmask16 nonzero = _mm512_test_epi32_mask(value, value);

@@ -33,7 +33,6 @@ static inline words_t words_keep(words_t keep, words_t r, uint32_t t) { return t
 static inline words_t words_equal(words_t equal, words_t r, uint32_t t) { return equal & ~(r ^ t); }
 /* Later planes decide the cells that were equal. */
 static inline words_t words_unless(words_t keep, words_t equal, words_t later) { return keep & (later | ~equal); }
-static inline int words_any(words_t v) { return v != 0; }
 /* Appends the (index, value) pairs of nonzero values; may write up to LANES pairs, returns how many count. */
 static inline unsigned words_compact(words_t index, words_t value, uint32_t *indices, uint32_t *values) {
     *indices = index;

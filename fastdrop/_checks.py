@@ -38,7 +38,7 @@ def data(name: str, value: Any) -> tuple[Array, int]:
     tag = _tags.get(array.dtype)
     if tag is None:
         dtype = array.dtype
-        if dtype.name != "bfloat16" or dtype.itemsize != 2:
+        if dtype.name != "bfloat16" or dtype.itemsize != 2 or not dtype.isnative:
             raise TypeError(f"{name} must have dtype {ALLOWED}, but got {dtype}")
         tag = _tags[dtype] = BFLOAT16
     return array, tag
@@ -151,18 +151,16 @@ def words(value: Any, cells: int, count: int) -> NDArray[np.uint32]:
     return array
 
 
-def keep_flags(keep: ArrayLike, p: Any) -> tuple[NDArray[np.bool_], float]:
+def keep_flags(keep: ArrayLike) -> NDArray[np.bool_]:
     flags = np.asarray(keep)
     if flags.dtype != np.bool_:
         raise TypeError(f"keep must be boolean, True = keep, but got dtype {flags.dtype}")
-    p = probability(p)
-    nothing_kept("keep", flags, p)
-    return flags, p
+    return flags
 
 
-def nothing_kept(name: str, bits: Array, p: float) -> None:
-    """p = 1 has no scale for what is kept."""
-    if p == 1.0 and bits.any():
+def nothing_kept(name: str, bits: Array, scale: float) -> None:
+    """p = 1, or what rounds to it in 32 bits, has no scale for what is kept."""
+    if scale == 0.0 and bits.any():
         raise ValueError(f"p = 1 drops everything, but {name} would keep something")
 
 
@@ -171,7 +169,7 @@ def output(out: Any, x: Array, name: str) -> Array:
     if out is None:
         return np.empty_like(x)
     in_place: bool = out is x
-    if in_place and x.flags.writeable:
+    if in_place and x.flags.writeable and x.flags.forc:
         return x
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an ndarray, but got {type(out).__name__}")

@@ -83,8 +83,10 @@ class PackedMask:
         self._shape = _checks.shape("shape", shape)
         self._words = _checks.words(words, math.prod(self._shape), word_count(math.prod(self._shape)))
         if scale is None:
-            _checks.nothing_kept("words", self._words, self._p)
-        self._scale = keep_scale(threshold(self._p)) if scale is None else _checks.finite("scale", scale)
+            self._scale = keep_scale(threshold(self._p))
+            _checks.nothing_kept("words", self._words, self._scale)
+        else:
+            self._scale = _checks.finite("scale", scale)
 
     @classmethod
     def _of(cls, words: NDArray[np.uint32], shape: tuple[int, ...], p: float, scale: float) -> PackedMask:
@@ -102,12 +104,14 @@ class PackedMask:
 
         Raises TypeError if ``keep`` is not boolean, ValueError if ``p`` is 1 and anything is kept.
         """
-        flags, p = _checks.keep_flags(keep, p)
+        flags, p = _checks.keep_flags(keep), _checks.probability(p)
+        scale = keep_scale(threshold(p))
+        _checks.nothing_kept("keep", flags, scale)
         packed = np.zeros(4 * word_count(flags.size), np.uint8)
         bits = np.packbits(flags.reshape(-1), bitorder="little")
         packed[: bits.size] = bits
         words = packed.view("<u4").astype(np.uint32, copy=False)
-        return cls._of(words, flags.shape, p, keep_scale(threshold(p)))
+        return cls._of(words, flags.shape, p, scale)
 
     @property
     def words(self) -> NDArray[np.uint32]:

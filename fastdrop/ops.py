@@ -12,7 +12,7 @@ from . import _checks, backends
 from ._checks import BFLOAT16
 from .grid import Grid
 from .mask import PackedMask, SeededMask, empty_words, fill_words
-from .stream import DROP_ALL, Stream, random_state, threshold_and_scale
+from .stream import DROP_ALL, Stream, check_random_state, random_state, threshold_and_scale
 
 __all__ = ["apply_mask", "draw_mask", "dropout", "dropout_backward"]
 
@@ -64,7 +64,8 @@ def dropout(
     y : ndarray like x
         x itself when nothing is to be done (not training, or p = 0) and out is None.
     mask : PackedMask, SeededMask or None
-        None when nothing was dropped.
+        None when nothing was dropped. (Under standard scaling outside of training `dropout_backward` of None is not the
+        gradient: that is ``1 - p`` times dy.)
 
     Raises
     ------
@@ -95,6 +96,7 @@ def dropout(
     cells_shape = shape if noise_shape is None else _checks.noise_shape(noise_shape, shape)
     cut, scale = threshold_and_scale(p)
     if not training or cut == 0:
+        check_random_state(rng)
         return _evaluated(given, x, cut, scaling, out), None
     y = _checks.output(out, x, "x")
     seed, offset = random_state(rng)

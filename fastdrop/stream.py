@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +20,7 @@ from . import _checks
 
 __all__ = [
     "Stream",
+    "check_random_state",
     "keep_scale",
     "manual_seed",
     "philox4x32_10",
@@ -110,12 +112,13 @@ class Stream:
     True
     """
 
-    __slots__ = ("_lock", "_offset", "_seed")
+    __slots__ = ("__weakref__", "_lock", "_offset", "_seed")
 
     def __init__(self, seed: int, offset: int = 0) -> None:
         self._seed = _checks.uint64("seed", seed)
         self._offset = _checks.uint64("offset", offset)
         self._lock = threading.Lock()
+        _streams[id(self)] = self
 
     @property
     def seed(self) -> int:
@@ -147,12 +150,22 @@ class Stream:
         return f"Stream(seed={self._seed}, offset={self._offset})"
 
 
+# All there are, for their locks' sake: a child forked while a thread held one would never get it.
+_streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
+
+
 def _entropy() -> int:
     return int.from_bytes(os.urandom(8), "little")
 
 
 _default = Stream(_entropy())
 _seeded_by_user = False
+
+
+def check_random_state(rng: Any) -> None:
+    """Raises what `random_state` would, without drawing."""
+    if not (rng is None or isinstance(rng, (Stream, np.random.Generator))):
+        random_state(rng)
 
 
 def random_state(rng: Any) -> tuple[int, int]:
@@ -187,9 +200,11 @@ def manual_seed(seed: int) -> Stream:
 
 
 def _after_fork_in_child() -> None:
-    """The parent may have forked while one of its threads held the lock: the child's stream needs a new one."""
     global _default
-    _default = Stream(_default.seed, _default.offset) if _seeded_by_user else Stream(_entropy())
+    for stream in list(_streams.values()):
+        stream._lock = threading.Lock()
+    if not _seeded_by_user:
+        _default = Stream(_entropy())
 
 
 if hasattr(os, "register_at_fork"):

@@ -350,3 +350,26 @@ def test_environment_num_threads_is_refused(count, code):
     result = run_python(code, FASTDROP_NUM_THREADS=count)
     assert result.returncode != 0
     assert f"FASTDROP_NUM_THREADS must be from 1 to 256, but got {count!r}" in result.stderr
+
+
+def test_dropout_refuses_swapped_bfloat16():
+    """Its name is the native one's."""
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    swapped = np.ones(4, ml_dtypes.bfloat16).view(np.dtype(ml_dtypes.bfloat16).newbyteorder("S"))
+    with pytest.raises(TypeError, match="x must have dtype float32, float64, float16, bfloat16"):
+        fd.dropout(swapped, 0.5)
+
+
+def test_masks_refuse_to_keep_at_a_p_that_rounds_to_1():
+    for p in (1.0, 1.0 - 2.0**-34):
+        with pytest.raises(ValueError, match="drops everything, but keep would keep something"):
+            fd.PackedMask.from_bool(np.array([True, False]), p)
+
+
+@pytest.mark.parametrize("undrawn", [{"p": 0.0}, {"training": False}])
+def test_dropout_refuses_rng_even_where_nothing_is_drawn(undrawn):
+    stream = fd.Stream(3)
+    with pytest.raises(TypeError, match="rng must be"):
+        fd.dropout(np.ones(4), rng="seed", **undrawn)
+    fd.dropout(np.ones(4), rng=stream, **undrawn)
+    assert stream.offset == 0

@@ -144,9 +144,11 @@ def test_mask_beyond_2_32_cells():
         words = mask.words[start // 32 : -(-part.stop // 32)]
         got = np.unpackbits(words.view(np.uint8), bitorder="little")[: keep.size]
         assert (got == keep).all(), part
-        ones, y = np.ones(PIECE, np.float32), np.empty(PIECE, np.float32)
-        backends.active().masked_affine(0, ones, y, mask.words, part.start, 1, 1, PIECE, 1.0, 0.0, 0.0)
-        assert (y == keep[part.start - start :]).all(), part
+        keep = keep[part.start - start :]
+        for grid in ((1, 1, PIECE), (1, 3, PIECE), (PIECE, 3, 1), (PIECE // 8, 3, 8)):
+            ones, y = np.ones(grid, np.float32), np.empty(grid, np.float32)
+            backends.active().masked_affine(0, ones, y, mask.words, part.start, *grid, 1.0, 0.0, 0.0)
+            assert (y == keep.reshape(grid[0], 1, grid[2])).all(), (part, grid)
 
 
 def test_draw_bits_at_positions_beyond_2_32():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import threading
 import time
@@ -192,10 +193,51 @@ print(child()); print(child()); print(fd.draw_mask(256, 0.5).words.tolist())
 """
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork on this system")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 @pytest.mark.parametrize(("seeded", "masks"), [("fd.manual_seed(5)", 1), ("", 3)], ids=["seeded", "unseeded"])
 def test_forked_children_share_a_seeded_stream_only(seeded, masks):
     """As with numpy.random.seed, a child goes on where a seeded parent stood; unseeded, it gets its own seed."""
     lines = output_of(FORK.format(seeded=seeded)).splitlines()
     assert len(lines) == 3
     assert len(set(lines)) == masks
+
+
+FORK_WITHIN_TAKE = """
+import os, threading
+import fastdrop as fd
+stream = {stream}
+inside, leave = threading.Event(), threading.Event()
+def stop_within_take(frame, event, arg):
+    if frame.f_code.co_name != "take":
+        return None
+    lines = []
+    def at_line(frame, event, arg):
+        lines.append(event)
+        if len(lines) == 2:  # past the first line, where the lock is taken
+            inside.set()
+            leave.wait()
+        return at_line
+    return at_line
+threading.settrace(stop_within_take)
+thread = threading.Thread(target=stream.take)
+thread.start()
+threading.settrace(None)
+inside.wait()
+pid = os.fork()
+if not pid:
+    fd.draw_mask(100, 0.5, rng={rng})
+    os._exit(0)
+code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+leave.set()
+thread.join()
+print(code)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.parametrize(
+    ("stream", "rng"), [("fd.manual_seed(1)", "None"), ("fd.Stream(1)", "stream")], ids=["process-wide", "own"]
+)
+def test_forked_child_draws_though_a_thread_was_drawing(stream, rng):
+    """The lock that the parent's other thread holds is not the child's to wait for."""
+    assert output_of(FORK_WITHIN_TAKE.format(stream=stream, rng=rng)) == "0"

@@ -27,10 +27,13 @@ def digest():
     dx = fd.dropout_backward(x, mask)
     return [mask.words.tobytes(), y.tobytes(), dx.tobytes()]
 wanted = digest()
+def threads():
+    return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 2
 def fork(generations):
     pid = os.fork()
     if not pid:
-        ok = digest() == wanted and (generations == 1 or fork(generations - 1)) and digest() == wanted
+        ok = digest() == wanted and threads() >= {threads}
+        ok = ok and (generations == 1 or fork(generations - 1)) and digest() == wanted
         os._exit(0 if ok else 1)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 assert fork(2)
@@ -43,7 +46,8 @@ print("same")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_fork_after_use(backend):
     """Child and grandchild of a process that used two threads draw the same mask, with two threads of their own."""
-    assert output_of(FORK.format(backend=backend)) == "same"
+    threads = 1 if backend == "numpy" else 2
+    assert output_of(FORK.format(backend=backend, threads=threads)) == "same"
 
 
 FORK_AMONG_CALLERS = """
@@ -198,3 +202,22 @@ def test_num_threads_comes_from_the_environment():
 def test_num_threads_defaults_to_the_cpus_this_process_may_use():
     code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
     assert output_of(code + "import fastdrop as fd; print(fd.get_num_threads())") == "1"
+
+
+@pytest.mark.parametrize("lead", [0, 13, 511])
+@pytest.mark.parametrize("parts", [2, 3, 140, 192, 256])
+@pytest.mark.parametrize("extra", [0, 1, 5, 511, 65_535])
+def test_numba_ranges_tile_the_whole(parts, extra, lead, monkeypatch):
+    """However many threads: parts meet, at multiples of a block, and end where the whole ends."""
+    numba_cpu = pytest.importorskip("fastdrop.backends.numba_cpu")
+    if reason := numba_cpu.unavailable():
+        pytest.skip(reason)
+    seen = []
+    n = parts * numba_cpu.GRAIN_CELLS + extra
+    monkeypatch.setattr(numba_cpu, "_num_threads", parts)
+    numba_cpu._over_ranges(lambda begin, end: seen.append((begin, end)), (), n, lead)
+    seen.sort()
+    assert (seen[0][0], seen[-1][1]) == (0, n)
+    assert [end for _, end in seen[:-1]] == [begin for begin, _ in seen[1:]]
+    assert all(begin < end for begin, end in seen)
+    assert all((lead + begin) % numba_cpu.BLOCK_CELLS == 0 for begin, _ in seen[1:])

@@ -56,9 +56,13 @@ def _resolve() -> Any:
     global _chosen, _module
     if _chosen is None:
         _chosen = _checked(os.environ.get("FASTDROP_BACKEND", AUTO), "FASTDROP_BACKEND")
-    module: Any = load(_best() if _chosen == AUTO else _chosen)
+    _module = _loaded(_chosen)
+    return _module
+
+
+def _loaded(name: str) -> Any:
+    module: Any = load(_best() if name == AUTO else name)
     module.set_num_threads(get_num_threads())
-    _module = module
     return module
 
 
@@ -97,14 +101,10 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         global _chosen, _module
-        _checked(name, "name")
+        self._name = _checked(name, "name")
         self._before = (_chosen, _module)
-        try:
-            _chosen, _module = name, None
-            _resolve()
-        except BaseException:
-            _chosen, _module = self._before
-            raise
+        module = _loaded(name)  # first: other threads go on with the old one until it is there
+        _chosen, _module = name, module
 
     def __enter__(self) -> use_backend:
         return self
@@ -118,7 +118,7 @@ class use_backend:
             _module.set_num_threads(get_num_threads())
 
     def __repr__(self) -> str:
-        return f"use_backend({_chosen!r})"
+        return f"use_backend({self._name!r})"
 
 
 def explain() -> str:

@@ -33,7 +33,7 @@ def unavailable() -> str | None:
     if _native is None:
         return (
             f"the C extension is not built ({_import_error}); install a C compiler (Debian: apt-get install gcc "
-            "python3-dev) and then run: pip install --force-reinstall --no-binary fastdrop fastdrop"
+            "python3-dev) and then, in fastdrop's source folder: pip install --force-reinstall ."
         )
     return None
 
@@ -128,5 +128,7 @@ def _refusal() -> ValueError:
     return ValueError("the C kernel refused its arguments")
 
 
-if _native is not None and (_forced := os.environ.get("FASTDROP_ISA")):
+if _forced := os.environ.get("FASTDROP_ISA"):
+    if _native is None:
+        raise ValueError(f"FASTDROP_ISA must not be set where the C extension is not built, but got {_forced!r}")
     select_isa(_forced)

@@ -61,7 +61,7 @@ _pool_lock = threading.Lock()
 
 def unavailable() -> str | None:
     if numba is None:
-        return f"numba is not installed ({_import_error}): pip install 'fastdrop[numba]'"
+        return f"numba is not installed ({_import_error}): pip install numba"
     return None
 
 
@@ -134,6 +134,7 @@ def _typed(dtype: int, x: Array) -> Array:
 
 
 def _streams(y: Array) -> bool:
+    """Around the cache, if y is large; only from a line on, as runs of 32 must begin where lines do."""
     return y.nbytes >= STREAM_BYTES and y.ctypes.data % LINE_BYTES == 0
 
 
@@ -145,13 +146,14 @@ def _state(seed: int, offset: int, threshold: int, first: int) -> tuple[int, ...
 def _over_ranges(kernel: Callable[..., None], arguments: tuple[Any, ...], n: int, lead: int = 0) -> None:
     """kernel(begin, end, *arguments) over 0 .. n, by several threads where that pays.
 
-    Seams lie where ``lead`` + cell is a multiple of a block, so that no two threads share a word.
+    Seams lie where ``lead`` + cell is a multiple of a block, so that no two threads share a word; the last part takes
+    what rounding leaves.
     """
     parts = min(_num_threads, n // GRAIN_CELLS)
     if parts <= 1:
         kernel(0, n, *arguments)
         return
-    step = -(-n // parts // BLOCK_CELLS) * BLOCK_CELLS
+    step = n // parts // BLOCK_CELLS * BLOCK_CELLS
     seams = [0, *(i * step - lead % BLOCK_CELLS for i in range(1, parts)), n]
     futures = [_workers().submit(kernel, *seam, *arguments) for seam in itertools.pairwise(seams[1:])]
     kernel(seams[0], seams[1], *arguments)

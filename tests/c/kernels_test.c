@@ -57,7 +57,7 @@ static void compare(int isa, int dtype, uint64_t n, uint64_t first, uint64_t thr
         fd_isa_select(side ? isa : 0);
         y[side] = array(bytes, side ? shift : 0, 0xA5);
         back[side] = array(bytes, 0, 0x5A);
-        words[side] = array(word_bytes, 4 * side, 0xFF);
+        words[side] = array(word_bytes, side ? shift : 0, 0xFF);
         expect(fd_dropout_forward(dtype, x.at, y[side].at, words[side].at, first, n, SEED, OFFSET, threshold, 1.25, b,
                                   b) == FD_OK,
                "status", isa, n, first);
@@ -119,16 +119,23 @@ static void check_golden(const char *path) {
 }
 
 /* Several callers at once: one gets the pool, the others work alone, all get the same bits. */
-static float shared_x[MAX_CELLS];
+static float shared_x[MAX_CELLS], expected_y[MAX_CELLS];
 static uint32_t expected_words[MAX_CELLS / 32];
 static void *caller(void *unused) {
     float *y = malloc(sizeof shared_x);
     uint32_t *words = malloc(sizeof expected_words);
     (void)unused;
     for (int turn = 0; turn < 8; turn++) {
+        int bad = 0;
         memset(words, 0, sizeof expected_words);
         fd_dropout_forward(FD_FLOAT32, shared_x, y, words, 3, MAX_CELLS, SEED, OFFSET, 429496730u, 1.5, 0, 0);
-        if (memcmp(words, expected_words, sizeof expected_words)) __atomic_add_fetch(&failures, 1, __ATOMIC_RELAXED);
+        bad |= memcmp(words, expected_words, sizeof expected_words) || memcmp(y, expected_y, sizeof expected_y);
+        memset(words, 0, sizeof expected_words);
+        fd_draw_bits(words, 0, 3, MAX_CELLS, SEED, OFFSET, 429496730u);
+        memset(y, 0xA5, sizeof shared_x);
+        fd_masked_affine(FD_FLOAT32, shared_x, y, words, 0, 1, 1, MAX_CELLS, 1.5, 0, 0);
+        bad |= memcmp(words, expected_words, sizeof expected_words) || memcmp(y, expected_y, sizeof expected_y);
+        if (bad) __atomic_add_fetch(&failures, 1, __ATOMIC_RELAXED);
     }
     free(y);
     free(words);
@@ -138,7 +145,9 @@ static void *caller(void *unused) {
 static void check_threads(void) {
     pthread_t threads[CALLERS];
     fd_set_num_threads(1);
-    fd_draw_bits(expected_words, 0, 3, MAX_CELLS, SEED, OFFSET, 429496730u);
+    for (int i = 0; i < MAX_CELLS; i++) shared_x[i] = (float)i;
+    fd_dropout_forward(FD_FLOAT32, shared_x, expected_y, expected_words, 3, MAX_CELLS, SEED, OFFSET, 429496730u, 1.5, 0,
+                       0);
     fd_set_num_threads(3);
     for (int i = 0; i < CALLERS; i++) pthread_create(&threads[i], NULL, caller, NULL);
     for (int i = 0; i < CALLERS; i++) pthread_join(threads[i], NULL);

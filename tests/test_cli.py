@@ -1,0 +1,72 @@
+"""The command line: exit codes, what it refuses, and that it leaves things as they were."""
+
+from __future__ import annotations
+
+import numpy as np
+
+import fastdrop as fd
+from fastdrop import backends
+from fastdrop.__main__ import main
+from fastdrop.backends import reference
+from fastdrop.cli import selftest
+
+
+def test_info_names_versions_backends_and_threads(capsys):
+    assert main(["info"]) == 0
+    out = capsys.readouterr().out
+    for name in (fd.__version__, np.__version__, "c", "numba", "numpy", str(fd.get_num_threads())):
+        assert name in out
+
+
+def test_info_reports_a_wrong_variable(capsys, monkeypatch):
+    monkeypatch.setenv("FASTDROP_BACKEND", "cobol")
+    monkeypatch.setattr(backends, "_chosen", None)
+    monkeypatch.setattr(backends, "_module", None)
+    assert main(["info"]) == 1
+    captured = capsys.readouterr()
+    assert "FASTDROP_BACKEND must be one of auto, c, numba, numpy, but got 'cobol'" in captured.out + captured.err
+
+
+def test_unknown_command_exits_with_2(capsys):
+    assert main(["fly"]) == 2
+    assert "usage" in capsys.readouterr().err
+
+
+def test_selftest_passes_and_restores(capsys):
+    before = backends.active(), fd.get_num_threads()
+    assert main(["selftest"]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("PASS")
+    assert (backends.active(), fd.get_num_threads()) == before
+
+
+def wrong_bits(words, *arguments):
+    """draw_bits with the first bit wrong."""
+    RIGHT_BITS(words, *arguments)
+    words[0] ^= 1
+
+
+RIGHT_BITS = reference.draw_bits
+
+
+def test_selftest_fails_on_one_wrong_bit_and_bench_refuses(capsys, monkeypatch):
+    monkeypatch.setattr(reference, "draw_bits", wrong_bits)
+    before = backends.active()
+    assert not selftest.run(print=lambda line: None)
+    assert main(["selftest"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith("FAIL")
+    assert main(["bench", "--sizes", "1k"]) == 1
+    assert backends.active() is before
+
+
+def test_demo_draws_its_picture(tmp_path, capsys):
+    picture = tmp_path / "demo.png"
+    assert main(["demo", "--quick", "--output", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "dropout p = 0.5" in capsys.readouterr().out
+
+
+def test_bench_prints_ratios(capsys):
+    assert main(["bench", "--sizes", "4k", "--seconds", "0.05"]) == 0
+    out = capsys.readouterr().out
+    assert "forward" in out
+    assert "backward" in out
