@@ -110,6 +110,8 @@ def targets(rows: list[dict[str, Any]], level: str) -> list[tuple[str, str, floa
                 "store": "seed" if variant == "seed" else "bits", "level": "call" if variant == "seed" else level,
             }  # fmt: skip
             for row in rows:
+                if threads > 1 and not row.get("settle"):
+                    continue  # timed on threads that had to wake first: no ratio to hold anything to
                 if all(row.get(key) == value for key, value in wanted.items()) and peer in row["peers"]:
                     found.append((what, SIZE_NAMES[size], limit, row["peers"][peer]["ratio"], "x"))
     for row in rows if level == "kernel" else []:
@@ -118,6 +120,21 @@ def targets(rows: list[dict[str, Any]], level: str) -> list[tuple[str, str, floa
                 ("`fd.dropout` of 1,000 elements, whole call", "1000", CALL_MICROSECONDS, 1e6 * row["seconds"], " us")
             )
     return found
+
+
+STYLES: dict[str, dict[str, Any]] = {
+    "fastdrop, c-avx512": {"color": "#d62728"},
+    "fastdrop, c-neon": {"color": "#d62728"},
+    "fastdrop, c-avx2": {"color": "#ff7f0e"},
+    "fastdrop, numba": {"color": "#e377c2"},
+    "fastdrop, c-scalar": {"color": "#bc8a5f"},
+    "fastdrop, numpy": {"color": "#d9c27a"},
+    "F.dropout": {"color": "#1f77b4", "linestyle": ":", "linewidth": 2.2},
+    "compiled F.dropout": {"color": "#17becf", "linestyle": ":", "linewidth": 2.2},
+    "NumPy": {"color": "#2ca02c", "linestyle": ":", "linewidth": 2.2},
+    "torch.mul": {"color": "#555555", "linestyle": "--"},
+    "scale limit": {"color": "#aaaaaa", "linestyle": "--"},
+}
 
 
 def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
@@ -144,10 +161,9 @@ def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
             label = f"fastdrop, {row['variant']}"
             curves.setdefault(label, {})[row["size"]] = 1e9 * row["seconds"] / row["size"]
         for label, points in sorted(curves.items(), key=lambda item: -max(item[1].values())):
-            ours = label == f"fastdrop, {best}"
-            style = {"color": "#d62728", "linewidth": 2.8, "zorder": 5} if ours else {"linewidth": 1.4}
-            if label in ("torch.mul", "scale limit"):
-                style.update(linestyle="--", color="#555555" if label == "torch.mul" else "#aaaaaa")
+            style = {"linewidth": 1.4, **STYLES.get(label, {})}
+            if label == f"fastdrop, {best}":
+                style.update(linewidth=3.0, zorder=5)
             sizes = sorted(points)
             axis.plot(sizes, [points[size] for size in sizes], marker="o", markersize=4, label=label, **style)
         axis.set(xscale="log", yscale="log", title=operation, xlabel="elements")
@@ -155,7 +171,8 @@ def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("ns per element")
-    axes[1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    handles, labels = axes[0].get_legend_handles_labels()  # forward has every curve
+    axes[1].legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.suptitle(f"Dropout of float32, p = 0.1, one thread ({run['machine_info']['cpu_name']})")
     figure.savefig(path, dpi=130)
 
