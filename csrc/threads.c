@@ -5,10 +5,10 @@
  * with an empty pool. Two callers at once: the second finds the pool busy and does its work alone, which costs less
  * than waiting.
  *
- * A worker out of work watches for more for SPIN_NANOSECONDS and then sleeps on a condition variable: forward and backward
- * of neighbouring layers find it awake (1 us instead of 30 to 50 on a virtual machine). It does so only if its last wait
- * was that short. A longer watch would keep the core from the threads of whatever runs between two dropouts: at 100 us
- * torch's multiplication of a million floats took twice as long beside ours, at 20 us as long as ever.
+ * A worker out of work watches for more for SPIN_NANOSECONDS and then sleeps on a condition variable: forward and
+ * backward of neighbouring layers find it awake (1 us instead of 30 to 50 on a virtual machine). It does so only if its
+ * last wait was that short. A longer watch would keep the core from the threads of whatever runs between two dropouts:
+ * at 100 us torch's multiplication of a million floats took twice as long beside ours, at 20 us as long as ever.
  *
  * Ranges are handed out a grain at a time, so that a thread the system has put aside holds up no more than one grain.
  */
