@@ -11,7 +11,23 @@
 #define f16_scale f32_scale
 #define f16_affine f32_affine
 
-#ifndef BF16_PAIRS
+#ifdef BF16_PAIRS
+typedef struct {
+    f32_v even, odd;
+} bf16_v;
+typedef struct {
+    f32_keep even, odd;
+} bf16_keep;
+enum { bf16_lanes = 2 * f32_lanes };
+static inline bf16_v bf16_set1(double v) { return (bf16_v){f32_set1(v), f32_set1(v)}; }
+static inline bf16_v bf16_scale(bf16_keep keep, bf16_v x, bf16_v a) {
+    return (bf16_v){f32_scale(keep.even, x.even, a.even), f32_scale(keep.odd, x.odd, a.odd)};
+}
+static inline bf16_v bf16_affine(bf16_keep keep, bf16_v x, bf16_v a, bf16_v b, bf16_v c) {
+    return (bf16_v){f32_affine(keep.even, x.even, a.even, b.even, c.even),
+                    f32_affine(keep.odd, x.odd, a.odd, b.odd, c.odd)};
+}
+#else
 #define bf16_v f32_v
 #define bf16_keep f32_keep
 #define bf16_lanes f32_lanes

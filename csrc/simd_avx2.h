@@ -123,31 +123,20 @@ static inline void f16_stream(f16_t *p, f32_v v) { _mm_stream_si128((__m128i *)p
 
 /* Even and odd elements as two vectors of floats, as simd_avx512.h explains. */
 #define BF16_PAIRS
+#include "simd_16bit.h"
+
 typedef uint16_t bf16_t;
-typedef struct {
-    __m256 even, odd;
-} bf16_v;
-typedef bf16_v bf16_keep;
-enum { bf16_lanes = 16 };
 static inline bf16_v bf16_load(const bf16_t *p) {
     __m256i pairs = _mm256_loadu_si256((const __m256i *)p);
     return (bf16_v){_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
                     _mm256_castsi256_ps(_mm256_and_si256(pairs, words_set1(0xFFFF0000u)))};
 }
-static inline bf16_v bf16_set1(double v) { return (bf16_v){f32_set1(v), f32_set1(v)}; }
 static inline __m256 bf16_half_mask(uint32_t run, const uint32_t *bits) {
     __m256i lane = _mm256_load_si256((const __m256i *)bits);
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(words_set1(run), lane), lane));
 }
 static inline bf16_keep bf16_mask(uint32_t run, int k) {
     return (bf16_keep){bf16_half_mask(run, lane_bit_pairs + k / 2), bf16_half_mask(run, lane_bit_pairs + 16 + k / 2)};
-}
-static inline bf16_v bf16_scale(bf16_keep keep, bf16_v x, bf16_v a) {
-    return (bf16_v){f32_scale(keep.even, x.even, a.even), f32_scale(keep.odd, x.odd, a.odd)};
-}
-static inline bf16_v bf16_affine(bf16_keep keep, bf16_v x, bf16_v a, bf16_v b, bf16_v c) {
-    return (bf16_v){f32_affine(keep.even, x.even, a.even, b.even, c.even),
-                    f32_affine(keep.odd, x.odd, a.odd, b.odd, c.odd)};
 }
 static inline __m256i bf16_rounded(__m256 v) {
     __m256i u = _mm256_castps_si256(v), lowest = _mm256_and_si256(_mm256_srli_epi32(u, 16), words_set1(1));
@@ -169,7 +158,5 @@ static inline void bf16_store(bf16_t *p, bf16_v v) { _mm256_storeu_si256((__m256
 static inline void bf16_stream(bf16_t *p, bf16_v v) { _mm256_stream_si256((__m256i *)p, bf16_of(v)); }
 
 static inline void stream_fence(void) { _mm_sfence(); }
-
-#include "simd_16bit.h"
 
 #endif

@@ -119,31 +119,18 @@ static inline void f16_stream(f16_t *p, f32_v v) { _mm256_stream_si256((__m256i 
  * and a mask, and back by a shift and a blend: nothing crosses lanes. The hardware's own conversion flushes subnormals;
  * here numbers are rounded in integers, by adding 0x7FFF and the lowest bit kept. */
 #define BF16_PAIRS
+#include "simd_16bit.h"
+
 typedef uint16_t bf16_t;
-typedef struct {
-    __m512 even, odd;
-} bf16_v;
-typedef struct {
-    __mmask16 even, odd;
-} bf16_keep;
-enum { bf16_lanes = 32 };
 static inline bf16_v bf16_load(const bf16_t *p) {
     __m512i pairs = _mm512_loadu_si512(p);
     return (bf16_v){_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
                     _mm512_castsi512_ps(_mm512_and_si512(pairs, words_set1(0xFFFF0000u)))};
 }
-static inline bf16_v bf16_set1(double v) { return (bf16_v){f32_set1(v), f32_set1(v)}; }
 static inline bf16_keep bf16_mask(uint32_t run, int k) {
     (void)k; /* one vector takes the whole run */
     return (bf16_keep){_mm512_test_epi32_mask(words_set1(run), _mm512_load_si512(lane_bit_pairs)),
                        _mm512_test_epi32_mask(words_set1(run), _mm512_load_si512(lane_bit_pairs + 16))};
-}
-static inline bf16_v bf16_scale(bf16_keep keep, bf16_v x, bf16_v a) {
-    return (bf16_v){f32_scale(keep.even, x.even, a.even), f32_scale(keep.odd, x.odd, a.odd)};
-}
-static inline bf16_v bf16_affine(bf16_keep keep, bf16_v x, bf16_v a, bf16_v b, bf16_v c) {
-    return (bf16_v){f32_affine(keep.even, x.even, a.even, b.even, c.even),
-                    f32_affine(keep.odd, x.odd, a.odd, b.odd, c.odd)};
 }
 static inline __m512i bf16_rounded(__m512 v) {
     __m512i u = _mm512_castps_si512(v), up = _mm512_add_epi32(u, words_set1(0x7FFF));
@@ -165,7 +152,5 @@ static inline void bf16_store(bf16_t *p, bf16_v v) { _mm512_storeu_si512(p, bf16
 static inline void bf16_stream(bf16_t *p, bf16_v v) { _mm512_stream_si512((__m512i *)p, bf16_of(v)); }
 
 static inline void stream_fence(void) { _mm_sfence(); }
-
-#include "simd_16bit.h"
 
 #endif

@@ -134,6 +134,8 @@ def mask_grid(name: str, data_shape: tuple[int, ...], mask_shape: tuple[int, ...
 
 
 def first_cell(value: Any, cells: int) -> int:
+    if cells > UINT64_END:
+        raise ValueError(f"shape must have at most 2**64 cells, but got {cells}")
     first = uint64("first_cell", value)
     if first + cells > UINT64_END:
         raise ValueError(f"first_cell must be at most 2**64 less the mask's {cells} cells, but got {first}")
