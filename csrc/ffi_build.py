@@ -1,7 +1,9 @@
 """Builds fastdrop._native: the C sources of this folder behind a cdef made from fastdrop.h and ops.def.
 
 The cdef is derived, never written down: ops.def declares each primitive once, and this file only spells those rows out
-in the form cffi's parser reads.
+in the form cffi's parser reads. Each primitive comes in two forms: ``fd_<name>`` takes what `ffi.from_buffer` makes of
+an array, ``fd_<name>_at`` takes addresses as integers and the most threads the call may use, for callers whose memory
+and threads are another library's.
 """
 
 import os
@@ -29,12 +31,25 @@ def primitives() -> dict[str, list[tuple[str, str]]]:
     return {name: PARAMETER.findall(body) for _, body, name in ROW.findall(text)}
 
 
+def addressed() -> dict[str, tuple[str, str]]:
+    """The prototype of each ``fd_<name>_at`` and its body."""
+    forms = {}
+    for name, parameters in primitives().items():
+        declared = ", ".join(f"{'uintptr_t' if '*' in type_ else type_} {parameter}" for type_, parameter in parameters)
+        passed = ", ".join(f"({type_}){parameter}" for type_, parameter in parameters)
+        prototype = f"int fd_{name}_at(int threads, {declared})"
+        body = f"fd_limit_threads(threads); int status = fd_{name}({passed}); fd_limit_threads(0); return status;"
+        forms[name] = prototype, body
+    return forms
+
+
 def cdef() -> str:
     """Every prototype of the ABI, for cffi."""
     prototypes = [
         f"int fd_{name}({', '.join(f'{type_} {parameter}' for type_, parameter in parameters)});"
         for name, parameters in primitives().items()
     ]
+    prototypes += [f"{prototype};" for prototype, _ in addressed().values()]
     header = COMMENT.sub("", (HERE / "fastdrop.h").read_text())
     prototypes += re.findall(r"^(?:int|void|const char \*) ?fd_\w+\([^#;]*\);", header, re.M)
     constants = re.findall(r"\b(FD_(?:OK|BAD_\w+|FLOAT\w+|BFLOAT\w+|BLOCK_CELLS|STREAM_BYTES))\b =", header)
@@ -48,7 +63,9 @@ def builder() -> FFI:
     debug = os.environ.get("FASTDROP_CFLAGS", "").split()  # sanitizers and warnings, for the project's own tests
     ffi.set_source(
         "fastdrop._native",
-        '#include "fastdrop.h"',
+        "\n".join(
+            ['#include "fastdrop.h"'] + [f"static {prototype} {{ {body} }}" for prototype, body in addressed().values()]
+        ),
         sources=[str((HERE / name).relative_to(root)) for name in SOURCES],
         include_dirs=[str(HERE.relative_to(root))],
         depends=[str((HERE / name).relative_to(root)) for name in HEADERS],

@@ -41,7 +41,8 @@ static int workers;            /* threads started */
 static atomic_uint generation; /* of the job, so that a worker joins each one once */
 static atomic_int working;     /* workers inside the job */
 
-static atomic_int wanted; /* threads asked for; 0: not set yet */
+static atomic_int wanted;       /* threads asked for; 0: not set yet */
+static _Thread_local int limit; /* asked for by this caller alone; 0: none */
 
 static int64_t now(void) {
     struct timespec t;
@@ -124,7 +125,7 @@ static void start_workers(int n) {
 }
 
 void fd_parallel_for(fd_kernel kernel, const void *args, uint64_t begin, uint64_t end, uint64_t grain) {
-    int threads = fd_get_num_threads();
+    int threads = limit ? limit : fd_get_num_threads();
     uint64_t grains = (end - begin) / grain;
     if ((uint64_t)threads > grains) threads = (int)grains;
     if (threads <= 1 || pthread_mutex_trylock(&busy) != 0) {
@@ -165,6 +166,8 @@ int fd_set_num_threads(int n) {
     atomic_store(&wanted, n);
     return FD_OK;
 }
+
+void fd_limit_threads(int n) { limit = n < 0 ? 1 : n > MAX_THREADS ? MAX_THREADS : n; }
 
 int fd_get_num_threads(void) {
     int n = atomic_load_explicit(&wanted, memory_order_relaxed);

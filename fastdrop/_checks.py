@@ -47,13 +47,13 @@ def data(name: str, value: Any) -> tuple[Array, int]:
 def probability(p: Any) -> float:
     """p as a Python float in [0, 1]."""
     if type(p) is not float:
-        p = _number("p", p)
+        p = number("p", p)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p, the drop probability, must be between 0 and 1, but got {p}")
     return float(p)
 
 
-def _number(name: str, given: Any) -> float:
+def number(name: str, given: Any) -> float:
     value = given
     if isinstance(value, np.ndarray) and value.ndim == 0:
         value = value[()]
@@ -68,10 +68,10 @@ def _number(name: str, given: Any) -> float:
 
 
 def finite(name: str, value: Any) -> float:
-    number = _number(name, value)
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be finite, but got {number}")
-    return number
+    finite = number(name, value)
+    if not math.isfinite(finite):
+        raise ValueError(f"{name} must be finite, but got {finite}")
+    return finite
 
 
 def uint64(name: str, value: Any) -> int:

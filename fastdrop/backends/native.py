@@ -27,6 +27,11 @@ if _native is not None:
     _address: Any = _native.ffi.from_buffer
     _no_words: Any = _native.ffi.NULL
     STREAM_BYTES: int = _lib.FD_STREAM_BYTES  # outputs from here on are written around the cache
+    # The primitives by address: most threads first, then as below but with integers for pointers, 0 for none. They
+    # return 0, or a negative code and have done nothing.
+    draw_bits_at: Any = _lib.fd_draw_bits_at
+    dropout_forward_at: Any = _lib.fd_dropout_forward_at
+    masked_affine_at: Any = _lib.fd_masked_affine_at
 
 
 def unavailable() -> str | None:

@@ -1,0 +1,187 @@
+"""Plain CPU tensors in, plain CPU tensors out: the primitives as torch's side of the package calls them.
+
+No autograd, no checks, no generator. This module owns how a tensor's memory reaches a backend: by address where the
+backend is C, as NumPy views elsewhere, and in logical order always. Threads are as many as torch's own ops may use.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import backends
+from .._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from ..backends import native
+from ..grid import Grid
+from ..stream import DROP_ALL
+
+TAGS = {
+    torch.float32: FLOAT32,
+    torch.float64: FLOAT64,
+    torch.float16: FLOAT16,
+    torch.bfloat16: BFLOAT16,
+}
+DTYPES = frozenset([*TAGS, torch.complex64, torch.complex128])
+
+Shape = tuple[int, ...]
+
+with torch.inference_mode(False):
+    _NO_WORDS = torch.empty(
+        0, dtype=torch.int32, device="cpu"
+    )  # `new_empty` costs less than `torch.empty` with a dtype
+
+
+def forward(
+    x: Tensor, seed: int, cut: int, scale: float, cells_shape: Shape | None, bits: bool, inplace: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Draws a mask and applies it: x or a new tensor with the strides torch would give it, and the words if asked for.
+
+    ``cells_shape`` is None where each element is a cell; else 1 or the full extent on each axis.
+    """
+    tag = TAGS.get(x.dtype)
+    n = x.numel()
+    if cells_shape is None and tag is not None and 0 < cut < DROP_ALL and n:
+        words = _NO_WORDS.new_empty((n + 31) >> 5) if bits else None
+        if x.is_contiguous():
+            source, y = x, x if inplace else torch.empty_like(x)
+        else:
+            source = y = x.contiguous()
+        backend = backends.active()
+        if backend is native:
+            at = 0 if words is None else words.data_ptr()
+            threads, from_, to = torch.get_num_threads(), source.data_ptr(), y.data_ptr()
+            if native.dropout_forward_at(threads, tag, from_, to, at, 0, n, seed, 0, cut, scale, 0.0, 0.0):
+                raise _refusal()
+        else:
+            keep = None if words is None else _words(words)
+            arrays = _array(source), _array(y)
+            _call(backend, backend.dropout_forward, tag, *arrays, keep, 0, n, seed, 0, cut, scale, 0.0, 0.0)
+        if source is x:
+            return y, words
+        return x.copy_(y) if inplace else _like(y, x), words
+    check_dtype(x)
+    words = draw(math.prod(x.shape if cells_shape is None else cells_shape), seed, cut)
+    y = apply(x, words, scale, cells_shape)
+    return x.copy_(y) if inplace else y, words if bits else None
+
+
+def draw(cells: int, seed: int, cut: int) -> Tensor:
+    """The words of a mask of so many cells, any threshold."""
+    words = _NO_WORDS.new_empty((cells + 31) >> 5)
+    if 0 < cut < DROP_ALL and cells:
+        backend = backends.active()
+        if backend is native:
+            if native.draw_bits_at(torch.get_num_threads(), words.data_ptr(), 0, 0, cells, seed, 0, cut):
+                raise _refusal()
+        else:
+            _call(backend, backend.draw_bits, _words(words), 0, 0, cells, seed, 0, cut)
+        return words
+    words.fill_(0 if cut else -1)
+    if not cut and cells & 31:
+        words[-1] = (1 << (cells & 31)) - 1
+    return words
+
+
+def apply(x: Tensor, words: Tensor, scale: float, cells_shape: Shape | None) -> Tensor:
+    """x under stored bits: kept elements times scale, exactly 0 elsewhere."""
+    tag = TAGS.get(x.dtype)
+    if tag is None:  # complex: two numbers side by side share a cell
+        check_dtype(x)
+        y = apply(
+            torch.view_as_real(x.resolve_conj()), words, scale, (*(x.shape if cells_shape is None else cells_shape), 1)
+        )
+        return torch.view_as_complex(y)
+    n = x.numel()
+    if not n:
+        return torch.empty_like(x)
+    if x.is_contiguous():
+        source, y = x, torch.empty_like(x)
+    else:
+        source = y = x.contiguous()
+    if cells_shape is None:
+        _masked_affine(tag, source, y, 0, words, 0, 1, 1, n, scale)
+    else:
+        grid = Grid.of(x.shape, cells_shape)
+        for start, cell in grid.pieces():
+            _masked_affine(tag, source, y, start, words, cell, grid.outer, grid.repeat, grid.inner, scale)
+    return y if source is x else _like(y, x)
+
+
+def check_dtype(x: Tensor) -> None:
+    if x.dtype not in DTYPES:
+        raise RuntimeError(
+            f"dropout takes float32, float64, float16, bfloat16, complex64 or complex128, but got {x.dtype}"
+        )
+
+
+def _like(y: Tensor, x: Tensor) -> Tensor:
+    """y, which is contiguous, with the strides of an elementwise op's result on x."""
+    result = torch.empty_like(x)
+    return y if result.is_contiguous() else result.copy_(y)
+
+
+def _masked_affine(
+    tag: int,
+    x: Tensor,
+    y: Tensor,
+    start: int,
+    words: Tensor,
+    position: int,
+    outer: int,
+    repeat: int,
+    inner: int,
+    scale: float,
+) -> None:
+    backend = backends.active()
+    if backend is native:
+        from_, to, at = x.data_ptr(), y.data_ptr(), words.data_ptr()
+        if start:
+            from_, to = from_ + start * x.element_size(), to + start * x.element_size()
+        threads = torch.get_num_threads()
+        if native.masked_affine_at(threads, tag, from_, to, at, position, outer, repeat, inner, scale, 0.0, 0.0):
+            raise _refusal()
+    else:
+        part = slice(start, start + outer * repeat * inner)
+        source, target = _array(x).reshape(-1)[part], _array(y).reshape(-1)[part]
+        _call(
+            backend,
+            backend.masked_affine,
+            tag,
+            source,
+            target,
+            _words(words),
+            position,
+            outer,
+            repeat,
+            inner,
+            scale,
+            0.0,
+            0.0,
+        )
+
+
+def _call(backend: Any, primitive: Any, *arguments: Any) -> None:
+    """A primitive of a backend that knows one number of threads for all callers."""
+    backend.set_num_threads(min(torch.get_num_threads(), 256))
+    try:
+        primitive(*arguments)
+    finally:
+        backend.set_num_threads(backends.get_num_threads())
+
+
+def _array(x: Tensor) -> Any:
+    x = x.detach()
+    return x.view(torch.int16).numpy().view(np.uint16) if x.dtype is torch.bfloat16 else x.numpy()
+
+
+def _words(words: Tensor) -> Any:
+    return words.numpy().view(np.uint32)
+
+
+def _refusal() -> RuntimeError:
+    """Unreachable through the public functions, which check first."""
+    return RuntimeError("the C kernel refused its arguments")

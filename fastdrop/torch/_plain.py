@@ -1,0 +1,44 @@
+"""Whether a call may go straight to a kernel: the one place that uses names torch keeps to itself."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_plain", "is_traced"]
+
+
+def _plain_keys() -> frozenset[int]:
+    """Dispatch keys of tensors whose memory may be read as it is: dense, on the CPU, no negative or conjugate view."""
+    tensors = [torch.empty(0, device="cpu")]
+    with torch.inference_mode():
+        tensors.append(torch.empty(0, device="cpu"))
+    return frozenset(_dispatch_keys(x).raw_repr() for x in tensors)
+
+
+try:
+    from torch._C import _dispatch_keys, _get_tracing_state, _len_torch_dispatch_stack
+    from torch._C._functorch import peek_interpreter_stack
+    from torch.autograd import forward_ad
+
+    PLAIN = _plain_keys()
+
+    def is_plain(x: Tensor) -> bool:
+        """Whether x is memory on the CPU and no mode, functorch transform or forward-mode AD surrounds the call."""
+        return (
+            _dispatch_keys(x).raw_repr() in PLAIN
+            and not _len_torch_dispatch_stack()
+            and peek_interpreter_stack() is None
+            and forward_ad._current_level < 0
+        )
+
+    def is_traced() -> bool:
+        """Whether `torch.jit.trace` records the call."""
+        return _get_tracing_state() is not None
+except (ImportError, AttributeError):  # another torch: everything takes the general way, slower and as right
+
+    def is_plain(x: Tensor) -> bool:
+        return False
+
+    def is_traced() -> bool:
+        return True

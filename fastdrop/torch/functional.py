@@ -1,0 +1,278 @@
+"""Dropout as a function, and the adapters that give it a gradient.
+
+`dropout` routes. Plain eager tensors take `_Fast`, an `autograd.Function` that calls the kernel at once; under
+``torch.compile`` the ops of `_ops` are called; whatever is transformed (functorch, forward-mode AD, modes, subclasses)
+takes `_Transformable`, which can all that and costs five times as much. docs/design.md says what each way is for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from .. import _checks
+from ..stream import threshold_and_scale
+from . import _kernels, _random
+from . import _ops as _ops  # registers torch.ops.fastdrop
+from ._plain import is_plain, is_traced
+
+__all__ = ["dropout"]
+
+KEEPS_ALL = 2.0**-33  # p up to here rounds to a threshold of 0
+
+_is_compiling = torch.compiler.is_compiling
+
+
+def dropout(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+    noise_shape: Any = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns input with each element dropped with probability p: `torch.nn.functional.dropout`, faster.
+
+    ``y = x / (1 - p)`` where kept and exactly +0 where dropped, whatever x holds there: a dropped inf or NaN is 0, in the
+    gradient too. The mask is a function of the seed, the logical (C-order) index and p alone: the same on any number of
+    threads, any strides and, with `fastdrop.dropout(x.numpy(), p, rng=seed)`, in NumPy.
+
+    Parameters
+    ----------
+    input : Tensor of float32, float64, float16, bfloat16, complex64 or complex128, any shape ``(*)``, any strides
+        Complex numbers are dropped whole.
+    p : float or Tensor without axes
+        Drop probability, 0 to 1. p = 1 gives zeros, with zeros for a gradient.
+    training : bool
+        False returns input itself; so does p = 0.
+    inplace : bool
+        Writes the result to input and returns that.
+    generator : torch.Generator, optional
+        On the CPU; None is torch's default generator, the one `torch.manual_seed` sets. Each call draws one number.
+        Can't be compiled, and checkpointing doesn't restore it: give ``seed`` there.
+    seed : int from 0 to 2**64 - 1, or Tensor of one int64, optional
+        Draws the mask from this number and nothing from any generator.
+    noise_shape : sequence of (int or None), optional
+        1 on axes that share one decision, None or the full extent elsewhere, as in Keras.
+    store : {"bits", "seed"}
+        What is kept for backward: 1/8 byte per element, or 8 bytes in all, from which backward draws the mask again.
+
+    Returns
+    -------
+    Tensor with input's shape, dtype and strides
+
+    Raises
+    ------
+    ValueError
+        p outside [0, 1]; noise_shape that does not fit; unknown store; both seed and generator.
+    TypeError
+        p or seed of another type.
+    RuntimeError
+        input of an integer dtype; a leaf that requires grad in place.
+
+    Has a gradient of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``,
+    autocast and checkpointing. Sources: Hinton et al. 2012; Srivastava et al., JMLR 15, 2014.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> x = torch.arange(1.0, 7.0, requires_grad=True)
+    >>> y = fdt.dropout(x, 0.5, seed=4)
+    >>> y
+    tensor([ 0.,  0.,  6.,  8.,  0., 12.], grad_fn=<_FastBackward>)
+    >>> y.sum().backward()
+    >>> x.grad
+    tensor([0., 0., 2., 2., 0., 2.])
+    """
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            dropout,
+            (input,),
+            input,
+            p=p,
+            training=training,
+            inplace=inplace,
+            generator=generator,
+            seed=seed,
+            noise_shape=noise_shape,
+            store=store,
+        )
+    if _is_compiling():
+        return _traced(input, p, training, inplace, generator, seed, noise_shape, store)
+    if type(p) is not float:
+        p = _number(p)
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if store != "bits":
+        _checks.choice("store", store, _checks.STORES)
+    if not training:
+        return input
+    cut, scale = threshold_and_scale(p)
+    if cut == 0:
+        return input
+    cells_shape = None if noise_shape is None else _cells_shape(noise_shape, input)
+    if not is_plain(input) or is_traced():
+        return _transformed(input, p, inplace, generator, seed, cells_shape, store)
+    number = _random.draw(generator) if seed is None else _random.as_int(seed, generator)
+    if input.requires_grad and torch.is_grad_enabled():
+        if inplace and input.is_leaf:
+            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+        result: Tensor = _apply_fast(input, (number, cut, scale, cells_shape, store == "bits", inplace, p))
+        return result
+    if inplace:
+        torch.autograd.graph.increment_version(input)
+    return _kernels.forward(input, number, cut, scale, cells_shape, False, inplace)[0]
+
+
+class _Fast(torch.autograd.Function):
+    """Plain eager tensors: straight to the kernel. In the old style, which costs a quarter of ``setup_context``'s."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: tuple[Any, ...]) -> Tensor:
+        seed, cut, scale, cells_shape, bits, inplace, p = call
+        y, words = _kernels.forward(x, seed, cut, scale, cells_shape, bits, inplace)
+        ctx.save_for_backward(_random.as_tensor(seed) if words is None else words)
+        ctx.call = call
+        if inplace:
+            ctx.mark_dirty(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        _, cut, scale, cells_shape, bits, _, p = ctx.call
+        if _is_compiling():  # compiled autograd: its graph must see an op
+            return _masked_op(dy, kept, p, cells_shape, bits), None
+        if torch.is_grad_enabled() or not is_plain(dy):
+            return _Masked.apply(dy, kept, p, cells_shape, bits), None
+        if bits:
+            return _kernels.apply(dy, kept, scale, cells_shape), None
+        return _kernels.forward(dy, _random.as_int(kept), cut, scale, cells_shape, False)[0], None
+
+
+# Past `Function.apply`, whose Python looks for functorch (which `is_plain` has ruled out), and past its counterpart in
+# backward, which looks for a `vjp`: two microseconds of twenty for a small tensor.
+_apply_fast = super(torch.autograd.Function, _Fast).apply
+_Fast._backward_cls.apply = _Fast.backward
+
+
+class _Transformable(torch.autograd.Function):
+    """Whatever is not plain: functorch transforms, forward-mode AD, modes and subclasses, all by way of the ops."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor, seed: Tensor, p: float, cells_shape: tuple[int, ...] | None, bits: bool
+    ) -> tuple[Tensor, Tensor]:
+        y, words = torch.ops.fastdrop.forward(x, seed, p, cells_shape, bits)
+        return y, words
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, seed, ctx.p, ctx.cells_shape, ctx.bits = inputs
+        kept = output[1] if ctx.bits else seed
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(kept)
+        ctx.save_for_forward(kept)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
+        (kept,) = ctx.saved_tensors
+        return _Masked.apply(dy, kept, ctx.p, ctx.cells_shape, ctx.bits), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, x_tangent: Tensor, *_: Any) -> tuple[Any, None]:
+        (kept,) = ctx.saved_tensors
+        return _Masked.apply(x_tangent, kept, ctx.p, ctx.cells_shape, ctx.bits), None
+
+
+class _Masked(torch.autograd.Function):
+    """A mask kept as bits or as a seed, applied: linear, its own adjoint, so derivatives of any order are itself."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(dy: Tensor, kept: Tensor, p: float, cells_shape: tuple[int, ...] | None, bits: bool) -> Tensor:
+        return _masked_op(dy, kept, p, cells_shape, bits)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, kept, ctx.p, ctx.cells_shape, ctx.bits = inputs
+        ctx.save_for_backward(kept)
+        ctx.save_for_forward(kept)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
+        (kept,) = ctx.saved_tensors
+        return _Masked.apply(ddx, kept, ctx.p, ctx.cells_shape, ctx.bits), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dy_tangent: Tensor, *_: Any) -> Any:
+        (kept,) = ctx.saved_tensors
+        return _Masked.apply(dy_tangent, kept, ctx.p, ctx.cells_shape, ctx.bits)
+
+
+def _masked_op(dy: Tensor, kept: Tensor, p: float, cells_shape: Any, bits: bool) -> Tensor:
+    if bits:
+        dx: Tensor = torch.ops.fastdrop.backward(dy, kept, p, cells_shape)
+        return dx
+    again: Tensor = torch.ops.fastdrop.forward(dy, kept, p, cells_shape, False)[0]
+    return again
+
+
+def _transformed(
+    x: Tensor, p: float, inplace: bool, generator: Any, seed: Any, cells_shape: tuple[int, ...] | None, store: str
+) -> Tensor:
+    number = _random.draw_tensor(generator) if seed is None else _random.as_tensor(seed, generator)
+    y: Tensor = _Transformable.apply(x, number, p, cells_shape, store == "bits")[0]
+    return x.copy_(y) if inplace else y
+
+
+def _traced(
+    x: Tensor,
+    p: Any,
+    training: bool,
+    inplace: bool,
+    generator: Any,
+    seed: Any,
+    noise_shape: Any,
+    store: str,
+) -> Tensor:
+    """Under a compiler: the ops and nothing that it would have to look into."""
+    if store != "bits" and store != "seed":
+        raise ValueError(f"store must be one of 'bits', 'seed', but got {store!r}")
+    variable = isinstance(p, Tensor)
+    if not variable:
+        p = float(p)
+        if p < 0.0 or p > 1.0:
+            raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if not training or (not variable and p <= KEEPS_ALL):
+        return x
+    if generator is not None:
+        raise RuntimeError("generator can't be compiled: give seed, an int or a tensor, in its place")
+    if noise_shape is not None:
+        noise_shape = [x.shape[i] if cells is None else cells for i, cells in enumerate(noise_shape)]
+    number = torch.ops.fastdrop.draw(x, []) if seed is None else _random.as_tensor(seed)
+    op = torch.ops.fastdrop.forward.tensor if variable else torch.ops.fastdrop.forward.default
+    y: Tensor = op(x, number, p, noise_shape, store == "bits")[0]
+    return x.copy_(y) if inplace else y
+
+
+def _cells_shape(noise_shape: Any, x: Tensor) -> tuple[int, ...] | None:
+    """Extents of the mask, None where they are those of x."""
+    full = tuple(x.shape)
+    cells = _checks.noise_shape(noise_shape, full)
+    return None if cells == full else cells
+
+
+def _number(p: Any) -> float:
+    if isinstance(p, Tensor):
+        if p.numel() != 1:
+            raise TypeError(f"p must be a number or a tensor of one, but got shape {tuple(p.shape)}")
+        return float(p.item())
+    return _checks.number("p", p)
