@@ -30,9 +30,7 @@ DTYPES = frozenset([*TAGS, torch.complex64, torch.complex128])
 Shape = tuple[int, ...]
 
 with torch.inference_mode(False):
-    _NO_WORDS = torch.empty(
-        0, dtype=torch.int32, device="cpu"
-    )  # `new_empty` costs less than `torch.empty` with a dtype
+    _NO_WORDS = torch.empty(0, dtype=torch.int32, device="cpu")  # its `new_empty` costs less than `torch.empty`
 
 
 def forward(

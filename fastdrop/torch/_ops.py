@@ -48,7 +48,7 @@ def _forward(
     x: Tensor, seed: Tensor, p: float | Tensor, noise_shape: list[int] | None, bits: bool
 ) -> tuple[Tensor, Tensor]:
     cut, scale = threshold_scale(p)
-    y, words = _kernels.forward(x, seed.item() & _random.WRAP, cut, scale, _cells_shape(x, noise_shape), bits)
+    y, words = _kernels.forward(x, int(seed.item()) & _random.WRAP, cut, scale, _cells_shape(x, noise_shape), bits)
     return y, torch.empty(0, dtype=torch.int32) if words is None else words
 
 

@@ -1,7 +1,7 @@
 """Models that exist: their dropout modules made ours, and back.
 
-A module changes its class where it stands: whoever holds it, under whatever name and however often, holds it still, with
-its hooks, its training state and its p.
+A module changes its class where it stands: whoever holds it, under whatever name and however often, holds it still,
+with its hooks, its training state and its p.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
     >>> import torch, fastdrop.torch as fdt
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.1))
     >>> print(fdt.convert(model))
-    module  before                       after
+    module  before                         after
     1       Dropout(p=0.1, inplace=False)  Dropout(p=0.1, inplace=False, store='bits')
     """
     _checks.choice("store", store, _checks.STORES)
@@ -98,7 +98,7 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
         if ours is not None:
             setattr(module, BEFORE, type(module))
             module.__class__ = ours
-            module.store = store  # type: ignore[assignment]
+            module.store = store
             rows.append(Row(path, before, repr(module)))
         elif reason := _why_left(module):
             rows.append(Row(path, before, None, reason))

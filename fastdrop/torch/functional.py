@@ -39,9 +39,9 @@ def dropout(
 ) -> Tensor:
     """Returns input with each element dropped with probability p: `torch.nn.functional.dropout`, faster.
 
-    ``y = x / (1 - p)`` where kept and exactly +0 where dropped, whatever x holds there: a dropped inf or NaN is 0, in the
-    gradient too. The mask is a function of the seed, the logical (C-order) index and p alone: the same on any number of
-    threads, any strides and, with `fastdrop.dropout(x.numpy(), p, rng=seed)`, in NumPy.
+    ``y = x / (1 - p)`` where kept and exactly +0 where dropped, whatever x holds there: a dropped inf or NaN is 0, in
+    the gradient too. The mask is a function of the seed, the logical (C-order) index and p alone: the same on any
+    number of threads, any strides and, with `fastdrop.dropout(x.numpy(), p, rng=seed)`, in NumPy.
 
     Parameters
     ----------
@@ -133,7 +133,7 @@ class _Fast(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: tuple[Any, ...]) -> Tensor:
-        seed, cut, scale, cells_shape, bits, inplace, p = call
+        seed, cut, scale, cells_shape, bits, inplace, _ = call
         y, words = _kernels.forward(x, seed, cut, scale, cells_shape, bits, inplace)
         ctx.save_for_backward(_random.as_tensor(seed) if words is None else words)
         ctx.call = call
@@ -157,7 +157,7 @@ class _Fast(torch.autograd.Function):
 # Past `Function.apply`, whose Python looks for functorch (which `is_plain` has ruled out), and past its counterpart in
 # backward, which looks for a `vjp`: two microseconds of twenty for a small tensor.
 _apply_fast = super(torch.autograd.Function, _Fast).apply
-_Fast._backward_cls.apply = _Fast.backward
+_Fast._backward_cls.apply = _Fast.backward  # type: ignore[attr-defined]
 
 
 class _Transformable(torch.autograd.Function):

@@ -1,7 +1,7 @@
-"""torch's own dropout on fastdrop: kernels registered with torch's dispatcher for ``aten::dropout`` and its in-place form.
+"""torch's own dropout on fastdrop: kernels registered with torch's dispatcher for ``aten::dropout`` and ``dropout_``.
 
-The dispatcher finds them by the same table look-up that finds any kernel, so no other operator pays for it, and everything
-that drops through the op is reached, from Python or from C++. docs/design.md tells why not a mode.
+The dispatcher finds them by the same table look-up that finds any kernel, so no other operator pays for it, and
+everything that drops through the ops is reached, from Python or from C++. docs/design.md tells why not a mode.
 """
 
 from __future__ import annotations
