@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import platform
+from pathlib import Path
 
 import pytest
 
@@ -10,11 +13,17 @@ import fastdrop
 from fastdrop import backends
 from fastdrop.cli import selftest
 
-SELECTIONS = ("all", "quick")
+# What is collected: the NumPy API (all, or the speed table alone), or the torch face.
+SELECTIONS = {"all": "test_dropout.py", "quick": "test_dropout.py", "torch": "test_torch.py"}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cases", choices=SELECTIONS, default="all", help="all cases, or those of the speed table alone")
+    parser.addoption("--cases", choices=SELECTIONS, default="all", help="all, quick (the speed table) or torch")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    chosen = SELECTIONS[config.getoption("--cases")]
+    return True if collection_path.name in {*SELECTIONS.values()} - {chosen} else None
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -29,6 +38,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
         name: reason or backends.load(name).describe() for name, reason in backends.reasons().items()
     }
     machine_info["cpu_name"] = _cpu_name()
+    if importlib.util.find_spec("torch"):
+        machine_info["torch"] = importlib.metadata.version("torch")
 
 
 def pytest_benchmark_update_json(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ TARGETS = [
 CALL_MICROSECONDS = 4.0
 
 
-def main(arguments: list[str]) -> int:
+def write(arguments: list[str], usage: str, report: Callable[..., str], plot: Callable[..., None], details: str) -> int:
+    """The report and the picture of the JSON that the arguments name, beside it."""
     if len(arguments) != 1:
-        print(__doc__)
+        print(usage)
         return 2
     source = Path(arguments[0])
     run = json.loads(source.read_text())
@@ -42,7 +44,7 @@ def main(arguments: list[str]) -> int:
     text = report(run, rows)
     source.with_suffix(".md").write_text(text)
     plot(run, rows, source.with_suffix(".png"))
-    print(text.split("## Every case")[0])
+    print(text.split(details)[0])
     print(f"wrote {source.with_suffix('.md')} and {source.with_suffix('.png')}")
     return 0
 
@@ -178,4 +180,4 @@ def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(write(sys.argv[1:], __doc__, report, plot, "## Every case"))

@@ -1,4 +1,4 @@
-"""Runs the benchmarks and the report: python bench/run.py [--quick] [--name NAME]."""
+"""Runs the benchmarks and the report: python bench/run.py [--quick | --torch] [--name NAME]."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ BENCH = Path(__file__).resolve().parent
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the speed table alone, a few minutes")
-    parser.add_argument("--name", default=None, help="of the files under bench/results (default: all or quick)")
+    parser.add_argument("--torch", action="store_true", help="the torch face and training steps, a few minutes")
+    parser.add_argument("--name", default=None, help="of the files under bench/results (default: all, quick or torch)")
     args = parser.parse_args()
-    cases = "quick" if args.quick else "all"
+    cases = "torch" if args.torch else "quick" if args.quick else "all"
+    report = "report_torch.py" if args.torch else "report.py"
     results = BENCH / "results" / f"{args.name or cases}.json"
     command = [
         sys.executable, "-m", "pytest", str(BENCH), "-q", "--cases", cases, "-p", "no:cacheprovider",
@@ -23,7 +25,7 @@ def main() -> int:
         "--benchmark-sort", "name", "--no-header",
     ]  # fmt: skip
     status = subprocess.run(command, cwd=BENCH.parent, check=False).returncode
-    return status or subprocess.run([sys.executable, str(BENCH / "report.py"), str(results)], check=False).returncode
+    return status or subprocess.run([sys.executable, str(BENCH / report), str(results)], check=False).returncode
 
 
 if __name__ == "__main__":

@@ -1,15 +1,10 @@
 """Forward, backward and both, every case in turn with its peers.
 
-pytest-benchmark times fastdrop; before each of its rounds the setup times every peer once, so that all meet the same
-machine. A sample is as many calls as last about 200 us. ``extra_info`` keeps, per peer, the median and the median of
-the paired ratios fastdrop / peer.
+``extra_info`` keeps, per peer, the median and the median of the paired ratios fastdrop / peer.
 """
 
 from __future__ import annotations
 
-import random
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -23,13 +18,9 @@ from fastdrop.backends import native
 from fastdrop.cli import contenders
 
 from . import cases
+from .pairing import SETTLE_SECONDS, alternate
 
-SAMPLE_SECONDS = 200e-6
-# With several threads each callable first runs for so long untimed: torch's take milliseconds to wake after idling.
-SETTLE_SECONDS = 4e-3
-UNCACHED_SECONDS = 20e-3  # a longer call passes over more memory than caches hold
 CASE_SECONDS = {"all": 0.5, "quick": 2.5}
-MIN_ROUNDS, MAX_ROUNDS = 5, 151
 COMPILED = "compiled F.dropout"
 C, BITS = "C", "bits"
 
@@ -39,8 +30,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        quick = metafunc.config.getoption("--cases") == "quick"
-        chosen = cases.quick_cases() if quick else cases.every_case()
+        chosen = {"all": cases.every_case, "quick": cases.quick_cases}[metafunc.config.getoption("--cases")]()
         metafunc.parametrize("case", chosen, ids=lambda case: case.id)
 
 
@@ -144,66 +134,3 @@ def traffic(case: cases.Case, data: contenders.Buffers) -> float:
     """Bytes an ideal kernel moves per element: each array once, and the mask."""
     one = 2 * data.x.itemsize + (0.125 if case.store == "bits" else 0.0)
     return one * (2 if case.operation == "forward+backward" else 1)
-
-
-def alternate(
-    benchmark: Any,
-    measured: Callable[[], object],
-    peers: dict[str, Callable[[], object]],
-    seconds: float,
-    settle: float = 0.0,
-) -> None:
-    """Times ``measured`` by the fixture and the peers in its setup; leaves medians and paired ratios in extra_info."""
-    repeats, cached, cost = {}, set(), 0.0
-    for name, call in {"": measured, **peers}.items():
-        call()
-        once = min(sample(call, 1) for _ in range(3))
-        repeats[name] = max(1, round(SAMPLE_SECONDS / once))
-        if once < UNCACHED_SECONDS:
-            cached.add(name)
-        cost += once * repeats[name] + (max(once, settle) if name in cached else 0.0)
-    rounds = min(max(int(seconds / cost), MIN_ROUNDS), MAX_ROUNDS)
-    samples: dict[str, list[float]] = {name: [] for name in peers}
-    order = list(peers)
-    shuffle = random.Random(0).shuffle
-
-    def take_turns() -> None:
-        shuffle(order)
-        for name in order:
-            if name in cached:
-                run_for(peers[name], settle)  # brings back into the caches what neighbours have used, wakes threads
-            samples[name].append(sample(peers[name], repeats[name]))
-        if "" in cached:
-            run_for(measured, settle)
-
-    def run() -> None:
-        for _ in range(repeats[""]):
-            measured()
-
-    benchmark.pedantic(run, setup=take_turns, rounds=rounds, iterations=1)
-    own = [time / repeats[""] for time in benchmark.stats.stats.data]
-    benchmark.extra_info["repeats"] = repeats[""]
-    benchmark.extra_info["settle"] = settle
-    benchmark.extra_info["seconds"] = statistics.median(own)
-    benchmark.extra_info["peers"] = {
-        name: {
-            "seconds": statistics.median(taken),
-            "ratio": statistics.median(mine / its for mine, its in zip(own, taken, strict=True)),
-        }
-        for name, taken in samples.items()
-    }
-
-
-def run_for(call: Callable[[], object], seconds: float) -> None:
-    """At least once."""
-    end = time.perf_counter() + seconds
-    call()
-    while time.perf_counter() < end:
-        call()
-
-
-def sample(call: Callable[[], object], repeats: int) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        call()
-    return (time.perf_counter() - start) / repeats

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-__all__ = ["Timing", "alternate"]
+__all__ = ["Timing", "alternate", "sample"]
 
 SAMPLE_SECONDS = 200e-6
 WARM_CALLS = 2
@@ -69,7 +69,7 @@ def alternate(calls: Mapping[str, Callable[[], object]], *, seconds: float = 1.0
     repeats, leads, cost = {}, {}, 0.0
     for name, call in calls.items():
         call()  # compiles, allocates, starts threads
-        once = min(_sample(call, 1) for _ in range(WARM_CALLS))
+        once = min(sample(call, 1) for _ in range(WARM_CALLS))
         repeats[name] = max(1, round(SAMPLE_SECONDS / max(once, 1e-9) + 0.5))
         leads[name] = once < UNCACHED_SECONDS
         cost += once * (repeats[name] + leads[name])
@@ -85,14 +85,15 @@ def alternate(calls: Mapping[str, Callable[[], object]], *, seconds: float = 1.0
             for name in order:
                 if leads[name]:
                     calls[name]()
-                samples[name].append(_sample(calls[name], repeats[name]))
+                samples[name].append(sample(calls[name], repeats[name]))
     finally:
         if collecting:
             gc.enable()
     return {name: Timing(tuple(taken)) for name, taken in samples.items()}
 
 
-def _sample(call: Callable[[], object], repeats: int) -> float:
+def sample(call: Callable[[], object], repeats: int) -> float:
+    """Seconds per call of so many calls in a row."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()

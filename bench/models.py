@@ -1,0 +1,81 @@
+"""Networks whose training step is timed, each built for a rate of dropout and with a batch of random data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+SEED = 0
+BATCH, LENGTH, WIDTH, VOCABULARY = 8, 128, 256, 1000
+
+
+def encoder(p: float) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """nn.TransformerEncoder: 4 layers, 256 wide, 4 heads, 1,024 hidden; 8 x 128 tokens."""
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=p, batch_first=True)
+    x = torch.randn(BATCH, LENGTH, WIDTH)
+    return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), lambda model: model(x).square().mean()
+
+
+def mlp(p: float) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """784-2048-2048-10, batches of 128."""
+    model = nn.Sequential(
+        nn.Linear(784, 2048), nn.ReLU(), nn.Dropout(p),
+        nn.Linear(2048, 2048), nn.ReLU(), nn.Dropout(p),
+        nn.Linear(2048, 10),
+    )  # fmt: skip
+    x, labels = torch.randn(128, 784), torch.randint(10, (128,))
+    return model, lambda model: nn.functional.cross_entropy(model(x), labels)
+
+
+def bert(p: float) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """transformers' BERT for masked tokens: 4 layers, 256 wide, 8 x 128 tokens, random weights."""
+    import transformers
+
+    config = transformers.BertConfig(
+        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=4, num_attention_heads=4,
+        intermediate_size=4 * WIDTH, hidden_dropout_prob=p, attention_probs_dropout_prob=p,
+    )  # fmt: skip
+    return transformers.BertForMaskedLM(config), _language_model_loss()
+
+
+def gpt2(p: float) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """transformers' GPT-2: 4 layers, 256 wide, 8 x 128 tokens, random weights."""
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=4, n_head=4, n_positions=LENGTH,
+        resid_pdrop=p, embd_pdrop=p, attn_pdrop=p,
+    )  # fmt: skip
+    return transformers.GPT2LMHeadModel(config), _language_model_loss()
+
+
+def _language_model_loss() -> Callable[[nn.Module], Tensor]:
+    tokens = torch.randint(VOCABULARY, (BATCH, LENGTH))
+    return lambda model: model(input_ids=tokens, labels=tokens).loss
+
+
+# Name, and the rate of dropout that such networks train with.
+MODELS: dict[str, tuple[Any, float]] = {
+    "TransformerEncoder": (encoder, 0.1),
+    "MLP": (mlp, 0.5),
+    "BERT": (bert, 0.1),
+    "GPT-2": (gpt2, 0.1),
+}
+
+
+def training_step(name: str, p: float) -> Callable[[], object]:
+    """One step of a network of its own: forward, backward, update. The same weights and data for every p."""
+    torch.manual_seed(SEED)
+    model, loss = MODELS[name][0](p)
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)  # the cheapest there is: nothing to hide dropout behind
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(model).backward()
+        optimizer.step()
+
+    return step
