@@ -43,7 +43,7 @@ def report(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "",
         "## Training steps",
         "",
-        "| network | threads | F.dropout, ms | fastdrop, ms | p = 0, ms | F.dropout / p = 0 | fastdrop / p = 0 | faster |",
+        "| network | threads | F.dropout, ms | fastdrop, ms | p = 0, ms | F.dropout / p = 0 | fastdrop / p = 0 | gain |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in steps(rows):

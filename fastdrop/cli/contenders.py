@@ -1,7 +1,7 @@
 """What dropout is compared with: NumPy as people write it, torch's ``F.dropout``, multiplications that drop nothing.
 
 Each contender is forward, backward and both in turn over the same buffers, so that none is helped by fresher memory.
-This is the only module that imports torch, and only when a comparison is asked for.
+Outside of fastdrop/torch this is the only module that imports torch, and only when a comparison is asked for.
 """
 
 from __future__ import annotations

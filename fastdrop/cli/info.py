@@ -21,7 +21,7 @@ DESCRIPTION = (
 PACKAGES = {  # distribution: what it is good for
     "numpy": "",
     "numba": "Numba backend: pip install 'fastdrop[numba]'",
-    "torch": "for comparisons: pip install torch",
+    "torch": "fastdrop.torch: pip install 'fastdrop[torch]'",
     "ml_dtypes": "bfloat16 arrays: pip install ml_dtypes",
 }
 VARIABLES = ("FASTDROP_BACKEND", "FASTDROP_ISA", "FASTDROP_NUM_THREADS")
