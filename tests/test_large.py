@@ -16,6 +16,7 @@ import pytest
 
 import fastdrop as fd
 from fastdrop import backends
+from fastdrop.stream import keep_scale, threshold
 
 from .cases import DTYPES, assert_same_bits
 
@@ -92,6 +93,26 @@ def repeating(n: int, repeat: int) -> Iterator[np.ndarray]:
     finally:
         libc.munmap(start, total)
         os.close(file)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create, which Linux has")
+def test_torch_dropout_beyond_2_31_elements():
+    """Output and gradient are all there, 4 GiB each."""
+    torch = pytest.importorskip("torch")
+    import fastdrop.torch as fdt
+
+    needs(10)
+    dtype, n = DTYPES[2], 2**31 + PIECE
+    parts = around(2**29, 2**30, 2**31, end=n)
+    wanted = [dtype.rounded(keep_of(part, 0.1, 3).astype(np.float16), keep_scale(threshold(0.1))) for part in parts]
+    with repeating(n, 2**24) as memory:
+        memory[: 2**24] = 1
+        x = torch.from_numpy(memory).requires_grad_()
+        y = fdt.dropout(x, 0.1, seed=3)
+        (dx,) = torch.autograd.grad(y, x, torch.from_numpy(memory))
+        for part, want in zip(parts, wanted, strict=True):
+            assert_same_bits(y.detach()[part].numpy(), want, part)
+            assert_same_bits(dx[part].numpy(), want, part)
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create, which Linux has")
