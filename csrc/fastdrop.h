@@ -41,8 +41,11 @@ int fd_isa_select(int isa); /* process-wide; FD_BAD_ISA leaves the choice as it 
 
 int fd_set_num_threads(int n);
 int fd_get_num_threads(void);
-void fd_limit_threads(
-    int n); /* most threads for calls from the calling thread; 0: as many as fd_set_num_threads said */
+
+/* For calls that stand for another library's (fd_<name>_at): the most threads the calling thread's calls may use, 0 for
+ * what fd_set_num_threads said; and that library's own threads to run them on, as its GOMP_parallel, 0 for ours. */
+void fd_limit_threads(int n);
+void fd_use_team(uintptr_t parallel);
 
 /* One Philox4x32-10 block, for known-answer tests and seed derivation. */
 void fd_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);

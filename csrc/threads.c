@@ -10,6 +10,10 @@
  * last wait was that short. A longer watch would keep the core from the threads of whatever runs between two dropouts:
  * at 100 us torch's multiplication of a million floats took twice as long beside ours, at 20 us as long as ever.
  *
+ * A library that calls us and has threads of its own awake, spinning for its next loop, lends them: two pools on the
+ * same cores wait for each other, by milliseconds. Its team is only ever asked for as many threads as it has (another
+ * number would end some and start others), and not in a forked child, where they are gone.
+ *
  * Ranges are handed out a grain at a time, so that a thread the system has put aside holds up no more than one grain.
  */
 #define _GNU_SOURCE /* sched_getaffinity */
@@ -23,6 +27,10 @@
 #include <unistd.h>
 
 enum { MAX_THREADS = 256, SPIN_NANOSECONDS = 20000 };
+
+/* A team that is awake starts in a microsecond, so less work is worth sharing; this is where torch begins to share its.
+ */
+enum { TEAM_GRAIN_CELLS = 64 * FD_BLOCK_CELLS };
 
 typedef struct {
     fd_kernel kernel;
@@ -43,6 +51,9 @@ static atomic_int working;     /* workers inside the job */
 
 static atomic_int wanted;       /* threads asked for; 0: not set yet */
 static _Thread_local int limit; /* asked for by this caller alone; 0: none */
+
+typedef void (*team_t)(void (*work)(void *), void *data, unsigned threads, unsigned flags); /* GOMP_parallel's type */
+static _Atomic(team_t) team;
 
 static int64_t now(void) {
     struct timespec t;
@@ -68,6 +79,8 @@ static void work(job_t *j) {
         j->kernel(j->args, begin, end);
     }
 }
+
+static void work_in_team(void *j) { work(j); }
 
 static void *worker(void *unused) {
     unsigned seen = 0;
@@ -105,14 +118,19 @@ static void reset_in_child(void) {
     job = NULL;
     seats = workers = 0;
     atomic_store(&working, 0);
+    atomic_store(&team, NULL);
 }
 
 static void register_reset(void) { pthread_atfork(NULL, NULL, reset_in_child); }
 
-/* Called with lock held. Fewer threads than asked for is not an error: the work gets done. */
-static void start_workers(int n) {
+static void watch_for_forks(void) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, register_reset);
+}
+
+/* Called with lock held. Fewer threads than asked for is not an error: the work gets done. */
+static void start_workers(int n) {
+    watch_for_forks();
     for (; workers < n; workers++) {
         pthread_t thread;
         pthread_attr_t detached;
@@ -125,6 +143,12 @@ static void start_workers(int n) {
 }
 
 void fd_parallel_for(fd_kernel kernel, const void *args, uint64_t begin, uint64_t end, uint64_t grain) {
+    team_t run = limit > 1 && end - begin >= 2 * TEAM_GRAIN_CELLS ? atomic_load(&team) : NULL;
+    if (run) {
+        job_t j = {kernel, args, end, TEAM_GRAIN_CELLS, begin};
+        run(work_in_team, &j, (unsigned)limit, 0);
+        return;
+    }
     int threads = limit ? limit : fd_get_num_threads();
     uint64_t grains = (end - begin) / grain;
     if ((uint64_t)threads > grains) threads = (int)grains;
@@ -168,6 +192,11 @@ int fd_set_num_threads(int n) {
 }
 
 void fd_limit_threads(int n) { limit = n < 0 ? 1 : n > MAX_THREADS ? MAX_THREADS : n; }
+
+void fd_use_team(uintptr_t parallel) {
+    watch_for_forks();
+    atomic_store(&team, (team_t)parallel);
+}
 
 int fd_get_num_threads(void) {
     int n = atomic_load_explicit(&wanted, memory_order_relaxed);

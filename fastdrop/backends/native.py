@@ -70,6 +70,11 @@ def set_num_threads(n: int) -> None:
         raise _refusal()
 
 
+def use_team(parallel: int) -> None:
+    """Runs the calls by address on the threads of the library that makes them: the address of its ``GOMP_parallel``."""
+    _lib.fd_use_team(parallel)
+
+
 def scale_float32(x: Array, y: Array, a: float, stream: bool) -> None:
     """y = a x, for benchmarks: the least that any pass over this memory can take."""
     if _lib.fd_scale_float32(_address(x), _address(y), x.size, a, stream):

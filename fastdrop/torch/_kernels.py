@@ -6,6 +6,8 @@ backend is C, as NumPy views elsewhere, and in logical order always. Threads are
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
 from typing import Any
 
@@ -31,6 +33,16 @@ Shape = tuple[int, ...]
 
 with torch.inference_mode(False):
     _NO_WORDS = torch.empty(0, dtype=torch.int32, device="cpu")  # its `new_empty` costs less than `torch.empty`
+
+
+def _borrow_threads() -> None:
+    """Has torch's own threads, which spin for its next loop, do ours in between: another pool would fight them."""
+    if native.unavailable() is None and "OpenMP" in torch.__config__.parallel_info():
+        with contextlib.suppress(AttributeError, OSError):  # an OpenMP without GNU's entry point
+            native.use_team(ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0)
+
+
+_borrow_threads()
 
 
 def forward(
