@@ -13,12 +13,13 @@ C_TEST := $(C_SOURCES) tests/c/kernels_test.c
 C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -Icsrc -pthread
 OUT := build/c
 
-.PHONY: help demo test bench bench-quick report lint format sanitize test-c test-neon package clean
+.PHONY: help demo test bench bench-quick bench-torch report lint format sanitize test-c test-neon package clean
 
 help:
-	@echo "make demo       train a small network with fastdrop, beside what is used today; writes fastdrop-demo.png"
+	@echo "make demo       train a network in NumPy and a transformer in torch, beside what is used today; two pictures"
 	@echo "make test       the whole test suite"
-	@echo "make bench      every benchmark (about a quarter of an hour), then the report; bench-quick: the speed table alone"
+	@echo "make bench      every benchmark (about a quarter of an hour), then the report"
+	@echo "                bench-quick: the speed table alone; bench-torch: torch's function and training steps"
 	@echo "make lint       ruff, mypy, clang-format; make format applies the formatters"
 	@echo "make sanitize   the C kernels under the address, undefined-behaviour and thread sanitizers"
 	@echo "make test-neon  the Arm kernels, cross-compiled and emulated"
@@ -39,6 +40,8 @@ $(VENV)/.built: $(VENV)/.packages $(C_SOURCES) $(C_HEADERS) csrc/ffi_build.py se
 demo: $(VENV)/.built
 	@echo "== demo"
 	$(BIN)/python -m fastdrop demo
+	@echo "== the same for torch: a small transformer, with torch's dropout and with fastdrop's"
+	$(BIN)/python examples/transformer.py --quick --output fastdrop-transformer.png
 
 test: $(VENV)/.built
 	@echo "== test suite and doctests"
@@ -51,8 +54,12 @@ bench: $(VENV)/.built
 bench-quick: $(VENV)/.built
 	$(BIN)/python bench/run.py --quick
 
+bench-torch: $(VENV)/.built
+	$(BIN)/python bench/run.py --torch
+
 report: $(VENV)/.built
 	$(BIN)/python bench/report.py bench/results/all.json
+	$(BIN)/python bench/report_torch.py bench/results/torch.json
 
 lint: $(VENV)/.packages
 	@echo "== ruff, mypy, clang-format"

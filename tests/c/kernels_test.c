@@ -155,6 +155,45 @@ static void check_threads(void) {
     fd_set_num_threads(1);
 }
 
+/* A library's own threads: pthreads that all run the work they are given. */
+enum { TEAM = 4 };
+static unsigned team_asked;
+typedef struct {
+    void (*work)(void *);
+    void *data;
+} share_t;
+static void *team_member(void *share) {
+    ((share_t *)share)->work(((share_t *)share)->data);
+    return NULL;
+}
+static void parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags) {
+    pthread_t members[TEAM];
+    share_t share = {work, data};
+    (void)flags;
+    team_asked = threads;
+    for (unsigned i = 1; i < threads; i++) pthread_create(&members[i], NULL, team_member, &share);
+    work(data);
+    for (unsigned i = 1; i < threads; i++) pthread_join(members[i], NULL);
+}
+
+static void check_team(void) {
+    static float y[MAX_CELLS];
+    static uint32_t words[MAX_CELLS / 32];
+    fd_use_team((uintptr_t)parallel);
+    for (int limit = 0; limit <= TEAM; limit++) { /* 0: a call of our own, on the pool */
+        memset(y, 0xFF, sizeof y);
+        memset(words, 0xFF, sizeof words);
+        team_asked = 0;
+        fd_limit_threads(limit);
+        fd_dropout_forward(FD_FLOAT32, shared_x, y, words, 3, MAX_CELLS, SEED, OFFSET, 429496730u, 1.5, 0, 0);
+        expect(team_asked == (limit > 1 ? (unsigned)limit : 0), "team's size", fd_isa_active(), limit, team_asked);
+        expect(!memcmp(y, expected_y, sizeof y) && !memcmp(words, expected_words, sizeof words), "team's result",
+               fd_isa_active(), limit, 0);
+    }
+    fd_limit_threads(0);
+    fd_use_team(0);
+}
+
 static void check_refusals(void) {
     uint32_t words[2] = {1, 2};
     float x[4] = {1, 2, 3, 4};
@@ -191,6 +230,7 @@ int main(int argc, char **argv) {
         printf("%s: %s\n", fd_isa_name(isa), failures ? "FAIL" : "ok");
     }
     check_threads();
+    check_team();
     check_refusals();
     printf("%s: %d instruction sets, %d failures\n", failures ? "FAIL" : "PASS", sets, failures);
     return failures != 0;
