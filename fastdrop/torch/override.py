@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,27 +21,52 @@ from .functional import dropout
 
 __all__ = ["disable", "enable", "enabled"]
 
-KEYS = ("CPU", "AutogradCPU")
+# Calls on CPU tensors without and with autograd, and calls inside of torch.func's transforms.
+KEYS = ("CPU", "AutogradCPU", "FuncTorchDynamicLayerFrontMode")
 
 _registrations: torch.library.Library | None = None  # torch is as it was when this is None
 _lock = threading.Lock()
 
 
 def enable() -> None:
-    """Makes torch's own dropout run on fastdrop, process-wide, for CPU tensors of floating-point or complex dtypes."""
+    """Makes torch's own dropout run on fastdrop, until `disable`: on the CPU, process-wide, wherever it is called from.
+
+    `torch.nn.functional.dropout`, ``torch.dropout`` and their in-place forms, and with them `torch.nn.Dropout`,
+    `torch.nn.MultiheadAttention`, `torch.nn.functional.scaled_dot_product_attention`, `torch.nn.LSTM` and
+    `torch.nn.GRU` between layers, and any model built of these. Values and gradients are those of
+    `fastdrop.torch.dropout`; other operators, other devices and integer, sparse and nested tensors stay as they are.
+
+    Calling it again does nothing. What `torch.compile` has compiled is compiled anew at its next call, so switch once
+    and not in a loop.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> x = torch.tensor([1.0, float("nan"), 3.0])
+    >>> fdt.enable()
+    >>> torch.nn.functional.dropout(x, 1.0)
+    tensor([0., 0., 0.])
+    >>> fdt.disable()
+    >>> torch.nn.functional.dropout(x, 1.0)
+    tensor([0., nan, 0.])
+    """
     global _registrations
     with _lock:
         if _registrations is None:
             library = torch.library.Library("aten", "IMPL")
-            for key in KEYS:
-                library.impl("dropout", _dropout, key)
-                library.impl("dropout_", _dropout_, key)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # torch says that it has kernels for transforms itself
+                for key in KEYS:
+                    library.impl("dropout", _dropout, key)
+                    library.impl("dropout_", _dropout_, key)
             _registrations = library
             _forget_compiled()
 
 
 def disable() -> None:
-    """Undoes `enable`."""
+    """Undoes `enable`: torch is as it was. Does nothing where torch's dropout is its own already.
+
+    >>> import fastdrop.torch as fdt
+    >>> fdt.disable()
+    """
     global _registrations
     with _lock:
         if _registrations is not None:
@@ -51,7 +77,15 @@ def disable() -> None:
 
 @contextlib.contextmanager
 def enabled() -> Iterator[None]:
-    """`enable` for a block or, as a decorator, a function; the state before is restored at its end."""
+    """`enable` for a block or, as a decorator, a function; the state before is restored at its end, errors or not.
+
+    The state is the process's: other threads are in it too.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> with fdt.enabled():
+    ...     torch.nn.functional.dropout(torch.tensor([float("inf")]), 1.0)
+    tensor([0.])
+    """
     before = _registrations is not None
     enable()
     try:
