@@ -95,7 +95,7 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
     for path, module in model.named_modules():
         before = repr(module) if isinstance(module, _DropoutNd) else type(module).__name__
         ours = CLASSES.get(type(module))
-        if ours is not None:
+        if ours is not None and "forward" not in vars(module):
             setattr(module, BEFORE, type(module))
             module.__class__ = ours
             module.store = store
@@ -130,6 +130,8 @@ def _why_left(module: nn.Module) -> str:
     """Why a module that draws dropout is not changed; nothing for one that draws none or is ours already."""
     if isinstance(module, Dropout):
         return ""
+    if type(module) in CLASSES:
+        return "its forward was replaced on the object itself"
     if isinstance(module, nn.Dropout):
         return "a subclass of nn.Dropout; its forward may be its own"
     if isinstance(module, _DropoutNd):

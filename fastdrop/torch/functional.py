@@ -103,24 +103,29 @@ def dropout(
         )
     if _is_compiling():
         return _traced(input, p, training, inplace, generator, seed, noise_shape, store)
+    given = p
     if type(p) is not float:
         p = _number(p)
     if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {given}")
     if store != "bits":
         _checks.choice("store", store, _checks.STORES)
-    if not training:
-        return input
     cut, scale = threshold_and_scale(p)
-    if cut == 0:
+    if not training or cut == 0:
+        _check_tensor(input)
         return input
+    if getattr(input, "dtype", None) not in _kernels.DTYPES:
+        _check_tensor(input)
+        _kernels.check_dtype(input)
     cells_shape = None if noise_shape is None else _cells_shape(noise_shape, input)
     if not is_plain(input) or is_traced():
         return _transformed(input, p, inplace, generator, seed, cells_shape, store)
-    number = _random.draw(generator) if seed is None else _random.as_int(seed, generator)
+    if seed is not None:
+        seed = _random.as_int(seed, generator)
+    if inplace:
+        _check_inplace(input)
+    number = _random.draw(generator) if seed is None else seed
     if input.requires_grad and torch.is_grad_enabled():
-        if inplace and input.is_leaf:
-            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
         result: Tensor = _apply_fast(input, (number, cut, scale, cells_shape, store == "bits", inplace, p))
         return result
     if inplace:
@@ -270,9 +275,27 @@ def _cells_shape(noise_shape: Any, x: Tensor) -> tuple[int, ...] | None:
     return None if cells == full else cells
 
 
+def _check_tensor(x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input must be a Tensor, but got {type(x).__name__}")
+
+
+def _check_inplace(x: Tensor) -> None:
+    """Raises torch's own error where torch would not have x written to, before anything is drawn or written."""
+    base = x._base
+    forbidden = torch.is_grad_enabled() and (
+        (x.requires_grad and x.is_leaf)
+        or (base is not None and base.requires_grad and base.is_leaf)
+        or (base is not None and torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT)
+    )
+    outside = x.is_inference() and not torch.is_inference_mode_enabled()
+    if forbidden or outside or torch._debug_has_internal_overlap(x) == 1:
+        x.mul_(1)
+
+
 def _number(p: Any) -> float:
     if isinstance(p, Tensor):
         if p.numel() != 1:
             raise TypeError(f"p must be a number or a tensor of one, but got shape {tuple(p.shape)}")
         return float(p.item())
-    return _checks.number("p", p)
+    return float(p) if isinstance(p, bool) else _checks.number("p", p)
