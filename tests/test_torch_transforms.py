@@ -11,7 +11,7 @@ from fastdrop.stream import keep_scale, threshold
 
 torch = pytest.importorskip("torch")
 
-import torch.autograd.forward_ad as fwAD  # noqa: E402, N812
+import torch.autograd.forward_ad as fwAD  # noqa: E402
 from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.func import (  # noqa: E402
@@ -54,12 +54,12 @@ def reference(x, p, seed, noise_shape=None):
     return torch.where(keep, x * keep_scale(threshold(p)), torch.zeros_like(x))
 
 
-def gradient(function, x, weight=None):
-    """The output, and the gradient of its sine's weighted sum."""
+def gradient(function, x):
+    """The output, and the gradient of its sine's sum."""
     x = x.detach().clone().requires_grad_()
     y = function(x)
-    (dx,) = torch.autograd.grad(y.sin().sum() if weight is None else (y.sin() * weight).sum(), x)
-    return y.detach(), dx
+    y.sin().sum().backward()
+    return y.detach(), x.grad
 
 
 def assert_equal(actual, expected):
@@ -86,7 +86,7 @@ def test_derivatives_match_finite_differences(dtype, store, noise_shape):
     x = torch.randn(3, 5, dtype=dtype, requires_grad=True)
 
     def function(x):
-        return fdt.dropout(x, 0.5, seed=3, store=store, noise_shape=noise_shape)
+        return fdt.dropout(x, 0.5, seed=6, store=store, noise_shape=noise_shape)
 
     assert 0 < (function(x) == 0).sum() < x.numel()
     assert torch.autograd.gradcheck(
@@ -108,16 +108,15 @@ def test_derivatives_in_place_match_finite_differences(store):
 @pytest.mark.parametrize("p", [0.5, 1.0])
 @pytest.mark.parametrize("store", STORES)
 def test_derivatives_of_any_order(x, p, store):
-    def cube(function):
+    def derivatives(function):
         z = x.clone().requires_grad_()
-        first, second, third = z, None, None
         (first,) = torch.autograd.grad(function(z).pow(4).sum(), z, create_graph=True)
         (second,) = torch.autograd.grad(first.sum(), z, create_graph=True)
         (third,) = torch.autograd.grad(second.sum(), z)
         return first.detach(), second.detach(), third
 
-    ours = cube(lambda x: fdt.dropout(x, p, seed=5, store=store))
-    theirs = cube(lambda x: reference(x, p, 5))
+    ours = derivatives(lambda x: fdt.dropout(x, p, seed=5, store=store))
+    theirs = derivatives(lambda x: reference(x, p, 5))
     assert (ours[0] == 0).any()
     assert (ours[0] != 0).any() == (p < 1)
     torch.testing.assert_close(ours, theirs)
@@ -187,7 +186,7 @@ def test_transform_equals_that_of_torchs_own_ops(x, transform, store, noise_shap
 @pytest.mark.parametrize("transform", ["grad", "vjp", "jvp", "jvp of grad", "jacrev", "functional.jacobian batched"])
 @pytest.mark.parametrize("store", STORES)
 def test_transform_draws_the_mask_that_eager_draws(x, transform, store):
-    (seed,) = [int(under(9, lambda: torch.empty((), dtype=torch.int64).random_()))]
+    seed = int(under(9, lambda: torch.empty((), dtype=torch.int64).random_()))
     ours = under(9, SCALAR[transform], lambda x: fdt.dropout(x, 0.4, store=store), x)
     torch.testing.assert_close(ours, SCALAR[transform](lambda x: reference(x, 0.4, seed), x))
 
@@ -363,7 +362,6 @@ def test_gradients_per_sample(randomness):
     if randomness == "same":
         draws = under(7, lambda: [torch.empty(1, dtype=torch.int64).random_().expand(4) for _ in range(2)])
     for i in range(4):
-        z = x[i] @ parameters["0.weight"].T + parameters["0.bias"]
         leaves = {name: p.clone().requires_grad_() for name, p in parameters.items()}
         z = nn.functional.linear(x[i], leaves["0.weight"], leaves["0.bias"])
         z = drop(drop(z, seed=draws[0][i]).tanh(), 0.2, seed=draws[1][i])
@@ -436,7 +434,7 @@ def test_op_carries_a_forward_derivative(x):
 
 
 def test_autocast_dtype_follows(x):
-    linear = nn.Linear(6, 50).double().float()
+    linear = nn.Linear(6, 50)
     x = x.float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         hidden = linear(x)
@@ -495,7 +493,6 @@ def test_inference_mode(x):
     assert z is own
     assert_equal(y.clone(), expected)
     assert_equal(z.clone(), expected)
-    assert_equal(under(3, drop, own * 1).ne(0), under(3, drop, y * 1).ne(0))
 
 
 def test_inference_tensors_are_not_written_outside_of_inference_mode():
@@ -512,7 +509,7 @@ def test_deterministic_algorithms(x):
     words = OPS.forward(x, torch.tensor(3), 0.5, None, True)[1]
     torch.use_deterministic_algorithms(True)
     try:
-        assert [torch.isnan(torch.empty(3)).all()]
+        assert torch.isnan(torch.empty(3)).all()
         ours = [under(3, gradient, lambda x, s=store: drop(x, store=s), x) for store in STORES]
         assert_equal(OPS.forward(x, torch.tensor(3), 0.5, None, True)[1], words)
     finally:
@@ -654,7 +651,7 @@ def test_function_mode_sees_dropout_with_its_arguments(x):
     with LogFunctions() as log:
         ours = under(3, lambda: drop(x, 0.3, store="seed", noise_shape=(1, None)))
         also = under(4, fdt.Dropout(0.3), x)
-        given = drop(x, 0.3, True, True) if x is None else drop(x, 0.3, seed=2)
+        given = drop(x, 0.3, seed=2)
     assert log.seen.count(fdt.dropout) == 3
     assert_equal(ours, under(3, lambda: drop(x, 0.3, noise_shape=(1, None))))
     assert_equal(also, under(4, drop, x, 0.3))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..mask import word_count
 from ..stream import threshold_and_scale
 from . import _kernels, _random
@@ -34,7 +35,16 @@ def threshold_scale(p: float | Tensor) -> tuple[int, float]:
 
 
 def _cells_shape(x: Tensor, noise_shape: Any) -> tuple[int, ...] | None:
-    return None if noise_shape is None else tuple(noise_shape)
+    return None if noise_shape is None else _checks.noise_shape(tuple(noise_shape), tuple(x.shape))
+
+
+def _check_words(words: Tensor, cells: int) -> None:
+    """What the kernels would read past the end of."""
+    if words.dtype != torch.int32 or words.shape != (word_count(cells),) or not words.is_contiguous():
+        raise ValueError(
+            f"words must be {word_count(cells)} contiguous int32 for {cells} cells, but got {words.dtype} of shape "
+            f"{tuple(words.shape)}"
+        )
 
 
 # ---- CPU ----
@@ -54,7 +64,9 @@ def _forward(
 
 def _backward(dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[int] | None) -> Tensor:
     _, scale = threshold_scale(p)
-    return _kernels.apply(dy, words, scale, _cells_shape(dy, noise_shape))
+    cells_shape = _cells_shape(dy, noise_shape)
+    _check_words(words, dy.numel() if cells_shape is None else math.prod(cells_shape))
+    return _kernels.apply(dy, words, scale, cells_shape)
 
 
 # ---- shapes alone ----
