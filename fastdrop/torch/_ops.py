@@ -3,7 +3,8 @@
 ``draw`` takes a seed from torch's generator; ``forward`` and ``backward`` are functions of their arguments alone. Every
 op has a fake kernel, ``vmap`` rules and, both ways, a gradient; backward is linear and its own adjoint. p may be a
 float or, in the overloads named ``tensor``, a tensor without axes: one that changes from step to step then costs no
-recompilation.
+recompilation. `functional.dropout` has forward-mode AD; called by themselves the ops drop tangents without a word, as
+`torch.library` has it.
 """
 
 from __future__ import annotations
@@ -38,13 +39,14 @@ def _cells_shape(x: Tensor, noise_shape: Any) -> tuple[int, ...] | None:
     return None if noise_shape is None else _checks.noise_shape(tuple(noise_shape), tuple(x.shape))
 
 
-def _check_words(words: Tensor, cells: int) -> None:
-    """What the kernels would read past the end of."""
-    if words.dtype != torch.int32 or words.shape != (word_count(cells),) or not words.is_contiguous():
+def _checked_words(words: Tensor, cells: int) -> Tensor:
+    """As kernels take them, who would read past the end of fewer."""
+    if words.dtype != torch.int32 or words.shape != (word_count(cells),) or not words.is_cpu:
         raise ValueError(
-            f"words must be {word_count(cells)} contiguous int32 for {cells} cells, but got {words.dtype} of shape "
-            f"{tuple(words.shape)}"
+            f"words must be {word_count(cells)} int32 on the CPU for {cells} cells, but got {words.dtype} of shape "
+            f"{tuple(words.shape)} on {words.device}"
         )
+    return words.contiguous()
 
 
 # ---- CPU ----
@@ -65,7 +67,7 @@ def _forward(
 def _backward(dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[int] | None) -> Tensor:
     _, scale = threshold_scale(p)
     cells_shape = _cells_shape(dy, noise_shape)
-    _check_words(words, dy.numel() if cells_shape is None else math.prod(cells_shape))
+    words = _checked_words(words, dy.numel() if cells_shape is None else math.prod(cells_shape))
     return _kernels.apply(dy, words, scale, cells_shape)
 
 
@@ -152,6 +154,9 @@ def _forward_vmap(
     seeds = seed.movedim(in_dims[1], 0)
     samples = _samples(x, in_dims[0], info.batch_size)
     results = [op(x_, seed_, p, noise_shape, bits) for x_, seed_ in zip(samples, seeds.unbind(), strict=True)]
+    if not results:
+        y, words = op(_sample_like(x, in_dims[0]), torch.zeros((), dtype=torch.int64), p, noise_shape, bits)
+        return (y.new_empty((0, *y.shape)), words.new_empty((0, *words.shape))), (0, 0)
     return (torch.stack([y for y, _ in results]), torch.stack([words for _, words in results])), (0, 0)
 
 
@@ -165,11 +170,18 @@ def _backward_vmap(
         return op(dy, words, p, [1, *(dy.shape[1:] if noise_shape is None else noise_shape)]), 0
     masks = words.movedim(in_dims[1], 0).unbind()
     samples = _samples(dy, in_dims[0], info.batch_size)
+    if not samples:
+        return dy.new_empty((0, *_sample_like(dy, in_dims[0]).shape)), 0
     return torch.stack([op(dy_, mask, p, noise_shape) for dy_, mask in zip(samples, masks, strict=True)]), 0
 
 
 def _samples(x: Tensor, batch_axis: int | None, count: int) -> list[Tensor]:
     return [x] * count if batch_axis is None else list(x.movedim(batch_axis, 0).unbind())
+
+
+def _sample_like(x: Tensor, batch_axis: int | None) -> Tensor:
+    """A sample's shape, where there is none."""
+    return x if batch_axis is None else x.new_empty(x.movedim(batch_axis, 0).shape[1:])
 
 
 def _no_batch(batch_axis: int | None, p: float | Tensor) -> None:

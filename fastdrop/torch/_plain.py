@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["is_plain", "is_traced"]
+__all__ = ["is_plain", "is_traced", "is_transformed"]
 
 
 def _plain_keys() -> frozenset[int]:
@@ -32,6 +32,10 @@ try:
             and forward_ad._current_level < 0
         )
 
+    def is_transformed() -> bool:
+        """Whether a transform of `torch.func` surrounds the call."""
+        return peek_interpreter_stack() is not None
+
     def is_traced() -> bool:
         """Whether `torch.jit.trace` records the call."""
         return _get_tracing_state() is not None
@@ -40,5 +44,8 @@ except (ImportError, AttributeError):  # another torch: everything takes the gen
     def is_plain(x: Tensor) -> bool:
         return False
 
-    def is_traced() -> bool:
+    def is_transformed() -> bool:
         return True
+
+    def is_traced() -> bool:
+        return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]

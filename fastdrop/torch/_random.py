@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from ._plain import is_transformed
 
 SEED_BITS = 63
 WRAP = (1 << 64) - 1
@@ -42,9 +43,11 @@ def draw(generator: torch.Generator | None) -> int:
     return number
 
 
-def draw_tensor(generator: torch.Generator | None) -> Tensor:
-    """The same number as a tensor, by an op that functorch and modes know: under ``vmap`` with randomness "different"
-    one for each sample."""
+def draw_tensor(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """The same number as a tensor of x's kind; under ``vmap`` with randomness "different" one for each sample."""
+    if not is_transformed() and generator is None:
+        seed: Tensor = torch.ops.fastdrop.draw(x, [])
+        return seed
     low, high = -(1 << SEED_BITS), (1 << SEED_BITS) - 1
     return torch.randint(low, high, (), dtype=torch.int64, device="cpu", generator=generator) & high
 
@@ -57,13 +60,16 @@ def as_int(seed: Any, generator: torch.Generator | None = None) -> int:
     return _checks.uint64("seed", seed)
 
 
-def as_tensor(seed: Any, generator: torch.Generator | None = None) -> Tensor:
-    """The same as an int64 tensor without axes: the 64th bit comes out as the sign."""
+def as_tensor(seed: Any, generator: torch.Generator | None = None, *, like: Tensor | None = None) -> Tensor:
+    """The same as an int64 tensor without axes, of the kind of ``like``: the 64th bit comes out as the sign."""
     _only_one(generator)
     if isinstance(seed, Tensor):
         return _one(seed)
     bits = _checks.uint64("seed", seed)
-    return torch.tensor(bits - (1 << 64) if bits >> SEED_BITS else bits, dtype=torch.int64, device="cpu")
+    number = bits - (1 << 64) if bits >> SEED_BITS else bits
+    if like is None or is_transformed():
+        return torch.tensor(number, dtype=torch.int64, device="cpu")
+    return like.new_full((), number, dtype=torch.int64, device="cpu")
 
 
 def _one(seed: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ takes `_Transformable`, which can all that and costs five times as much. docs/de
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def dropout(
             store=store,
         )
     if _is_compiling():
-        return _traced(input, p, training, inplace, generator, seed, noise_shape, store)
+        return _compiled(input, p, training, inplace, generator, seed, noise_shape, store)
     given = p
     if type(p) is not float:
         p = _number(p)
@@ -119,7 +120,8 @@ def dropout(
         _kernels.check_dtype(input)
     cells_shape = None if noise_shape is None else _cells_shape(noise_shape, input)
     if not is_plain(input) or is_traced():
-        return _transformed(input, p, inplace, generator, seed, cells_shape, store)
+        way = _traced if is_traced() else _transformed
+        return way(input, p, inplace, generator, seed, cells_shape, store == "bits")
     if seed is not None:
         seed = _random.as_int(seed, generator)
     if inplace:
@@ -151,9 +153,9 @@ class _Fast(torch.autograd.Function):
         (kept,) = ctx.saved_tensors
         _, cut, scale, cells_shape, bits, _, p = ctx.call
         if _is_compiling():  # compiled autograd: its graph must see an op
-            return _masked_op(dy, kept, p, cells_shape, bits), None
+            return _masked_op(dy, kept, _Kind(p, cells_shape, bits)), None
         if torch.is_grad_enabled() or not is_plain(dy):
-            return _Masked.apply(dy, kept, p, cells_shape, bits), None
+            return _Masked.apply(dy, kept, _Kind(p, cells_shape, bits)), None
         if bits:
             return _kernels.apply(dy, kept, scale, cells_shape), None
         return _kernels.forward(dy, _random.as_int(kept), cut, scale, cells_shape, False)[0], None
@@ -165,35 +167,40 @@ _apply_fast = super(torch.autograd.Function, _Fast).apply
 _Fast._backward_cls.apply = _Fast.backward  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What is no tensor about a call. Not a tuple: transforms would take its members for arguments of their own."""
+
+    p: float
+    cells_shape: tuple[int, ...] | None
+    bits: bool
+
+
 class _Transformable(torch.autograd.Function):
     """Whatever is not plain: functorch transforms, forward-mode AD, modes and subclasses, all by way of the ops."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(
-        x: Tensor, seed: Tensor, p: float, cells_shape: tuple[int, ...] | None, bits: bool
-    ) -> tuple[Tensor, Tensor]:
-        y, words = torch.ops.fastdrop.forward(x, seed, p, cells_shape, bits)
+    def forward(x: Tensor, seed: Tensor, kind: _Kind) -> tuple[Tensor, Tensor]:
+        y, words = torch.ops.fastdrop.forward(x, seed, kind.p, kind.cells_shape, kind.bits)
         return y, words
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, seed, ctx.p, ctx.cells_shape, ctx.bits = inputs
-        kept = output[1] if ctx.bits else seed
+        _, seed, ctx.kind = inputs
+        kept = output[1] if ctx.kind.bits else seed
         ctx.mark_non_differentiable(output[1])
         ctx.save_for_backward(kept)
         ctx.save_for_forward(kept)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
-        (kept,) = ctx.saved_tensors
-        return _Masked.apply(dy, kept, ctx.p, ctx.cells_shape, ctx.bits), None, None, None, None
+        return _Masked.apply(dy, *ctx.saved_tensors, ctx.kind), None, None
 
     @staticmethod
     def jvp(ctx: Any, x_tangent: Tensor, *_: Any) -> tuple[Any, None]:
-        (kept,) = ctx.saved_tensors
-        return _Masked.apply(x_tangent, kept, ctx.p, ctx.cells_shape, ctx.bits), None
+        return _Masked.apply(x_tangent, *ctx.saved_tensors, ctx.kind), None
 
 
 class _Masked(torch.autograd.Function):
@@ -202,69 +209,64 @@ class _Masked(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(dy: Tensor, kept: Tensor, p: float, cells_shape: tuple[int, ...] | None, bits: bool) -> Tensor:
-        return _masked_op(dy, kept, p, cells_shape, bits)
+    def forward(dy: Tensor, kept: Tensor, kind: _Kind) -> Tensor:
+        return _masked_op(dy, kept, kind)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, kept, ctx.p, ctx.cells_shape, ctx.bits = inputs
+        _, kept, ctx.kind = inputs
         ctx.save_for_backward(kept)
         ctx.save_for_forward(kept)
 
     @staticmethod
     def backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
-        (kept,) = ctx.saved_tensors
-        return _Masked.apply(ddx, kept, ctx.p, ctx.cells_shape, ctx.bits), None, None, None, None
+        return _Masked.apply(ddx, *ctx.saved_tensors, ctx.kind), None, None
 
     @staticmethod
     def jvp(ctx: Any, dy_tangent: Tensor, *_: Any) -> Any:
-        (kept,) = ctx.saved_tensors
-        return _Masked.apply(dy_tangent, kept, ctx.p, ctx.cells_shape, ctx.bits)
+        return _Masked.apply(dy_tangent, *ctx.saved_tensors, ctx.kind)
 
 
-def _masked_op(dy: Tensor, kept: Tensor, p: float, cells_shape: Any, bits: bool) -> Tensor:
-    if bits:
-        dx: Tensor = torch.ops.fastdrop.backward(dy, kept, p, cells_shape)
+def _masked_op(dy: Tensor, kept: Tensor, kind: _Kind) -> Tensor:
+    if kind.bits:
+        dx: Tensor = torch.ops.fastdrop.backward(dy, kept, kind.p, kind.cells_shape)
         return dx
-    again: Tensor = torch.ops.fastdrop.forward(dy, kept, p, cells_shape, False)[0]
+    again: Tensor = torch.ops.fastdrop.forward(dy, kept, kind.p, kind.cells_shape, False)[0]
     return again
 
 
 def _transformed(
-    x: Tensor, p: float, inplace: bool, generator: Any, seed: Any, cells_shape: tuple[int, ...] | None, store: str
+    x: Tensor, p: float, inplace: bool, generator: Any, seed: Any, cells_shape: tuple[int, ...] | None, bits: bool
 ) -> Tensor:
-    number = _random.draw_tensor(generator) if seed is None else _random.as_tensor(seed, generator)
-    y: Tensor = _Transformable.apply(x, number, p, cells_shape, store == "bits")[0]
+    number = _random.draw_tensor(x, generator) if seed is None else _random.as_tensor(seed, generator, like=x)
+    y: Tensor = _Transformable.apply(x, number, _Kind(p, cells_shape, bits))[0]
     return x.copy_(y) if inplace else y
 
 
-def _traced(
-    x: Tensor,
-    p: Any,
-    training: bool,
-    inplace: bool,
-    generator: Any,
-    seed: Any,
-    noise_shape: Any,
-    store: str,
+def _compiled(
+    x: Tensor, p: Any, training: bool, inplace: bool, generator: Any, seed: Any, noise_shape: Any, store: str
 ) -> Tensor:
-    """Under a compiler: the ops and nothing that it would have to look into."""
+    """What a compiler looks into: as little as can be."""
     if store != "bits" and store != "seed":
         raise ValueError(f"store must be one of 'bits', 'seed', but got {store!r}")
-    variable = isinstance(p, Tensor)
-    if not variable:
+    if not isinstance(p, Tensor):
         p = float(p)
         if p < 0.0 or p > 1.0:
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    if not training or (not variable and p <= KEEPS_ALL):
+    if not training or (not isinstance(p, Tensor) and p <= KEEPS_ALL):
         return x
-    if generator is not None:
-        raise RuntimeError("generator can't be compiled: give seed, an int or a tensor, in its place")
     if noise_shape is not None:
         noise_shape = [x.shape[i] if cells is None else cells for i, cells in enumerate(noise_shape)]
+    return _traced(x, p, inplace, generator, seed, noise_shape, store == "bits")
+
+
+def _traced(x: Tensor, p: Any, inplace: bool, generator: Any, seed: Any, cells_shape: Any, bits: bool) -> Tensor:
+    """The ops and nothing else."""
+    if generator is not None:
+        raise RuntimeError("generator can't be compiled or traced: give seed, an int or a tensor, in its place")
     number = torch.ops.fastdrop.draw(x, []) if seed is None else _random.as_tensor(seed)
-    op = torch.ops.fastdrop.forward.tensor if variable else torch.ops.fastdrop.forward.default
-    y: Tensor = op(x, number, p, noise_shape, store == "bits")[0]
+    op = torch.ops.fastdrop.forward.tensor if isinstance(p, Tensor) else torch.ops.fastdrop.forward.default
+    y: Tensor = op(x, number, p, cells_shape, bits)[0]
     return x.copy_(y) if inplace else y
 
 
