@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["is_plain", "is_traced", "is_transformed"]
+__all__ = [
+    "has_tangent",
+    "is_forward_mode",
+    "is_functionalized",
+    "is_mapped_past",
+    "is_plain",
+    "is_traced",
+    "is_transformed",
+]
 
 
 def _plain_keys() -> frozenset[int]:
@@ -17,8 +25,8 @@ def _plain_keys() -> frozenset[int]:
 
 
 try:
-    from torch._C import _dispatch_keys, _get_tracing_state, _len_torch_dispatch_stack
-    from torch._C._functorch import peek_interpreter_stack
+    from torch._C import _dispatch_keys, _get_tracing_state, _is_fwd_grad_enabled, _len_torch_dispatch_stack
+    from torch._C._functorch import TransformType, is_batchedtensor, peek_interpreter_stack
     from torch.autograd import forward_ad
 
     PLAIN = _plain_keys()
@@ -32,9 +40,28 @@ try:
             and forward_ad._current_level < 0
         )
 
+    def is_forward_mode() -> bool:
+        """Whether dual numbers may be about."""
+        return forward_ad._current_level >= 0
+
+    def has_tangent(x: Tensor) -> bool:
+        """Whether x is a dual number in a place where tangents count."""
+        level = forward_ad._current_level
+        return level >= 0 and _is_fwd_grad_enabled() and forward_ad.unpack_dual(x, level=level).tangent is not None
+
     def is_transformed() -> bool:
         """Whether a transform of `torch.func` surrounds the call."""
         return peek_interpreter_stack() is not None
+
+    def is_functionalized() -> bool:
+        """Whether the innermost of them is `torch.func.functionalize`."""
+        interpreter = peek_interpreter_stack()
+        return interpreter is not None and interpreter.key() == TransformType.Functionalize
+
+    def is_mapped_past(x: Tensor) -> bool:
+        """Whether the innermost of them is a ``vmap`` that does not map over x."""
+        interpreter = peek_interpreter_stack()
+        return interpreter is not None and interpreter.key() == TransformType.Vmap and not is_batchedtensor(x)
 
     def is_traced() -> bool:
         """Whether `torch.jit.trace` records the call."""
@@ -44,8 +71,20 @@ except (ImportError, AttributeError):  # another torch: everything takes the gen
     def is_plain(x: Tensor) -> bool:
         return False
 
+    def is_forward_mode() -> bool:
+        return False
+
+    def has_tangent(x: Tensor) -> bool:
+        return False
+
     def is_transformed() -> bool:
         return True
+
+    def is_functionalized() -> bool:
+        return False
+
+    def is_mapped_past(x: Tensor) -> bool:
+        return False
 
     def is_traced() -> bool:
         return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]

@@ -100,6 +100,9 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
             module.__class__ = ours
             module.store = store
             rows.append(Row(path, before, repr(module)))
+        elif BEFORE in vars(module) and module.store != store:
+            module.store = store
+            rows.append(Row(path, before, repr(module)))
         elif reason := _why_left(module):
             rows.append(Row(path, before, None, reason))
     return Report(rows)
@@ -138,6 +141,6 @@ def _why_left(module: nn.Module) -> str:
         return "no fastdrop module of this kind yet"
     if isinstance(module, nn.MultiheadAttention) and module.dropout > 0.0:
         return "drops attention weights inside torch's attention; use fdt.enable()"
-    if isinstance(module, nn.RNNBase) and module.dropout > 0.0:
+    if isinstance(module, nn.RNNBase) and module.dropout > 0.0 and module.num_layers > 1:
         return "drops between layers inside torch; use fdt.enable()"
     return ""

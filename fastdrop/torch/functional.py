@@ -18,7 +18,7 @@ from .. import _checks
 from ..stream import threshold_and_scale
 from . import _kernels, _random
 from . import _ops as _ops  # registers torch.ops.fastdrop
-from ._plain import is_plain, is_traced
+from ._plain import is_forward_mode, is_functionalized, is_plain, is_traced
 
 __all__ = ["dropout"]
 
@@ -114,13 +114,17 @@ def dropout(
     cut, scale = threshold_and_scale(p)
     if not training or cut == 0:
         _check_tensor(input)
+        if noise_shape is not None:
+            _cells_shape(noise_shape, input)
+        if seed is not None:
+            _random.as_int(seed, generator)
         return input
     if getattr(input, "dtype", None) not in _kernels.DTYPES:
         _check_tensor(input)
         _kernels.check_dtype(input)
     cells_shape = None if noise_shape is None else _cells_shape(noise_shape, input)
     if not is_plain(input) or is_traced():
-        way = _traced if is_traced() else _transformed
+        way = _traced if is_traced() else transformed
         return way(input, p, inplace, generator, seed, cells_shape, store == "bits")
     if seed is not None:
         seed = _random.as_int(seed, generator)
@@ -235,9 +239,11 @@ def _masked_op(dy: Tensor, kept: Tensor, kind: _Kind) -> Tensor:
     return again
 
 
-def _transformed(
+def transformed(
     x: Tensor, p: float, inplace: bool, generator: Any, seed: Any, cells_shape: tuple[int, ...] | None, bits: bool
 ) -> Tensor:
+    if is_functionalized():
+        return _traced(x, p, inplace, generator, seed, cells_shape, bits)
     number = _random.draw_tensor(x, generator) if seed is None else _random.as_tensor(seed, generator, like=x)
     y: Tensor = _Transformable.apply(x, number, _Kind(p, cells_shape, bits))[0]
     return x.copy_(y) if inplace else y
@@ -250,11 +256,13 @@ def _compiled(
     if store != "bits" and store != "seed":
         raise ValueError(f"store must be one of 'bits', 'seed', but got {store!r}")
     if not isinstance(p, Tensor):
-        p = float(p)
+        p = p + 0.0
         if p < 0.0 or p > 1.0:
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if not training or (not isinstance(p, Tensor) and p <= KEEPS_ALL):
         return x
+    if is_forward_mode():
+        raise RuntimeError("dropout can't be compiled under forward-mode AD: the ops would drop the tangent")
     if noise_shape is not None:
         noise_shape = [x.shape[i] if cells is None else cells for i, cells in enumerate(noise_shape)]
     return _traced(x, p, inplace, generator, seed, noise_shape, store == "bits")
@@ -263,9 +271,11 @@ def _compiled(
 def _traced(x: Tensor, p: Any, inplace: bool, generator: Any, seed: Any, cells_shape: Any, bits: bool) -> Tensor:
     """The ops and nothing else."""
     if generator is not None:
-        raise RuntimeError("generator can't be compiled or traced: give seed, an int or a tensor, in its place")
+        raise RuntimeError("generator can't be compiled: give seed, an int or a tensor, in its place")
     number = torch.ops.fastdrop.draw(x, []) if seed is None else _random.as_tensor(seed)
-    op = torch.ops.fastdrop.forward.tensor if isinstance(p, Tensor) else torch.ops.fastdrop.forward.default
+    op = torch.ops.fastdrop.forward.default
+    if isinstance(p, Tensor):  # with an axis: Inductor takes a float64 without any for a constant of the backward pass
+        p, op = p.detach().reshape(1), torch.ops.fastdrop.forward.tensor
     y: Tensor = op(x, number, p, cells_shape, bits)[0]
     return x.copy_(y) if inplace else y
 
@@ -285,11 +295,11 @@ def _check_tensor(x: Any) -> None:
 def _check_inplace(x: Tensor) -> None:
     """Raises torch's own error where torch would not have x written to, before anything is drawn or written."""
     base = x._base
-    forbidden = torch.is_grad_enabled() and (
-        (x.requires_grad and x.is_leaf)
-        or (base is not None and base.requires_grad and base.is_leaf)
-        or (base is not None and torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT)
+    view = base is not None and (
+        (base.requires_grad and base.is_leaf)
+        or torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT
     )
+    forbidden = torch.is_grad_enabled() and x.requires_grad and (x.is_leaf or view)
     outside = x.is_inference() and not torch.is_inference_mode_enabled()
     if forbidden or outside or torch._debug_has_internal_overlap(x) == 1:
         x.mul_(1)

@@ -16,13 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import __version__
 from . import _kernels
-from .functional import dropout
+from ._plain import is_transformed
+from .functional import KEEPS_ALL, dropout, transformed
 
 __all__ = ["disable", "enable", "enabled"]
 
 # Calls on CPU tensors without and with autograd, and calls inside of torch.func's transforms.
 KEYS = ("CPU", "AutogradCPU", "FuncTorchDynamicLayerFrontMode")
+
+CACHE_TAG = f"+fastdrop {__version__}"
 
 _registrations: torch.library.Library | None = None  # torch is as it was when this is None
 _lock = threading.Lock()
@@ -58,7 +62,7 @@ def enable() -> None:
                     library.impl("dropout", _dropout, key)
                     library.impl("dropout_", _dropout_, key)
             _registrations = library
-            _forget_compiled()
+            _mark_compiled(True)
 
 
 def disable() -> None:
@@ -72,7 +76,7 @@ def disable() -> None:
         if _registrations is not None:
             _registrations._destroy()
             _registrations = None
-            _forget_compiled()
+            _mark_compiled(False)
 
 
 @contextlib.contextmanager
@@ -96,19 +100,27 @@ def enabled() -> Iterator[None]:
 
 
 def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
-    if not _ours(input):
+    if not _ours(input, p):
         return _torchs(torch.ops.aten.dropout.default, input, p, train)
-    return dropout(input, p, train)
+    return _fastdrops(input, p, train, False)
 
 
 def _dropout_(input: Tensor, p: float, train: bool) -> Tensor:
-    if not _ours(input):
+    if not _ours(input, p):
         return _torchs(torch.ops.aten.dropout_.default, input, p, train)
-    return dropout(input, p, train, True)
+    return _fastdrops(input, p, train, True)
 
 
-def _ours(x: Tensor) -> bool:
-    return x.layout is torch.strided and x.dtype in _kernels.DTYPES and not x.is_nested
+def _fastdrops(input: Tensor, p: float, train: bool, inplace: bool) -> Tensor:
+    if torch.compiler.is_compiling() and is_transformed() and train and p > KEEPS_ALL:
+        # A compiler that calls us, not one that looks into us: transforms are at work for real.
+        return transformed(input, p, inplace, None, None, None, True)
+    return dropout(input, p, train, inplace)
+
+
+def _ours(x: Tensor, p: float) -> bool:
+    """Whether dropout is; torch refuses a bad p in its own words."""
+    return 0.0 <= p <= 1.0 and x.layout is torch.strided and x.dtype in _kernels.DTYPES and not x.is_nested
 
 
 def _torchs(op: Any, *arguments: Any) -> Tensor:
@@ -117,7 +129,12 @@ def _torchs(op: Any, *arguments: Any) -> Tensor:
     return result
 
 
-def _forget_compiled() -> None:
-    """Functions compiled before hold the dropout they were compiled with; the next call compiles anew."""
+def _mark_compiled(ours: bool) -> None:
+    """What is compiled from here on is of the new state: on disk by its cache key, in memory by compiling anew.
+
+    Both caches know a graph by torch's names, before dropout becomes what it is in this state.
+    """
+    config = torch.compiler.config
+    config.cache_key_tag = config.cache_key_tag + CACHE_TAG if ours else config.cache_key_tag.removesuffix(CACHE_TAG)
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
