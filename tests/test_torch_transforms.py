@@ -16,6 +16,7 @@ from torch import nn  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.func import (  # noqa: E402
     functional_call,
+    functionalize,
     grad,
     hessian,
     jacfwd,
@@ -208,6 +209,12 @@ def test_dual_numbers_in_place(x):
         primal, tangent = fwAD.unpack_dual(dual)
     assert_equal(primal, reference(x, 0.5, 4))
     assert_equal(tangent, reference(x.cos(), 0.5, 4))
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
+def test_functionalize(x, inplace):
+    assert_equal(functionalize(lambda x: drop(x * 1, seed=3, inplace=inplace))(x), drop(x, seed=3))
+    assert_equal(under(3, functionalize(lambda x: drop(x * 1, inplace=inplace)), x), under(3, drop, x))
 
 
 # ---- vmap ----
@@ -423,11 +430,65 @@ def test_ops_equal_dropout(sample, overload):
     assert_equal(getattr(OPS.backward, overload)(x, words, p, noise_shape), expected)
 
 
+def test_op_reads_strided_words_right_or_refuses_them():
+    x = torch.randn(3, 100)
+    words = OPS.forward(x, torch.tensor(3), 0.3, None, True)[1]
+    spread = torch.full((2 * words.numel(),), -1, dtype=torch.int32)[::2].copy_(words)
+    try:
+        dx = OPS.backward(x, spread, 0.3, None)
+    except ValueError:
+        return
+    assert_equal(dx, OPS.backward(x, words, 0.3, None))
+
+
+def test_op_maps_over_words_on_any_axis():
+    x = torch.randn(3, 100)
+    words = torch.stack([OPS.forward(x, torch.tensor(seed), 0.3, None, True)[1] for seed in range(4)], -1)
+    ours = vmap(lambda words: OPS.backward(x, words, 0.3, None), in_dims=1)(words)
+    assert_equal(ours, torch.stack([drop(x, 0.3, seed=seed) for seed in range(4)]))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        torch.zeros(2, dtype=torch.int32),
+        torch.zeros(0, dtype=torch.int32),
+        torch.zeros(4, dtype=torch.int64),
+    ],
+    ids=["too few", "none", "int64"],
+)
+@pytest.mark.parametrize("noise_shape", [None, [1, 100]], ids=str)
+def test_op_refuses_words_it_would_read_beyond(words, noise_shape):
+    with pytest.raises((RuntimeError, ValueError, TypeError)):
+        OPS.backward(torch.ones(1, 100), words, 0.3, noise_shape)
+
+
+@pytest.mark.parametrize("noise_shape", [[2, 6], [4], [4, 6, 1], [8, 6]], ids=str)
+def test_op_refuses_a_noise_shape_that_does_not_fit(x, noise_shape):
+    with pytest.raises((RuntimeError, ValueError)):
+        OPS.forward(x, torch.tensor(3), 0.3, noise_shape, True)
+
+
 def test_op_carries_a_forward_derivative(x):
     """Called by itself as well: silence would be a tangent of zero."""
     with fwAD.dual_level():
         y, _ = OPS.forward(fwAD.make_dual(x, x.cos()), torch.tensor(4), 0.5, None, True)
         assert_equal(fwAD.unpack_dual(y).tangent, reference(x.cos(), 0.5, 4))
+
+
+@pytest.mark.parametrize("bits", [True, False], ids=STORES)
+@pytest.mark.parametrize("transform", [name for name in SCALAR if not name.startswith("functional.")])
+def test_op_under_a_transform_is_right_or_refused(x, transform, bits):
+    """Never a derivative of zero without a word."""
+
+    def op(x):
+        return OPS.forward(x, torch.tensor(7), 0.4, [1, 6], bits)[0]
+
+    try:
+        ours = SCALAR[transform](op, x)
+    except RuntimeError:
+        return
+    torch.testing.assert_close(ours, SCALAR[transform](lambda x: reference(x, 0.4, 7, (1, 6)), x))
 
 
 # ---- autocast, checkpoint, inference ----

@@ -3,7 +3,7 @@
 ``draw`` takes a seed from torch's generator; ``forward`` and ``backward`` are functions of their arguments alone. Every
 op has a fake kernel, ``vmap`` rules and, both ways, a gradient; backward is linear and its own adjoint. p may be a
 float or, in the overloads named ``tensor``, a tensor without axes: one that changes from step to step then costs no
-recompilation. Forward-mode AD is `functional.dropout`'s; the ops refuse tangents.
+recompilation. Forward-mode AD is `functional.dropout`'s alone: `torch.library` drops an op's tangents without a word.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from .. import _checks
 from ..mask import word_count
 from ..stream import threshold_and_scale
 from . import _kernels, _random
-from ._plain import has_tangent
 
 SEED_FROM_GENERATOR = "draw(Tensor like, SymInt[] size) -> Tensor"
 FORWARD = "(Tensor x, Tensor seed, {p} p, SymInt[]? noise_shape, bool bits) -> (Tensor y, Tensor words)"
@@ -31,7 +30,7 @@ library = torch.library.Library("fastdrop", "DEF")
 def threshold_scale(p: float | Tensor) -> tuple[int, float]:
     number = float(p)
     if not 0.0 <= number <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {number}")
     return threshold_and_scale(number)
 
 
@@ -49,14 +48,6 @@ def _checked_words(words: Tensor, cells: int) -> Tensor:
     return words.contiguous()
 
 
-def _refuse_tangent(x: Tensor) -> None:
-    """`torch.library` would drop it without a word."""
-    if has_tangent(x):
-        raise NotImplementedError(
-            "torch.ops.fastdrop has no forward-mode derivative: fastdrop.torch.dropout has, outside of torch.compile"
-        )
-
-
 # ---- CPU ----
 
 
@@ -67,14 +58,12 @@ def _draw(like: Tensor, size: list[int]) -> Tensor:
 def _forward(
     x: Tensor, seed: Tensor, p: float | Tensor, noise_shape: list[int] | None, bits: bool
 ) -> tuple[Tensor, Tensor]:
-    _refuse_tangent(x)
     cut, scale = threshold_scale(p)
     y, words = _kernels.forward(x, int(seed.item()) & _random.WRAP, cut, scale, _cells_shape(x, noise_shape), bits)
     return y, torch.empty(0, dtype=torch.int32) if words is None else words
 
 
 def _backward(dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[int] | None) -> Tensor:
-    _refuse_tangent(dy)
     _, scale = threshold_scale(p)
     cells_shape = _cells_shape(dy, noise_shape)
     words = _checked_words(words, dy.numel() if cells_shape is None else math.prod(cells_shape))

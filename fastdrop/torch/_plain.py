@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "has_tangent",
     "is_forward_mode",
     "is_functionalized",
     "is_mapped_past",
@@ -25,7 +24,7 @@ def _plain_keys() -> frozenset[int]:
 
 
 try:
-    from torch._C import _dispatch_keys, _get_tracing_state, _is_fwd_grad_enabled, _len_torch_dispatch_stack
+    from torch._C import _dispatch_keys, _get_tracing_state, _len_torch_dispatch_stack
     from torch._C._functorch import TransformType, is_batchedtensor, peek_interpreter_stack
     from torch.autograd import forward_ad
 
@@ -43,11 +42,6 @@ try:
     def is_forward_mode() -> bool:
         """Whether dual numbers may be about."""
         return forward_ad._current_level >= 0
-
-    def has_tangent(x: Tensor) -> bool:
-        """Whether x is a dual number in a place where tangents count."""
-        level = forward_ad._current_level
-        return level >= 0 and _is_fwd_grad_enabled() and forward_ad.unpack_dual(x, level=level).tangent is not None
 
     def is_transformed() -> bool:
         """Whether a transform of `torch.func` surrounds the call."""
@@ -72,9 +66,6 @@ except (ImportError, AttributeError):  # another torch: everything takes the gen
         return False
 
     def is_forward_mode() -> bool:
-        return False
-
-    def has_tangent(x: Tensor) -> bool:
         return False
 
     def is_transformed() -> bool:
