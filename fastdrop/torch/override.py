@@ -136,5 +136,7 @@ def _mark_compiled(ours: bool) -> None:
     """
     config = torch.compiler.config
     config.cache_key_tag = config.cache_key_tag + CACHE_TAG if ours else config.cache_key_tag.removesuffix(CACHE_TAG)
+    for op in (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default):
+        op._dispatch_cache.clear()  # tracing remembers there which kernel it found
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
