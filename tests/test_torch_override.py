@@ -1,0 +1,745 @@
+"""torch's own dropout on fastdrop: reached from everywhere while enabled, and torch as it was when not."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+import fastdrop as fd
+
+torch = pytest.importorskip("torch")
+
+import torch.autograd.forward_ad as fwAD  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vmap  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+import fastdrop.torch as fdt  # noqa: E402
+
+from .cases import output_of  # noqa: E402
+
+OPERATORS = ("aten::dropout", "aten::dropout_")
+BATCH, LENGTH, WIDTH, HEADS, HIDDEN, MEMORY = 2, 5, 16, 2, 32, 7
+
+
+@pytest.fixture(autouse=True)
+def torch_as_it_was():
+    assert not ours_registered()
+    yield
+    fdt.disable()
+    assert not ours_registered()
+
+
+@pytest.fixture
+def on():
+    with fdt.enabled():
+        yield
+
+
+@pytest.fixture
+def x():
+    return torch.randn(8, 16, generator=torch.Generator().manual_seed(1))
+
+
+def kernels():
+    """Dropout's dispatch tables."""
+    return {operator: torch._C._dispatch_dump_table(operator).splitlines() for operator in OPERATORS}
+
+
+def ours_registered():
+    """Whether torch's dropout is ours."""
+    assert torch._C._dispatch_has_kernel_for_dispatch_key("aten::dropout", "CompositeImplicitAutograd")
+    has = {torch._C._dispatch_has_kernel_for_dispatch_key(o, k) for o in OPERATORS for k in ("CPU", "AutogradCPU")}
+    assert len(has) == 1
+    return has.pop()
+
+
+def under(seed, function, *arguments):
+    torch.manual_seed(seed)
+    return function(*arguments)
+
+
+def run(function, seed, x):
+    """Output and gradient under a seed."""
+    x = x.detach().clone().requires_grad_()
+    y = under(seed, function, x)
+    y.sin().sum().backward()
+    return y.detach(), x.grad
+
+
+def assert_equal(actual, expected):
+    if isinstance(expected, tuple):
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            assert_equal(a, e)
+        return
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def saved(function, *arguments):
+    """Tensors kept for backward, in order."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        function(*arguments)
+    return kept
+
+
+def torchs(x):
+    return F.dropout(x, 0.4)
+
+
+def ours(x):
+    return fdt.dropout(x, 0.4)
+
+
+# ---- every way to torch's dropout ----
+
+CALLS = {
+    "F.dropout": lambda x: F.dropout(x, 0.4),
+    "F.dropout inplace": lambda x: F.dropout(x * 1, 0.4, inplace=True),
+    "torch.dropout": lambda x: torch.dropout(x, 0.4, True),
+    "torch.dropout_": lambda x: torch.dropout_(x * 1, 0.4, True),
+    "torch.ops": lambda x: torch.ops.aten.dropout(x, 0.4, True),
+    "torch.ops inplace": lambda x: torch.ops.aten.dropout_(x * 1, 0.4, True),
+    "nn.Dropout": nn.Dropout(0.4),
+    "nn.Dropout inplace": lambda x: nn.Dropout(0.4, inplace=True)(x * 1),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_call_is_fastdrops(on, x, call):
+    for seed in range(3):
+        assert_equal(run(CALLS[call], seed, x), run(ours, seed, x))
+    kept = saved(CALLS[call], x.clone().requires_grad_())
+    words = [t for t in kept if t.dtype == torch.int32]
+    assert [t.nbytes for t in words] == [x.numel() // 8]
+    assert all(t is x or t.dtype == torch.int32 or t.numel() == 1 for t in kept)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_call_drops_infinities_and_nans(on, call):
+    x = torch.tensor([float("nan"), float("inf"), -1.0]).repeat(50)
+    y = CALLS[call](x)
+    dropped = under(3, lambda: CALLS[call](torch.ones(150))) == 0
+    assert dropped.any()
+    assert (under(3, CALLS[call], x)[dropped] == 0).all()
+    assert y.shape == x.shape
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_dropping_everything_is_zero(on, inplace):
+    x = torch.tensor([float("nan"), float("inf"), -1.0], requires_grad=True)
+    y = F.dropout(x * 1, 1.0, inplace=inplace)
+    y.sum().backward()
+    assert_equal((y.detach(), x.grad), (torch.zeros(3), torch.zeros(3)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.complex64], ids=str)
+def test_dtypes_are_fastdrops(on, dtype):
+    x = torch.randn(70, dtype=dtype)
+    assert_equal(under(3, torchs, x), under(3, ours, x))
+
+
+def test_script_is_fastdrops(on, x):
+    @torch.jit.script
+    def scripted(x):
+        return F.dropout(x, 0.4)
+
+    for seed in range(4):
+        assert_equal(under(seed, scripted, x), under(seed, ours, x))
+
+
+def multihead(need_weights):
+    def call(x):
+        module = nn.MultiheadAttention(WIDTH, HEADS, 0.4, batch_first=True)
+        return lambda: module(x, x, x, need_weights=need_weights)
+
+    return call
+
+
+def attention(x):
+    x = x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+    return lambda: F.scaled_dot_product_attention(x, x, x, dropout_p=0.4)
+
+
+def recurrent(kind):
+    def call(x):
+        module = kind(WIDTH, WIDTH, 3, batch_first=True, dropout=0.4)
+        return lambda: module(x)
+
+    return call
+
+
+def encoder(norm_first):
+    def call(x):
+        module = nn.TransformerEncoderLayer(WIDTH, HEADS, HIDDEN, 0.4, batch_first=True, norm_first=norm_first)
+        return lambda: module(x)
+
+    return call
+
+
+def decoder(x):
+    module, memory = nn.TransformerDecoderLayer(WIDTH, HEADS, HIDDEN, 0.4, batch_first=True), torch.randn(2, MEMORY, 16)
+    return lambda: module(x, memory)
+
+
+WEIGHTS, STREAM = BATCH * HEADS * LENGTH**2, BATCH * LENGTH * WIDTH
+ENCODER = [WEIGHTS, STREAM, BATCH * LENGTH * HIDDEN, STREAM]
+
+# What draws dropout inside of torch, and how many elements each of its dropouts has, in order.
+MODULES = {
+    "attention": (attention, [WEIGHTS]),
+    "MultiheadAttention with weights": (multihead(True), [WEIGHTS]),
+    "MultiheadAttention without weights": (multihead(False), [WEIGHTS]),
+    "LSTM": (recurrent(nn.LSTM), [STREAM, STREAM]),
+    "GRU": (recurrent(nn.GRU), [STREAM, STREAM]),
+    "RNN": (recurrent(nn.RNN), [STREAM, STREAM]),
+    "TransformerEncoderLayer": (encoder(False), ENCODER),
+    "TransformerEncoderLayer norm_first": (encoder(True), ENCODER),
+    "TransformerDecoderLayer": (decoder, [WEIGHTS, STREAM, BATCH * HEADS * LENGTH * MEMORY, STREAM, *ENCODER[2:]]),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_keeps_fastdrops_bits(on, name):
+    """One seed from torch's generator for each dropout, and nothing of it kept but its packed mask."""
+    make, sizes = MODULES[name]
+    call = make(torch.randn(BATCH, LENGTH, WIDTH, requires_grad=True))
+    kept = under(5, saved, call)
+    state = torch.get_rng_state()
+    seeds = under(5, lambda: [int(torch.empty((), dtype=torch.int64).random_()) for _ in sizes])
+    assert torch.equal(torch.get_rng_state(), state)
+    words = [t for t in kept if t.dtype == torch.int32]
+    expected = [fd.draw_mask(n, 0.4, rng=seed).words for n, seed in zip(sizes, seeds, strict=True)]
+    assert [t.numel() for t in words] == [w.size for w in expected]
+    for t, w in zip(words, expected, strict=True):
+        assert (t.numpy().view("uint32") == w).all()
+    assert not any(t.dtype == torch.bool for t in kept)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_without_it_keeps_torchs_masks(name):
+    make, _ = MODULES[name]
+    assert not [t for t in saved(make(torch.randn(BATCH, LENGTH, WIDTH, requires_grad=True))) if t.dtype == torch.int32]
+
+
+def test_attention_equals_that_by_hand(on):
+    q, k, v = (torch.randn(2, 3, 5, 8, dtype=torch.float64) for _ in range(3))
+
+    def by_hand(q):
+        return fdt.dropout((q @ k.transpose(-2, -1) / 8**0.5).softmax(-1), 0.4) @ v
+
+    def torchs(q):
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=0.4)
+
+    torch.testing.assert_close(run(torchs, 3, q), run(by_hand, 3, q))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU], ids=["LSTM", "GRU"])
+def test_recurrent_layers_equal_those_by_hand(on, kind):
+    stack = kind(6, 7, 2, dropout=0.4).double()
+    first, second = kind(6, 7).double(), kind(7, 7).double()
+    first.load_state_dict({name: p for name, p in stack.state_dict().items() if name.endswith("l0")})
+    second.load_state_dict({name.replace("l1", "l0"): p for name, p in stack.state_dict().items() if "l1" in name})
+    x = torch.randn(5, 3, 6).double()
+    expected = run(lambda x: second(fdt.dropout(first(x)[0], 0.4))[0], 3, x)
+    torch.testing.assert_close(run(lambda x: stack(x)[0], 3, x), expected)
+    stack.dropout = 1.0
+    torch.testing.assert_close(stack(x)[0], second(torch.zeros(5, 3, 7).double())[0])
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_multihead_attention_dropping_everything_is_its_bias(on, need_weights):
+    module = nn.MultiheadAttention(WIDTH, HEADS, 1.0, batch_first=True)
+    nn.init.normal_(module.out_proj.bias)
+    x = torch.full((BATCH, LENGTH, WIDTH), 3.0)
+    y, _ = module(x, x, x, need_weights=need_weights)
+    assert_equal(y, module.out_proj.bias.detach().expand_as(y) + 0 * y.detach())
+
+
+def test_transformer_layer_equals_the_converted_one(on):
+    """Two ways to the same masks."""
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, HIDDEN, 0.4, batch_first=True)
+    x = torch.randn(BATCH, LENGTH, WIDTH)
+    expected = run(layer, 3, x)
+    fdt.convert(layer)
+    assert_equal(run(layer, 3, x), expected)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_evaluation_and_p_0_return_the_input(on, x, call):
+    state = torch.get_rng_state()
+    for p, training in ((0.4, False), (0.0, True)):
+        assert_equal(F.dropout(x, p, training), x)
+        assert F.dropout(x, p, training) is x
+        assert F.dropout(x, p, training, inplace=True) is x
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_no_grad_and_inference_mode_are_fastdrops(on, x):
+    expected = under(3, ours, x)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert_equal(under(3, torchs, x).clone(), expected)
+            assert_equal(under(3, torchs, x * 1).clone(), expected)
+            own = x * 1
+            assert under(3, lambda own=own: F.dropout(own, 0.4, inplace=True)) is own
+            assert_equal(own.clone(), expected)
+
+
+def test_in_place_on_a_leaf_is_refused(on, x):
+    leaf = x.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="a leaf Variable that requires grad is being used in an in-place operation"):
+        F.dropout(leaf, 0.4, inplace=True)
+    assert_equal(leaf.detach(), x)
+
+
+def test_autocast_is_fastdrops(on, x):
+    linear = nn.Linear(16, 30)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden = linear(x)
+        y = under(3, torchs, hidden)
+    assert y.dtype == torch.bfloat16
+    assert_equal(y, under(3, ours, hidden))
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpoint_changes_nothing(on, x, use_reentrant):
+    def function(x):
+        return torchs(torchs(x.sin()) * x)
+
+    expected = run(lambda x: ours(ours(x.sin()) * x), 3, x)
+    assert_equal(run(function, 3, x), expected)
+    assert_equal(run(lambda x: checkpoint(function, x, use_reentrant=use_reentrant), 3, x), expected)
+
+
+def test_threads_have_the_gradients_of_their_masks(on):
+    x, wrong = torch.ones(300, 300), []
+
+    def work():
+        for _ in range(20):
+            z = x.clone().requires_grad_()
+            y = F.dropout(z, 0.5)
+            y.sum().backward()
+            if not torch.equal(z.grad, y.detach()) or not 40_000 < int((y == 0).sum()) < 50_000:
+                wrong.append(y)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+# ---- on, off ----
+
+
+def test_import_changes_nothing():
+    printed = output_of(
+        "import torch\n"
+        "def registrations(): return set(torch._C._dispatch_get_registrations_for_dispatch_key(''))\n"
+        "before = registrations()\n"
+        "torch.manual_seed(0)\n"
+        "y = torch.nn.functional.dropout(torch.ones(99))\n"
+        "import fastdrop.torch\n"
+        "torch.manual_seed(0)\n"
+        "assert torch.equal(y, torch.nn.functional.dropout(torch.ones(99)))\n"
+        "print(sorted(n for n in registrations() - before if not n.startswith('fastdrop::')))"
+    )
+    assert printed == "[]"
+
+
+def signature(x):
+    """All that a caller can see of torch's dropouts: values, gradients, generator, bytes kept."""
+    results = []
+    for call in CALLS.values():
+        results += [*run(call, 7, x), torch.get_rng_state()]
+        results.append(torch.tensor([t.nbytes for t in saved(call, x.clone().requires_grad_())]))
+    results.append(under(7, vmap(torchs, randomness="different"), x))
+    results.append(under(7, grad(lambda x: torchs(x).sin().sum()), x))
+    return tuple(results)
+
+
+def test_disable_leaves_torch_as_it_was(x):
+    before, table = signature(x), kernels()
+    fdt.enable()
+    assert ours_registered()
+    assert kernels() != table
+    during = signature(x)
+    assert not all(torch.equal(a, b) for a, b in zip(before, during, strict=True))
+    fdt.disable()
+    assert not ours_registered()
+    assert kernels() == table
+    assert_equal(signature(x), before)
+
+
+def test_enable_twice_and_disable_twice(x):
+    fdt.enable()
+    fdt.enable()
+    assert_equal(under(1, torchs, x), under(1, ours, x))
+    fdt.disable()
+    assert not ours_registered()
+    fdt.disable()
+    fdt.enable()
+    assert_equal(under(1, torchs, x), under(1, ours, x))
+
+
+def test_enabled_nests_and_restores(x):
+    with fdt.enabled():
+        with fdt.enabled():
+            assert ours_registered()
+        assert ours_registered()
+        assert_equal(under(1, torchs, x), under(1, ours, x))
+    assert not ours_registered()
+    fdt.enable()
+    with fdt.enabled():
+        pass
+    assert ours_registered()
+
+
+def test_enabled_ends_with_an_exception():
+    with pytest.raises(KeyError), fdt.enabled():
+        raise KeyError
+    assert not ours_registered()
+
+
+def test_enabled_decorates(x):
+    @fdt.enabled()
+    def function(x):
+        assert ours_registered()
+        return torchs(x)
+
+    for seed in range(2):
+        assert_equal(under(seed, function, x), under(seed, ours, x))
+        assert not ours_registered()
+
+
+def test_graph_recorded_while_enabled_has_its_gradient_afterwards(x):
+    with fdt.enabled():
+        z = x.clone().requires_grad_()
+        y = under(1, torchs, z)
+    y.sin().sum().backward()
+    assert_equal((y.detach(), z.grad), run(ours, 1, x))
+
+
+def test_only_dropout_is_touched():
+    keys = ("CPU", "AutogradCPU", "FuncTorchDynamicLayerFrontMode", "CUDA", "Meta", "CompositeImplicitAutograd")
+    dump = torch._C._dispatch_get_registrations_for_dispatch_key
+    before = {key: set(dump(key)) for key in keys}
+    with fdt.enabled():
+        added = {key: set(dump(key)) - before[key] for key in keys}
+    assert set().union(*added.values()) == set(OPERATORS)
+    assert not added["CUDA"] | added["Meta"] | added["CompositeImplicitAutograd"]
+    assert {key: set(dump(key)) for key in keys} == before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        lambda x: F.alpha_dropout(x, 0.4, True),
+        lambda x: F.feature_alpha_dropout(x, 0.4, True),
+        lambda x: F.dropout1d(x, 0.4),
+        lambda x: torch.native_dropout(x, 0.4, True)[0],
+        lambda x: torch.bernoulli(x.sigmoid()),
+        lambda x: F.rrelu(x, training=True),
+    ],
+    ids=["alpha_dropout", "feature_alpha_dropout", "dropout1d", "native_dropout", "bernoulli", "rrelu"],
+)
+def test_other_random_operators_stay_torchs(x, other):
+    expected = under(3, other, x)
+    with fdt.enabled():
+        assert_equal(under(3, other, x), expected)
+
+
+# ---- tensors that are not ours ----
+
+FOREIGN = {
+    "int64": lambda: torch.ones(4, dtype=torch.int64),
+    "bool": lambda: torch.ones(4, dtype=torch.bool),
+    "sparse": lambda: torch.eye(4).to_sparse(),
+    "csr": lambda: torch.eye(4).to_sparse_csr(),
+    "quantized": lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.quint8),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(30), torch.ones(20)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(30), torch.ones(20)], layout=torch.jagged),
+    "mkldnn": lambda: torch.ones(4).to_mkldnn(),
+    "float8": lambda: torch.ones(4).to(torch.float8_e5m2),
+    "complex32": lambda: torch.ones(4).to(torch.complex32),
+}
+
+
+def plain(x):
+    """As something that compares."""
+    if x.is_nested:
+        return [part.tolist() for part in x.unbind()]
+    if x.is_quantized:
+        return x.int_repr().tolist(), x.q_scale()
+    x = x.detach()
+    x = x.to_dense() if x.layout is not torch.strided else x
+    return str(x.dtype), x.float().tolist() if not x.is_complex() else x.to(torch.complex64).tolist()
+
+
+def outcome(make, function, p, training):
+    """What is returned or raised, the state of the generator after it, and whether the input was written."""
+    torch.manual_seed(3)
+    x = make()
+    try:
+        y = function(x, p, training)
+        result = plain(y), y is x, plain(x)
+    except Exception as error:
+        result = type(error), str(error)
+    return result, torch.get_rng_state().tolist()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("p", [0.0, 0.5, 2.0])
+@pytest.mark.parametrize("function", [torch.dropout, torch.dropout_], ids=["out of place", "in place"])
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_other_tensors_get_what_torch_gives(kind, function, p, training):
+    expected = outcome(FOREIGN[kind], function, p, training)
+    with fdt.enabled():
+        assert outcome(FOREIGN[kind], function, p, training) == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_nested_tensors_have_torchs_gradient():
+    def gradient():
+        x = FOREIGN["nested"]().requires_grad_()
+        torch.manual_seed(3)
+        y = F.dropout(x, 0.5)
+        y.backward(y.detach().clone())
+        return plain(x.grad)
+
+    expected = gradient()
+    with fdt.enabled():
+        assert gradient() == expected
+
+
+@pytest.mark.parametrize("function", [torch.dropout, torch.dropout_, F.dropout], ids=["out of place", "in place", "F"])
+def test_bad_p_is_refused_as_torch_refuses_it(function):
+    def outcomes():
+        return [
+            outcome(lambda: torch.ones(4), function, p, training)
+            for p in (-0.1, 1.5, float("nan"))
+            for training in (True, False)
+        ]
+
+    expected = outcomes()
+    assert all(result[0] in (RuntimeError, ValueError) for result, _ in expected)
+    with fdt.enabled():
+        assert outcomes() == expected
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["int64", "float8"])
+def test_other_tensors_under_vmap_get_what_torch_gives(kind):
+    def mapped(x, p, training):
+        return vmap(lambda x: torch.dropout(x, p, training), randomness="different")(x)
+
+    expected = [outcome(FOREIGN[kind], mapped, 0.5, training) for training in (True, False)]
+    with fdt.enabled():
+        assert [outcome(FOREIGN[kind], mapped, 0.5, training) for training in (True, False)] == expected
+
+
+def test_meta_and_fake_tensors_work_as_with_torch():
+    x = torch.ones(3, 5)
+    with fdt.enabled():
+        for y in (torchs(x.to("meta")), vmap(torchs, randomness="different")(x.to("meta"))):
+            assert (y.device.type, y.shape) == ("meta", x.shape)
+        with FakeTensorMode():
+            assert torchs(torch.ones(3, 5)).shape == x.shape
+
+
+def test_fake_tensors_outside_of_their_mode_work_as_with_torch():
+    fake = FakeTensorMode().from_tensor(torch.ones(3, 5))
+    assert torchs(fake).shape == (3, 5)
+    with fdt.enabled():
+        assert torchs(fake).shape == (3, 5)
+
+
+# ---- transforms ----
+
+TRANSFORMS = {
+    "grad": lambda f, x: grad(lambda x: f(x).sin().sum())(x),
+    "jvp": lambda f, x: jvp(f, (x,), (x.cos(),)),
+    "jacrev": lambda f, x: jacrev(f)(x),
+    "jacfwd": lambda f, x: jacfwd(f, randomness="same")(x),
+    "hessian": lambda f, x: jacfwd(jacrev(lambda x: f(x).pow(3).sum()), randomness="same")(x[0]),
+    "vmap same": lambda f, x: vmap(f, randomness="same")(x),
+    "vmap different": lambda f, x: vmap(f, randomness="different")(x),
+    "vmap unbatched": lambda f, x: vmap(lambda s: f(x) * s, randomness="different")(x[0]),
+    "vmap of grad": lambda f, x: vmap(grad(lambda x: f(x).sin().sum()), randomness="different")(x),
+    "grad of vmap": lambda f, x: grad(lambda x: vmap(f, randomness="different")(x).sin().sum())(x),
+}
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["out of place", "in place"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transform_equals_that_of_fastdrop(on, x, transform, inplace):
+    if inplace and transform == "vmap unbatched":
+        pytest.skip("torch refuses to write several masks into one input")
+
+    def torchs(x):
+        return F.dropout(x * 1, 0.4, inplace=inplace)
+
+    for seed in range(2):
+        expected = under(seed, TRANSFORMS[transform], ours, x)
+        assert_equal(under(seed, TRANSFORMS[transform], torchs, x), expected)
+        assert (expected[0] == 0).any()
+
+
+def test_dual_numbers_have_the_tangent_of_the_mask(on, x):
+    with fwAD.dual_level():
+        primal, tangent = fwAD.unpack_dual(under(3, torchs, fwAD.make_dual(x, x.cos())))
+    assert_equal(primal, under(3, ours, x))
+    assert_equal(tangent, under(3, ours, x.cos()))
+
+
+def test_vmap_error_has_torchs_text(x):
+    def text():
+        with pytest.raises(RuntimeError) as raised:
+            vmap(torchs)(x)
+        return str(raised.value)
+
+    expected = text()
+    with fdt.enabled():
+        assert text() == expected
+
+
+def test_hessian_with_default_randomness_is_refused_as_torch_refuses_it(x):
+    with pytest.raises(RuntimeError, match="randomness error mode"):
+        hessian(lambda x: torchs(x).pow(3).sum())(x)
+    with fdt.enabled(), pytest.raises(RuntimeError, match="randomness error mode"):
+        hessian(lambda x: torchs(x).pow(3).sum())(x)
+
+
+def test_functionalize_works_as_with_torch(x):
+    assert functionalize(torchs)(x).shape == x.shape
+    with fdt.enabled():
+        y = functionalize(torchs)(x)
+    assert ((y == 0) | torch.isclose(y, x / 0.6)).all()
+
+
+# ---- compilers ----
+
+
+def forget_all():
+    """Of earlier tests: what they compiled, and which kernels torch's dispatcher for tracing found for dropout."""
+    torch.compiler.reset()
+    for op in (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default):
+        op._dispatch_cache.clear()
+
+
+@pytest.fixture
+def compiler():
+    """Without torch's cache on disk of what other versions compiled."""
+    forget_all()
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        yield
+    torch.compiler.reset()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    forget_all()
+    yield
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_equals_eager(compiler, on, x, backend):
+    def function(x):
+        return F.dropout(F.dropout(x, 0.4), 0.2, inplace=True)
+
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    for seed in range(3):
+        expected = run(lambda x: fdt.dropout(fdt.dropout(x, 0.4), 0.2), seed, x)
+        assert_equal(run(function, seed, x), expected)
+        torch.testing.assert_close(run(compiled, seed, x), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_compiled_layer_equals_eager(compiler, on):
+    layer = nn.TransformerEncoderLayer(WIDTH, HEADS, HIDDEN, 0.4, batch_first=True)
+    x = torch.randn(BATCH, LENGTH, WIDTH)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(run(compiled, 3, x), run(layer, 3, x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiled_before_and_after_follows_the_state(cache, x, backend):
+    """With torch's caches, in memory and on disk, as they are."""
+    compiled = torch.compile(torchs, backend=backend)
+    before = under(3, compiled, x)
+    for _ in range(2):
+        with fdt.enabled():
+            assert_equal(under(3, compiled, x), under(3, ours, x))
+        assert_equal(under(3, compiled, x), before)
+    assert not torch.equal(before == 0, under(3, ours, x) == 0)
+
+
+COMPILE = """
+import torch
+torch.manual_seed(0)
+y = torch.compile(lambda x: torch.nn.functional.dropout(x, 0.5), backend="inductor")(torch.ones(64, 64))
+print((y == 0).int().flatten().tolist())
+"""
+ENABLE = "import fastdrop.torch; fastdrop.torch.enable()"
+
+
+def test_caches_on_disk_are_not_shared_between_the_states(tmp_path):
+    """One process after the other; the second has never heard of fastdrop."""
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    fastdrops = str((under(0, fdt.dropout, torch.ones(64, 64)) == 0).int().flatten().tolist())
+    assert output_of(ENABLE + COMPILE, **cache) == fastdrops
+    assert output_of(COMPILE, **cache) != fastdrops
+    assert output_of(ENABLE + COMPILE, **cache) == fastdrops
+
+
+COMPILED_TRANSFORMS = {
+    "vmap same": TRANSFORMS["vmap same"],
+    "vmap different": TRANSFORMS["vmap different"],
+    "vmap unbatched": TRANSFORMS["vmap unbatched"],
+    "grad": TRANSFORMS["grad"],
+    "jvp": TRANSFORMS["jvp"],
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("transform", COMPILED_TRANSFORMS)
+def test_compiled_transform_works_as_with_torch(compiler, x, transform):
+    """Enabled, what could be compiled can be compiled, and is right."""
+
+    def function(x):
+        return COMPILED_TRANSFORMS[transform](torchs, x)
+
+    torch.compile(function, backend="aot_eager")(x)
+    with fdt.enabled():
+        expected = under(3, function, x)
+        assert_equal(under(3, torch.compile(function, backend="aot_eager"), x), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_export_follows_the_state(compiler, x):
+    module = nn.Sequential(nn.Linear(16, 20), nn.Dropout(0.4))
+
+    def programs():
+        exported = torch.export.export(module, (x,))
+        return exported, exported.run_decompositions()
+
+    for _ in range(2):
+        for program in programs():
+            assert not any("fastdrop" in str(node.target) for node in program.graph.nodes)
+            assert_equal(run(program.module(), 3, x), run(module, 3, x))
+        with fdt.enabled():
+            exported, decomposed = programs()
+            assert any("fastdrop" in str(node.target) for node in decomposed.graph.nodes)
+            for program in (exported, decomposed):
+                assert_equal(run(program.module(), 3, x), run(module, 3, x))
