@@ -465,12 +465,12 @@ def test_compiled_vmap(x, backend, randomness, store):
     assert torch.equal(dropped.any(0), dropped.all(0)) == (randomness == "same")
 
 
-def test_compiled_vmap_of_an_unbatched_input(x):
-    """With randomness "different" too, compiled, there is one mask for all samples of what has none (docs/guide.md)."""
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_compiled_vmap_of_an_unbatched_input(x, randomness):
     weights = torch.arange(1.0, 5.0)
 
     def function(x):
-        return vmap(lambda w: fdt.dropout(x, 0.5) * w, randomness="same")(weights)
+        return vmap(lambda w: fdt.dropout(x, 0.5) * w, randomness=randomness)(weights)
 
     assert_equals_eager(function, compiled(function), x)
 

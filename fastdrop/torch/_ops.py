@@ -1,18 +1,25 @@
 """The ops ``torch.ops.fastdrop.*``: what compilers, transforms and tracers see of dropout.
 
 ``draw`` takes a seed from torch's generator; ``forward`` and ``backward`` are functions of their arguments alone. Every
-op has a fake kernel, ``vmap`` rules and, both ways, a gradient; backward is linear and its own adjoint. p may be a
-float or, in the overloads named ``tensor``, a tensor without axes: one that changes from step to step then costs no
-recompilation. Forward-mode AD is `functional.dropout`'s alone: `torch.library` drops an op's tangents without a word.
+op has a fake kernel, ``vmap`` rules and derivatives of any order, reverse and forward; backward is linear and its own
+adjoint. p may be a float or, in the overloads named ``tensor``, a tensor without axes: one that changes from step to
+step then costs no recompilation.
+
+The derivatives are kernels of our own and not `torch.library.register_autograd`'s, which drop tangents without a word
+and refuse to be transformed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from .. import _checks
 from ..mask import word_count
@@ -92,48 +99,115 @@ def _backward_fake(dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: li
 # ---- gradients ----
 
 
-def _forward_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    _, seed, p, noise_shape, bits = inputs
-    ctx.save_for_backward(output[1] if bits else seed, p if isinstance(p, Tensor) else None)
-    ctx.p, ctx.noise_shape, ctx.bits = None if isinstance(p, Tensor) else p, noise_shape, bits
-    ctx.set_materialize_grads(False)
+def _overload(op: Any, p: float | Tensor) -> Any:
+    """By hand: an op called with a tensor for p may read the number in it, and a compiler then keeps that number."""
+    return op.tensor if isinstance(p, Tensor) else op.default
 
 
-def _forward_backward(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    if dy is None:
-        return None, None, None, None, None
+def _masked(x: Tensor, kept: Tensor, p: float | Tensor, noise_shape: Any, bits: bool) -> Tensor:
+    """The derivative: x under the mask that was kept, as words or as a seed."""
+    if bits:
+        dx: Tensor = _overload(torch.ops.fastdrop.backward, p)(x, kept, p, noise_shape)
+        return dx
+    again: Tensor = _overload(torch.ops.fastdrop.forward, p)(x, kept, p, noise_shape, False)[0]
+    return again
+
+
+def _below_autograd(op: Any, keyset: Any, *arguments: Any) -> Any:
+    """The op's next kernel. `Function` has turned derivatives off; transforms further out want theirs."""
+    outer = peek_interpreter_stack() is not None
+    on = (torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True)) if outer else ()
+    with contextlib.ExitStack() as stack:
+        for context in (*on, torch._C._AutoDispatchBelowAutograd()):
+            stack.enter_context(context)
+        return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
+
+
+def _keep(ctx: Any, kept: Tensor, p: float | Tensor, noise_shape: Any, bits: bool) -> None:
+    variable = p if isinstance(p, Tensor) else None
+    ctx.p, ctx.noise_shape, ctx.bits = None if variable is p else p, noise_shape, bits
+    ctx.save_for_backward(kept, variable)
+    ctx.save_for_forward(kept, variable)
+
+
+def _derivative(ctx: Any, x: Tensor) -> Tensor:
     kept, p = ctx.saved_tensors
-    p = ctx.p if p is None else p
-    if ctx.bits:
-        dx = torch.ops.fastdrop.backward(dy, kept, p, ctx.noise_shape)
-    else:
-        dx = torch.ops.fastdrop.forward(dy, kept, p, ctx.noise_shape, False)[0]
-    return dx, None, None, None, None
+    return _masked(x, kept, ctx.p if p is None else p, ctx.noise_shape, ctx.bits)
 
 
-def _backward_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, words, p, noise_shape = inputs
-    ctx.save_for_backward(words, p if isinstance(p, Tensor) else None)
-    ctx.p, ctx.noise_shape = None if isinstance(p, Tensor) else p, noise_shape
+class _Forward(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return _below_autograd(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, _, _, seed, p, noise_shape, bits = inputs
+        _keep(ctx, output[1] if bits else seed, p, noise_shape, bits)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
+        return None, None, None if dy is None else _derivative(ctx, dy), None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, _op: Any, _keyset: Any, dx: Tensor | None, *_: Any) -> tuple[Any, None]:
+        return None if dx is None else _derivative(ctx, dx), None
 
 
-def _backward_backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
-    words, p = ctx.saved_tensors
-    return torch.ops.fastdrop.backward(ddx, words, ctx.p if p is None else p, ctx.noise_shape), None, None, None
+class _Backward(torch.autograd.Function):
+    @staticmethod
+    def forward(*arguments: Any) -> Any:
+        return _below_autograd(*arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, _, words, p, noise_shape = inputs
+        _keep(ctx, words, p, noise_shape, True)
+
+    @staticmethod
+    def backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
+        return None, None, _derivative(ctx, ddx), None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, _op: Any, _keyset: Any, ddy: Tensor, *_: Any) -> Tensor:
+        return _derivative(ctx, ddy)
+
+
+def _autograd(op: Any, function: type[torch.autograd.Function]) -> Any:
+    """A kernel for autograd's key: one level of derivatives, as the dispatcher goes from one transform to the next."""
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # Function's own would start from the outermost transform
+
+    def kernel(keyset: Any, *arguments: Any) -> Any:
+        if peek_interpreter_stack() is None:
+            return apply(op, keyset, *arguments)
+        with enable_single_level_autograd_function():
+            return apply(op, keyset, *arguments)
+
+    return kernel
 
 
 # ---- vmap ----
 
 
-def _draw_vmap(info: Any, in_dims: tuple[Any, ...], like: Tensor, size: list[int]) -> tuple[Tensor, int | None]:
-    if info.randomness == "error":
+def _draw_vmap(like: Tensor, size: list[int]) -> Tensor:
+    """On the key of the mode and not of batched tensors: under "different" each sample draws, batched or not."""
+    interpreter: Any = torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
+    randomness = interpreter.randomness()
+    if randomness == "error":
         raise RuntimeError(
             "vmap: called random operation while in randomness error mode. Please either use the 'same' or 'different' "
             "randomness flags on vmap or perform the randomness operation out of vmap"
         )
-    if info.randomness == "same":
-        return torch.ops.fastdrop.draw(like, size), None
-    return torch.ops.fastdrop.draw(like, [info.batch_size, *size]), 0
+    level = interpreter.level()
+    like, _ = torch._C._functorch._unwrap_batched(like, level)
+    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)):
+        if randomness == "same":
+            return torch.ops.fastdrop.draw(like, size)
+        return torch._C._functorch._add_batch_dim(
+            torch.ops.fastdrop.draw(like, [interpreter.batch_size(), *size]), 0, level
+        )
 
 
 def _forward_vmap(
@@ -145,7 +219,7 @@ def _forward_vmap(
     noise_shape: list[int] | None,
     bits: bool,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
-    op = torch.ops.fastdrop.forward
+    op = _overload(torch.ops.fastdrop.forward, p)
     _no_batch(in_dims[2], p)
     if in_dims[1] is None:  # one seed: all samples under the same mask
         x = x.movedim(in_dims[0], 0)
@@ -162,7 +236,7 @@ def _forward_vmap(
 def _backward_vmap(
     info: Any, in_dims: tuple[Any, ...], dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[int] | None
 ) -> tuple[Tensor, int]:
-    op = torch.ops.fastdrop.backward
+    op = _overload(torch.ops.fastdrop.backward, p)
     _no_batch(in_dims[2], p)
     if in_dims[1] is None:
         dy = dy.movedim(in_dims[0], 0)
@@ -193,16 +267,19 @@ def _no_batch(batch_axis: int | None, p: float | Tensor) -> None:
 library.define(SEED_FROM_GENERATOR, tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag))
 library.impl("draw", _draw, "CompositeExplicitAutograd")
 torch.library.register_fake("fastdrop::draw", _draw_fake, lib=library)
-torch.library.register_vmap("fastdrop::draw", _draw_vmap, lib=library)
+library.impl("draw", _draw_vmap, "FuncTorchVmapMode")
 
-for _overload, _type in P_TYPES.items():
-    for _name, _schema, _kernel, _fake, _setup, _gradient, _vmap in (
-        ("forward", FORWARD, _forward, _forward_fake, _forward_setup, _forward_backward, _forward_vmap),
-        ("backward", BACKWARD, _backward, _backward_fake, _backward_setup, _backward_backward, _backward_vmap),
+for _suffix, _type in P_TYPES.items():
+    for _name, _schema, _kernel, _fake, _function, _vmap in (
+        ("forward", FORWARD, _forward, _forward_fake, _Forward, _forward_vmap),
+        ("backward", BACKWARD, _backward, _backward_fake, _Backward, _backward_vmap),
     ):
-        _op = f"{_name}{_overload}"
+        _op = f"{_name}{_suffix}"
         library.define(_op + _schema.format(p=_type), tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(_op, _kernel, "CPU")
         torch.library.register_fake(f"fastdrop::{_op}", _fake, lib=library)
-        torch.library.register_autograd(f"fastdrop::{_op}", _gradient, setup_context=_setup, lib=library)
+        _packet = getattr(torch.ops.fastdrop, _name)
+        library.impl(
+            _op, _autograd(getattr(_packet, _suffix[1:] or "default"), _function), "Autograd", with_keyset=True
+        )
         torch.library.register_vmap(f"fastdrop::{_op}", _vmap, lib=library)

@@ -1,18 +1,14 @@
-"""Whether a call may go straight to a kernel: the one place that uses names torch keeps to itself."""
+"""Whether a call may go straight to a kernel, asked of names that torch keeps to itself."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._C import _dispatch_keys, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 
-__all__ = [
-    "is_forward_mode",
-    "is_functionalized",
-    "is_mapped_past",
-    "is_plain",
-    "is_traced",
-    "is_transformed",
-]
+__all__ = ["is_plain", "is_traced", "is_transformed"]
 
 
 def _plain_keys() -> frozenset[int]:
@@ -23,59 +19,24 @@ def _plain_keys() -> frozenset[int]:
     return frozenset(_dispatch_keys(x).raw_repr() for x in tensors)
 
 
-try:
-    from torch._C import _dispatch_keys, _get_tracing_state, _len_torch_dispatch_stack
-    from torch._C._functorch import TransformType, is_batchedtensor, peek_interpreter_stack
-    from torch.autograd import forward_ad
+PLAIN = _plain_keys()
 
-    PLAIN = _plain_keys()
 
-    def is_plain(x: Tensor) -> bool:
-        """Whether x is memory on the CPU and no mode, functorch transform or forward-mode AD surrounds the call."""
-        return (
-            _dispatch_keys(x).raw_repr() in PLAIN
-            and not _len_torch_dispatch_stack()
-            and peek_interpreter_stack() is None
-            and forward_ad._current_level < 0
-        )
+def is_plain(x: Tensor) -> bool:
+    """Whether x is memory on the CPU and no mode, functorch transform or forward-mode AD surrounds the call."""
+    return (
+        _dispatch_keys(x).raw_repr() in PLAIN
+        and not _len_torch_dispatch_stack()
+        and peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
+    )
 
-    def is_forward_mode() -> bool:
-        """Whether dual numbers may be about."""
-        return forward_ad._current_level >= 0
 
-    def is_transformed() -> bool:
-        """Whether a transform of `torch.func` surrounds the call."""
-        return peek_interpreter_stack() is not None
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` surrounds the call."""
+    return peek_interpreter_stack() is not None
 
-    def is_functionalized() -> bool:
-        """Whether the innermost of them is `torch.func.functionalize`."""
-        interpreter = peek_interpreter_stack()
-        return interpreter is not None and interpreter.key() == TransformType.Functionalize
 
-    def is_mapped_past(x: Tensor) -> bool:
-        """Whether the innermost of them is a ``vmap`` that does not map over x."""
-        interpreter = peek_interpreter_stack()
-        return interpreter is not None and interpreter.key() == TransformType.Vmap and not is_batchedtensor(x)
-
-    def is_traced() -> bool:
-        """Whether `torch.jit.trace` records the call."""
-        return _get_tracing_state() is not None
-except (ImportError, AttributeError):  # another torch: everything takes the general way, slower and as right
-
-    def is_plain(x: Tensor) -> bool:
-        return False
-
-    def is_forward_mode() -> bool:
-        return False
-
-    def is_transformed() -> bool:
-        return True
-
-    def is_functionalized() -> bool:
-        return False
-
-    def is_mapped_past(x: Tensor) -> bool:
-        return False
-
-    def is_traced() -> bool:
-        return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+def is_traced() -> bool:
+    """Whether `torch.jit.trace` records the call."""
+    return _get_tracing_state() is not None

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._plain import is_mapped_past, is_transformed
+from ._plain import is_transformed
 
 SEED_BITS = 63
 WRAP = (1 << 64) - 1
@@ -43,12 +43,8 @@ def draw(generator: torch.Generator | None) -> int:
     return number
 
 
-def draw_tensor(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """The same number as a tensor of x's kind; under ``vmap`` with randomness "different" one for each sample."""
-    by_op = torch.compiler.is_compiling() if is_transformed() else True
-    if by_op and generator is None and not is_mapped_past(x):
-        seed: Tensor = torch.ops.fastdrop.draw(x, [])
-        return seed
+def draw_tensor(generator: torch.Generator) -> Tensor:
+    """The same number as a tensor, by an op that transforms know."""
     low, high = -(1 << SEED_BITS), (1 << SEED_BITS) - 1
     return torch.randint(low, high, (), dtype=torch.int64, device="cpu", generator=generator) & high
 

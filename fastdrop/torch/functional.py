@@ -1,13 +1,11 @@
 """Dropout as a function, and the adapters that give it a gradient.
 
-`dropout` routes. Plain eager tensors take `_Fast`, an `autograd.Function` that calls the kernel at once; under
-``torch.compile`` the ops of `_ops` are called; whatever is transformed (functorch, forward-mode AD, modes, subclasses)
-takes `_Transformable`, which can all that and costs five times as much. docs/design.md says what each way is for.
+`dropout` routes. Plain eager tensors take `_Fast`, an `autograd.Function` that calls the kernel at once; compilers,
+tracers, transforms, modes and subclasses take the ops of `_ops`, which can all that and cost three times as much.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from .. import _checks
 from ..stream import threshold_and_scale
 from . import _kernels, _random
 from . import _ops as _ops  # registers torch.ops.fastdrop
-from ._plain import is_forward_mode, is_functionalized, is_plain, is_traced
+from ._plain import is_plain, is_traced
 
 __all__ = ["dropout"]
 
@@ -124,8 +122,7 @@ def dropout(
         _kernels.check_dtype(input)
     cells_shape = None if noise_shape is None else _cells_shape(noise_shape, input)
     if not is_plain(input) or is_traced():
-        way = _traced if is_traced() else transformed
-        return way(input, p, inplace, generator, seed, cells_shape, store == "bits")
+        return _by_ops(input, p, inplace, generator, seed, cells_shape, store == "bits")
     if seed is not None:
         seed = _random.as_int(seed, generator)
     if inplace:
@@ -156,10 +153,8 @@ class _Fast(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
         _, cut, scale, cells_shape, bits, _, p = ctx.call
-        if _is_compiling():  # compiled autograd: its graph must see an op
-            return _masked_op(dy, kept, _Kind(p, cells_shape, bits)), None
-        if torch.is_grad_enabled() or not is_plain(dy):
-            return _Masked.apply(dy, kept, _Kind(p, cells_shape, bits)), None
+        if _is_compiling() or torch.is_grad_enabled() or not is_plain(dy):
+            return _masked_op(dy, kept, p, cells_shape, bits), None
         if bits:
             return _kernels.apply(dy, kept, scale, cells_shape), None
         return _kernels.forward(dy, _random.as_int(kept), cut, scale, cells_shape, False)[0], None
@@ -171,82 +166,13 @@ _apply_fast = super(torch.autograd.Function, _Fast).apply
 _Fast._backward_cls.apply = _Fast.backward  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What is no tensor about a call. Not a tuple: transforms would take its members for arguments of their own."""
-
-    p: float
-    cells_shape: tuple[int, ...] | None
-    bits: bool
-
-
-class _Transformable(torch.autograd.Function):
-    """Whatever is not plain: functorch transforms, forward-mode AD, modes and subclasses, all by way of the ops."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, seed: Tensor, kind: _Kind) -> tuple[Tensor, Tensor]:
-        y, words = torch.ops.fastdrop.forward(x, seed, kind.p, kind.cells_shape, kind.bits)
-        return y, words
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, seed, ctx.kind = inputs
-        kept = output[1] if ctx.kind.bits else seed
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(kept)
-        ctx.save_for_forward(kept)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor, _: Any) -> tuple[Any, ...]:
-        return _Masked.apply(dy, *ctx.saved_tensors, ctx.kind), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, x_tangent: Tensor, *_: Any) -> tuple[Any, None]:
-        return _Masked.apply(x_tangent, *ctx.saved_tensors, ctx.kind), None
-
-
-class _Masked(torch.autograd.Function):
-    """A mask kept as bits or as a seed, applied: linear, its own adjoint, so derivatives of any order are itself."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(dy: Tensor, kept: Tensor, kind: _Kind) -> Tensor:
-        return _masked_op(dy, kept, kind)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, kept, ctx.kind = inputs
-        ctx.save_for_backward(kept)
-        ctx.save_for_forward(kept)
-
-    @staticmethod
-    def backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
-        return _Masked.apply(ddx, *ctx.saved_tensors, ctx.kind), None, None
-
-    @staticmethod
-    def jvp(ctx: Any, dy_tangent: Tensor, *_: Any) -> Any:
-        return _Masked.apply(dy_tangent, *ctx.saved_tensors, ctx.kind)
-
-
-def _masked_op(dy: Tensor, kept: Tensor, kind: _Kind) -> Tensor:
-    if kind.bits:
-        dx: Tensor = torch.ops.fastdrop.backward(dy, kept, kind.p, kind.cells_shape)
+def _masked_op(dy: Tensor, kept: Tensor, p: float, cells_shape: Any, bits: bool) -> Tensor:
+    """The op, which has derivatives of its own."""
+    if bits:
+        dx: Tensor = torch.ops.fastdrop.backward.default(dy, kept, p, cells_shape)
         return dx
-    again: Tensor = torch.ops.fastdrop.forward(dy, kept, kind.p, kind.cells_shape, False)[0]
+    again: Tensor = torch.ops.fastdrop.forward.default(dy, kept, p, cells_shape, False)[0]
     return again
-
-
-def transformed(
-    x: Tensor, p: float, inplace: bool, generator: Any, seed: Any, cells_shape: tuple[int, ...] | None, bits: bool
-) -> Tensor:
-    if is_functionalized():
-        return _traced(x, p, inplace, generator, seed, cells_shape, bits)
-    number = _random.draw_tensor(x, generator) if seed is None else _random.as_tensor(seed, generator, like=x)
-    y: Tensor = _Transformable.apply(x, number, _Kind(p, cells_shape, bits))[0]
-    return x.copy_(y) if inplace else y
 
 
 def _compiled(
@@ -261,21 +187,22 @@ def _compiled(
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     if not training or (not isinstance(p, Tensor) and p <= KEEPS_ALL):
         return x
-    if is_forward_mode():
-        raise RuntimeError("dropout can't be compiled under forward-mode AD: the ops would drop the tangent")
     if noise_shape is not None:
         noise_shape = [x.shape[i] if cells is None else cells for i, cells in enumerate(noise_shape)]
-    return _traced(x, p, inplace, generator, seed, noise_shape, store == "bits")
+    return _by_ops(x, p, inplace, generator, seed, noise_shape, store == "bits")
 
 
-def _traced(x: Tensor, p: Any, inplace: bool, generator: Any, seed: Any, cells_shape: Any, bits: bool) -> Tensor:
-    """The ops and nothing else."""
-    if generator is not None:
+def _by_ops(x: Tensor, p: Any, inplace: bool, generator: Any, seed: Any, cells_shape: Any, bits: bool) -> Tensor:
+    """Compilers, tracers, transforms, forward-mode AD, modes and subclasses: the ops and nothing else."""
+    if seed is not None:
+        number = _random.as_tensor(seed, generator, like=x)
+    elif generator is None:
+        number = torch.ops.fastdrop.draw(x, [])
+    elif _is_compiling():
         raise RuntimeError("generator can't be compiled: give seed, an int or a tensor, in its place")
-    number = torch.ops.fastdrop.draw(x, []) if seed is None else _random.as_tensor(seed)
-    op = torch.ops.fastdrop.forward.default
-    if isinstance(p, Tensor):  # with an axis: Inductor takes a float64 without any for a constant of the backward pass
-        p, op = p.detach().reshape(1), torch.ops.fastdrop.forward.tensor
+    else:
+        number = _random.draw_tensor(generator)
+    op = torch.ops.fastdrop.forward.tensor if isinstance(p, Tensor) else torch.ops.fastdrop.forward.default
     y: Tensor = op(x, number, p, cells_shape, bits)[0]
     return x.copy_(y) if inplace else y
 

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from .. import __version__
 from . import _kernels
-from ._plain import is_transformed
-from .functional import KEEPS_ALL, dropout, transformed
+from .functional import dropout
 
 __all__ = ["disable", "enable", "enabled"]
 
@@ -102,25 +101,24 @@ def enabled() -> Iterator[None]:
 def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
     if not _ours(input, p):
         return _torchs(torch.ops.aten.dropout.default, input, p, train)
-    return _fastdrops(input, p, train, False)
+    return dropout(input, p, train)
 
 
 def _dropout_(input: Tensor, p: float, train: bool) -> Tensor:
     if not _ours(input, p):
         return _torchs(torch.ops.aten.dropout_.default, input, p, train)
-    return _fastdrops(input, p, train, True)
-
-
-def _fastdrops(input: Tensor, p: float, train: bool, inplace: bool) -> Tensor:
-    if torch.compiler.is_compiling() and is_transformed() and train and p > KEEPS_ALL:
-        # A compiler that calls us, not one that looks into us: transforms are at work for real.
-        return transformed(input, p, inplace, None, None, None, True)
-    return dropout(input, p, train, inplace)
+    return dropout(input, p, train, True)
 
 
 def _ours(x: Tensor, p: float) -> bool:
     """Whether dropout is; torch refuses a bad p in its own words."""
-    return 0.0 <= p <= 1.0 and x.layout is torch.strided and x.dtype in _kernels.DTYPES and not x.is_nested
+    return (
+        0.0 <= p <= 1.0
+        and x.device.type == "cpu"
+        and x.layout is torch.strided
+        and x.dtype in _kernels.DTYPES
+        and not x.is_nested
+    )
 
 
 def _torchs(op: Any, *arguments: Any) -> Tensor:
