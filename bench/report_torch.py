@@ -43,7 +43,7 @@ def report(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "",
         "## Training steps",
         "",
-        "| network | threads | F.dropout, ms | fastdrop, ms | p = 0, ms | F.dropout / p = 0 | fastdrop / p = 0 | gain |",
+        "| network | threads | F.dropout, ms | fastdrop, ms | p = 0, ms | F.dropout / p = 0 | fastdrop / p = 0 | x |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in steps(rows):
@@ -51,7 +51,7 @@ def report(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         lines.append(
             f"| {row['operation']}, p = {row['p']} | {row['threads']} | {1e3 * theirs['seconds']:.1f} | "
             f"{1e3 * row['seconds']:.1f} | {1e3 * floor['seconds']:.1f} | {floor['ratio'] / theirs['ratio']:.2f} | "
-            f"{floor['ratio']:.3f} | {1 / theirs['ratio']:.2f}x |"
+            f"{floor['ratio']:.3f} | {1 / theirs['ratio']:.2f} |"
         )
     lines += [
         "",

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
 from .. import _checks
@@ -204,10 +204,10 @@ def _draw_vmap(like: Tensor, size: list[int]) -> Tensor:
     like, _ = torch._C._functorch._unwrap_batched(like, level)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)):
         if randomness == "same":
-            return torch.ops.fastdrop.draw(like, size)
-        return torch._C._functorch._add_batch_dim(
-            torch.ops.fastdrop.draw(like, [interpreter.batch_size(), *size]), 0, level
-        )
+            seed: Tensor = torch.ops.fastdrop.draw(like, size)
+            return seed
+        seeds = torch.ops.fastdrop.draw(like, [interpreter.batch_size(), *size])
+        return torch._C._functorch._add_batch_dim(seeds, 0, level)
 
 
 def _forward_vmap(

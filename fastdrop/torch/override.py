@@ -111,14 +111,9 @@ def _dropout_(input: Tensor, p: float, train: bool) -> Tensor:
 
 
 def _ours(x: Tensor, p: float) -> bool:
-    """Whether dropout is; torch refuses a bad p in its own words."""
-    return (
-        0.0 <= p <= 1.0
-        and x.device.type == "cpu"
-        and x.layout is torch.strided
-        and x.dtype in _kernels.DTYPES
-        and not x.is_nested
-    )
+    """Whether fastdrop has it; torch refuses a bad p in its own words."""
+    dense = x.layout is torch.strided and not x.is_nested
+    return dense and x.device.type == "cpu" and x.dtype in _kernels.DTYPES and 0.0 <= p <= 1.0
 
 
 def _torchs(op: Any, *arguments: Any) -> Tensor:
