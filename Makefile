@@ -58,8 +58,8 @@ bench-torch: $(VENV)/.built
 	$(BIN)/python bench/run.py --torch
 
 report: $(VENV)/.built
-	$(BIN)/python bench/report.py bench/results/all.json
-	$(BIN)/python bench/report_torch.py bench/results/torch.json
+	$(BIN)/python -m bench.report bench/results/all.json
+	$(BIN)/python -m bench.report_torch bench/results/torch.json
 
 lint: $(VENV)/.packages
 	@echo "== ruff, mypy, clang-format"

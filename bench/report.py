@@ -1,4 +1,4 @@
-"""Turns a benchmark JSON into a report: python bench/report.py RESULTS.json writes RESULTS.md and RESULTS.png.
+"""Turns a benchmark JSON into a report: python -m bench.report RESULTS.json writes RESULTS.md and RESULTS.png.
 
 First the targets the project holds itself to, misses on top; then every case: ns per element, GB/s, ratio to the limit
 and to each peer, all from the paired samples of one run.

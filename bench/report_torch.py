@@ -1,4 +1,4 @@
-"""Turns a benchmark JSON of the torch face into a report: python bench/report_torch.py RESULTS.json.
+"""Turns a benchmark JSON of the torch face into a report: python -m bench.report_torch RESULTS.json.
 
 It writes RESULTS.md and RESULTS.png: the targets, misses on top, then every case.
 """
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from report import write
+from .report import write
 
 ELEMENTS = {"1k": 1000, "64k": 1 << 16, "1M": 1 << 20, "16M": 1 << 24}
 STEP_LIMITS = {"TransformerEncoder": 1.06, "MLP": 1.05}  # of the step at p = 0

@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument("--name", default=None, help="of the files under bench/results (default: all, quick or torch)")
     args = parser.parse_args()
     cases = "torch" if args.torch else "quick" if args.quick else "all"
-    report = "report_torch.py" if args.torch else "report.py"
+    report = "bench.report_torch" if args.torch else "bench.report"
     results = BENCH / "results" / f"{args.name or cases}.json"
     command = [
         sys.executable, "-m", "pytest", str(BENCH), "-q", "--cases", cases, "-p", "no:cacheprovider",
@@ -25,7 +25,9 @@ def main() -> int:
         "--benchmark-sort", "name", "--no-header",
     ]  # fmt: skip
     status = subprocess.run(command, cwd=BENCH.parent, check=False).returncode
-    return status or subprocess.run([sys.executable, str(BENCH / report), str(results)], check=False).returncode
+    return (
+        status or subprocess.run([sys.executable, "-m", report, str(results)], cwd=BENCH.parent, check=False).returncode
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
         yield request.param
 
 
-@pytest.mark.parametrize(("size", "dtype", "p"), itertools.product(SIZES, ("float32", "bfloat16"), (0.1, 0.5)))
+@pytest.mark.parametrize(("size", "dtype", "p"), [*itertools.product(SIZES, ("float32", "bfloat16"), (0.1, 0.5))])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_function(operation: str, size: str, dtype: str, p: float, threads: int, benchmark: Any) -> None:
     x, dy = tensors(SIZES[size], dtype)

@@ -8,7 +8,7 @@ from torch._C import _dispatch_keys, _get_tracing_state, _len_torch_dispatch_sta
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-__all__ = ["is_plain", "is_traced", "is_transformed"]
+__all__ = ["is_plain", "is_transformed"]
 
 
 def _plain_keys() -> frozenset[int]:
@@ -23,20 +23,16 @@ PLAIN = _plain_keys()
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x is memory on the CPU and no mode, functorch transform or forward-mode AD surrounds the call."""
+    """Whether x is memory on the CPU and no mode, transform, forward-mode AD or `torch.jit.trace` surrounds the call."""
     return (
         _dispatch_keys(x).raw_repr() in PLAIN
         and not _len_torch_dispatch_stack()
         and peek_interpreter_stack() is None
         and forward_ad._current_level < 0
+        and _get_tracing_state() is None
     )
 
 
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` surrounds the call."""
     return peek_interpreter_stack() is not None
-
-
-def is_traced() -> bool:
-    """Whether `torch.jit.trace` records the call."""
-    return _get_tracing_state() is not None

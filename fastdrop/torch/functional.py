@@ -16,7 +16,7 @@ from .. import _checks
 from ..stream import threshold_and_scale
 from . import _kernels, _random
 from . import _ops as _ops  # registers torch.ops.fastdrop
-from ._plain import is_plain, is_traced
+from ._plain import is_plain
 
 __all__ = ["dropout"]
 
@@ -117,11 +117,15 @@ def dropout(
         if seed is not None:
             _random.as_int(seed, generator)
         return input
-    if getattr(input, "dtype", None) not in _kernels.DTYPES:
+    try:
+        known = input.dtype in _kernels.DTYPES
+    except AttributeError:
+        known = False
+    if not known:
         _check_tensor(input)
         _kernels.check_dtype(input)
     cells_shape = None if noise_shape is None else _cells_shape(noise_shape, input)
-    if not is_plain(input) or is_traced():
+    if not is_plain(input):
         return _by_ops(input, p, inplace, generator, seed, cells_shape, store == "bits")
     if seed is not None:
         seed = _random.as_int(seed, generator)
