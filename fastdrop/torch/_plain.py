@@ -23,7 +23,7 @@ PLAIN = _plain_keys()
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x is memory on the CPU and no mode, transform, forward-mode AD or `torch.jit.trace` surrounds the call."""
+    """Whether x is memory on the CPU and no mode, transform, forward-mode AD or `torch.jit.trace` is around."""
     return (
         _dispatch_keys(x).raw_repr() in PLAIN
         and not _len_torch_dispatch_stack()
