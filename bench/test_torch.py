@@ -12,15 +12,14 @@ import pytest
 from fastdrop.cli import contenders
 
 from .pairing import SETTLE_SECONDS, alternate
+from .report_torch import ELEMENTS, P_ZERO, SEED
 
 torch = pytest.importorskip("torch")
 fdt = pytest.importorskip("fastdrop.torch")
 models = pytest.importorskip("bench.models")
 
-SIZES = {"1k": 1000, "64k": 1 << 16, "1M": 1 << 20, "16M": 1 << 24}
 OPERATIONS = ("no grad", "forward+backward")
 FUNCTION_SECONDS, STEP_SECONDS = 3.0, 15.0
-P_ZERO = "p = 0"
 
 
 @pytest.fixture(params=(1, 2), ids=lambda n: f"t{n}")
@@ -29,22 +28,22 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
         yield request.param
 
 
-@pytest.mark.parametrize(("size", "dtype", "p"), [*itertools.product(SIZES, ("float32", "bfloat16"), (0.1, 0.5))])
+@pytest.mark.parametrize(("size", "dtype", "p"), [*itertools.product(ELEMENTS, ("float32", "bfloat16"), (0.1, 0.5))])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_function(operation: str, size: str, dtype: str, p: float, threads: int, benchmark: Any) -> None:
-    x, dy = tensors(SIZES[size], dtype)
+    x, dy = tensors(ELEMENTS[size], dtype)
     ours, theirs = call_of(fdt.dropout, operation, x, dy, p), call_of(torch.nn.functional.dropout, operation, x, dy, p)
     seed = call_of(lambda x, p: fdt.dropout(x, p, store="seed"), operation, x, dy, p)
     benchmark.extra_info.update(kind="function", operation=operation, size=size, dtype=dtype, p=p, threads=threads)
     if operation != "no grad":
         benchmark.extra_info["kept"] = {
             "fastdrop": kept(fdt.dropout, x, p),
-            'store="seed"': kept(lambda x, p: fdt.dropout(x, p, store="seed"), x, p),
+            SEED: kept(lambda x, p: fdt.dropout(x, p, store="seed"), x, p),
             contenders.F_DROPOUT: kept(torch.nn.functional.dropout, x, p),
         }
     peers = {contenders.F_DROPOUT: theirs}
     if operation != "no grad":
-        peers['store="seed"'] = seed
+        peers[SEED] = seed
     alternate(benchmark, ours, peers, FUNCTION_SECONDS, SETTLE_SECONDS if threads > 1 else 0.0)
 
 

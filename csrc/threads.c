@@ -143,7 +143,7 @@ static void start_workers(int n) {
 }
 
 void fd_parallel_for(fd_kernel kernel, const void *args, uint64_t begin, uint64_t end, uint64_t grain) {
-    team_t run = limit > 1 && end - begin >= 2 * TEAM_GRAIN_CELLS ? atomic_load(&team) : NULL;
+    team_t run = limit > 1 && limit < MAX_THREADS && end - begin >= 2 * TEAM_GRAIN_CELLS ? atomic_load(&team) : NULL;
     if (run) {
         job_t j = {kernel, args, end, TEAM_GRAIN_CELLS, begin};
         run(work_in_team, &j, (unsigned)limit, 0);

@@ -68,10 +68,10 @@ def number(name: str, given: Any) -> float:
 
 
 def finite(name: str, value: Any) -> float:
-    finite = number(name, value)
-    if not math.isfinite(finite):
-        raise ValueError(f"{name} must be finite, but got {finite}")
-    return finite
+    result = number(name, value)
+    if not math.isfinite(result):
+        raise ValueError(f"{name} must be finite, but got {result}")
+    return result
 
 
 def uint64(name: str, value: Any) -> int:

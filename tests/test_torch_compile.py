@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 import fastdrop as fd
@@ -685,3 +687,16 @@ def test_onnx_of_evaluation_runs(x):
     assert not any("ropout" in node.op_type or "fastdrop" in node.domain for node in model.graph.node)
     (y,) = reference.ReferenceEvaluator(model).run(None, {model.graph.input[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), net(x).detach())
+
+
+def test_keeping_all_begins_where_the_threshold_does():
+    from fastdrop.stream import threshold
+    from fastdrop.torch.functional import KEEPS_ALL
+
+    assert threshold(KEEPS_ALL) == 0
+    assert threshold(math.nextafter(KEEPS_ALL, 1)) == 1
+
+
+def test_compiled_noise_shape_of_other_rank_is_refused(x):
+    with pytest.raises(Exception, match="noise_shape must have one entry per axis"):
+        torch.compile(lambda x: fdt.dropout(x, 0.5, noise_shape=(1,) * 5), backend="aot_eager")(x)

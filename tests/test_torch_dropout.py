@@ -1409,3 +1409,25 @@ def test_variants_agree_on_torch_tensors():
     assert len(results) >= 2
     for name, y in results.items():
         assert_same_bits(y, results["numpy"], name)
+
+
+# ---- saved tensors that hooks have changed ----
+
+
+@pytest.mark.parametrize("n", [1000, 400_000])
+def test_words_come_back_from_hooks_in_another_layout(backend, n):
+    x = torch.ones(n, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: torch.stack([t, t], 1)[:, 0], lambda t: t):
+        y = fdt.dropout(x, 0.5, seed=1)
+    y.sum().backward()
+    assert torch.equal(x.grad, y.detach())
+
+
+@pytest.mark.parametrize("change", [lambda t: t[:1].clone(), lambda t: t.long(), lambda t: t.float()], ids=range(3))
+def test_other_words_come_back_from_hooks(backend, change):
+    """Refused, where kernels would read past the end or take other bits."""
+    x = torch.ones(4000, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(change, lambda t: t):
+        y = fdt.dropout(x, 0.5, seed=1)
+    with pytest.raises(ValueError, match=r"^words must be 125 int32 on the CPU for 4000 cells, but got"):
+        y.sum().backward()

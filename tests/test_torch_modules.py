@@ -194,6 +194,21 @@ def test_module_runs_with_any_p_that_torchs_runs_with(p):
         assert torch.equal(y, nn.Dropout(p)(x))
 
 
+def test_module_traced_by_fx_follows_eval():
+    """As one of torch's own: a module in the graph, and not a call that drops for ever."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
+    fdt.convert(model)
+    traced, x = torch.fx.symbolic_trace(model), torch.ones(64, 4)
+    torch.manual_seed(0)
+    dropped = traced(x)
+    torch.manual_seed(0)
+    assert torch.equal(dropped, model(x))
+    assert (dropped == 0).any()
+    traced.eval()
+    assert torch.equal(traced(x), model.eval()(x))
+    assert not (traced(x) == 0).any()
+
+
 def test_module_refuses_an_unknown_store():
     with pytest.raises(ValueError, match=r"^store must be one of 'bits', 'seed', but got 'bytes'$"):
         fdt.Dropout(0.5, store="bytes")

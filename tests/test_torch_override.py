@@ -743,3 +743,61 @@ def test_export_follows_the_state(compiler, x):
             assert any("fastdrop" in str(node.target) for node in decomposed.graph.nodes)
             for program in (exported, decomposed):
                 assert_equal(run(program.module(), 3, x), run(module, 3, x))
+
+
+DTENSOR = """
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+import fastdrop.torch as fdt
+dist.init_process_group("gloo", init_method="file://" + {path!r}, rank=0, world_size=1)
+x = DTensor.from_local(torch.ones(100), init_device_mesh("cpu", (1,)), [Shard(0)])
+torch.manual_seed(0)
+before = torch.nn.functional.dropout(x, 0.5).to_local()
+with fdt.enabled():
+    torch.manual_seed(0)
+    print(torch.equal(torch.nn.functional.dropout(x, 0.5).to_local(), before))
+dist.destroy_process_group()
+"""
+
+
+def test_dtensor_keeps_torchs_dropout(tmp_path):
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no distributed package")
+    assert output_of(DTENSOR.format(path=str(tmp_path / "store"))) == "True"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["Bert", "GPT2"])
+def test_model_of_another_library(kind):
+    """Its dropout is fastdrop's: under the same seed it draws other masks than torch's, and keeps packed bits alone."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "Bert":
+        config = transformers.BertConfig(
+            vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+        )
+        model = transformers.BertModel(config)
+    else:
+        model = transformers.GPT2Model(transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=2, n_head=2))
+    tokens = torch.randint(50, (2, 16))
+
+    def run():
+        words = []
+        torch.manual_seed(1)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (words.append(t.dtype is torch.int32), t)[1], lambda t: t
+        ):
+            out = model.train()(input_ids=tokens).last_hidden_state
+        out.sum().backward()
+        return out.detach(), sum(words)
+
+    torchs, none = run()
+    with fdt.enabled():
+        ours, masks = run()
+        again, _ = run()
+        evaluated = model.eval()(input_ids=tokens).last_hidden_state
+    assert torch.equal(ours, again)
+    assert not torch.equal(ours, torchs)
+    assert (none, masks) == (0, 1 + 2 * 3)  # of the embedding, and three of each layer
+    assert torch.equal(evaluated, model.eval()(input_ids=tokens).last_hidden_state)

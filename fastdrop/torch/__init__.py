@@ -8,13 +8,11 @@
 """
 
 try:
-    import torch as _torch  # noqa: F401
+    from .convert import Report, convert, revert
+    from .functional import dropout
+    from .modules import Dropout
+    from .override import disable, enable, enabled
 except ImportError as error:
-    raise ImportError('fastdrop.torch needs torch: pip install "fastdrop[torch]"') from error
-
-from .convert import Report, convert, revert
-from .functional import dropout
-from .modules import Dropout
-from .override import disable, enable, enabled
+    raise ImportError(f'fastdrop.torch needs torch 2.13 or later: pip install "fastdrop[torch]" ({error})') from error
 
 __all__ = ["Dropout", "Report", "convert", "disable", "dropout", "enable", "enabled", "revert"]

@@ -113,6 +113,16 @@ def draw(cells: int, seed: int, cut: int) -> Tensor:
     return words
 
 
+def _checked(words: Tensor, cells: int) -> Tensor:
+    """Words as kernels take them, who would read past the end of fewer. Hooks on saved tensors may change them."""
+    if words.dtype != torch.int32 or words.shape != ((cells + 31) >> 5,) or not words.is_cpu:
+        raise ValueError(
+            f"words must be {(cells + 31) >> 5} int32 on the CPU for {cells} cells, but got {words.dtype} of shape "
+            f"{tuple(words.shape)} on {words.device}"
+        )
+    return words.contiguous()
+
+
 def apply(x: Tensor, words: Tensor, scale: float, cells_shape: Shape | None) -> Tensor:
     """x under stored bits: kept elements times scale, exactly 0 elsewhere."""
     tag = TAGS.get(x.dtype)
@@ -123,6 +133,9 @@ def apply(x: Tensor, words: Tensor, scale: float, cells_shape: Shape | None) -> 
         )
         return torch.view_as_complex(y)
     n = x.numel()
+    cells = n if cells_shape is None else math.prod(cells_shape)
+    if words.dtype is not torch.int32 or words.numel() != (cells + 31) >> 5 or not words.is_contiguous():
+        words = _checked(words, cells)
     if not n:
         return torch.empty_like(x)
     if x.is_contiguous():

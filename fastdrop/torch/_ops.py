@@ -26,7 +26,7 @@ from ..mask import word_count
 from ..stream import threshold_and_scale
 from . import _kernels, _random
 
-SEED_FROM_GENERATOR = "draw(Tensor like, SymInt[] size) -> Tensor"
+DRAW = "draw(Tensor like, SymInt[] size) -> Tensor"
 FORWARD = "(Tensor x, Tensor seed, {p} p, SymInt[]? noise_shape, bool bits) -> (Tensor y, Tensor words)"
 BACKWARD = "(Tensor dy, Tensor words, {p} p, SymInt[]? noise_shape) -> Tensor"
 P_TYPES = {"": "float", ".tensor": "Tensor"}  # by overload
@@ -45,20 +45,11 @@ def _cells_shape(x: Tensor, noise_shape: Any) -> tuple[int, ...] | None:
     return None if noise_shape is None else _checks.noise_shape(tuple(noise_shape), tuple(x.shape))
 
 
-def _checked_words(words: Tensor, cells: int) -> Tensor:
-    """As kernels take them, who would read past the end of fewer."""
-    if words.dtype != torch.int32 or words.shape != (word_count(cells),) or not words.is_cpu:
-        raise ValueError(
-            f"words must be {word_count(cells)} int32 on the CPU for {cells} cells, but got {words.dtype} of shape "
-            f"{tuple(words.shape)} on {words.device}"
-        )
-    return words.contiguous()
-
-
 # ---- CPU ----
 
 
 def _draw(like: Tensor, size: list[int]) -> Tensor:
+    """``like`` is for the dispatcher: a fake or wrapped tensor gets a fake or wrapped seed."""
     return torch.empty(size, dtype=torch.int64, device="cpu").random_()
 
 
@@ -66,14 +57,13 @@ def _forward(
     x: Tensor, seed: Tensor, p: float | Tensor, noise_shape: list[int] | None, bits: bool
 ) -> tuple[Tensor, Tensor]:
     cut, scale = threshold_scale(p)
-    y, words = _kernels.forward(x, int(seed.item()) & _random.WRAP, cut, scale, _cells_shape(x, noise_shape), bits)
+    y, words = _kernels.forward(x, _random.as_int(seed), cut, scale, _cells_shape(x, noise_shape), bits)
     return y, torch.empty(0, dtype=torch.int32) if words is None else words
 
 
 def _backward(dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[int] | None) -> Tensor:
     _, scale = threshold_scale(p)
     cells_shape = _cells_shape(dy, noise_shape)
-    words = _checked_words(words, dy.numel() if cells_shape is None else math.prod(cells_shape))
     return _kernels.apply(dy, words, scale, cells_shape)
 
 
@@ -104,7 +94,7 @@ def _overload(op: Any, p: float | Tensor) -> Any:
     return op.tensor if isinstance(p, Tensor) else op.default
 
 
-def _masked(x: Tensor, kept: Tensor, p: float | Tensor, noise_shape: Any, bits: bool) -> Tensor:
+def masked(x: Tensor, kept: Tensor, p: float | Tensor, noise_shape: Any, bits: bool) -> Tensor:
     """The derivative: x under the mask that was kept, as words or as a seed."""
     if bits:
         dx: Tensor = _overload(torch.ops.fastdrop.backward, p)(x, kept, p, noise_shape)
@@ -132,7 +122,7 @@ def _keep(ctx: Any, kept: Tensor, p: float | Tensor, noise_shape: Any, bits: boo
 
 def _derivative(ctx: Any, x: Tensor) -> Tensor:
     kept, p = ctx.saved_tensors
-    return _masked(x, kept, ctx.p if p is None else p, ctx.noise_shape, ctx.bits)
+    return masked(x, kept, ctx.p if p is None else p, ctx.noise_shape, ctx.bits)
 
 
 class _Forward(torch.autograd.Function):
@@ -264,7 +254,7 @@ def _no_batch(batch_axis: int | None, p: float | Tensor) -> None:
 
 # ---- registration ----
 
-library.define(SEED_FROM_GENERATOR, tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag))
+library.define(DRAW, tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag))
 library.impl("draw", _draw, "CompositeExplicitAutograd")
 torch.library.register_fake("fastdrop::draw", _draw_fake, lib=library)
 library.impl("draw", _draw_vmap, "FuncTorchVmapMode")

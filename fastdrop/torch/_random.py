@@ -17,7 +17,7 @@ from .. import _checks
 from ._plain import is_transformed
 
 SEED_BITS = 63
-WRAP = (1 << 64) - 1
+LOW_64_BITS = (1 << 64) - 1
 
 
 class _Buffer(threading.local):
@@ -53,7 +53,7 @@ def as_int(seed: Any, generator: torch.Generator | None = None) -> int:
     """A seed given by the caller, an int or an int64 tensor of one element, as 64 bits."""
     _only_one(generator)
     if isinstance(seed, Tensor):
-        return int(_one(seed).item()) & WRAP
+        return int(_one(seed).item()) & LOW_64_BITS
     return _checks.uint64("seed", seed)
 
 

@@ -70,14 +70,14 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
     """Makes every dropout module of a model a fastdrop one, in place, and reports what it did.
 
     Each `torch.nn.Dropout`, at any depth and the model itself included, becomes a `fastdrop.torch.Dropout`: the same
-    object with the same p, training state and hooks, whoever refers to it. What draws its dropout by other means is
-    left and listed with the reason; `enable` reaches that too.
+    object with the same p, training state and hooks, whoever refers to it, listed once. What drops by other means is
+    left and listed with the reason; where that names `enable`, it is reached so.
 
     Parameters
     ----------
     model : Module
     store : {"bits", "seed"}
-        As in `fastdrop.torch.dropout`.
+        As in `fastdrop.torch.dropout`; ValueError for any other.
 
     Returns
     -------

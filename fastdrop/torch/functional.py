@@ -1,7 +1,7 @@
 """Dropout as a function, and the adapters that give it a gradient.
 
 `dropout` routes. Plain eager tensors take `_Fast`, an `autograd.Function` that calls the kernel at once; compilers,
-tracers, transforms, modes and subclasses take the ops of `_ops`, which can all that and cost three times as much.
+tracers, transforms, modes and subclasses take the ops of `_ops`, which serve all of those and cost three times as much.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _checks
 from ..stream import threshold_and_scale
-from . import _kernels, _random
-from . import _ops as _ops  # registers torch.ops.fastdrop
+from . import _kernels, _ops, _random
 from ._plain import is_plain
 
 __all__ = ["dropout"]
@@ -46,8 +45,9 @@ def dropout(
     ----------
     input : Tensor of float32, float64, float16, bfloat16, complex64 or complex128, any shape ``(*)``, any strides
         Complex numbers are dropped whole.
-    p : float or Tensor without axes
-        Drop probability, 0 to 1. p = 1 gives zeros, with zeros for a gradient.
+    p : float or Tensor of one number
+        Drop probability, 0 to 1. p = 1 gives zeros, with zeros for a gradient. As a tensor it may change from call to
+        call of a compiled function without compiling anew.
     training : bool
         False returns input itself; so does p = 0.
     inplace : bool
@@ -56,7 +56,8 @@ def dropout(
         On the CPU; None is torch's default generator, the one `torch.manual_seed` sets. Each call draws one number.
         Can't be compiled, and checkpointing doesn't restore it: give ``seed`` there.
     seed : int from 0 to 2**64 - 1, or Tensor of one int64, optional
-        Draws the mask from this number and nothing from any generator.
+        Draws the mask from this number and nothing from any generator. Ints that vary in a compiled function must be
+        below 2**63.
     noise_shape : sequence of (int or None), optional
         1 on axes that share one decision, None or the full extent elsewhere, as in Keras.
     store : {"bits", "seed"}
@@ -69,11 +70,15 @@ def dropout(
     Raises
     ------
     ValueError
-        p outside [0, 1]; noise_shape that does not fit; unknown store; both seed and generator.
+        p or seed out of range; noise_shape that does not fit; unknown store; both seed and generator; a seed tensor of
+        more than one number.
     TypeError
-        p or seed of another type.
+        input that is no Tensor; p or seed of another type.
     RuntimeError
-        input of an integer dtype; a leaf that requires grad in place.
+        input of an integer dtype; what torch won't have written in place; ``generator`` under ``torch.compile``;
+        ``vmap`` without randomness="same" or "different", or over p.
+    NotImplementedError
+        input that is not on the CPU (or "meta").
 
     Has a gradient of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``,
     autocast and checkpointing. Sources: Hinton et al. 2012; Srivastava et al., JMLR 15, 2014.
@@ -158,7 +163,7 @@ class _Fast(torch.autograd.Function):
         (kept,) = ctx.saved_tensors
         _, cut, scale, cells_shape, bits, _, p = ctx.call
         if _is_compiling() or torch.is_grad_enabled() or not is_plain(dy):
-            return _masked_op(dy, kept, p, cells_shape, bits), None
+            return _ops.masked(dy, kept, p, cells_shape, bits), None
         if bits:
             return _kernels.apply(dy, kept, scale, cells_shape), None
         return _kernels.forward(dy, _random.as_int(kept), cut, scale, cells_shape, False)[0], None
@@ -168,15 +173,6 @@ class _Fast(torch.autograd.Function):
 # backward, which looks for a `vjp`: two microseconds of twenty for a small tensor.
 _apply_fast = super(torch.autograd.Function, _Fast).apply
 _Fast._backward_cls.apply = _Fast.backward  # type: ignore[attr-defined]
-
-
-def _masked_op(dy: Tensor, kept: Tensor, p: float, cells_shape: Any, bits: bool) -> Tensor:
-    """The op, which has derivatives of its own."""
-    if bits:
-        dx: Tensor = torch.ops.fastdrop.backward.default(dy, kept, p, cells_shape)
-        return dx
-    again: Tensor = torch.ops.fastdrop.forward.default(dy, kept, p, cells_shape, False)[0]
-    return again
 
 
 def _compiled(
@@ -192,6 +188,8 @@ def _compiled(
     if not training or (not isinstance(p, Tensor) and p <= KEEPS_ALL):
         return x
     if noise_shape is not None:
+        if len(noise_shape) != x.dim():
+            raise ValueError("noise_shape must have one entry per axis of x")
         noise_shape = [x.shape[i] if cells is None else cells for i, cells in enumerate(noise_shape)]
     return _by_ops(x, p, inplace, generator, seed, noise_shape, store == "bits")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .. import _checks
 from .functional import dropout
@@ -21,6 +21,8 @@ class Dropout(nn.Dropout):
         Writes the result to the input.
     store : {"bits", "seed"}
         What is kept for backward: 1/8 byte per element, or 8 bytes in all, from which backward draws the mask again.
+
+    Raises ValueError for p outside [0, 1] and for an unknown store.
 
     Shape: any; the output's is the input's. Errors and details as in `fastdrop.torch.dropout`.
 
@@ -41,6 +43,9 @@ class Dropout(nn.Dropout):
         self.store = store
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(input, fx.Proxy):  # a module of torch's own would stay one in the graph, and so follow eval()
+            tracer = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
         return dropout(input, self.p, self.training, self.inplace, store=self.store)
 
     def extra_repr(self) -> str:

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import __version__
 from . import _kernels
@@ -37,7 +39,8 @@ def enable() -> None:
     `torch.nn.functional.dropout`, ``torch.dropout`` and their in-place forms, and with them `torch.nn.Dropout`,
     `torch.nn.MultiheadAttention`, `torch.nn.functional.scaled_dot_product_attention`, `torch.nn.LSTM` and
     `torch.nn.GRU` between layers, and any model built of these. Values and gradients are those of
-    `fastdrop.torch.dropout`; other operators, other devices and integer, sparse and nested tensors stay as they are.
+    `fastdrop.torch.dropout`; other operators, the dropouts of whole features and alpha dropout, other devices, integer,
+    sparse and nested tensors and DTensors stay as they are.
 
     Calling it again does nothing. What `torch.compile` has compiled is compiled anew at its next call, so switch once
     and not in a loop.
@@ -112,8 +115,9 @@ def _dropout_(input: Tensor, p: float, train: bool) -> Tensor:
 
 def _ours(x: Tensor, p: float) -> bool:
     """Whether fastdrop has it; torch refuses a bad p in its own words."""
+    known = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ or isinstance(x, (FakeTensor, FunctionalTensor))
     dense = x.layout is torch.strided and not x.is_nested
-    return dense and x.device.type == "cpu" and x.dtype in _kernels.DTYPES and 0.0 <= p <= 1.0
+    return known and dense and x.device.type == "cpu" and x.dtype in _kernels.DTYPES and 0.0 <= p <= 1.0
 
 
 def _torchs(op: Any, *arguments: Any) -> Tensor:
@@ -128,7 +132,7 @@ def _mark_compiled(ours: bool) -> None:
     Both caches know a graph by torch's names, before dropout becomes what it is in this state.
     """
     config = torch.compiler.config
-    config.cache_key_tag = config.cache_key_tag + CACHE_TAG if ours else config.cache_key_tag.removesuffix(CACHE_TAG)
+    config.cache_key_tag = config.cache_key_tag + CACHE_TAG if ours else config.cache_key_tag.replace(CACHE_TAG, "")
     for op in (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default):
         op._dispatch_cache.clear()  # tracing remembers there which kernel it found
     if "torch._dynamo" in sys.modules:
