@@ -113,6 +113,11 @@ def threads(row: dict[str, Any]) -> str:
     return f"{row['threads']} thread{'s' if row['threads'] > 1 else ''}"
 
 
+def label(row: dict[str, Any]) -> str:
+    name = "Transformer-\nEncoder" if row["operation"] == "TransformerEncoder" else row["operation"]
+    return f"{name}\np = {row['p']}\n{threads(row)}"
+
+
 def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     """Left: what dropout adds to a training step. Right: ns per element of the function."""
     import matplotlib
@@ -131,9 +136,11 @@ def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
         bars = left.bar([i + shift for i in range(len(shown))], added, width, label=name, color=color)
         left.bar_label(bars, fmt="%+.0f%%", fontsize=8)
     left.set_xticks(
-        range(len(shown)), [f"{row['operation']}\np = {row['p']}\n{threads(row)}" for row in shown], fontsize=8
+        range(len(shown)),
+        [label(row) for row in shown],
+        fontsize=8,
     )
-    left.set(title="Time that dropout adds to a training step", ylabel="% of the step at p = 0")
+    left.set(title="Time that dropout adds\nto a training step", ylabel="% of the step at p = 0")
     left.legend(frameon=False)
     left.margins(y=0.12)
     for name, color in ((F_DROPOUT, "#1f77b4"), ("fastdrop", "#d62728")):
@@ -146,7 +153,12 @@ def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
         right.plot(
             sorted(points), [points[n] for n in sorted(points)], marker="o", color=color, label=name, linewidth=2
         )
-    right.set(xscale="log", yscale="log", title="Forward + backward, float32, p = 0.1, one thread", xlabel="elements")
+    right.set(
+        xscale="log",
+        yscale="log",
+        title="The function, forward + backward\nfloat32, p = 0.1, one thread",
+        xlabel="elements",
+    )
     right.set_ylabel("ns per element")
     right.set_xticks(list(ELEMENTS.values()), list(ELEMENTS))
     right.minorticks_off()
