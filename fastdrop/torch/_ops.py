@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
@@ -25,6 +24,7 @@ from .. import _checks
 from ..mask import word_count
 from ..stream import threshold_and_scale
 from . import _kernels, _random
+from ._plain import is_transformed
 
 DRAW = "draw(Tensor like, SymInt[] size) -> Tensor"
 FORWARD = "(Tensor x, Tensor seed, {p} p, SymInt[]? noise_shape, bool bits) -> (Tensor y, Tensor words)"
@@ -105,7 +105,7 @@ def masked(x: Tensor, kept: Tensor, p: float | Tensor, noise_shape: Any, bits: b
 
 def _below_autograd(op: Any, keyset: Any, *arguments: Any) -> Any:
     """The op's next kernel. `Function` has turned derivatives off; transforms further out want theirs."""
-    outer = peek_interpreter_stack() is not None
+    outer = is_transformed()
     on = (torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True)) if outer else ()
     with contextlib.ExitStack() as stack:
         for context in (*on, torch._C._AutoDispatchBelowAutograd()):
@@ -170,7 +170,7 @@ def _autograd(op: Any, function: type[torch.autograd.Function]) -> Any:
     apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # Function's own would start from the outermost transform
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        if peek_interpreter_stack() is None:
+        if not is_transformed():
             return apply(op, keyset, *arguments)
         with enable_single_level_autograd_function():
             return apply(op, keyset, *arguments)
