@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 import fastdrop.torch as fdt  # noqa: E402
 
 from .cases import output_of  # noqa: E402
+from .torch_cases import assert_equal  # noqa: E402
 
 OPERATORS = ("aten::dropout", "aten::dropout_")
 BATCH, LENGTH, WIDTH, HEADS, HIDDEN, MEMORY = 2, 5, 16, 2, 32, 7
@@ -68,15 +69,6 @@ def run(function, seed, x):
     y = under(seed, function, x)
     y.sin().sum().backward()
     return y.detach(), x.grad
-
-
-def assert_equal(actual, expected):
-    if isinstance(expected, tuple):
-        assert len(actual) == len(expected)
-        for a, e in zip(actual, expected, strict=True):
-            assert_equal(a, e)
-        return
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def saved(function, *arguments):

@@ -34,6 +34,8 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastdrop.torch as fdt  # noqa: E402
 
+from .torch_cases import assert_equal  # noqa: E402
+
 STORES = ("bits", "seed")
 OPS = torch.ops.fastdrop
 
@@ -61,15 +63,6 @@ def gradient(function, x):
     y = function(x)
     y.sin().sum().backward()
     return y.detach(), x.grad
-
-
-def assert_equal(actual, expected):
-    if isinstance(expected, tuple):
-        assert len(actual) == len(expected)
-        for a, e in zip(actual, expected, strict=True):
-            assert_equal(a, e)
-        return
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.fixture
