@@ -49,13 +49,21 @@ def write(arguments: list[str], usage: str, report: Callable[..., str], plot: Ca
     return 0
 
 
-def report(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+def machine_line(run: dict[str, Any]) -> str:
+    """What ran where and when."""
     machine = run["machine_info"]
+    versions = [f"{package} {machine[package]}" for package in ("torch", "fastdrop") if package in machine]
+    return (
+        f"{machine['cpu_name']}, {machine['cpu'].get('count', '?')} CPUs, {machine['system']}; Python "
+        f"{machine['python_version']}; {'; '.join(versions)}; {run['datetime'][:10]}."
+    )
+
+
+def report(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Benchmark report",
         "",
-        f"{machine['cpu_name']}, {machine['cpu'].get('count', '?')} CPUs, {machine['system']}; Python "
-        f"{machine['python_version']}; fastdrop {machine['fastdrop']}; {run['datetime'][:10]}.",
+        machine_line(run),
         "",
         "Medians of alternating samples; every ratio is the median of ratios taken round by round. A case is a kernel: "
         'the backend\'s primitive over memory that is there, called from Python. A "call" is the public function '

@@ -9,24 +9,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .report import write
+from fastdrop.cli.contenders import F_DROPOUT
+
+from .report import machine_line, write
 
 ELEMENTS = {"1k": 1000, "64k": 1 << 16, "1M": 1 << 20, "16M": 1 << 24}
 STEP_LIMITS = {"TransformerEncoder": 1.06, "MLP": 1.05}  # of the step at p = 0
 NO_GRAD_LIMIT = 0.8  # of F.dropout's time, at 1k
 SPEEDUP = 10  # forward + backward, from 64k on
 SEED_BYTES = 64
-F_DROPOUT, P_ZERO, SEED = "F.dropout", "p = 0", 'store="seed"'
+P_ZERO, SEED = "p = 0", 'store="seed"'
 
 
 def report(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    machine = run["machine_info"]
     lines = [
         "# Benchmark report: torch",
         "",
-        f"{machine['cpu_name']}, {machine['cpu'].get('count', '?')} CPUs, {machine['system']}; Python "
-        f"{machine['python_version']}; torch {machine['torch']}; fastdrop {machine['fastdrop']}; "
-        f"{run['datetime'][:10]}.",
+        machine_line(run),
         "",
         "Medians of alternating samples; every ratio is the median of ratios taken round by round. Training steps are "
         "forward, backward and SGD; fastdrop's run under `fdt.enable()`, with no change to the model.",

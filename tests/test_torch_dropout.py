@@ -1423,7 +1423,9 @@ def test_words_come_back_from_hooks_in_another_layout(backend, n):
     assert torch.equal(x.grad, y.detach())
 
 
-@pytest.mark.parametrize("change", [lambda t: t[:1].clone(), lambda t: t.long(), lambda t: t.float()], ids=range(3))
+@pytest.mark.parametrize(
+    "change", [lambda t: t[:1].clone(), lambda t: t.long(), lambda t: t.float(), lambda t: t.to("meta")], ids=range(4)
+)
 def test_other_words_come_back_from_hooks(backend, change):
     """Refused, where kernels would read past the end or take other bits."""
     x = torch.ones(4000, requires_grad=True)

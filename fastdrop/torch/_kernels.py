@@ -1,7 +1,8 @@
 """Plain CPU tensors in, plain CPU tensors out: the primitives as torch's side of the package calls them.
 
-No autograd, no checks, no generator. This module owns how a tensor's memory reaches a backend: by address where the
-backend is C, as NumPy views elsewhere, and in logical order always. Threads are as many as torch's own ops may use.
+No autograd, no generator, and no checks but of dtypes and of words, past whose end kernels would read. This module owns
+how a tensor's memory reaches a backend: by address where the backend is C, as NumPy views elsewhere, and in logical
+order always. Threads are as many as torch's own ops may use.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from .. import backends
 from .._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from ..backends import native
 from ..grid import Grid
+from ..mask import fill_words, word_count
 from ..stream import DROP_ALL
 
 TAGS = {
@@ -98,7 +100,7 @@ def forward(
 
 def draw(cells: int, seed: int, cut: int) -> Tensor:
     """The words of a mask of so many cells, any threshold."""
-    words = _NO_WORDS.new_empty((cells + 31) >> 5)
+    words = _NO_WORDS.new_empty(word_count(cells))
     if 0 < cut < DROP_ALL and cells:
         backend = backends.active()
         if backend is native:
@@ -107,17 +109,16 @@ def draw(cells: int, seed: int, cut: int) -> Tensor:
         else:
             _call(backend, backend.draw_bits, _words(words), 0, 0, cells, seed, 0, cut)
         return words
-    words.fill_(0 if cut else -1)
-    if not cut and cells & 31:
-        words[-1] = (1 << (cells & 31)) - 1
+    if cells:
+        fill_words(_words(words), cells, cut)
     return words
 
 
 def _checked(words: Tensor, cells: int) -> Tensor:
     """Words as kernels take them, who would read past the end of fewer. Hooks on saved tensors may change them."""
-    if words.dtype != torch.int32 or words.shape != ((cells + 31) >> 5,) or not words.is_cpu:
+    if words.dtype != torch.int32 or words.shape != (word_count(cells),) or not words.is_cpu:
         raise ValueError(
-            f"words must be {(cells + 31) >> 5} int32 on the CPU for {cells} cells, but got {words.dtype} of shape "
+            f"words must be {word_count(cells)} int32 on the CPU for {cells} cells, but got {words.dtype} of shape "
             f"{tuple(words.shape)} on {words.device}"
         )
     return words.contiguous()
@@ -134,7 +135,8 @@ def apply(x: Tensor, words: Tensor, scale: float, cells_shape: Shape | None) -> 
         return torch.view_as_complex(y)
     n = x.numel()
     cells = n if cells_shape is None else math.prod(cells_shape)
-    if words.dtype is not torch.int32 or words.numel() != (cells + 31) >> 5 or not words.is_contiguous():
+    whole = words.dtype is torch.int32 and words.numel() == (cells + 31) >> 5 and words.is_contiguous()
+    if not whole or not words.is_cpu:
         words = _checked(words, cells)
     if not n:
         return torch.empty_like(x)

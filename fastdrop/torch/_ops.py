@@ -41,8 +41,13 @@ def threshold_scale(p: float | Tensor) -> tuple[int, float]:
     return threshold_and_scale(number)
 
 
-def _cells_shape(x: Tensor, noise_shape: Any) -> tuple[int, ...] | None:
-    return None if noise_shape is None else _checks.noise_shape(tuple(noise_shape), tuple(x.shape))
+def cells_shape(noise_shape: Any, x: Tensor) -> tuple[int, ...] | None:
+    """Extents of x's mask, None where they are those of x."""
+    if noise_shape is None:
+        return None
+    full = tuple(x.shape)
+    cells = _checks.noise_shape(noise_shape, full)
+    return None if cells == full else cells
 
 
 # ---- CPU ----
@@ -57,14 +62,13 @@ def _forward(
     x: Tensor, seed: Tensor, p: float | Tensor, noise_shape: list[int] | None, bits: bool
 ) -> tuple[Tensor, Tensor]:
     cut, scale = threshold_scale(p)
-    y, words = _kernels.forward(x, _random.as_int(seed), cut, scale, _cells_shape(x, noise_shape), bits)
+    y, words = _kernels.forward(x, _random.as_int(seed), cut, scale, cells_shape(noise_shape, x), bits)
     return y, torch.empty(0, dtype=torch.int32) if words is None else words
 
 
 def _backward(dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[int] | None) -> Tensor:
     _, scale = threshold_scale(p)
-    cells_shape = _cells_shape(dy, noise_shape)
-    return _kernels.apply(dy, words, scale, cells_shape)
+    return _kernels.apply(dy, words, scale, cells_shape(noise_shape, dy))
 
 
 # ---- shapes alone ----
@@ -89,7 +93,7 @@ def _backward_fake(dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: li
 # ---- gradients ----
 
 
-def _overload(op: Any, p: float | Tensor) -> Any:
+def overload(op: Any, p: float | Tensor) -> Any:
     """By hand: an op called with a tensor for p may read the number in it, and a compiler then keeps that number."""
     return op.tensor if isinstance(p, Tensor) else op.default
 
@@ -97,9 +101,9 @@ def _overload(op: Any, p: float | Tensor) -> Any:
 def masked(x: Tensor, kept: Tensor, p: float | Tensor, noise_shape: Any, bits: bool) -> Tensor:
     """The derivative: x under the mask that was kept, as words or as a seed."""
     if bits:
-        dx: Tensor = _overload(torch.ops.fastdrop.backward, p)(x, kept, p, noise_shape)
+        dx: Tensor = overload(torch.ops.fastdrop.backward, p)(x, kept, p, noise_shape)
         return dx
-    again: Tensor = _overload(torch.ops.fastdrop.forward, p)(x, kept, p, noise_shape, False)[0]
+    again: Tensor = overload(torch.ops.fastdrop.forward, p)(x, kept, p, noise_shape, False)[0]
     return again
 
 
@@ -167,7 +171,8 @@ class _Backward(torch.autograd.Function):
 
 def _autograd(op: Any, function: type[torch.autograd.Function]) -> Any:
     """A kernel for autograd's key: one level of derivatives, as the dispatcher goes from one transform to the next."""
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]  # Function's own would start from the outermost transform
+    # `Function.apply` itself would start again from the outermost transform.
+    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         if not is_transformed():
@@ -209,7 +214,7 @@ def _forward_vmap(
     noise_shape: list[int] | None,
     bits: bool,
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
-    op = _overload(torch.ops.fastdrop.forward, p)
+    op = overload(torch.ops.fastdrop.forward, p)
     _no_batch(in_dims[2], p)
     if in_dims[1] is None:  # one seed: all samples under the same mask
         x = x.movedim(in_dims[0], 0)
@@ -226,7 +231,7 @@ def _forward_vmap(
 def _backward_vmap(
     info: Any, in_dims: tuple[Any, ...], dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[int] | None
 ) -> tuple[Tensor, int]:
-    op = _overload(torch.ops.fastdrop.backward, p)
+    op = overload(torch.ops.fastdrop.backward, p)
     _no_batch(in_dims[2], p)
     if in_dims[1] is None:
         dy = dy.movedim(in_dims[0], 0)

@@ -117,8 +117,7 @@ def dropout(
     cut, scale = threshold_and_scale(p)
     if not training or cut == 0:
         _check_tensor(input)
-        if noise_shape is not None:
-            _cells_shape(noise_shape, input)
+        _ops.cells_shape(noise_shape, input)
         if seed is not None:
             _random.as_int(seed, generator)
         return input
@@ -129,7 +128,7 @@ def dropout(
     if not known:
         _check_tensor(input)
         _kernels.check_dtype(input)
-    cells_shape = None if noise_shape is None else _cells_shape(noise_shape, input)
+    cells_shape = None if noise_shape is None else _ops.cells_shape(noise_shape, input)
     if not is_plain(input):
         return _by_ops(input, p, inplace, generator, seed, cells_shape, store == "bits")
     if seed is not None:
@@ -204,16 +203,8 @@ def _by_ops(x: Tensor, p: Any, inplace: bool, generator: Any, seed: Any, cells_s
         raise RuntimeError("generator can't be compiled: give seed, an int or a tensor, in its place")
     else:
         number = _random.draw_tensor(generator)
-    op = torch.ops.fastdrop.forward.tensor if isinstance(p, Tensor) else torch.ops.fastdrop.forward.default
-    y: Tensor = op(x, number, p, cells_shape, bits)[0]
+    y: Tensor = _ops.overload(torch.ops.fastdrop.forward, p)(x, number, p, cells_shape, bits)[0]
     return x.copy_(y) if inplace else y
-
-
-def _cells_shape(noise_shape: Any, x: Tensor) -> tuple[int, ...] | None:
-    """Extents of the mask, None where they are those of x."""
-    full = tuple(x.shape)
-    cells = _checks.noise_shape(noise_shape, full)
-    return None if cells == full else cells
 
 
 def _check_tensor(x: Any) -> None:
