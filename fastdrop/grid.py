@@ -12,7 +12,21 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["Grid"]
+__all__ = ["Grid", "cell_axes"]
+
+
+def cell_axes(shape: tuple[int, ...], cells_shape: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(extent, stride in cells) of each axis of data under a mask: 0 where a decision is shared.
+
+    >>> cell_axes((8, 3, 5, 5), (8, 3, 1, 1))
+    [(8, 3), (3, 1), (5, 0), (5, 0)]
+    """
+    axes: list[tuple[int, int]] = []
+    stride = 1
+    for extent, cells in zip(reversed(shape), reversed(cells_shape), strict=True):
+        axes.append((extent, stride if cells == extent else 0))
+        stride *= cells
+    return axes[::-1]
 
 
 @dataclass(frozen=True, slots=True)

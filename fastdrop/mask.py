@@ -45,8 +45,19 @@ def _popcount(words: NDArray[np.uint32]) -> int:
     return sum(int(np.unpackbits(words[i : i + step].view(np.uint8)).sum()) for i in range(0, words.size, step))
 
 
+def _in_memory(words: Any) -> NDArray[np.uint32]:
+    """Words that may lie on a GPU, copied from there: CuPy's and Numba's arrays have a method each."""
+    if isinstance(words, np.ndarray):
+        return words
+    copied: NDArray[np.uint32] = words.get() if hasattr(words, "get") else words.copy_to_host()
+    return copied
+
+
 class PackedMask:
     """A dropout mask at one bit per cell.
+
+    The mask of an array on a GPU has its words there, in an array of the same kind; counting, comparing, unpacking and
+    pickling it copies them and waits.
 
     Parameters
     ----------
@@ -138,11 +149,11 @@ class PackedMask:
     @property
     def kept(self) -> int:
         """Number of cells kept."""
-        return _popcount(self._words)
+        return _popcount(_in_memory(self._words))
 
     def to_bool(self) -> NDArray[np.bool_]:
         """The mask as booleans of ``shape``, True = keep (1 byte per cell)."""
-        little = self._words.astype("<u4", copy=False).view(np.uint8)
+        little = _in_memory(self._words).astype("<u4", copy=False).view(np.uint8)
         cells = math.prod(self._shape)
         return np.unpackbits(little, count=cells, bitorder="little").view(np.bool_).reshape(self._shape)
 
@@ -150,12 +161,12 @@ class PackedMask:
         if not isinstance(other, PackedMask):
             return NotImplemented
         same = (self._shape, self._p, self._scale) == (other._shape, other._p, other._scale)
-        return same and np.array_equal(self._words, other._words)
+        return same and np.array_equal(_in_memory(self._words), _in_memory(other._words))
 
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedMask, (np.ascontiguousarray(self._words), self._shape, self._p, self._scale)
+        return PackedMask, (np.ascontiguousarray(_in_memory(self._words)), self._shape, self._p, self._scale)
 
     def __repr__(self) -> str:
         return f"PackedMask(shape={self._shape}, p={self._p}, kept={self.kept}, nbytes={self.nbytes})"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _checks, backends
+from . import _checks, backends, device
 from ._checks import BFLOAT16
 from .grid import Grid
 from .mask import PackedMask, SeededMask, empty_words, fill_words
@@ -41,6 +41,7 @@ def dropout(
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16, any shape ``(*)``, any strides
+        Also an array on a GPU, of CuPy or Numba and C-contiguous: the results are of its kind, on its stream.
     p : float
         Drop probability, 0 to 1; the threshold has 32 bits and the scale is that threshold's own. p = 1 gives zeros.
     training : bool
@@ -86,6 +87,8 @@ def dropout(
     array([0., 0., 2., 2., 0., 2.], dtype=float32)
     """
     given = x
+    if type(x) is not np.ndarray and device.is_on_device(x):
+        return device.dropout(x, p, training, noise_shape, scaling, store, rng, out)
     x, tag = _checks.data("x", x)
     p = _checks.probability(p)
     if scaling != "inverted":
@@ -195,6 +198,9 @@ def draw_mask(shape: int | tuple[int, ...], p: float, *, rng: RandomState = None
 
 def _masked(name: str, x: ArrayLike, mask: Mask | None, out: Array | None) -> Array:
     given = x
+    if type(x) is not np.ndarray and device.is_on_device(x):
+        result: Array = device.masked(name, x, mask, out)
+        return result
     x, tag = _checks.data(name, x)
     if mask is not None:
         if type(mask) is not PackedMask and not isinstance(mask, (PackedMask, SeededMask)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import threading
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def test_use_backend_restores_after_an_error():
     assert backends.active_name() == before
 
 
-@pytest.mark.parametrize("name", ["cuda", "C", "", "reference", None, 3])
+@pytest.mark.parametrize("name", ["gpu", "C", "", "reference", None, 3])
 def test_use_backend_refuses_unknown_names(name):
     before = backends.active_name()
     with pytest.raises(ValueError, match=r"name must be one of auto, c, numba, numpy, but got"):
@@ -83,12 +84,26 @@ def test_auto_takes_the_best_that_can_run(monkeypatch):
 
 def test_explain_gives_a_reason_for_each_backend(backend):
     lines = dict(line.split(": ", 1) for line in fd.explain().splitlines())
-    assert list(lines) == list(primitive_modules())
+    assert list(lines) == [*primitive_modules(), "cuda"]
     assert lines[backend] == "taken, asked for by name"
     for name in primitive_modules():
         if name != backend:
             wanted = "asked for by name" if name in USABLE else primitive_modules()[name].unavailable()
             assert wanted in lines[name]
+
+
+def test_cuda_is_not_chosen_but_found(monkeypatch):
+    before = backends.active_name()
+    module = importlib.import_module("fastdrop.backends.numba_cuda")
+    monkeypatch.setattr(module, "unavailable", lambda: "no GPU; look for one")
+    assert "cuda: can't run: no GPU; look for one" in fd.explain().splitlines()
+    with pytest.raises(RuntimeError, match="backend 'cuda' can't run here: no GPU; look for one"):
+        fd.use_backend("cuda")
+    monkeypatch.setattr(module, "unavailable", lambda: None)
+    assert "cuda: takes arrays on a GPU" in fd.explain().splitlines()
+    with pytest.raises(ValueError, match="cuda takes arrays on a GPU without being asked"):
+        fd.use_backend("cuda")
+    assert backends.active_name() == before
 
 
 def test_explain_quotes_why_a_backend_cannot_run(monkeypatch):
@@ -218,6 +233,7 @@ LAYERS = [
     {"stream"},
     {"mask", "grid"},
     {"backends"},
+    {"device"},
     {"ops", "schedules"},
     {""},  # fastdrop itself: the public names
     {"torch", "cli"},
@@ -225,8 +241,9 @@ LAYERS = [
 ]
 MAY_IMPORT = {  # top-level package: where in fastdrop it may be imported
     "torch": ("torch/", "cli/"),
-    "numba": ("backends/numba_", "backends/_scalars"),
-    "llvmlite": ("backends/numba_", "backends/_scalars"),
+    "numba": ("backends/numba_", "backends/_scalars", "backends/_cuda/"),
+    "llvmlite": ("backends/numba_", "backends/_scalars", "backends/_cuda/"),
+    "cuda": ("backends/_cuda/",),
     "cffi": (),
     "ml_dtypes": ("cli/", "torch/"),
     "sklearn": ("cli/",),

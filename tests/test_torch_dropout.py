@@ -1431,5 +1431,5 @@ def test_other_words_come_back_from_hooks(backend, change):
     x = torch.ones(4000, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(change, lambda t: t):
         y = fdt.dropout(x, 0.5, seed=1)
-    with pytest.raises(ValueError, match=r"^words must be 125 int32 on the CPU for 4000 cells, but got"):
+    with pytest.raises(ValueError, match=r"^words must be 125 int32 on cpu for 4000 cells, but got"):
         y.sum().backward()

@@ -1,6 +1,7 @@
 """Which backend runs: the registry, and what it can say about its choice.
 
-``auto`` takes the first of C, Numba and NumPy that can run here. A backend asked for by name never falls back.
+``auto`` takes the first of C, Numba and NumPy that can run here. A backend asked for by name never falls back. Arrays
+on a GPU are CUDA's, whatever serves the others.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import numpy as np
 __all__ = ["active", "explain", "get_num_threads", "reasons", "set_num_threads", "show_config", "use_backend"]
 
 MODULES = {"c": "native", "numba": "numba_cpu", "numpy": "reference"}  # best first
+CUDA = "cuda"
+FILES = {**MODULES, CUDA: "numba_cuda"}
 AUTO = "auto"
 
 _chosen: str | None = None  # by name; None until FASTDROP_BACKEND or use_backend has spoken
@@ -36,16 +39,21 @@ def active_name() -> str:
 
 def load(name: str) -> ModuleType:
     """A backend by name, usable; RuntimeError with the reason if it is not."""
-    module = _module_of(MODULES[name])
-    reason = module.unavailable()
-    if reason:
-        raise RuntimeError(f"backend {name!r} can't run here: {reason}")
-    return module
+    why = reason(name)
+    if why:
+        raise RuntimeError(f"backend {name!r} can't run here: {why}")
+    return _module_of(FILES[name])
+
+
+def reason(name: str) -> str | None:
+    """Why a backend can't run here; None if it can."""
+    why: str | None = _module_of(FILES[name]).unavailable()
+    return why
 
 
 def reasons() -> dict[str, str | None]:
     """For each backend, why it can't run here; None where it can."""
-    return {name: _module_of(file).unavailable() for name, file in MODULES.items()}
+    return {name: reason(name) for name in FILES}
 
 
 def _module_of(file: str) -> ModuleType:
@@ -62,6 +70,8 @@ def _resolve() -> Any:
 
 def _loaded(name: str) -> Any:
     module: Any = load(_best() if name == AUTO else name)
+    if name == CUDA:
+        raise ValueError(f"cuda takes arrays on a GPU without being asked; for others choose from {', '.join(MODULES)}")
     module.set_num_threads(get_num_threads())
     return module
 
@@ -72,7 +82,7 @@ def _best() -> str:
 
 
 def _checked(name: str, argument: str) -> str:
-    if name not in (AUTO, *MODULES):
+    if name not in (AUTO, *FILES):
         raise ValueError(f"{argument} must be one of {', '.join((AUTO, *MODULES))}, but got {name!r}")
     return name
 
@@ -90,7 +100,8 @@ class use_backend:
     ValueError
         Unknown name.
     RuntimeError
-        The backend can't run here; the message says why and how to get it.
+        The backend can't run here; the message says why and how to get it. Also for "cuda", which can't be chosen: it
+        takes arrays on a GPU, and those alone.
 
     >>> import fastdrop as fd
     >>> with fd.use_backend("numpy"):
@@ -126,7 +137,7 @@ def explain() -> str:
 
     >>> import fastdrop as fd
     >>> with fd.use_backend("numpy"):
-    ...     print(fd.explain().splitlines()[-1])
+    ...     print(fd.explain().splitlines()[2])
     numpy: taken, asked for by name
     """
     taken = active_name()
@@ -136,6 +147,8 @@ def explain() -> str:
             why = "taken, the best that can run here" if _chosen == AUTO else "taken, asked for by name"
         elif reason:
             why = f"can't run: {reason}"
+        elif name == CUDA:
+            why = "takes arrays on a GPU"
         else:
             why = f"could run, but {taken} " + ("is faster" if _chosen == AUTO else "was asked for by name")
         lines.append(f"{name}: {why}")

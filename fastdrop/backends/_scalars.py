@@ -21,28 +21,40 @@ M0, M1 = U(MULTIPLIERS[0]), U(MULTIPLIERS[1])
 W0, W1 = U(WEYL[0]), U(WEYL[1])
 LOW_32 = U(LOW)
 HALF = U(32)
-scalar = njit(forceinline=True)
+scalar = njit(inline="always")
+
+
+def philox(multiply: Any) -> Any:
+    """Four bit planes of a counter under a key. ``multiply(c, m)``: c's low 32 bits times m, all 64 bits of it."""
+
+    @scalar
+    def philox_round(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
+        p0, p1 = multiply(c0, M0), multiply(c2, M1)
+        return (p1 >> HALF) ^ c1 ^ k0, p1, (p0 >> HALF) ^ c3 ^ k1, p0
+
+    @scalar
+    def philox_planes(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
+        """Written out, because loops within loops are not vectorised."""
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + W0, k1 + W1)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(2) * W0, k1 + U(2) * W1)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(3) * W0, k1 + U(3) * W1)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(4) * W0, k1 + U(4) * W1)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(5) * W0, k1 + U(5) * W1)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(6) * W0, k1 + U(6) * W1)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(7) * W0, k1 + U(7) * W1)
+        c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(8) * W0, k1 + U(8) * W1)
+        return philox_round(c0, c1, c2, c3, k0 + U(9) * W0, k1 + U(9) * W1)
+
+    return philox_planes
 
 
 @scalar
-def philox_round(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
-    p0, p1 = (c0 & LOW_32) * M0, (c2 & LOW_32) * M1
-    return (p1 >> HALF) ^ c1 ^ k0, p1, (p0 >> HALF) ^ c3 ^ k1, p0
+def multiply_low(c: Any, m: Any) -> Any:
+    return (c & LOW_32) * m
 
 
-@scalar
-def philox_planes(c0: Any, c1: Any, c2: Any, c3: Any, k0: Any, k1: Any) -> Any:
-    """Four bit planes; written out, because loops within loops are not vectorised."""
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0, k1)
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + W0, k1 + W1)
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(2) * W0, k1 + U(2) * W1)
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(3) * W0, k1 + U(3) * W1)
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(4) * W0, k1 + U(4) * W1)
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(5) * W0, k1 + U(5) * W1)
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(6) * W0, k1 + U(6) * W1)
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(7) * W0, k1 + U(7) * W1)
-    c0, c1, c2, c3 = philox_round(c0, c1, c2, c3, k0 + U(8) * W0, k1 + U(8) * W1)
-    return philox_round(c0, c1, c2, c3, k0 + U(9) * W0, k1 + U(9) * W1)
+philox_planes = philox(multiply_low)
 
 
 @scalar

@@ -21,6 +21,7 @@ DESCRIPTION = (
 PACKAGES = {  # distribution: what it is good for
     "numpy": "",
     "numba": "Numba backend: pip install 'fastdrop[numba]'",
+    "numba-cuda": "arrays on a GPU: pip install 'fastdrop[cuda]'",
     "torch": "fastdrop.torch: pip install 'fastdrop[torch]'",
     "ml_dtypes": "bfloat16 arrays: pip install ml_dtypes",
 }
@@ -61,7 +62,7 @@ def _missing(use: str) -> str:
 def _backend_rows() -> list[tuple[str, str]]:
     taken = backends.active_name()
     why = dict(line.split(": ", 1) for line in backends.explain().splitlines())
-    return [(("* " if name == taken else "  ") + name, why[name]) for name in backends.MODULES]
+    return [(("* " if name == taken else "  ") + name, why[name]) for name in backends.FILES]
 
 
 def _in_use_rows() -> list[tuple[str, str]]:

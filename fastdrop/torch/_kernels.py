@@ -1,8 +1,8 @@
-"""Plain CPU tensors in, plain CPU tensors out: the primitives as torch's side of the package calls them.
+"""Plain tensors in, plain tensors out: the primitives as torch's side of the package calls them.
 
 No autograd, no generator, and no checks but of dtypes and of words, past whose end kernels would read. This module owns
-how a tensor's memory reaches a backend: by address where the backend is C, as NumPy views elsewhere, and in logical
-order always. Threads are as many as torch's own ops may use.
+how a CPU tensor's memory reaches a backend: by address where the backend is C, as NumPy views elsewhere, and in logical
+order always. Threads are as many as torch's own ops may use. CUDA tensors it hands to `_cuda`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ..backends import native
 from ..grid import Grid
 from ..mask import fill_words, word_count
 from ..stream import DROP_ALL
+from . import _cuda
 
 TAGS = {
     torch.float32: FLOAT32,
@@ -65,15 +66,23 @@ _borrow_threads()
 
 
 def forward(
-    x: Tensor, seed: int, cut: int, scale: float, cells_shape: Shape | None, bits: bool, inplace: bool = False
+    x: Tensor, seed: Any, cut: int, scale: float, cells_shape: Shape | None, bits: bool, inplace: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Draws a mask and applies it: x or a new tensor with the strides torch would give it, and the words if asked for.
 
-    ``cells_shape`` is None where each element is a cell; else 1 or the full extent on each axis.
+    ``cells_shape`` is None where each element is a cell; else 1 or the full extent on each axis. ``seed`` is an int,
+    for a CUDA tensor also a tensor on its device.
     """
     tag = TAGS.get(x.dtype)
     n = x.numel()
     if cells_shape is None and tag is not None and 0 < cut < DROP_ALL and n:
+        if x.is_cuda:
+            if x.is_contiguous():
+                y = x if inplace else torch.empty_like(x)
+                words = _empty_words(x, n) if bits else None
+                _cuda.forward(tag, x, y, words, n, seed, cut, scale)
+                return y, words
+            return _forward_by_words(x, seed, cut, scale, None, bits, inplace)
         words = _NO_WORDS.new_empty((n + 31) >> 5) if bits else None
         if x.is_contiguous():
             source, y = x, x if inplace else _new_like(x, n)
@@ -93,13 +102,32 @@ def forward(
             return y, words
         return x.copy_(y) if inplace else _like(y, x), words
     check_dtype(x)
-    words = draw(math.prod(x.shape if cells_shape is None else cells_shape), seed, cut)
+    return _forward_by_words(x, seed, cut, scale, cells_shape, bits, inplace)
+
+
+def _forward_by_words(
+    x: Tensor, seed: Any, cut: int, scale: float, cells_shape: Shape | None, bits: bool, inplace: bool
+) -> tuple[Tensor, Tensor | None]:
+    words = draw(x, math.prod(x.shape if cells_shape is None else cells_shape), seed, cut)
     y = apply(x, words, scale, cells_shape)
     return x.copy_(y) if inplace else y, words if bits else None
 
 
-def draw(cells: int, seed: int, cut: int) -> Tensor:
-    """The words of a mask of so many cells, any threshold."""
+def _empty_words(like: Tensor, cells: int) -> Tensor:
+    return like.new_empty(word_count(cells), dtype=torch.int32)
+
+
+def draw(like: Tensor, cells: int, seed: Any, cut: int) -> Tensor:
+    """The words of a mask of so many cells, any threshold, where ``like`` is."""
+    if like.is_cuda:
+        words = _empty_words(like, cells)
+        if 0 < cut < DROP_ALL and cells:
+            _cuda.draw(words, cells, seed, cut)
+        elif cells:
+            words.fill_(0 if cut == DROP_ALL else -1)
+            if cut != DROP_ALL and cells & 31:
+                words[-1].fill_((1 << (cells & 31)) - 1)
+        return words
     words = _NO_WORDS.new_empty(word_count(cells))
     if 0 < cut < DROP_ALL and cells:
         backend = backends.active()
@@ -114,11 +142,11 @@ def draw(cells: int, seed: int, cut: int) -> Tensor:
     return words
 
 
-def _checked(words: Tensor, cells: int) -> Tensor:
+def _checked(words: Tensor, cells: int, device: torch.device) -> Tensor:
     """Words as kernels take them, who would read past the end of fewer. Hooks on saved tensors may change them."""
-    if words.dtype != torch.int32 or words.shape != (word_count(cells),) or not words.is_cpu:
+    if words.dtype != torch.int32 or words.shape != (word_count(cells),) or words.device != device:
         raise ValueError(
-            f"words must be {word_count(cells)} int32 on the CPU for {cells} cells, but got {words.dtype} of shape "
+            f"words must be {word_count(cells)} int32 on {device} for {cells} cells, but got {words.dtype} of shape "
             f"{tuple(words.shape)} on {words.device}"
         )
     return words.contiguous()
@@ -136,10 +164,17 @@ def apply(x: Tensor, words: Tensor, scale: float, cells_shape: Shape | None) -> 
     n = x.numel()
     cells = n if cells_shape is None else math.prod(cells_shape)
     whole = words.dtype is torch.int32 and words.numel() == (cells + 31) >> 5 and words.is_contiguous()
-    if not whole or not words.is_cpu:
-        words = _checked(words, cells)
+    if not whole or words.device != x.device:
+        words = _checked(words, cells, x.device)
     if not n:
         return torch.empty_like(x)
+    if x.is_cuda:
+        order = _cuda.memory_order(x)
+        if order is None:
+            return _like(apply(x.contiguous(), words, scale, cells_shape), x)
+        y = torch.empty_like(x)
+        _cuda.apply(tag, x, y, order, words, scale, cells_shape)
+        return y
     if x.is_contiguous():
         source, y = x, _new_like(x, n)
     else:

@@ -35,10 +35,17 @@ library = torch.library.Library("fastdrop", "DEF")
 
 
 def threshold_scale(p: float | Tensor) -> tuple[int, float]:
-    number = float(p)
+    number = value_of(p) if isinstance(p, Tensor) else float(p)
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {number}")
     return threshold_and_scale(number)
+
+
+def value_of(p: Tensor) -> float:
+    """The number in a tensor, unless a GPU would have to be waited for."""
+    if p.is_cuda:
+        raise ValueError("p, the drop probability, must be a number or a tensor on the CPU, but got one on the GPU")
+    return float(p.item())
 
 
 def cells_shape(noise_shape: Any, x: Tensor) -> tuple[int, ...] | None:
@@ -50,20 +57,26 @@ def cells_shape(noise_shape: Any, x: Tensor) -> tuple[int, ...] | None:
     return None if cells == full else cells
 
 
-# ---- CPU ----
+# ---- CPU and CUDA ----
 
 
 def _draw(like: Tensor, size: list[int]) -> Tensor:
     """``like`` is for the dispatcher: a fake or wrapped tensor gets a fake or wrapped seed."""
-    return torch.empty(size, dtype=torch.int64, device="cpu").random_()
+    if not like.is_cuda:
+        return torch.empty(size, dtype=torch.int64, device="cpu").random_()
+    seed = _random.draw_cuda(like.get_device(), None) if not size else None
+    if isinstance(seed, int):  # what eager code takes
+        return torch.full((), _random.signed(seed), dtype=torch.int64, device=like.device)
+    return torch.empty(size, dtype=torch.int64, device=like.device).random_() if seed is None else seed
 
 
 def _forward(
     x: Tensor, seed: Tensor, p: float | Tensor, noise_shape: list[int] | None, bits: bool
 ) -> tuple[Tensor, Tensor]:
     cut, scale = threshold_scale(p)
-    y, words = _kernels.forward(x, _random.as_int(seed), cut, scale, cells_shape(noise_shape, x), bits)
-    return y, torch.empty(0, dtype=torch.int32) if words is None else words
+    number = _random.for_kernel(seed, x)
+    y, words = _kernels.forward(x, number, cut, scale, cells_shape(noise_shape, x), bits)
+    return y, x.new_empty(0, dtype=torch.int32) if words is None else words
 
 
 def _backward(dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[int] | None) -> Tensor:
@@ -75,7 +88,7 @@ def _backward(dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[in
 
 
 def _draw_fake(like: Tensor, size: list[int]) -> Tensor:
-    return torch.empty(size, dtype=torch.int64, device="cpu")
+    return torch.empty(size, dtype=torch.int64, device=like.device if like.is_cuda else "cpu")
 
 
 def _forward_fake(
@@ -272,6 +285,7 @@ for _suffix, _type in P_TYPES.items():
         _op = f"{_name}{_suffix}"
         library.define(_op + _schema.format(p=_type), tags=(torch.Tag.pt2_compliant_tag,))
         library.impl(_op, _kernel, "CPU")
+        library.impl(_op, _kernel, "CUDA")
         torch.library.register_fake(f"fastdrop::{_op}", _fake, lib=library)
         _packet = getattr(torch.ops.fastdrop, _name)
         library.impl(

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch._C import _dispatch_keys, _get_tracing_state, _len_torch_dispatch_stack
+from torch._C import (
+    DispatchKey,
+    DispatchKeySet,
+    _dispatch_keys,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
@@ -12,18 +18,30 @@ __all__ = ["is_plain", "is_transformed"]
 
 
 def _plain_keys() -> frozenset[int]:
-    """Dispatch keys of tensors whose memory may be read as it is: dense, on the CPU, no negative or conjugate view."""
+    """Dispatch keys of tensors whose memory may be read as it is: dense, on the CPU or a CUDA device, no negative or
+    conjugate view."""
     tensors = [torch.empty(0, device="cpu")]
     with torch.inference_mode():
         tensors.append(torch.empty(0, device="cpu"))
-    return frozenset(_dispatch_keys(x).raw_repr() for x in tensors)
+    on_cpu = [_dispatch_keys(x).raw_repr() for x in tensors]
+    return frozenset(on_cpu + [_on_cuda(keys) for keys in on_cpu])
+
+
+def _on_cuda(keys: int) -> int:
+    """The keys that a CPU tensor's would be on a GPU, which need not be there to be asked."""
+    for cpu, cuda in ((DispatchKey.CPU, DispatchKey.CUDA), (DispatchKey.AutocastCPU, DispatchKey.AutocastCUDA)):
+        here, there = DispatchKeySet(cpu).raw_repr(), DispatchKeySet(cuda).raw_repr()
+        if keys & here & ~there:
+            keys ^= here ^ there
+    return keys
 
 
 PLAIN = _plain_keys()
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether x is memory on the CPU and no mode, transform, forward-mode AD or `torch.jit.trace` is around."""
+    """Whether x is memory, on the CPU or a CUDA device, and no mode, transform, forward-mode AD or `torch.jit.trace` is
+    around."""
     return (
         _dispatch_keys(x).raw_repr() in PLAIN
         and not _len_torch_dispatch_stack()

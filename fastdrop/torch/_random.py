@@ -1,7 +1,11 @@
-"""Seeds: one 63-bit number per dropout, drawn from torch's own generator.
+"""Seeds: one number per dropout, from torch's own generator of the device.
 
 There is no counter of our own: checkpointing, `torch.random.fork_rng`, DataLoader workers and forked processes save,
 restore and split torch's state alone, and a mask that hangs on it follows.
+
+On the CPU the number is drawn: 63 bits. A CUDA generator draws on the device, and asking it for a number would wait;
+but its state is two numbers that the host has, and each dropout's seed is a function of them. While a graph is captured
+they are not to be had, and the seed is drawn into a tensor on the device that the kernel reads, anew at each replay.
 """
 
 from __future__ import annotations
@@ -43,10 +47,54 @@ def draw(generator: torch.Generator | None) -> int:
     return number
 
 
-def draw_tensor(generator: torch.Generator) -> Tensor:
-    """The same number as a tensor, by an op that transforms know."""
+GENERATOR_STEP = 4  # torch's own kernels take offsets in fours
+_generators = threading.Lock()  # between reading an offset and moving it on
+
+
+def draw_cuda(device: int, generator: torch.Generator | None) -> int | Tensor:
+    """The next seed of a CUDA device, without waiting for it."""
+    if generator is not None and generator.device.type != "cuda":
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
+    if torch.cuda.is_current_stream_capturing():
+        return torch.empty((), dtype=torch.int64, device=torch.device("cuda", device)).random_(generator=generator)
+    if generator is None:
+        generator = torch.cuda.default_generators[device]
+    with _generators:
+        offset = generator.get_offset()
+        generator.set_offset(offset + GENERATOR_STEP)
+    return mixed(generator.initial_seed(), offset)
+
+
+def mixed(seed: int, offset: int) -> int:
+    """A number of 64 bits, another for each offset: the output of SplitMix64 at a state apart from the seed by offsets.
+
+    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    """
+    z = (seed + offset * 0x9E3779B97F4A7C15) & LOW_64_BITS
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & LOW_64_BITS
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & LOW_64_BITS
+    return z ^ z >> 31
+
+
+def signed(number: int) -> int:
+    """64 bits as int64 has them: the highest comes out as the sign."""
+    return number - (1 << 64) if number >> SEED_BITS else number
+
+
+def for_kernel(seed: Tensor, x: Tensor) -> int | Tensor:
+    """A seed as the kernels for x take it: by value, but read on the device by those that run where it lies."""
+    if x.is_cuda and seed.is_cuda:
+        if seed.device != x.device:
+            raise ValueError(f"seed must be on the CPU or on {x.device}, as the input is, but got one on {seed.device}")
+        return _one(seed)
+    return as_int(seed)
+
+
+def draw_tensor(generator: torch.Generator, device: torch.device) -> Tensor:
+    """A number of the generator as a tensor, by an op that transforms know: on the CPU the one that `draw` gives."""
     low, high = -(1 << SEED_BITS), (1 << SEED_BITS) - 1
-    return torch.randint(low, high, (), dtype=torch.int64, device="cpu", generator=generator) & high
+    where = device if device.type == "cuda" else "cpu"
+    return torch.randint(low, high, (), dtype=torch.int64, device=where, generator=generator) & high
 
 
 def as_int(seed: Any, generator: torch.Generator | None = None) -> int:
@@ -57,13 +105,20 @@ def as_int(seed: Any, generator: torch.Generator | None = None) -> int:
     return _checks.uint64("seed", seed)
 
 
+def given(seed: Any, generator: torch.Generator | None, x: Tensor) -> int | Tensor:
+    """A seed given by the caller as the kernels for x take it."""
+    if isinstance(seed, Tensor) and seed.is_cuda:
+        _only_one(generator)
+        return for_kernel(_one(seed), x)
+    return as_int(seed, generator)
+
+
 def as_tensor(seed: Any, generator: torch.Generator | None = None, *, like: Tensor | None = None) -> Tensor:
-    """The same as an int64 tensor without axes, of the kind of ``like``: the 64th bit comes out as the sign."""
+    """The same as an int64 tensor without axes, of the kind of ``like``."""
     _only_one(generator)
     if isinstance(seed, Tensor):
         return _one(seed)
-    bits = _checks.uint64("seed", seed)
-    number = bits - (1 << 64) if bits >> SEED_BITS else bits
+    number = signed(_checks.uint64("seed", seed))
     if like is None or is_transformed():
         return torch.tensor(number, dtype=torch.int64, device="cpu")
     return like.new_full((), number, dtype=torch.int64, device="cpu")

@@ -39,25 +39,25 @@ def dropout(
 
     ``y = x / (1 - p)`` where kept and exactly +0 where dropped, whatever x holds there: a dropped inf or NaN is 0, in
     the gradient too. The mask is a function of the seed, the logical (C-order) index and p alone: the same on any
-    number of threads, any strides and, with `fastdrop.dropout(x.numpy(), p, rng=seed)`, in NumPy.
+    number of threads, any strides, on a GPU and, with `fastdrop.dropout(x.numpy(), p, rng=seed)`, in NumPy.
 
     Parameters
     ----------
     input : Tensor of float32, float64, float16, bfloat16, complex64 or complex128, any shape ``(*)``, any strides
         Complex numbers are dropped whole.
     p : float or Tensor of one number
-        Drop probability, 0 to 1. p = 1 gives zeros, with zeros for a gradient. As a tensor it may change from call to
-        call of a compiled function without compiling anew.
+        Drop probability, 0 to 1. p = 1 gives zeros, with zeros for a gradient. As a tensor, on the CPU, it may change
+        from call to call of a compiled function without compiling anew.
     training : bool
         False returns input itself; so does p = 0.
     inplace : bool
         Writes the result to input and returns that.
     generator : torch.Generator, optional
-        On the CPU; None is torch's default generator, the one `torch.manual_seed` sets. Each call draws one number.
-        Can't be compiled, and checkpointing doesn't restore it: give ``seed`` there.
+        Of input's device; None is torch's default generator there, the one `torch.manual_seed` sets. Each call takes
+        one number. Can't be compiled, and checkpointing doesn't restore it: give ``seed`` there.
     seed : int from 0 to 2**64 - 1, or Tensor of one int64, optional
         Draws the mask from this number and nothing from any generator. Ints that vary in a compiled function must be
-        below 2**63.
+        below 2**63. A tensor on input's GPU is read there when the kernel runs.
     noise_shape : sequence of (int or None), optional
         1 on axes that share one decision, None or the full extent elsewhere, as in Keras.
     store : {"bits", "seed"}
@@ -71,14 +71,15 @@ def dropout(
     ------
     ValueError
         p or seed out of range; noise_shape that does not fit; unknown store; both seed and generator; a seed tensor of
-        more than one number.
+        more than one number or on another GPU; p on a GPU.
     TypeError
         input that is no Tensor; p or seed of another type.
     RuntimeError
-        input of an integer dtype; what torch won't have written in place; ``generator`` under ``torch.compile``;
-        ``vmap`` without randomness="same" or "different", or over p.
+        input of an integer dtype; what torch won't have written in place; ``generator`` under ``torch.compile``, or of
+        another kind of device; ``vmap`` without randomness="same" or "different", or over p; input on a GPU without
+        numba-cuda.
     NotImplementedError
-        input that is not on the CPU (or "meta").
+        input that is neither on the CPU nor on an NVIDIA GPU (nor "meta").
 
     Has a gradient of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``,
     autocast and checkpointing. Sources: Hinton et al. 2012; Srivastava et al., JMLR 15, 2014.
@@ -132,10 +133,15 @@ def dropout(
     if not is_plain(input):
         return _by_ops(input, p, inplace, generator, seed, cells_shape, store == "bits")
     if seed is not None:
-        seed = _random.as_int(seed, generator)
+        seed = _random.given(seed, generator, input)
     if inplace:
         _check_inplace(input)
-    number = _random.draw(generator) if seed is None else seed
+    if seed is not None:
+        number = seed
+    elif input.is_cuda:
+        number = _random.draw_cuda(input.get_device(), generator)
+    else:
+        number = _random.draw(generator)
     if input.requires_grad and torch.is_grad_enabled():
         result: Tensor = _apply_fast(input, (number, cut, scale, cells_shape, store == "bits", inplace, p))
         return result
@@ -165,7 +171,7 @@ class _Fast(torch.autograd.Function):
             return _ops.masked(dy, kept, p, cells_shape, bits), None
         if bits:
             return _kernels.apply(dy, kept, scale, cells_shape), None
-        return _kernels.forward(dy, _random.as_int(kept), cut, scale, cells_shape, False)[0], None
+        return _kernels.forward(dy, _random.for_kernel(kept, dy), cut, scale, cells_shape, False)[0], None
 
 
 # Past `Function.apply`, whose Python looks for functorch (which `is_plain` has ruled out), and past its counterpart in
@@ -202,7 +208,7 @@ def _by_ops(x: Tensor, p: Any, inplace: bool, generator: Any, seed: Any, cells_s
     elif _is_compiling():
         raise RuntimeError("generator can't be compiled: give seed, an int or a tensor, in its place")
     else:
-        number = _random.draw_tensor(generator)
+        number = _random.draw_tensor(generator, x.device)
     y: Tensor = _ops.overload(torch.ops.fastdrop.forward, p)(x, number, p, cells_shape, bits)[0]
     return x.copy_(y) if inplace else y
 
@@ -229,5 +235,5 @@ def _number(p: Any) -> float:
     if isinstance(p, Tensor):
         if p.numel() != 1:
             raise TypeError(f"p must be a number or a tensor of one, but got shape {tuple(p.shape)}")
-        return float(p.item())
+        return _ops.value_of(p)
     return float(p) if isinstance(p, bool) else _checks.number("p", p)

@@ -19,13 +19,13 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import __version__
-from . import _kernels
+from . import _cuda, _kernels
 from .functional import dropout
 
 __all__ = ["disable", "enable", "enabled"]
 
-# Calls on CPU tensors without and with autograd, and calls inside of torch.func's transforms.
-KEYS = ("CPU", "AutogradCPU", "FuncTorchDynamicLayerFrontMode")
+# Calls on CPU and CUDA tensors without and with autograd, and calls inside of torch.func's transforms.
+KEYS = ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA", "FuncTorchDynamicLayerFrontMode")
 
 CACHE_TAG = f"+fastdrop {__version__}"
 
@@ -34,7 +34,8 @@ _lock = threading.Lock()
 
 
 def enable() -> None:
-    """Makes torch's own dropout run on fastdrop, until `disable`: on the CPU, process-wide, wherever it is called from.
+    """Makes torch's own dropout run on fastdrop, until `disable`: process-wide, wherever it is called from, on the CPU
+    and, with numba-cuda, on NVIDIA GPUs.
 
     `torch.nn.functional.dropout`, ``torch.dropout`` and their in-place forms, and with them `torch.nn.Dropout`,
     `torch.nn.MultiheadAttention`, `torch.nn.functional.scaled_dot_product_attention`, `torch.nn.LSTM` and
@@ -117,7 +118,8 @@ def _ours(x: Tensor, p: float) -> bool:
     """Whether fastdrop has it; torch refuses a bad p in its own words."""
     known = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ or isinstance(x, (FakeTensor, FunctionalTensor))
     dense = x.layout is torch.strided and not x.is_nested
-    return known and dense and x.device.type == "cpu" and x.dtype in _kernels.DTYPES and 0.0 <= p <= 1.0
+    here = x.is_cpu or (x.is_cuda and _cuda.is_usable())
+    return known and dense and here and x.dtype in _kernels.DTYPES and 0.0 <= p <= 1.0
 
 
 def _torchs(op: Any, *arguments: Any) -> Tensor:

@@ -1,0 +1,181 @@
+"""The CUDA driver: devices, kernels loaded on them, launches with raw pointers.
+
+Launches go to the stream they are given, never wait and never copy. The device's primary context, the one that torch
+and CuPy use, is made current for the launch where it isn't: an autograd thread may come without one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import struct
+import threading
+from typing import Any
+
+from . import compile
+from .compile import OLDEST, Variant
+
+INSTALL = "pip install 'fastdrop[cuda]'"
+
+THREADS = 128  # per block: four warps
+BLOCKS_PER_SM = 32  # at most; beyond, a thread takes several turns
+
+_PARAMETER_BYTES = 256
+_PARAM_BUFFER_POINTER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0  # as cuda.h has CU_LAUNCH_PARAM_*
+
+_lock = threading.RLock()
+_devices: dict[int, Device] = {}
+
+
+def api() -> Any:
+    """``cuda.bindings.driver``."""
+    return importlib.import_module("cuda.bindings.driver")
+
+
+def unavailable() -> str | None:
+    """Why there is no device to launch on, and what to install; None if there is one."""
+    if not all(importlib.util.find_spec(package) for package in ("numba", "numba_cuda")):
+        return f"numba-cuda is not installed: {INSTALL}"
+    try:
+        driver = api()
+    except ImportError as error:
+        return f"cuda.bindings is not installed ({error}): {INSTALL}"
+    try:
+        status = driver.cuInit(0)[0]
+    except RuntimeError:
+        return "there is no NVIDIA driver (libcuda): install one, then its GPU can be used"
+    if status:
+        return f"the NVIDIA driver finds no GPU that it can use ({status.name}): look at nvidia-smi"
+    if count() == 0:
+        return "the NVIDIA driver finds no GPU: look at nvidia-smi and at CUDA_VISIBLE_DEVICES"
+    return None
+
+
+def count() -> int:
+    return int(check(*api().cuDeviceGetCount()))
+
+
+def check(status: Any, *values: Any) -> Any:
+    """What a call of the driver returned beside its status, which must be success."""
+    if status:
+        raise RuntimeError(f"the CUDA driver reports {status.name}")
+    return values[0] if values else None
+
+
+class _Parameters(threading.local):
+    """A launch's parameters as the driver takes them, in a buffer per thread: when it returns, it has copied them."""
+
+    def __init__(self) -> None:
+        self.buffer = ctypes.create_string_buffer(_PARAMETER_BYTES)
+        self.size = ctypes.c_size_t()
+        self._extra = (ctypes.c_void_p * 5)(
+            _PARAM_BUFFER_POINTER,
+            ctypes.addressof(self.buffer),
+            _PARAM_BUFFER_SIZE,
+            ctypes.addressof(self.size),
+            _PARAM_END,
+        )
+        self.address = ctypes.addressof(self._extra)
+
+
+_parameters = _Parameters()
+
+
+class Kernel:
+    """A variant, loaded on a device."""
+
+    __slots__ = ("_device", "_function", "_pack")
+
+    def __init__(self, device: Device, function: Any, pack: struct.Struct) -> None:
+        self._device, self._function, self._pack = device, function, pack
+
+    def launch(self, stream: int, threads: int, *values: Any) -> None:
+        """Runs at least so many threads, or as many as the device is worth, on a stream."""
+        device, parameters = self._device, _parameters
+        self._pack.pack_into(parameters.buffer, 0, *values)
+        parameters.size.value = self._pack.size
+        blocks = min((threads + THREADS - 1) // THREADS, device.blocks)
+        driver = device.driver
+        with device:
+            status = driver.cuLaunchKernel(
+                self._function, blocks, 1, 1, THREADS, 1, 1, 0, stream, 0, parameters.address
+            )[0]
+        if status:
+            raise RuntimeError(f"the CUDA driver reports {status.name}")
+
+
+class Device:
+    """A GPU by its number, and what is loaded on it. As a context manager: its primary context is current inside."""
+
+    def __init__(self, ordinal: int) -> None:
+        self.driver = driver = api()
+        check(*driver.cuInit(0))
+        handle = check(*driver.cuDeviceGet(ordinal))
+        attribute = driver.CUdevice_attribute
+
+        def ask(name: str) -> int:
+            wanted = getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+            return int(check(*driver.cuDeviceGetAttribute(wanted, handle)))
+
+        self.cc = ask("COMPUTE_CAPABILITY_MAJOR"), ask("COMPUTE_CAPABILITY_MINOR")
+        if self.cc < OLDEST:
+            raise RuntimeError(
+                f"GPU {ordinal} has compute capability {self.cc[0]}.{self.cc[1]}, but fastdrop's kernels need "
+                f"{OLDEST[0]}.{OLDEST[1]} or later"
+            )
+        self.blocks = ask("MULTIPROCESSOR_COUNT") * BLOCKS_PER_SM
+        self._context = check(*driver.cuDevicePrimaryCtxRetain(handle))
+        self._address = int(self._context)
+        self._kernels: dict[Variant, Kernel] = {}
+        self._pushed = threading.local()
+
+    def __enter__(self) -> Device:
+        current = check(*self.driver.cuCtxGetCurrent())
+        self._pushed.now = int(current) != self._address
+        if self._pushed.now:
+            check(*self.driver.cuCtxPushCurrent(self._context))
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._pushed.now:
+            check(*self.driver.cuCtxPopCurrent())
+
+    def kernel(self, variant: Variant) -> Kernel:
+        found = self._kernels.get(variant)
+        return found if found is not None else self._load(variant)
+
+    def _load(self, variant: Variant) -> Kernel:
+        name, code = compile.image(variant, self.cc)
+        driver = self.driver
+        with _lock, self:
+            if variant not in self._kernels:
+                # A stream being captured forbids loading to threads that don't say that it is no part of the graph.
+                mode = check(
+                    *driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+                )
+                try:
+                    module = check(*driver.cuModuleLoadData(code))
+                    function = check(*driver.cuModuleGetFunction(module, name))
+                finally:
+                    check(*driver.cuThreadExchangeStreamCaptureMode(mode))
+                self._kernels[variant] = Kernel(self, function, compile.packer(variant))
+        return self._kernels[variant]
+
+
+def device(ordinal: int) -> Device:
+    found = _devices.get(ordinal)
+    if found is None:
+        with _lock:
+            found = _devices.get(ordinal)
+            if found is None:
+                found = _devices[ordinal] = Device(ordinal)
+    return found
+
+
+def device_of(address: int) -> int:
+    """The number of the GPU that has this address."""
+    driver = api()
+    wanted = driver.CUpointer_attribute.CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL
+    check(*driver.cuInit(0))
+    return int(check(*driver.cuPointerGetAttribute(wanted, address)))

@@ -1,0 +1,237 @@
+"""The bodies of the CUDA kernels, each once, in the words of a vocabulary (`words`).
+
+``draw_words``: a thread draws a word. ``elementwise``: a warp takes a tile of 1,024 cells, lane ``l`` drawing or
+loading word ``l``, then sweeps it. ``strided``: a thread takes a vector or an element, whose cells lie at any strides:
+masks shared along axes, and data whose order in memory isn't the mask's.
+
+What counts tiles, words and bytes has 64 bits. Elements of strided data are numbered with 32, since each number is
+divided by the extents: the launcher cuts larger data.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+# (typed by Numba)
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...stream import GROUP_SHIFT, LOW, MASK_DOMAIN, PLANES_PER_GROUP
+from .._scalars import decide_group, philox
+
+U = np.uint64
+ONE, WORD_SHIFT, HALF = U(1), U(5), U(32)
+LOW_32, LOW_5 = U(LOW), U(31)
+DOMAIN, GROUP_AT, PLANES = U(MASK_DOMAIN), U(GROUP_SHIFT), U(PLANES_PER_GROUP)
+SIGN = U(31)
+TILE_SHIFT, TILE_WORDS, TILE = U(10), U(32), U(1024)
+WORD_BYTES = U(4)
+VECTOR_BYTES = U(16)
+LANES, BATCH = U(32), U(8)
+
+DIMS = 4
+SOURCES = ("drawn", "drawn_shifted", "stored")
+
+
+def _drawing(v: Any) -> Any:
+    any_lane, plane_mask, philox_planes = v.any_lane, v.plane_mask, philox(v.multiply)
+
+    @v.inline
+    def draw(word, k0, k1, o0, o1, threshold, groups):
+        """A mask word of each lane, group by group until no lane of the warp has an undecided cell left."""
+        c1 = (word >> HALF) | DOMAIN
+        keep, undecided = ~U(0), ~U(0)
+        t, group = threshold, groups - groups
+        while group < groups:
+            r0, r1, r2, r3 = philox_planes(word, c1 | (U(group) << GROUP_AT), o0, o1, k0, k1)
+            t0, t1, t2, t3 = U(plane_mask(t, 0)), U(plane_mask(t, 1)), U(plane_mask(t, 2)), U(plane_mask(t, 3))
+            decided, equal = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
+            keep &= decided | ~undecided
+            undecided &= equal
+            if not any_lane((undecided & LOW_32) != U(0)):
+                break
+            group = np.uint32(group + 1)
+            t = np.uint32(t << 4)
+        return keep & LOW_32
+
+    return draw
+
+
+def _state(v: Any) -> Any:
+    load_long = v.load_long
+
+    @v.inline
+    def key(seed, seed_at):
+        if seed_at:
+            return load_long(seed_at)
+        return seed
+
+    return key
+
+
+def _indices(v: Any) -> Any:
+    return v.lane, v.thread, v.block, v.blocks, v.block_threads
+
+
+def draw_words(v: Any) -> Any:
+    draw, key_of = _drawing(v), _state(v)
+    lane_index, thread_index, block_index, blocks, block_threads = _indices(v)
+    load_word, store_word = v.load_word, v.store_word
+
+    def kernel(words, position, first, n, seed, seed_at, offset, threshold, groups):
+        """Bits of cells first .. first+n-1, to bits position .. position+n-1 of words, a thread per word written."""
+        seed = key_of(seed, seed_at)
+        k0, k1, o0, o1 = seed & LOW_32, seed >> HALF, offset & LOW_32, offset >> HALF
+        lead = position & LOW_5
+        shift = (first - lead) & LOW_5
+        begin = (first - lead) >> WORD_SHIFT  # wraps where the first word begins before cell 0, whose bits are not ours
+        count = (lead + n + LOW_5) >> WORD_SHIFT
+        at = words + (position >> WORD_SHIFT) * WORD_BYTES
+        step = U(blocks()) * U(block_threads())
+        warp_first = U(block_index()) * U(block_threads()) + U(thread_index()) - U(lane_index())
+        while warp_first < count:  # whole warps, since lanes vote
+            i = warp_first + U(lane_index())
+            word = draw(begin + i, k0, k1, o0, o1, threshold, groups)
+            if shift:
+                high = draw(begin + i + ONE, k0, k1, o0, o1, threshold, groups)
+                word = ((word | (high << HALF)) >> shift) & LOW_32
+            if i < count:
+                end = lead + n - (i << WORD_SHIFT)
+                if end < HALF:
+                    word &= (ONE << end) - ONE
+                if i == U(0) and lead:
+                    below = (ONE << lead) - ONE
+                    word = (word & ~below) | (U(load_word(at)) & below)
+                store_word(at + i * WORD_BYTES, word)
+            warp_first += step
+
+    return kernel
+
+
+def elementwise(v: Any, source: str) -> Any:
+    draw, key_of = _drawing(v), _state(v)
+    drawn, shifted = source != "stored", source == "drawn_shifted"
+    item = U(v.item_bytes)
+    lane_index, thread_index, block_index, blocks, block_threads = _indices(v)
+    load_word, store_word, uniform = v.load_word, v.store_word, v.uniform
+    load_tile, store_tile, load_rest, store_rest = v.load_tile, v.store_tile, v.load_rest, v.store_rest
+
+    @v.inline
+    def word_of(tile, words, first, n, k0, k1, o0, o1, threshold, groups):
+        """The lane's word of the tile: drawn, or read from words, where element 0 has bit ``first``."""
+        index = (tile << WORD_SHIFT) + U(lane_index())
+        if drawn:
+            word = draw((first >> WORD_SHIFT) + index, k0, k1, o0, o1, threshold, groups)
+            if shifted:
+                high = draw((first >> WORD_SHIFT) + index + ONE, k0, k1, o0, o1, threshold, groups)
+                word = ((word | (high << HALF)) >> (first & LOW_5)) & LOW_32
+            return word
+        shift = first & LOW_5
+        last = (first + n - ONE) >> WORD_SHIFT
+        index += first >> WORD_SHIFT
+        word = U(load_word(words + min(index, last) * WORD_BYTES))
+        if shift:
+            high = U(load_word(words + min(index + ONE, last) * WORD_BYTES))
+            word = ((word | (high << HALF)) >> shift) & LOW_32
+        return word
+
+    def kernel(x, y, words, first, n, whole, seed, seed_at, offset, threshold, groups, a, b, c):
+        """``whole`` tiles in vectors, what is left element by element; all of it where whole is 0."""
+        seed = key_of(seed, seed_at)
+        k0, k1, o0, o1 = seed & LOW_32, seed >> HALF, offset & LOW_32, offset >> HALF
+        lane = U(lane_index())
+        warps = U(blocks()) * (U(block_threads()) >> WORD_SHIFT)
+        warp = U(block_index()) * (U(block_threads()) >> WORD_SHIFT) + U(uniform(thread_index() >> 5))
+        tile = warp
+        while tile < whole:
+            at = tile * (TILE * item) + lane * VECTOR_BYTES
+            held = load_tile(x + at)
+            word = word_of(tile, words, first, n, k0, k1, o0, o1, threshold, groups)
+            if drawn and words:
+                store_word(words + ((tile << WORD_SHIFT) + lane) * WORD_BYTES, word)
+            store_tile(y + at, held, word, lane, a, b, c)
+            tile += warps
+        tile = whole + warp
+        tiles = (n + TILE - ONE) >> TILE_SHIFT
+        while tile < tiles:
+            at = tile * (TILE * item)
+            valid = min(n - (tile << TILE_SHIFT), TILE)
+            word = word_of(tile, words, first, n, k0, k1, o0, o1, threshold, groups)
+            if drawn and words and (lane << WORD_SHIFT) < valid:
+                bits = min(valid - (lane << WORD_SHIFT), HALF)
+                store_word(words + ((tile << WORD_SHIFT) + lane) * WORD_BYTES, word & ((ONE << bits) - ONE))
+            batch = U(0)
+            while batch < LANES:
+                first_item = (batch << WORD_SHIFT) + lane
+                rest = load_rest(x + at, first_item, valid)
+                store_rest(y + at, first_item, valid, rest, word, batch, lane, a, b, c)
+                batch += BATCH
+            tile += warps
+
+    return kernel
+
+
+def strided(v: Any, wide: bool) -> Any:
+    """Elements in memory order, whose cells lie at strides: extents and strides of up to four axes, innermost first.
+
+    ``wide``: 16 bytes at a time; addresses and the innermost extent must be multiples of them.
+    """
+    _, thread_index, block_index, blocks, block_threads = _indices(v)
+    load_word, divide = v.load_word, v.divide
+    load_vector, store_vector, load_item, store_item = v.load_vector, v.store_vector, v.load_item, v.store_item
+    step, vector_bytes = v.vector_items, VECTOR_BYTES
+    item = U(v.item_bytes)
+
+    @v.inline
+    def cell_of(e, e0, m0, s0, c0, e1, m1, s1, c1, e2, m2, s2, c2, c3):
+        q = divide(e, m0, s0)
+        cell = U(e - q * e0) * c0
+        e = q
+        q = divide(e, m1, s1)
+        cell += U(e - q * e1) * c1
+        e = q
+        q = divide(e, m2, s2)
+        return cell + U(e - q * e2) * c2 + U(q) * c3
+
+    @v.inline
+    def bit(words, cell):
+        return (U(load_word(words + (cell >> WORD_SHIFT) * WORD_BYTES)) >> (cell & LOW_5)) & ONE
+
+    def kernel(x, y, words, position, n, e0, m0, s0, c0, e1, m1, s1, c1, e2, m2, s2, c2, c3, a, b, c):
+        thread = block_index() * block_threads() + thread_index()
+        threads = blocks() * block_threads()
+        i = U(thread)
+        if wide:
+            while i * U(step) < U(n):
+                at = i * vector_bytes
+                held = load_vector(x + at)
+                cell = position + cell_of(i * U(step), e0, m0, s0, c0, e1, m1, s1, c1, e2, m2, s2, c2, c3)
+                if c0 == U(0):
+                    bits = U(0) - bit(words, cell)
+                elif c0 == ONE:
+                    last = cell + U(step) - ONE
+                    low = U(load_word(words + (cell >> WORD_SHIFT) * WORD_BYTES))
+                    high = U(load_word(words + (last >> WORD_SHIFT) * WORD_BYTES))
+                    bits = (low | (high << HALF)) >> (cell & LOW_5)
+                else:
+                    bits = U(0)
+                    for j in range(step):
+                        bits |= bit(words, cell + U(j) * c0) << U(j)
+                store_vector(y + at, held, bits, a, b, c)
+                i += U(threads)
+        else:
+            while i < U(n):
+                held = load_item(x + i * item)
+                cell = position + cell_of(i, e0, m0, s0, c0, e1, m1, s1, c1, e2, m2, s2, c2, c3)
+                store_item(y + i * item, held, bit(words, cell), a, b, c)
+                i += U(threads)
+
+    return kernel
+
+
+def build(v: Any, body: str, form: str) -> Any:
+    """The Python function of a kernel."""
+    if body == "draw_words":
+        return draw_words(v)
+    return elementwise(v, form) if body == "elementwise" else strided(v, form == "wide")

@@ -1,0 +1,225 @@
+"""The CUDA backend: the primitives on a GPU's memory, by kernels written in Numba.
+
+This module chooses the kernel and the path of each call and lays out its parameters. The same words bit for bit as on
+the CPU; values too, but that a NaN that is computed with comes out as the GPU's one NaN.
+
+Memory comes as addresses on a device and work goes to a stream: ``*_at(device, stream, ...)``, otherwise with the
+parameters that `reference` gives the primitives. A seed may lie on the device: then ``seed_at`` is its address and
+nobody waits for it, and a captured graph reads it anew at each replay.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import Any
+
+from .._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from ..stream import PLANES_PER_GROUP
+from ._cuda import driver
+from ._cuda.compile import Variant
+
+ITEM_BYTES = {FLOAT32: 4, FLOAT64: 8, FLOAT16: 2, BFLOAT16: 2}
+VECTOR_BYTES = 16
+TILE_CELLS = 1024
+DIMS = 4
+INDEX_END = 1 << 31  # elements that one launch of `strided` numbers
+
+Axis = tuple[int, int]  # extent, stride in cells
+
+_DRAW = Variant("draw_words")
+
+
+def unavailable() -> str | None:
+    """Why this backend can't run here; None if it can."""
+    return driver.unavailable()
+
+
+def describe() -> str:
+    """One line for `show_config`."""
+    return f"CUDA, {driver.count()} GPU" + ("s" if driver.count() > 1 else "")
+
+
+def draw_bits_at(
+    device: int,
+    stream: int,
+    words: int,
+    position: int,
+    first: int,
+    n: int,
+    seed: int,
+    offset: int,
+    threshold: int,
+    *,
+    seed_at: int = 0,
+) -> None:
+    if n:
+        kernel = driver.device(device).kernel(_DRAW)
+        threads = (position % 32 + n + 31) // 32
+        groups = _groups(threshold)
+        kernel.launch(stream, threads, words, position, first, n, seed, seed_at, offset, threshold, groups)
+
+
+def dropout_forward_at(
+    device: int,
+    stream: int,
+    dtype: int,
+    x: int,
+    y: int,
+    words: int,
+    first: int,
+    n: int,
+    seed: int,
+    offset: int,
+    threshold: int,
+    a: float,
+    b: float,
+    c: float,
+    *,
+    seed_at: int = 0,
+) -> None:
+    """``words`` 0: they are not kept."""
+    if n:
+        form = "drawn_shifted" if first & 31 else "drawn"
+        whole, threads = _tiles(x, y, n)
+        kernel = driver.device(device).kernel(_elementwise(dtype, form, b, c))
+        kernel.launch(
+            stream, threads, x, y, words, first, n, whole, seed, seed_at, offset, threshold, _groups(threshold), a, b, c
+        )
+
+
+def masked_affine_at(
+    device: int,
+    stream: int,
+    dtype: int,
+    x: int,
+    y: int,
+    words: int,
+    position: int,
+    outer: int,
+    repeat: int,
+    inner: int,
+    a: float,
+    b: float,
+    c: float,
+) -> None:
+    axes = (outer, inner), (repeat, 0), (inner, 1)
+    strided_affine_at(device, stream, dtype, x, y, words, position, axes, a, b, c)
+
+
+def strided_affine_at(
+    device: int,
+    stream: int,
+    dtype: int,
+    x: int,
+    y: int,
+    words: int,
+    position: int,
+    axes: Sequence[Axis],
+    a: float,
+    b: float,
+    c: float,
+) -> None:
+    """``masked_affine`` for cells at any strides, ``axes`` in the order of memory, outermost first; a stride of 0
+    shares a decision. One launch, unless there are 2**31 elements or more than four axes that don't merge."""
+    axes = _collapsed(axes)
+    n = math.prod(extent for extent, _ in axes)
+    if not n:
+        return
+    if not axes or axes == [(n, 1)]:
+        whole, threads = _tiles(x, y, n)
+        kernel = driver.device(device).kernel(_elementwise(dtype, "stored", b, c))
+        kernel.launch(stream, threads, x, y, words, position, n, whole, 0, 0, 0, 0, 0, a, b, c)
+        return
+    if len(axes) > DIMS or n >= INDEX_END:
+        for start, cell, part in _parts(axes):
+            at = start * ITEM_BYTES[dtype]
+            strided_affine_at(device, stream, dtype, x + at, y + at, words, position + cell, part, a, b, c)
+        return
+    step = VECTOR_BYTES // ITEM_BYTES[dtype]
+    wide = (x | y) % VECTOR_BYTES == 0 and axes[-1][0] % step == 0
+    kernel = driver.device(device).kernel(
+        Variant("strided", dtype, "wide" if wide else "narrow", b == 0.0 and c == 0.0)
+    )
+    inner_first = [*reversed(axes), *[(1, 0)] * (DIMS - len(axes))]
+    divisions = [value for extent, cells in inner_first[:-1] for value in (extent, *reciprocal(extent), cells)]
+    kernel.launch(stream, n // step if wide else n, x, y, words, position, n, *divisions, inner_first[-1][1], a, b, c)
+
+
+def fill_at(device: int, stream: int, address: int, word: int, count: int) -> None:
+    """So many words, all the same."""
+    with driver.device(device) as on:
+        driver.check(*on.driver.cuMemsetD32Async(address, word, count, stream))
+
+
+def copy_at(device: int, stream: int, to: int, source: int, size: int) -> None:
+    """So many bytes, on one device."""
+    with driver.device(device) as on:
+        driver.check(*on.driver.cuMemcpyDtoDAsync(to, source, size, stream))
+
+
+def empty(shape: tuple[int, ...], dtype: Any) -> Any:
+    """One of Numba's arrays, on the current GPU."""
+    from numba import cuda
+
+    return cuda.device_array(shape, dtype)
+
+
+device_of = driver.device_of
+
+
+def reciprocal(extent: int) -> tuple[int, int]:
+    """(multiplier, shift) with ``n * multiplier >> shift == n // extent`` for n below 2**31.
+
+    The multiplier is 2**shift / extent rounded up, too large by less than 1; with ``shift = 31 + ceil(log2(extent))``
+    n times that is less than 2**shift / extent.
+    """
+    shift = 31 + (extent - 1).bit_length()
+    return -(-(1 << shift) // extent), shift
+
+
+def _elementwise(dtype: int, form: str, b: float, c: float) -> Variant:
+    return _variant(dtype, form, b == 0.0 and c == 0.0)
+
+
+@cache
+def _variant(dtype: int, form: str, plain: bool) -> Variant:
+    return Variant("elementwise", dtype, form, plain)
+
+
+@lru_cache(maxsize=1024)
+def _groups(threshold: int) -> int:
+    """Groups up to the one with the threshold's last 1: later ones decide nothing."""
+    return 8 - ((threshold & -threshold).bit_length() - 1) // PLANES_PER_GROUP
+
+
+def _tiles(x: int, y: int, n: int) -> tuple[int, int]:
+    """(tiles to take in vectors, threads that have something to do)."""
+    whole = n // TILE_CELLS if (x | y) % VECTOR_BYTES == 0 else 0
+    return whole, 32 * -(-n // TILE_CELLS)
+
+
+def _collapsed(axes: Sequence[Axis]) -> list[Axis]:
+    """The same data with as few axes as can be."""
+    result: list[Axis] = []
+    for extent, cells in axes:
+        if extent == 1:
+            continue
+        if result and result[-1][1] == extent * cells:
+            result[-1] = result[-1][0] * extent, cells
+        else:
+            result.append((extent, cells))
+    return result
+
+
+def _parts(axes: list[Axis]) -> list[tuple[int, int, list[Axis]]]:
+    """(first element, first cell, axes) of pieces along the outermost axis, each small enough or one step of it."""
+    (extent, cells), rest = axes[0], axes[1:]
+    size = math.prod(e for e, _ in rest)
+    step = max(1, (INDEX_END - 1) // size) if len(axes) <= DIMS else 1
+    if not rest:
+        step = step // TILE_CELLS * TILE_CELLS
+    return [
+        (start * size, start * cells, [(min(step, extent - start), cells), *rest]) for start in range(0, extent, step)
+    ]

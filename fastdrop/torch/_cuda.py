@@ -1,0 +1,78 @@
+"""CUDA tensors in, CUDA tensors out: what `_kernels` asks of the CUDA backend.
+
+Launches go to torch's current stream of the tensor's device, with raw pointers; nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..grid import cell_axes
+
+Shape = tuple[int, ...]
+
+
+@cache
+def backend() -> Any:
+    """The CUDA backend; RuntimeError with the reason where there is none."""
+    return backends.load(backends.CUDA)
+
+
+@cache
+def is_usable() -> bool:
+    """Whether CUDA tensors can be taken here."""
+    return backends.reason(backends.CUDA) is None
+
+
+def place(x: Tensor) -> tuple[int, int]:
+    """(device, stream) that work on x goes to."""
+    device = x.get_device()
+    return device, torch._C._cuda_getCurrentRawStream(device)
+
+
+def forward(
+    tag: int, x: Tensor, y: Tensor, words: Tensor | None, n: int, seed: int | Tensor, cut: int, scale: float
+) -> None:
+    """y = x under a mask that is drawn and, unless words is None, kept. x and y are contiguous."""
+    at = 0 if words is None else words.data_ptr()
+    number, seed_at = _by_value_or_address(seed)
+    from_, to = x.data_ptr(), y.data_ptr()
+    backend().dropout_forward_at(*place(x), tag, from_, to, at, 0, n, number, 0, cut, scale, 0.0, 0.0, seed_at=seed_at)
+
+
+def draw(words: Tensor, cells: int, seed: int | Tensor, cut: int) -> None:
+    number, seed_at = _by_value_or_address(seed)
+    backend().draw_bits_at(*place(words), words.data_ptr(), 0, 0, cells, number, 0, cut, seed_at=seed_at)
+
+
+def apply(
+    tag: int, x: Tensor, y: Tensor, order: list[int], words: Tensor, scale: float, cells_shape: Shape | None
+) -> None:
+    """y = x under stored bits. ``order`` is `memory_order` of both."""
+    axes = cell_axes(tuple(x.shape), tuple(x.shape) if cells_shape is None else cells_shape)
+    in_memory = [axes[axis] for axis in order]
+    from_, to, at = x.data_ptr(), y.data_ptr(), words.data_ptr()
+    backend().strided_affine_at(*place(x), tag, from_, to, at, 0, in_memory, scale, 0.0, 0.0)
+
+
+def memory_order(x: Tensor) -> list[int] | None:
+    """The axes from the outermost to the innermost in memory; None where elements overlap or leave gaps."""
+    if x.is_contiguous():
+        return list(range(x.dim()))
+    strides = x.stride()
+    order = sorted((axis for axis, extent in enumerate(x.shape) if extent > 1), key=lambda axis: -strides[axis])
+    step = 1
+    for axis in reversed(order):
+        if strides[axis] != step:
+            return None
+        step *= x.shape[axis]
+    return order
+
+
+def _by_value_or_address(seed: int | Tensor) -> tuple[int, int]:
+    return (0, seed.data_ptr()) if isinstance(seed, Tensor) else (seed, 0)
