@@ -13,13 +13,14 @@ C_TEST := $(C_SOURCES) tests/c/kernels_test.c
 C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -Icsrc -pthread
 OUT := build/c
 
-.PHONY: help demo test bench bench-quick bench-torch report lint format sanitize test-c test-neon package clean
+.PHONY: help demo test bench bench-quick bench-torch cuda-report report lint format sanitize test-c test-neon package clean
 
 help:
 	@echo "make demo       train a network in NumPy and a transformer in torch, beside what is used today; two pictures"
 	@echo "make test       the whole test suite"
 	@echo "make bench      every benchmark (about a quarter of an hour), then the report"
 	@echo "                bench-quick: the speed table alone; bench-torch: torch's function and training steps"
+	@echo "make cuda-report  the CUDA kernels compiled for three GPUs, none needed: registers, widths, instructions"
 	@echo "make lint       ruff, mypy, clang-format; make format applies the formatters"
 	@echo "make sanitize   the C kernels under the address, undefined-behaviour and thread sanitizers"
 	@echo "make test-neon  the Arm kernels, cross-compiled and emulated"
@@ -56,6 +57,9 @@ bench-quick: $(VENV)/.built
 
 bench-torch: $(VENV)/.built
 	$(BIN)/python bench/run.py --torch
+
+cuda-report: $(VENV)/.built
+	$(BIN)/python -m bench.cuda_report
 
 report: $(VENV)/.built
 	$(BIN)/python -m bench.report bench/results/all.json

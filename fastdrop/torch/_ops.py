@@ -64,7 +64,7 @@ def _draw(like: Tensor, size: list[int]) -> Tensor:
     """``like`` is for the dispatcher: a fake or wrapped tensor gets a fake or wrapped seed."""
     if not like.is_cuda:
         return torch.empty(size, dtype=torch.int64, device="cpu").random_()
-    seed = _random.draw_cuda(like.get_device(), None) if not size else None
+    seed = _random.draw_cuda(like.device, None) if not size else None
     if isinstance(seed, int):  # what eager code takes
         return torch.full((), _random.signed(seed), dtype=torch.int64, device=like.device)
     return torch.empty(size, dtype=torch.int64, device=like.device).random_() if seed is None else seed

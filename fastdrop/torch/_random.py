@@ -51,14 +51,14 @@ GENERATOR_STEP = 4  # torch's own kernels take offsets in fours
 _generators = threading.Lock()  # between reading an offset and moving it on
 
 
-def draw_cuda(device: int, generator: torch.Generator | None) -> int | Tensor:
+def draw_cuda(device: torch.device, generator: torch.Generator | None) -> int | Tensor:
     """The next seed of a CUDA device, without waiting for it."""
     if generator is not None and generator.device.type != "cuda":
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
     if torch.cuda.is_current_stream_capturing():
-        return torch.empty((), dtype=torch.int64, device=torch.device("cuda", device)).random_(generator=generator)
+        return torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
     if generator is None:
-        generator = torch.cuda.default_generators[device]
+        generator = torch.cuda.default_generators[device.index]
     with _generators:
         offset = generator.get_offset()
         generator.set_offset(offset + GENERATOR_STEP)

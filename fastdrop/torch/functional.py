@@ -139,7 +139,7 @@ def dropout(
     if seed is not None:
         number = seed
     elif input.is_cuda:
-        number = _random.draw_cuda(input.get_device(), generator)
+        number = _random.draw_cuda(input.device, generator)
     else:
         number = _random.draw(generator)
     if input.requires_grad and torch.is_grad_enabled():

@@ -108,8 +108,18 @@ class Vocabulary:
 
     def _load_rest(self, context, builder, address, first, end):
         """This lane's next elements of a tile: ``first``, ``first + 32`` and on; those from ``end`` on are not read."""
-        addresses = [self._rest(builder, address, first, i, end)[0] for i in range(BATCH)]
-        return [self._load_item(context, builder, at) for at in addresses]
+        items = []
+        for i in range(BATCH):
+            at, inside = self._rest(builder, address, first, i, end)
+            before = builder.block
+            with builder.if_then(inside):
+                loaded = self._load_item(context, builder, at)
+                there = builder.block
+            item = builder.phi(self._item)
+            item.add_incoming(ir.Constant(self._item, 0), before)
+            item.add_incoming(loaded, there)
+            items.append(item)
+        return items
 
     def _store_rest(self, context, builder, address, first, end, rest, word, owner, lane, a, b, c):
         """``owner``: the lane that has the bits of the first."""
@@ -121,10 +131,8 @@ class Vocabulary:
 
     def _rest(self, builder, address, first, i, end):
         element = builder.add(first, constant(i * LANES))
-        inside = builder.icmp_unsigned("<", element, end)
-        element = builder.select(inside, element, constant(0))  # there is always a first one
         offset = builder.mul(builder.zext(element, I64), constant(self.item_bytes, I64))
-        return builder.add(address, offset), inside
+        return builder.add(address, offset), builder.icmp_unsigned("<", element, end)
 
     # ---- one vector, one element ----
 

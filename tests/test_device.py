@@ -1,0 +1,219 @@
+"""The NumPy API for arrays on a GPU, without one: a stand-in for CuPy, the real kernels in the interpreter."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import fastdrop as fd
+
+pytest_plugins = ["tests.gpu_stub"]
+
+STREAM = 0x70
+
+
+class Array:
+    """As much of a CuPy array as is used: memory of a device, here the host's."""
+
+    def __init__(self, own: np.ndarray, stream: int | None = STREAM) -> None:
+        self.own, self._stream = own, stream
+        self.device = contextlib.nullcontext()
+
+    shape = property(lambda self: self.own.shape)
+    dtype = property(lambda self: self.own.dtype)
+    nbytes = property(lambda self: self.own.nbytes)
+
+    @property
+    def __cuda_array_interface__(self):
+        described = self.own.__array_interface__
+        strides = None if self.own.flags.c_contiguous else self.own.strides
+        return {**described, "strides": strides, "version": 3, "stream": self._stream}
+
+    def get(self):
+        return self.own.copy()
+
+
+Array.__module__ = "cupy"
+
+
+@pytest.fixture
+def cupy(gpu, monkeypatch):
+    """A stand-in for the module: ``asarray``, ``empty`` and what the device saw."""
+
+    def asarray(x, **options):
+        own = x.copy()
+        gpu.allow(own)
+        return Array(own, **options)
+
+    def empty(shape, dtype):
+        own = np.empty(shape, dtype)
+        own.reshape(-1).view(np.uint8)[...] = 0xA5  # what nobody wrote shows
+        gpu.allow(own)
+        return Array(own)
+
+    module = SimpleNamespace(asarray=asarray, empty=empty, gpu=gpu)
+    monkeypatch.setitem(sys.modules, "cupy", module)
+    return module
+
+
+def data(shape, dtype=np.float32):
+    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+
+
+OPTIONS = {
+    "elementwise": {},
+    "half": {"p": 0.5},
+    "seed kept": {"store": "seed"},
+    "rows": {"noise_shape": (6, 1)},
+    "columns": {"noise_shape": (1, None)},
+    "rows, seed kept": {"noise_shape": (6, 1), "store": "seed"},
+    "standard": {"scaling": "standard"},
+    "all": {"p": 1.0},
+    "all, seed kept": {"p": 1.0, "store": "seed"},
+    "nothing": {"p": 0.0},
+    "evaluated": {"training": False},
+    "evaluated, standard": {"training": False, "scaling": "standard"},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
+def test_results_are_the_cpus(cupy, dtype, options):
+    x = data((6, 300), dtype)
+    options = {"p": 0.3, "rng": 5, **options}
+    expected, expected_mask = fd.dropout(x, **options)
+    x_there = cupy.asarray(x)
+    y, mask = fd.dropout(x_there, **options)
+    assert type(y) is Array
+    assert (y is x_there) == (expected is x)
+    assert np.array_equal(y.own, expected)
+    assert type(mask) is type(expected_mask)
+    assert mask == expected_mask
+    dx = fd.dropout_backward(x_there, mask)
+    assert np.array_equal(dx.own, fd.dropout_backward(x, expected_mask))
+    assert {launch.stream for launch in cupy.gpu.launches} <= {STREAM}
+
+
+def test_bfloat16(cupy):
+    bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
+    x = data(2000).astype(bfloat16)
+    y, mask = fd.dropout(cupy.asarray(x), 0.3, rng=5)
+    expected, expected_mask = fd.dropout(x, 0.3, rng=5)
+    assert y.own.dtype == bfloat16
+    assert np.array_equal(y.own.view(np.uint16), expected.view(np.uint16))
+    assert mask == expected_mask
+
+
+def test_masks_stay_there_and_come_back_when_looked_at(cupy):
+    x = data((6, 300))
+    _, mask = fd.dropout(cupy.asarray(x), 0.3, rng=5)
+    _, expected = fd.dropout(x, 0.3, rng=5)
+    assert type(mask.words) is Array
+    assert mask.nbytes == expected.nbytes
+    assert mask.kept == expected.kept
+    assert np.array_equal(mask.to_bool(), expected.to_bool())
+    assert repr(mask) == repr(expected)
+    assert pickle.loads(pickle.dumps(mask)) == expected
+
+
+def test_out(cupy):
+    x, out = cupy.asarray(data(3000)), cupy.asarray(np.zeros(3000, np.float32))
+    expected = fd.dropout(x.own.copy(), 0.3, rng=5)[0]
+    assert fd.dropout(x, 0.3, rng=5, out=out)[0] is out
+    assert np.array_equal(out.own, expected)
+    assert fd.dropout(x, 0.0, out=out)[0] is out
+    assert np.array_equal(out.own, x.own)
+    assert fd.dropout(x, 0.3, rng=5, out=x)[0] is x
+    assert np.array_equal(x.own, expected)
+
+
+def test_no_elements_and_no_axes(cupy):
+    for shape in ((0,), (3, 0), ()):
+        x = data(shape)
+        y, mask = fd.dropout(cupy.asarray(np.asarray(x)), 0.3, rng=5)
+        expected, expected_mask = fd.dropout(np.asarray(x), 0.3, rng=5)
+        assert np.array_equal(y.own, expected)
+        assert mask == expected_mask
+
+
+def test_nothing_waits_and_nothing_crosses(cupy):
+    y, mask = fd.dropout(cupy.asarray(data(3000)), 0.3)
+    fd.dropout_backward(y, mask)
+    assert not [name for name in cupy.gpu.calls if "Synchronize" in name or "Memcpy" in name or "Alloc" in name]
+
+
+def test_streams(cupy):
+    fd.dropout(cupy.asarray(data(100), stream=None), 0.3)
+    fd.dropout(cupy.asarray(data(100), stream=2), 0.3)
+    assert [launch.stream for launch in cupy.gpu.launches] == [0, 2]
+
+
+# ---- bad input ----
+
+
+def refused(kind, pattern, *arguments, **options):
+    with pytest.raises(kind, match=pattern):
+        fd.dropout(*arguments, **options)
+
+
+def test_bad_arrays(cupy):
+    x = cupy.asarray(data((4, 6)))
+    refused(TypeError, r"^x must have dtype float32, .*, but got int64", cupy.asarray(np.arange(4)))
+    refused(ValueError, r"^x must be C-contiguous on a GPU, but got strides", Array(data((4, 6)).T))
+    refused(TypeError, r"^out must be an array on the GPU, as x is, but got ndarray", x, out=data((4, 6)))
+    refused(TypeError, r"^out must have x's dtype, float32, but got", x, out=cupy.asarray(data((4, 6), np.float64)))
+    refused(ValueError, r"^out must have x's shape, \(4, 6\), but got \(6, 4\)", x, out=cupy.asarray(data((6, 4))))
+    frozen = cupy.asarray(data((4, 6)))
+    frozen.own.flags.writeable = False
+    refused(ValueError, r"^out must be writeable", x, out=frozen)
+    shared = cupy.asarray(data(20))
+    overlapping = Array(shared.own[:10]), Array(shared.own[5:15])
+    refused(ValueError, r"^out must be x itself or not share memory", overlapping[0], out=overlapping[1])
+    refused(ValueError, r"^p, the drop probability", x, 1.5)
+    refused(ValueError, r"^noise_shape must", x, 0.5, noise_shape=(2, 6))
+    refused(ValueError, r"^scaling must be one of", x, scaling="other")
+    refused(ValueError, r"^store must be one of", x, store="other")
+    refused(TypeError, r"^rng must be None", x, rng="seed")
+    assert not cupy.gpu.launches
+
+
+def test_bad_masks(cupy):
+    x = cupy.asarray(data((4, 6)))
+    with pytest.raises(TypeError, match=r"^mask must be of an array on the GPU, or a SeededMask"):
+        fd.apply_mask(x, fd.draw_mask((4, 6), 0.5))
+    with pytest.raises(TypeError, match=r"^mask must be a PackedMask, a SeededMask or None, but got int"):
+        fd.apply_mask(x, 3)
+    with pytest.raises(ValueError, match=r"^mask must have the shape of x"):
+        fd.apply_mask(x, fd.dropout(cupy.asarray(data((4, 5))), 0.5)[1])
+
+
+def test_arrays_on_different_gpus(cupy):
+    cupy.gpu.install((9, 0), (9, 0))
+    x, out = (Array(data(100)) for _ in range(2))
+    cupy.gpu.allow(x.own, device=0)
+    cupy.gpu.allow(out.own, device=1)
+    refused(ValueError, r"^x, out and mask must lie on one GPU, but got GPUs 0, 1", x, 0.5, out=out, store="seed")
+
+
+@pytest.mark.parametrize("kind", ["torch", "jax", "builtins"])
+def test_arrays_of_others(cupy, kind):
+    other = type("Other", (Array,), {"__module__": kind})(data(4))
+    refused(
+        TypeError, r"fastdrop\.torch\.dropout takes those" if kind == "torch" else r"of CuPy or Numba, but got", other
+    )
+
+
+def test_arrays_that_only_dlpack_knows(cupy):
+    other = SimpleNamespace(__dlpack_device__=lambda: (2, 0))
+    refused(TypeError, r"^x on a GPU must be an array of CuPy or Numba, but got types\.SimpleNamespace", other)
+
+
+def test_arrays_in_memory_that_dlpack_knows_are_ndarrays():
+    assert fd.dropout(np.ones(8, np.float32).view(np.ndarray), 0.5, rng=1)[0].shape == (8,)
+    torch = pytest.importorskip("torch")
+    assert type(fd.dropout(torch.ones(8), 0.5, rng=1)[0]) is np.ndarray
