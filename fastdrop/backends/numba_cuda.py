@@ -166,6 +166,13 @@ def empty(shape: tuple[int, ...], dtype: Any) -> Any:
     return cuda.device_array(shape, dtype)
 
 
+def upload(x: Any) -> Any:
+    """The same for what a NumPy array holds."""
+    from numba import cuda
+
+    return cuda.to_device(x)
+
+
 device_of = driver.device_of
 
 

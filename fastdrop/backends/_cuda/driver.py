@@ -64,19 +64,17 @@ def check(status: Any, *values: Any) -> Any:
 
 
 class _Parameters(threading.local):
-    """A launch's parameters as the driver takes them, in a buffer per thread: when it returns, it has copied them."""
+    """A launch's parameters as the driver takes them, in a buffer per thread: when it returns, it has copied them.
+
+    ``parts``: the buffer, the number of bytes in it, the address of what names both to the driver.
+    """
 
     def __init__(self) -> None:
-        self.buffer = ctypes.create_string_buffer(_PARAMETER_BYTES)
-        self.size = ctypes.c_size_t()
+        buffer, size = ctypes.create_string_buffer(_PARAMETER_BYTES), ctypes.c_size_t()
         self._extra = (ctypes.c_void_p * 5)(
-            _PARAM_BUFFER_POINTER,
-            ctypes.addressof(self.buffer),
-            _PARAM_BUFFER_SIZE,
-            ctypes.addressof(self.size),
-            _PARAM_END,
+            _PARAM_BUFFER_POINTER, ctypes.addressof(buffer), _PARAM_BUFFER_SIZE, ctypes.addressof(size), _PARAM_END
         )
-        self.address = ctypes.addressof(self._extra)
+        self.parts = buffer, size, ctypes.addressof(self._extra)
 
 
 _parameters = _Parameters()
@@ -85,24 +83,26 @@ _parameters = _Parameters()
 class Kernel:
     """A variant, loaded on a device."""
 
-    __slots__ = ("_device", "_function", "_pack")
+    __slots__ = ("_device", "_function", "_pack_into", "_size")
 
-    def __init__(self, device: Device, function: Any, pack: struct.Struct) -> None:
-        self._device, self._function, self._pack = device, function, pack
+    def __init__(self, device: Device, function: Any, layout: struct.Struct) -> None:
+        self._device, self._function = device, function
+        self._pack_into, self._size = layout.pack_into, layout.size
 
     def launch(self, stream: int, threads: int, *values: Any) -> None:
         """Runs at least so many threads, or as many as the device is worth, on a stream."""
-        device, parameters = self._device, _parameters
-        self._pack.pack_into(parameters.buffer, 0, *values)
-        parameters.size.value = self._pack.size
+        device = self._device
+        buffer, size, parameters = _parameters.parts
+        self._pack_into(buffer, 0, *values)
+        size.value = self._size
         blocks = min((threads + THREADS - 1) // THREADS, device.blocks)
-        driver = device.driver
-        with device:
-            status = driver.cuLaunchKernel(
-                self._function, blocks, 1, 1, THREADS, 1, 1, 0, stream, 0, parameters.address
-            )[0]
+        if device.is_current():
+            status = device.launch(self._function, blocks, 1, 1, THREADS, 1, 1, 0, stream, 0, parameters)[0]
+        else:
+            with device:
+                status = device.launch(self._function, blocks, 1, 1, THREADS, 1, 1, 0, stream, 0, parameters)[0]
         if status:
-            raise RuntimeError(f"the CUDA driver reports {status.name}")
+            check(status)
 
 
 class Device:
@@ -127,19 +127,19 @@ class Device:
         self.blocks = ask("MULTIPROCESSOR_COUNT") * BLOCKS_PER_SM
         self._context = check(*driver.cuDevicePrimaryCtxRetain(handle))
         self._address = int(self._context)
+        self._get_current, self.launch = driver.cuCtxGetCurrent, driver.cuLaunchKernel
         self._kernels: dict[Variant, Kernel] = {}
-        self._pushed = threading.local()
+
+    def is_current(self) -> bool:
+        """Whether this thread's context is the device's."""
+        return int(check(*self._get_current())) == self._address
 
     def __enter__(self) -> Device:
-        current = check(*self.driver.cuCtxGetCurrent())
-        self._pushed.now = int(current) != self._address
-        if self._pushed.now:
-            check(*self.driver.cuCtxPushCurrent(self._context))
+        check(*self.driver.cuCtxPushCurrent(self._context))
         return self
 
     def __exit__(self, *_: Any) -> None:
-        if self._pushed.now:
-            check(*self.driver.cuCtxPopCurrent())
+        check(*self.driver.cuCtxPopCurrent())
 
     def kernel(self, variant: Variant) -> Kernel:
         found = self._kernels.get(variant)
