@@ -15,14 +15,11 @@ from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
 
-from .._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from ..stream import PLANES_PER_GROUP
 from ._cuda import driver
 from ._cuda.compile import Variant
+from ._cuda.tile import ITEM_BYTES, LANES, TILE_CELLS, VECTOR_BYTES
 
-ITEM_BYTES = {FLOAT32: 4, FLOAT64: 8, FLOAT16: 2, BFLOAT16: 2}
-VECTOR_BYTES = 16
-TILE_CELLS = 1024
 DIMS = 4
 INDEX_END = 1 << 31  # elements that one launch of `strided` numbers
 
@@ -204,7 +201,7 @@ def _groups(threshold: int) -> int:
 def _tiles(x: int, y: int, n: int) -> tuple[int, int]:
     """(tiles to take in vectors, threads that have something to do)."""
     whole = n // TILE_CELLS if (x | y) % VECTOR_BYTES == 0 else 0
-    return whole, 32 * -(-n // TILE_CELLS)
+    return whole, LANES * -(-n // TILE_CELLS)
 
 
 def _collapsed(axes: Sequence[Axis]) -> list[Axis]:

@@ -20,7 +20,7 @@ from ..._checks import FLOAT64
 Capability = tuple[int, int]
 
 OLDEST: Capability = (7, 5)
-SOURCES = ("_cuda/compile.py", "_cuda/words.py", "_cuda/kernels.py", "_scalars.py")
+SOURCES = ("_cuda/compile.py", "_cuda/tile.py", "_cuda/words.py", "_cuda/kernels.py", "_scalars.py")
 PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvjitlink")
 
 # Parameters of each body as `struct` codes; F is what elements are computed in. The kernels' ABI.

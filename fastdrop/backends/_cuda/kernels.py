@@ -19,19 +19,15 @@ import numpy as np
 
 from ...stream import GROUP_SHIFT, LOW, MASK_DOMAIN, PLANES_PER_GROUP
 from .._scalars import decide_group, philox
+from . import tile as cut
 
 U = np.uint64
 ONE, WORD_SHIFT, HALF = U(1), U(5), U(32)
 LOW_32, LOW_5 = U(LOW), U(31)
-DOMAIN, GROUP_AT, PLANES = U(MASK_DOMAIN), U(GROUP_SHIFT), U(PLANES_PER_GROUP)
-SIGN = U(31)
-TILE_SHIFT, TILE_WORDS, TILE = U(10), U(32), U(1024)
-WORD_BYTES = U(4)
-VECTOR_BYTES = U(16)
-LANES, BATCH = U(32), U(8)
-
-DIMS = 4
-SOURCES = ("drawn", "drawn_shifted", "stored")
+DOMAIN, GROUP_AT = U(MASK_DOMAIN), U(GROUP_SHIFT)
+WORD_BYTES, VECTOR_BYTES = U(4), U(cut.VECTOR_BYTES)
+LANES, BATCH = U(cut.LANES), U(cut.BATCH)
+TILE, TILE_SHIFT = U(cut.TILE_CELLS), U(cut.TILE_CELLS.bit_length() - 1)
 
 
 def _drawing(v: Any) -> Any:
@@ -42,7 +38,7 @@ def _drawing(v: Any) -> Any:
         """A mask word of each lane, group by group until no lane of the warp has an undecided cell left."""
         c1 = (word >> HALF) | DOMAIN
         keep, undecided = ~U(0), ~U(0)
-        t, group = threshold, groups - groups
+        t, group = threshold, np.uint32(0)
         while group < groups:
             r0, r1, r2, r3 = philox_planes(word, c1 | (U(group) << GROUP_AT), o0, o1, k0, k1)
             t0, t1, t2, t3 = U(plane_mask(t, 0)), U(plane_mask(t, 1)), U(plane_mask(t, 2)), U(plane_mask(t, 3))
@@ -52,22 +48,23 @@ def _drawing(v: Any) -> Any:
             if not any_lane((undecided & LOW_32) != U(0)):
                 break
             group = np.uint32(group + 1)
-            t = np.uint32(t << 4)
+            t = np.uint32(t << PLANES_PER_GROUP)
         return keep & LOW_32
 
     return draw
 
 
-def _state(v: Any) -> Any:
+def _seeds(v: Any) -> Any:
     load_long = v.load_long
 
     @v.inline
-    def key(seed, seed_at):
+    def seed_of(seed, seed_at):
+        """The seed itself, or the one that lies at an address."""
         if seed_at:
             return load_long(seed_at)
         return seed
 
-    return key
+    return seed_of
 
 
 def _indices(v: Any) -> Any:
@@ -75,17 +72,19 @@ def _indices(v: Any) -> Any:
 
 
 def draw_words(v: Any) -> Any:
-    draw, key_of = _drawing(v), _state(v)
+    draw, seed_of = _drawing(v), _seeds(v)
     lane_index, thread_index, block_index, blocks, block_threads = _indices(v)
     load_word, store_word = v.load_word, v.store_word
 
     def kernel(words, position, first, n, seed, seed_at, offset, threshold, groups):
         """Bits of cells first .. first+n-1, to bits position .. position+n-1 of words, a thread per word written."""
-        seed = key_of(seed, seed_at)
+        seed = seed_of(seed, seed_at)
         k0, k1, o0, o1 = seed & LOW_32, seed >> HALF, offset & LOW_32, offset >> HALF
         lead = position & LOW_5
         shift = (first - lead) & LOW_5
-        begin = (first - lead) >> WORD_SHIFT  # wraps where the first word begins before cell 0, whose bits are not ours
+        # Where the first word begins before cell 0 this wraps: its bits are not ours, and the next one, 2**59, has the
+        # counter of word 0, since the bit above a word's 59 is the domain's.
+        begin = (first - lead) >> WORD_SHIFT
         count = (lead + n + LOW_5) >> WORD_SHIFT
         at = words + (position >> WORD_SHIFT) * WORD_BYTES
         step = U(blocks()) * U(block_threads())
@@ -110,7 +109,7 @@ def draw_words(v: Any) -> Any:
 
 
 def elementwise(v: Any, source: str) -> Any:
-    draw, key_of = _drawing(v), _state(v)
+    draw, seed_of = _drawing(v), _seeds(v)
     drawn, shifted = source != "stored", source == "drawn_shifted"
     item = U(v.item_bytes)
     lane_index, thread_index, block_index, blocks, block_threads = _indices(v)
@@ -138,7 +137,7 @@ def elementwise(v: Any, source: str) -> Any:
 
     def kernel(x, y, words, first, n, whole, seed, seed_at, offset, threshold, groups, a, b, c):
         """``whole`` tiles in vectors, what is left element by element; all of it where whole is 0."""
-        seed = key_of(seed, seed_at)
+        seed = seed_of(seed, seed_at)
         k0, k1, o0, o1 = seed & LOW_32, seed >> HALF, offset & LOW_32, offset >> HALF
         lane = U(lane_index())
         warps = U(blocks()) * (U(block_threads()) >> WORD_SHIFT)

@@ -21,14 +21,8 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.core.extending import intrinsic
 
-from ..._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-
-LANES = 32
-TILE_CELLS = LANES * 32
-BATCH = 8  # elements a lane has under way where it takes them one by one
-
-VECTOR_BYTES = 16
-ITEM_BYTES = {FLOAT32: 4, FLOAT64: 8, FLOAT16: 2, BFLOAT16: 2}
+from ..._checks import FLOAT16, FLOAT64
+from .tile import BATCH, ITEM_BYTES, LANES, TILE_CELLS, VECTOR_BYTES
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()

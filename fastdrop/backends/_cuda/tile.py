@@ -1,0 +1,11 @@
+"""How work is cut: numbers that the launcher, the kernels and their vocabulary share."""
+
+from __future__ import annotations
+
+from ..._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+
+LANES = 32  # of a warp
+TILE_CELLS = 32 * LANES  # a warp's: each lane has a word of them
+VECTOR_BYTES = 16  # one access of a lane
+BATCH = 8  # elements a lane has under way where it takes them one by one
+ITEM_BYTES = {FLOAT32: 4, FLOAT64: 8, FLOAT16: 2, BFLOAT16: 2}
