@@ -11,6 +11,7 @@ C_SOURCES := $(wildcard csrc/*.c)
 C_HEADERS := $(wildcard csrc/*.h csrc/*.def)
 C_TEST := $(C_SOURCES) tests/c/kernels_test.c
 C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -Icsrc -pthread
+C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST) $(C_HEADERS)) tests/c/cuda_stub.c
 OUT := build/c
 
 .PHONY: help demo test bench bench-quick bench-torch cuda-report report lint format sanitize test-c test-neon package clean
@@ -70,12 +71,12 @@ lint: $(VENV)/.packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter-out csrc/ops.def,$(C_TEST) $(C_HEADERS))
+	$(BIN)/clang-format --dry-run --Werror $(C_FORMATTED)
 
 format: $(VENV)/.packages
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter-out csrc/ops.def,$(C_TEST) $(C_HEADERS))
+	$(BIN)/clang-format -i $(C_FORMATTED)
 
 $(OUT)/golden.txt: tests/c/golden.py fastdrop/vectors/masks.json
 	@mkdir -p $(OUT)

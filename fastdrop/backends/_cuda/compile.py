@@ -20,8 +20,18 @@ from ..._checks import FLOAT64
 Capability = tuple[int, int]
 
 OLDEST: Capability = (7, 5)
-SOURCES = ("_cuda/compile.py", "_cuda/tile.py", "_cuda/words.py", "_cuda/kernels.py", "_scalars.py")
-PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvjitlink")
+
+# What machine code hangs on beside the variant.
+SOURCES = (
+    "_checks.py",
+    "stream.py",
+    "backends/_scalars.py",
+    "backends/_cuda/compile.py",
+    "backends/_cuda/tile.py",
+    "backends/_cuda/words.py",
+    "backends/_cuda/kernels.py",
+)
+PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink")
 
 # Parameters of each body as `struct` codes; F is what elements are computed in. The kernels' ABI.
 PARAMETERS = {
@@ -116,11 +126,11 @@ def cache_folder() -> Path:
 
 
 def _fingerprint() -> str:
-    """Of all that machine code hangs on beside the variant."""
+    """Of `SOURCES` and the versions of `PACKAGES`."""
     global _seen
     if _seen is None:
         digest = hashlib.sha256()
-        folder = Path(__file__).parents[1]
+        folder = Path(__file__).parents[2]
         for source in SOURCES:
             digest.update((folder / source).read_bytes())
         for package in PACKAGES:

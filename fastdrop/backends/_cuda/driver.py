@@ -14,7 +14,7 @@ import threading
 from typing import Any
 
 from . import compile
-from .compile import OLDEST, Variant
+from .compile import OLDEST, Capability, Variant
 
 INSTALL = "pip install 'fastdrop[cuda]'"
 
@@ -49,11 +49,31 @@ def unavailable() -> str | None:
         return f"the NVIDIA driver finds no GPU that it can use ({status.name}): look at nvidia-smi"
     if count() == 0:
         return "the NVIDIA driver finds no GPU: look at nvidia-smi and at CUDA_VISIBLE_DEVICES"
-    return None
+    newest = max(capability(ordinal) for ordinal in range(count()))
+    return too_old(newest) if newest < OLDEST else None
+
+
+def too_old(cc: Capability) -> str:
+    return f"it takes a GPU of compute capability {_dotted(OLDEST)} or later, and this one has {_dotted(cc)}"
+
+
+def _dotted(cc: Capability) -> str:
+    return f"{cc[0]}.{cc[1]}"
 
 
 def count() -> int:
+    check(*api().cuInit(0))
     return int(check(*api().cuDeviceGetCount()))
+
+
+def capability(ordinal: int) -> Capability:
+    """Of the GPU of this number."""
+    driver = api()
+    handle = check(*driver.cuDeviceGet(ordinal))
+    asked = driver.CUdevice_attribute
+    major = check(*driver.cuDeviceGetAttribute(asked.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, handle))
+    minor = check(*driver.cuDeviceGetAttribute(asked.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, handle))
+    return int(major), int(minor)
 
 
 def check(status: Any, *values: Any) -> Any:
@@ -112,19 +132,11 @@ class Device:
         self.driver = driver = api()
         check(*driver.cuInit(0))
         handle = check(*driver.cuDeviceGet(ordinal))
-        attribute = driver.CUdevice_attribute
-
-        def ask(name: str) -> int:
-            wanted = getattr(attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
-            return int(check(*driver.cuDeviceGetAttribute(wanted, handle)))
-
-        self.cc = ask("COMPUTE_CAPABILITY_MAJOR"), ask("COMPUTE_CAPABILITY_MINOR")
+        self.cc = capability(ordinal)
         if self.cc < OLDEST:
-            raise RuntimeError(
-                f"GPU {ordinal} has compute capability {self.cc[0]}.{self.cc[1]}, but fastdrop's kernels need "
-                f"{OLDEST[0]}.{OLDEST[1]} or later"
-            )
-        self.blocks = ask("MULTIPROCESSOR_COUNT") * BLOCKS_PER_SM
+            raise RuntimeError(too_old(self.cc))
+        multiprocessors = driver.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+        self.blocks = check(*driver.cuDeviceGetAttribute(multiprocessors, handle)) * BLOCKS_PER_SM
         self._context = check(*driver.cuDevicePrimaryCtxRetain(handle))
         self._address = int(self._context)
         self._get_current, self.launch = driver.cuCtxGetCurrent, driver.cuLaunchKernel
@@ -146,10 +158,10 @@ class Device:
         return found if found is not None else self._load(variant)
 
     def _load(self, variant: Variant) -> Kernel:
-        name, code = compile.image(variant, self.cc)
         driver = self.driver
         with _lock, self:
             if variant not in self._kernels:
+                name, code = compile.image(variant, self.cc)
                 # A stream being captured forbids loading to threads that don't say that it is no part of the graph.
                 mode = check(
                     *driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)

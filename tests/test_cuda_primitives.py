@@ -1,0 +1,571 @@
+"""The CUDA kernels' PTX against the reference backend, bit for bit, in an interpreter behind a stub driver.
+
+It stops at what lies outside of the arrays, at misaligned addresses and at data races. NaNs are compared as NaNs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from fastdrop.backends import numba_cuda, reference
+from fastdrop.backends._cuda import driver
+from fastdrop.mask import word_count
+from fastdrop.stream import keep_scale
+
+from .cases import (
+    AFFINE,
+    DTYPES,
+    GRIDS,
+    OFFSET,
+    SEED,
+    TENTH,
+    THRESHOLDS,
+    Guarded,
+    assert_same_bits,
+    golden,
+)
+
+pytest_plugins = ["tests.gpu_stub"]
+
+SCALE = AFFINE["scale"]
+STREAM = 0x5000
+
+# Borders of bit, word, tile (1,024) and block (4,096).
+LENGTHS = (1, 31, 32, 33, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 20_001)
+# First cells within a word and a tile, and so that the word index passes 2**32 midway.
+FIRSTS = (0, 1, 31, 32, 1024, 2**37 - 1024, 2**37 - 1029)
+POSITIONS = (0, 1, 31, 32, 33, 1000)
+OLD = (7, 5)
+
+
+def forward(gpu, dtype, n, *, first=0, cut=TENTH, affine=SCALE, shifts=(0, 0, 0), stored=True, in_place=False):
+    """(y, words) of dropout_forward on poisoned arrays; kernels may write y and words, and read x, no more."""
+    x = Guarded.of(dtype.data(n), shifts[0])
+    y = x if in_place else Guarded(n, dtype.storage, shifts[1])
+    words = Guarded(word_count(n), np.uint32, shifts[2])
+    x.array.flags.writeable = in_place
+    gpu.forget()
+    gpu.allow(x.array, y.array, *[words.array] * stored)
+    numba_cuda.dropout_forward_at(
+        0,
+        STREAM,
+        dtype.tag,
+        x.array.ctypes.data,
+        y.array.ctypes.data,
+        words.array.ctypes.data if stored else 0,
+        first,
+        n,
+        SEED,
+        OFFSET,
+        cut,
+        *affine,
+    )
+    return y.array, words.array
+
+
+def expected_forward(dtype, n, *, first=0, cut=TENTH, affine=SCALE):
+    y, words = np.empty(n, dtype.storage), np.empty(word_count(n), np.uint32)
+    reference.dropout_forward(dtype.tag, dtype.data(n), y, words, first, n, SEED, OFFSET, cut, *affine)
+    return y, words
+
+
+def assert_as_reference(dtype, actual, expected, what=""):
+    """A GPU has one NaN; where it is computed with there must be one."""
+    nan = is_nan(dtype, expected)
+    assert_same_bits(is_nan(dtype, actual), nan, (what, "NaN"))
+    assert_same_bits(np.where(nan, expected, actual), expected, what)
+
+
+def is_nan(dtype, values):
+    magnitude = values.view(dtype.bits) & dtype.bits((1 << (dtype.exponent + dtype.mantissa)) - 1)
+    return magnitude > ((1 << dtype.exponent) - 1) << dtype.mantissa
+
+
+def assert_forward_as_reference(gpu, dtype, n, *, shifts=(0, 0, 0), **options):
+    y, words = forward(gpu, dtype, n, shifts=shifts, **options)
+    expected_y, expected_words = expected_forward(dtype, n, **options)
+    assert_same_bits(words, expected_words, ("words", n, options, shifts))
+    assert_as_reference(dtype, y, expected_y, ("y", n, options, shifts))
+
+
+def strided(gpu, dtype, axes, words, *, position=0, affine=SCALE, shifts=(0, 0, 0), in_place=False, launch=None):
+    """strided_affine likewise; ``launch`` may put another call in its place."""
+    n = math.prod(extent for extent, _ in axes)
+    x = Guarded.of(dtype.data(n), shifts[0])
+    y = x if in_place else Guarded(n, dtype.storage, shifts[1])
+    stored = Guarded.of(words, shifts[2])
+    x.array.flags.writeable = in_place
+    stored.array.flags.writeable = False
+    gpu.forget()
+    gpu.allow(x.array, y.array, stored.array)
+    addresses = [array.ctypes.data for array in (x.array, y.array, stored.array)]
+    if launch:
+        launch(0, STREAM, dtype.tag, *addresses, position)
+    else:
+        numba_cuda.strided_affine_at(0, STREAM, dtype.tag, *addresses, position, axes, *affine)
+    return y.array
+
+
+def masked(gpu, dtype, grid, words, *, affine=SCALE, **options):
+    def launch(*arguments):
+        numba_cuda.masked_affine_at(*arguments, *grid, *affine)
+
+    return strided(gpu, dtype, [(extent, 0) for extent in grid], words, launch=launch, **options)
+
+
+def expected_masked(dtype, grid, words, *, position=0, affine=SCALE):
+    y = np.empty(math.prod(grid), dtype.storage)
+    reference.masked_affine(dtype.tag, dtype.data(y.size), y, words, position, *grid, *affine)
+    return y
+
+
+def expected_strided(dtype, axes, words, *, position=0, affine=SCALE):
+    """Each element's bit looked up, and packed in the order of memory."""
+    cells = np.zeros((), np.int64)
+    for extent, stride in axes:
+        cells = cells[..., None] + np.arange(extent) * stride
+    flags = np.unpackbits(words.view(np.uint8), bitorder="little")[position + cells.reshape(-1)]
+    packed = np.zeros(word_count(flags.size), np.uint32)
+    packed.view(np.uint8)[: -(-flags.size // 8)] = np.packbits(flags, bitorder="little")
+    return expected_masked(dtype, (1, 1, flags.size), packed, affine=affine)
+
+
+def reach(axes):
+    """Cells that the axes span."""
+    return sum((extent - 1) * stride for extent, stride in axes) + 1
+
+
+def random_words(cells):
+    return np.random.default_rng(cells).integers(0, 2**32, word_count(cells), np.uint32)
+
+
+def assert_masked_as_reference(gpu, dtype, grid, words, *, position=0, affine=SCALE, **options):
+    y = masked(gpu, dtype, grid, words, position=position, affine=affine, **options)
+    expected = expected_masked(dtype, grid, words, position=position, affine=affine)
+    assert_as_reference(dtype, y, expected, (grid, position, affine, options))
+
+
+def assert_strided_as_reference(gpu, dtype, axes, *, position=0, affine=SCALE, **options):
+    words = random_words(position + reach(axes))
+    y = strided(gpu, dtype, axes, words, position=position, affine=affine, **options)
+    expected = expected_strided(dtype, axes, words, position=position, affine=affine)
+    assert_as_reference(dtype, y, expected, (axes, position, affine, options))
+
+
+def accesses_vectors(launch):
+    opcodes = " ".join(launch.executed)
+    loads, stores = (bool(re.search(rf"{kind}\.global\.v[24]\.", opcodes)) for kind in ("ld", "st"))
+    assert loads == stores
+    return loads
+
+
+def variants(gpu):
+    return {(launch.variant.body, launch.variant.form) for launch in gpu.launches}
+
+
+# ---- draw_bits ----
+
+
+def drawn(gpu, n, *, first=0, cut=TENTH, position=0, seed=SEED, offset=OFFSET, seed_at=0):
+    """draw_bits into words of a pattern, one more than it needs; the words, and what they held before."""
+    before = np.random.default_rng(0).integers(0, 2**32, word_count(position + n) + 1, np.uint32)
+    words = Guarded.of(before)
+    gpu.allow(words.array)
+    at = words.array.ctypes.data
+    numba_cuda.draw_bits_at(0, STREAM, at, position, first, n, seed, offset, cut, seed_at=seed_at)
+    return words.array, before
+
+
+def expected_drawn(n, before, *, first=0, cut=TENTH, position=0, seed=SEED, offset=OFFSET):
+    words = before.copy()
+    reference.draw_bits(words, position, first, n, seed, offset, cut)
+    return words
+
+
+def test_draw_bits_golden_vectors(gpu):
+    vectors = [vector for vector in golden()["masks"] if 0 < vector["threshold"] < 1 << 32]
+    assert vectors
+    for vector in vectors:
+        expected = np.array([int(word, 16) for word in vector["words"]], np.uint32)
+        words = np.full(expected.size, 0xA5A5A5A5, np.uint32)
+        gpu.forget()
+        gpu.allow(words)
+        seed, offset = int(vector["seed"], 16), int(vector["offset"], 16)
+        first, n = 32 * vector["first_word"], 32 * words.size
+        numba_cuda.draw_bits_at(0, 0, words.ctypes.data, 0, first, n, seed, offset, vector["threshold"])
+        assert words.tolist() == expected.tolist(), vector
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_draw_bits_positions(gpu, position):
+    """Bits below stay, those above the last one are cleared, the next word stays."""
+    for n, first in itertools.product((1, 31, 33, 1000, 5000), (*FIRSTS, 7)):
+        gpu.forget()
+        words, before = drawn(gpu, n, first=first, position=position)
+        assert_same_bits(words, expected_drawn(n, before, first=first, position=position), (n, first))
+
+
+@pytest.mark.parametrize("cut", THRESHOLDS.values(), ids=THRESHOLDS)
+def test_draw_bits_thresholds(gpu, cut):
+    for n, first, position in ((1, 0, 0), (5000, 2**37 - 2000, 0), (9000, 3, 40)):
+        words, before = drawn(gpu, n, first=first, position=position, cut=cut)
+        assert_same_bits(words, expected_drawn(n, before, first=first, position=position, cut=cut), (n, first))
+
+
+def test_draw_bits_to_the_last_cell(gpu):
+    for n in (1, 33, 1024, 5000):
+        for position in (0, 9):
+            words, before = drawn(gpu, n, first=2**64 - n, position=position)
+            assert_same_bits(words, expected_drawn(n, before, first=2**64 - n, position=position), (n, position))
+
+
+def test_draw_bits_any_number_of_blocks(gpu, monkeypatch):
+    n, first, position = 50_001, 12_345, 3
+    for blocks in (1, 2, 3, 132):
+        monkeypatch.setattr(driver, "BLOCKS_PER_SM", blocks)
+        gpu.install((9, 0), sms=1)
+        words, before = drawn(gpu, n, first=first, position=position)
+        assert_same_bits(words, expected_drawn(n, before, first=first, position=position), blocks)
+        assert gpu.launches[0].grid[0] == min(blocks, -(-word_count(n + position) // driver.THREADS))
+
+
+def test_draw_bits_any_split(gpu):
+    """Parts drawn in turn into one array of words leave what one call leaves, seams within words included."""
+    n, first = 5001, 12_345
+    whole = expected_drawn(n, np.zeros(word_count(n), np.uint32), first=first)
+    for cuts in ((1,), (31,), (500,), (1024,), (1, 2, 33, 600, 4097)):
+        words = Guarded(word_count(n), np.uint32)
+        gpu.forget()
+        gpu.allow(words.array)
+        for start, stop in itertools.pairwise((0, *cuts, n)):
+            at = words.array.ctypes.data
+            numba_cuda.draw_bits_at(0, 0, at, start, first + start, stop - start, SEED, OFFSET, TENTH)
+        assert_same_bits(words.array, whole, cuts)
+
+
+@pytest.mark.parametrize("seed", [0, 1, SEED, 2**64 - 1])
+def test_seed_on_the_device(gpu, seed):
+    """The seed given by value is not used then."""
+    at = np.array([seed], np.uint64)
+    at.flags.writeable = False
+    gpu.allow(at)
+    words, before = drawn(gpu, 3000, seed=123, seed_at=at.ctypes.data)
+    assert_same_bits(words, expected_drawn(3000, before, seed=seed))
+    dtype = DTYPES[0]
+    for first in (0, 5):
+        x, y, kept = dtype.data(1500), np.empty(1500, np.float32), np.empty(word_count(1500), np.uint32)
+        gpu.allow(x, y, kept)
+        addresses = [array.ctypes.data for array in (x, y, kept)]
+        numba_cuda.dropout_forward_at(
+            0, 0, dtype.tag, *addresses, first, 1500, 123, OFFSET, TENTH, *SCALE, seed_at=at.ctypes.data
+        )
+        expected_y, expected_words = np.empty_like(y), np.empty_like(kept)
+        reference.dropout_forward(dtype.tag, x, expected_y, expected_words, first, 1500, seed, OFFSET, TENTH, *SCALE)
+        assert_same_bits(kept, expected_words, first)
+        assert_as_reference(dtype, y, expected_y, first)
+
+
+# ---- dropout_forward ----
+
+
+@pytest.mark.parametrize("first", FIRSTS)
+def test_dropout_forward_lengths(gpu, dtype, first):
+    for n in LENGTHS:
+        assert_forward_as_reference(gpu, dtype, n, first=first)
+    assert variants(gpu) == {("elementwise", "drawn_shifted" if first % 32 else "drawn")}
+
+
+@pytest.mark.parametrize("cut", THRESHOLDS.values(), ids=THRESHOLDS)
+def test_dropout_forward_thresholds(gpu, cut):
+    for n, first in ((1, 0), (2049, 31), (9000, 2**37 - 4096)):
+        assert_forward_as_reference(gpu, DTYPES[0], n, first=first, cut=cut)
+
+
+def test_dropout_forward_to_the_last_cell(gpu):
+    for n in (1, 32, 33, 1024, 2049):
+        assert_forward_as_reference(gpu, DTYPES[0], n, first=2**64 - n)
+
+
+def test_dropout_forward_alignment(gpu, dtype):
+    """Vectors where x and y both allow them, else elements, with one result."""
+    item = dtype.itemsize
+    for shifts in itertools.product((0, item, 16 - item, 16), (0, item, 16 - item, 16), (0, 4)):
+        gpu.launches.clear()
+        for n in (33, 2100):
+            assert_forward_as_reference(gpu, dtype, n, shifts=shifts)
+        wide = shifts[0] % 16 == shifts[1] % 16 == 0
+        assert [accesses_vectors(launch) for launch in gpu.launches] == [False, wide], shifts
+
+
+@pytest.mark.parametrize("affine", AFFINE.values(), ids=AFFINE)
+def test_dropout_forward_affine(gpu, dtype, affine):
+    for n, first in ((1, 0), (1023, 32), (5000, 1024)):
+        assert_forward_as_reference(gpu, dtype, n, first=first, affine=affine)
+    if dtype.tag == 0:
+        assert_forward_as_reference(gpu, dtype, 5000, first=5, affine=affine)
+
+
+def test_dropout_forward_in_place(gpu, dtype):
+    for n in LENGTHS:
+        y, words = forward(gpu, dtype, n, first=32, in_place=True)
+        expected_y, expected_words = expected_forward(dtype, n, first=32)
+        assert_same_bits(words, expected_words, n)
+        assert_as_reference(dtype, y, expected_y, n)
+
+
+def test_dropout_forward_without_words(gpu, dtype):
+    """Nothing is stored and y is the same: what backward from the seed relies on."""
+    for n in LENGTHS:
+        y, words = forward(gpu, dtype, n, first=64, stored=False)
+        assert_as_reference(dtype, y, expected_forward(dtype, n, first=64)[0], n)
+        assert (words == 0xFFFFFFFF).all()
+
+
+def test_dropout_forward_any_number_of_blocks(gpu, monkeypatch, dtype):
+    """Also fewer than there are tiles: then a warp takes several in turn."""
+    n = 20_001
+    for blocks in (1, 2, 3):
+        monkeypatch.setattr(driver, "BLOCKS_PER_SM", blocks)
+        gpu.install((9, 0), sms=1)
+        for shift in (0, dtype.itemsize):
+            assert_forward_as_reference(gpu, dtype, n, shifts=(shift, 0, 0))
+        assert {launch.grid for launch in gpu.launches} == {(blocks, 1, 1)}
+
+
+# ---- masked_affine ----
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_masked_affine_lengths(gpu, dtype, position):
+    for n in LENGTHS:
+        assert_masked_as_reference(gpu, dtype, (1, 1, n), random_words(position + n), position=position)
+    assert variants(gpu) == {("elementwise", "stored")}
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_masked_affine_grids(gpu, dtype, grid):
+    size = math.prod(grid)
+    for position in (33,) if size > 50_000 else (0, 1, 33, 1000):
+        words = random_words(position + grid[0] * grid[2])
+        assert_masked_as_reference(gpu, dtype, grid, words, position=position)
+    assert bool(gpu.launches) == bool(size)
+
+
+@pytest.mark.parametrize("affine", AFFINE.values(), ids=AFFINE)
+def test_masked_affine_affine(gpu, dtype, affine):
+    for grid in ((1, 1, 5000), (24, 25, 1), (4, 33, 40), (4, 33, 37)):
+        words = random_words(5 + grid[0] * grid[2])
+        assert_masked_as_reference(gpu, dtype, grid, words, position=5, affine=affine)
+    assert variants(gpu) == {("elementwise", "stored"), ("strided", "wide"), ("strided", "narrow")}
+
+
+def test_masked_affine_alignment(gpu, dtype):
+    item = dtype.itemsize
+    for shifts in itertools.product((0, item, 16), (0, item, 16), (0, 4)):
+        gpu.launches.clear()
+        for grid in ((1, 1, 2100), (3, 5, 40)):
+            words = random_words(9 + grid[0] * grid[2])
+            assert_masked_as_reference(gpu, dtype, grid, words, position=9, shifts=shifts)
+        assert [accesses_vectors(launch) for launch in gpu.launches] == [shifts[0] % 16 == shifts[1] % 16 == 0] * 2
+
+
+def test_masked_affine_in_place(gpu, dtype):
+    for grid in ((1, 1, 4097), (5, 7, 33), (5, 7, 64)):
+        words = random_words(grid[0] * grid[2])
+        assert_masked_as_reference(gpu, dtype, grid, words, in_place=True)
+
+
+def test_masked_affine_reads_only_its_bits(gpu, dtype):
+    """Garbage in the unused bits of the last word, and below position, changes nothing."""
+    keep = np.unpackbits(random_words(3000).view(np.uint8), bitorder="little")
+    for position, grid in ((0, (1, 1, 1)), (3, (1, 1, 33)), (40, (1, 1, 2061)), (3, (5, 3, 9)), (7, (4, 4, 16))):
+        y = []
+        for fill in (0, 1):
+            flags = np.full(-(-(position + grid[0] * grid[2]) // 32) * 32, fill, np.uint8)
+            used = slice(position, position + grid[0] * grid[2])
+            flags[used] = keep[used]
+            words = np.packbits(flags, bitorder="little").view(np.uint32)
+            y.append(masked(gpu, dtype, grid, words, position=position))
+        assert_same_bits(y[0], y[1], (position, grid))
+
+
+def test_masked_affine_any_number_of_blocks(gpu, monkeypatch, dtype):
+    for blocks in (1, 3):
+        monkeypatch.setattr(driver, "BLOCKS_PER_SM", blocks)
+        gpu.install((9, 0), sms=1)
+        for grid in ((1, 1, 20_001), (3, 20, 112), (3, 20, 61)):
+            assert_masked_as_reference(gpu, dtype, grid, random_words(7 + grid[0] * grid[2]), position=7)
+        assert max(launch.grid[0] for launch in gpu.launches) == blocks
+
+
+# ---- strided_affine ----
+
+AXES = {
+    "channels-last": ((2, 105), (5, 7), (7, 1), (3, 35)),
+    "channels-last, whole vectors": ((2, 280), (5, 7), (7, 1), (8, 35)),
+    "channels-last, shared in space": ((2, 8), (5, 0), (7, 0), (8, 1)),
+    "transposed": ((64, 1), (48, 64)),
+    "innermost shared": ((6, 1), (40, 0)),
+    "innermost in steps": ((6, 1), (40, 6)),
+    "all shared": ((500, 0),),
+    "one axis in steps": ((500, 3),),
+    "gaps": ((7, 1000), (16, 30), (5, 0)),
+    "ones": ((1, 5), (6, 1), (1, 0), (8, 6), (1, 1)),
+    "five axes": ((2, 1), (3, 0), (2, 50), (5, 2), (8, 100)),
+    "seven axes": ((2, 300), (1, 9), (2, 0), (3, 11), (2, 1), (2, 0), (4, 40)),
+    "words apart": ((3, 3200), (4, 320), (8, 32)),
+}
+
+
+@pytest.mark.parametrize("axes", AXES.values(), ids=AXES)
+def test_strided_affine_axes(gpu, dtype, axes):
+    for position in (0, 29):
+        assert_strided_as_reference(gpu, dtype, axes, position=position)
+    assert_strided_as_reference(gpu, dtype, axes, shifts=(dtype.itemsize, 0, 4), affine=AFFINE["affine"])
+
+
+def test_strided_affine_of_channels_last_is_that_of_the_mask(gpu):
+    """NHWC memory under a mask of NCHW cells: transposed back, it is what contiguous data gives."""
+    dtype, (n, c, h, w) = DTYPES[0], (3, 8, 5, 6)
+    words = random_words(n * c * h * w)
+    axes = (n, c * h * w), (h, w), (w, 1), (c, h * w)
+    y = strided(gpu, dtype, axes, words).reshape(n, h, w, c).transpose(0, 3, 1, 2)
+    x = dtype.data(n * c * h * w).reshape(n, h, w, c).transpose(0, 3, 1, 2)
+    expected = np.empty(x.shape, np.float32)
+    reference.masked_affine(dtype.tag, np.ascontiguousarray(x), expected, words, 0, 1, 1, x.size, *SCALE)
+    assert_as_reference(dtype, np.ascontiguousarray(y), expected)
+
+
+def test_strided_affine_in_place(gpu, dtype):
+    assert_strided_as_reference(gpu, dtype, AXES["channels-last, whole vectors"], in_place=True)
+    assert_strided_as_reference(gpu, dtype, AXES["gaps"], in_place=True)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        ((5, 700), (7, 1), (100, 7)),  # pieces of the outermost axis
+        ((2, 1), (3, 2), (11, 0), (100, 6)),
+        ((2, 1), (3000, 2)),  # one step of it is too large
+        ((9000, 0),),
+        ((9001, 3),),
+        ((2, 1), (2, 2), (5, 0), (30, 4), (33, 150)),  # and five axes
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dtype", [DTYPES[0], DTYPES[3]], ids=str, indirect=True)
+def test_strided_affine_in_parts(gpu, monkeypatch, dtype, axes):
+    """What 32 bits can't number goes in pieces. Elementwise needs none."""
+    monkeypatch.setattr(numba_cuda, "INDEX_END", 2500)
+    assert_strided_as_reference(gpu, dtype, axes, position=3)
+    assert len(gpu.launches) > 1
+    gpu.launches.clear()
+    assert_masked_as_reference(gpu, dtype, (1, 1, 9000), random_words(9000))
+    assert len(gpu.launches) == 1
+
+
+@st.composite
+def layouts(draw):
+    """Up to six axes in an order of memory that isn't the mask's, some of them shared."""
+    extents = [*draw(st.lists(st.integers(1, 6), min_size=1, max_size=5)), draw(st.sampled_from([1, 3, 4, 8, 16]))]
+    cells, stride = [0] * len(extents), 1
+    for axis in draw(st.permutations(range(len(extents)))):
+        if draw(st.booleans()):
+            cells[axis] = stride
+            stride *= extents[axis]
+    return tuple(zip(extents, cells, strict=True))
+
+
+@settings(max_examples=40)
+@given(axes=layouts(), position=st.integers(0, 70), small=st.booleans())
+def test_strided_affine_any_layout(gpu, axes, position, small):
+    with pytest.MonkeyPatch.context() as patch:
+        if small:
+            patch.setattr(numba_cuda, "INDEX_END", 1025)
+        assert_strided_as_reference(gpu, DTYPES[0], axes, position=position)
+
+
+@given(extent=st.integers(1, 2**31 - 1), n=st.integers(0, 2**31 - 1))
+@example(extent=1, n=2**31 - 1)
+@example(extent=2**31 - 1, n=2**31 - 2)
+@example(extent=2**30 + 1, n=2**31 - 1)
+@settings(max_examples=500)
+def test_reciprocal_is_exact(extent, n):
+    """Too large a quotient comes first where n is one less than a multiple of extent, and of those the largest."""
+    multiplier, shift = numba_cuda.reciprocal(extent)
+    assert 0 < multiplier < 2**32  # as the kernels take it: the product stays below 2**63
+    assert shift < 64
+    worst = (2**31 // extent) * extent - 1
+    for number in (n, n - n % extent, worst, 2**31 - 1):
+        assert number * multiplier >> shift == number // extent
+
+
+# ---- values ----
+
+
+def test_dropped_values_leave_no_trace(gpu, dtype):
+    """A dropped infinity or NaN, of either sign, is +0: every bit of it."""
+    x = np.tile(dtype.specials(), 110)
+    for shift in (0, dtype.itemsize):
+        source, y = Guarded.of(x, shift), Guarded(x.size, dtype.storage)
+        words = np.zeros(word_count(x.size), np.uint32)
+        gpu.forget()
+        gpu.allow(source.array, y.array, words)
+        addresses = [array.ctypes.data for array in (source.array, y.array, words)]
+        numba_cuda.masked_affine_at(0, 0, dtype.tag, *addresses, 0, 1, 1, x.size, *SCALE)
+        assert not y.array.view(dtype.bits).any()
+        cut = 1 << 31
+        numba_cuda.dropout_forward_at(
+            0, 0, dtype.tag, *addresses, 0, x.size, SEED, OFFSET, cut, keep_scale(cut), 0.0, 0.0
+        )
+        keep = np.unpackbits(words.view(np.uint8), bitorder="little")[: x.size].view(np.bool_)
+        assert not keep.all()
+        assert not y.array.view(dtype.bits)[~keep].any()
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize == 2], ids=str, indirect=True)
+@pytest.mark.parametrize("cc", [(9, 0), OLD], ids=["9.0", "7.5"])
+@pytest.mark.parametrize("shift", [0, 2], ids=["wide", "narrow"])
+def test_every_16_bit_pattern(gpu, dtype, cc, shift):
+    """All 65,536 of them kept, among them NaNs with payloads, subnormals, and results that overflow or vanish."""
+    gpu.install(cc)
+    x = np.arange(1 << 16, dtype=np.uint16).view(dtype.storage)
+    keep_all = np.full(x.size // 32, 0xFFFFFFFF, np.uint32)
+    source, y, expected = Guarded.of(x, shift), Guarded(x.size, dtype.storage), np.empty_like(x)
+    gpu.allow(source.array, y.array, keep_all)
+    addresses = [array.ctypes.data for array in (source.array, y.array, keep_all)]
+    for affine in ((keep_scale(TENTH), 0.0, 0.0), (1e-4, 0.0, 0.0), (-1e4, 0.0, 0.0), (1.0, 0.5, -1.0)):
+        numba_cuda.masked_affine_at(0, 0, dtype.tag, *addresses, 0, 1, 1, x.size, *affine)
+        reference.masked_affine(dtype.tag, x, expected, keep_all, 0, 1, 1, x.size, *affine)
+        assert_as_reference(dtype, y.array, expected, affine)
+
+
+def test_oldest_gpus(gpu, dtype):
+    """Compute capability 7.5 rounds to bfloat16, and 16-bit types in pairs, by other instructions."""
+    gpu.install(OLD)
+    for n in (1, 1023, 1025, 5000):
+        assert_forward_as_reference(gpu, dtype, n, first=32)
+    for grid in ((5, 7, 16), (3, 5, 11)):
+        assert_masked_as_reference(gpu, dtype, grid, random_words(grid[0] * grid[2]), affine=AFFINE["affine"])
+    assert {launch.cc for launch in gpu.launches} == {OLD}
+
+
+def test_coefficients_too_large_for_the_type(gpu, dtype):
+    """Infinite, as in the reference."""
+    affine = (1e300, -1e300, 1e300)
+    assert_masked_as_reference(gpu, dtype, (1, 1, 2000), random_words(2000), affine=affine)
+
+
+def test_nothing_to_do_launches_nothing(gpu, dtype):
+    forward(gpu, dtype, 0)
+    drawn(gpu, 0)
+    for grid in ((0, 3, 5), (3, 0, 5), (3, 5, 0)):
+        masked(gpu, dtype, grid, random_words(32))
+    assert gpu.launches == []

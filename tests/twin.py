@@ -1,0 +1,284 @@
+"""The CUDA kernels without a GPU: their bodies in a vocabulary of plain Python, run by Numba's simulator.
+
+A body of `fastdrop.backends._cuda.kernels` is a function of its vocabulary. `Vocabulary` here has the same words as the
+one that emits instructions, each for one thread at a time: a simulated thread is a Python thread, and the lanes of a
+warp exchange what they hold through simulated shared memory. `Device` stands for a GPU under the launcher.
+
+What a GPU may pass over is a `Fault` here: memory outside of the arrays, or not aligned, or touched once it was
+written; a warp whose lanes don't meet in a warp operation.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import cuda  # in this module's functions the simulator's, while it runs a kernel
+from numba.cuda.simulator.kernel import FakeCUDAKernel
+
+from fastdrop._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from fastdrop.backends._cuda.compile import Variant, packer
+from fastdrop.backends._cuda.tile import BATCH, LANES, TILE_CELLS, VECTOR_BYTES
+from fastdrop.backends.reference import bfloat16_to_float32, float32_to_bfloat16
+
+STORAGE = {FLOAT32: np.float32, FLOAT64: np.float64, FLOAT16: np.float16, BFLOAT16: np.uint16}
+COMPUTED = {FLOAT32: np.float32, FLOAT64: np.float64, FLOAT16: np.float32, BFLOAT16: np.float32}
+
+VOTE, UNIFORM, TILE, REST = range(1, 5)  # kinds of exchange within a warp
+
+# The simulator's main thread polls the others without a pause. At Python's 5 ms a turn, each meeting of a warp takes
+# tens of milliseconds.
+SWITCH_INTERVAL = 1e-4
+
+
+class Fault(Exception):
+    """A kernel does what it must not do."""
+
+
+def interpreted(name: str) -> ModuleType:
+    """A second copy of a module, in which nothing is compiled: Numba returns Python integers, without a width."""
+    spec = importlib.util.find_spec(name)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    for key, value in list(vars(module).items()):
+        if hasattr(value, "py_func"):
+            setattr(module, key, value.py_func)
+    return module
+
+
+def same(function: Callable[..., Any]) -> Callable[..., Any]:
+    return function
+
+
+scalars = interpreted("fastdrop.backends._scalars")
+scalars.scalar = same
+kernels = interpreted("fastdrop.backends._cuda.kernels")
+kernels.philox, kernels.decide_group = scalars.philox, scalars.decide_group
+
+
+class Memory:
+    """Arrays by address. Within a launch nothing is written twice, or read once it was written."""
+
+    def __init__(self) -> None:
+        self._spans: list[tuple[int, np.ndarray, np.ndarray]] = []
+
+    def add(self, array: np.ndarray) -> None:
+        content = array.reshape(-1).view(np.uint8)
+        self._spans.append((array.ctypes.data, content, np.zeros(content.size, np.bool_)))
+
+    def begin(self) -> None:
+        """Another launch."""
+        for _, _, written in self._spans:
+            written[:] = False
+
+    def load(self, address: int, dtype: type, count: int = 1) -> np.ndarray:
+        content, _ = self._at(address, dtype, count)
+        return content.view(dtype).copy()
+
+    def store(self, address: int, values: np.ndarray) -> None:
+        content, written = self._at(address, values.dtype.type, values.size)
+        content.view(values.dtype)[:] = values
+        written[:] = True
+
+    def _at(self, address: int, dtype: type, count: int) -> tuple[np.ndarray, np.ndarray]:
+        address, size = int(address), np.dtype(dtype).itemsize * count
+        if address % size:
+            raise Fault(f"{size} bytes at {address:#x} are not aligned")
+        for start, content, written in self._spans:
+            here = slice(address - start, address - start + size)
+            if here.start >= 0 and here.stop <= content.size:
+                if written[here].any():
+                    raise Fault(f"{size} bytes at {address:#x} were written before")
+                return content[here], written[here]
+        raise Fault(f"{size} bytes at {address:#x} lie in no array")
+
+
+class Vocabulary:
+    """What kernels are written in, for one simulated thread."""
+
+    def __init__(self, dtype: int, plain: bool, memory: Memory) -> None:
+        self.dtype, self.plain = dtype, plain
+        self._memory, self._storage, self._computed = memory, STORAGE[dtype], COMPUTED[dtype]
+        self.item_bytes = np.dtype(self._storage).itemsize
+        self.vector_items = VECTOR_BYTES // self.item_bytes
+        self.sweeps = TILE_CELLS // (LANES * self.vector_items)
+        self.inline = same
+        self.multiply = scalars.multiply_low
+
+    # ---- the grid ----
+
+    def lane(self) -> Any:
+        return np.uint32(cuda.threadIdx.x % LANES)
+
+    def thread(self) -> Any:
+        return np.uint32(cuda.threadIdx.x)
+
+    def block(self) -> Any:
+        return np.uint32(cuda.blockIdx.x)
+
+    def blocks(self) -> Any:
+        return np.uint32(cuda.gridDim.x)
+
+    def block_threads(self) -> Any:
+        return np.uint32(cuda.blockDim.x)
+
+    # ---- the warp ----
+
+    def any_lane(self, flag: Any) -> Any:
+        return self._exchange(VOTE, int(bool(flag))).any()
+
+    def uniform(self, value: Any) -> Any:
+        values = self._exchange(UNIFORM, value)
+        if (values != values[0]).any():
+            raise Fault(f"lanes have different numbers: {values}")
+        return np.uint32(values[0])
+
+    def _exchange(self, kind: int, value: Any) -> np.ndarray:
+        """What each lane of the warp brought to this meeting, to which all 32 must have come.
+
+        Meetings are numbered; odd and even ones have memory of their own, so that one barrier is enough for each.
+        """
+        thread = cuda.threadIdx.x
+        meetings, *places = cuda.shared.array(0, np.dtype(np.uint64)).reshape(5, -1)  # 0: the size is the launch's
+        meetings[thread] += np.uint64(1)
+        meeting = int(meetings[thread])
+        tags, values = places[2 * (meeting & 1) :][:2]
+        tags[thread], values[thread] = meeting << 8 | kind, value
+        cuda.syncthreads()
+        warp = slice(thread - thread % LANES, thread - thread % LANES + LANES)
+        elsewhere = np.flatnonzero(tags[warp] != tags[thread])
+        if elsewhere.size:
+            raise Fault(f"lanes {elsewhere} are not where lane {thread % LANES} is")
+        return values[warp].copy()
+
+    # ---- memory ----
+
+    def load_word(self, address: Any) -> Any:
+        return self._memory.load(address, np.uint32)[0]
+
+    def store_word(self, address: Any, word: Any) -> None:
+        self._memory.store(address, np.array([word & np.uint64(0xFFFFFFFF)], np.uint32))
+
+    def load_long(self, address: Any) -> Any:
+        return self._memory.load(address, np.uint64)[0]
+
+    def load_tile(self, address: Any) -> Any:
+        return [self.load_vector(int(address) + s * LANES * VECTOR_BYTES) for s in range(self.sweeps)]
+
+    def store_tile(self, address: Any, tile: Any, word: Any, lane: Any, a: Any, b: Any, c: Any) -> None:
+        words = self._exchange(TILE, word)
+        for sweep, vector in enumerate(tile):
+            cells = (LANES * sweep + int(lane)) * self.vector_items + np.arange(self.vector_items)
+            keep = words[cells >> 5] >> (cells & 31).astype(np.uint64) & np.uint64(1)
+            self._put(int(address) + sweep * LANES * VECTOR_BYTES, vector, keep, a, b, c)
+
+    def load_rest(self, address: Any, first: Any, end: Any) -> Any:
+        elements = range(int(first), int(first) + BATCH * LANES, LANES)
+        return [self.load_item(int(address) + e * self.item_bytes) if e < end else None for e in elements]
+
+    def store_rest(
+        self, address: Any, first: Any, end: Any, rest: Any, word: Any, owner: Any, lane: Any, a: Any, b: Any, c: Any
+    ) -> None:
+        words = self._exchange(REST, word)
+        for i, item in enumerate(rest):
+            element = int(first) + i * LANES
+            if element < end:
+                keep = words[int(owner) + i] >> np.uint64(lane) & np.uint64(1)
+                self._put(int(address) + element * self.item_bytes, item, keep, a, b, c)
+
+    def load_vector(self, address: Any) -> Any:
+        return self._memory.load(address, self._storage, self.vector_items)
+
+    def store_vector(self, address: Any, vector: Any, bits: Any, a: Any, b: Any, c: Any) -> None:
+        keep = np.uint64(bits) >> np.arange(self.vector_items, dtype=np.uint64) & np.uint64(1)
+        self._put(address, vector, keep, a, b, c)
+
+    def load_item(self, address: Any) -> Any:
+        return self._memory.load(address, self._storage)
+
+    def store_item(self, address: Any, item: Any, bits: Any, a: Any, b: Any, c: Any) -> None:
+        self._put(address, item, np.uint64(bits) & np.uint64(1), a, b, c)
+
+    def _put(self, address: Any, items: np.ndarray, keep: Any, a: Any, b: Any, c: Any) -> None:
+        wide = bfloat16_to_float32(items) if self.dtype == BFLOAT16 else items.astype(self._computed)
+        kept = wide * self._computed(a)
+        if not self.plain:
+            kept = kept + self._computed(b)
+        result = np.where(keep != 0, kept, self._computed(c))
+        narrow = float32_to_bfloat16(result) if self.dtype == BFLOAT16 else result.astype(self._storage)
+        self._memory.store(address, narrow)
+
+    # ---- arithmetic ----
+
+    def plane_mask(self, threshold: Any, k: int) -> Any:
+        return np.uint32(0xFFFFFFFF if int(threshold) >> (31 - k) & 1 else 0)
+
+    def divide(self, n: Any, multiplier: Any, shift: Any) -> Any:
+        if n >= 2**31:
+            raise Fault(f"divide takes numbers below 2**31, but got {n}")
+        return np.uint32(int(n) * int(multiplier) >> int(shift))
+
+
+class Launch(NamedTuple):
+    variant: Variant
+    blocks: int
+    values: tuple[Any, ...]
+
+
+class Device:
+    """In place of the driver's: ``blocks`` at most, of so many ``warps``. Kernels may touch what was allowed."""
+
+    def __init__(self) -> None:
+        self.blocks, self.warps = 2, 1
+        self.launches: list[Launch] = []
+        self.memory = Memory()
+
+    def allow(self, *arrays: np.ndarray) -> None:
+        for array in arrays:
+            self.memory.add(array)
+
+    def forget(self) -> None:
+        self.memory = Memory()
+
+    def kernel(self, variant: Variant) -> Kernel:
+        return Kernel(self, variant)
+
+
+class Kernel:
+    def __init__(self, device: Device, variant: Variant) -> None:
+        self._device, self._variant = device, variant
+
+    def launch(self, stream: int, threads: int, *values: Any) -> None:
+        """Runs the twin, on parameters that have been through the kernels' ABI."""
+        device, variant = self._device, self._variant
+        layout, of_code = packer(variant), {"Q": np.uint64, "I": np.uint32, "f": np.float32, "d": np.float64}
+        packed = layout.unpack(layout.pack(*values))
+        typed = [of_code[code](value) for code, value in zip(variant.codes, packed, strict=True)]
+        vocabulary = Vocabulary(variant.dtype, variant.plain, device.memory)
+        body = kernels.build(vocabulary, variant.body, variant.form)
+        blocks = min(-(-threads // (LANES * device.warps)), device.blocks)
+        device.launches.append(Launch(variant, blocks, packed))
+        device.memory.begin()
+        run(lambda: body(*typed), blocks, device.warps)
+
+
+def run(body: Callable[[], Any], blocks: int, warps: int) -> None:
+    """A body in each thread of a simulated grid."""
+
+    def kernel() -> None:
+        with np.errstate(all="ignore"):  # a thread has its own; integers wrap, and inf and NaN in data are data
+            body()
+
+    threads = LANES * warps
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    try:
+        FakeCUDAKernel(kernel, device=False)[blocks, threads, 0, 5 * 8 * threads]()
+    finally:
+        sys.setswitchinterval(before)
