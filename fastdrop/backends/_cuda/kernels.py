@@ -74,7 +74,7 @@ def _indices(v: Any) -> Any:
 def draw_words(v: Any) -> Any:
     draw, seed_of = _drawing(v), _seeds(v)
     lane_index, thread_index, block_index, blocks, block_threads = _indices(v)
-    load_word, store_word = v.load_word, v.store_word
+    load_word, store_word, uniform = v.load_word, v.store_word, v.uniform
 
     def kernel(words, position, first, n, seed, seed_at, offset, threshold, groups):
         """Bits of cells first .. first+n-1, to bits position .. position+n-1 of words, a thread per word written."""
@@ -88,7 +88,7 @@ def draw_words(v: Any) -> Any:
         count = (lead + n + LOW_5) >> WORD_SHIFT
         at = words + (position >> WORD_SHIFT) * WORD_BYTES
         step = U(blocks()) * U(block_threads())
-        warp_first = U(block_index()) * U(block_threads()) + U(thread_index()) - U(lane_index())
+        warp_first = U(block_index()) * U(block_threads()) + (U(uniform(thread_index() >> 5)) << WORD_SHIFT)
         while warp_first < count:  # whole warps, since lanes vote
             i = warp_first + U(lane_index())
             word = draw(begin + i, k0, k1, o0, o1, threshold, groups)
