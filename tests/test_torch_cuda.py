@@ -55,7 +55,7 @@ def cuda(gpu, monkeypatch):
     """``with cuda():`` makes all tensors CUDA's, on a device that `gpu` plays."""
     seen: list[np.ndarray] = []
     gpu.allow_from(lambda: seen)
-    for name in ("forward", "draw", "apply"):
+    for name in ("forward", "draw", "apply", "apply_strided"):
         real = getattr(_cuda, name)
 
         def watched(*arguments, real=real):

@@ -246,8 +246,8 @@ class Device:
     def forget(self) -> None:
         self.memory = Memory()
 
-    def kernel(self, variant: Variant) -> Kernel:
-        return Kernel(self, variant)
+    def kernel(self, *parts: Any) -> Kernel:
+        return Kernel(self, Variant(*parts))
 
 
 class Kernel:

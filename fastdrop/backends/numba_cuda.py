@@ -12,20 +12,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import Any
 
 from ..stream import PLANES_PER_GROUP
 from ._cuda import driver
-from ._cuda.compile import Variant
 from ._cuda.tile import ITEM_BYTES, LANES, TILE_CELLS, VECTOR_BYTES
 
 DIMS = 4
 INDEX_END = 1 << 31  # elements that one launch of `strided` numbers
 
 Axis = tuple[int, int]  # extent, stride in cells
-
-_DRAW = Variant("draw_words")
 
 
 def unavailable() -> str | None:
@@ -52,7 +49,7 @@ def draw_bits_at(
     seed_at: int = 0,
 ) -> None:
     if n:
-        kernel = driver.device(device).kernel(_DRAW)
+        kernel = driver.device(device).kernel("draw_words")
         threads = (position % 32 + n + 31) // 32
         groups = _groups(threshold)
         kernel.launch(stream, threads, words, position, first, n, seed, seed_at, offset, threshold, groups)
@@ -80,7 +77,7 @@ def dropout_forward_at(
     if n:
         form = "drawn_shifted" if first & 31 else "drawn"
         whole, threads = _tiles(x, y, n)
-        kernel = driver.device(device).kernel(_elementwise(dtype, form, b, c))
+        kernel = driver.device(device).kernel("elementwise", dtype, form, b == 0.0 and c == 0.0)
         kernel.launch(
             stream, threads, x, y, words, first, n, whole, seed, seed_at, offset, threshold, _groups(threshold), a, b, c
         )
@@ -101,8 +98,31 @@ def masked_affine_at(
     b: float,
     c: float,
 ) -> None:
+    if repeat == 1:
+        _stored_affine_at(device, stream, dtype, x, y, words, position, outer * inner, a, b, c)
+        return
     axes = (outer, inner), (repeat, 0), (inner, 1)
     strided_affine_at(device, stream, dtype, x, y, words, position, axes, a, b, c)
+
+
+def _stored_affine_at(
+    device: int,
+    stream: int,
+    dtype: int,
+    x: int,
+    y: int,
+    words: int,
+    position: int,
+    n: int,
+    a: float,
+    b: float,
+    c: float,
+) -> None:
+    """An element for each cell, in the cells' order."""
+    if n:
+        whole, threads = _tiles(x, y, n)
+        kernel = driver.device(device).kernel("elementwise", dtype, "stored", b == 0.0 and c == 0.0)
+        kernel.launch(stream, threads, x, y, words, position, n, whole, 0, 0, 0, 0, 0, a, b, c)
 
 
 def strided_affine_at(
@@ -122,12 +142,8 @@ def strided_affine_at(
     shares a decision. One launch, unless there are 2**31 elements or more than four axes that don't merge."""
     axes = _collapsed(axes)
     n = math.prod(extent for extent, _ in axes)
-    if not n:
-        return
-    if not axes or axes == [(n, 1)]:
-        whole, threads = _tiles(x, y, n)
-        kernel = driver.device(device).kernel(_elementwise(dtype, "stored", b, c))
-        kernel.launch(stream, threads, x, y, words, position, n, whole, 0, 0, 0, 0, 0, a, b, c)
+    if not axes or axes == [(n, 1)] or not n:
+        _stored_affine_at(device, stream, dtype, x, y, words, position, n, a, b, c)
         return
     if len(axes) > DIMS or n >= INDEX_END:
         for start, cell, part in _parts(axes):
@@ -136,9 +152,8 @@ def strided_affine_at(
         return
     step = VECTOR_BYTES // ITEM_BYTES[dtype]
     wide = (x | y) % VECTOR_BYTES == 0 and axes[-1][0] % step == 0
-    kernel = driver.device(device).kernel(
-        Variant("strided", dtype, "wide" if wide else "narrow", b == 0.0 and c == 0.0)
-    )
+    form = "wide" if wide else "narrow"
+    kernel = driver.device(device).kernel("strided", dtype, form, b == 0.0 and c == 0.0)
     inner_first = [*reversed(axes), *[(1, 0)] * (DIMS - len(axes))]
     divisions = [value for extent, cells in inner_first[:-1] for value in (extent, *reciprocal(extent), cells)]
     kernel.launch(stream, n // step if wide else n, x, y, words, position, n, *divisions, inner_first[-1][1], a, b, c)
@@ -181,15 +196,6 @@ def reciprocal(extent: int) -> tuple[int, int]:
     """
     shift = 31 + (extent - 1).bit_length()
     return -(-(1 << shift) // extent), shift
-
-
-def _elementwise(dtype: int, form: str, b: float, c: float) -> Variant:
-    return _variant(dtype, form, b == 0.0 and c == 0.0)
-
-
-@cache
-def _variant(dtype: int, form: str, plain: bool) -> Variant:
-    return Variant("elementwise", dtype, form, plain)
 
 
 @lru_cache(maxsize=1024)

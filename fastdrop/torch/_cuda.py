@@ -50,10 +50,16 @@ def draw(words: Tensor, cells: int, seed: int | Tensor, cut: int) -> None:
     backend().draw_bits_at(*place(words), words.data_ptr(), 0, 0, cells, number, 0, cut, seed_at=seed_at)
 
 
-def apply(
+def apply(tag: int, x: Tensor, y: Tensor, words: Tensor, n: int, scale: float) -> None:
+    """y = x under stored bits, both contiguous."""
+    from_, to, at = x.data_ptr(), y.data_ptr(), words.data_ptr()
+    backend().masked_affine_at(*place(x), tag, from_, to, at, 0, 1, 1, n, scale, 0.0, 0.0)
+
+
+def apply_strided(
     tag: int, x: Tensor, y: Tensor, order: list[int], words: Tensor, scale: float, cells_shape: Shape | None
 ) -> None:
-    """y = x under stored bits. ``order`` is `memory_order` of both."""
+    """The same for shared cells, and for data in another order; ``order`` is `memory_order` of both."""
     axes = cell_axes(tuple(x.shape), tuple(x.shape) if cells_shape is None else cells_shape)
     in_memory = [axes[axis] for axis in order]
     from_, to, at = x.data_ptr(), y.data_ptr(), words.data_ptr()

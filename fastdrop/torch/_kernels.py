@@ -169,11 +169,15 @@ def apply(x: Tensor, words: Tensor, scale: float, cells_shape: Shape | None) -> 
     if not n:
         return torch.empty_like(x)
     if x.is_cuda:
+        if cells_shape is None and x.is_contiguous():
+            y = torch.empty_like(x)
+            _cuda.apply(tag, x, y, words, n, scale)
+            return y
         order = _cuda.memory_order(x)
         if order is None:
             return _like(apply(x.contiguous(), words, scale, cells_shape), x)
         y = torch.empty_like(x)
-        _cuda.apply(tag, x, y, order, words, scale, cells_shape)
+        _cuda.apply_strided(tag, x, y, order, words, scale, cells_shape)
         return y
     if x.is_contiguous():
         source, y = x, _new_like(x, n)

@@ -140,7 +140,7 @@ class Device:
         self._context = check(*driver.cuDevicePrimaryCtxRetain(handle))
         self._address = int(self._context)
         self._get_current, self.launch = driver.cuCtxGetCurrent, driver.cuLaunchKernel
-        self._kernels: dict[Variant, Kernel] = {}
+        self._kernels: dict[tuple[str, int, str, bool], Kernel] = {}
 
     def is_current(self) -> bool:
         """Whether this thread's context is the device's."""
@@ -153,9 +153,10 @@ class Device:
     def __exit__(self, *_: Any) -> None:
         check(*self.driver.cuCtxPopCurrent())
 
-    def kernel(self, variant: Variant) -> Kernel:
-        found = self._kernels.get(variant)
-        return found if found is not None else self._load(variant)
+    def kernel(self, body: str, dtype: int = 0, form: str = "", plain: bool = True) -> Kernel:
+        """A `Variant` by its parts."""
+        found = self._kernels.get((body, dtype, form, plain))
+        return found if found is not None else self._load(Variant(body, dtype, form, plain))
 
     def _load(self, variant: Variant) -> Kernel:
         driver = self.driver
