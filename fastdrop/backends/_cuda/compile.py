@@ -1,10 +1,14 @@
-"""From a kernel's name to machine code: Numba to PTX, NVIDIA's linker to a cubin, kept on disk.
+"""From a kernel's name to machine code: Numba to NVVM's IR for linking, NVIDIA's linker to a cubin, kept on disk.
+
+Not by way of PTX: the linker takes that for a part of something larger. Below compute capability 9.0 it then doesn't
+see that a warp's lanes stay together, surrounds every shuffle and vote with calls, and takes 144 registers for 55.
 
 Nothing here needs a GPU or a driver. Numba and the linker are imported only where the disk has no cubin.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -13,7 +17,7 @@ import sys
 import tempfile
 from importlib import metadata
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..._checks import FLOAT64
 
@@ -32,6 +36,7 @@ SOURCES = (
     "backends/_cuda/kernels.py",
 )
 PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink")
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 # Parameters of each body as `struct` codes; F is what elements are computed in. The kernels' ABI.
 PARAMETERS = {
@@ -67,52 +72,74 @@ def packer(variant: Variant) -> struct.Struct:
 
 
 def ptx(variant: Variant, cc: Capability) -> str:
-    """PTX with one entry, by Numba, for a compute capability; about a second."""
+    """PTX with one entry, by Numba, for a compute capability: for those who read it; about a second."""
+    return str(_translated(variant, cc, "ptx"))
+
+
+def intermediate(variant: Variant, cc: Capability) -> bytes:
+    """The same for the linker to compile."""
+    return bytes(_translated(variant, cc, "ltoir"))
+
+
+def _translated(variant: Variant, cc: Capability, output: str) -> Any:
     from numba import cuda, types
 
     from . import kernels, words
 
     of_code = {"Q": types.uint64, "I": types.uint32, "f": types.float32, "d": types.float64}
     vocabulary = words.Vocabulary(variant.dtype, cc, variant.plain)
-    text: str = cuda.compile_ptx(  # type: ignore[attr-defined, no-untyped-call]
-        kernels.build(vocabulary, variant.body, variant.form), types.void(*(of_code[c] for c in variant.codes)), cc=cc
-    )[0]
-    return text
+    function = kernels.build(vocabulary, variant.body, variant.form)
+    signature = types.void(*(of_code[c] for c in variant.codes))
+    return cuda.compile(function, signature, device=False, cc=cc, output=output, abi="numba")[0]  # type: ignore
 
 
 def entry(image: bytes) -> bytes:
-    """The name of the kernel in PTX."""
-    found = re.search(rb"\.entry\s+([\w$]+)", image)
+    """The name of the kernel, in PTX or in a cubin: there that of the section which describes it."""
+    found = re.search(rb"\.entry\s+([\w$]+)|\0\.nv\.info\.([\w$]+)\0", image)
     assert found
-    return found.group(1)
+    return found.group(1) or found.group(2)
 
 
-def cubin(text: str, cc: Capability) -> bytes:
-    """Machine code from PTX."""
+def cubin(code: bytes, cc: Capability) -> bytes:
+    """Machine code from `intermediate`."""
     from cuda.bindings import nvjitlink
 
-    handle = nvjitlink.create(1, [f"-arch=sm_{cc[0]}{cc[1]}"])
+    handle = nvjitlink.create(2, [f"-arch=sm_{cc[0]}{cc[1]}", "-lto"])
     try:
-        source = text.encode() + b"\0"
-        nvjitlink.add_data(handle, nvjitlink.InputType.PTX, source, len(source), "fastdrop")
+        nvjitlink.add_data(handle, nvjitlink.InputType.LTOIR, code, len(code), "fastdrop")
         nvjitlink.complete(handle)
-        code = bytearray(nvjitlink.get_linked_cubin_size(handle))
-        nvjitlink.get_linked_cubin(handle, code)
-        return bytes(code)
+        linked = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, linked)
+        return bytes(linked)
     finally:
         nvjitlink.destroy(handle)
 
 
 def image(variant: Variant, cc: Capability) -> tuple[bytes, bytes]:
-    """(kernel's name, cubin), from the disk where it has them."""
+    """(kernel's name, machine code), from the disk where it has it."""
     file = cache_folder() / f"{variant}-sm_{cc[0]}{cc[1]}-{_fingerprint()}.cubin"
     try:
-        name, _, code = file.read_bytes().partition(b"\n")
+        code = _checked(file.read_bytes())
     except OSError:
-        text = ptx(variant, cc)
-        name, code = entry(text.encode()), cubin(text, cc)
-        _keep(file, name + b"\n" + code)
-    return name, code
+        code = None
+    if code is None:
+        code = _compiled(variant, cc)
+        _keep(file, hashlib.sha256(code).digest() + code)
+    return entry(code), code
+
+
+def _compiled(variant: Variant, cc: Capability) -> bytes:
+    """A cubin, or PTX, which the driver compiles, where there is no linker or one too old for the IR."""
+    try:
+        return cubin(intermediate(variant, cc), cc)
+    except Exception:  # what is wrong with the kernel itself, PTX will tell
+        return ptx(variant, cc).encode() + b"\0"
+
+
+def _checked(kept: bytes) -> bytes | None:
+    """The code behind its digest, unless a disk has lost part of it."""
+    digest, code = kept[:DIGEST_BYTES], kept[DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
 
 
 def cache_folder() -> Path:
@@ -154,8 +181,12 @@ def _keep(file: Path, content: bytes) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, temporary = tempfile.mkstemp(dir=file.parent)
+    except OSError:
+        return
+    try:
         with os.fdopen(handle, "wb") as stream:
             stream.write(content)
         os.replace(temporary, file)
     except OSError:
-        pass
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
