@@ -53,6 +53,7 @@ AFFINE = {
     "negative": (-2.0, 0.0, 0.0),
     "affine": (1.3, -0.25, 0.7),
     "shift": (1.0, 0.3, 0.0),
+    "filled": (1.25, 0.0, 0.7),  # adding b makes +0 of -0
 }
 
 GRIDS = (  # (outer, repeat, inner)

@@ -196,6 +196,17 @@ def test_image_is_compiled_once(folder: Path, compiled: list[Capability], monkey
     assert file.stat().st_mtime_ns == before
 
 
+def test_the_driver_compiles_where_there_is_no_linker(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: object) -> bytes:
+        raise RuntimeError("no linker")
+
+    monkeypatch.setattr(compile, "cubin", none)
+    name, code = compile.image(SMALL, (9, 0))
+    assert code.endswith(b"\0")  # the driver reads on to there
+    assert b".entry " + name in code
+    assert compile.image(SMALL, (9, 0)) == (name, code)
+
+
 def test_image_is_kept_per_variant_and_capability(folder: Path, compiled: list[Capability]) -> None:
     others = [SMALL._replace(**change) for change in ({"dtype": FLOAT64}, {"form": "wide"}, {"plain": False})]
     wanted = [(SMALL, (9, 0)), (SMALL, (8, 0)), *((other, (9, 0)) for other in others)]

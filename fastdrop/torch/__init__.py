@@ -13,6 +13,6 @@ try:
     from .modules import Dropout
     from .override import disable, enable, enabled
 except ImportError as error:
-    raise ImportError(f'fastdrop.torch needs torch 2.13 or later: pip install "fastdrop[torch]" ({error})') from error
+    raise ImportError(f'fastdrop.torch needs torch 2.11 or later: pip install "fastdrop[torch]" ({error})') from error
 
 __all__ = ["Dropout", "Report", "convert", "disable", "dropout", "enable", "enabled", "revert"]

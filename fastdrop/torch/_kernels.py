@@ -24,6 +24,7 @@ from ..grid import Grid
 from ..mask import fill_words, word_count
 from ..stream import DROP_ALL
 from . import _cuda
+from ._plain import hide_from_dynamo
 
 TAGS = {
     torch.float32: FLOAT32,
@@ -266,3 +267,6 @@ def _words(words: Tensor) -> Any:
 def _refusal() -> RuntimeError:
     """Unreachable through the public functions, which check first."""
     return RuntimeError("the C kernel refused its arguments")
+
+
+hide_from_dynamo(forward, draw, apply)

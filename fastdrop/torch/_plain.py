@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch._C import (
@@ -11,10 +14,11 @@ from torch._C import (
     _get_tracing_state,
     _len_torch_dispatch_stack,
 )
+from torch._C._dynamo import eval_frame
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-__all__ = ["is_plain", "is_transformed"]
+__all__ = ["hide_from_dynamo", "is_plain", "is_transformed"]
 
 
 def _plain_keys() -> frozenset[int]:
@@ -54,3 +58,13 @@ def is_plain(x: Tensor) -> bool:
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` surrounds the call."""
     return peek_interpreter_stack() is not None
+
+
+def hide_from_dynamo(*functions: Callable[..., Any]) -> None:
+    """Where a graph breaks, these and all they call run as they are: NumPy's arithmetic is not for torch to compile.
+
+    Marks their code, which costs a call nothing; `torch.compiler.disable` wraps it and imports the compiler.
+    """
+    skip = eval_frame._FrameExecStrategy(eval_frame._FrameAction.SKIP, eval_frame._FrameAction.SKIP)
+    for function in functions:
+        eval_frame.set_code_exec_strategy(function.__code__, skip)
