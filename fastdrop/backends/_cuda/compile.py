@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import importlib
 import os
 import re
 import struct
@@ -18,6 +19,8 @@ import tempfile
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..._checks import FLOAT64
 
@@ -82,6 +85,7 @@ def intermediate(variant: Variant, cc: Capability) -> bytes:
 
 
 def _translated(variant: Variant, cc: Capability, output: str) -> Any:
+    _ready_numba_cuda()
     from numba import cuda, types
 
     from . import kernels, words
@@ -91,6 +95,17 @@ def _translated(variant: Variant, cc: Capability, output: str) -> Any:
     function = kernels.build(vocabulary, variant.body, variant.form)
     signature = types.void(*(of_code[c] for c in variant.codes))
     return cuda.compile(function, signature, device=False, cc=cc, output=output, abi="numba")[0]  # type: ignore
+
+
+def _ready_numba_cuda() -> None:
+    """numba-cuda takes `numpy.row_stack` for granted, which NumPy 2.5 has no more, and will stay so: its issue 907."""
+    gone = "row_stack"
+    if not hasattr(np, gone):
+        setattr(np, gone, np.vstack)
+        try:
+            importlib.import_module("numba.cuda.np.arrayobj")
+        finally:
+            delattr(np, gone)
 
 
 def entry(image: bytes) -> bytes:
