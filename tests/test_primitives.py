@@ -108,6 +108,15 @@ def test_backend_has_the_primitives_of_ops_def(name):
     assert {op: list(inspect.signature(getattr(module, op)).parameters) for op in rows()} == rows()
 
 
+def test_cuda_has_them_by_address_on_a_device_and_a_stream():
+    from fastdrop.backends import numba_cuda as module
+
+    for op, parameters in rows().items():
+        own = inspect.signature(getattr(module, f"{op}_at")).parameters.values()
+        assert [p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD] == ["device", "stream", *parameters]
+        assert {p.name for p in own if p.kind is p.KEYWORD_ONLY} <= {"seed_at"}
+
+
 @pytest.mark.parametrize("name", primitive_modules())
 def test_backend_has_the_shared_functions(name):
     """What the registry calls on each: same names, parameters and defaults as the reference's."""
