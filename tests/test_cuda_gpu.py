@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import threading
+from importlib.resources import files
 
 import numpy as np
 import pytest
 
 import fastdrop as fd
 from fastdrop import backends
+from fastdrop.backends import numba_cuda, reference
+from fastdrop.stream import DROP_ALL, threshold_and_scale
 
 if reason := backends.reason("cuda"):
     pytest.skip(f"no GPU: {reason}", allow_module_level=True)
@@ -63,6 +69,109 @@ def same(got, expected):
     assert torch.equal(got, expected)
 
 
+# ---- the primitives, by address ----
+
+STORAGE = (np.float32, np.float64, np.float16, np.uint16)  # by dtype tag
+BFLOAT16 = 3
+GUARD, POISON = 256, 0xFF  # bytes; NaN in every dtype
+SEED, OFFSET = 0x9E3779B97F4A7C15, 0x1_0000_0003
+FIRST = (0, 5, (1 << 37) - 1000)  # within a word; so that the word index passes 2**32 midway
+
+
+class Area:
+    """An array's bytes on the GPU, so many past a border of 256, between guards that nobody may write."""
+
+    def __init__(self, content, shift=0):
+        whole = np.full(content.nbytes + shift + 2 * GUARD, POISON, np.uint8)
+        self._inside = slice(GUARD + shift, GUARD + shift + content.nbytes)
+        whole[self._inside] = content.view(np.uint8)
+        self._buffer = torch.from_numpy(whole).to("cuda")
+        self.address = self._buffer.data_ptr() + GUARD + shift
+
+    def expect(self, content):
+        now = self._buffer.cpu().numpy()
+        assert np.array_equal(now[self._inside], content.view(np.uint8))
+        now[self._inside] = POISON
+        assert (now == POISON).all()
+
+
+def poison(n, storage):
+    return np.full(n * np.dtype(storage).itemsize, POISON, np.uint8).view(storage)
+
+
+def numbers(tag, n):
+    x = np.random.default_rng(tag).normal(size=n).astype(np.float32)
+    return reference.float32_to_bfloat16(x) if tag == BFLOAT16 else x.astype(STORAGE[tag])
+
+
+def where():
+    return torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
+
+
+@pytest.mark.parametrize("shift", [0, 1, 3])
+@pytest.mark.parametrize("n", [1, 33, 1023, 1024, 1025, 4100, 20_011])
+@pytest.mark.parametrize("tag", range(4))
+def test_dropout_forward_writes_its_output_whole_and_nothing_else(tag, n, shift):
+    storage, size = STORAGE[tag], np.dtype(STORAGE[tag]).itemsize
+    cut, scale = threshold_and_scale(0.1)
+    x, seed = numbers(tag, n), Area(np.array([SEED], np.uint64))
+    for first, (a, b, c), kept in itertools.product(FIRST, ((scale, 0.0, 0.0), (1.3, -0.25, 0.7)), (True, False)):
+        y, words = poison(n, storage), poison((n + 31) // 32, np.uint32)
+        areas = Area(x, shift * size), Area(y, shift * size), Area(words)
+        reference.dropout_forward(tag, x, y, words if kept else None, first, n, SEED, OFFSET, cut, a, b, c)
+        source, to, at = (area.address for area in areas)
+        number, seed_at = (SEED, 0) if kept else (0, seed.address)
+        numba_cuda.dropout_forward_at(
+            *where(), tag, source, to, at if kept else 0, first, n, number, OFFSET, cut, a, b, c, seed_at=seed_at
+        )
+        for area, content in zip(areas, (x, y, words), strict=True):
+            area.expect(content)
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize(
+    "grid", [(1, 1, 33), (1, 1, 20_011), (24, 25, 1), (1, 9, 24), (4, 3, 33), (3, 2, 513), (2, 5, 512)]
+)
+@pytest.mark.parametrize("tag", range(4))
+def test_masked_affine_writes_its_output_whole_and_nothing_else(tag, grid, shift):
+    n, cells = math.prod(grid), grid[0] * grid[2]
+    storage, size = STORAGE[tag], np.dtype(STORAGE[tag]).itemsize
+    x, words = numbers(tag, n), np.random.default_rng(0).integers(0, 1 << 32, (cells + 7 + 31) // 32, np.uint32)
+    for position, (a, b, c) in itertools.product((0, 7), ((1.25, 0.0, 0.0), (1.3, -0.25, 0.7))):
+        y = poison(n, storage)
+        areas = Area(x, shift * size), Area(y, shift * size), Area(words)
+        reference.masked_affine(tag, x, y, words, position, *grid, a, b, c)
+        numba_cuda.masked_affine_at(*where(), tag, *(area.address for area in areas), position, *grid, a, b, c)
+        for area, content in zip(areas, (x, y, words), strict=True):
+            area.expect(content)
+
+
+@pytest.mark.parametrize("position", [0, 7, 33])
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 1025, 20_011])
+def test_draw_bits_writes_its_bits_and_no_others(n, position):
+    cut, _ = threshold_and_scale(0.1)
+    for first in FIRST:
+        words = np.random.default_rng(n).integers(0, 1 << 32, (position + n + 31) // 32, np.uint32)
+        area = Area(words)
+        reference.draw_bits(words, position, first, n, SEED, OFFSET, cut)
+        numba_cuda.draw_bits_at(*where(), area.address, position, first, n, SEED, OFFSET, cut)
+        area.expect(words)
+
+
+def test_golden_masks():
+    masks = json.loads((files("fastdrop") / "vectors" / "masks.json").read_text())["masks"]
+    drawn = [mask for mask in masks if 0 < mask["threshold"] < DROP_ALL]
+    assert drawn
+    for mask in drawn:
+        expected = np.array([int(word, 16) for word in mask["words"]], np.uint32)
+        area = Area(poison(expected.size, np.uint32))
+        seed, offset = int(mask["seed"], 16), int(mask["offset"], 16)
+        numba_cuda.draw_bits_at(
+            *where(), area.address, 0, 32 * mask["first_word"], 32 * expected.size, seed, offset, mask["threshold"]
+        )
+        area.expect(expected)
+
+
 # ---- the same mask ----
 
 
@@ -104,6 +213,41 @@ def test_other_strides_and_complex(view):
     on_cpu, on_gpu = (fdt.dropout(view(t), 0.4, seed=5) for t in (x, x.cuda()))
     assert on_gpu.stride() == on_cpu.stride()
     same(on_gpu.cpu(), on_cpu)
+
+
+IMAGE = (2, 16, 9, 12)
+LAYOUTS = {
+    "contiguous": lambda x: x[:3456].view(IMAGE),
+    "unaligned": lambda x: x[1:3457].view(IMAGE),
+    "channels last": lambda x: x[:3456].view(IMAGE).contiguous(memory_format=torch.channels_last),
+    "permuted": lambda x: x[:3456].view(9, 2, 12, 16).permute(1, 3, 0, 2),
+    "with gaps": lambda x: x[:6912].view(2, 16, 9, 24)[..., ::2],
+}
+
+
+@pytest.mark.parametrize("cells", [None, (2, 16, 1, 1), (1, 16, 9, 1), (2, 1, 9, 12), (1, 1, 1, 1)])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradients_in_every_layout(dtype, layout, cells):
+    view, results = LAYOUTS[layout], []
+    for device in ("cpu", "cuda"):
+        x = view(data(7000, dtype).to(device)).detach().requires_grad_()
+        for store in ("bits", "seed"):
+            y = fdt.dropout(x, 0.3, seed=7, noise_shape=cells, store=store)
+            (dx,) = torch.autograd.grad(y, x, view(data(7000, dtype).flip(0).to(device)))
+            results += [y.detach(), dx]
+    for on_cpu, on_gpu in zip(results[:4], results[4:], strict=True):
+        assert on_gpu.stride() == on_cpu.stride()
+        same(on_gpu.cpu(), on_cpu)
+
+
+def test_empty_scalar_and_p_0():
+    for x in (torch.empty(0, 3), torch.tensor(2.0)):
+        on_cpu, on_gpu = both(x, 0.5, seed=3)
+        same(on_gpu[0], on_cpu[0])
+        same(on_gpu[1], on_cpu[1])
+    x = data(1000)
+    same(dropped(x.cuda(), 0.0).cpu(), x)
 
 
 def test_special_values_are_selected_not_multiplied():
@@ -148,6 +292,23 @@ def test_beyond_2_to_the_31_elements():
     assert np.array_equal(y[1, start : start + tail].float().cpu().numpy() != 0, keep)
 
 
+@pytest.mark.large
+def test_beyond_2_to_the_31_elements_backward():
+    n = (1 << 31) + 1000
+    if torch.cuda.mem_get_info()[0] < 10 * n:
+        pytest.skip(f"{10 * n} bytes of GPU memory are not free")
+    x = torch.ones(n + 1, dtype=torch.float16, device="cuda")[1:].requires_grad_()  # unaligned
+    poisoned = torch.full((n,), math.nan, dtype=torch.float16, device="cuda")
+    del poisoned  # the output finds it
+    y = fdt.dropout(x, 0.1, seed=9)
+    (dx,) = torch.autograd.grad(y, x, x)
+    y = y.detach()
+    for start in range(0, n, 1 << 28):  # an element left unwritten is NaN, which equals nothing
+        assert torch.equal(y[start : start + (1 << 28)], dx[start : start + (1 << 28)])
+    kept = sum(int(torch.count_nonzero(y[start : start + (1 << 28)])) for start in range(0, n, 1 << 28))
+    assert abs(kept / n - 0.9) < 1e-3
+
+
 # ---- seeds ----
 
 
@@ -171,6 +332,14 @@ def test_torchs_own_numbers_do_not_repeat_and_states_restore():
     torch.rand(1000, device="cuda")
     torch.cuda.set_rng_state(state)
     same(dropped(x, 0.5), first)
+
+
+def test_calls_are_independent_of_each_other_and_of_torchs():
+    x = torch.ones(100_003, device="cuda")
+    torch.manual_seed(3)
+    masks = [dropout(x, 0.5) != 0 for dropout in (dropped, dropped, F.dropout, F.dropout, dropped)]
+    for one, other in itertools.combinations(masks, 2):
+        assert abs(float((one == other).double().mean()) - 0.5) < 0.02
 
 
 def test_a_generator_of_ones_own():
@@ -247,6 +416,108 @@ def test_a_captured_graph_draws_anew_at_each_replay(store):
         assert 0.68 < masks[-1].float().mean() < 0.72
     assert not torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[1], masks[2])
+
+
+def test_forward_on_a_fresh_thread():
+    x, found = data(5000).cuda(), []
+    thread = threading.Thread(target=lambda: found.append(fdt.dropout(x, 0.5, seed=1).cpu()))
+    thread.start()
+    thread.join()
+    same(found[0], fdt.dropout(x.cpu(), 0.5, seed=1))
+
+
+def replays(step, before_each):
+    """What a step returns, at each replay of its graph, after something that isn't captured."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    for before in before_each:
+        before()
+        graph.replay()
+        yield [result.detach().cpu() for result in results]
+
+
+@pytest.mark.parametrize("store", ["bits", "seed"])
+def test_a_captured_graph_keeps_a_number_and_follows_a_seed_on_the_device(store):
+    x = data(70_001)
+    leaf, at = x.cuda().requires_grad_(), torch.tensor(11, device="cuda")
+    dy = leaf.detach().clone()
+
+    def step(seed):
+        y = fdt.dropout(leaf, 0.3, seed=seed, store=store)
+        return y, *torch.autograd.grad(y, leaf, dy)
+
+    for y, dx in replays(lambda: step(11), [lambda: None] * 2):
+        same(y, fdt.dropout(x, 0.3, seed=11))
+        same(dx, y)
+    seeds = (11, 12, 1 << 40)
+    for seed, (y, dx) in zip(seeds, replays(lambda: step(at), [lambda s=s: at.fill_(s) for s in seeds]), strict=True):
+        same(y, fdt.dropout(x, 0.3, seed=seed))
+        same(dx, y)
+
+
+def test_make_graphed_callables():
+    sample = torch.rand(50_001, device="cuda", requires_grad=True)
+    graphed = torch.cuda.make_graphed_callables(fdt.Dropout(0.5).cuda(), (sample,))
+    masks = []
+    for _ in range(3):
+        x = (1.0 + torch.rand(50_001, device="cuda")).requires_grad_()
+        y = graphed(x)
+        y.backward(torch.ones_like(y))
+        masks.append((x.grad != 0).cpu())
+        same(y.detach().cpu(), torch.where(masks[-1], 2.0 * x.detach().cpu(), 0.0))
+    for one, other in itertools.combinations(masks, 2):
+        assert abs(float((one == other).double().mean()) - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("options", [{}, {"seed": 7}, {"store": "seed"}, {"noise_shape": (1, 99)}], ids=str)
+def test_backward_does_not_wait_either(options):
+    x = data((40, 99)).cuda().requires_grad_()
+    dy = torch.ones_like(x)
+    torch.autograd.grad(fdt.dropout(x, 0.3, **options), x, dy)
+    y = dropped(x, 0.3, **options)
+    torch.cuda.set_sync_debug_mode("error")  # until the fixture's end
+    torch.autograd.grad(y, x, dy)
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize(("store", "limit"), [("bits", 1_000_003 // 8 + 4), ("seed", 8)])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_eighth_of_a_byte_per_element_is_kept(dtype, store, limit):
+    x, kept = data(1_000_003, dtype).cuda().requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        fdt.dropout(x, 0.5, store=store)
+    assert sum(tensor.untyped_storage().nbytes() for tensor in kept) <= limit
+
+
+@pytest.mark.parametrize("cells", [None, (16, 64, 1, 1)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_nothing_is_copied(layout, cells):
+    """Forward takes its output and the mask, backward its output, and neither anything else for a while."""
+    x = torch.randn(16, 64, 64, 64, device="cuda").to(memory_format=layout).requires_grad_()
+    dy = torch.ones_like(x)
+    output, slack = x.numel() * 4, 4 << 20  # the allocator hands out up to 2 MiB more than asked for
+
+    def peak(call):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before, result
+
+    taken, y = peak(lambda: fdt.dropout(x, 0.1, noise_shape=cells))
+    assert output <= taken <= output + x.numel() // 8 + slack
+    taken, _ = peak(lambda: torch.autograd.grad(y, x, dy))
+    assert output <= taken <= output + slack
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")

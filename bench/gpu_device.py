@@ -1,0 +1,198 @@
+"""The device that is timed: GPU 0 through torch; and the CPU in its place for a dry run.
+
+This module owns how work is enqueued, captured, marked and waited for. Both classes have the same methods; `Host`'s do
+as little as can be, with the reference backend in the kernels' place and the wall clock for events.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from fastdrop._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from fastdrop.backends import numba_cuda, reference
+from fastdrop.backends._cuda import driver
+
+Call = Callable[[], object]
+
+
+class Cuda:
+    sizes = {"256M": 1 << 28, "16M": 1 << 24, "1M": 1 << 20}  # noqa: RUF012
+    image = (64, 256, 56, 56)
+    sample_seconds = 1.5e-3  # events resolve half a microsecond
+    host_calls = 100  # between two synchronisations: the queue of launches must not fill up
+    backend = numba_cuda
+
+    def __init__(self) -> None:
+        import torch
+
+        self.torch, self.device = torch, torch.device("cuda", 0)
+        torch.cuda.set_device(self.device)
+        self._properties = torch.cuda.get_device_properties(self.device)
+        self.l2_bytes = int(getattr(self._properties, "L2_cache_size", 0)) or 64 << 20
+        self._side = torch.cuda.Stream()
+
+    def describe(self) -> dict[str, Any]:
+        about = self._properties
+        return {
+            "device": about.name, "compute_capability": [about.major, about.minor], "sms": about.multi_processor_count,
+            "memory_bytes": about.total_memory, "l2_bytes": self.l2_bytes, **nvidia_smi(),
+        }  # fmt: skip
+
+    def stream(self) -> int:
+        return int(self.torch._C._cuda_getCurrentRawStream(0))
+
+    def synchronize(self) -> None:
+        self.torch.cuda.synchronize()
+
+    def mark(self) -> Any:
+        event = self.torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        return float(start.elapsed_time(end)) * 1e-3
+
+    def capture(self, call: Call) -> Call:
+        """A graph of what call enqueues. It is warmed up on the stream that captures: autograd remembers streams."""
+        torch = self.torch
+        before = torch.cuda.current_stream()
+        self._side.wait_stream(before)
+        with torch.cuda.stream(self._side):
+            call()
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, stream=self._side):
+                call()
+        finally:
+            torch.cuda.set_stream(before)  # where capturing failed, nobody else has
+        torch.cuda.synchronize()
+        replay: Call = graph.replay
+        return replay
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        self.torch._dynamo.reset()
+        return self.torch.compile(function, dynamic=False)
+
+    @contextlib.contextmanager
+    def launch_shape(self, threads: int, blocks: int) -> Iterator[None]:
+        """Kernels are launched in blocks of so many threads, at most so many blocks."""
+        device = driver.device(0)
+        before = driver.THREADS, device.blocks
+        driver.THREADS, device.blocks = threads, blocks
+        try:
+            yield
+        finally:
+            driver.THREADS, device.blocks = before
+
+    def seeds(self) -> Call:
+        """What draws a seed per call."""
+        from fastdrop.torch import _random
+
+        return partial(_random.draw_cuda, self.device, None)
+
+    def free(self) -> None:
+        gc.collect()
+        self.torch.cuda.empty_cache()
+
+
+class Host:
+    sizes = {"256M": 5001, "16M": 3000, "1M": 1000}  # noqa: RUF012
+    image = (2, 3, 4, 5)
+    sample_seconds, host_calls = 1e-5, 3
+    l2_bytes = 2 << 10
+
+    def __init__(self) -> None:
+        import torch
+
+        self.torch, self.device, self.backend = torch, torch.device("cpu"), AddressedReference
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "device": "dry run on the CPU", "compute_capability": [9, 0], "sms": 132, "memory_bytes": 0,
+            "l2_bytes": self.l2_bytes, **nvidia_smi(),
+        }  # fmt: skip
+
+    def stream(self) -> int:
+        return 0
+
+    def synchronize(self) -> None:
+        pass
+
+    def mark(self) -> float:
+        return time.perf_counter()
+
+    def seconds(self, start: float, end: float) -> float:
+        return end - start
+
+    def capture(self, call: Call) -> Call:
+        call()
+        return call
+
+    def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        return self.torch.compile(function, dynamic=False, backend="eager")
+
+    def launch_shape(self, threads: int, blocks: int) -> Any:
+        return contextlib.nullcontext()
+
+    def seeds(self) -> Call:
+        from fastdrop.torch import _random
+
+        return partial(_random.draw, None)
+
+    def free(self) -> None:
+        gc.collect()
+
+
+class AddressedReference:
+    """The reference backend with the parameters of `numba_cuda`, over memory of the CPU."""
+
+    @staticmethod
+    def dropout_forward_at(
+        device: int, stream: int, dtype: int, x: int, y: int, words: int, first: int, n: int, *rest: Any
+    ) -> None:
+        data = _array(x, n, STORAGE[dtype]), _array(y, n, STORAGE[dtype])
+        reference.dropout_forward(dtype, *data, _words(words, n) if words else None, first, n, *rest)
+
+    @staticmethod
+    def masked_affine_at(
+        device: int, stream: int, dtype: int, x: int, y: int, words: int, position: int, outer: int, repeat: int,
+        inner: int, *rest: Any,
+    ) -> None:  # fmt: skip
+        n = outer * repeat * inner
+        data = _array(x, n, STORAGE[dtype]), _array(y, n, STORAGE[dtype])
+        keep = _words(words, position + outer * inner)
+        reference.masked_affine(dtype, *data, keep, position, outer, repeat, inner, *rest)
+
+
+STORAGE = {FLOAT32: np.float32, FLOAT64: np.float64, FLOAT16: np.float16, BFLOAT16: np.uint16}
+
+
+def _array(address: int, n: int, dtype: Any) -> Any:
+    size = n * np.dtype(dtype).itemsize
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype)
+
+
+def _words(address: int, bits: int) -> Any:
+    return _array(address, (bits + 31) // 32, np.uint32)
+
+
+def nvidia_smi() -> dict[str, str]:
+    """Driver, clocks, temperature and power as the GPU reports them now; empty where they can't be read."""
+    fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={fields}", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields.split(","), (value.strip() for value in answer.split(",")), strict=False))
