@@ -7,15 +7,17 @@ made.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import _checks
 from ._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-from .backends import load
+from .backends import CUDA, load
 from .grid import cell_axes
 from .mask import PackedMask, SeededMask, word_count
 from .stream import DROP_ALL, check_random_state, random_state, threshold_and_scale
@@ -36,9 +38,17 @@ class Memory(NamedTuple):
     stream: int
 
 
+@cache
+def _cuda() -> Any:
+    """The CUDA backend; RuntimeError with the reason where there is none. Asking the driver takes 80 us: once."""
+    return load(CUDA)
+
+
 def is_on_device(x: Any) -> bool:
     """Whether x says that its memory is a GPU's."""
-    if hasattr(x, "__cuda_array_interface__"):  # torch's CPU tensors refuse the attribute
+    if _root(x) == "torch":  # whose tensors may raise other errors where they haven't the attributes
+        return bool(getattr(x, "is_cuda", False))
+    if hasattr(x, "__cuda_array_interface__"):
         return True
     ask = getattr(x, "__dlpack_device__", None)
     return ask is not None and ask()[0] == DLPACK_CUDA
@@ -62,6 +72,7 @@ def dropout(
             return masked("x", x, every, out), None
         return masked("x", x, None, out), None
     y = _output(out, x, "x")
+    _same_device(x, y)
     seed, offset = random_state(rng)
     if scaling == "standard":
         scale = 1.0
@@ -100,7 +111,7 @@ def _forward(tag: int, x: Any, y: Any, words: Any, seed: int, offset: int, cut: 
     source, target = _same_device(x, y)
     keep = 0 if words is None else _memory(words).address
     n = math.prod(x.shape)
-    load("cuda").dropout_forward_at(
+    _cuda().dropout_forward_at(
         source.device,
         source.stream,
         tag,
@@ -132,7 +143,7 @@ def _apply(tag: int, x: Any, mask: Mask, y: Any) -> None:
     if isinstance(words, np.ndarray):
         raise TypeError("mask must be of an array on the GPU, or a SeededMask, but got a PackedMask in memory")
     source, target, keep = _same_device(x, y, words)
-    load("cuda").strided_affine_at(
+    _cuda().strided_affine_at(
         source.device,
         source.stream,
         tag,
@@ -152,7 +163,7 @@ def _draw_words(like: Any, cells: int, seed: int, offset: int, cut: int) -> Any:
         return _filled(like, cells, cut < DROP_ALL)
     words = _empty(like, (word_count(cells),), np.uint32)
     at = _memory(words)
-    load("cuda").draw_bits_at(at.device, _memory(like).stream, at.address, 0, 0, cells, seed, offset, cut)
+    _cuda().draw_bits_at(at.device, _memory(like).stream, at.address, 0, 0, cells, seed, offset, cut)
     return words
 
 
@@ -178,7 +189,7 @@ def _tag(name: str, x: Any) -> int:
 
 def _kind(name: str, x: Any) -> str:
     """Whose array it is: cupy or numba."""
-    root = type(x).__module__.split(".")[0]
+    root = _root(x)
     if root in ("cupy", "numba") and hasattr(x, "__cuda_array_interface__"):
         return root
     what = f"{type(x).__module__}.{type(x).__qualname__}"
@@ -189,13 +200,19 @@ def _kind(name: str, x: Any) -> str:
     )
 
 
+def _root(x: Any) -> str:
+    """The top-level package of x's type."""
+    return type(x).__module__.partition(".")[0]
+
+
 def _memory(x: Any) -> Memory:
-    described = x.__cuda_array_interface__
+    with x.device if _root(x) == "cupy" else contextlib.nullcontext():  # CuPy names the current device's stream
+        described = x.__cuda_array_interface__
     address = described["data"][0]
     if not math.prod(described["shape"]):
         return Memory(0, -1, 0)
     # The interface numbers the default streams as the driver does.
-    return Memory(address, load("cuda").device_of(address), described.get("stream") or 0)
+    return Memory(address, _cuda().device_of(address), described.get("stream") or 0)
 
 
 def _same_device(x: Any, *others: Any) -> list[Memory]:
@@ -211,7 +228,8 @@ def _empty(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     if _kind("x", like) == "cupy":
         with like.device:
             return sys.modules["cupy"].empty(shape, dtype)
-    return load("cuda").empty(shape, dtype)
+    at = _memory(like)
+    return _cuda().empty(shape, dtype, at.device, like.stream)
 
 
 def _filled(like: Any, cells: int, kept: bool) -> Any:
@@ -219,7 +237,7 @@ def _filled(like: Any, cells: int, kept: bool) -> Any:
     words = _empty(like, (word_count(cells),), np.uint32)
     if cells:
         at = _memory(words)
-        load("cuda").fill_at(at.device, _memory(like).stream, at.address, 0xFFFFFFFF if kept else 0, word_count(cells))
+        _cuda().fill_at(at.device, _memory(like).stream, at.address, 0xFFFFFFFF if kept else 0, word_count(cells))
     return words
 
 
@@ -227,7 +245,7 @@ def _copy(y: Any, x: Any) -> None:
     source, target = _same_device(x, y)
     if source.address:
         size = math.prod(x.shape) * np.dtype(x.__cuda_array_interface__["typestr"]).itemsize
-        load("cuda").copy_at(source.device, source.stream, target.address, source.address, size)
+        _cuda().copy_at(source.device, source.stream, target.address, source.address, size)
 
 
 def _output(out: Any, x: Any, name: str) -> Any:

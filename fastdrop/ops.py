@@ -205,6 +205,8 @@ def _masked(name: str, x: ArrayLike, mask: Mask | None, out: Array | None) -> Ar
     if mask is not None:
         if type(mask) is not PackedMask and not isinstance(mask, (PackedMask, SeededMask)):
             raise TypeError(f"mask must be a PackedMask, a SeededMask or None, but got {type(mask).__name__}")
+        if type(mask) is PackedMask and type(mask._words) is not np.ndarray:
+            raise TypeError(f"mask must be in memory, as {name} is, or a SeededMask, but got a PackedMask on a GPU")
         if mask.shape != x.shape:
             _checks.mask_grid(name, x.shape, mask.shape)
     elif out is None:

@@ -337,7 +337,7 @@ def test_environment_isa_is_never_a_fallback(isa):
     assert repr(isa) in result.stderr
 
 
-@pytest.mark.parametrize("name", ["cuda", "C", "numpy "])
+@pytest.mark.parametrize("name", ["gpu", "C", "numpy "])
 def test_environment_backend_is_never_a_fallback(name):
     result = run_python(DRAW, FASTDROP_BACKEND=name)
     assert result.returncode != 0

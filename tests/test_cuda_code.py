@@ -204,7 +204,7 @@ def test_the_driver_compiles_where_there_is_no_linker(folder: Path, monkeypatch:
     name, code = compile.image(SMALL, (9, 0))
     assert code.endswith(b"\0")  # the driver reads on to there
     assert b".entry " + name in code
-    assert compile.image(SMALL, (9, 0)) == (name, code)
+    assert not list(folder.glob("*"))  # there may be one next time
 
 
 def test_image_is_kept_per_variant_and_capability(folder: Path, compiled: list[Capability]) -> None:

@@ -528,6 +528,14 @@ def test_the_tensors_device_counts_and_not_the_current_one():
         fdt.dropout(x.to("cuda:1"), 0.5, seed=torch.tensor(3, device="cuda:0"))
 
 
+def test_cudnns_recurrent_layers_do_not_wait_after_it():
+    lstm, x = torch.nn.LSTM(16, 16, 2, dropout=0.2).cuda(), torch.ones(5, 3, 16, device="cuda")
+    lstm(x)  # sets up its dropout's state, and waits
+    fdt.dropout(x, 0.5)
+    torch.cuda.set_sync_debug_mode("error")
+    lstm(x)
+
+
 # ---- the rest of torch ----
 
 

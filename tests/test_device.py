@@ -202,7 +202,7 @@ def test_arrays_on_different_gpus(cupy):
 
 @pytest.mark.parametrize("kind", ["torch", "jax", "builtins"])
 def test_arrays_of_others(cupy, kind):
-    other = type("Other", (Array,), {"__module__": kind})(data(4))
+    other = type("Other", (Array,), {"__module__": kind, "is_cuda": True})(data(4))
     refused(
         TypeError, r"fastdrop\.torch\.dropout takes those" if kind == "torch" else r"of CuPy or Numba, but got", other
     )

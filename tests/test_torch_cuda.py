@@ -34,6 +34,9 @@ class Generator:
     def __init__(self, seed: int) -> None:
         self.seed, self.offset = seed, 0
 
+    def graphsafe_get_state(self) -> Generator:
+        return self
+
     def initial_seed(self) -> int:
         return self.seed
 
@@ -64,7 +67,7 @@ def cuda(gpu, monkeypatch):
 
         monkeypatch.setattr(_cuda, name, watched)
     monkeypatch.setattr(_cuda, "place", lambda x: (0, STREAM))
-    monkeypatch.setattr(_cuda, "is_usable", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # what a CPU tensor's device has for an index
     _cuda.backend.cache_clear()
     state = SimpleNamespace(generator=Generator(5), capturing=False)
     monkeypatch.setattr(torch.cuda, "default_generators", {None: state.generator})
@@ -203,6 +206,16 @@ def test_seeds_differ_by_offset_and_by_seed():
     assert _random.mixed(0x9E3779B97F4A7C15, 0) == 0xE220A8397B1DCDAF
 
 
+@pytest.mark.parametrize(("p", "training"), [(0.5, False), (0.0, True)])
+def test_a_seed_on_the_device_is_not_read_where_nothing_is_dropped(cuda, monkeypatch, p, training):
+    monkeypatch.setattr(torch.Tensor, "item", None)
+    x = torch.ones(8)
+    with cuda():
+        assert fdt.dropout(x, p, training, seed=torch.tensor(3)) is x
+        with pytest.raises(ValueError, match="seed must be one number"):
+            fdt.dropout(x, p, training, seed=torch.tensor([3, 4]))
+
+
 def test_generators_of_the_wrong_device(cuda):
     with cuda(), pytest.raises(RuntimeError, match="Expected a 'cuda' device type for generator but found 'cpu'"):
         fdt.dropout(torch.ones(4), 0.5, generator=torch.Generator())
@@ -221,17 +234,36 @@ def test_the_reason_is_given_where_there_is_no_backend(monkeypatch):
     module = backends._module_of("numba_cuda")
     monkeypatch.setattr(module, "unavailable", lambda: "numba-cuda is not installed: get it")
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     with pytest.raises(RuntimeError, match="backend 'cuda' can't run here: numba-cuda is not installed: get it"):
         fdt.dropout(torch.ones(4), 0.5, seed=3)
 
 
 @pytest.mark.parametrize("usable", [False, True])
 def test_enable_takes_cuda_tensors_where_it_can(monkeypatch, usable):
-    monkeypatch.setattr(_cuda, "is_usable", lambda: usable)
+    monkeypatch.setattr(_cuda, "is_usable", lambda device: usable)
     with torch._subclasses.FakeTensorMode():
         assert override._ours(torch.ones(4, device="cuda"), 0.5) == usable
         assert override._ours(torch.ones(4), 0.5)
+
+
+def test_devices_that_cannot_be_used_are_left_to_torch(gpu):
+    _cuda.is_usable.cache_clear()
+    _cuda.backend.cache_clear()
+    try:
+        gpu.install((9, 0), (7, 0))
+        assert _cuda.is_usable(0)
+        with pytest.warns(
+            UserWarning, match=r"dropout on cuda:1 stays torch's: .* 7\.5 or later, and this one has 7\.0"
+        ):
+            assert not _cuda.is_usable(1)
+        gpu.install((9, 0))
+        gpu.fail("cuModuleLoadData", 222)
+        _cuda.is_usable.cache_clear()
+        with pytest.warns(UserWarning, match=r"can't load what the compiler made .* update the driver, or pip install"):
+            assert not _cuda.is_usable(0)
+    finally:
+        _cuda.is_usable.cache_clear()
+        _cuda.backend.cache_clear()
 
 
 # ---- what compilers see ----

@@ -10,6 +10,7 @@ nobody waits for it, and a captured graph reads it anew at each replay.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -33,6 +34,11 @@ def unavailable() -> str | None:
 def describe() -> str:
     """One line for `show_config`."""
     return f"CUDA, {driver.count()} GPU" + ("s" if driver.count() > 1 else "")
+
+
+def prepare(device: int) -> None:
+    """Raises what the first launch on a device would; loads a kernel there."""
+    driver.device(device).kernel("draw_words")
 
 
 def draw_bits_at(
@@ -171,11 +177,12 @@ def copy_at(device: int, stream: int, to: int, source: int, size: int) -> None:
         driver.check(*on.driver.cuMemcpyDtoDAsync(to, source, size, stream))
 
 
-def empty(shape: tuple[int, ...], dtype: Any) -> Any:
-    """One of Numba's arrays, on the current GPU."""
+def empty(shape: tuple[int, ...], dtype: Any, device: int, stream: Any) -> Any:
+    """One of Numba's arrays, bound to a stream; ``device`` -1: on the current GPU."""
     from numba import cuda
 
-    return cuda.device_array(shape, dtype)
+    with contextlib.nullcontext() if device < 0 else cuda.gpus[device]:
+        return cuda.device_array(shape, dtype, stream=stream)
 
 
 def upload(x: Any) -> Any:

@@ -176,12 +176,15 @@ def _check_cuda(cases: list[Case]) -> Iterator[str | None]:
         on_gpu = upload(case.x)
         y, mask = dropout(case.x, case.p, rng=SEED)
         y_there: Any
+        again: Any
         y_there, mask_there = dropout(on_gpu, case.p, rng=SEED)
+        again, _ = dropout(on_gpu, case.p, store="seed", rng=SEED)
         dx_there: Any = dropout_backward(on_gpu, mask_there)
         yield None if mask_there == mask else f"{where}: mask differs"
         for what, got, expected in (
             ("forward", y_there, y),
             ("backward", dx_there, dropout_backward(case.x, mask)),
+            ("forward, seed kept", again, y),
         ):
             same = np.array_equal(got.copy_to_host(), expected, equal_nan=True)
             yield None if same else f"{where}: {what} differs"

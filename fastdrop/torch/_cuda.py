@@ -5,6 +5,7 @@ Launches go to torch's current stream of the tensor's device, with raw pointers;
 
 from __future__ import annotations
 
+import warnings
 from functools import cache
 from typing import Any
 
@@ -24,9 +25,16 @@ def backend() -> Any:
 
 
 @cache
-def is_usable() -> bool:
-    """Whether CUDA tensors can be taken here."""
-    return backends.reason(backends.CUDA) is None
+def is_usable(device: int) -> bool:
+    """Whether a device's tensors can be taken; a warning with the reason if not, but for a missing backend."""
+    if backends.reason(backends.CUDA) is not None:
+        return False
+    try:
+        backend().prepare(device)
+    except RuntimeError as error:
+        warnings.warn(f"dropout on cuda:{device} stays torch's: {error}", stacklevel=2)
+        return False
+    return True
 
 
 def place(x: Tensor) -> tuple[int, int]:

@@ -165,7 +165,7 @@ def apply(x: Tensor, words: Tensor, scale: float, cells_shape: Shape | None) -> 
     n = x.numel()
     cells = n if cells_shape is None else math.prod(cells_shape)
     whole = words.dtype is torch.int32 and words.numel() == (cells + 31) >> 5 and words.is_contiguous()
-    if not whole or words.device != x.device:
+    if not whole or not (words.is_cpu if x.is_cpu else words.device == x.device):
         words = _checked(words, cells, x.device)
     if not n:
         return torch.empty_like(x)

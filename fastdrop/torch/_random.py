@@ -55,14 +55,25 @@ def draw_cuda(device: torch.device, generator: torch.Generator | None) -> int | 
     """The next seed of a CUDA device, without waiting for it."""
     if generator is not None and generator.device.type != "cuda":
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
-    if torch.cuda.is_current_stream_capturing():
+    if _is_capturing(device):
         return torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
     if generator is None:
         generator = torch.cuda.default_generators[device.index]
     with _generators:
-        offset = generator.get_offset()
-        generator.set_offset(offset + GENERATOR_STEP)
-    return mixed(generator.initial_seed(), offset)
+        # A second handle on the same state. `set_offset` marks the handle it is called on: after it on the generator
+        # itself, cuDNN's next RNN would draw its dropout's state anew, and wait for the device.
+        state = generator.graphsafe_get_state()
+        seed, offset = state.initial_seed(), state.get_offset()
+        state.set_offset(offset + GENERATOR_STEP)
+    return mixed(seed, offset)
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether the device's current stream is; torch tells for the current device's."""
+    if torch.cuda.current_device() == device.index:
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def mixed(seed: int, offset: int) -> int:
@@ -103,6 +114,15 @@ def as_int(seed: Any, generator: torch.Generator | None = None) -> int:
     if isinstance(seed, Tensor):
         return int(_one(seed).item()) & LOW_64_BITS
     return _checks.uint64("seed", seed)
+
+
+def check(seed: Any, generator: torch.Generator | None) -> None:
+    """Raises what drawing from this seed would, without reading it: it may lie on a GPU."""
+    _only_one(generator)
+    if isinstance(seed, Tensor):
+        _one(seed)
+    else:
+        _checks.uint64("seed", seed)
 
 
 def given(seed: Any, generator: torch.Generator | None, x: Tensor) -> int | Tensor:

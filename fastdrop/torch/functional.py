@@ -120,7 +120,7 @@ def dropout(
         _check_tensor(input)
         _ops.cells_shape(noise_shape, input)
         if seed is not None:
-            _random.as_int(seed, generator)
+            _random.check(seed, generator)
         return input
     try:
         known = input.dtype in _kernels.DTYPES
@@ -158,7 +158,7 @@ class _Fast(torch.autograd.Function):
         seed, cut, scale, cells_shape, bits, inplace, _ = call
         y, words = _kernels.forward(x, seed, cut, scale, cells_shape, bits, inplace)
         ctx.save_for_backward(_random.as_tensor(seed) if words is None else words)
-        ctx.call = call
+        ctx.call = (None, *call[1:]) if isinstance(seed, Tensor) else call  # kept where needed, and not twice
         if inplace:
             ctx.mark_dirty(x)
         return y

@@ -41,7 +41,8 @@ def enable() -> None:
     `torch.nn.MultiheadAttention`, `torch.nn.functional.scaled_dot_product_attention`, `torch.nn.LSTM` and
     `torch.nn.GRU` between layers, and any model built of these. Values and gradients are those of
     `fastdrop.torch.dropout`; other operators, the dropouts of whole features and alpha dropout, other devices, integer,
-    sparse and nested tensors and DTensors stay as they are.
+    sparse and nested tensors and DTensors stay as they are. So do, on a GPU, fused attention and cuDNN's recurrent
+    layers, which drop inside of kernels of their own.
 
     Calling it again does nothing. What `torch.compile` has compiled is compiled anew at its next call, so switch once
     and not in a loop.
@@ -118,8 +119,9 @@ def _ours(x: Tensor, p: float) -> bool:
     """Whether fastdrop has it; torch refuses a bad p in its own words."""
     known = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ or isinstance(x, (FakeTensor, FunctionalTensor))
     dense = x.layout is torch.strided and not x.is_nested
-    here = x.is_cpu or (x.is_cuda and _cuda.is_usable())
-    return known and dense and here and x.dtype in _kernels.DTYPES and 0.0 <= p <= 1.0
+    if not known or not dense or x.dtype not in _kernels.DTYPES or not 0.0 <= p <= 1.0:
+        return False
+    return x.is_cpu or (x.is_cuda and _cuda.is_usable(x.get_device()))
 
 
 def _torchs(op: Any, *arguments: Any) -> Tensor:

@@ -38,7 +38,17 @@ SOURCES = (
     "backends/_cuda/words.py",
     "backends/_cuda/kernels.py",
 )
-PACKAGES = ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-nvjitlink")
+PACKAGES = (
+    "numba",
+    "numba-cuda",
+    "llvmlite",
+    "nvidia-nvvm",
+    "nvidia-nvjitlink",
+    "nvidia-cuda-nvcc-cu12",
+    "nvidia-nvjitlink-cu12",
+)
+INSTALL = "pip install 'fastdrop[cuda]'"
+
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 # Parameters of each body as `struct` codes; F is what elements are computed in. The kernels' ABI.
@@ -138,17 +148,19 @@ def image(variant: Variant, cc: Capability) -> tuple[bytes, bytes]:
     except OSError:
         code = None
     if code is None:
-        code = _compiled(variant, cc)
-        _keep(file, hashlib.sha256(code).digest() + code)
+        try:
+            code = cubin(intermediate(variant, cc), cc)
+            _keep(file, hashlib.sha256(code).digest() + code)
+        except Exception:  # no linker, or one too old for the IR: the driver compiles PTX itself
+            code = _for_the_driver(variant, cc)
     return entry(code), code
 
 
-def _compiled(variant: Variant, cc: Capability) -> bytes:
-    """A cubin, or PTX, which the driver compiles, where there is no linker or one too old for the IR."""
+def _for_the_driver(variant: Variant, cc: Capability) -> bytes:
     try:
-        return cubin(intermediate(variant, cc), cc)
-    except Exception:  # what is wrong with the kernel itself, PTX will tell
         return ptx(variant, cc).encode() + b"\0"
+    except Exception as error:
+        raise RuntimeError(f"the CUDA kernels can't be compiled here ({error}): {INSTALL}") from error
 
 
 def _checked(kept: bytes) -> bytes | None:
@@ -162,9 +174,11 @@ def cache_folder() -> Path:
     own = os.environ.get("FASTDROP_CACHE_DIR")
     if own:
         return Path(own)
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "fastdrop" / "cuda"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fastdrop" / "cuda"
+    variable, usual = ("LOCALAPPDATA", "~/AppData/Local") if sys.platform == "win32" else ("XDG_CACHE_HOME", "~/.cache")
+    base = os.environ.get(variable, "")
+    if not os.path.isabs(base):  # relative ones are to be ignored, and "" is one
+        base = os.path.expanduser(usual)
+    return Path(base) / "fastdrop" / "cuda"
 
 
 def _fingerprint() -> str:

@@ -14,13 +14,12 @@ import threading
 from typing import Any
 
 from . import compile
-from .compile import OLDEST, Capability, Variant
-
-INSTALL = "pip install 'fastdrop[cuda]'"
+from .compile import INSTALL, OLDEST, Capability, Variant
 
 THREADS = 128  # per block: four warps
 BLOCKS_PER_SM = 32  # at most; beyond, a thread takes several turns
 
+REFUSALS = (200, 209, 222)  # invalid image, none for this GPU, PTX too new: machine code and driver don't fit
 _PARAMETER_BYTES = 256
 _PARAM_BUFFER_POINTER, _PARAM_BUFFER_SIZE, _PARAM_END = 1, 2, 0  # as cuda.h has CU_LAUNCH_PARAM_*
 
@@ -168,7 +167,15 @@ class Device:
                     *driver.cuThreadExchangeStreamCaptureMode(driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
                 )
                 try:
-                    module = check(*driver.cuModuleLoadData(code))
+                    status, module = driver.cuModuleLoadData(code)
+                    if status in REFUSALS:
+                        version = check(*driver.cuDriverGetVersion())
+                        its = f"{version // 1000}.{version % 1000 // 10}"
+                        raise RuntimeError(
+                            f"the NVIDIA driver, for CUDA {its}, can't load what the compiler made ({status.name}): "
+                            "update the driver, or pip install 'numba-cuda[cu12]'"
+                        )
+                    check(status)
                     function = check(*driver.cuModuleGetFunction(module, name))
                 finally:
                     check(*driver.cuThreadExchangeStreamCaptureMode(mode))
