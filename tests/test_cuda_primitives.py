@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 
 import numpy as np
 import pytest
@@ -31,11 +30,25 @@ from .cases import (
     assert_same_bits,
     golden,
 )
+from .cuda_cases import (
+    AXES,
+    SCALE,
+    accesses_vectors,
+    assert_as_reference,
+    assert_forward_as_reference,
+    assert_masked_as_reference,
+    assert_strided_as_reference,
+    drawn,
+    expected_drawn,
+    expected_forward,
+    forward,
+    masked,
+    random_words,
+    strided,
+    variants,
+)
 
 pytest_plugins = ["tests.gpu_stub"]
-
-SCALE = AFFINE["scale"]
-STREAM = 0x5000
 
 # Borders of bit, word, tile (1,024) and block (4,096).
 LENGTHS = (1, 31, 32, 33, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 20_001)
@@ -45,148 +58,7 @@ POSITIONS = (0, 1, 31, 32, 33, 1000)
 OLD = (7, 5)
 
 
-def forward(gpu, dtype, n, *, first=0, cut=TENTH, affine=SCALE, shifts=(0, 0, 0), stored=True, in_place=False):
-    """(y, words) of dropout_forward on poisoned arrays; kernels may write y and words, and read x, no more."""
-    x = Guarded.of(dtype.data(n), shifts[0])
-    y = x if in_place else Guarded(n, dtype.storage, shifts[1])
-    words = Guarded(word_count(n), np.uint32, shifts[2])
-    x.array.flags.writeable = in_place
-    gpu.forget()
-    gpu.allow(x.array, y.array, *[words.array] * stored)
-    numba_cuda.dropout_forward_at(
-        0,
-        STREAM,
-        dtype.tag,
-        x.array.ctypes.data,
-        y.array.ctypes.data,
-        words.array.ctypes.data if stored else 0,
-        first,
-        n,
-        SEED,
-        OFFSET,
-        cut,
-        *affine,
-    )
-    return y.array, words.array
-
-
-def expected_forward(dtype, n, *, first=0, cut=TENTH, affine=SCALE):
-    y, words = np.empty(n, dtype.storage), np.empty(word_count(n), np.uint32)
-    reference.dropout_forward(dtype.tag, dtype.data(n), y, words, first, n, SEED, OFFSET, cut, *affine)
-    return y, words
-
-
-def assert_as_reference(dtype, actual, expected, what=""):
-    """A GPU has one NaN; where it is computed with there must be one."""
-    nan = is_nan(dtype, expected)
-    assert_same_bits(is_nan(dtype, actual), nan, (what, "NaN"))
-    assert_same_bits(np.where(nan, expected, actual), expected, what)
-
-
-def is_nan(dtype, values):
-    magnitude = values.view(dtype.bits) & dtype.bits((1 << (dtype.exponent + dtype.mantissa)) - 1)
-    return magnitude > ((1 << dtype.exponent) - 1) << dtype.mantissa
-
-
-def assert_forward_as_reference(gpu, dtype, n, *, shifts=(0, 0, 0), **options):
-    y, words = forward(gpu, dtype, n, shifts=shifts, **options)
-    expected_y, expected_words = expected_forward(dtype, n, **options)
-    assert_same_bits(words, expected_words, ("words", n, options, shifts))
-    assert_as_reference(dtype, y, expected_y, ("y", n, options, shifts))
-
-
-def strided(gpu, dtype, axes, words, *, position=0, affine=SCALE, shifts=(0, 0, 0), in_place=False, launch=None):
-    """strided_affine likewise; ``launch`` may put another call in its place."""
-    n = math.prod(extent for extent, _ in axes)
-    x = Guarded.of(dtype.data(n), shifts[0])
-    y = x if in_place else Guarded(n, dtype.storage, shifts[1])
-    stored = Guarded.of(words, shifts[2])
-    x.array.flags.writeable = in_place
-    stored.array.flags.writeable = False
-    gpu.forget()
-    gpu.allow(x.array, y.array, stored.array)
-    addresses = [array.ctypes.data for array in (x.array, y.array, stored.array)]
-    if launch:
-        launch(0, STREAM, dtype.tag, *addresses, position)
-    else:
-        numba_cuda.strided_affine_at(0, STREAM, dtype.tag, *addresses, position, axes, *affine)
-    return y.array
-
-
-def masked(gpu, dtype, grid, words, *, affine=SCALE, **options):
-    def launch(*arguments):
-        numba_cuda.masked_affine_at(*arguments, *grid, *affine)
-
-    return strided(gpu, dtype, [(extent, 0) for extent in grid], words, launch=launch, **options)
-
-
-def expected_masked(dtype, grid, words, *, position=0, affine=SCALE):
-    y = np.empty(math.prod(grid), dtype.storage)
-    reference.masked_affine(dtype.tag, dtype.data(y.size), y, words, position, *grid, *affine)
-    return y
-
-
-def expected_strided(dtype, axes, words, *, position=0, affine=SCALE):
-    """Each element's bit looked up, and packed in the order of memory."""
-    cells = np.zeros((), np.int64)
-    for extent, stride in axes:
-        cells = cells[..., None] + np.arange(extent) * stride
-    flags = np.unpackbits(words.view(np.uint8), bitorder="little")[position + cells.reshape(-1)]
-    packed = np.zeros(word_count(flags.size), np.uint32)
-    packed.view(np.uint8)[: -(-flags.size // 8)] = np.packbits(flags, bitorder="little")
-    return expected_masked(dtype, (1, 1, flags.size), packed, affine=affine)
-
-
-def reach(axes):
-    """Cells that the axes span."""
-    return sum((extent - 1) * stride for extent, stride in axes) + 1
-
-
-def random_words(cells):
-    return np.random.default_rng(cells).integers(0, 2**32, word_count(cells), np.uint32)
-
-
-def assert_masked_as_reference(gpu, dtype, grid, words, *, position=0, affine=SCALE, **options):
-    y = masked(gpu, dtype, grid, words, position=position, affine=affine, **options)
-    expected = expected_masked(dtype, grid, words, position=position, affine=affine)
-    assert_as_reference(dtype, y, expected, (grid, position, affine, options))
-
-
-def assert_strided_as_reference(gpu, dtype, axes, *, position=0, affine=SCALE, **options):
-    words = random_words(position + reach(axes))
-    y = strided(gpu, dtype, axes, words, position=position, affine=affine, **options)
-    expected = expected_strided(dtype, axes, words, position=position, affine=affine)
-    assert_as_reference(dtype, y, expected, (axes, position, affine, options))
-
-
-def accesses_vectors(launch):
-    opcodes = " ".join(launch.executed)
-    loads, stores = (bool(re.search(rf"{kind}\.global\.v[24]\.", opcodes)) for kind in ("ld", "st"))
-    assert loads == stores
-    return loads
-
-
-def variants(gpu):
-    return {(launch.variant.body, launch.variant.form) for launch in gpu.launches}
-
-
 # ---- draw_bits ----
-
-
-def drawn(gpu, n, *, first=0, cut=TENTH, position=0, seed=SEED, offset=OFFSET, seed_at=0):
-    """draw_bits into words of a pattern, one more than it needs; the words, and what they held before."""
-    before = np.random.default_rng(0).integers(0, 2**32, word_count(position + n) + 1, np.uint32)
-    words = Guarded.of(before)
-    gpu.allow(words.array)
-    at = words.array.ctypes.data
-    numba_cuda.draw_bits_at(0, STREAM, at, position, first, n, seed, offset, cut, seed_at=seed_at)
-    return words.array, before
-
-
-def expected_drawn(n, before, *, first=0, cut=TENTH, position=0, seed=SEED, offset=OFFSET):
-    words = before.copy()
-    reference.draw_bits(words, position, first, n, seed, offset, cut)
-    return words
 
 
 def test_draw_bits_golden_vectors(gpu):
@@ -406,22 +278,6 @@ def test_masked_affine_any_number_of_blocks(gpu, monkeypatch, dtype):
 
 
 # ---- strided_affine ----
-
-AXES = {
-    "channels-last": ((2, 105), (5, 7), (7, 1), (3, 35)),
-    "channels-last, whole vectors": ((2, 280), (5, 7), (7, 1), (8, 35)),
-    "channels-last, shared in space": ((2, 8), (5, 0), (7, 0), (8, 1)),
-    "transposed": ((64, 1), (48, 64)),
-    "innermost shared": ((6, 1), (40, 0)),
-    "innermost in steps": ((6, 1), (40, 6)),
-    "all shared": ((500, 0),),
-    "one axis in steps": ((500, 3),),
-    "gaps": ((7, 1000), (16, 30), (5, 0)),
-    "ones": ((1, 5), (6, 1), (1, 0), (8, 6), (1, 1)),
-    "five axes": ((2, 1), (3, 0), (2, 50), (5, 2), (8, 100)),
-    "seven axes": ((2, 300), (1, 9), (2, 0), (3, 11), (2, 1), (2, 0), (4, 40)),
-    "words apart": ((3, 3200), (4, 320), (8, 32)),
-}
 
 
 @pytest.mark.parametrize("axes", AXES.values(), ids=AXES)

@@ -17,7 +17,7 @@ from fastdrop.backends._cuda import driver
 from fastdrop.mask import word_count
 
 from .cases import AFFINE, DTYPES, GRIDS, OFFSET, SEED, TENTH, THRESHOLDS, Guarded, assert_same_bits, golden
-from .test_cuda_primitives import (
+from .cuda_cases import (
     AXES,
     assert_as_reference,
     assert_forward_as_reference,
