@@ -5,6 +5,7 @@ interpreter, and fake CUDA tensors for what compilers see. `test_cuda_gpu.py` ha
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -309,3 +310,47 @@ def test_nothing_waits_and_nothing_is_copied(cuda):
     called = [name for name in cuda.gpu.calls if not name.startswith((*allowed, "cuGetProcAddress", "cuDriverGet"))]
     assert not called
     assert not [name for name in cuda.gpu.calls if "Synchronize" in name]
+
+
+@pytest.fixture
+def fake():
+    """A CUDA tensor without memory, where nothing is recorded for a gradient (see above)."""
+    with torch._subclasses.FakeTensorMode(), torch.no_grad():
+        yield torch.empty(4, 8, device="cuda")
+
+
+def test_transforms_of_fake_tensors_stay_on_their_device(fake):
+    drop = functools.partial(fdt.dropout, p=0.3)
+    assert torch.vmap(drop, randomness="different")(fake).device == fake.device
+    assert torch.vmap(drop, randomness="same")(fake).device == fake.device
+    value, tangent = torch.func.jvp(functools.partial(drop, seed=1), (fake,), (torch.empty_like(fake),))
+    assert value.device == tangent.device == fake.device
+
+
+def test_a_trace_has_the_ops(fake):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    code = make_fx(lambda x: fdt.dropout(x, 0.3))(fake).code
+    assert "torch.ops.fastdrop.draw.default" in code
+    assert "torch.ops.fastdrop.forward.default" in code
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_export(fake, strict):
+    exported = torch.export.export(torch.nn.Sequential(fdt.Dropout(0.3)), (fake,), strict=strict)
+    values = {str(node.target): node.meta["val"] for node in exported.graph.nodes if node.op == "call_function"}
+    assert values["fastdrop.draw.default"].device == fake.device
+    assert [value.device for value in values["fastdrop.forward.default"]] == [fake.device] * 2
+
+
+def test_compile(fake):
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(inputs[0].device)
+        return graph.forward
+
+    assert torch.compile(lambda x: fdt.dropout(x, 0.3), backend=backend, fullgraph=True)(fake).device == fake.device
+    assert seen == [fake.device]
+    compiled = torch.compile(lambda x: fdt.dropout(x, 0.4), backend="aot_eager", fullgraph=True)
+    assert compiled(fake).device == fake.device
