@@ -36,12 +36,16 @@ def data(name: str, value: Any) -> tuple[Array, int]:
     """The value as a plain ndarray, and its dtype's tag."""
     array: Array = value if type(value) is np.ndarray else np.asarray(value)
     tag = _tags.get(array.dtype)
+    return array, dtype_tag(name, array.dtype) if tag is None else tag
+
+
+def dtype_tag(name: str, dtype: np.dtype[Any]) -> int:
+    tag = _tags.get(dtype)
     if tag is None:
-        dtype = array.dtype
         if dtype.name != "bfloat16" or dtype.itemsize != 2 or not dtype.isnative:
             raise TypeError(f"{name} must have dtype {ALLOWED}, but got {dtype}")
         tag = _tags[dtype] = BFLOAT16
-    return array, tag
+    return tag
 
 
 def probability(p: Any) -> float:
@@ -175,19 +179,28 @@ def output(out: Any, x: Array, name: str) -> Array:
         return x
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an ndarray, but got {type(out).__name__}")
-    if out.dtype != x.dtype:
-        raise TypeError(f"out must have {name}'s dtype, {x.dtype}, but got {out.dtype}")
-    if out.shape != x.shape:
-        raise ValueError(f"out must have {name}'s shape, {x.shape}, but got {out.shape}")
-    if not out.flags.writeable:
-        raise ValueError("out must be writeable, but got a read-only array")
+    takes_result(out, x, name, out.flags.writeable)
     own = out.flags.owndata and x.flags.owndata  # memory of their own: no need to compare addresses
     if not own and np.may_share_memory(out, x) and not _same_elements(out, x) and _overlap(out, x):
-        raise ValueError(f"out must be {name} itself or not share memory with it, but got one that overlaps in part")
+        raise overlaps(name)
     result: Array = out
     if not result.flags.forc and any(s == 0 and e > 1 for s, e in zip(result.strides, result.shape, strict=True)):
         raise ValueError(f"out must not hold one address twice, but got strides {out.strides} for shape {out.shape}")
     return result
+
+
+def takes_result(out: Any, x: Any, name: str, writeable: bool) -> None:
+    """Raises unless out, an array of x's kind, has what it takes."""
+    if out.dtype != x.dtype:
+        raise TypeError(f"out must have {name}'s dtype, {x.dtype}, but got {out.dtype}")
+    if out.shape != x.shape:
+        raise ValueError(f"out must have {name}'s shape, {x.shape}, but got {out.shape}")
+    if not writeable:
+        raise ValueError("out must be writeable, but got a read-only array")
+
+
+def overlaps(name: str) -> ValueError:
+    return ValueError(f"out must be {name} itself or not share memory with it, but got one that overlaps in part")
 
 
 def _same_elements(a: Array, b: Array) -> bool:

@@ -10,14 +10,12 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from . import _checks
-from ._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-from .backends import CUDA, load
+from .backends import cuda
 from .grid import cell_axes
 from .mask import PackedMask, SeededMask, word_count
 from .stream import DROP_ALL, check_random_state, random_state, threshold_and_scale
@@ -26,7 +24,6 @@ __all__ = ["dropout", "is_on_device", "masked"]
 
 Mask = PackedMask | SeededMask
 
-TAGS = {"float32": FLOAT32, "float64": FLOAT64, "float16": FLOAT16, "bfloat16": BFLOAT16}
 DLPACK_CUDA = 2
 
 
@@ -36,12 +33,6 @@ class Memory(NamedTuple):
     address: int
     device: int
     stream: int
-
-
-@cache
-def _cuda() -> Any:
-    """The CUDA backend; RuntimeError with the reason where there is none. Asking the driver takes 80 us: once."""
-    return load(CUDA)
 
 
 def is_on_device(x: Any) -> bool:
@@ -72,7 +63,6 @@ def dropout(
             return masked("x", x, every, out), None
         return masked("x", x, None, out), None
     y = _output(out, x, "x")
-    _same_device(x, y)
     seed, offset = random_state(rng)
     if scaling == "standard":
         scale = 1.0
@@ -111,7 +101,7 @@ def _forward(tag: int, x: Any, y: Any, words: Any, seed: int, offset: int, cut: 
     source, target = _same_device(x, y)
     keep = 0 if words is None else _memory(words).address
     n = math.prod(x.shape)
-    _cuda().dropout_forward_at(
+    cuda().dropout_forward_at(
         source.device,
         source.stream,
         tag,
@@ -143,7 +133,7 @@ def _apply(tag: int, x: Any, mask: Mask, y: Any) -> None:
     if isinstance(words, np.ndarray):
         raise TypeError("mask must be of an array on the GPU, or a SeededMask, but got a PackedMask in memory")
     source, target, keep = _same_device(x, y, words)
-    _cuda().strided_affine_at(
+    cuda().strided_affine_at(
         source.device,
         source.stream,
         tag,
@@ -163,7 +153,7 @@ def _draw_words(like: Any, cells: int, seed: int, offset: int, cut: int) -> Any:
         return _filled(like, cells, cut < DROP_ALL)
     words = _empty(like, (word_count(cells),), np.uint32)
     at = _memory(words)
-    _cuda().draw_bits_at(at.device, _memory(like).stream, at.address, 0, 0, cells, seed, offset, cut)
+    cuda().draw_bits_at(at.device, _memory(like).stream, at.address, 0, 0, cells, seed, offset, cut)
     return words
 
 
@@ -174,9 +164,7 @@ def _tag(name: str, x: Any) -> int:
     """The dtype's tag of an array that kernels can take."""
     _kind(name, x)
     described = x.__cuda_array_interface__
-    tag = TAGS.get(str(x.dtype))
-    if tag is None:
-        raise TypeError(f"{name} must have dtype {_checks.ALLOWED}, but got {x.dtype}")
+    tag = _checks.dtype_tag(name, np.dtype(x.dtype))
     strides = described.get("strides")
     if strides is not None and math.prod(x.shape):
         step = np.dtype(described["typestr"]).itemsize
@@ -212,7 +200,7 @@ def _memory(x: Any) -> Memory:
     if not math.prod(described["shape"]):
         return Memory(0, -1, 0)
     # The interface numbers the default streams as the driver does.
-    return Memory(address, _cuda().device_of(address), described.get("stream") or 0)
+    return Memory(address, cuda().device_of(address), described.get("stream") or 0)
 
 
 def _same_device(x: Any, *others: Any) -> list[Memory]:
@@ -229,7 +217,7 @@ def _empty(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         with like.device:
             return sys.modules["cupy"].empty(shape, dtype)
     at = _memory(like)
-    return _cuda().empty(shape, dtype, at.device, like.stream)
+    return cuda().empty(shape, dtype, at.device, like.stream)
 
 
 def _filled(like: Any, cells: int, kept: bool) -> Any:
@@ -237,7 +225,7 @@ def _filled(like: Any, cells: int, kept: bool) -> Any:
     words = _empty(like, (word_count(cells),), np.uint32)
     if cells:
         at = _memory(words)
-        _cuda().fill_at(at.device, _memory(like).stream, at.address, 0xFFFFFFFF if kept else 0, word_count(cells))
+        cuda().fill_at(at.device, _memory(like).stream, at.address, 0xFFFFFFFF if kept else 0, word_count(cells))
     return words
 
 
@@ -245,7 +233,7 @@ def _copy(y: Any, x: Any) -> None:
     source, target = _same_device(x, y)
     if source.address:
         size = math.prod(x.shape) * np.dtype(x.__cuda_array_interface__["typestr"]).itemsize
-        _cuda().copy_at(source.device, source.stream, target.address, source.address, size)
+        cuda().copy_at(source.device, source.stream, target.address, source.address, size)
 
 
 def _output(out: Any, x: Any, name: str) -> Any:
@@ -257,14 +245,10 @@ def _output(out: Any, x: Any, name: str) -> Any:
     if not hasattr(out, "__cuda_array_interface__"):
         raise TypeError(f"out must be an array on the GPU, as {name} is, but got {type(out).__name__}")
     _tag("out", out)
-    if out.dtype != x.dtype:
-        raise TypeError(f"out must have {name}'s dtype, {x.dtype}, but got {out.dtype}")
-    if tuple(out.shape) != tuple(x.shape):
-        raise ValueError(f"out must have {name}'s shape, {tuple(x.shape)}, but got {tuple(out.shape)}")
     described = out.__cuda_array_interface__
-    if described["data"][1]:
-        raise ValueError("out must be writeable, but got a read-only array")
+    _checks.takes_result(out, x, name, not described["data"][1])
     size = math.prod(x.shape) * np.dtype(described["typestr"]).itemsize
     if 0 < abs(described["data"][0] - x.__cuda_array_interface__["data"][0]) < size:
-        raise ValueError(f"out must be {name} itself or not share memory with it, but got one that overlaps in part")
+        raise _checks.overlaps(name)
+    _same_device(x, out)
     return out

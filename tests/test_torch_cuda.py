@@ -69,7 +69,7 @@ def cuda(gpu, monkeypatch):
         monkeypatch.setattr(_cuda, name, watched)
     monkeypatch.setattr(_cuda, "place", lambda x: (0, STREAM))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # what a CPU tensor's device has for an index
-    _cuda.backend.cache_clear()
+    backends.cuda.cache_clear()
     state = SimpleNamespace(generator=Generator(5), capturing=False)
     monkeypatch.setattr(torch.cuda, "default_generators", {None: state.generator})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
@@ -82,7 +82,7 @@ def cuda(gpu, monkeypatch):
 
     playing.state, playing.gpu = state, gpu
     yield playing
-    _cuda.backend.cache_clear()
+    backends.cuda.cache_clear()
 
 
 def data(shape, dtype=torch.float32):
@@ -231,7 +231,7 @@ def test_p_on_the_gpu_is_refused(cuda):
 
 
 def test_the_reason_is_given_where_there_is_no_backend(monkeypatch):
-    _cuda.backend.cache_clear()
+    backends.cuda.cache_clear()
     module = backends._module_of("numba_cuda")
     monkeypatch.setattr(module, "unavailable", lambda: "numba-cuda is not installed: get it")
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
@@ -249,7 +249,7 @@ def test_enable_takes_cuda_tensors_where_it_can(monkeypatch, usable):
 
 def test_devices_that_cannot_be_used_are_left_to_torch(gpu):
     _cuda.is_usable.cache_clear()
-    _cuda.backend.cache_clear()
+    backends.cuda.cache_clear()
     try:
         gpu.install((9, 0), (7, 0))
         assert _cuda.is_usable(0)
@@ -264,7 +264,7 @@ def test_devices_that_cannot_be_used_are_left_to_torch(gpu):
             assert not _cuda.is_usable(0)
     finally:
         _cuda.is_usable.cache_clear()
-        _cuda.backend.cache_clear()
+        backends.cuda.cache_clear()
 
 
 # ---- what compilers see ----

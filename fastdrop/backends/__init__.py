@@ -6,6 +6,7 @@ on a GPU are CUDA's, whatever serves the others.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 import platform
@@ -43,6 +44,12 @@ def load(name: str) -> ModuleType:
     if why:
         raise RuntimeError(f"backend {name!r} can't run here: {why}")
     return _module_of(FILES[name])
+
+
+@functools.cache
+def cuda() -> Any:
+    """The CUDA backend; RuntimeError with the reason where there is none. Asking the driver takes 80 us: once."""
+    return load(CUDA)
 
 
 def reason(name: str) -> str | None:

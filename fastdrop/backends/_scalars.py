@@ -1,4 +1,4 @@
-"""Scalars shared by the Numba backends, CPU and CUDA: one Philox round, one plane's decision, one 16-bit conversion.
+"""Scalars of the Numba backends: Philox and the decision, for CPU and CUDA, and the CPU's 16-bit conversions.
 
 Loops, memory and launch are the backends' own. All integers are uint64, whose low 32 bits count: LLVM then multiplies
 with one instruction and never masks, and nothing mixes signed with unsigned, which Numba would turn into float.

@@ -168,7 +168,7 @@ def _check(
 
 def _check_cuda(cases: list[Case]) -> Iterator[str | None]:
     """The same for arrays on a GPU, whose one NaN stands for all."""
-    upload: Any = backends.load(backends.CUDA).upload
+    upload: Any = backends.cuda().upload
     for case in cases:
         if case.tag == _checks.BFLOAT16:  # Numba has no arrays of it
             continue

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,18 +18,12 @@ Shape = tuple[int, ...]
 
 
 @cache
-def backend() -> Any:
-    """The CUDA backend; RuntimeError with the reason where there is none."""
-    return backends.load(backends.CUDA)
-
-
-@cache
 def is_usable(device: int) -> bool:
     """Whether a device's tensors can be taken; a warning with the reason if not, but for a missing backend."""
     if backends.reason(backends.CUDA) is not None:
         return False
     try:
-        backend().prepare(device)
+        backends.cuda().prepare(device)
     except RuntimeError as error:
         warnings.warn(f"dropout on cuda:{device} stays torch's: {error}", stacklevel=2)
         return False
@@ -50,18 +43,20 @@ def forward(
     at = 0 if words is None else words.data_ptr()
     number, seed_at = _by_value_or_address(seed)
     from_, to = x.data_ptr(), y.data_ptr()
-    backend().dropout_forward_at(*place(x), tag, from_, to, at, 0, n, number, 0, cut, scale, 0.0, 0.0, seed_at=seed_at)
+    backends.cuda().dropout_forward_at(
+        *place(x), tag, from_, to, at, 0, n, number, 0, cut, scale, 0.0, 0.0, seed_at=seed_at
+    )
 
 
 def draw(words: Tensor, cells: int, seed: int | Tensor, cut: int) -> None:
     number, seed_at = _by_value_or_address(seed)
-    backend().draw_bits_at(*place(words), words.data_ptr(), 0, 0, cells, number, 0, cut, seed_at=seed_at)
+    backends.cuda().draw_bits_at(*place(words), words.data_ptr(), 0, 0, cells, number, 0, cut, seed_at=seed_at)
 
 
 def apply(tag: int, x: Tensor, y: Tensor, words: Tensor, n: int, scale: float) -> None:
     """y = x under stored bits, both contiguous."""
     from_, to, at = x.data_ptr(), y.data_ptr(), words.data_ptr()
-    backend().masked_affine_at(*place(x), tag, from_, to, at, 0, 1, 1, n, scale, 0.0, 0.0)
+    backends.cuda().masked_affine_at(*place(x), tag, from_, to, at, 0, 1, 1, n, scale, 0.0, 0.0)
 
 
 def apply_strided(
@@ -71,7 +66,7 @@ def apply_strided(
     axes = cell_axes(tuple(x.shape), tuple(x.shape) if cells_shape is None else cells_shape)
     in_memory = [axes[axis] for axis in order]
     from_, to, at = x.data_ptr(), y.data_ptr(), words.data_ptr()
-    backend().strided_affine_at(*place(x), tag, from_, to, at, 0, in_memory, scale, 0.0, 0.0)
+    backends.cuda().strided_affine_at(*place(x), tag, from_, to, at, 0, in_memory, scale, 0.0, 0.0)
 
 
 def memory_order(x: Tensor) -> list[int] | None:

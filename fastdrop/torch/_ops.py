@@ -62,12 +62,12 @@ def cells_shape(noise_shape: Any, x: Tensor) -> tuple[int, ...] | None:
 
 def _draw(like: Tensor, size: list[int]) -> Tensor:
     """``like`` is for the dispatcher: a fake or wrapped tensor gets a fake or wrapped seed."""
-    if not like.is_cuda:
-        return torch.empty(size, dtype=torch.int64, device="cpu").random_()
-    seed = _random.draw_cuda(like.device, None) if not size else None
-    if isinstance(seed, int):  # what eager code takes
-        return torch.full((), _random.signed(seed), dtype=torch.int64, device=like.device)
-    return torch.empty(size, dtype=torch.int64, device=like.device).random_() if seed is None else seed
+    if size or not like.is_cuda:
+        return torch.empty(size, dtype=torch.int64, device=_random.device_for(like)).random_()
+    seed = _random.draw_cuda(like.device, None)  # what eager code takes
+    if isinstance(seed, Tensor):
+        return seed
+    return torch.full((), _random.signed(seed), dtype=torch.int64, device=like.device)
 
 
 def _forward(
@@ -88,7 +88,7 @@ def _backward(dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[in
 
 
 def _draw_fake(like: Tensor, size: list[int]) -> Tensor:
-    return torch.empty(size, dtype=torch.int64, device=like.device if like.is_cuda else "cpu")
+    return torch.empty(size, dtype=torch.int64, device=_random.device_for(like))
 
 
 def _forward_fake(

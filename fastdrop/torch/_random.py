@@ -93,27 +93,23 @@ def signed(number: int) -> int:
 
 
 def for_kernel(seed: Tensor, x: Tensor) -> int | Tensor:
-    """A seed as the kernels for x take it: by value, but read on the device by those that run where it lies."""
+    """A seed as the kernels for x take it: 64 bits, or the tensor where they run where it lies, and read it there."""
     if x.is_cuda and seed.is_cuda:
         if seed.device != x.device:
             raise ValueError(f"seed must be on the CPU or on {x.device}, as the input is, but got one on {seed.device}")
         return _one(seed)
-    return as_int(seed)
+    return int(_one(seed).item()) & LOW_64_BITS
 
 
-def draw_tensor(generator: torch.Generator, device: torch.device) -> Tensor:
+def device_for(x: Tensor) -> torch.device | str:
+    """Where seeds for x are drawn."""
+    return x.device if x.is_cuda else "cpu"
+
+
+def draw_tensor(generator: torch.Generator, x: Tensor) -> Tensor:
     """A number of the generator as a tensor, by an op that transforms know: on the CPU the one that `draw` gives."""
     low, high = -(1 << SEED_BITS), (1 << SEED_BITS) - 1
-    where = device if device.type == "cuda" else "cpu"
-    return torch.randint(low, high, (), dtype=torch.int64, device=where, generator=generator) & high
-
-
-def as_int(seed: Any, generator: torch.Generator | None = None) -> int:
-    """A seed given by the caller, an int or an int64 tensor of one element, as 64 bits."""
-    _only_one(generator)
-    if isinstance(seed, Tensor):
-        return int(_one(seed).item()) & LOW_64_BITS
-    return _checks.uint64("seed", seed)
+    return torch.randint(low, high, (), dtype=torch.int64, device=device_for(x), generator=generator) & high
 
 
 def check(seed: Any, generator: torch.Generator | None) -> None:
@@ -126,11 +122,9 @@ def check(seed: Any, generator: torch.Generator | None) -> None:
 
 
 def given(seed: Any, generator: torch.Generator | None, x: Tensor) -> int | Tensor:
-    """A seed given by the caller as the kernels for x take it."""
-    if isinstance(seed, Tensor) and seed.is_cuda:
-        _only_one(generator)
-        return for_kernel(_one(seed), x)
-    return as_int(seed, generator)
+    """A seed given by the caller, an int or an int64 tensor of one element, as the kernels for x take it."""
+    _only_one(generator)
+    return for_kernel(seed, x) if isinstance(seed, Tensor) else _checks.uint64("seed", seed)
 
 
 def as_tensor(seed: Any, generator: torch.Generator | None = None, *, like: Tensor | None = None) -> Tensor:

@@ -208,7 +208,7 @@ def _by_ops(x: Tensor, p: Any, inplace: bool, generator: Any, seed: Any, cells_s
     elif _is_compiling():
         raise RuntimeError("generator can't be compiled: give seed, an int or a tensor, in its place")
     else:
-        number = _random.draw_tensor(generator, x.device)
+        number = _random.draw_tensor(generator, x)
     y: Tensor = _ops.overload(torch.ops.fastdrop.forward, p)(x, number, p, cells_shape, bits)[0]
     return x.copy_(y) if inplace else y
 

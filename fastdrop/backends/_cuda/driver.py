@@ -46,9 +46,10 @@ def unavailable() -> str | None:
         return "there is no NVIDIA driver (libcuda): install one, then its GPU can be used"
     if status:
         return f"the NVIDIA driver finds no GPU that it can use ({status.name}): look at nvidia-smi"
-    if count() == 0:
+    found = count()
+    if found == 0:
         return "the NVIDIA driver finds no GPU: look at nvidia-smi and at CUDA_VISIBLE_DEVICES"
-    newest = max(capability(ordinal) for ordinal in range(count()))
+    newest = max(capability(ordinal) for ordinal in range(found))
     return too_old(newest) if newest < OLDEST else None
 
 

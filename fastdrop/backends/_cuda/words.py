@@ -34,10 +34,7 @@ def constant(number: int, type: Any = I32) -> Any:
 
 
 class Vocabulary:
-    """What kernels of one storage type are written in.
-
-    ``coefficient`` is the Numba type of a, b and c: what elements are computed in.
-    """
+    """What kernels of one storage type are written in."""
 
     def __init__(self, dtype: int, cc: tuple[int, int], plain: bool) -> None:
         self.dtype, self.cc, self.plain = dtype, cc, plain
@@ -45,12 +42,11 @@ class Vocabulary:
         self.item_bytes = item
         self.vector_items = VECTOR_BYTES // item
         self.sweeps = TILE_CELLS * item // (LANES * VECTOR_BYTES)
-        self.coefficient = types.float64 if dtype == FLOAT64 else types.float32
         self._register = I64 if dtype == FLOAT64 else I32  # a vector is loaded as two or four of these
         self._registers = VECTOR_BYTES * 8 // self._register.width
         held = types.uint64 if dtype == FLOAT64 else types.uint32
         item_type = {8: types.uint64, 4: types.uint32, 2: types.uint16}[item]
-        a = self.coefficient
+        a = types.float64 if dtype == FLOAT64 else types.float32  # what elements are computed in
 
         self.inline = njit(inline="always")
         self.lane = _special("laneid")
