@@ -14,13 +14,14 @@ C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -Icsrc -pthre
 C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST) $(C_HEADERS)) tests/c/cuda_stub.c
 OUT := build/c
 
-.PHONY: help demo test bench bench-quick bench-torch cuda-report report lint format sanitize test-c test-neon package clean
+.PHONY: help demo test bench bench-quick bench-torch bench-family cuda-report report lint format sanitize test-c test-neon package clean
 
 help:
 	@echo "make demo       train a network in NumPy and a transformer in torch, beside what is used today; two pictures"
 	@echo "make test       the whole test suite"
 	@echo "make bench      every benchmark (about a quarter of an hour), then the report"
 	@echo "                bench-quick: the speed table alone; bench-torch: torch's function and training steps"
+	@echo "                bench-family: the other kinds of dropout"
 	@echo "make cuda-report  the CUDA kernels compiled for three GPUs, none needed: registers, widths, instructions"
 	@echo "make lint       ruff, mypy, clang-format; make format applies the formatters"
 	@echo "make sanitize   the C kernels under the address, undefined-behaviour and thread sanitizers"
@@ -59,12 +60,16 @@ bench-quick: $(VENV)/.built
 bench-torch: $(VENV)/.built
 	$(BIN)/python bench/run.py --torch
 
+bench-family: $(VENV)/.built
+	$(BIN)/python bench/run.py --family
+
 cuda-report: $(VENV)/.built
 	$(BIN)/python -m bench.cuda_report
 
 report: $(VENV)/.built
 	$(BIN)/python -m bench.report bench/results/all.json
 	$(BIN)/python -m bench.report_torch bench/results/torch.json
+	$(BIN)/python -m bench.report_family bench/results/family.json
 
 lint: $(VENV)/.packages
 	@echo "== ruff, mypy, clang-format"

@@ -13,12 +13,17 @@ import fastdrop
 from fastdrop import backends
 from fastdrop.cli import selftest
 
-# What is collected: the NumPy API (all, or the speed table alone), or the torch face.
-SELECTIONS = {"all": "test_dropout.py", "quick": "test_dropout.py", "torch": "test_torch.py"}
+# What is collected: plain dropout in NumPy (all, or the speed table alone), in torch, or the other kinds.
+SELECTIONS = {
+    "all": "test_dropout.py",
+    "quick": "test_dropout.py",
+    "torch": "test_torch.py",
+    "family": "test_family.py",
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cases", choices=SELECTIONS, default="all", help="all, quick (the speed table) or torch")
+    parser.addoption("--cases", choices=SELECTIONS, default="all", help="all, quick (the speed table), torch or family")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -9,6 +9,7 @@ found in the control flow of the machine code (an edge back to an instruction th
 instructions those count that one pass executes: the cheapest way from its head back to it that stores what a full
 pass stores and draws as often as the form does. So tails, code after the loop, and side paths for warps whose lanes
 are apart (``BRA.DIV`` is taken to fall through) don't count. Instructions under a false predicate do: they are issued.
+What works on bits alone, a word for 32 cells, has no such number.
 ``most`` is the dearest way instead, every branch taken for the worst: bits at any position, cells at any strides.
 
 A draw is a loop within. It counts as often as it is expected to run until 1,024 cells are decided (`expected_groups`),
@@ -53,7 +54,13 @@ VARIANTS = (
     *(Variant("elementwise", FLOAT32, form, plain=False) for form in ("drawn", "drawn_shifted", "stored")),
     *(Variant("strided", dtype, form) for form in ("wide", "narrow") for dtype in (FLOAT32, BFLOAT16)),
     *(Variant("strided", FLOAT32, form, plain=False) for form in ("wide", "narrow")),
+    Variant("elementwise", FLOAT32, "stored", counted=True),
+    *(Variant("strided", FLOAT32, form, counted=True) for form in ("wide", "narrow")),
+    *(Variant("gaussian_multiply", dtype) for dtype in range(4)),
+    Variant("dilate_bits"),
+    Variant("count_bits"),
 )
+BITS_ALONE = ("dilate_bits", "count_bits")
 
 
 # ---- the chip ----
@@ -85,9 +92,9 @@ MULTIPLIER = {"IMAD"}
 LOGIC = {"LOP3", "PLOP3", "SHF", "IADD3", "LEA", "ISETP", "FSETP", "SEL", "FSEL", "PRMT", "R2P", "P2R", "VIADD", "F2FP"}
 
 
-def bytes_per_element(item_bytes: int) -> float:
-    """Forward: an element read, one written, a bit written. Backward: the same, the bit read."""
-    return 2 * item_bytes + 1 / 8
+def bytes_per_element(item_bytes: int, bits: int = 1) -> float:
+    """Forward: an element read, one written, a bit written. Backward: the same, the bit read. Noise has no bits."""
+    return 2 * item_bytes + bits / 8
 
 
 @dataclass(frozen=True)
@@ -121,9 +128,9 @@ class Budget:
     pipe_share: float
 
 
-def budget(item_bytes: int, per_element: Work, chip: Chip = H100) -> Budget:
+def budget(item_bytes: int, per_element: Work, chip: Chip = H100, bits: int = 1) -> Budget:
     """At the chip's full bandwidth."""
-    moved = bytes_per_element(item_bytes)
+    moved = bytes_per_element(item_bytes, bits)
     rate = chip.bandwidth / moved
     warps = rate / LANES / chip.issue
     pipe = HALF_RATE_CYCLES * max(per_element.multiplier, per_element.logic)
@@ -570,10 +577,13 @@ def draws(variant: Variant) -> int:
 
 
 def fast_loops(variant: Variant, flow: Flow) -> list[Loop]:
-    """Outermost loops with the widest stores that the kernel has; of draw_words and narrow ones all that store."""
+    """Outermost loops with the widest stores that the kernel has; of draw_words and narrow ones all that store.
+
+    Of count_bits, which stores nothing, all.
+    """
     outer = [loop for loop in flow.loops if not any(loop.body < other.body for other in flow.loops)]
     wide = max((widest(loop.instructions, "STG") for loop in outer), default=0)
-    return [loop for loop in outer if wide and widest(loop.instructions, "STG") == wide]
+    return [loop for loop in outer if widest(loop.instructions, "STG") == wide]
 
 
 class Unreadable(RuntimeError):
@@ -641,17 +651,20 @@ def _environment(name: str, value: str) -> Iterator[None]:
 
 def name(variant: Variant) -> str:
     """As the table has it."""
-    if variant.body == "draw_words":
-        return "draw_words"
+    if variant.body in ("draw_words", *BITS_ALONE):
+        return variant.body
     affine = "" if variant.plain else ", affine"
-    return f"{variant.body} {variant.form.replace('_', ' ')}, {DTYPES[variant.dtype]}{affine}"
+    counted = ", scale of a count" if variant.counted else ""
+    form = f" {variant.form.replace('_', ' ')}" if variant.form else ""
+    return f"{variant.body}{form}, {DTYPES[variant.dtype]}{affine}{counted}"
 
 
 def row(assembler: str, code: Code) -> dict[str, Any]:
     variant = code.variant
     shown = P if draws(variant) else P[:1]
-    passes = {p: expected_groups(threshold(p)) for p in shown}
+    passes = {p: expected_groups(threshold(p)) for p in shown if variant.body not in BITS_ALONE}
     per_element = {str(p): round(code.per_element(n).instructions, 3) for p, n in passes.items()}
+    most = [round(code.per_element(n, dearest=True).instructions, 3) for n in passes.values()]
     return {
         "assembler": assembler,
         "kernel": name(variant),
@@ -661,21 +674,25 @@ def row(assembler: str, code: Code) -> dict[str, Any]:
         "load_bytes": code.load,
         "store_bytes": code.wide,
         "instructions_per_element": per_element,
-        "most_instructions_per_element": round(code.per_element(passes[P[0]], dearest=True).instructions, 3),
+        "most_instructions_per_element": most[0] if most else None,
         "instructions": len(code.listing),
         "aside": sum(one.opcode == "BRA.DIV" for loop in code.loops for one in loop.instructions),
     }
 
 
 def budgets(codes: Iterable[Code], p: float = 0.1, chip: Chip = H100) -> dict[str, Budget]:
-    """Forward and backward of what ``codes`` has, element-wise and unshifted, at full bandwidth."""
-    direction = {"drawn": "forward", "stored": "backward"}
+    """Forward and backward of what ``codes`` has, element-wise and unshifted, and noise, at full bandwidth."""
+    direction = {"drawn": "forward", "stored": "backward", "": "Gaussian"}
     result = {}
     for code in codes:
-        if code.variant.body == "elementwise" and code.variant.form in direction and code.variant.plain:
+        variant = code.variant
+        noise = variant.body == "gaussian_multiply"
+        if noise or (
+            variant.body == "elementwise" and variant.form in direction and variant.plain and not variant.counted
+        ):
             work = code.per_element(expected_groups(threshold(p)))
-            what = f"{direction[code.variant.form]}, {DTYPES[code.variant.dtype]}"
-            result[what] = budget(item_bytes(code.variant), work, chip)
+            what = f"{direction[variant.form]}, {DTYPES[variant.dtype]}"
+            result[what] = budget(item_bytes(variant), work, chip, bits=not noise)
     return result
 
 
@@ -685,11 +702,11 @@ def table(rows: Iterable[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        costs = r["instructions_per_element"]
+        numbers = (*(r["instructions_per_element"].get(str(p)) for p in P), r["most_instructions_per_element"])
+        costs = " | ".join("" if number is None else f"{number:.1f}" for number in numbers)
         lines.append(
             f"| {r['kernel']} | {r['registers']} | {r['spill_stores'] + r['spill_loads']} | {r['stack']} | "
-            f"{r['load_bytes']} | {r['store_bytes']} | {costs['0.1']:.1f} | "
-            f"{format(costs['0.5'], '.1f') if '0.5' in costs else ''} | {r['most_instructions_per_element']:.1f} |"
+            f"{r['load_bytes']} | {r['store_bytes']} | {costs} |"
         )
     return lines
 
@@ -730,8 +747,8 @@ def report(rows: list[dict[str, Any]], found: dict[str, dict[str, Budget]], vers
         "",
         f"{H100.sms} SMs x {H100.schedulers} schedulers x {H100.hertz / 1e9:g} GHz issue {H100.issue:.3g} warp "
         f"instructions per second; full bandwidth is {H100.bandwidth / 1e12:g} TB/s (data sheet). The budget is half "
-        "of the issue rate. Integer multiplication has a pipe of half that rate, logic, shifts and comparisons have "
-        "another: the last column is the share of the busier one.",
+        "of the issue rate, but for Gaussian noise. Integer multiplication has a pipe of half that rate, logic, shifts "
+        "and comparisons have another: the last column is the share of the busier one.",
         "",
     ]
     for assembler, of_assembler in found.items():

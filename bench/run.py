@@ -1,4 +1,4 @@
-"""Runs the benchmarks and the report: python bench/run.py [--quick | --torch] [--name NAME]."""
+"""Runs the benchmarks and the report: python bench/run.py [--quick | --torch | --family] [--name NAME]."""
 
 from __future__ import annotations
 
@@ -8,16 +8,25 @@ import sys
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
+REPORTS = {
+    "quick": "bench.report",
+    "torch": "bench.report_torch",
+    "family": "bench.report_family",
+    "all": "bench.report",
+}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="the speed table alone, a few minutes")
     parser.add_argument("--torch", action="store_true", help="the torch face and training steps, a few minutes")
-    parser.add_argument("--name", default=None, help="of the files under bench/results (default: all, quick or torch)")
+    parser.add_argument("--family", action="store_true", help="the other kinds of dropout, a few minutes")
+    parser.add_argument(
+        "--name", default=None, help="of the files under bench/results (default: all, quick, torch or family)"
+    )
     args = parser.parse_args()
-    cases = "torch" if args.torch else "quick" if args.quick else "all"
-    report = "bench.report_torch" if args.torch else "bench.report"
+    cases = next((name for name in REPORTS if getattr(args, name, False)), "all")
+    report = REPORTS[cases]
     results = BENCH / "results" / f"{args.name or cases}.json"
     command = [
         sys.executable, "-m", "pytest", str(BENCH), "-q", "--cases", cases, "-p", "no:cacheprovider",

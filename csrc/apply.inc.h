@@ -57,20 +57,25 @@ INLINE void D(apply_as)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t
     }
 }
 
+INLINE void D(apply_to)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, uint64_t n,
+                        const D(affine_t) * f, const int plain, const int stream) {
+    unsigned seam = stream ? ELEMENTS_TO_LINE(y) : 0; /* where whole runs begin */
+    if ((position + seam) % 8 == 0)
+        D(apply_as)(x, y, bits, position, n, f, plain, stream, 1);
+    else
+        D(apply_as)(x, y, bits, position, n, f, plain, stream, 0);
+}
+
 INLINE void D(apply)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, uint64_t n,
                      const D(affine_t) * f) {
-    unsigned seam = f->stream ? ELEMENTS_TO_LINE(y) : 0; /* where whole runs begin */
-    int bytewise = (position + seam) % 8 == 0;
-    if (!f->plain)
-        D(apply_as)(x, y, bits, position, n, f, 0, 0, 0);
-    else if (f->stream && bytewise)
-        D(apply_as)(x, y, bits, position, n, f, 1, 1, 1);
+    if (f->plain && f->stream)
+        D(apply_to)(x, y, bits, position, n, f, 1, 1);
+    else if (f->plain)
+        D(apply_to)(x, y, bits, position, n, f, 1, 0);
     else if (f->stream)
-        D(apply_as)(x, y, bits, position, n, f, 1, 1, 0);
-    else if (bytewise)
-        D(apply_as)(x, y, bits, position, n, f, 1, 0, 1);
+        D(apply_to)(x, y, bits, position, n, f, 0, 1);
     else
-        D(apply_as)(x, y, bits, position, n, f, 1, 0, 0);
+        D(apply_to)(x, y, bits, position, n, f, 0, 0);
 }
 
 static void D(masked_affine)(const masked_affine_args *args, uint64_t begin, uint64_t end) {
@@ -78,15 +83,16 @@ static void D(masked_affine)(const masked_affine_args *args, uint64_t begin, uin
     D(t) *y = args->y;
     D(affine_t) f = D(affine_of)(args->a, args->b, args->c, args->stream, y);
     uint64_t cells = args->outer * args->inner;
-    uint32_t bits[CHUNK_CELLS / 32 + SLACK_WORDS];
+    pattern_t pattern;
+    pattern.begin = pattern.end = end;
     for (uint64_t at = begin, step; at < end; at += step) {
         step = min_u64(end - at, CHUNK_CELLS);
         if (args->repeat == 1 &&
             cells - at >= step + SLACK_CELLS) { /* in place; a copy would wait for each chunk's words */
             D(apply)(x + at, y + at, args->words, args->position + at, step, &f);
         } else {
-            gather_bits(bits, args, at, step);
-            D(apply)(x + at, y + at, bits, 0, step, &f);
+            uint64_t position = pattern_for(&pattern, args, at, step);
+            D(apply)(x + at, y + at, pattern.bits, position, step, &f);
         }
     }
     if (f.stream) stream_fence();
@@ -125,6 +131,47 @@ static void D(dropout_forward)(const dropout_forward_args *args, uint64_t begin,
         ahead = min_u64(end - at - n, CHUNK_CELLS);
     }
     if (f.stream) stream_fence();
+}
+
+/* Fewer elements than a vector has, through a local copy; so all of this file's steps below a vector's. */
+INLINE void D(multiply)(const D(t) * x, D(t) * y, const float *factors, uint64_t n, const int stream) {
+    const D(keep) all = D(mask)(~0u, 0);
+    for (uint64_t i = 0, step; i < n; i += step) {
+        unsigned part = stream ? ELEMENTS_TO_LINE(y + i) % D(lanes) : 0;
+        step = min_u64(n - i, part ? part : (unsigned)D(lanes));
+        D(v) factor = D(from_floats)(factors + i);
+        prefetch((const char *)(x + i) + PREFETCH_BYTES, stream);
+        if (step < D(lanes)) {
+            D(t) few[D(lanes)] = {0};
+            memcpy(few, x + i, step * sizeof *x);
+            D(store)(few, D(scale)(all, D(load)(few), factor));
+            memcpy(y + i, few, step * sizeof *y);
+        } else if (stream) {
+            D(stream)(y + i, D(scale)(all, D(load)(x + i), factor));
+        } else {
+            D(store)(y + i, D(scale)(all, D(load)(x + i), factor));
+        }
+    }
+}
+
+static void D(gaussian_multiply)(const gaussian_multiply_args *args, uint64_t begin, uint64_t end) {
+    const D(t) *x = args->x;
+    D(t) *y = args->y;
+    int stream = args->stream && (uintptr_t)y % sizeof *y == 0;
+    float factors[NOISE_CELLS + SLACK_CELLS];
+    philox_t philox;
+    philox_prepare(&philox, args->seed, args->offset, NOISE_DOMAIN, first_counter(args->first + begin));
+    for (uint64_t at = begin, step; at < end; at += step) {
+        uint64_t cell = args->first + at, lead = cell % TILE_CELLS;
+        step = min_u64(end - at, NOISE_CELLS - lead);
+        if (stream && step < end - at) step -= (uintptr_t)(y + at + step) % LINE_BYTES / sizeof *y; /* seams on lines */
+        draw_factors(&philox, cell - lead, lead + step, (float)args->sigma, factors);
+        if (stream)
+            D(multiply)(x + at, y + at, factors + lead, step, 1);
+        else
+            D(multiply)(x + at, y + at, factors + lead, step, 0);
+    }
+    if (stream) stream_fence();
 }
 
 #undef D

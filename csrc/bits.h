@@ -24,6 +24,15 @@ static inline uint32_t read_bits(const uint32_t *words, uint64_t position, unsig
     return (uint32_t)(pair >> shift) & low_bits(n);
 }
 
+/* Bits position .. position+63, from eight bytes or nine. */
+static inline uint64_t read_long(const uint32_t *words, uint64_t position) {
+    const unsigned char *at = (const unsigned char *)words + (position >> 3);
+    unsigned shift = position & 7;
+    uint64_t bits;
+    memcpy(&bits, at, sizeof bits);
+    return shift ? bits >> shift | (uint64_t)at[8] << (64 - shift) : bits;
+}
+
 /* Writes n <= 32 - position % 32 bits into one word: keeps the bits below them, clears those above. */
 static inline void write_bits(uint32_t *words, uint64_t position, unsigned n, uint32_t bits) {
     uint32_t *w = words + (position >> 5);
@@ -52,13 +61,43 @@ static inline void copy_bits(uint32_t *to, uint64_t to_position, const uint32_t 
     }
 }
 
-static inline void fill_bits(uint32_t *to, uint64_t position, uint32_t bit, uint64_t n) {
-    while (n) {
-        unsigned room = 32 - (unsigned)(position & 31), step = n < room ? (unsigned)n : room;
-        write_bits(to, position, step, bit ? ~0u : 0u);
-        position += step;
-        n -= step;
+/* Fills a buffer from left to right. It needs room for eight bytes more than the bits take: every step stores a whole
+ * word, since whether it is full would be hard to predict. */
+typedef struct {
+    unsigned char *at;
+    uint64_t word; /* being filled: n bits so far, 0 above */
+    unsigned n;
+} writer_t;
+
+/* Up to 64 bits; those above n are 0. */
+static inline void append_bits(writer_t *w, uint64_t bits, unsigned n) {
+    uint64_t word = w->word | bits << w->n, rest = bits >> 1 >> (63 - w->n);
+    unsigned full = (w->n + n) / 64;
+    memcpy(w->at, &word, sizeof word);
+    w->at += full * sizeof word;
+    w->word = full ? rest : word;
+    w->n = (w->n + n) % 64;
+}
+
+/* n times the same bit. */
+static inline void append_run(writer_t *w, uint32_t bit, uint64_t n) {
+    uint64_t bits = 0 - (uint64_t)bit;
+    unsigned room = 64 - w->n;
+    if (n > 64) {
+        append_bits(w, bits >> w->n, room);
+        for (n -= room; n >= 64; n -= 64, w->at += sizeof bits) memcpy(w->at, &bits, sizeof bits);
     }
+    if (n) append_bits(w, bits >> (64 - n), (unsigned)n);
+}
+
+static inline void append_copy(writer_t *w, const uint32_t *from, uint64_t position, uint64_t n) {
+    for (; n >= 64; n -= 64, position += 64) append_bits(w, read_long(from, position), 64);
+    if (n > 32) {
+        append_bits(w, read_bits(from, position, 32), 32);
+        position += 32;
+        n -= 32;
+    }
+    if (n) append_bits(w, read_bits(from, position, (unsigned)n), (unsigned)n);
 }
 
 #endif

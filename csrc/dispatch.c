@@ -135,6 +135,29 @@ static uint64_t masked_affine_bytes(const masked_affine_args *a) {
     return masked_affine_cells(a) * element_bytes(a->dtype);
 }
 
+static int gaussian_multiply_good(const gaussian_multiply_args *a) {
+    const uint64_t cells = (uint64_t)1 << 61; /* their counters' numbers must leave the domain's bits alone */
+    return a->x && a->y && good_dtype(a->dtype) && a->first <= cells && a->n <= cells - a->first;
+}
+static uint64_t gaussian_multiply_begin(const gaussian_multiply_args *a) {
+    (void)a;
+    return 0;
+}
+static uint64_t gaussian_multiply_cells(const gaussian_multiply_args *a) { return a->n; }
+static uint64_t gaussian_multiply_bytes(const gaussian_multiply_args *a) { return a->n * element_bytes(a->dtype); }
+
+static int dilate_bits_good(const dilate_bits_args *a) {
+    uint64_t n;
+    return a->to && a->words && a->block && !__builtin_add_overflow(a->n, a->block - 1, &n) &&
+           !__builtin_mul_overflow(n, a->inner, &n) && !__builtin_mul_overflow(n, a->outer, &n);
+}
+static uint64_t dilate_bits_begin(const dilate_bits_args *a) {
+    (void)a;
+    return 0;
+}
+static uint64_t dilate_bits_cells(const dilate_bits_args *a) { return a->outer * (a->n + a->block - 1) * a->inner; }
+static uint64_t dilate_bits_bytes(const dilate_bits_args *a) { return dilate_bits_cells(a) / 8; }
+
 /* The public entry points. */
 #define FD_VALUE(type, name) .name = name,
 #define FD_OP(op, PARAMETERS)                                                                                          \

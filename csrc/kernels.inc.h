@@ -35,25 +35,95 @@ enum {
 INLINE uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
 INLINE uint64_t blocks_for(uint64_t cells) { return (cells + FD_BLOCK_CELLS - 1) / FD_BLOCK_CELLS; }
 
+/* ---- Philox ---- */
+
+/* Words 1 to 3 of the counter are the same for all vectors of a block, so what rounds 1 to 3 make of them alone are
+ * constants; those of a group belong to one upper half of the index. */
+typedef struct {
+    uint32_t key0[PHILOX_ROUNDS], key1[PHILOX_ROUNDS];
+    uint32_t offset_low, domain;
+    uint32_t round1_c2, round2_c0, high, group_round2_c2[GROUPS], group_round3_c2[GROUPS];
+} philox_t;
+
+/* What rounds 1 to 3 make of the indices, whatever the group. */
+typedef struct {
+    product_t p0, p1, p2;
+} counter_t;
+
+typedef struct {
+    wide_t c0, c1, c2, c3;
+} state_t;
+
+static void philox_set_high(philox_t *p, uint32_t high) {
+    p->high = high;
+    for (uint32_t g = 0; g < GROUPS; g++) {
+        uint32_t c1 = high | p->domain | g << GROUP_SHIFT;
+        uint32_t c0 = mul_high(PHILOX_M1, p->offset_low) ^ c1 ^ p->key0[0];
+        p->group_round2_c2[g] = mul_high(PHILOX_M0, c0) ^ p->key1[1];
+        p->group_round3_c2[g] = PHILOX_M0 * c0 ^ p->key1[2];
+    }
+}
+
+static void philox_prepare(philox_t *p, uint64_t seed, uint64_t offset, uint32_t domain, uint64_t index) {
+    for (int r = 0; r < PHILOX_ROUNDS; r++) {
+        p->key0[r] = (uint32_t)seed + (uint32_t)r * PHILOX_W0;
+        p->key1[r] = (uint32_t)(seed >> 32) + (uint32_t)r * PHILOX_W1;
+    }
+    p->offset_low = (uint32_t)offset;
+    p->domain = domain;
+    p->round1_c2 = (uint32_t)(offset >> 32) ^ p->key1[0];
+    p->round2_c0 = PHILOX_M1 * p->offset_low ^ p->key0[1];
+    philox_set_high(p, (uint32_t)(index >> 32));
+}
+
+/* Rounds 1 to 3 as far as they do not depend on the group. */
+INLINE counter_t counter_of(const philox_t *p, words_t w) {
+    counter_t c;
+    c.p0 = wide_mul(wide_of(w), PHILOX_M0);
+    c.p1 = wide_mul(wide_xor(wide_high(c.p0), wide_set1(p->round1_c2)), PHILOX_M1);
+    c.p2 = wide_mul(wide_xor(wide_high(c.p1), wide_set1(p->round2_c0)), PHILOX_M0);
+    return c;
+}
+
+/* State of a group after round 3. */
+INLINE state_t state_of(const philox_t *p, counter_t c, int group) {
+    product_t product = wide_mul(wide_xor(wide_low(c.p0), wide_set1(p->group_round2_c2[group])), PHILOX_M1);
+    state_t s;
+    s.c0 = wide_xor3(wide_high(product), wide_low(c.p1), wide_set1(p->key0[2]));
+    s.c1 = wide_low(product);
+    s.c2 = wide_xor(wide_high(c.p2), wide_set1(p->group_round3_c2[group]));
+    s.c3 = wide_low(c.p2);
+    return s;
+}
+
+INLINE void philox_round(const philox_t *p, state_t *s, int r) {
+    product_t p0 = wide_mul(s->c0, PHILOX_M0), p1 = wide_mul(s->c2, PHILOX_M1);
+    s->c0 = wide_xor3(wide_high(p1), s->c1, wide_set1(p->key0[r]));
+    s->c1 = wide_low(p1);
+    s->c2 = wide_xor3(wide_high(p0), s->c3, wide_set1(p->key1[r]));
+    s->c3 = wide_low(p0);
+}
+
+/* The last round, its results back in the order of the indices. */
+INLINE void philox_outputs(const philox_t *p, const state_t *s, words_t output[4]) {
+    const int r = PHILOX_ROUNDS - 1;
+    product_t p0 = wide_mul(s->c0, PHILOX_M0), p1 = wide_mul(s->c2, PHILOX_M1);
+    output[0] = words_xor3(words_high(p1), words_of(s->c1), words_set1(p->key0[r]));
+    output[1] = words_low(p1);
+    output[2] = words_xor3(words_high(p0), words_of(s->c3), words_set1(p->key1[r]));
+    output[3] = words_low(p0);
+}
+
 /* ---- draw ---- */
 
 enum first_look { ONE_PLANE, ONE_GROUP, TWO_GROUPS, MORE_GROUPS };
 
 typedef struct {
-    uint32_t key0[PHILOX_ROUNDS], key1[PHILOX_ROUNDS];
-    uint32_t offset_low;
+    philox_t philox;
     uint32_t planes[GROUPS * PLANES_PER_GROUP]; /* threshold, spread: all ones where its bit is 1 */
     int groups;                                 /* later ones cannot change a decision: the threshold is 0 there */
     enum first_look look;
-    /* Words 1 to 3 of the counter are the same for all words of a block, so what rounds 1 to 3 make of them alone are
-     * constants; those of a group belong to one upper half of the word index. */
-    uint32_t round1_c2, round2_c0, high, group_round2_c2[GROUPS], group_round3_c2[GROUPS];
 } draw_t;
-
-/* What rounds 1 to 3 make of the word indices, whatever the group. */
-typedef struct {
-    product_t p0, p1, p2;
-} counter_t;
 
 /* Bits of a run of blocks, and which of their words are still undecided. */
 typedef struct {
@@ -65,72 +135,13 @@ typedef struct {
     uint32_t slot[CHUNK_WORDS + LANES], undecided[CHUNK_WORDS + LANES];
 } chunk_t;
 
-typedef struct {
-    wide_t c0, c1, c2, c3;
-} state_t;
-
-static void draw_set_high(draw_t *d, uint32_t high) {
-    d->high = high;
-    for (uint32_t g = 0; g < GROUPS; g++) {
-        uint32_t c1 = high | MASK_DOMAIN | g << GROUP_SHIFT;
-        uint32_t c0 = mul_high(PHILOX_M1, d->offset_low) ^ c1 ^ d->key0[0];
-        d->group_round2_c2[g] = mul_high(PHILOX_M0, c0) ^ d->key1[1];
-        d->group_round3_c2[g] = PHILOX_M0 * c0 ^ d->key1[2];
-    }
-}
-
 static void draw_prepare(draw_t *d, uint64_t seed, uint64_t offset, uint64_t threshold, uint64_t first) {
     uint32_t t = (uint32_t)threshold;
-    for (int r = 0; r < PHILOX_ROUNDS; r++) {
-        d->key0[r] = (uint32_t)seed + (uint32_t)r * PHILOX_W0;
-        d->key1[r] = (uint32_t)(seed >> 32) + (uint32_t)r * PHILOX_W1;
-    }
-    d->offset_low = (uint32_t)offset;
-    d->round1_c2 = (uint32_t)(offset >> 32) ^ d->key1[0];
-    d->round2_c0 = PHILOX_M1 * d->offset_low ^ d->key0[1];
-    draw_set_high(d, (uint32_t)(first / 32 >> 32));
+    philox_prepare(&d->philox, seed, offset, MASK_DOMAIN, first / 32);
     for (int k = 0; k < 32; k++) d->planes[k] = t >> (31 - k) & 1 ? ~0u : 0u;
     int planes = 32 - __builtin_ctz(t | 1u << 31); /* 0 < t: the caller handles keep-all and drop-all */
     d->groups = (planes + PLANES_PER_GROUP - 1) / PLANES_PER_GROUP;
     d->look = planes == 1 ? ONE_PLANE : d->groups == 1 ? ONE_GROUP : d->groups == 2 ? TWO_GROUPS : MORE_GROUPS;
-}
-
-/* Rounds 1 to 3 as far as they do not depend on the group. */
-INLINE counter_t counter_of(const draw_t *d, words_t w) {
-    counter_t c;
-    c.p0 = wide_mul(wide_of(w), PHILOX_M0);
-    c.p1 = wide_mul(wide_xor(wide_high(c.p0), wide_set1(d->round1_c2)), PHILOX_M1);
-    c.p2 = wide_mul(wide_xor(wide_high(c.p1), wide_set1(d->round2_c0)), PHILOX_M0);
-    return c;
-}
-
-/* State of a group after round 3. */
-INLINE state_t state_of(const draw_t *d, counter_t c, int group) {
-    product_t p = wide_mul(wide_xor(wide_low(c.p0), wide_set1(d->group_round2_c2[group])), PHILOX_M1);
-    state_t s;
-    s.c0 = wide_xor3(wide_high(p), wide_low(c.p1), wide_set1(d->key0[2]));
-    s.c1 = wide_low(p);
-    s.c2 = wide_xor(wide_high(c.p2), wide_set1(d->group_round3_c2[group]));
-    s.c3 = wide_low(c.p2);
-    return s;
-}
-
-INLINE void philox_round(const draw_t *d, state_t *s, int r) {
-    product_t p0 = wide_mul(s->c0, PHILOX_M0), p1 = wide_mul(s->c2, PHILOX_M1);
-    s->c0 = wide_xor3(wide_high(p1), s->c1, wide_set1(d->key0[r]));
-    s->c1 = wide_low(p1);
-    s->c2 = wide_xor3(wide_high(p0), s->c3, wide_set1(d->key1[r]));
-    s->c3 = wide_low(p0);
-}
-
-/* The last round, its results back in word order. */
-INLINE void philox_planes(const draw_t *d, const state_t *s, words_t plane[PLANES_PER_GROUP]) {
-    const int r = PHILOX_ROUNDS - 1;
-    product_t p0 = wide_mul(s->c0, PHILOX_M0), p1 = wide_mul(s->c2, PHILOX_M1);
-    plane[0] = words_xor3(words_high(p1), words_of(s->c1), words_set1(d->key0[r]));
-    plane[1] = words_low(p1);
-    plane[2] = words_xor3(words_high(p0), words_of(s->c3), words_set1(d->key1[r]));
-    plane[3] = words_low(p0);
 }
 
 /* Compares draws with the threshold in groups group .. group+groups-1, the first `planes` planes of each: constants
@@ -143,16 +154,16 @@ INLINE void draw_groups(const draw_t *d, counter_t counter, int group, const int
     for (int from = 0; from < groups; from += GROUPS_ABREAST) {
         const int to = from + GROUPS_ABREAST < groups ? from + GROUPS_ABREAST : groups;
 #pragma GCC unroll 2
-        for (int g = from; g < to; g++) s[g] = state_of(d, counter, group + g);
+        for (int g = from; g < to; g++) s[g] = state_of(&d->philox, counter, group + g);
 #pragma GCC unroll 6
         for (int r = 3; r < PHILOX_ROUNDS - 1; r++) {
 #pragma GCC unroll 2
-            for (int g = from; g < to; g++) philox_round(d, &s[g], r);
+            for (int g = from; g < to; g++) philox_round(&d->philox, &s[g], r);
         }
 #pragma GCC unroll 2
         for (int g = from; g < to; g++) {
             words_t plane[PLANES_PER_GROUP];
-            philox_planes(d, &s[g], plane);
+            philox_outputs(&d->philox, &s[g], plane);
             ge[g] = eq[g] = words_set1(~0u);
 #pragma GCC unroll 4
             for (int k = planes - 1; k >= 0; k--) {
@@ -177,7 +188,7 @@ static void draw_pending(const draw_t *d, chunk_t *chunk) {
         for (unsigned i = 0; i < pending; i += LANES) {
             unsigned n = pending - i < LANES ? pending - i : LANES;
             words_t slot = words_load(chunk->slot + i), undecided = words_load(chunk->undecided + i), keep, equal;
-            draw_groups(d, counter_of(d, words_add(base, slot)), g, 1, PLANES_PER_GROUP, &keep, &equal);
+            draw_groups(d, counter_of(&d->philox, words_add(base, slot)), g, 1, PLANES_PER_GROUP, &keep, &equal);
             words_store(decided, words_unless(words_set1(~0u), undecided, keep));
             for (unsigned j = 0; j < n; j++) chunk->words[chunk->slot[i + j]] &= decided[j];
             left += words_compact(slot, words_and(undecided, equal), chunk->slot + left, chunk->undecided + left);
@@ -188,7 +199,7 @@ static void draw_pending(const draw_t *d, chunk_t *chunk) {
 }
 
 INLINE counter_t block_counter(const draw_t *d, uint64_t first_word, unsigned v) {
-    return counter_of(d, words_count_from((uint32_t)first_word + v * LANES));
+    return counter_of(&d->philox, words_count_from((uint32_t)first_word + v * LANES));
 }
 
 static inline void chunk_open(const draw_t *d, chunk_t *chunk, uint64_t first_block) {
@@ -202,9 +213,9 @@ static inline void chunk_open(const draw_t *d, chunk_t *chunk, uint64_t first_bl
 INLINE void draw_block(draw_t *d, chunk_t *chunk, unsigned b) {
     uint64_t word = chunk->first_word + (uint64_t)b * FD_BLOCK_WORDS;
     uint32_t high = (uint32_t)(word >> 32);
-    if (__builtin_expect(high != d->high, 0)) {
+    if (__builtin_expect(high != d->philox.high, 0)) {
         draw_pending(d, chunk);
-        draw_set_high(d, high);
+        philox_set_high(&d->philox, high);
     }
     for (unsigned v = 0; v < FD_BLOCK_WORDS / LANES; v++) {
         uint32_t slot = b * FD_BLOCK_WORDS + v * LANES;
@@ -278,34 +289,54 @@ INLINE uint32_t bits_at(const uint32_t *bits, uint64_t position, const int bytew
 
 /* Bits of elements at .. at+n-1 of data (outer, repeat, inner) under a mask (outer, inner). */
 static void gather_bits(uint32_t *to, const masked_affine_args *args, uint64_t at, uint64_t n) {
-    const uint32_t *words = args->words;
+    writer_t writer = {(unsigned char *)to, 0, 0};
     if (args->repeat == 1) {
-        copy_bits(to, 0, words, args->position + at, n);
-        return;
-    }
-    uint64_t row = at / args->inner, i = at % args->inner; /* row counts (outer, repeat) */
-    uint64_t o = row / args->repeat, r = row % args->repeat;
-    for (uint64_t done = 0, step; done < n; done += step) {
-        uint64_t cell = args->position + o * args->inner + i, left = n - done;
-        if (args->inner == 1) {
-            step = args->repeat - r < left ? args->repeat - r : left;
-            fill_bits(to, done, read_bits(words, cell, 1), step);
-            r += step;
-        } else {
-            step = args->inner - i < left ? args->inner - i : left;
-            copy_bits(to, done, words, cell, step);
-            i = 0;
-            r += 1;
-        }
-        if (r == args->repeat) {
-            r = 0;
-            o += 1;
+        append_copy(&writer, args->words, args->position + at, n);
+    } else {
+        uint64_t row = at / args->inner, i = at % args->inner; /* row counts (outer, repeat) */
+        uint64_t o = row / args->repeat, r = row % args->repeat;
+        for (uint64_t step; n; n -= step) {
+            uint64_t cell = args->position + o * args->inner + i;
+            if (args->inner == 1) {
+                step = min_u64(args->repeat - r, n);
+                append_run(&writer, read_bits(args->words, cell, 1), step);
+                r += step;
+            } else {
+                step = min_u64(args->inner - i, n);
+                append_copy(&writer, args->words, cell, step);
+                i = 0;
+                r += 1;
+            }
+            if (r == args->repeat) {
+                r = 0;
+                o += 1;
+            }
         }
     }
 }
 
+/* Bits of a chunk, and of `inner` elements after it where those up to `end` only repeat them. */
+typedef struct {
+    uint32_t bits[2 * CHUNK_CELLS / 32 + SLACK_WORDS];
+    uint64_t begin, end;
+} pattern_t;
+
+/* Where in the pattern the bits of elements at .. at+n-1 begin. */
+static uint64_t pattern_for(pattern_t *p, const masked_affine_args *args, uint64_t at, uint64_t n) {
+    if (at < p->begin || at + n > p->end) {
+        uint64_t same = args->repeat * args->inner, left = same - at % same;
+        int repeats = args->inner <= CHUNK_CELLS && left >= n + args->inner;
+        gather_bits(p->bits, args, at, repeats ? n + args->inner : n);
+        p->begin = at;
+        p->end = repeats ? at + left : at;
+    }
+    return (at - p->begin) % args->inner;
+}
+
 /* Elements until y reaches a cache line; 0 where it never does. */
 #define ELEMENTS_TO_LINE(y) ((uintptr_t)(y) % sizeof *(y) ? 0 : (unsigned)(-(uintptr_t)(y) % LINE_BYTES / sizeof *(y)))
+
+#include "gaussian.inc.h"
 
 #define DTYPE f32
 #include "apply.inc.h"
@@ -328,6 +359,9 @@ static void gather_bits(uint32_t *to, const masked_affine_args *args, uint64_t a
     }
 DEFINE_BY_DTYPE(dropout_forward)
 DEFINE_BY_DTYPE(masked_affine)
+DEFINE_BY_DTYPE(gaussian_multiply)
+
+#include "dilate.inc.h"
 
 static void scale_float32(const float *x, float *y, uint64_t n, float a, int stream) {
     uint64_t i = 0;

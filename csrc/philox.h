@@ -12,9 +12,10 @@ enum { PHILOX_ROUNDS = 10 };
 #define PHILOX_W0 0x9E3779B9u /* golden ratio */
 #define PHILOX_W1 0xBB67AE85u /* sqrt(3) - 1 */
 
-/* Second counter word: high half of the word index, the domain that keeps mask bits apart from other uses of the same
- * key, and the group of four bit planes. */
+/* Second counter word: high half of the index, the domain that keeps mask bits, Gaussian noise and other libraries' use
+ * of the same key apart, and for mask bits the group of four bit planes. */
 #define MASK_DOMAIN (1u << 27)
+#define NOISE_DOMAIN (2u << 27)
 #define GROUP_SHIFT 29
 enum { GROUPS = 8, PLANES_PER_GROUP = 4 };
 

@@ -7,6 +7,7 @@
 #define f16_keep f32_keep
 #define f16_lanes f32_lanes
 #define f16_set1 f32_set1
+#define f16_from_floats f32_from_floats
 #define f16_mask f32_mask
 #define f16_scale f32_scale
 #define f16_affine f32_affine
@@ -32,6 +33,7 @@ static inline bf16_v bf16_affine(bf16_keep keep, bf16_v x, bf16_v a, bf16_v b, b
 #define bf16_keep f32_keep
 #define bf16_lanes f32_lanes
 #define bf16_set1 f32_set1
+#define bf16_from_floats f32_from_floats
 #define bf16_mask f32_mask
 #define bf16_scale f32_scale
 #define bf16_affine f32_affine

@@ -19,7 +19,7 @@ typedef struct {
 } wide_t;
 typedef wide_t product_t;
 
-enum { HIGH_HALVES = 0xF5, LOW_TO_HIGH = 0xA0, ODD_LANES = 0xAA };
+enum { HIGH_HALVES = 0xF5, LOW_TO_HIGH = 0xA0, ODD_LANES = 0xAA, LOW_HALVES = 0x20, UPPER_HALVES = 0x31 };
 
 static inline words_t words_set1(uint32_t v) { return _mm256_set1_epi32((int)v); }
 static inline words_t words_count_from(uint32_t first) {
@@ -29,6 +29,10 @@ static inline words_t words_load(const uint32_t *p) { return _mm256_loadu_si256(
 static inline void words_store(uint32_t *p, words_t v) { _mm256_storeu_si256((__m256i *)p, v); }
 static inline void words_stream(uint32_t *p, words_t v) { _mm256_stream_si256((__m256i *)p, v); }
 static inline words_t words_add(words_t a, words_t b) { return _mm256_add_epi32(a, b); }
+static inline words_t words_sub(words_t a, words_t b) { return _mm256_sub_epi32(a, b); }
+static inline words_t words_left(words_t v, const int n) { return _mm256_slli_epi32(v, n); }
+static inline words_t words_right(words_t v, const int n) { return _mm256_srli_epi32(v, n); }
+static inline words_t words_right_signed(words_t v, const int n) { return _mm256_srai_epi32(v, n); }
 static inline words_t words_xor3(words_t a, words_t b, words_t c) {
     return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
 }
@@ -89,6 +93,7 @@ static inline f32_v f32_load(const f32_t *p) { return _mm256_loadu_ps(p); }
 static inline void f32_store(f32_t *p, f32_v v) { _mm256_storeu_ps(p, v); }
 static inline void f32_stream(f32_t *p, f32_v v) { _mm256_stream_ps(p, v); }
 static inline f32_v f32_set1(double v) { return _mm256_set1_ps((float)v); }
+static inline f32_v f32_from_floats(const float *p) { return f32_load(p); }
 static inline f32_keep f32_mask(uint32_t run, int k) {
     __m256i lane = _mm256_load_si256((const __m256i *)(lane_bit + k));
     return _mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_and_si256(words_set1(run), lane), lane));
@@ -97,6 +102,14 @@ static inline f32_v f32_scale(f32_keep keep, f32_v x, f32_v a) { return _mm256_a
 static inline f32_v f32_affine(f32_keep keep, f32_v x, f32_v a, f32_v b, f32_v c) {
     return _mm256_blendv_ps(c, _mm256_add_ps(_mm256_mul_ps(x, a), b), keep);
 }
+static inline f32_v f32_of_int(words_t v) { return _mm256_cvtepi32_ps(v); }
+static inline f32_v f32_of_bits(words_t v) { return _mm256_castsi256_ps(v); }
+static inline words_t bits_of_f32(f32_v v) { return _mm256_castps_si256(v); }
+static inline f32_v f32_sqrt(f32_v v) { return _mm256_sqrt_ps(v); }
+static inline f32_v f32_turn(words_t w, f32_v v) {
+    return _mm256_xor_ps(v, f32_of_bits(words_and(w, words_set1(1u << 31))));
+}
+static inline f32_v f32_where(words_t w, f32_v yes, f32_v no) { return _mm256_blendv_ps(no, yes, f32_of_bits(w)); }
 
 typedef double f64_t;
 typedef __m256d f64_v;
@@ -106,6 +119,7 @@ static inline f64_v f64_load(const f64_t *p) { return _mm256_loadu_pd(p); }
 static inline void f64_store(f64_t *p, f64_v v) { _mm256_storeu_pd(p, v); }
 static inline void f64_stream(f64_t *p, f64_v v) { _mm256_stream_pd(p, v); }
 static inline f64_v f64_set1(double v) { return _mm256_set1_pd(v); }
+static inline f64_v f64_from_floats(const float *p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 static inline f64_keep f64_mask(uint32_t run, int k) {
     __m256i lane = _mm256_load_si256((const __m256i *)(lane_bit_64 + k));
     return _mm256_castsi256_pd(_mm256_cmpeq_epi64(_mm256_and_si256(words_set1(run), lane), lane));
@@ -130,6 +144,12 @@ static inline bf16_v bf16_load(const bf16_t *p) {
     __m256i pairs = _mm256_loadu_si256((const __m256i *)p);
     return (bf16_v){_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)),
                     _mm256_castsi256_ps(_mm256_and_si256(pairs, words_set1(0xFFFF0000u)))};
+}
+static inline bf16_v bf16_from_floats(const float *p) {
+    __m256 low = f32_load(p), high = f32_load(p + f32_lanes);
+    __m256 first = _mm256_permute2f128_ps(low, high, LOW_HALVES), last = _mm256_permute2f128_ps(low, high, UPPER_HALVES);
+    return (bf16_v){_mm256_shuffle_ps(first, last, _MM_SHUFFLE(2, 0, 2, 0)),
+                    _mm256_shuffle_ps(first, last, _MM_SHUFFLE(3, 1, 3, 1))};
 }
 static inline __m256 bf16_half_mask(uint32_t run, const uint32_t *bits) {
     __m256i lane = _mm256_load_si256((const __m256i *)bits);

@@ -23,7 +23,7 @@ typedef struct {
 typedef wide_t product_t;
 
 /* Truth tables of vpternlogd: bit 4a + 2b + c of the immediate is f(a, b, c). */
-enum { TERNARY_XOR3 = 0x96, TERNARY_KEEP = 0xD4, TERNARY_EQUAL = 0x90, TERNARY_UNLESS = 0xB0 };
+enum { TERNARY_XOR3 = 0x96, TERNARY_XOR_AND = 0x78, TERNARY_KEEP = 0xD4, TERNARY_EQUAL = 0x90, TERNARY_UNLESS = 0xB0 };
 
 static inline words_t words_set1(uint32_t v) { return _mm512_set1_epi32((int)v); }
 static inline words_t words_count_from(uint32_t first) {
@@ -34,6 +34,10 @@ static inline words_t words_load(const uint32_t *p) { return _mm512_loadu_si512(
 static inline void words_store(uint32_t *p, words_t v) { _mm512_storeu_si512(p, v); }
 static inline void words_stream(uint32_t *p, words_t v) { _mm512_stream_si512((__m512i *)p, v); }
 static inline words_t words_add(words_t a, words_t b) { return _mm512_add_epi32(a, b); }
+static inline words_t words_sub(words_t a, words_t b) { return _mm512_sub_epi32(a, b); }
+static inline words_t words_left(words_t v, const unsigned n) { return _mm512_slli_epi32(v, n); }
+static inline words_t words_right(words_t v, const unsigned n) { return _mm512_srli_epi32(v, n); }
+static inline words_t words_right_signed(words_t v, const unsigned n) { return _mm512_srai_epi32(v, n); }
 static inline words_t words_xor3(words_t a, words_t b, words_t c) {
     return _mm512_ternarylogic_epi32(a, b, c, TERNARY_XOR3);
 }
@@ -83,6 +87,7 @@ static inline f32_v f32_load(const f32_t *p) { return _mm512_loadu_ps(p); }
 static inline void f32_store(f32_t *p, f32_v v) { _mm512_storeu_ps(p, v); }
 static inline void f32_stream(f32_t *p, f32_v v) { _mm512_stream_ps(p, v); }
 static inline f32_v f32_set1(double v) { return _mm512_set1_ps((float)v); }
+static inline f32_v f32_from_floats(const float *p) { return f32_load(p); }
 /* Bits k .. k+15 of a run as a lane mask: a test against one bit per lane costs one instruction, where moving the bits
  * to a mask register costs two and waits on a crossing between register files. */
 static inline f32_keep f32_mask(uint32_t run, int k) {
@@ -91,6 +96,16 @@ static inline f32_keep f32_mask(uint32_t run, int k) {
 static inline f32_v f32_scale(f32_keep keep, f32_v x, f32_v a) { return _mm512_maskz_mul_ps(keep, x, a); }
 static inline f32_v f32_affine(f32_keep keep, f32_v x, f32_v a, f32_v b, f32_v c) {
     return _mm512_mask_add_ps(c, keep, _mm512_mul_ps(x, a), b);
+}
+static inline f32_v f32_of_int(words_t v) { return _mm512_cvtepi32_ps(v); }
+static inline f32_v f32_of_bits(words_t v) { return _mm512_castsi512_ps(v); }
+static inline words_t bits_of_f32(f32_v v) { return _mm512_castps_si512(v); }
+static inline f32_v f32_sqrt(f32_v v) { return _mm512_sqrt_ps(v); }
+static inline f32_v f32_turn(words_t w, f32_v v) {
+    return f32_of_bits(_mm512_ternarylogic_epi32(bits_of_f32(v), w, words_set1(1u << 31), TERNARY_XOR_AND));
+}
+static inline f32_v f32_where(words_t w, f32_v yes, f32_v no) {
+    return _mm512_mask_blend_ps(_mm512_movepi32_mask(w), no, yes);
 }
 
 typedef double f64_t;
@@ -101,6 +116,7 @@ static inline f64_v f64_load(const f64_t *p) { return _mm512_loadu_pd(p); }
 static inline void f64_store(f64_t *p, f64_v v) { _mm512_storeu_pd(p, v); }
 static inline void f64_stream(f64_t *p, f64_v v) { _mm512_stream_pd(p, v); }
 static inline f64_v f64_set1(double v) { return _mm512_set1_pd(v); }
+static inline f64_v f64_from_floats(const float *p) { return _mm512_cvtps_pd(_mm256_loadu_ps(p)); }
 static inline f64_keep f64_mask(uint32_t run, int k) {
     return _mm512_test_epi64_mask(words_set1(run), _mm512_load_si512(lane_bit_64 + k));
 }
@@ -126,6 +142,11 @@ static inline bf16_v bf16_load(const bf16_t *p) {
     __m512i pairs = _mm512_loadu_si512(p);
     return (bf16_v){_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
                     _mm512_castsi512_ps(_mm512_and_si512(pairs, words_set1(0xFFFF0000u)))};
+}
+static inline bf16_v bf16_from_floats(const float *p) {
+    const __m512i even = words_left(words_count_from(0), 1), odd = words_add(even, words_set1(1));
+    __m512 low = f32_load(p), high = f32_load(p + f32_lanes);
+    return (bf16_v){_mm512_permutex2var_ps(low, even, high), _mm512_permutex2var_ps(low, odd, high)};
 }
 static inline bf16_keep bf16_mask(uint32_t run, int k) {
     (void)k; /* one vector takes the whole run */

@@ -25,6 +25,12 @@ static inline words_t words_load(const uint32_t *p) { return vld1q_u32(p); }
 static inline void words_store(uint32_t *p, words_t v) { vst1q_u32(p, v); }
 static inline void words_stream(uint32_t *p, words_t v) { words_store(p, v); }
 static inline words_t words_add(words_t a, words_t b) { return vaddq_u32(a, b); }
+static inline words_t words_sub(words_t a, words_t b) { return vsubq_u32(a, b); }
+static inline words_t words_left(words_t v, int n) { return vshlq_u32(v, vdupq_n_s32(n)); }
+static inline words_t words_right(words_t v, int n) { return vshlq_u32(v, vdupq_n_s32(-n)); }
+static inline words_t words_right_signed(words_t v, int n) {
+    return vreinterpretq_u32_s32(vshlq_s32(vreinterpretq_s32_u32(v), vdupq_n_s32(-n)));
+}
 static inline words_t words_xor3(words_t a, words_t b, words_t c) { return veorq_u32(veorq_u32(a, b), c); }
 static inline words_t words_and(words_t a, words_t b) { return vandq_u32(a, b); }
 static inline words_t words_keep(words_t keep, words_t r, uint32_t t) {
@@ -71,6 +77,7 @@ static inline f32_v f32_load(const f32_t *p) { return vld1q_f32(p); }
 static inline void f32_store(f32_t *p, f32_v v) { vst1q_f32(p, v); }
 static inline void f32_stream(f32_t *p, f32_v v) { f32_store(p, v); }
 static inline f32_v f32_set1(double v) { return vdupq_n_f32((float)v); }
+static inline f32_v f32_from_floats(const float *p) { return f32_load(p); }
 static inline f32_keep f32_mask(uint32_t run, int k) {
     const uint32_t lane[LANES] = {1, 2, 4, 8};
     return vtstq_u32(vdupq_n_u32(run), vshlq_u32(vld1q_u32(lane), vdupq_n_s32(k)));
@@ -81,6 +88,14 @@ static inline f32_v f32_scale(f32_keep keep, f32_v x, f32_v a) {
 static inline f32_v f32_affine(f32_keep keep, f32_v x, f32_v a, f32_v b, f32_v c) {
     return vbslq_f32(keep, vaddq_f32(vmulq_f32(x, a), b), c);
 }
+static inline f32_v f32_of_int(words_t v) { return vcvtq_f32_s32(vreinterpretq_s32_u32(v)); }
+static inline f32_v f32_of_bits(words_t v) { return vreinterpretq_f32_u32(v); }
+static inline words_t bits_of_f32(f32_v v) { return vreinterpretq_u32_f32(v); }
+static inline f32_v f32_sqrt(f32_v v) { return vsqrtq_f32(v); }
+static inline f32_v f32_turn(words_t w, f32_v v) {
+    return f32_of_bits(veorq_u32(bits_of_f32(v), vandq_u32(w, words_set1(1u << 31))));
+}
+static inline f32_v f32_where(words_t w, f32_v yes, f32_v no) { return vbslq_f32(words_right_signed(w, 31), yes, no); }
 
 typedef double f64_t;
 typedef float64x2_t f64_v;
@@ -90,6 +105,7 @@ static inline f64_v f64_load(const f64_t *p) { return vld1q_f64(p); }
 static inline void f64_store(f64_t *p, f64_v v) { vst1q_f64(p, v); }
 static inline void f64_stream(f64_t *p, f64_v v) { f64_store(p, v); }
 static inline f64_v f64_set1(double v) { return vdupq_n_f64(v); }
+static inline f64_v f64_from_floats(const float *p) { return vcvt_f64_f32(vld1_f32(p)); }
 static inline f64_keep f64_mask(uint32_t run, int k) {
     const uint64_t lane[2] = {1, 2};
     return vtstq_u64(vdupq_n_u64(run), vshlq_u64(vld1q_u64(lane), vdupq_n_s64(k)));

@@ -4,10 +4,13 @@
  *   words_t    LANES mask words, one 32-bit lane each
  *   wide_t     the same words as multiplication wants them; product_t the 64-bit products
  *   f32_t ...  storage types; f32_v ... what is computed with, f32_lanes of them at a time; f32_keep a lane mask
+ *
+ * An f32_v has as many lanes as a words_t, and + - * of its own in every vocabulary.
  */
 #ifndef FASTDROP_SIMD_SCALAR_H
 #define FASTDROP_SIMD_SCALAR_H
 
+#include <math.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -24,6 +27,10 @@ static inline words_t words_load(const uint32_t *p) { return *p; }
 static inline void words_store(uint32_t *p, words_t v) { *p = v; }
 static inline void words_stream(uint32_t *p, words_t v) { *p = v; }
 static inline words_t words_add(words_t a, words_t b) { return a + b; }
+static inline words_t words_sub(words_t a, words_t b) { return a - b; }
+static inline words_t words_left(words_t v, int n) { return v << n; }
+static inline words_t words_right(words_t v, int n) { return v >> n; }
+static inline words_t words_right_signed(words_t v, int n) { return (uint32_t)((int32_t)v >> n); }
 static inline words_t words_xor3(words_t a, words_t b, words_t c) { return a ^ b ^ c; }
 static inline words_t words_and(words_t a, words_t b) { return a & b; }
 /* One plane r of the draw against plane t (0 or ~0) of the threshold, least significant plane first. Kept so far: draw
@@ -84,11 +91,21 @@ static inline f32_v f32_load(const f32_t *p) {
 static inline void f32_store(f32_t *p, f32_v v) { memcpy(p, &v, sizeof v); }
 static inline void f32_stream(f32_t *p, f32_v v) { f32_store(p, v); }
 static inline f32_v f32_set1(double v) { return (float)v; }
+static inline f32_v f32_from_floats(const float *p) { return f32_load(p); }
 static inline f32_keep f32_mask(uint32_t run, int k) { return (int)(run >> k & 1); }
 static inline f32_v f32_scale(f32_keep keep, f32_v x, f32_v a) {
     return f32_of_bits(bits_of_f32(x * a) & (0u - (uint32_t)keep)); /* no branch: it would be mispredicted at random */
 }
 static inline f32_v f32_affine(f32_keep keep, f32_v x, f32_v a, f32_v b, f32_v c) { return keep ? x * a + b : c; }
+
+static inline f32_v f32_of_int(words_t v) { return (float)(int32_t)v; }
+static inline f32_v f32_sqrt(f32_v v) { return sqrtf(v); }
+/* By the top bit of each word: another sign; one number or the other. */
+static inline f32_v f32_turn(words_t w, f32_v v) { return f32_of_bits(bits_of_f32(v) ^ (w & 1u << 31)); }
+static inline f32_v f32_where(words_t w, f32_v yes, f32_v no) {
+    uint32_t all = 0u - (w >> 31);
+    return f32_of_bits((bits_of_f32(yes) & all) | (bits_of_f32(no) & ~all));
+}
 
 typedef double f64_t;
 typedef double f64_v;
@@ -102,6 +119,7 @@ static inline f64_v f64_load(const f64_t *p) {
 static inline void f64_store(f64_t *p, f64_v v) { memcpy(p, &v, sizeof v); }
 static inline void f64_stream(f64_t *p, f64_v v) { f64_store(p, v); }
 static inline f64_v f64_set1(double v) { return v; }
+static inline f64_v f64_from_floats(const float *p) { return f32_load(p); }
 static inline f64_keep f64_mask(uint32_t run, int k) { return (int)(run >> k & 1); }
 static inline f64_v f64_scale(f64_keep keep, f64_v x, f64_v a) {
     return f64_of_bits(bits_of_f64(x * a) & (0u - (uint64_t)keep));

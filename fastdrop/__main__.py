@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from . import __version__, backends
-from .cli import bench, demo, info, selftest
+from .cli import audit, bench, demo, info, selftest
 
-COMMANDS: dict[str, ModuleType] = {"info": info, "selftest": selftest, "demo": demo, "bench": bench}
+COMMANDS: dict[str, ModuleType] = {"info": info, "selftest": selftest, "demo": demo, "bench": bench, "audit": audit}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 0 done, 1 failed, 2 wrong usage."""
+    """Runs one command and returns its exit code: 0 done, 1 failed (or, for audit, found), 2 wrong usage."""
     parser = argparse.ArgumentParser(prog="fastdrop", description="Dropout at the speed of memory.")
     parser.add_argument("--version", action="version", version=f"fastdrop {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")

@@ -5,6 +5,7 @@ Every message names the argument, what came and what is allowed. Nothing is writ
 
 from __future__ import annotations
 
+import itertools
 import math
 import numbers
 from typing import Any
@@ -21,6 +22,7 @@ FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
 
 ALLOWED = "float32, float64, float16, bfloat16 (ml_dtypes)"
 SCALINGS = ("inverted", "standard")
+DEPTH_MODES = ("batch", "row")
 STORES = ("bits", "seed")
 EXACT_OVERLAP_WORK = 10_000  # steps NumPy may take to tell interleaved views apart; beyond, they count as overlapping
 
@@ -55,6 +57,13 @@ def probability(p: Any) -> float:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"p, the drop probability, must be between 0 and 1, but got {p}")
     return float(p)
+
+
+def gaussian_probability(p: Any) -> float:
+    """p as a Python float in [0, 1): at 1 the noise would have no bounds."""
+    if probability(p) == 1.0:
+        raise ValueError(f"p must be below 1 for Gaussian dropout, whose variance is p / (1 - p), but got {p}")
+    return probability(p)
 
 
 def number(name: str, given: Any) -> float:
@@ -93,6 +102,13 @@ def choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but got {value!r}")
 
 
+def scaling(value: str) -> str:
+    """One of the laws that a caller may choose."""
+    if value != "inverted":
+        choice("scaling", value, SCALINGS)
+    return value
+
+
 def no_random_state(rng: Any) -> TypeError:
     return TypeError(
         f"rng must be None, an int seed, a fastdrop.Stream or a numpy.random.Generator, but got {type(rng).__name__}"
@@ -129,8 +145,45 @@ def noise_shape(value: Any, full: tuple[int, ...]) -> tuple[int, ...]:
     return cells
 
 
-def mask_grid(name: str, data_shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> None:
-    if len(data_shape) != len(mask_shape) or any(m not in (1, d) for m, d in zip(mask_shape, data_shape, strict=True)):
+def axis(name: str, value: Any, ndim: int) -> int:
+    """An axis counted from the front."""
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an int, but got {type(value).__name__}")
+    if not -ndim <= value < ndim:
+        raise ValueError(f"{name} must be an axis of x, which has {ndim}, but got {value}")
+    return int(value) % ndim
+
+
+def at_least(name: str, ndim: int, least: int, what: str) -> None:
+    if ndim < least:
+        raise ValueError(f"{name} must have {what}, but got {ndim} {'axis' if ndim == 1 else 'axes'}")
+
+
+def block_size(value: Any, axes: int) -> tuple[int, ...]:
+    """The extents of DropBlock's blocks, one number standing for all."""
+    extents = shape("block_size", value)
+    if isinstance(value, (int, np.integer)):
+        extents *= axes
+    if len(extents) != axes or not all(extents):
+        raise ValueError(
+            f"block_size must be a positive int or one for each of the {axes} spatial axes, but got {value!r}"
+        )
+    return extents
+
+
+def spatial(name: str, ndim: int) -> None:
+    if not 3 <= ndim <= 5:
+        raise ValueError(f"{name} must have the axes (N, C, *) with one to three spatial ones, but got {ndim} axes")
+
+
+def mask_grid(name: str, data_shape: tuple[int, ...], mask_shape: tuple[int, ...], shared: bool = True) -> None:
+    """Raises unless the mask's extents are the data's or, where decisions may be shared, 1."""
+    fits = len(data_shape) == len(mask_shape) and all(
+        m == d or (shared and m == 1) for m, d in zip(mask_shape, data_shape, strict=True)
+    )
+    if not fits and not shared:
+        raise ValueError(f"mask must have the shape of {name}, {data_shape}, but got noise of shape {mask_shape}")
+    if not fits:
         raise ValueError(
             f"mask must have the shape of {name}, {data_shape}, or 1 on axes that share a decision, but got a mask of "
             f"shape {mask_shape}"
@@ -213,3 +266,39 @@ def _overlap(a: Array, b: Array) -> bool:
         return np.shares_memory(a, b, max_work=EXACT_OVERLAP_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
+
+
+def between(name: str, value: Any, low: float, high: float) -> float:
+    result = number(name, value)
+    if not low <= result <= high:
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, but got {result}")
+    return result
+
+
+def number_from(name: str, value: Any, low: float) -> float:
+    result = finite(name, value)
+    if result < low:
+        raise ValueError(f"{name} must be at least {low:g}, but got {result:g}")
+    return result
+
+
+def function(name: str, value: Any) -> None:
+    if not callable(value):
+        raise TypeError(f"{name} must be callable, but got {type(value).__name__}")
+
+
+def pieces(boundaries: Any, values: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Boundaries that increase, and probabilities before, between and after them."""
+    try:
+        steps, rates = tuple(boundaries), tuple(values)
+    except TypeError:
+        raise TypeError(
+            f"boundaries and values must be sequences of numbers, but got {boundaries!r} and {values!r}"
+        ) from None
+    steps = tuple(number_from(f"boundaries[{i}]", step, 0) for i, step in enumerate(steps))
+    rates = tuple(between(f"values[{i}]", rate, 0, 1) for i, rate in enumerate(rates))
+    if any(after <= before for before, after in itertools.pairwise(steps)):
+        raise ValueError(f"boundaries must increase, but got {steps}")
+    if len(rates) != len(steps) + 1:
+        raise ValueError(f"values must be one more than boundaries, {len(steps) + 1}, but got {len(rates)}")
+    return steps, rates

@@ -1,4 +1,4 @@
-"""The NumPy API for arrays on a GPU: CuPy's and Numba's, by way of the CUDA array interface.
+"""Arrays on a GPU, as the NumPy API's flow (`ops`) asks for them: CuPy's and Numba's, by the CUDA array interface.
 
 Results and masks are arrays of the kind that came. Work goes to the stream that the array names (CuPy: the current
 one), nothing is waited for and nothing crosses to the host. This module owns what such arrays must be and how they are
@@ -17,12 +17,22 @@ import numpy as np
 from . import _checks
 from .backends import cuda
 from .grid import cell_axes
-from .mask import PackedMask, SeededMask, word_count
-from .stream import DROP_ALL, check_random_state, random_state, threshold_and_scale
+from .mask import PackedMask, word_count
+from .stream import DROP_ALL
 
-__all__ = ["dropout", "is_on_device", "masked"]
-
-Mask = PackedMask | SeededMask
+__all__ = [
+    "apply",
+    "check_words",
+    "copy",
+    "dilated",
+    "draw_words",
+    "empty_words_like",
+    "forward",
+    "gaussian",
+    "is_on_device",
+    "output",
+    "taken",
+]
 
 DLPACK_CUDA = 2
 
@@ -45,116 +55,101 @@ def is_on_device(x: Any) -> bool:
     return ask is not None and ask()[0] == DLPACK_CUDA
 
 
-def dropout(
-    x: Any, p: Any, training: bool, noise_shape: Any, scaling: str, store: str, rng: Any, out: Any
-) -> tuple[Any, Mask | None]:
-    """`fastdrop.dropout` for an array on a GPU."""
-    tag = _tag("x", x)
-    p = _checks.probability(p)
-    _checks.choice("scaling", scaling, _checks.SCALINGS)
-    _checks.choice("store", store, _checks.STORES)
-    shape = tuple(x.shape)
-    cells_shape = _checks.noise_shape(noise_shape, shape)
-    cut, scale = threshold_and_scale(p)
-    if not training or cut == 0:
-        check_random_state(rng)
-        if scaling == "standard" and cut:
-            every = PackedMask._of(_filled(x, 1, True), (1,) * len(shape), 0.0, 1.0 - cut / DROP_ALL)
-            return masked("x", x, every, out), None
-        return masked("x", x, None, out), None
-    y = _output(out, x, "x")
-    seed, offset = random_state(rng)
-    if scaling == "standard":
-        scale = 1.0
-    mask: Mask
-    if store == "seed":
-        mask = SeededMask._of(seed, offset, cells_shape, p, scale, cut)
-    else:
-        cells = math.prod(cells_shape)
-        if cells_shape == shape and 0 < cut < DROP_ALL and cells:
-            words = _empty(x, (word_count(cells),), np.uint32)
-            _forward(tag, x, y, words, seed, offset, cut, scale)
-            return y, PackedMask._of(words, shape, p, scale)
-        mask = PackedMask._of(_draw_words(x, cells, seed, offset, cut), cells_shape, p, scale)
-    _apply(tag, x, mask, y)
-    return y, mask
+def taken(name: str, x: Any) -> tuple[Any, int]:
+    """x, which kernels can take, and its dtype's tag."""
+    return x, _tag(name, x)
 
 
-def masked(name: str, x: Any, mask: Mask | None, out: Any) -> Any:
-    """`fastdrop.apply_mask` and `fastdrop.dropout_backward` for an array on a GPU."""
-    tag = _tag(name, x)
-    if mask is None:
-        if out is None or out is x:
-            return x
-        y = _output(out, x, name)
-        _copy(y, x)
-        return y
-    if not isinstance(mask, (PackedMask, SeededMask)):
-        raise TypeError(f"mask must be a PackedMask, a SeededMask or None, but got {type(mask).__name__}")
-    _checks.mask_grid(name, tuple(x.shape), mask.shape)
-    y = _output(out, x, name)
-    _apply(tag, x, mask, y)
-    return y
+def output(out: Any, x: Any, name: str) -> Any:
+    """out if it may take the result for x, a new array like x if it is None."""
+    if out is None:
+        return _empty(x, tuple(x.shape), x.dtype)
+    if out is x:
+        return x
+    if not hasattr(out, "__cuda_array_interface__"):
+        raise TypeError(f"out must be an array on the GPU, as {name} is, but got {type(out).__name__}")
+    _tag("out", out)
+    described = out.__cuda_array_interface__
+    _checks.takes_result(out, x, name, not described["data"][1])
+    size = math.prod(x.shape) * np.dtype(described["typestr"]).itemsize
+    if 0 < abs(described["data"][0] - x.__cuda_array_interface__["data"][0]) < size:
+        raise _checks.overlaps(name)
+    _same_device(x, out)
+    return out
 
 
-def _forward(tag: int, x: Any, y: Any, words: Any, seed: int, offset: int, cut: int, scale: float) -> None:
+def copy(y: Any, x: Any) -> None:
+    source, target = _same_device(x, y)
+    if source.address:
+        size = math.prod(x.shape) * np.dtype(x.__cuda_array_interface__["typestr"]).itemsize
+        cuda().copy_at(source.device, source.stream, target.address, source.address, size)
+
+
+def check_words(name: str, mask: PackedMask) -> None:
+    """Raises unless the mask lies on a GPU."""
+    if isinstance(mask.words, np.ndarray):
+        raise TypeError("mask must be of an array on the GPU, or a SeededMask, but got a PackedMask in memory")
+
+
+def empty_words_like(x: Any, cells: int) -> Any:
+    return _empty(x, (word_count(cells),), np.uint32)
+
+
+def draw_words(like: Any, cells: int, first: int, seed: int, offset: int, cut: int) -> Any:
+    """The words of a mask of so many cells, any threshold; bits past the last are not 0 where it keeps all."""
+    words = empty_words_like(like, cells)
+    if cells:
+        at, stream = _memory(words), _memory(like).stream
+        if 0 < cut < DROP_ALL:
+            cuda().draw_bits_at(at.device, stream, at.address, 0, first, cells, seed, offset, cut)
+        else:
+            cuda().fill_at(at.device, stream, at.address, 0 if cut == DROP_ALL else 0xFFFFFFFF, word_count(cells))
+    return words
+
+
+def dilated(words: Any, passes: tuple[tuple[int, int, int, int], ...]) -> Any:
+    """Words after each of DropBlock's passes."""
+    for outer, n, inner, block in passes:
+        to = empty_words_like(words, outer * (n + block - 1) * inner)
+        target, source = _memory(to), _memory(words)
+        cuda().dilate_bits_at(target.device, source.stream, target.address, source.address, outer, n, inner, block)
+        words = to
+    return words
+
+
+def forward(
+    tag: int,
+    x: Any,
+    y: Any,
+    words: Any,
+    seed: int,
+    offset: int,
+    cut: int,
+    a: float,
+    b: float,
+    c: float,
+) -> None:
+    """y = x under a mask of its shape that is drawn and, unless words is None, kept."""
     source, target = _same_device(x, y)
     keep = 0 if words is None else _memory(words).address
-    n = math.prod(x.shape)
-    cuda().dropout_forward_at(
-        source.device,
-        source.stream,
-        tag,
-        source.address,
-        target.address,
-        keep,
-        0,
-        n,
-        seed,
-        offset,
-        cut,
-        scale,
-        0.0,
-        0.0,
-    )
+    at = source.device, source.stream, tag, source.address, target.address
+    cuda().dropout_forward_at(*at, keep, 0, math.prod(x.shape), seed, offset, cut, a, b, c)
 
 
-def _apply(tag: int, x: Any, mask: Mask, y: Any) -> None:
+def gaussian(tag: int, x: Any, y: Any, seed: int, offset: int, sigma: float) -> None:
+    """y = x times its Gaussian factors."""
+    source, target = _same_device(x, y)
+    at = source.device, source.stream, tag, source.address, target.address
+    cuda().gaussian_multiply_at(*at, 0, math.prod(x.shape), seed, offset, sigma)
+
+
+def apply(tag: int, x: Any, y: Any, words: Any, cells_shape: tuple[int, ...], a: float, b: float, c: float) -> None:
+    """y = x under stored bits of a mask that fits."""
     shape = tuple(x.shape)
-    if not math.prod(shape):
-        return
-    if isinstance(mask, SeededMask):
-        if mask.shape == shape and 0 < mask.threshold < DROP_ALL:
-            _forward(tag, x, y, None, mask.seed, mask.offset, mask.threshold, mask.scale)
-            return
-        words = _draw_words(x, math.prod(mask.shape), mask.seed, mask.offset, mask.threshold)
-    else:
-        words = mask.words
-    if isinstance(words, np.ndarray):
-        raise TypeError("mask must be of an array on the GPU, or a SeededMask, but got a PackedMask in memory")
-    source, target, keep = _same_device(x, y, words)
-    cuda().strided_affine_at(
-        source.device,
-        source.stream,
-        tag,
-        source.address,
-        target.address,
-        keep.address,
-        0,
-        cell_axes(shape, mask.shape),
-        mask.scale,
-        0.0,
-        0.0,
-    )
-
-
-def _draw_words(like: Any, cells: int, seed: int, offset: int, cut: int) -> Any:
-    if not 0 < cut < DROP_ALL or not cells:
-        return _filled(like, cells, cut < DROP_ALL)
-    words = _empty(like, (word_count(cells),), np.uint32)
-    at = _memory(words)
-    cuda().draw_bits_at(at.device, _memory(like).stream, at.address, 0, 0, cells, seed, offset, cut)
-    return words
+    if math.prod(shape):
+        source, target, keep = _same_device(x, y, words)
+        at = source.device, source.stream, tag, source.address, target.address, keep.address
+        cuda().strided_affine_at(*at, 0, cell_axes(shape, cells_shape), a, b, c)
 
 
 # ---- arrays ----
@@ -218,37 +213,3 @@ def _empty(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
             return sys.modules["cupy"].empty(shape, dtype)
     at = _memory(like)
     return cuda().empty(shape, dtype, at.device, like.stream)
-
-
-def _filled(like: Any, cells: int, kept: bool) -> Any:
-    """Words of a mask that keeps all or nothing; bits past the last cell are not 0 where it keeps."""
-    words = _empty(like, (word_count(cells),), np.uint32)
-    if cells:
-        at = _memory(words)
-        cuda().fill_at(at.device, _memory(like).stream, at.address, 0xFFFFFFFF if kept else 0, word_count(cells))
-    return words
-
-
-def _copy(y: Any, x: Any) -> None:
-    source, target = _same_device(x, y)
-    if source.address:
-        size = math.prod(x.shape) * np.dtype(x.__cuda_array_interface__["typestr"]).itemsize
-        cuda().copy_at(source.device, source.stream, target.address, source.address, size)
-
-
-def _output(out: Any, x: Any, name: str) -> Any:
-    """out if it may take the result for x, a new array like x if it is None."""
-    if out is None:
-        return _empty(x, tuple(x.shape), x.dtype)
-    if out is x:
-        return x
-    if not hasattr(out, "__cuda_array_interface__"):
-        raise TypeError(f"out must be an array on the GPU, as {name} is, but got {type(out).__name__}")
-    _tag("out", out)
-    described = out.__cuda_array_interface__
-    _checks.takes_result(out, x, name, not described["data"][1])
-    size = math.prod(x.shape) * np.dtype(described["typestr"]).itemsize
-    if 0 < abs(described["data"][0] - x.__cuda_array_interface__["data"][0]) < size:
-        raise _checks.overlaps(name)
-    _same_device(x, out)
-    return out

@@ -1,27 +1,29 @@
-"""Which cell decides which element: a shape with shared axes, brought to (outer, repeat, inner).
+"""How a mask's cells spread over data: shape, shared axes and order in memory become ``(outer, repeat, inner)``.
 
-Data is ``[outer, repeat, inner]`` and its mask ``[outer, inner]``, both in C order. Element-wise dropout is
-``(1, 1, n)``, one decision per channel of NCHW data is ``(N*C, H*W, 1)``, a mask shared along the time axis of
-``(T, B, F)`` is ``(1, T, B*F)``. A grid with more alternations of shared and separate axes loops over the outer ones.
+This module owns the extents that primitives know: data ``[outer, repeat, inner]`` under a mask ``[outer, inner]``.
+Element-wise dropout is ``(1, 1, n)``, one decision per channel of NCHW is ``(N*C, H*W, 1)``, per channel of NHWC
+``(N, H*W, C)``, whether NHWC is the array's shape or an NCHW array's order in memory; one shared along the first axis
+of ``(T, B, F)`` is ``(1, T, B*F)``. With more alternations of shared and separate axes the outer ones are looped over.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Grid", "cell_axes"]
+__all__ = ["Grid", "cell_axes", "memory_order"]
+
+Axis = tuple[int, int]  # extent, stride in cells: 0 where a decision is shared
 
 
-def cell_axes(shape: tuple[int, ...], cells_shape: tuple[int, ...]) -> list[tuple[int, int]]:
+def cell_axes(shape: tuple[int, ...], cells_shape: tuple[int, ...]) -> list[Axis]:
     """(extent, stride in cells) of each axis of data under a mask: 0 where a decision is shared.
 
     >>> cell_axes((8, 3, 5, 5), (8, 3, 1, 1))
     [(8, 3), (3, 1), (5, 0), (5, 0)]
     """
-    axes: list[tuple[int, int]] = []
+    axes: list[Axis] = []
     stride = 1
     for extent, cells in zip(reversed(shape), reversed(cells_shape), strict=True):
         axes.append((extent, stride if cells == extent else 0))
@@ -29,38 +31,67 @@ def cell_axes(shape: tuple[int, ...], cells_shape: tuple[int, ...]) -> list[tupl
     return axes[::-1]
 
 
+def memory_order(shape: Sequence[int], strides: Sequence[int]) -> list[int] | None:
+    """The axes of more than one element, outermost in memory first; None where elements overlap or leave gaps.
+
+    Strides are in elements.
+
+    >>> memory_order((8, 3, 5, 5), (75, 1, 15, 3))
+    [0, 2, 3, 1]
+    """
+    order = sorted((axis for axis, extent in enumerate(shape) if extent != 1), key=lambda axis: -strides[axis])
+    step = 1
+    for axis in reversed(order):
+        if strides[axis] != step:
+            return None
+        step *= shape[axis]
+    return order
+
+
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Extents of one piece, and the loop over pieces: ``lead`` holds (extent, shared) of the axes looped over."""
+    """Extents of one piece, and the loop over pieces: ``lead`` holds the axes looped over."""
 
     outer: int
     repeat: int
     inner: int
-    lead: tuple[tuple[int, bool], ...] = ()
+    lead: tuple[Axis, ...] = ()
 
     @classmethod
     def of(cls, shape: tuple[int, ...], cells_shape: tuple[int, ...]) -> Grid:
-        """The grid of data of one shape under a mask of another: equal on each axis, or 1 in the mask.
+        """The grid of C-ordered data of one shape under a mask of another: equal on each axis, or 1 in the mask.
 
         >>> Grid.of((8, 3, 5, 5), (8, 3, 1, 1))
         Grid(outer=24, repeat=25, inner=1, lead=())
         >>> Grid.of((9, 4, 6), (1, 4, 6))
         Grid(outer=1, repeat=9, inner=24, lead=())
         >>> Grid.of((2, 3, 4, 5), (1, 3, 1, 5))
-        Grid(outer=3, repeat=4, inner=5, lead=((2, True),))
+        Grid(outer=3, repeat=4, inner=5, lead=((2, 0),))
         """
-        runs: list[tuple[int, bool]] = []
-        for extent, cells in zip(shape, cells_shape, strict=True):
-            shared = cells != extent
+        grid = cls.over(cell_axes(shape, cells_shape))
+        assert grid is not None  # in C order the innermost cells lie side by side
+        return grid
+
+    @classmethod
+    def over(cls, axes: Sequence[Axis]) -> Grid | None:
+        """The grid of data whose axes are given in their order in memory; None if its innermost cells lie apart.
+
+        >>> Grid.over([(8, 3), (5, 0), (5, 0), (3, 1)])
+        Grid(outer=8, repeat=25, inner=3, lead=())
+        """
+        runs: list[Axis] = []
+        for extent, stride in axes:
             if extent == 1:
                 continue
-            if runs and runs[-1][1] == shared:
-                runs[-1] = (runs[-1][0] * extent, shared)
+            if runs and runs[-1][1] == extent * stride:
+                runs[-1] = runs[-1][0] * extent, stride
             else:
-                runs.append((extent, shared))
-        inner = runs.pop()[0] if runs and not runs[-1][1] else 1
-        repeat = runs.pop()[0] if runs and runs[-1][1] else 1
-        outer = runs.pop()[0] if runs and not runs[-1][1] else 1
+                runs.append((extent, stride))
+        if runs and runs[-1][1] > 1:
+            return None
+        inner = runs.pop()[0] if runs and runs[-1][1] == 1 else 1
+        repeat = runs.pop()[0] if runs and runs[-1][1] == 0 else 1
+        outer = runs.pop()[0] if runs and runs[-1][1] == inner else 1
         return cls(outer, repeat, inner, tuple(runs))
 
     @property
@@ -70,11 +101,6 @@ class Grid:
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """(first element, first cell) of each piece, in memory order."""
-        cells_in_piece = self.outer * self.inner
-        extents = [extent for extent, _ in self.lead]
-        strides = [
-            0 if shared else cells_in_piece * math.prod(e for e, s in self.lead[axis + 1 :] if not s)
-            for axis, (_, shared) in enumerate(self.lead)
-        ]
-        for i, index in enumerate(itertools.product(*map(range, extents))):
+        strides = [stride for _, stride in self.lead]
+        for i, index in enumerate(itertools.product(*(range(extent) for extent, _ in self.lead))):
             yield i * self.size, sum(at * stride for at, stride in zip(index, strides, strict=True))

@@ -1,4 +1,4 @@
-"""What forward leaves for backward: one bit per cell, or nothing but the seed.
+"""What forward leaves for backward: one bit per cell, or nothing but the random state.
 
 This module owns the packed format: uint32 words, bit ``j`` of word ``w`` is cell ``32 w + j``, least significant first,
 1 = keep, unused bits of the last word 0, little-endian in memory.
@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from . import _checks
 from .stream import DROP_ALL, keep_scale, threshold
 
-__all__ = ["PackedMask", "SeededMask", "empty_words", "word_count"]
+__all__ = ["GaussianNoise", "PackedMask", "SeededMask", "empty_words", "word_count"]
 
 UINT32 = np.dtype(np.uint32)
 LINE_BYTES = 64
@@ -38,14 +38,14 @@ def empty_words(cells: int) -> NDArray[np.uint32]:
     return padded[skip : skip + n]
 
 
-def _popcount(words: NDArray[np.uint32]) -> int:
+def popcount(words: NDArray[np.uint32]) -> int:
     if hasattr(np, "bitwise_count"):
         return int(np.bitwise_count(words).sum(dtype=np.int64))
     step = 1 << 16  # NumPy 1: by way of unpacked bits, a piece at a time
     return sum(int(np.unpackbits(words[i : i + step].view(np.uint8)).sum()) for i in range(0, words.size, step))
 
 
-def _in_memory(words: Any) -> NDArray[np.uint32]:
+def in_memory(words: Any) -> NDArray[np.uint32]:
     """Words that may lie on a GPU, copied from there: CuPy's and Numba's arrays have a method each."""
     if isinstance(words, np.ndarray):
         return words
@@ -149,11 +149,11 @@ class PackedMask:
     @property
     def kept(self) -> int:
         """Number of cells kept."""
-        return _popcount(_in_memory(self._words))
+        return popcount(in_memory(self._words))
 
     def to_bool(self) -> NDArray[np.bool_]:
         """The mask as booleans of ``shape``, True = keep (1 byte per cell)."""
-        little = _in_memory(self._words).astype("<u4", copy=False).view(np.uint8)
+        little = in_memory(self._words).astype("<u4", copy=False).view(np.uint8)
         cells = math.prod(self._shape)
         return np.unpackbits(little, count=cells, bitorder="little").view(np.bool_).reshape(self._shape)
 
@@ -161,12 +161,12 @@ class PackedMask:
         if not isinstance(other, PackedMask):
             return NotImplemented
         same = (self._shape, self._p, self._scale) == (other._shape, other._p, other._scale)
-        return same and np.array_equal(_in_memory(self._words), _in_memory(other._words))
+        return same and np.array_equal(in_memory(self._words), in_memory(other._words))
 
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedMask, (np.ascontiguousarray(_in_memory(self._words)), self._shape, self._p, self._scale)
+        return PackedMask, (np.ascontiguousarray(in_memory(self._words)), self._shape, self._p, self._scale)
 
     def __repr__(self) -> str:
         return f"PackedMask(shape={self._shape}, p={self._p}, kept={self.kept}, nbytes={self.nbytes})"
@@ -258,6 +258,76 @@ class SeededMask:
 
     def __repr__(self) -> str:
         return f"SeededMask(seed={self._seed}, offset={self._offset}, shape={self._shape}, p={self._p})"
+
+
+class GaussianNoise:
+    """Gaussian dropout's factors as what they are drawn from: zero bytes, drawn again in the backward pass.
+
+    Parameters
+    ----------
+    seed, offset : int
+        Random state, from 0 to 2**64 - 1.
+    shape : tuple of int
+        Of the data: each element has a factor of its own.
+    p : float
+        The probability, from 0 to below 1, whose dropout has the factors' variance, ``p / (1 - p)``.
+
+    Raises TypeError or ValueError for anything else.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> y, noise = fd.gaussian_dropout(np.ones(4), 0.2, rng=3)
+    >>> noise, noise.nbytes
+    (GaussianNoise(seed=3, offset=0, shape=(4,), p=0.2), 0)
+    >>> bool((fd.dropout_backward(np.ones(4), noise) == y).all())
+    True
+    """
+
+    __slots__ = ("_offset", "_p", "_seed", "_shape")
+
+    _seed: int
+    _offset: int
+    _shape: tuple[int, ...]
+    _p: float
+
+    def __init__(self, seed: int, offset: int, shape: tuple[int, ...], p: float) -> None:
+        self._seed = _checks.uint64("seed", seed)
+        self._offset = _checks.uint64("offset", offset)
+        self._shape = _checks.shape("shape", shape)
+        self._p = _checks.gaussian_probability(p)
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    @property
+    def offset(self) -> int:
+        return self._offset
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def p(self) -> float:
+        return self._p
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept per element: none."""
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, GaussianNoise):
+            return NotImplemented
+        return bool(self.__reduce__()[1] == other.__reduce__()[1])
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GaussianNoise, (self._seed, self._offset, self._shape, self._p)
+
+    def __repr__(self) -> str:
+        return f"GaussianNoise(seed={self._seed}, offset={self._offset}, shape={self._shape}, p={self._p})"
 
 
 def fill_words(words: NDArray[np.uint32], cells: int, cut: int) -> None:

@@ -1,23 +1,40 @@
-"""The NumPy API: each op is a grid, a draw and an affine over a backend's primitives."""
+"""The NumPy API: each op is a grid, a draw and an affine over a backend's primitives.
+
+The flow is here once; `host` and `device` know how arrays in memory and on a GPU reach the primitives.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _checks, backends, device
-from ._checks import BFLOAT16
-from .grid import Grid
-from .mask import PackedMask, SeededMask, empty_words, fill_words
+from . import _checks, device, host, kinds
+from .mask import GaussianNoise, PackedMask, SeededMask, in_memory, popcount
 from .stream import DROP_ALL, Stream, check_random_state, random_state, threshold_and_scale
 
-__all__ = ["apply_mask", "draw_mask", "dropout", "dropout_backward"]
+__all__ = [
+    "alpha_dropout",
+    "apply_mask",
+    "draw_mask",
+    "drop_block",
+    "drop_connect",
+    "dropout",
+    "dropout_backward",
+    "feature_alpha_dropout",
+    "feature_dropout",
+    "gaussian_dropout",
+    "stochastic_depth",
+    "variational_dropout",
+]
 
 Array = NDArray[Any]
-Mask = PackedMask | SeededMask
+Shape = tuple[int, ...]
+Mask = PackedMask | SeededMask | GaussianNoise
 RandomState = None | int | Stream | np.random.Generator
 
 
@@ -86,39 +103,10 @@ def dropout(
     >>> fd.dropout_backward(np.ones_like(x), mask)
     array([0., 0., 2., 2., 0., 2.], dtype=float32)
     """
-    given = x
-    if type(x) is not np.ndarray and device.is_on_device(x):
-        return device.dropout(x, p, training, noise_shape, scaling, store, rng, out)
-    x, tag = _checks.data("x", x)
-    p = _checks.probability(p)
-    if scaling != "inverted":
-        _checks.choice("scaling", scaling, _checks.SCALINGS)
-    if store != "bits":
-        _checks.choice("store", store, _checks.STORES)
-    shape = x.shape
-    cells_shape = shape if noise_shape is None else _checks.noise_shape(noise_shape, shape)
-    cut, scale = threshold_and_scale(p)
-    if not training or cut == 0:
-        check_random_state(rng)
-        return _evaluated(given, x, cut, scaling, out), None
-    y = _checks.output(out, x, "x")
-    seed, offset = random_state(rng)
-    if scaling == "standard":
-        scale = 1.0
-    if store == "seed":
-        seeded = SeededMask._of(seed, offset, cells_shape, p, scale, cut)
-        _apply(x, tag, seeded, y)
-        return y, seeded
-    cells = x.size if cells_shape is shape else math.prod(cells_shape)
-    if cells_shape == shape and cut < DROP_ALL and cells:
-        words = empty_words(cells)
-        source, target = _flat(x, tag), _flat_output(y, tag)
-        backends.active().dropout_forward(tag, source, target, words, 0, cells, seed, offset, cut, scale, 0.0, 0.0)
-        _deliver(target, y, tag)
-        return y, PackedMask._of(words, shape, p, scale)
-    mask = PackedMask._of(_draw_words(cells, 0, seed, offset, cut), cells_shape, p, scale)
-    _apply(x, tag, mask, y)
-    return y, mask
+    cells: Callable[[Shape], Shape] | None = None
+    if noise_shape is not None:
+        cells = lambda shape: _checks.noise_shape(noise_shape, shape)  # noqa: E731
+    return _drop("x", x, p, cells, _checks.scaling(scaling), training, store, rng, out)
 
 
 def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> Array:
@@ -193,99 +181,413 @@ def draw_mask(shape: int | tuple[int, ...], p: float, *, rng: RandomState = None
     first = _checks.first_cell(first_cell, cells)
     seed, offset = random_state(rng)
     cut, scale = threshold_and_scale(p)
-    return PackedMask._of(_draw_words(cells, first, seed, offset, cut), extents, p, scale)
+    return PackedMask._of(host.draw_words(None, cells, first, seed, offset, cut), extents, p, scale)
 
 
-def _masked(name: str, x: ArrayLike, mask: Mask | None, out: Array | None) -> Array:
-    given = x
-    if type(x) is not np.ndarray and device.is_on_device(x):
-        result: Array = device.masked(name, x, mask, out)
-        return result
-    x, tag = _checks.data(name, x)
-    if mask is not None:
-        if type(mask) is not PackedMask and not isinstance(mask, (PackedMask, SeededMask)):
-            raise TypeError(f"mask must be a PackedMask, a SeededMask or None, but got {type(mask).__name__}")
-        if type(mask) is PackedMask and type(mask._words) is not np.ndarray:
-            raise TypeError(f"mask must be in memory, as {name} is, or a SeededMask, but got a PackedMask on a GPU")
-        if mask.shape != x.shape:
-            _checks.mask_grid(name, x.shape, mask.shape)
-    elif out is None:
-        return given if isinstance(given, np.ndarray) else x
-    y = _checks.output(out, x, name)
+def feature_dropout(
+    x: ArrayLike,
+    p: float = 0.5,
+    channel_axis: int = 1,
+    *,
+    training: bool = True,
+    scaling: str = "inverted",
+    store: str = "bits",
+    rng: RandomState = None,
+    out: Array | None = None,
+) -> tuple[Array, Mask | None]:
+    """Returns x with whole channels dropped, and the mask that backward needs: spatial dropout.
+
+    Neighbouring pixels of a feature map tell the same, so dropping some of them drops little; here each channel of each
+    sample goes or stays whole. `dropout_backward` is the gradient.
+
+    Parameters
+    ----------
+    x : array_like of a float dtype, ``(N, C, *)``, at least two axes
+        Axis 0 is the samples', unless ``channel_axis`` is 0: then x is one sample, ``(C, *)``.
+    p : float
+        Drop probability of a channel, 0 to 1; 0.1 to 0.3 is usual in convolutional networks.
+    channel_axis : int
+        1 for channels first, -1 for channels last.
+    training, scaling, store, rng, out
+        As in `dropout`, and so are the errors; TypeError or ValueError for a channel_axis that x hasn't.
+
+    Kept for backward: a bit per channel and sample, or nothing. Source: Tompson et al., CVPR 2015.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> y, mask = fd.feature_dropout(np.ones((2, 2, 3)), 0.5, rng=4)
+    >>> y[:, :, 0], mask.nbytes
+    (array([[0., 0.],
+           [2., 2.]]), 4)
+    """
+    return _drop("x", x, p, _features(channel_axis), _checks.scaling(scaling), training, store, rng, out)
+
+
+def alpha_dropout(
+    x: ArrayLike,
+    p: float = 0.5,
+    *,
+    training: bool = True,
+    store: str = "bits",
+    rng: RandomState = None,
+    out: Array | None = None,
+) -> tuple[Array, Mask | None]:
+    """Returns x with elements dropped to SELU's floor and all shifted and scaled back to mean 0 and variance 1.
+
+    Kept elements become ``a x + b``, dropped ones ``a f + b`` with ``f = -1.758...``, ``a = ((1 - p) (1 + p f**2)) **
+    -1/2`` and ``b = -a p f``: where x has mean 0 and variance 1, so has the result. `dropout_backward` is the gradient:
+    a where kept, 0 where dropped.
+
+    Parameters
+    ----------
+    x : array_like of a float dtype, any shape ``(*)``
+    p : float
+        Drop probability, 0 to 1; p = 1 gives zeros.
+    training, store, rng, out
+        As in `dropout`, and so are the errors.
+
+    Kept for backward: a bit per element, or nothing. Source: Klambauer et al., NeurIPS 2017.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> y, mask = fd.alpha_dropout(np.zeros(4), 0.5, rng=4)
+    >>> y.round(4), round(mask.scale, 4)
+    (array([-0.7792, -0.7792,  0.7792,  0.7792]), 0.8864)
+    """
+    return _drop("x", x, p, None, "alpha", training, store, rng, out)
+
+
+def feature_alpha_dropout(
+    x: ArrayLike,
+    p: float = 0.5,
+    channel_axis: int = 1,
+    *,
+    training: bool = True,
+    store: str = "bits",
+    rng: RandomState = None,
+    out: Array | None = None,
+) -> tuple[Array, Mask | None]:
+    """Returns `alpha_dropout` of x with whole channels dropped, as `feature_dropout` drops them.
+
+    Parameters, errors and what is kept are those two's. Source: Klambauer et al., NeurIPS 2017.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> y, mask = fd.feature_alpha_dropout(np.zeros((2, 2, 3)), 0.5, rng=4)
+    >>> y[:, :, 0].round(4)
+    array([[-0.7792, -0.7792],
+           [ 0.7792,  0.7792]])
+    """
+    return _drop("x", x, p, _features(channel_axis), "alpha", training, store, rng, out)
+
+
+def variational_dropout(
+    x: ArrayLike,
+    p: float,
+    time_axis: int,
+    *,
+    training: bool = True,
+    scaling: str = "inverted",
+    store: str = "bits",
+    rng: RandomState = None,
+    out: Array | None = None,
+) -> tuple[Array, Mask | None]:
+    """Returns x with one mask held over a whole sequence, and that mask: locked dropout.
+
+    Fresh masks at each step of a recurrent network wash out what it remembers; this one drops the same units at all
+    steps. `dropout_backward` is the gradient.
+
+    Parameters
+    ----------
+    x : array_like of a float dtype, any shape ``(*)``, such as ``(T, B, F)``
+    p : float
+        Drop probability, 0 to 1; 0.2 to 0.5 is usual.
+    time_axis : int
+        The axis along which decisions are shared.
+    training, scaling, store, rng, out
+        As in `dropout`, and so are the errors; TypeError or ValueError for a time_axis that x hasn't.
+
+    Kept for backward: a bit per element of one step, or nothing. Source: Gal and Ghahramani, NeurIPS 2016.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> y, mask = fd.variational_dropout(np.ones((3, 1, 4)), 0.5, 0, rng=4)
+    >>> y[:, 0]
+    array([[0., 0., 2., 2.],
+           [0., 0., 2., 2.],
+           [0., 0., 2., 2.]])
+    """
+    cells = lambda shape: kinds.shared_cells(shape, _checks.axis("time_axis", time_axis, len(shape)))  # noqa: E731
+    return _drop("x", x, p, cells, _checks.scaling(scaling), training, store, rng, out)
+
+
+def drop_connect(
+    w: ArrayLike,
+    p: float = 0.5,
+    *,
+    training: bool = True,
+    scaling: str = "inverted",
+    store: str = "bits",
+    rng: RandomState = None,
+    out: Array | None = None,
+) -> tuple[Array, Mask | None]:
+    """Returns weights w with connections dropped, one mask for the whole batch: DropConnect.
+
+    It is `dropout` of a weight, whose parameters and errors these are. The gradient of w is `dropout_backward` of the
+    dropped weight's, so neither w nor its dropped form need be kept: a bit per weight, or nothing.
+
+    Source: Wan et al., ICML 2013 (who draw a mask for each example); Merity et al., ICLR 2018, for recurrent weights.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> w, mask = fd.drop_connect(np.ones((2, 3), np.float32), 0.5, rng=4)
+    >>> w
+    array([[0., 0., 2.],
+           [2., 0., 2.]], dtype=float32)
+    """
+    return _drop("w", w, p, None, _checks.scaling(scaling), training, store, rng, out)
+
+
+def stochastic_depth(
+    x: ArrayLike,
+    p: float,
+    mode: str,
+    *,
+    training: bool = True,
+    scaling: str = "inverted",
+    store: str = "bits",
+    rng: RandomState = None,
+    out: Array | None = None,
+) -> tuple[Array, Mask | None]:
+    """Returns x, the output of a residual branch, with whole samples dropped: stochastic depth, also called DropPath.
+
+    `dropout_backward` is the gradient.
+
+    Parameters
+    ----------
+    x : array_like of a float dtype, ``(N, *)``
+    p : float
+        Drop probability of the branch, 0 to 1.
+    mode : {"row", "batch"}
+        "row" decides for each sample, "batch" once for all.
+    training, scaling, store, rng, out
+        As in `dropout`, and so are the errors; ValueError for another mode or x without axes.
+
+    Kept for backward: a bit per sample, or nothing. Source: Huang et al., ECCV 2016, whose scaling is "standard".
+
+    >>> import fastdrop as fd, numpy as np
+    >>> y, mask = fd.stochastic_depth(np.ones((4, 2)), 0.5, "row", rng=4)
+    >>> y[:, 0]
+    array([0., 0., 2., 2.])
+    """
+    _checks.choice("mode", mode, _checks.DEPTH_MODES)
+
+    def cells(shape: Shape) -> Shape:
+        _checks.at_least("x", len(shape), 1, "an axis of samples")
+        return kinds.sample_cells(shape, mode)
+
+    return _drop("x", x, p, cells, _checks.scaling(scaling), training, store, rng, out)
+
+
+def drop_block(
+    x: ArrayLike,
+    p: float,
+    block_size: int | tuple[int, ...],
+    *,
+    training: bool = True,
+    rng: RandomState = None,
+    out: Array | None = None,
+) -> tuple[Array, PackedMask | None]:
+    """Returns x with blocks of neighbouring cells dropped in each channel, scaled by cells / cells kept.
+
+    Centres of blocks are drawn where whole blocks fit, with the probability that drops about a share p in all (a little
+    less, as blocks overlap; at p = 1 everything). `dropout_backward` is the gradient.
+
+    Parameters
+    ----------
+    x : array_like of a float dtype, ``(N, C, *)`` with one to three spatial axes
+    p : float
+        Share of cells to drop, 0 to 1; 0.1 is usual.
+    block_size : int or tuple of int
+        Extent of a block on each spatial axis, cut to x's. One is dropout of elements.
+    training, rng, out
+        As in `dropout`, and so are the errors; TypeError or ValueError for a block_size that doesn't fit and x of other
+        numbers of axes.
+
+    Kept for backward: a bit per element. Arrays on a GPU are waited for, to count what is kept. Source: Ghiasi et al.,
+    NeurIPS 2018.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> y, mask = fd.drop_block(np.ones((1, 1, 4, 6), np.float32), 0.3, 2, rng=3)
+    >>> mask.to_bool()[0, 0].astype(int)
+    array([[1, 1, 1, 1, 1, 1],
+           [1, 0, 0, 1, 1, 1],
+           [1, 0, 0, 1, 1, 1],
+           [1, 1, 1, 1, 1, 1]])
+    >>> float(mask.scale)
+    1.2
+    """
+    memory = _memory(x)
+    source, tag = memory.taken("x", x)
+    p = _checks.probability(p)
+    shape = tuple(source.shape)
+    _checks.spatial("x", len(shape))
+    plan = kinds.blocks(shape, p, _checks.block_size(block_size, len(shape) - 2))
+    cut, _ = threshold_and_scale(plan.gamma)
+    if not training or cut == 0 or not math.prod(shape):
+        check_random_state(rng)
+        return _masked("x", x, None, out), None
+    y = memory.output(out, source, "x")
+    seed, offset = random_state(rng)
+    seeds = memory.draw_words(source, math.prod(plan.seeds), 0, seed, offset, cut)
+    words = memory.dilated(seeds, plan.passes)
+    kept = popcount(in_memory(words))
+    mask = PackedMask._of(words, shape, p, math.prod(shape) / kept if kept else 0.0)
+    memory.apply(tag, source, y, words, shape, mask.scale, 0.0, 0.0)
+    return y, mask
+
+
+def gaussian_dropout(
+    x: ArrayLike,
+    p: float = 0.5,
+    *,
+    training: bool = True,
+    rng: RandomState = None,
+    out: Array | None = None,
+) -> tuple[Array, GaussianNoise | None]:
+    """Returns x times Gaussian noise of mean 1 and variance ``p / (1 - p)``, and what the noise is drawn from.
+
+    Nothing is dropped: each element is multiplied by ``1 + sigma z``, whose first two moments are those of dropout's
+    factor. The noise is float32 for every dtype and the same bit for bit on every backend. `dropout_backward` is the
+    gradient.
+
+    Parameters
+    ----------
+    x : array_like of a float dtype, any shape ``(*)``
+    p : float
+        From 0 to below 1.
+    training, rng, out
+        As in `dropout`, and so are the errors; ValueError for p = 1, which has no variance.
+
+    Kept for backward: nothing, the noise is drawn again. Source: Srivastava et al., JMLR 15, 2014, section 10.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> y, noise = fd.gaussian_dropout(np.ones(3, np.float32), 0.5, rng=4)
+    >>> y.round(4)
+    array([-0.4915,  1.1203,  1.2279], dtype=float32)
+    """
+    memory = _memory(x)
+    source, tag = memory.taken("x", x)
+    p = _checks.gaussian_probability(p)
+    if not training or p == 0.0:
+        check_random_state(rng)
+        return _masked("x", x, None, out), None
+    y = memory.output(out, source, "x")
+    noise = GaussianNoise(*random_state(rng), tuple(source.shape), p)
+    _multiply(memory, tag, source, y, noise)
+    return y, noise
+
+
+def _memory(x: Any) -> ModuleType:
+    """Who knows the memory that x lies in."""
+    return device if type(x) is not np.ndarray and device.is_on_device(x) else host
+
+
+def _features(channel_axis: int) -> Callable[[Shape], Shape]:
+    def cells(shape: Shape) -> Shape:
+        _checks.at_least("x", len(shape), 2, "at least two axes")
+        return kinds.feature_cells(shape, _checks.axis("channel_axis", channel_axis, len(shape)))
+
+    return cells
+
+
+def _drop(
+    name: str,
+    given: Any,
+    p: Any,
+    cells_of: Callable[[Shape], Shape] | None,
+    law: str,
+    training: bool,
+    store: str,
+    rng: RandomState,
+    out: Array | None,
+) -> tuple[Any, Mask | None]:
+    """Every op that keeps or drops: cells as ``cells_of`` the shape says (None: every element), affine as the law."""
+    memory = _memory(given)
+    x, tag = memory.taken(name, given)
+    p = _checks.probability(p)
+    if store != "bits":
+        _checks.choice("store", store, _checks.STORES)
+    shape = tuple(x.shape)
+    cells_shape = shape if cells_of is None else cells_of(shape)
+    cut, _ = threshold_and_scale(p)
+    if not training or cut == 0:
+        check_random_state(rng)
+        if law == "standard" and cut:
+            return _masked(name, given, _every_element(memory, x, 1.0 - cut / DROP_ALL), out), None
+        return _masked(name, given, None, out), None
+    y = memory.output(out, x, name)
+    seed, offset = random_state(rng)
+    a, b, c = kinds.affine(law, cut)
+    if store == "seed":
+        seeded = SeededMask._of(seed, offset, cells_shape, p, a, cut)
+        _apply(memory, tag, x, y, seeded, a, b, c)
+        return y, seeded
+    cells = math.prod(cells_shape)
+    if cells_shape == shape and cut < DROP_ALL and cells:
+        words = memory.empty_words_like(x, cells)
+        memory.forward(tag, x, y, words, seed, offset, cut, a, b, c)
+    else:
+        words = memory.draw_words(x, cells, 0, seed, offset, cut)
+        memory.apply(tag, x, y, words, cells_shape, a, b, c)
+    return y, PackedMask._of(words, cells_shape, p, a)
+
+
+def _masked(name: str, given: Any, mask: Mask | None, out: Array | None) -> Any:
+    """x under a mask: its scale where kept, 0 where dropped."""
+    memory = _memory(given)
+    x, tag = memory.taken(name, given)
     if mask is None:
+        if out is None:
+            return given if memory is device or isinstance(given, np.ndarray) else x
+        y = memory.output(out, x, name)
         if y is not x:
-            np.copyto(y, x)
+            memory.copy(y, x)
         return y
-    _apply(x, tag, mask, y)
+    if not isinstance(mask, (PackedMask, SeededMask, GaussianNoise)):
+        raise TypeError(
+            f"mask must be a PackedMask, a SeededMask, a GaussianNoise or None, but got {type(mask).__name__}"
+        )
+    if isinstance(mask, PackedMask):
+        memory.check_words(name, mask)
+    if mask.shape != x.shape:
+        _checks.mask_grid(name, tuple(x.shape), mask.shape, shared=not isinstance(mask, GaussianNoise))
+    y = memory.output(out, x, name)
+    if isinstance(mask, GaussianNoise):
+        _multiply(memory, tag, x, y, mask)
+    else:
+        _apply(memory, tag, x, y, mask, mask._scale, 0.0, 0.0)
     return y
 
 
-def _apply(x: Array, tag: int, mask: Mask, y: Array) -> None:
+def _apply(
+    memory: ModuleType, tag: int, x: Any, y: Any, mask: PackedMask | SeededMask, a: float, b: float, c: float
+) -> None:
     """y = x under the mask, which fits."""
-    if not x.size:
-        return
-    backend = backends.active()
-    source, target = _flat(x, tag), _flat_output(y, tag)
-    if isinstance(mask, SeededMask):
-        if mask._shape == x.shape and 0 < mask._threshold < DROP_ALL:
-            backend.dropout_forward(
-                tag, source, target, None, 0, x.size, mask._seed, mask._offset, mask._threshold, mask._scale, 0.0, 0.0
-            )
-            _deliver(target, y, tag)
-            return
-        words = _draw_words(math.prod(mask._shape), 0, mask._seed, mask._offset, mask._threshold)
-    else:
+    cells_shape = mask._shape
+    if isinstance(mask, PackedMask):
         words = mask._words
-    a = mask._scale
-    if mask._shape == x.shape:
-        backend.masked_affine(tag, source, target, words, 0, 1, 1, x.size, a, 0.0, 0.0)
+    elif cells_shape == tuple(x.shape) and 0 < mask._threshold < DROP_ALL:
+        if math.prod(cells_shape):
+            memory.forward(tag, x, y, None, mask._seed, mask._offset, mask._threshold, a, b, c)
+        return
     else:
-        grid = Grid.of(x.shape, mask._shape)
-        elements, results = source.reshape(-1), target.reshape(-1)
-        for start, cell in grid.pieces():
-            part = slice(start, start + grid.size)
-            backend.masked_affine(
-                tag, elements[part], results[part], words, cell, grid.outer, grid.repeat, grid.inner, a, 0.0, 0.0
-            )
-    _deliver(target, y, tag)
+        cells = math.prod(cells_shape)
+        words = memory.draw_words(x, cells, 0, mask._seed, mask._offset, mask._threshold)
+    memory.apply(tag, x, y, words, cells_shape, a, b, c)
 
 
-def _evaluated(given: ArrayLike, x: Array, cut: int, scaling: str, out: Array | None) -> Array:
-    """x when dropout is off: itself, or times the realised 1 - p under standard scaling."""
-    if scaling == "standard" and cut:
-        return _masked("x", x, _every_element(x, 1.0 - cut / DROP_ALL), out)
-    return _masked("x", given, None, out)
+def _multiply(memory: ModuleType, tag: int, x: Any, y: Any, noise: GaussianNoise) -> None:
+    if math.prod(noise._shape):
+        memory.gaussian(tag, x, y, noise._seed, noise._offset, kinds.spread(noise._p))
 
 
-def _every_element(x: Array, scale: float) -> PackedMask:
+def _every_element(memory: ModuleType, x: Any, scale: float) -> PackedMask:
     """A mask of one cell, shared by all of x, that keeps and scales."""
-    kept = scale != 0.0
-    return PackedMask._of(np.full(1, kept, np.uint32), (1,) * x.ndim, 0.0, scale)
-
-
-def _draw_words(cells: int, first: int, seed: int, offset: int, cut: int) -> NDArray[np.uint32]:
-    words = empty_words(cells)
-    if 0 < cut < DROP_ALL and cells:
-        backends.active().draw_bits(words, 0, first, cells, seed, offset, cut)
-    else:
-        fill_words(words, cells, cut)
-    return words
-
-
-def _flat(x: Array, tag: int) -> Array:
-    """x as backends take it: C-contiguous in logical order (a copy where it is not), bfloat16 as its bits."""
-    if not x.flags.c_contiguous:
-        x = np.ascontiguousarray(x)
-    return x.view(np.uint16) if tag == BFLOAT16 else x
-
-
-def _flat_output(y: Array, tag: int) -> Array:
-    """y as backends take it, or an array in its stead that `_deliver` copies over."""
-    if not y.flags.c_contiguous:
-        y = np.empty(y.shape, y.dtype)
-    return y.view(np.uint16) if tag == BFLOAT16 else y
-
-
-def _deliver(target: Array, y: Array, tag: int) -> None:
-    if target is not y and not y.flags.c_contiguous:
-        np.copyto(y, target.view(y.dtype) if tag == BFLOAT16 else target)
+    words = memory.draw_words(x, 1, 0, 0, 0, 0 if scale else DROP_ALL)
+    return PackedMask._of(words, (1,) * len(x.shape), 0.0, scale)

@@ -35,6 +35,7 @@ ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # key increments: golden ratio, sqrt(3) - 1
 MASK_DOMAIN = 1 << 27  # bits 27-28 of counter word 1: 1 = mask bits; 0 is left to torch and cuRAND
+NOISE_DOMAIN = 2 << 27  # Gaussian noise
 GROUP_SHIFT = 29
 PLANES_PER_GROUP = 4
 GROUPS = 8

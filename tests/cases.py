@@ -75,6 +75,33 @@ GRIDS = (  # (outer, repeat, inner)
     (3, 5, 0),
 )
 
+# First cells of noise: within a tile of 64 cells and 16 counters, and so that the counter passes 2**32 midway.
+NOISE_FIRSTS = (0, 1, 15, 16, 63, 64, 2**34 - 1000, 2**37 - 70)
+NOISE_END = 2**61
+DILATIONS = (  # (outer, n, inner, block)
+    (1, 1000, 1, 1),
+    (7, 33, 3, 1),
+    (1, 1, 1, 7),
+    (300, 5, 1, 3),
+    (300, 50, 1, 7),
+    (90, 50, 56, 7),
+    (40, 8, 49, 5),
+    (5, 3, 33, 9),
+    (2, 31, 32, 2),
+    (2, 63, 64, 2),
+    (3, 100, 1, 64),
+    (3, 100, 1, 65),
+    (2, 700, 3, 130),
+    (1, 20_000, 1, 1000),
+    (2, 5, 9001, 3),
+    (1, 3, 20_001, 4),
+    (70_001, 1, 1, 2),
+    (0, 3, 5, 2),
+    (3, 0, 5, 4),
+    (3, 0, 5, 1),
+    (3, 5, 0, 2),
+)
+
 
 @dataclass(frozen=True)
 class Dtype:

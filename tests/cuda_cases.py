@@ -4,6 +4,7 @@ the reference makes of them, and layouts.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 
@@ -11,11 +12,30 @@ import numpy as np
 
 from fastdrop.backends import numba_cuda, reference
 from fastdrop.mask import word_count
+from fastdrop.stream import LOW, MULTIPLIERS, NOISE_DOMAIN, ROUNDS, WEYL
 
 from .cases import AFFINE, OFFSET, SEED, TENTH, Guarded, assert_same_bits
 
 SCALE = AFFINE["scale"]
 STREAM = 0x5000
+
+# (cells, kept): of none, of all, and where float32 would not hold the cells.
+COUNTS = ((1000, 0), (1000, 1000), (1100, 987), (25_613_457, 23_052_111), (2**40 + 1, 2**39))
+# Uniform numbers at the borders of what makes a normal one: u = 1, its smallest, sqrt(1/2) and 1/2; quarters of a turn.
+RADII = (0xFFFFFFFF, 0xFFFFFF7F, 0, 1, 0xB504F333, 0xB504F2FF, 0x80000000, 0x7FFFFFFF)
+ANGLES = (0, 0x1FFFFFFF, 0x20000000, 0x3FFFFFFF, 0x40000000, 0x60000000, 0x80000000, 0xDFFFFFFF, 0xE0000000, 0xFFFFFFFF)
+DILATIONS = (  # (outer, n, inner, block)
+    (1, 1, 1, 1),
+    (5, 7, 1, 3),  # several rows in a word
+    (70, 1, 1, 7),
+    (3, 10, 7, 4),
+    (2, 5, 33, 3),
+    (1, 100, 1, 40),  # blocks wider than a word
+    (3, 4, 40, 9),  # and than what is widened
+    (2, 64, 32, 2),
+    (1, 2, 1000, 3),
+    (6, 50, 1, 1),  # a copy
+)
 
 AXES = {
     "channels-last": ((2, 105), (5, 7), (7, 1), (3, 35)),
@@ -84,8 +104,10 @@ def assert_forward_as_reference(gpu, dtype, n, *, shifts=(0, 0, 0), **options):
     assert_as_reference(dtype, y, expected_y, ("y", n, options, shifts))
 
 
-def strided(gpu, dtype, axes, words, *, position=0, affine=SCALE, shifts=(0, 0, 0), in_place=False, launch=None):
-    """strided_affine likewise; ``launch`` may put another call in its place."""
+def strided(
+    gpu, dtype, axes, words, *, position=0, affine=SCALE, shifts=(0, 0, 0), in_place=False, kept=None, launch=None
+):
+    """strided_affine likewise; ``kept`` is to lie on the device; ``launch`` may put another call in its place."""
     n = math.prod(extent for extent, _ in axes)
     x = Guarded.of(dtype.data(n), shifts[0])
     y = x if in_place else Guarded(n, dtype.storage, shifts[1])
@@ -95,16 +117,22 @@ def strided(gpu, dtype, axes, words, *, position=0, affine=SCALE, shifts=(0, 0, 
     gpu.forget()
     gpu.allow(x.array, y.array, stored.array)
     addresses = [array.ctypes.data for array in (x.array, y.array, stored.array)]
+    options = {}
+    if kept is not None:
+        there = np.array([kept], np.uint64)
+        there.flags.writeable = False
+        gpu.allow(there)
+        options = {"kept_at": there.ctypes.data}
     if launch:
-        launch(0, STREAM, dtype.tag, *addresses, position)
+        launch(0, STREAM, dtype.tag, *addresses, position, **options)
     else:
-        numba_cuda.strided_affine_at(0, STREAM, dtype.tag, *addresses, position, axes, *affine)
+        numba_cuda.strided_affine_at(0, STREAM, dtype.tag, *addresses, position, axes, *affine, **options)
     return y.array
 
 
 def masked(gpu, dtype, grid, words, *, affine=SCALE, **options):
-    def launch(*arguments):
-        numba_cuda.masked_affine_at(*arguments, *grid, *affine)
+    def launch(*arguments, **kept):
+        numba_cuda.masked_affine_at(*arguments, *grid, *affine, **kept)
 
     return strided(gpu, dtype, [(extent, 0) for extent in grid], words, launch=launch, **options)
 
@@ -146,6 +174,73 @@ def assert_strided_as_reference(gpu, dtype, axes, *, position=0, affine=SCALE, *
     y = strided(gpu, dtype, axes, words, position=position, affine=affine, **options)
     expected = expected_strided(dtype, axes, words, position=position, affine=affine)
     assert_as_reference(dtype, y, expected, (axes, position, affine, options))
+
+
+def assert_scaled_by_a_count(gpu, dtype, cells, kept):
+    """masked_affine with ``cells / kept``, where only the GPU knows what was kept."""
+    scale = cells / kept if kept else 0.0
+    for grid, (b, c) in itertools.product(((1, 1, 1100), (3, 5, 16), (3, 5, 11)), ((0.0, 0.0), (-0.25, 0.7))):
+        words = random_words(5 + grid[0] * grid[2])
+        y = masked(gpu, dtype, grid, words, position=5, affine=(float(cells), b, c), kept=kept)
+        expected = expected_masked(dtype, grid, words, position=5, affine=(scale, b, c))
+        assert_as_reference(dtype, y, expected, (cells, kept, grid, b, c))
+
+
+def assert_gaussian_as_reference(
+    gpu, dtype, n, *, first=0, seed=SEED, offset=OFFSET, sigma=0.5, shifts=(0, 0), in_place=False, seed_at=0
+):
+    x = Guarded.of(dtype.data(n), shifts[0])
+    y = x if in_place else Guarded(n, dtype.storage, shifts[1])
+    expected = np.empty(n, dtype.storage)
+    reference.gaussian_multiply(dtype.tag, x.array, expected, first, n, seed, offset, sigma)
+    x.array.flags.writeable = in_place
+    gpu.allow(x.array, y.array)
+    by_value = 0 if seed_at else seed
+    addresses = x.array.ctypes.data, y.array.ctypes.data
+    numba_cuda.gaussian_multiply_at(
+        0, STREAM, dtype.tag, *addresses, first, n, by_value, offset, sigma, seed_at=seed_at
+    )
+    assert_as_reference(dtype, y.array, expected, (n, first, sigma, shifts))
+
+
+def assert_dilated_as_reference(gpu, outer, n, inner, block):
+    words = random_words(outer * n * inner) | np.random.default_rng(1).integers(0, 2**32, 1, np.uint32)
+    words.flags.writeable = False
+    to = Guarded(word_count(outer * (n + block - 1) * inner), np.uint32)
+    expected = np.empty_like(to.array)
+    reference.dilate_bits(expected, words, outer, n, inner, block)
+    gpu.forget()
+    gpu.allow(words, to.array)
+    numba_cuda.dilate_bits_at(0, STREAM, to.array.ctypes.data, words.ctypes.data, outer, n, inner, block)
+    assert_same_bits(to.array, expected, (outer, n, inner, block))
+
+
+def assert_counted(gpu, count, before=0):
+    words, kept = random_words(32 * count), np.array([before], np.uint64)
+    words.flags.writeable = False
+    gpu.forget()
+    gpu.allow(words, kept)
+    numba_cuda.count_bits_at(0, STREAM, words.ctypes.data, count, kept.ctypes.data)
+    assert kept.tolist() == [before + int(np.bitwise_count(words).sum())], count
+
+
+def drawing_noise(radius, angle, seed=SEED):
+    """(first cell of a tile, offset): normals 0 and 1 of a cell of it are made of these two uniform numbers.
+
+    Philox is undone, round by round; outputs 2 and 3 are tried until the counter is one of noise.
+    """
+    inverse = [pow(m, -1, 1 << 32) for m in MULTIPLIERS]
+    for rest in range(1 << 10):
+        c0, c1, c2, c3 = radius, angle, rest, radius ^ angle
+        for done in reversed(range(ROUNDS)):
+            k0, k1 = ((seed >> 32 * i) + done * WEYL[i] & LOW for i in range(2))
+            before0, before2 = c3 * inverse[0] & LOW, c1 * inverse[1] & LOW
+            c1, c3 = c0 ^ k0 ^ before2 * MULTIPLIERS[1] >> 32, c2 ^ k1 ^ before0 * MULTIPLIERS[0] >> 32
+            c0, c2 = before0, before2
+        if c1 >> 27 == NOISE_DOMAIN >> 27:
+            counter = c0 | (c1 ^ NOISE_DOMAIN) << 32
+            return counter // reference.TILE_COUNTERS * reference.TILE_CELLS, c2 | c3 << 32
+    raise AssertionError("no counter of noise")
 
 
 def accesses_vectors(launch):

@@ -6,14 +6,16 @@ instruction wait there for the lanes that its membermask names.
 
 A program that PTX leaves undefined is stopped rather than given some result: memory outside of what was allowed,
 misaligned addresses, data races, lanes that never come to a warp instruction or are read though they aren't there,
-division by zero. Races: no two threads may touch a byte that either writes within a launch, whatever orders them.
+division by zero. Races: no two threads may touch a byte that either writes within a launch, whatever orders them,
+unless both add atomically.
 
 Arithmetic is bit exact. NaNs, where PTX leaves them open, are those of ptxas's code for sm_90: 0x7fffffff from float32
 arithmetic, ``neg`` and ``abs`` included, while bfloat16 widens by a shift. float64 has the host's. ptxas may contract
 ``mul`` and ``add`` that lack ``.rn``; here they never are.
 
-Not there: local, shared and constant memory, atomics, block barriers, calls, approximate functions, roundings other
-than to nearest: `Unsupported` names the line. Nor do lanes meet at two different warp instructions, as GPUs let them.
+Not there: local, shared and constant memory, atomics but 64-bit addition, block barriers, calls, approximate
+functions, roundings other than to nearest: `Unsupported` names the line. Nor do lanes meet at two different warp
+instructions, as GPUs let them.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ THREADS_AT_ONCE = 8192  # registers of more would leave the cache
 MOST_THREADS_PER_BLOCK = 1024
 WIDEST = 16  # bytes of one access
 POISON = {size: int("A5" * size, 16) for size in (1, 2, 4, 8)}  # what registers hold that nothing was written to
-SEVERAL = -1  # threads have read it
+SEVERAL, ATOMIC = -1, -2  # in the place of a thread: several have read it; some have added to it
 
 DTYPES = {
     f"{kind}{bits}": np.dtype(f"{code}{bits // 8}") for kind, code in ("bu", "uu", "si") for bits in (8, 16, 32, 64)
@@ -127,7 +129,25 @@ class _Window:
         for i, value in enumerate(values):
             units[index, i] = value
 
-    def _units(self, t: _Threads, at: Selection, address: Any, dtype: np.dtype[Any], count: int, writes: bool) -> Any:
+    def add(self, t: _Threads, at: Selection, address: Any, values: Any) -> NDArray[Any]:
+        """Atomically, in the threads' order; what was there before."""
+        units, index = self._units(t, at, address, np.dtype("u8"), 1, writes=True, atomic=True)
+        before = np.empty(len(index), np.uint64)
+        for i, value in enumerate(np.broadcast_to(values, before.shape)):
+            before[i] = units[index[i], 0]
+            units[index[i], 0] += value
+        return before
+
+    def _units(
+        self,
+        t: _Threads,
+        at: Selection,
+        address: Any,
+        dtype: np.dtype[Any],
+        count: int,
+        writes: bool,
+        atomic: bool = False,
+    ) -> Any:
         width = count * dtype.itemsize
         address = np.broadcast_to(address, t.ids[at].shape)
         self._fail_if(t, at, address, address % width != 0, f"misaligned for {width} bytes:", writes)
@@ -137,7 +157,7 @@ class _Window:
             _, inside = self._find(self.may_start, self.may_end, address, width)
             self._fail_if(t, at, address, ~inside, "read-only memory:", writes)
         if self.races:
-            self._mark(t, at, address, address - self.shifts[interval], width, writes)
+            self._mark(t, at, address, address - self.shifts[interval], width, writes, atomic)
         return self.bytes.view(dtype).reshape(-1, count), ((address - self.low) // width).astype(np.intp)
 
     @staticmethod
@@ -150,8 +170,12 @@ class _Window:
         if wrong.any():
             t.fail(Fault, f"{what} {'store to' if writes else 'load from'} {int(address[wrong][0]):#x}", at, wrong)
 
-    def _mark(self, t: _Threads, at: Selection, address: Any, place: Any, width: int, writes: bool) -> None:
+    def _mark(
+        self, t: _Threads, at: Selection, address: Any, place: Any, width: int, writes: bool, atomic: bool
+    ) -> None:
         cells, me, per = (place // self.granule).astype(np.intp), t.first + 1 + t.ids[at], width // self.granule
+        if atomic:
+            me = np.full_like(me, ATOMIC)
         if per > 1:
             cells, me = (cells[:, None] + np.arange(per)).ravel(), me.repeat(per)
         other = self.writer[cells]
@@ -167,7 +191,7 @@ class _Window:
         clash = (other != 0) & (other != me)
         if clash.any():
             first = int(clash.argmax())
-            who = t.name(int(other[first]) - 1) if other[first] != SEVERAL else "several threads"
+            who = {SEVERAL: "several threads", ATOMIC: "an atomic"}.get(other[first]) or t.name(int(other[first]) - 1)
             what = f"{'writes' if writes else 'reads'} {int(address[first // per]):#x}, which {who} accessed"
             t.fail(Race, what, at, np.arange(len(address)) == first // per)
 
@@ -760,6 +784,11 @@ class Program:
         address, reads = self._address(target), [self._read(name, type, wide="f" not in form["t"]) for name in names]
         return lambda t, at: t.window.store(t, at, address(t, at), dtype, [read(t, at) for read in reads])
 
+    def _add(self, form: Form, result: str, target: str, source: str) -> Run:
+        self.granule = min(self.granule, 8)
+        address, read, write = self._address(target), self._read(source, "u64"), self._write(result, "u64")
+        return lambda t, at: write(t, at, t.window.add(t, at, address(t, at), read(t, at)))
+
     def _synchronise(self, form: Form, members: str) -> Run:
         self.current.kind, self.current.members = "warp", self._read(members, "b32")
         return self.current.run
@@ -821,6 +850,7 @@ BUILDERS: list[tuple[str, Callable[..., Run]]] = [
     (r"ld\.param\.(?P<t>[bus](?:8|16|32|64)|f32|f64)", Program._load_parameter),
     (rf"ld{ACCESS}", Program._load),
     (rf"st{ACCESS}", Program._store),
+    (r"atom\.global\.add\.u64", Program._add),
     (r"bar\.warp\.sync", Program._synchronise),
     (r"shfl\.sync\.(?P<mode>idx|up|down|bfly)\.b32", Program._shuffle),
     (r"vote\.sync\.(?P<mode>any(?=\.p)|all(?=\.p)|uni(?=\.p)|ballot(?=\.b))\.(?:pred|b32)", Program._vote),

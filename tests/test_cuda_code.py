@@ -65,12 +65,15 @@ def assert_fast(code: report.Code) -> None:
     assert (used.spill_stores, used.spill_loads, used.stack) == (0, 0, 0)
     assert used.registers <= REGISTERS[variant.dtype]
     assert not [one for one in code.listing if one.name in ("LDL", "STL")]
-    if variant.form == "narrow":
+    if variant.form == "narrow" or variant.body == "gaussian_multiply":
         assert code.wide == report.item_bytes(variant)
-    elif variant.body != "draw_words":
+    elif variant.body in ("elementwise", "strided"):
         assert (code.load, code.wide) == (16, 16)
-    # Where the compiler doesn't see that a warp's lanes stay together, side paths bring them together.
-    assert not [one for loop in code.loops for one in loop.calls]
+    # Where the compiler doesn't see that a warp's lanes stay together, side paths bring them together. Roots of what
+    # is not a normal number are a function of the compiler's.
+    calls = [one.operands for loop in code.loops for one in loop.calls]
+    assert all("sqrt_rn_f32_slowpath" in to for to in calls)
+    assert bool(calls) == (variant.body == "gaussian_multiply")
     in_loops = {one.opcode for loop in code.loops for one in loop.instructions}
     assert not in_loops & {"BRA.DIV", "WARPSYNC", "WARPSYNC.COLLECTIVE"}
 
@@ -90,6 +93,16 @@ def test_machine_code(variant: Variant, cc: Capability, tools: None) -> None:
     code = linked(variant, cc)
     assert_fast(code)
     assert_packed_as_laid_out(code)
+
+
+@pytest.mark.parametrize("dtype", range(4), ids=report.DTYPES)
+def test_noise_is_rounded_at_each_step(dtype: int, tools: None) -> None:
+    """Nothing is contracted, in PTX or after it: what multiplies and adds at once are the steps of two roots."""
+    variant = Variant("gaussian_multiply", dtype)
+    arithmetic = set(re.findall(r"\b(?:add|sub|mul|fma|mad|div|sqrt)\.\S*f32\b", compile.ptx(variant, (9, 0))))
+    assert arithmetic == {"add.rn.f32", "mul.rn.f32", "sqrt.rn.f32"}
+    (loop,) = linked(variant, (9, 0)).loops
+    assert [one.name for one in loop.instructions].count("FFMA") == 4
 
 
 @pytest.mark.parametrize("form", ["drawn", "stored"])
@@ -122,6 +135,8 @@ def test_instructions_leave_half_of_an_h100_free(dtype: int, tools: None) -> Non
         Variant("elementwise", BFLOAT16, "stored"),
         Variant("elementwise", FLOAT16, "stored"),
         Variant("strided", FLOAT64, "wide", plain=False),
+        Variant("gaussian_multiply", BFLOAT16),
+        Variant("count_bits"),
     ],
     ids=str,
 )
@@ -138,6 +153,10 @@ def test_oldest_and_newest_capability(variant: Variant, cc: Capability, tools: N
         Variant("draw_words"),
         *(Variant("elementwise", dtype, "stored") for dtype in (FLOAT32, FLOAT64)),
         *(Variant("strided", dtype, "narrow") for dtype in (FLOAT32, FLOAT64)),
+        Variant("strided", FLOAT32, "narrow", counted=True),
+        Variant("gaussian_multiply", FLOAT64),
+        Variant("dilate_bits"),
+        Variant("count_bits"),
     ],
     ids=str,
 )
@@ -208,7 +227,10 @@ def test_the_driver_compiles_where_there_is_no_linker(folder: Path, monkeypatch:
 
 
 def test_image_is_kept_per_variant_and_capability(folder: Path, compiled: list[Capability]) -> None:
-    others = [SMALL._replace(**change) for change in ({"dtype": FLOAT64}, {"form": "wide"}, {"plain": False})]
+    others = [
+        SMALL._replace(**change)
+        for change in ({"dtype": FLOAT64}, {"form": "wide"}, {"plain": False}, {"counted": True})
+    ]
     wanted = [(SMALL, (9, 0)), (SMALL, (8, 0)), *((other, (9, 0)) for other in others)]
     images = [compile.image(variant, cc) for variant, cc in wanted]
     assert compiled == [cc for _, cc in wanted]
@@ -367,6 +389,7 @@ def test_budget_of_a_plain_chip() -> None:
     assert budget.share == pytest.approx(16 * 8250 / 8.125 / 32 / 1000)
     assert budget.pipe_share == pytest.approx(2 * 6 * 8250 / 8.125 / 32 / 1000)
     assert report.bytes_per_element(2) == 4.125
+    assert report.budget(4, work, chip, bits=0).elements_per_second == pytest.approx(8250 / 8)
 
 
 # ---- reading machine code ----

@@ -26,7 +26,7 @@ pytest_plugins = ["tests.gpu_stub"]
 STREAM = 0x7F00_1234_5670
 CODES = {"u64": "Q", "u32": "I", "f32": "f", "f64": "d"}
 X, Y, WORDS = 0x7F10_0000_0000, 0x7F20_0000_0000, 0x7F30_0000_0004
-SEED, OFFSET, SEED_AT = 0xFEDC_BA98_7654_3210, 0x8000_0000_0000_0001, 0x7F40_0000_0008
+SEED, OFFSET, SEED_AT, KEPT = 0xFEDC_BA98_7654_3210, 0x8000_0000_0000_0001, 0x7F40_0000_0008, 0x7F50_0000_0010
 FIRST, POSITION = 2**63 + 32, 2**62 + 7
 AFFINE = (1.1, -0.3, 0.7)
 
@@ -88,7 +88,7 @@ def test_dropout_forward_parameters(recorded, dtype, first, affine):
     (launch,) = recorded.launches
     form = "drawn_shifted" if first % 32 else "drawn"
     assert launch.variant == Variant("elementwise", dtype, form, affine[1] == 0.0)
-    expected = [X, Y, WORDS, first, n, 5, SEED, SEED_AT, OFFSET, TENTH, 8, *coefficients(dtype, affine)]
+    expected = [X, Y, WORDS, first, n, 5, SEED, SEED_AT, OFFSET, TENTH, 8, 0, *coefficients(dtype, affine)]
     assert parameters(launch) == expected
 
 
@@ -97,7 +97,40 @@ def test_masked_affine_parameters(recorded, dtype):
     numba_cuda.masked_affine_at(0, STREAM, dtype, X, Y, WORDS, POSITION, 1, 1, 3000, *AFFINE)
     (launch,) = recorded.launches
     assert launch.variant == Variant("elementwise", dtype, "stored", False)
-    assert parameters(launch) == [X, Y, WORDS, POSITION, 3000, 2, 0, 0, 0, 0, 0, *coefficients(dtype, AFFINE)]
+    assert parameters(launch) == [X, Y, WORDS, POSITION, 3000, 2, 0, 0, 0, 0, 0, 0, *coefficients(dtype, AFFINE)]
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64])
+def test_parameters_with_a_count(recorded, dtype):
+    """The count's number of cells arrives whole, whatever is computed in."""
+    affine = (float(2**53 - 1), 0.0, 0.0)
+    numba_cuda.masked_affine_at(0, STREAM, dtype, X, Y, WORDS, POSITION, 1, 1, 3000, *affine, kept_at=KEPT)
+    numba_cuda.masked_affine_at(0, STREAM, dtype, X, Y, WORDS, POSITION, 30, 20, 5, *affine, kept_at=KEPT)
+    stored, narrow = recorded.launches
+    assert stored.variant == Variant("elementwise", dtype, "stored", True, True)
+    assert narrow.variant == Variant("strided", dtype, "narrow", True, True)
+    assert parameters(stored)[-4:] == parameters(narrow)[-4:] == [KEPT, *affine]
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64, FLOAT16, BFLOAT16])
+def test_gaussian_multiply_parameters(recorded, dtype):
+    numba_cuda.gaussian_multiply_at(0, STREAM, dtype, X, Y, 2**60 + 5, 1000, SEED, OFFSET, 1 / 3, seed_at=SEED_AT)
+    (launch,) = recorded.launches
+    assert launch.variant == Variant("gaussian_multiply", dtype)
+    assert parameters(launch) == [X, Y, 2**60 + 5, 1000, SEED, SEED_AT, OFFSET, float(np.float32(1 / 3))]
+
+
+def test_parameters_of_bits(recorded):
+    numba_cuda.dilate_bits_at(0, STREAM, X, Y, 2**40, 50, 7, 3)
+    numba_cuda.count_bits_at(0, STREAM, WORDS, 2**40 + 1, KEPT)
+    dilated, counted = recorded.launches
+    assert dilated.variant == Variant("dilate_bits")
+    to, words, cells, row, multiplier, shift, length, inner = parameters(dilated)
+    assert (to, words, cells, row, length, inner) == (X, Y, 2**40 * 364, 364, 350, 7)
+    for cell in (0, 363, 364, cells - 1):
+        assert (2 * cell * multiplier >> 64) >> shift == cell // 364
+    assert counted.variant == Variant("count_bits")
+    assert parameters(counted) == [WORDS, 2**40 + 1, KEPT]
 
 
 @pytest.mark.parametrize(("x", "form"), [(X, "wide"), (X + 8, "narrow")])
@@ -114,14 +147,20 @@ def test_strided_affine_parameters(recorded, dtype, x, form):
     assert cells == [3, 40, 0, 400]
     for extent, multiplier, shift in zip(extents, values[6:17:4], values[7:17:4], strict=True):
         assert [n * multiplier >> shift for n in range(840)] == [n // extent for n in range(840)]
-    assert values[18:] == coefficients(dtype, AFFINE)
+    assert values[18:] == [0, *coefficients(dtype, AFFINE)]
 
 
 def test_parameters_of_every_variant_are_what_its_ptx_declares(stub_driver):
     """Also of variants that nothing above launches."""
     _, images = stub_driver
-    for body, dtype, form in (("draw_words", 0, ""), ("elementwise", 1, "drawn"), ("strided", 3, "narrow")):
-        variant = Variant(body, dtype, form)
+    for variant in (
+        Variant("draw_words"),
+        Variant("elementwise", FLOAT64, "drawn"),
+        *(Variant("strided", BFLOAT16, "narrow", counted=counted) for counted in (False, True)),
+        Variant("gaussian_multiply", FLOAT64),
+        Variant("dilate_bits"),
+        Variant("count_bits"),
+    ):
         text = images(variant, (9, 0))[1].decode()
         declared = re.search(r"\.entry\s+[\w$]+\s*\((.*?)\)", text, re.S)[1]
         assert [CODES[kind] for kind in re.findall(r"\.param\s+\.(\w+)", declared)] == list(variant.codes)
@@ -165,11 +204,27 @@ def test_grid_of_strided_elements(recorded, x, per_thread):
         assert launch.grid == (-(-rows * 16 // per_thread // driver.THREADS), 1, 1)
 
 
+def test_grid_of_noise_and_bits(recorded):
+    for n, first, blocks in ((1, 0, 1), (512, 0, 1), (512, 1, 2), (65, 63, 1), (100_000, 0, 196)):
+        recorded.launches.clear()
+        numba_cuda.gaussian_multiply_at(0, 0, FLOAT32, X, Y, first, n, SEED, OFFSET, 0.5)
+        assert recorded.launches[0].grid == (blocks, 1, 1), (n, first)
+    recorded.launches.clear()
+    numba_cuda.dilate_bits_at(0, 0, X, Y, 1, 4095, 1, 2)
+    numba_cuda.dilate_bits_at(0, 0, X, Y, 1, 4095, 1, 3)
+    numba_cuda.count_bits_at(0, 0, WORDS, 128 * 16, KEPT)
+    numba_cuda.count_bits_at(0, 0, WORDS, 128 * 16 + 1, KEPT)
+    assert [launch.grid[0] for launch in recorded.launches] == [1, 2, 1, 2]
+
+
 def test_nothing_to_do_launches_nothing(recorded):
     draw(n=0)
     forward(n=0)
     numba_cuda.masked_affine_at(0, STREAM, FLOAT32, X, Y, WORDS, 0, 3, 0, 5, *AFFINE)
     numba_cuda.strided_affine_at(0, STREAM, FLOAT32, X, Y, WORDS, 0, ((3, 0), (0, 5), (2, 2)), *AFFINE)
+    numba_cuda.gaussian_multiply_at(0, STREAM, FLOAT32, X, Y, 5, 0, SEED, OFFSET, 0.5)
+    numba_cuda.dilate_bits_at(0, STREAM, X, Y, 0, 3, 5, 2)
+    numba_cuda.count_bits_at(0, STREAM, WORDS, 0, KEPT)
     assert recorded.launches == []
     assert recorded.calls == {}
 
@@ -312,7 +367,10 @@ def test_capture_mode_returns_where_loading_fails(recorded):
 def test_nothing_waits_or_copies(recorded):
     draw()
     forward()
-    numba_cuda.masked_affine_at(0, STREAM, FLOAT16, X, Y, WORDS, 0, 3, 4, 5, *AFFINE)
+    numba_cuda.masked_affine_at(0, STREAM, FLOAT16, X, Y, WORDS, 0, 3, 4, 5, *AFFINE, kept_at=KEPT)
+    numba_cuda.gaussian_multiply_at(0, STREAM, FLOAT16, X, Y, 0, 100, SEED, OFFSET, 0.5, seed_at=SEED_AT)
+    numba_cuda.dilate_bits_at(0, STREAM, X, Y, 2, 3, 5, 2)
+    numba_cuda.count_bits_at(0, STREAM, WORDS, 7, KEPT)
     once = {"cuInit", "cuDeviceGet", "cuDeviceGetAttribute", "cuDevicePrimaryCtxRetain"}
     loading = {"cuThreadExchangeStreamCaptureMode", "cuModuleLoadData", "cuModuleGetFunction"}
     assert recorded.calls.keys() == once | loading | recorded.LAUNCHING

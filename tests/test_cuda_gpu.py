@@ -158,6 +158,63 @@ def test_draw_bits_writes_its_bits_and_no_others(n, position):
         area.expect(words)
 
 
+@pytest.mark.parametrize("shift", [0, 1, 3])
+@pytest.mark.parametrize("n", [1, 17, 64, 1025, 20_011])
+@pytest.mark.parametrize("tag", range(4))
+def test_gaussian_multiply_is_the_references_bit_for_bit(tag, n, shift):
+    storage, size = STORAGE[tag], np.dtype(STORAGE[tag]).itemsize
+    x, seed = numbers(tag, n), Area(np.array([SEED], np.uint64))
+    for first, sigma in itertools.product((0, 5, (1 << 34) - 1000), (1 / 3, 3.0)):
+        y = poison(n, storage)
+        areas = Area(x, shift * size), Area(y)
+        reference.gaussian_multiply(tag, x, y, first, n, SEED, OFFSET, sigma)
+        at = (area.address for area in areas)
+        numba_cuda.gaussian_multiply_at(*where(), tag, *at, first, n, 0, OFFSET, sigma, seed_at=seed.address)
+        for area, content in zip(areas, (x, y), strict=True):
+            area.expect(content)
+
+
+def test_millions_of_gaussian_factors():
+    """Also by the ways that one draw in 2**25 takes."""
+    n = 1 << 26
+    x = torch.ones(n, device="cuda")
+    numba_cuda.gaussian_multiply_at(*where(), 0, x.data_ptr(), x.data_ptr(), 0, n, SEED, OFFSET, 0.5)
+    y = np.ones(n, np.float32)
+    reference.gaussian_multiply(0, y, y, 0, n, SEED, OFFSET, 0.5)
+    assert np.array_equal(x.cpu().numpy(), y)
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 1), (70, 1, 1, 7), (3, 10, 7, 4), (1, 100, 1, 40), (2, 64, 32, 2), (300, 56, 56, 7)]
+)
+def test_dilate_bits_and_count_them(shape):
+    outer, n, inner, block = shape
+    rng = np.random.default_rng(0)
+    words = rng.integers(0, 1 << 32, (outer * n * inner + 31) // 32, np.uint32)
+    to = poison((outer * (n + block - 1) * inner + 31) // 32, np.uint32)
+    source, target, kept = Area(words), Area(to), Area(np.array([2**32 - 1], np.uint64))
+    reference.dilate_bits(to, words, *shape)
+    numba_cuda.dilate_bits_at(*where(), target.address, source.address, *shape)
+    numba_cuda.count_bits_at(*where(), target.address, to.size, kept.address)
+    source.expect(words)
+    target.expect(to)
+    kept.expect(np.array([2**32 - 1 + int(np.bitwise_count(to).sum())], np.uint64))
+
+
+@pytest.mark.parametrize(("cells", "kept"), [(1000, 0), (25_613_457, 23_052_111)])
+@pytest.mark.parametrize("grid", [(1, 1, 20_011), (4, 33, 40), (4, 33, 37)])
+@pytest.mark.parametrize("tag", range(4))
+def test_scale_of_a_count_on_the_device(tag, grid, cells, kept):
+    x, words = numbers(tag, math.prod(grid)), np.random.default_rng(0).integers(0, 1 << 32, 700, np.uint32)
+    y = poison(x.size, STORAGE[tag])
+    areas, count = (Area(x), Area(y), Area(words)), Area(np.array([kept], np.uint64))
+    reference.masked_affine(tag, x, y, words, 3, *grid, cells / kept if kept else 0.0, 0.0, 0.0)
+    at = (area.address for area in areas)
+    numba_cuda.masked_affine_at(*where(), tag, *at, 3, *grid, float(cells), 0.0, 0.0, kept_at=count.address)
+    for area, content in zip(areas, (x, y, words), strict=True):
+        area.expect(content)
+
+
 def test_golden_masks():
     masks = json.loads((files("fastdrop") / "vectors" / "masks.json").read_text())["masks"]
     drawn = [mask for mask in masks if 0 < mask["threshold"] < DROP_ALL]

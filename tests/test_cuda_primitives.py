@@ -31,19 +31,30 @@ from .cases import (
     golden,
 )
 from .cuda_cases import (
+    ANGLES,
     AXES,
+    COUNTS,
+    DILATIONS,
+    RADII,
     SCALE,
     accesses_vectors,
     assert_as_reference,
+    assert_counted,
+    assert_dilated_as_reference,
     assert_forward_as_reference,
+    assert_gaussian_as_reference,
     assert_masked_as_reference,
+    assert_scaled_by_a_count,
     assert_strided_as_reference,
+    drawing_noise,
     drawn,
     expected_drawn,
     expected_forward,
+    expected_strided,
     forward,
     masked,
     random_words,
+    reach,
     strided,
     variants,
 )
@@ -277,6 +288,13 @@ def test_masked_affine_any_number_of_blocks(gpu, monkeypatch, dtype):
         assert max(launch.grid[0] for launch in gpu.launches) == blocks
 
 
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_scale_of_a_count(gpu, dtype, counts):
+    assert_scaled_by_a_count(gpu, dtype, *counts)
+    assert {launch.variant.counted for launch in gpu.launches} == {True}
+    assert variants(gpu) == {("elementwise", "stored"), ("strided", "wide"), ("strided", "narrow")}
+
+
 # ---- strided_affine ----
 
 
@@ -322,6 +340,9 @@ def test_strided_affine_in_parts(gpu, monkeypatch, dtype, axes):
     monkeypatch.setattr(numba_cuda, "INDEX_END", 2500)
     assert_strided_as_reference(gpu, dtype, axes, position=3)
     assert len(gpu.launches) > 1
+    words = random_words(3 + reach(axes))
+    y = strided(gpu, dtype, axes, words, position=3, affine=(9.0, 0.0, 0.0), kept=8)
+    assert_as_reference(dtype, y, expected_strided(dtype, axes, words, position=3, affine=(9 / 8, 0.0, 0.0)))
     gpu.launches.clear()
     assert_masked_as_reference(gpu, dtype, (1, 1, 9000), random_words(9000))
     assert len(gpu.launches) == 1
@@ -355,12 +376,92 @@ def test_strided_affine_any_layout(gpu, axes, position, small):
 @settings(max_examples=500)
 def test_reciprocal_is_exact(extent, n):
     """Too large a quotient comes first where n is one less than a multiple of extent, and of those the largest."""
-    multiplier, shift = numba_cuda.reciprocal(extent)
-    assert 0 < multiplier < 2**32  # as the kernels take it: the product stays below 2**63
-    assert shift < 64
-    worst = (2**31 // extent) * extent - 1
-    for number in (n, n - n % extent, worst, 2**31 - 1):
-        assert number * multiplier >> shift == number // extent
+    for bits in (31, 63):
+        multiplier, shift = numba_cuda.reciprocal(extent, bits)
+        assert 0 < multiplier < 2 << bits  # as the kernels take it
+        assert shift <= 2 * bits
+        worst = (2**bits // extent) * extent - 1
+        for number in (n, n - n % extent, worst, 2**bits - 1):
+            assert number * multiplier >> shift == number // extent
+
+
+# ---- gaussian_multiply ----
+
+
+@pytest.mark.parametrize("first", [0, 1, 15, 16, 63, 2**34 - 100, 2**61 - 20_001])
+def test_gaussian_multiply_lengths(gpu, dtype, first):
+    """From within a tile, over where the counter passes 2**32, to the last cell."""
+    for n in (1, 15, 16, 17, 48, 63, 64, 65, 2047, 20_001):
+        assert_gaussian_as_reference(gpu, dtype, n, first=first)
+
+
+def test_gaussian_multiply_alignment(gpu, dtype):
+    item = dtype.itemsize
+    for shifts in itertools.product((0, item, 16 - item), repeat=2):
+        assert_gaussian_as_reference(gpu, dtype, 1000, first=3, shifts=shifts)
+    assert_gaussian_as_reference(gpu, dtype, 5000, first=3, shifts=(item, 0), in_place=True)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1 / 3, 1.0, 1e-8, 1e30])
+def test_gaussian_multiply_sigma(gpu, dtype, sigma):
+    assert_gaussian_as_reference(gpu, dtype, 3000, sigma=sigma)
+
+
+@pytest.mark.parametrize("radius", RADII, ids=hex)
+def test_gaussian_multiply_at_the_borders_of_uniform_numbers(gpu, radius):
+    for angle in ANGLES:
+        first, offset = drawing_noise(radius, angle)
+        assert_gaussian_as_reference(gpu, DTYPES[0], 64, first=first, offset=offset)
+
+
+def test_draws_at_the_borders_are_those_asked_for():
+    first, offset = drawing_noise(0xFFFFFFFF, 0)
+    y = np.ones(64, np.float32)
+    reference.gaussian_multiply(0, y, y, first, 64, SEED, offset, 1.0)
+    assert (y == 1.0).sum() >= 2  # both normals are 0, since u = 1
+
+
+def test_gaussian_multiply_any_number_of_blocks(gpu, monkeypatch):
+    for blocks in (1, 3):
+        monkeypatch.setattr(driver, "BLOCKS_PER_SM", blocks)
+        gpu.install((9, 0), sms=1)
+        assert_gaussian_as_reference(gpu, DTYPES[0], 20_001, first=9)
+        assert gpu.launches[0].grid == (blocks, 1, 1)
+
+
+def test_gaussian_multiply_seed_on_the_device(gpu):
+    at = np.array([SEED + 1], np.uint64)
+    gpu.allow(at)
+    assert_gaussian_as_reference(gpu, DTYPES[0], 3000, seed=SEED + 1, seed_at=at.ctypes.data)
+
+
+# ---- dilate_bits and count_bits ----
+
+
+@pytest.mark.parametrize("shape", [*DILATIONS, (300, 56, 56, 7), (9, 0, 3, 5)], ids=str)
+def test_dilate_bits(gpu, shape):
+    assert_dilated_as_reference(gpu, *shape)
+
+
+@settings(max_examples=60)
+@given(outer=st.integers(1, 40), n=st.integers(1, 70), inner=st.integers(1, 70), block=st.integers(1, 80))
+def test_dilate_bits_any_shape(gpu, outer, n, inner, block):
+    assert_dilated_as_reference(gpu, outer, n, inner, block)
+
+
+def test_count_bits(gpu):
+    for count in (1, 31, 32, 33, 127, 128, 129, 2047, 20_001):
+        assert_counted(gpu, count)
+        assert_counted(gpu, count, before=2**32 - 1)
+
+
+def test_bits_any_number_of_blocks(gpu, monkeypatch):
+    for blocks in (1, 3):
+        monkeypatch.setattr(driver, "BLOCKS_PER_SM", blocks)
+        gpu.install((9, 0), sms=1)
+        assert_dilated_as_reference(gpu, 3, 100, 70, 3)
+        assert_counted(gpu, 20_001)
+        assert {launch.grid for launch in gpu.launches} == {(blocks, 1, 1)}
 
 
 # ---- values ----
@@ -410,6 +511,8 @@ def test_oldest_gpus(gpu, dtype):
         assert_forward_as_reference(gpu, dtype, n, first=32)
     for grid in ((5, 7, 16), (3, 5, 11)):
         assert_masked_as_reference(gpu, dtype, grid, random_words(grid[0] * grid[2]), affine=AFFINE["affine"])
+    assert_gaussian_as_reference(gpu, dtype, 5000, first=3)
+    assert_scaled_by_a_count(gpu, dtype, 1100, 987)
     assert {launch.cc for launch in gpu.launches} == {OLD}
 
 
@@ -422,6 +525,9 @@ def test_coefficients_too_large_for_the_type(gpu, dtype):
 def test_nothing_to_do_launches_nothing(gpu, dtype):
     forward(gpu, dtype, 0)
     drawn(gpu, 0)
+    assert_gaussian_as_reference(gpu, dtype, 0)
+    assert_dilated_as_reference(gpu, 0, 3, 5, 2)
+    assert_counted(gpu, 0)
     for grid in ((0, 3, 5), (3, 0, 5), (3, 5, 0)):
         masked(gpu, dtype, grid, random_words(32))
     assert gpu.launches == []

@@ -19,10 +19,17 @@ from fastdrop.mask import word_count
 from .cases import AFFINE, DTYPES, GRIDS, OFFSET, SEED, TENTH, THRESHOLDS, Guarded, assert_same_bits, golden
 from .cuda_cases import (
     AXES,
+    COUNTS,
+    DILATIONS,
     assert_as_reference,
+    assert_counted,
+    assert_dilated_as_reference,
     assert_forward_as_reference,
+    assert_gaussian_as_reference,
     assert_masked_as_reference,
+    assert_scaled_by_a_count,
     assert_strided_as_reference,
+    drawing_noise,
     drawn,
     expected_drawn,
     expected_forward,
@@ -81,7 +88,7 @@ def test_twin_has_the_words_of_the_kernels():
         for name, word in intrinsics.items():
             parameters = list(inspect.signature(word._defn).parameters)[1:]  # the first is Numba's
             assert len(inspect.signature(getattr(mine, name)).parameters) == len(parameters), name
-        for name in ("dtype", "plain", "item_bytes", "vector_items", "sweeps"):
+        for name in ("dtype", "plain", "counted", "item_bytes", "vector_items", "sweeps"):
             assert getattr(mine, name) == getattr(real, name), name
 
 
@@ -120,6 +127,16 @@ def test_twin_stops_at_memory_written_before(gpu):
         gpu.memory.begin()
         with pytest.raises(twin.Fault, match="written before"):
             twin.run(body, 1, 1)
+
+
+def test_twin_adds_from_many_threads_but_reads_from_none():
+    sums, memory = np.zeros(1, np.uint64), twin.Memory()
+    memory.add(sums)
+    v, at = twin.Vocabulary(0, True, memory), sums.ctypes.data
+    twin.run(lambda: v.add_long(at, np.uint64(v.thread())), 2, 2)
+    assert sums.tolist() == [2 * sum(range(64))]
+    with pytest.raises(twin.Fault, match="written before"):
+        v.load_long(at)
 
 
 def test_twin_stops_where_lanes_part():
@@ -389,9 +406,48 @@ def test_strided_affine_four_axes(gpu, dtype, axes, blocks, warps):
     assert forms(gpu) == {("strided", "narrow" if axes[-1][0] % 2 else "wide")}
 
 
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_scale_of_a_count(gpu, dtype, counts):
+    assert_scaled_by_a_count(gpu, dtype, *counts)
+    assert {launch.variant.counted for launch in gpu.launches} == {True}
+
+
+# ---- noise, and bits alone ----
+
+
+@pytest.mark.parametrize("first", [0, 5, 63, 2**34 - 70, 2**61 - 200])
+def test_gaussian_multiply(gpu, dtype, first):
+    """From within a tile, over where the counter passes 2**32, to the last cell."""
+    for n in (1, 59, 64, 200):
+        assert_gaussian_as_reference(gpu, dtype, n, first=first, shifts=(dtype.itemsize, 0))
+    assert_gaussian_as_reference(gpu, dtype, 200, first=first, in_place=True)
+
+
+def test_gaussian_multiply_where_the_logarithm_is_0(gpu):
+    first, offset = drawing_noise(0xFFFFFFFF, 0x12345678)
+    assert_gaussian_as_reference(gpu, DTYPES[0], 64, first=first, offset=offset)
+
+
+@pytest.mark.parametrize(("blocks", "warps"), [(1, 1), (3, 1), (2, 2)])
+def test_bits_and_noise_any_number_of_blocks(gpu, blocks, warps):
+    gpu.blocks, gpu.warps = blocks, warps
+    assert_gaussian_as_reference(gpu, DTYPES[0], 1000, first=7)
+    assert_dilated_as_reference(gpu, 30, 70, 1, 3)
+    assert_counted(gpu, 1700, before=2**32 - 1)
+    assert {launch.blocks for launch in gpu.launches} == {blocks}
+
+
+@pytest.mark.parametrize("shape", DILATIONS, ids=str)
+def test_dilate_bits(gpu, shape):
+    assert_dilated_as_reference(gpu, *shape)
+
+
 def test_nothing_to_do_launches_nothing(gpu, dtype):
     forward(gpu, dtype, 0)
     drawn(gpu, 0)
+    assert_gaussian_as_reference(gpu, dtype, 0)
+    assert_dilated_as_reference(gpu, 0, 3, 5, 2)
+    assert_counted(gpu, 0)
     for grid in ((0, 3, 5), (3, 0, 5), (3, 5, 0)):
         assert_masked_as_reference(gpu, dtype, grid, random_words(32))
     assert gpu.launches == []

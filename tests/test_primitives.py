@@ -22,11 +22,14 @@ from fastdrop.stream import keep_scale
 
 from .cases import (
     AFFINE,
+    DILATIONS,
     DTYPES,
     FIRSTS,
     GRAIN,
     GRIDS,
     LENGTHS,
+    NOISE_END,
+    NOISE_FIRSTS,
     OFFSET,
     POSITIONS,
     ROOT,
@@ -38,6 +41,7 @@ from .cases import (
     primitive_modules,
     streaming_elements,
 )
+from .cuda_cases import ANGLES, RADII, drawing_noise
 
 SCALE = AFFINE["scale"]
 MANY = 7 * GRAIN + 777  # enough for seven threads
@@ -74,6 +78,32 @@ def masked(module, dtype, grid, words, *, position=0, affine=SCALE, shifts=(0, 0
     return y.array
 
 
+def gaussian(module, dtype, n, *, first=0, seed=SEED, offset=OFFSET, sigma=0.5, shifts=(0, 0)):
+    """gaussian_multiply likewise: y."""
+    x, y = Guarded.of(dtype.data(n), shifts[0]), Guarded(n, dtype.storage, shifts[1])
+    module.gaussian_multiply(dtype.tag, x.array, y.array, first, n, seed, offset, sigma)
+    assert_same_bits(x.array, dtype.data(n), "x")
+    assert x.intact
+    assert y.intact
+    return y.array
+
+
+def dilated(module, words, outer, n, inner, block):
+    """dilate_bits likewise: the wider words."""
+    source, to = Guarded.of(words), Guarded(word_count(outer * (n + block - 1) * inner), np.uint32)
+    module.dilate_bits(to.array, source.array, outer, n, inner, block)
+    assert_same_bits(source.array, words, "words")
+    assert source.intact
+    assert to.intact
+    return to.array
+
+
+def keeping_words(cells, halvings):
+    """Words of which 1 bit in 2**halvings is 0, garbage past the last cell included."""
+    rng = np.random.default_rng(cells + halvings)
+    return np.bitwise_or.reduce(rng.integers(0, 2**32, (halvings, word_count(cells)), np.uint32))
+
+
 def random_words(cells):
     return np.random.default_rng(cells).integers(0, 2**32, word_count(cells), np.uint32)
 
@@ -88,6 +118,15 @@ def assert_forward_as_reference(module, dtype, n, **options):
 def assert_masked_as_reference(module, dtype, grid, words, **options):
     expected = masked(reference, dtype, grid, words, **options)
     assert_same_bits(masked(module, dtype, grid, words, **options), expected, (grid, options))
+
+
+def assert_gaussian_as_reference(module, dtype, n, **options):
+    expected = gaussian(reference, dtype, n, **options)
+    assert_same_bits(gaussian(module, dtype, n, **options), expected, (n, options))
+
+
+def assert_dilated_as_reference(module, words, *shape):
+    assert_same_bits(dilated(module, words, *shape), dilated(reference, words, *shape), shape)
 
 
 # ---- contract ----
@@ -114,7 +153,7 @@ def test_cuda_has_them_by_address_on_a_device_and_a_stream():
     for op, parameters in rows().items():
         own = inspect.signature(getattr(module, f"{op}_at")).parameters.values()
         assert [p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD] == ["device", "stream", *parameters]
-        assert {p.name for p in own if p.kind is p.KEYWORD_ONLY} <= {"seed_at"}
+        assert {p.name for p in own if p.kind is p.KEYWORD_ONLY} <= {"seed_at", "kept_at"}
 
 
 @pytest.mark.parametrize("name", primitive_modules())
@@ -178,11 +217,12 @@ def test_dropout_forward_affine(variant, dtype, affine):
         assert_forward_as_reference(variant, dtype, n, first=first, affine=affine)
 
 
-def test_dropout_forward_in_place(variant, dtype):
+@pytest.mark.parametrize("affine", [AFFINE["scale"], AFFINE["affine"]], ids=["scale", "affine"])
+def test_dropout_forward_in_place(variant, dtype, affine):
     for n in LENGTHS:
-        expected, words = forward(reference, dtype, n, first=7)
+        expected, words = forward(reference, dtype, n, first=7, affine=affine)
         x, stored = Guarded.of(dtype.data(n)), np.empty_like(words)
-        variant.dropout_forward(dtype.tag, x.array, x.array, stored, 7, n, SEED, OFFSET, TENTH, *SCALE)
+        variant.dropout_forward(dtype.tag, x.array, x.array, stored, 7, n, SEED, OFFSET, TENTH, *affine)
         assert_same_bits(x.array, expected, n)
         assert_same_bits(stored, words, n)
         assert x.intact
@@ -226,12 +266,13 @@ def test_masked_affine_alignment(variant, dtype):
             assert_masked_as_reference(variant, dtype, grid, words, position=9, shifts=shifts)
 
 
-def test_masked_affine_in_place(variant, dtype):
+@pytest.mark.parametrize("affine", [AFFINE["scale"], AFFINE["affine"]], ids=["scale", "affine"])
+def test_masked_affine_in_place(variant, dtype, affine):
     for grid in ((1, 1, 8193), (5, 7, 33), (1, 1, 140_001)):
         words = random_words(grid[0] * grid[2])
         x = Guarded.of(dtype.data(grid[0] * grid[1] * grid[2]))
-        variant.masked_affine(dtype.tag, x.array, x.array, words, 0, *grid, *SCALE)
-        assert_same_bits(x.array, masked(reference, dtype, grid, words), grid)
+        variant.masked_affine(dtype.tag, x.array, x.array, words, 0, *grid, *affine)
+        assert_same_bits(x.array, masked(reference, dtype, grid, words, affine=affine), grid)
         assert x.intact
 
 
@@ -247,6 +288,115 @@ def test_masked_affine_reads_only_its_words(variant, dtype):
             words[:] = np.packbits(flags, bitorder="little").view(np.uint32)
         y = [masked(variant, dtype, (1, 1, n), words, position=position) for words in (ones, zeros)]
         assert_same_bits(y[0], y[1], (position, n))
+
+
+# ---- gaussian_multiply ----
+
+TILE = 64
+NOISE_LENGTHS = (0, 1, 15, 16, 17, 63, 64, 65, 511, 512, 513, 1000, 8191, 8193, 140_001)
+
+
+@pytest.mark.parametrize("first", NOISE_FIRSTS)
+def test_gaussian_multiply_lengths(variant, dtype, first):
+    for n in NOISE_LENGTHS:
+        assert_gaussian_as_reference(variant, dtype, n, first=first)
+
+
+def test_gaussian_multiply_to_the_last_cell(variant, dtype):
+    for n in NOISE_LENGTHS[1:]:
+        assert_gaussian_as_reference(variant, dtype, n, first=NOISE_END - n)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 1 / 3, 1.0, 1e-8, 1e30])
+def test_gaussian_multiply_sigma(variant, dtype, sigma):
+    """From no change to overflow."""
+    assert_gaussian_as_reference(variant, dtype, 20_000, first=5, sigma=sigma)
+
+
+@pytest.mark.parametrize(("seed", "offset"), [(0, 0), (2**64 - 1, 2**64 - 1), (1 << 32, 1), (1, 1 << 32)])
+def test_gaussian_multiply_whole_seeds_and_offsets(variant, dtype, seed, offset):
+    assert_gaussian_as_reference(variant, dtype, 1000, first=5, seed=seed, offset=offset)
+
+
+@pytest.mark.parametrize("radius", RADII, ids=hex)
+def test_gaussian_multiply_at_the_borders_of_uniform_numbers(variant, radius):
+    for angle in ANGLES:
+        first, offset = drawing_noise(radius, angle)
+        assert_gaussian_as_reference(variant, DTYPES[0], TILE, first=first, offset=offset)
+
+
+def test_gaussian_multiply_alignment(variant, dtype):
+    for shifts in itertools.product(SHIFTS, SHIFTS):
+        for n in (33, 1023):
+            assert_gaussian_as_reference(variant, dtype, n, first=13, shifts=shifts)
+
+
+def test_gaussian_multiply_in_place(variant, dtype):
+    for n in NOISE_LENGTHS:
+        x = Guarded.of(dtype.data(n), dtype.itemsize)
+        variant.gaussian_multiply(dtype.tag, x.array, x.array, 7, n, SEED, OFFSET, 0.5)
+        assert_same_bits(x.array, gaussian(reference, dtype, n, first=7), n)
+        assert x.intact
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.itemsize == 2], ids=str, indirect=True)
+@pytest.mark.parametrize("sigma", [0.0, 0.5, 1e4])
+def test_gaussian_multiply_every_16_bit_pattern(variant, dtype, sigma):
+    x = np.arange(1 << 16, dtype=np.uint16).view(dtype.storage)
+    y, expected = np.empty_like(x), np.empty_like(x)
+    for module, out in ((variant, y), (reference, expected)):
+        module.gaussian_multiply(dtype.tag, x, out, 0, x.size, SEED, OFFSET, sigma)
+    assert_same_bits(y, expected)
+
+
+# ---- dilate_bits ----
+
+
+def dilated_naively(words, outer, n, inner, block):
+    """Cell by cell."""
+    keep = np.unpackbits(words.view(np.uint8), count=outer * n * inner, bitorder="little").reshape(outer, n, inner)
+    wider = np.ones((outer, n + block - 1, inner), bool)
+    for o, j, i in np.argwhere(keep == 0):
+        wider[o, j : j + block, i] = False
+    return fd.PackedMask.from_bool(wider, 0.1).words
+
+
+@pytest.mark.parametrize("shape", DILATIONS, ids=str)
+def test_reference_dilates_as_the_definition_does(shape):
+    for halvings in (3, 6):
+        words = keeping_words(shape[0] * shape[1] * shape[2], halvings)
+        assert_same_bits(dilated(reference, words, *shape), dilated_naively(words, *shape), halvings)
+
+
+@pytest.mark.parametrize("shape", DILATIONS, ids=str)
+def test_dilate_bits_shapes(variant, shape):
+    for halvings in (1, 4, 9):
+        assert_dilated_as_reference(variant, keeping_words(shape[0] * shape[1] * shape[2], halvings), *shape)
+
+
+def test_dilate_bits_small_shapes(variant):
+    """All of them, so that rows and blocks end at every bit of a word."""
+    for n, inner, block in itertools.product((1, 2, 3, 7, 31, 32, 33, 64), (1, 2, 3, 17, 32), (1, 2, 3, 4, 5, 8, 33)):
+        assert_dilated_as_reference(variant, keeping_words(3 * n * inner, 4), 3, n, inner, block)
+
+
+@pytest.mark.parametrize("keep", [0, 0xFFFFFFFF], ids=["none", "all"])
+def test_dilate_bits_of_all_or_none(variant, keep):
+    for shape in DILATIONS:
+        words = np.full(word_count(shape[0] * shape[1] * shape[2]), keep, np.uint32)
+        assert_dilated_as_reference(variant, words, *shape)
+
+
+def test_dilate_bits_of_one_dropped_cell(variant):
+    """It drops the block that begins with it, wherever it lies, and nothing else."""
+    outer, n, inner, block = 3, 40, 5, 9
+    for cell in range(outer * n * inner):
+        keep = np.arange(outer * n * inner) != cell
+        words = dilated(variant, fd.PackedMask.from_bool(keep, 0.1).words, outer, n, inner, block)
+        gone = ~fd.PackedMask(words, (outer, n + block - 1, inner), 0.1).to_bool()
+        o, j, i = np.unravel_index(cell, (outer, n, inner))
+        assert gone[o, j : j + block, i].all()
+        assert gone.sum() == block
 
 
 # ---- the ends of memory ----
@@ -280,10 +430,23 @@ def test_primitives_stay_within_memory(variant, dtype, last):
             variant.dropout_forward(dtype.tag, x, y, words, first, n, SEED, OFFSET, TENTH, *SCALE)
             variant.masked_affine(dtype.tag, x, x, words, 0, 1, 1, n, *SCALE)
             assert_same_bits(x, y, (n, first))
+            variant.gaussian_multiply(dtype.tag, x, y, first, n, SEED, OFFSET, 0.5)
     for outer, repeat, inner in ((5, 7, 1), (33, 3, 5), (2, 9, 64), (1, 2, 700), (64, 200, 1)):
         x, y = (against_forbidden_page(outer * repeat * inner, dtype.storage, last=last) for _ in range(2))
         words = against_forbidden_page(word_count(outer * inner), np.uint32, last=last)
         variant.masked_affine(dtype.tag, x, y, words, 0, outer, repeat, inner, *SCALE)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect as Linux has it")
+@pytest.mark.parametrize("last", [True, False], ids=["end", "start"])
+def test_dilate_bits_stays_within_memory(variant, last):
+    for outer, n, inner, block in DILATIONS:
+        cells, wider = outer * n * inner, outer * (n + block - 1) * inner
+        if cells:
+            words = against_forbidden_page(word_count(cells), np.uint32, last=last)
+            words[:] = random_words(cells)
+            to = against_forbidden_page(word_count(wider), np.uint32, last=last)
+            variant.dilate_bits(to, words, outer, n, inner, block)
 
 
 # ---- special values ----
@@ -320,15 +483,16 @@ def test_every_16_bit_pattern(variant, dtype, scale):
 # ---- streaming stores ----
 
 
+@pytest.mark.parametrize("affine", [AFFINE["scale"], AFFINE["affine"]], ids=["scale", "affine"])
 @pytest.mark.parametrize("shift", [0, 1, 8, 40])
-def test_dropout_forward_streaming(compiled, dtype, shift):
+def test_dropout_forward_streaming(compiled, dtype, shift, affine):
     """Outputs large enough to be written around the cache, words on a cache line or not."""
     n = streaming_elements(compiled, dtype) + 12_345
     x = np.resize(dtype.data(MANY), n)
     expected, y = np.empty_like(x), Guarded(n, dtype.storage, shift)
     words, stored = np.empty(word_count(n), np.uint32), Guarded(word_count(n), np.uint32, shift // 8 * 4)
-    reference.dropout_forward(dtype.tag, x, expected, words, 3, n, SEED, OFFSET, TENTH, *SCALE)
-    compiled.dropout_forward(dtype.tag, x, y.array, stored.array, 3, n, SEED, OFFSET, TENTH, *SCALE)
+    reference.dropout_forward(dtype.tag, x, expected, words, 3, n, SEED, OFFSET, TENTH, *affine)
+    compiled.dropout_forward(dtype.tag, x, y.array, stored.array, 3, n, SEED, OFFSET, TENTH, *affine)
     assert_same_bits(y.array, expected, "y")
     assert_same_bits(stored.array, words, "words")
     assert y.intact
@@ -358,6 +522,16 @@ def test_masked_affine_streaming(compiled, dtype, shift, affine):
     expected, y = np.empty_like(x), Guarded(n, dtype.storage, shift)
     reference.masked_affine(dtype.tag, x, expected, words, 7, 1, 1, n, *affine)
     compiled.masked_affine(dtype.tag, x, y.array, words, 7, 1, 1, n, *affine)
+    assert_same_bits(y.array, expected, "y")
+    assert y.intact
+
+
+def test_gaussian_multiply_streaming(compiled, dtype):
+    n = streaming_elements(compiled, dtype) + 12_345
+    x = np.resize(dtype.data(MANY), n)
+    expected, y = np.empty_like(x), Guarded(n, dtype.storage)
+    reference.gaussian_multiply(dtype.tag, x, expected, 3, n, SEED, OFFSET, 0.5)
+    compiled.gaussian_multiply(dtype.tag, x, y.array, 3, n, SEED, OFFSET, 0.5)
     assert_same_bits(y.array, expected, "y")
     assert y.intact
 
@@ -398,6 +572,23 @@ def test_masked_affine_any_number_of_threads(variant, dtype, grid):
     for count in COUNTS:
         fd.set_num_threads(count)
         assert_same_bits(masked(variant, dtype, grid, words, position=7), expected, count)
+
+
+def test_gaussian_multiply_any_number_of_threads(variant, dtype):
+    for first in (0, 77):
+        expected = gaussian(reference, dtype, MANY, first=first)
+        for count in COUNTS:
+            fd.set_num_threads(count)
+            assert_same_bits(gaussian(variant, dtype, MANY, first=first), expected, (count, first))
+
+
+@pytest.mark.parametrize("shape", [(1, MANY, 1, 9), (9000, 50, 1, 7), (150, 50, 56, 7), (2, 5, 45_001, 3)], ids=str)
+def test_dilate_bits_any_number_of_threads(variant, shape):
+    words = keeping_words(shape[0] * shape[1] * shape[2], 4)
+    expected = dilated(reference, words, *shape)
+    for count in COUNTS:
+        fd.set_num_threads(count)
+        assert_same_bits(dilated(variant, words, *shape), expected, count)
 
 
 CUTS = (1, 31, 32, 500, 8191, GRAIN, GRAIN + 4099, 139_999)
@@ -445,6 +636,19 @@ def test_masked_affine_any_split(variant, dtype):
         assert_same_bits(y.array, whole, cut)
 
 
+def test_gaussian_multiply_any_split(variant, dtype):
+    """What a shard computes from its first cell on is what the whole has there."""
+    n, first = 140_001, 12_345
+    x, whole = dtype.data(n), gaussian(variant, dtype, n, first=first)
+    for cut in CUTS:
+        y = Guarded(n, dtype.storage)
+        for start, stop in ((0, cut), (cut, n)):
+            source = x[start:stop].copy()
+            target, cells = y.array[start:stop], stop - start
+            variant.gaussian_multiply(dtype.tag, source, target, first + start, cells, SEED, OFFSET, 0.5)
+        assert_same_bits(y.array, whole, cut)
+
+
 # ---- bad arguments at the C ABI ----
 
 DRAW = {"position": 0, "first": 0, "n": 64, "seed": 1, "offset": 0, "threshold": TENTH}
@@ -487,6 +691,26 @@ def test_c_masked_affine_refuses_and_writes_nothing(c_variant, dtype_tag, positi
     with pytest.raises(ValueError, match="refused"):
         c_variant.masked_affine(dtype_tag, x, y.array, words, position, *grid, 1.0, 0.0, 0.0)
     assert np.isnan(y.array).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype_tag", "first"), [(4, 0), (-1, 0), (0, NOISE_END - 63), (0, NOISE_END + 1), (0, 2**64 - 63)]
+)
+def test_c_gaussian_multiply_refuses_and_writes_nothing(c_variant, dtype_tag, first):
+    x, y = np.ones(64, np.float32), Guarded(64, np.float32)
+    with pytest.raises(ValueError, match="refused"):
+        c_variant.gaussian_multiply(dtype_tag, x, y.array, first, 64, SEED, OFFSET, 0.5)
+    assert np.isnan(y.array).all()
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 0), (1, 2**63, 1, 2**63 + 1), (1, 2, 2**63, 1), (2**40, 2**20, 2**4, 1)], ids=str
+)
+def test_c_dilate_bits_refuses_and_writes_nothing(c_variant, shape):
+    to, words = Guarded(2, np.uint32), np.zeros(2, np.uint32)
+    with pytest.raises(ValueError, match="refused"):
+        c_variant.dilate_bits(to.array, words, *shape)
+    assert (to.array == 0xFFFFFFFF).all()
 
 
 @pytest.mark.parametrize("n", [0, 257, -1])

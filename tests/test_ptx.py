@@ -898,6 +898,35 @@ def test_races_are_found_by_the_byte() -> None:
         launch(entry(body.replace("WIDE", "ld.global.u64 %b, [%a+24];"), ["u64"]), [x])
 
 
+ADD = """
+    .reg .b64 %a, %b, %i, %r; .reg .b32 %t; .reg .pred %p;
+    mov.u32 %t, %tid.x; cvt.u64.u32 %i, %t; ld.param.u64 %a, [p0]; ld.param.u64 %b, [p1];
+    and.b64 %r, %i, 1; mad.lo.u64 %a, %r, 8, %a;
+    atom.global.add.u64 %r, [%a], %i;
+    MORE
+    mad.lo.u64 %b, %i, 8, %b; st.global.u64 [%b], %r;
+"""
+
+
+def test_atomic_addition() -> None:
+    sums, before = np.array([2**32 - 1, 7], np.uint64), np.zeros(64, np.uint64)
+    launch(entry(ADD.replace("MORE", ""), ["u64", "u64"]), [sums, before], threads=64)
+    assert sums.tolist() == [2**32 - 1 + sum(range(0, 64, 2)), 7 + sum(range(1, 64, 2))]
+    assert before[:6].tolist() == [2**32 - 1, 7, 2**32 - 1, 8, 2**32 + 1, 11]
+
+
+@pytest.mark.parametrize(
+    ("more", "verb"), [("ld.global.u64 %i, [%a];", "reads"), ("st.global.u64 [%a], %i;", "writes")]
+)
+def test_atomic_addition_beside_other_accesses_is_a_race(more: str, verb: str) -> None:
+    sums, before = np.zeros(2, np.uint64), np.zeros(64, np.uint64)
+    with races(f"{verb} {sums.ctypes.data:#x}, which an atomic accessed, by thread 0 of block 0"):
+        launch(entry(ADD.replace("MORE", more), ["u64", "u64"]), [sums, before], threads=64)
+    reads_first = ADD.replace("MORE", "").replace("atom.", "ld.global.u64 %r, [%a]; atom.")
+    with races(f"writes {sums.ctypes.data:#x}, which several threads accessed"):
+        launch(entry(reads_first, ["u64", "u64"]), [sums, before], threads=64)
+
+
 # ---- control flow and warps ----
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import threading
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ from fastdrop.backends.reference import bfloat16_to_float32, float32_to_bfloat16
 STORAGE = {FLOAT32: np.float32, FLOAT64: np.float64, FLOAT16: np.float16, BFLOAT16: np.uint16}
 COMPUTED = {FLOAT32: np.float32, FLOAT64: np.float64, FLOAT16: np.float32, BFLOAT16: np.float32}
 
-VOTE, UNIFORM, TILE, REST = range(1, 5)  # kinds of exchange within a warp
+ADDED, STORED = 1, 2  # what happened to a byte
+VOTE, UNIFORM, TILE, REST, SUM = range(1, 6)  # kinds of exchange within a warp
 
 # The simulator's main thread polls the others without a pause. At Python's 5 ms a turn, each meeting of a warp takes
 # tens of milliseconds.
@@ -59,23 +61,25 @@ def same(function: Callable[..., Any]) -> Callable[..., Any]:
 scalars = interpreted("fastdrop.backends._scalars")
 scalars.scalar = same
 kernels = interpreted("fastdrop.backends._cuda.kernels")
-kernels.philox, kernels.decide_group = scalars.philox, scalars.decide_group
+scalars.bits_of, scalars.float_of = (lambda v: v.view(np.uint32)), (lambda v: v.view(np.float32))
+kernels.philox, kernels.decide_group, kernels.normal_pair = scalars.philox, scalars.decide_group, scalars.normal_pair
 
 
 class Memory:
-    """Arrays by address. Within a launch nothing is written twice, or read once it was written."""
+    """Arrays by address. Within a launch nothing is written twice, or read once written; but many may add."""
 
     def __init__(self) -> None:
+        self._adding = threading.Lock()
         self._spans: list[tuple[int, np.ndarray, np.ndarray]] = []
 
     def add(self, array: np.ndarray) -> None:
         content = array.reshape(-1).view(np.uint8)
-        self._spans.append((array.ctypes.data, content, np.zeros(content.size, np.bool_)))
+        self._spans.append((array.ctypes.data, content, np.zeros(content.size, np.uint8)))
 
     def begin(self) -> None:
         """Another launch."""
         for _, _, written in self._spans:
-            written[:] = False
+            written[:] = 0
 
     def load(self, address: int, dtype: type, count: int = 1) -> np.ndarray:
         content, _ = self._at(address, dtype, count)
@@ -84,16 +88,22 @@ class Memory:
     def store(self, address: int, values: np.ndarray) -> None:
         content, written = self._at(address, values.dtype.type, values.size)
         content.view(values.dtype)[:] = values
-        written[:] = True
+        written[:] = STORED
 
-    def _at(self, address: int, dtype: type, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def add_long(self, address: int, value: Any) -> None:
+        with self._adding:
+            content, written = self._at(address, np.uint64, 1, ADDED)
+            content.view(np.uint64)[:] += value
+            written[:] = ADDED
+
+    def _at(self, address: int, dtype: type, count: int, allowed: int = 0) -> tuple[np.ndarray, np.ndarray]:
         address, size = int(address), np.dtype(dtype).itemsize * count
         if address % size:
             raise Fault(f"{size} bytes at {address:#x} are not aligned")
         for start, content, written in self._spans:
             here = slice(address - start, address - start + size)
             if here.start >= 0 and here.stop <= content.size:
-                if written[here].any():
+                if (written[here] > allowed).any():
                     raise Fault(f"{size} bytes at {address:#x} were written before")
                 return content[here], written[here]
         raise Fault(f"{size} bytes at {address:#x} lie in no array")
@@ -102,8 +112,8 @@ class Memory:
 class Vocabulary:
     """What kernels are written in, for one simulated thread."""
 
-    def __init__(self, dtype: int, plain: bool, memory: Memory) -> None:
-        self.dtype, self.plain = dtype, plain
+    def __init__(self, dtype: int, plain: bool, memory: Memory, counted: bool = False) -> None:
+        self.dtype, self.plain, self.counted = dtype, plain, counted
         self._memory, self._storage, self._computed = memory, STORAGE[dtype], COMPUTED[dtype]
         self.item_bytes = np.dtype(self._storage).itemsize
         self.vector_items = VECTOR_BYTES // self.item_bytes
@@ -139,6 +149,9 @@ class Vocabulary:
             raise Fault(f"lanes have different numbers: {values}")
         return np.uint32(values[0])
 
+    def sum_lanes(self, value: Any) -> Any:
+        return np.uint32(self._exchange(SUM, value).sum())
+
     def _exchange(self, kind: int, value: Any) -> np.ndarray:
         """What each lane of the warp brought to this meeting, to which all 32 must have come.
 
@@ -168,6 +181,9 @@ class Vocabulary:
     def load_long(self, address: Any) -> Any:
         return self._memory.load(address, np.uint64)[0]
 
+    def add_long(self, address: Any, value: Any) -> None:
+        self._memory.add_long(address, value)
+
     def load_tile(self, address: Any) -> Any:
         return [self.load_vector(int(address) + s * LANES * VECTOR_BYTES) for s in range(self.sweeps)]
 
@@ -192,6 +208,18 @@ class Vocabulary:
                 keep = words[int(owner) + i] >> np.uint64(lane) & np.uint64(1)
                 self._put(int(address) + element * self.item_bytes, item, keep, a, b, c)
 
+    def load_four(self, address: Any, first: Any, end: Any) -> Any:
+        return [self.load_item(at) if inside else None for at, inside in self._four(address, first, end)]
+
+    def store_four(self, address: Any, first: Any, end: Any, four: Any, factors: Any) -> None:
+        for item, factor, (at, inside) in zip(four, factors, self._four(address, first, end), strict=True):
+            if inside:
+                self._put(at, item, 1, factor, 0, 0)
+
+    def _four(self, address: Any, first: Any, end: Any) -> list[tuple[int, bool]]:
+        steps = range(0, 64, 16)
+        return [((int(address) + s * self.item_bytes) % 2**64, (int(first) + s) % 2**64 < end) for s in steps]
+
     def load_vector(self, address: Any) -> Any:
         return self._memory.load(address, self._storage, self.vector_items)
 
@@ -215,6 +243,27 @@ class Vocabulary:
         self._memory.store(address, narrow)
 
     # ---- arithmetic ----
+
+    def plus(self, a: Any, b: Any) -> Any:
+        return np.float32(a + b)
+
+    def times(self, a: Any, b: Any) -> Any:
+        return np.float32(a * b)
+
+    def root(self, a: Any) -> Any:
+        return np.sqrt(a)
+
+    def ones(self, word: Any) -> Any:
+        return np.uint32(int(word).bit_count())
+
+    def multiply_high(self, a: Any, b: Any) -> Any:
+        return np.uint64(int(a) * int(b) >> 64)
+
+    def scale(self, a: Any, kept_at: Any) -> Any:
+        if not self.counted:
+            return a
+        kept = int(self.load_long(kept_at))
+        return self._computed(float(a) / kept if kept else 0.0)
 
     def plane_mask(self, threshold: Any, k: int) -> Any:
         return np.uint32(0xFFFFFFFF if int(threshold) >> (31 - k) & 1 else 0)
@@ -260,7 +309,7 @@ class Kernel:
         layout, of_code = packer(variant), {"Q": np.uint64, "I": np.uint32, "f": np.float32, "d": np.float64}
         packed = layout.unpack(layout.pack(*values))
         typed = [of_code[code](value) for code, value in zip(variant.codes, packed, strict=True)]
-        vocabulary = Vocabulary(variant.dtype, variant.plain, device.memory)
+        vocabulary = Vocabulary(variant.dtype, variant.plain, device.memory, variant.counted)
         body = kernels.build(vocabulary, variant.body, variant.form)
         blocks = min(-(-threads // (LANES * device.warps)), device.blocks)
         device.launches.append(Launch(variant, blocks, packed))

@@ -1,4 +1,4 @@
-"""Scalars of the Numba backends: Philox and the decision, for CPU and CUDA, and the CPU's 16-bit conversions.
+"""Scalars of the Numba backends: Philox, the decision and normal numbers, for CPU and CUDA; the CPU's conversions.
 
 Loops, memory and launch are the backends' own. All integers are uint64, whose low 32 bits count: LLVM then multiplies
 with one instruction and never masks, and nothing mixes signed with unsigned, which Numba would turn into float.
@@ -8,6 +8,7 @@ with one instruction and never masks, and nothing mixes signed with unsigned, wh
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,11 @@ from numba import njit, types
 from numba.core.extending import intrinsic, overload
 
 from ..stream import LOW, MULTIPLIERS, WEYL
+from .reference import COSINE, LN2_HIGH, LN2_LOW, LOG, RADIANS, SINE, SQRT_HALF_BITS
+from .reference import TILE_CELLS as TILE_CELLS
+from .reference import TILE_COUNTERS as TILE_COUNTERS
 
-U = np.uint64
+U, S, F = np.uint64, np.int32, np.float32
 M0, M1 = U(MULTIPLIERS[0]), U(MULTIPLIERS[1])
 W0, W1 = U(WEYL[0]), U(WEYL[1])
 LOW_32 = U(LOW)
@@ -94,19 +98,101 @@ bits_of = _reinterpret(types.uint32)
 float_of = _reinterpret(types.float32)
 
 
-def coefficient(a: Any, like: Any) -> Any:
-    """A float64 as the type that elements of array ``like`` are computed in."""
+def normal_pair(add: Any, multiply: Any, root: Any) -> Any:
+    """Two normal numbers of two uniform ones, by the steps of `reference`: subtracting is adding the negative.
+
+    ``add(a, b)``, ``multiply(a, b)`` and ``root(a)`` are those of float32, each rounded and never contracted.
+    """
+    log, sine, cosine = (_polynomial(coefficients, add, multiply) for coefficients in (LOG, SINE, COSINE))
+    half, minus_half, one, minus_one, minus_two = F(0.5), F(-0.5), F(1), F(-1), F(-2)
+    step, ln2_high, ln2_low, radians = F(2.0**-31), F(LN2_HIGH), F(LN2_LOW), F(RADIANS)
+    sqrt_half, mantissa = S(SQRT_HALF_BITS), S((1 << 23) - 1)
+    quarter, half_turn = U(1 << 30), U(1 << 31)
+
+    @scalar
+    def pair(radius: Any, angle: Any) -> Any:
+        u = multiply(add(F(S((radius & LOW_32) >> U(1))), half), step)
+        above = S(S(bits_of(u)) - sqrt_half)  # of u = m 2**e: e in its upper bits, m over sqrt(1/2) below
+        e = F(S(above >> S(23)))
+        x = add(float_of(np.uint32(S(above & mantissa) + sqrt_half)), minus_one)
+        square = multiply(x, x)
+        ln_m = multiply(multiply(log(x), x), square)
+        ln_m = add(add(ln_m, multiply(e, ln2_low)), multiply(square, minus_half))
+        ln_u = add(add(x, ln_m), multiply(e, ln2_high))
+        r = root(multiply(ln_u, minus_two))
+        t = multiply(F(S(np.uint32(angle << U(2)))), radians)
+        square = multiply(t, t)
+        s = add(multiply(multiply(sine(square), square), t), t)
+        c = add(multiply(multiply(cosine(square), square), square), multiply(square, minus_half))
+        c = float_of(np.uint32(bits_of(add(c, one)) ^ np.uint32(angle & half_turn)))
+        swap = (angle & quarter) != U(0)
+        return multiply(r, s if swap else c), multiply(r, c if swap else s)
+
+    return pair
+
+
+def _polynomial(coefficients: tuple[float, ...], add: Any, multiply: Any) -> Any:
+    """Highest power first; a function for each step, because loops within loops are not vectorised."""
+    constant = F(coefficients[-1])
+    if len(coefficients) == 1:
+        return scalar(lambda x: constant)
+    higher = _polynomial(coefficients[:-1], add, multiply)
+    return scalar(lambda x: add(multiply(higher(x), x), constant))
+
+
+normals = normal_pair(operator.add, operator.mul, np.sqrt)
+
+
+def coefficients(law: Any, like: Any) -> Any:
+    """A law, ``(a,)`` or ``(a, b, c)`` in float64, in the type that elements of array ``like`` are computed in."""
     raise NotImplementedError
 
 
-@overload(coefficient, inline="always")
-def _coefficient(a: Any, like: Any) -> Any:
+def affine(v: Any, law: Any) -> Any:
+    """What becomes of a number that is kept."""
+    raise NotImplementedError
+
+
+def dropped(law: Any) -> Any:
+    """What becomes of one that is not."""
+    raise NotImplementedError
+
+
+@overload(coefficients, inline="always")
+def _coefficients(law: Any, like: Any) -> Any:
     compute = np.float64 if like.dtype == types.float64 else np.float32
 
-    def convert(a: Any, like: Any) -> Any:
-        return compute(a)
+    def scale(law: Any, like: Any) -> Any:
+        return (compute(law[0]),)
 
-    return convert
+    def whole(law: Any, like: Any) -> Any:
+        return compute(law[0]), compute(law[1]), compute(law[2])
+
+    return scale if len(law) == 1 else whole
+
+
+@overload(affine, inline="always")
+def _affine(v: Any, law: Any) -> Any:
+    def scale(v: Any, law: Any) -> Any:
+        return v * law[0]
+
+    def whole(v: Any, law: Any) -> Any:
+        return v * law[0] + law[1]
+
+    return scale if len(law) == 1 else whole
+
+
+@overload(dropped, inline="always")
+def _dropped(law: Any) -> Any:
+    zero = np.float64(0) if law.dtype == types.float64 else np.float32(0)
+
+    def scale(law: Any) -> Any:
+        return zero
+
+    def whole(law: Any) -> Any:
+        return law[2]
+
+    return scale if len(law) == 1 else whole
 
 
 def widen(v: Any) -> Any:

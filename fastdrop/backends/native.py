@@ -32,6 +32,8 @@ if _native is not None:
     draw_bits_at: Any = _lib.fd_draw_bits_at
     dropout_forward_at: Any = _lib.fd_dropout_forward_at
     masked_affine_at: Any = _lib.fd_masked_affine_at
+    gaussian_multiply_at: Any = _lib.fd_gaussian_multiply_at
+    dilate_bits_at: Any = _lib.fd_dilate_bits_at
 
 
 def unavailable() -> str | None:
@@ -126,6 +128,16 @@ def masked_affine(
     c: float,
 ) -> None:
     if _lib.fd_masked_affine(dtype, _address(x), _address(y), _address(words), position, outer, repeat, inner, a, b, c):
+        raise _refusal()
+
+
+def gaussian_multiply(dtype: int, x: Array, y: Array, first: int, n: int, seed: int, offset: int, sigma: float) -> None:
+    if _lib.fd_gaussian_multiply(dtype, _address(x), _address(y), first, n, seed, offset, sigma):
+        raise _refusal()
+
+
+def dilate_bits(to: Words, words: Words, outer: int, n: int, inner: int, block: int) -> None:
+    if _lib.fd_dilate_bits(_address(to), _address(words), outer, n, inner, block):
         raise _refusal()
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._checks import BFLOAT16, FLOAT16
-from ..stream import GROUP_SHIFT, GROUPS, LOW, MASK_DOMAIN, PLANES_PER_GROUP
+from ..stream import GROUP_SHIFT, GROUPS, LOW, MASK_DOMAIN, NOISE_DOMAIN, PLANES_PER_GROUP
 
 numba: Any
 kernel: Any
@@ -36,7 +36,18 @@ try:
     from llvmlite import ir
     from numba import types
 
-    from ._scalars import coefficient, decide_group, narrow, philox_planes, widen
+    from ._scalars import (
+        TILE_CELLS,
+        TILE_COUNTERS,
+        affine,
+        coefficients,
+        decide_group,
+        dropped,
+        narrow,
+        normals,
+        philox_planes,
+        widen,
+    )
 except ImportError as error:
     numba = None
     _import_error = str(error)
@@ -80,7 +91,7 @@ def philox4x32_10(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
 
 
 def draw_bits(words: Words, position: int, first: int, n: int, seed: int, offset: int, threshold: int) -> None:
-    arguments = words, position, *_state(seed, offset, threshold, first)
+    arguments = words, position, threshold, *_halves(seed, offset, first)
     _over_ranges(_draw_bits, arguments, n, position)
 
 
@@ -100,8 +111,8 @@ def dropout_forward(
 ) -> None:
     source, target = _typed(dtype, x), _typed(dtype, y)
     bits, keeps = (_NO_WORDS, False) if words is None else (words, True)
-    arguments = source, target, bits, keeps, *_state(seed, offset, threshold, first), a, b, c, _streams(target)
-    _over_ranges(_forward_plain if b == 0 and c == 0 else _forward_affine, arguments, n)
+    state = threshold, *_halves(seed, offset, first)
+    _over_ranges(_forward, (source, target, bits, keeps, *state, _law(a, b, c), _streams(target)), n)
 
 
 def masked_affine(
@@ -118,8 +129,17 @@ def masked_affine(
     c: float,
 ) -> None:
     source, target = _typed(dtype, x), _typed(dtype, y)
-    arguments = source, target, words, position, repeat, inner, a, b, c, _streams(target)
-    _over_ranges(_masked_plain if b == 0 and c == 0 else _masked_affine, arguments, outer * repeat * inner)
+    arguments = source, target, words, position, repeat, inner, _law(a, b, c), _streams(target)
+    _over_ranges(_masked, arguments, outer * repeat * inner)
+
+
+def gaussian_multiply(dtype: int, x: Array, y: Array, first: int, n: int, seed: int, offset: int, sigma: float) -> None:
+    arguments = _typed(dtype, x), _typed(dtype, y), *_halves(seed, offset, first), sigma
+    _over_ranges(_gaussian, arguments, n, first)
+
+
+def dilate_bits(to: Words, words: Words, outer: int, n: int, inner: int, block: int) -> None:
+    _over_ranges(_dilate, (to, words, n, inner, block), outer * (n + block - 1) * inner)
 
 
 _NO_WORDS = np.zeros(0, np.uint32)
@@ -138,9 +158,14 @@ def _streams(y: Array) -> bool:
     return y.nbytes >= STREAM_BYTES and y.ctypes.data % LINE_BYTES == 0
 
 
-def _state(seed: int, offset: int, threshold: int, first: int) -> tuple[int, ...]:
-    """What a draw needs, as ints that all fit into 64 signed bits, the type Numba takes every int for."""
-    return seed & LOW, seed >> 32, offset & LOW, offset >> 32, threshold, first & LOW, first >> 32
+def _halves(seed: int, offset: int, first: int) -> tuple[int, ...]:
+    """As ints that all fit into 64 signed bits, the type Numba takes every int for."""
+    return seed & LOW, seed >> 32, offset & LOW, offset >> 32, first & LOW, first >> 32
+
+
+def _law(a: float, b: float, c: float) -> tuple[float, ...]:
+    """The affine as a tuple whose length, which is part of its type, makes kernels leave out what adds nothing."""
+    return (a,) if b == 0 and c == 0 else (a, b, c)
 
 
 def _over_ranges(kernel: Callable[..., None], arguments: tuple[Any, ...], n: int, lead: int = 0) -> None:
@@ -191,33 +216,35 @@ if numba is not None:
         return builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
 
     def _apply_run(stream: bool) -> Any:
-        """Intrinsic: 32 elements at address x, under the bits of a word, times a, to address y."""
+        """Intrinsic: the law on 32 elements at address x, under the bits of a word, to address y."""
 
         @intrinsic  # type: ignore[untyped-decorator]
-        def apply_run(typingctx: Any, x: Any, y: Any, word: Any, a: Any) -> Any:
+        def apply_run(typingctx: Any, x: Any, y: Any, word: Any, law: Any) -> Any:
             def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-                element = context.get_value_type(a)
-                vector = ir.VectorType(element, 32)
-                size = a.bitwidth // 8
-                lanes = ir.VectorType(ir.IntType(1), 32)
+                vector = ir.VectorType(context.get_value_type(law.dtype), 32)
+                size = law.dtype.bitwidth // 8
                 source = builder.inttoptr(args[0], ir.PointerType(vector))
                 target = builder.inttoptr(args[1], ir.PointerType(vector))
-                loaded = builder.load(source, align=size)
-                zeros = ir.Constant(ir.VectorType(ir.IntType(32), 32), [0] * 32)
-                single = builder.insert_element(
-                    ir.Constant(vector, ir.Undefined), args[3], ir.Constant(ir.IntType(32), 0)
-                )
-                scaled = builder.fmul(loaded, builder.shuffle_vector(single, single, zeros))
-                keep = builder.bitcast(args[2], lanes)
-                result = builder.select(keep, scaled, ir.Constant(vector, [0.0] * 32))
+                spread = [_spread(builder, builder.extract_value(args[3], i), vector) for i in range(len(law))]
+                result = builder.fmul(builder.load(source, align=size), spread[0])
+                cells = builder.bitcast(args[2], ir.VectorType(ir.IntType(1), 32))
+                if len(law) == 1:
+                    result = builder.select(cells, result, ir.Constant(vector, [0.0] * 32))
+                else:
+                    result = builder.select(cells, builder.fadd(result, spread[1]), spread[2])
                 store = builder.store(result, target, align=LINE_BYTES if stream else size)
                 if stream:
                     store.set_metadata("nontemporal", _one(builder))
                 return context.get_dummy_value()
 
-            return types.void(types.uintp, types.uintp, types.uint32, a), codegen
+            return types.void(types.uintp, types.uintp, types.uint32, law), codegen
 
         return apply_run
+
+    def _spread(builder: Any, value: Any, vector: Any) -> Any:
+        zeros = ir.Constant(ir.VectorType(ir.IntType(32), 32), [0] * 32)
+        single = builder.insert_element(ir.Constant(vector, ir.Undefined), value, ir.Constant(ir.IntType(32), 0))
+        return builder.shuffle_vector(single, single, zeros)
 
     store_run, stream_run = _apply_run(False), _apply_run(True)
 
@@ -370,7 +397,7 @@ if numba is not None:
             n -= room
 
     @kernel
-    def _draw_bits(begin, end, words, position, seed0, seed1, offset0, offset1, threshold, first0, first1):
+    def _draw_bits(begin, end, words, position, threshold, seed0, seed1, offset0, offset1, first0, first1):
         k0, k1, o0, o1 = U(seed0), U(seed1), U(offset0), U(offset1)
         first, planes = U(first0) | U(first1) << U(32), _planes(U(threshold))
         keep = np.empty(CHUNK_WORDS + BLOCK_WORDS + 1, np.uint32)
@@ -390,32 +417,28 @@ if numba is not None:
             at += step
 
     @kernel
-    def _apply_affine(x, y, start, bits, lead, n, a, b, c):
+    def _apply_rest(x, y, start, bits, lead, n, law):
         for i in range(U(0), n):
             cell = lead + i
             kept = (bits[cell >> U(5)] >> np.uint32(cell & U(31))) & np.uint32(1)
-            value = widen(x[start + i]) * a + b
-            y[start + i] = narrow(value if kept else c, x[U(0)])
+            value = affine(widen(x[start + i]), law)
+            y[start + i] = narrow(value if kept else dropped(law), x[U(0)])
 
-    @kernel
-    def _apply_plain(x, y, start, bits, lead, n, a):
-        zero = a - a
-        for i in range(U(0), n):
-            cell = lead + i
-            kept = (bits[cell >> U(5)] >> np.uint32(cell & U(31))) & np.uint32(1)
-            value = widen(x[start + i]) * a
-            y[start + i] = narrow(value if kept else zero, x[U(0)])
+    def _apply_whole_runs(
+        x: Any, y: Any, start: Any, bits: Any, lead: Any, n: Any, law: Any, stream: Any, held: Any
+    ) -> Any:
+        """The law on as many whole runs of 32 as there are; returns the number of elements done.
 
-    def _apply_whole_runs(x: Any, y: Any, start: Any, bits: Any, lead: Any, n: Any, a: Any, stream: Any) -> Any:
-        """Applies as many whole runs of 32 as there are; returns the number of elements done."""
+        ``held`` has room for them: as y may be x, a loop that reads one and writes the other would not be vectorised.
+        """
         raise NotImplementedError
 
     @numba.core.extending.overload(_apply_whole_runs, jit_options={"nogil": True, "error_model": "numpy"})
-    def _whole_runs_of(x, y, start, bits, lead, n, a, stream):
+    def _whole_runs_of(x, y, start, bits, lead, n, law, stream, held):
         size = x.dtype.bitwidth // 8
         if isinstance(x.dtype, types.Float):
 
-            def vectors(x, y, start, bits, lead, n, a, stream):
+            def vectors(x, y, start, bits, lead, n, law, stream, held):
                 source, target = U(x.ctypes.data) + start * U(size), U(y.ctypes.data) + start * U(size)
                 runs = n >> U(5)
                 for run in range(U(0), runs):
@@ -423,35 +446,43 @@ if numba is not None:
                     for line in range(U(0), U(32 * size), U(LINE_BYTES)):
                         prefetch(source + at + line + U(PREFETCH_BYTES))
                     if stream:
-                        stream_run(source + at, target + at, _bits_at(bits, lead + (run << U(5))), a)
+                        stream_run(source + at, target + at, _bits_at(bits, lead + (run << U(5))), law)
                     else:
-                        store_run(source + at, target + at, _bits_at(bits, lead + (run << U(5))), a)
+                        store_run(source + at, target + at, _bits_at(bits, lead + (run << U(5))), law)
                 return runs << U(5)
 
             return vectors
 
-        def lanes(x, y, start, bits, lead, n, a, stream):
-            zero = a - a
+        def lanes(x, y, start, bits, lead, n, law, stream, held):
             runs = n >> U(5)
+            for i in range(runs << U(5)):
+                held[i] = x[start + i]
             for run in range(U(0), runs):
                 word = _bits_at(bits, lead + (run << U(5)))
-                at = start + (run << U(5))
+                at = run << U(5)
                 for i in range(32):
-                    value = widen(x[at + U(i)]) * a
+                    value = affine(widen(held[at + U(i)]), law)
                     kept = (word >> np.uint32(i)) & np.uint32(1)
-                    y[at + U(i)] = narrow(value if kept else zero, x[U(0)])
+                    y[start + at + U(i)] = narrow(value if kept else dropped(law), held[U(0)])
             return runs << U(5)
 
         return lanes
 
+    @inner
+    def _apply(x, y, start, bits, lead, n, law, stream, held):
+        """The law on at most a block of elements."""
+        done = _apply_whole_runs(x, y, start, bits, lead, n, law, stream, held)
+        if done < n:
+            _apply_rest(x, y, start + done, bits, lead + done, n - done, law)
+
     @kernel
-    def _forward_plain(
-        begin, end, x, y, words, keeps, seed0, seed1, offset0, offset1, threshold, first0, first1, a, b, c, stream
+    def _forward(
+        begin, end, x, y, words, keeps, threshold, seed0, seed1, offset0, offset1, first0, first1, law, stream
     ):
         """Draws a chunk ahead, block by block beside the one applied, so that drawing fills the time data takes."""
         k0, k1, o0, o1 = U(seed0), U(seed1), U(offset0), U(offset1)
         first, planes = U(first0) | U(first1) << U(32), _planes(U(threshold))
-        scale = coefficient(a, x)
+        law, held = coefficients(law, x), np.empty(BLOCK_CELLS, x.dtype)
         keeps_of = np.empty((2, CHUNK_WORDS + BLOCK_WORDS + 1), np.uint32)
         undecided = np.empty(CHUNK_WORDS + BLOCK_WORDS, np.uint32)
         lists = np.empty((4, CHUNK_WORDS + 2 * BLOCK_WORDS), np.uint32)
@@ -469,9 +500,7 @@ if numba is not None:
                 if block < apply_blocks:
                     done = block * U(BLOCK_CELLS)
                     n = min(step - done, U(BLOCK_CELLS))
-                    whole = _apply_whole_runs(x, y, at + done, now, lead + done, n, scale, stream)
-                    if whole < n:
-                        _apply_plain(x, y, at + done + whole, now, lead + done + whole, n - whole, scale)
+                    _apply(x, y, at + done, now, lead + done, n, law, stream, held)
             _decide_pending(drawn, undecided, draw_blocks, word, k0, k1, o0, o1, planes, lists)
             if keeps and step:
                 line = U(words.ctypes.data) + (at >> U(3))
@@ -484,22 +513,6 @@ if numba is not None:
             word += U(CHUNK_WORDS)
             turn = U(1) - turn
             step, ahead = ahead, min(stop - at - ahead, U(CHUNK_CELLS))
-
-    @kernel
-    def _forward_affine(
-        begin, end, x, y, words, keeps, seed0, seed1, offset0, offset1, threshold, first0, first1, a, b, c, stream
-    ):
-        keep = np.empty(CHUNK_WORDS + 1, np.uint32)
-        a, b, c = coefficient(a, x), coefficient(b, x), coefficient(c, x)
-        at, stop = U(begin), U(end)
-        while at < stop:
-            step = min(stop - at, U(CHUNK_CELLS))
-            cell = (U(first0) | U(first1) << U(32)) + at
-            _draw_bits(0, step, keep, 0, seed0, seed1, offset0, offset1, threshold, cell & U(LOW), cell >> U(32))
-            _apply_affine(x, y, at, keep, U(0), step, a, b, c)
-            if keeps:
-                _copy_bits(words, at, keep, U(0), step)
-            at += step
 
     @kernel
     def _gather_bits(to, words, position, repeat, inner, at, n):
@@ -532,24 +545,93 @@ if numba is not None:
                 i = U(0)
 
     @kernel
-    def _masked_plain(begin, end, x, y, words, position, repeat, inner, a, b, c, stream):
+    def _masked(begin, end, x, y, words, position, repeat, inner, law, stream):
         bits = np.empty(CHUNK_WORDS + 1, np.uint32)
-        scale = coefficient(a, x)
+        law, held = coefficients(law, x), np.empty(BLOCK_CELLS, x.dtype)
         at, stop = U(begin), U(end)
         while at < stop:
             step = min(stop - at, U(CHUNK_CELLS))
             _gather_bits(bits, words, U(position), U(repeat), U(inner), at, step)
-            done = _apply_whole_runs(x, y, at, bits, U(0), step, scale, stream)
-            _apply_plain(x, y, at + done, bits, done, step - done, scale)
+            for done in range(U(0), step, U(BLOCK_CELLS)):
+                _apply(x, y, at + done, bits, done, min(step - done, U(BLOCK_CELLS)), law, stream, held)
             at += step
 
     @kernel
-    def _masked_affine(begin, end, x, y, words, position, repeat, inner, a, b, c, stream):
-        bits = np.empty(CHUNK_WORDS + 1, np.uint32)
-        a, b, c = coefficient(a, x), coefficient(b, x), coefficient(c, x)
+    def _gaussian(begin, end, x, y, seed0, seed1, offset0, offset1, first0, first1, sigma):
+        k0, k1, o0, o1 = U(seed0), U(seed1), U(offset0), U(offset1)
+        first, one, spread = U(first0) | U(first1) << U(32), np.float32(1), np.float32(sigma)
+        random = np.empty((4, TILE_COUNTERS), np.uint32)
+        factor = np.empty((4, TILE_COUNTERS), np.float32)
+        factors = factor.reshape(-1)
+        held = np.empty(TILE_CELLS, x.dtype)
         at, stop = U(begin), U(end)
         while at < stop:
-            step = min(stop - at, U(CHUNK_CELLS))
-            _gather_bits(bits, words, U(position), U(repeat), U(inner), at, step)
-            _apply_affine(x, y, at, bits, U(0), step, a, b, c)
-            at += step
+            lead = (first + at) % U(TILE_CELLS)
+            b = (first + at) // U(TILE_CELLS) * U(TILE_COUNTERS)
+            c1 = (b >> U(32)) | U(NOISE_DOMAIN)
+            for j in range(TILE_COUNTERS):
+                r0, r1, r2, r3 = philox_planes(b + U(j), c1, o0, o1, k0, k1)
+                random[0, j], random[1, j] = np.uint32(r0), np.uint32(r1)
+                random[2, j], random[3, j] = np.uint32(r2), np.uint32(r3)
+            for j in range(TILE_COUNTERS):
+                z0, z1 = normals(U(random[0, j]), U(random[1, j]))
+                z2, z3 = normals(U(random[2, j]), U(random[3, j]))
+                factor[0, j], factor[1, j] = one + spread * z0, one + spread * z1
+                factor[2, j], factor[3, j] = one + spread * z2, one + spread * z3
+            n = min(stop - at, U(TILE_CELLS) - lead)
+            for i in range(U(0), n):
+                held[i] = x[at + i]
+            for i in range(U(0), n):
+                y[at + i] = narrow(widen(held[i]) * factors[lead + i], held[0])
+            at += n
+
+    @inner
+    def _or_complement(to, to_position, words, position, n):
+        """ORs the complement of n bits into items of 64; the item after the last of them is touched as well."""
+        while n:
+            room = min(U(32) - (position & U(31)), n)
+            bits = (~U(words[position >> U(5)]) >> (position & U(31))) & ((U(1) << room) - U(1))
+            item, shift = to_position >> U(6), to_position & U(63)
+            to[item] |= bits << shift
+            to[item + U(1)] |= bits >> U(1) >> (U(63) - shift)
+            to_position += room
+            position += room
+            n -= room
+
+    @kernel
+    def _dilate(begin, end, to, words, n, inner, block):
+        """Each row is first drawn out to its new length by kept cells. A cell is then dropped if it or one of those
+        1 to ``block - 1`` times ``inner`` before it is, wherever rows end: before a row lie the cells that the last one
+        was drawn out by. Every shift by as many as were looked at doubles how many are."""
+        row, grown, reach = U(n) * U(inner), U(n + block - 1) * U(inner), U(block - 1) * U(inner)
+        at, stop = U(begin), U(end)
+        step = min(max(U(CHUNK_CELLS), reach & ~U(BLOCK_CELLS - 1)), stop - at)
+        lead = (reach >> U(6)) + U(2)  # items before a chunk: what it reaches back to, and one for shifts to look at
+        items = lead + (step >> U(6)) + U(2)
+        drop, wider = np.empty(items, np.uint64), np.empty(items, np.uint64)
+        while at < stop:
+            chunk_end = min(at + step, stop)
+            cell = at - min(at, reach)
+            drop[:] = U(0)
+            r = cell // grown
+            while r * grown < chunk_end:
+                skipped = max(cell, r * grown) - r * grown
+                if skipped < row:
+                    first = r * grown + skipped
+                    length = min(row - skipped, chunk_end - first)
+                    _or_complement(drop, U(64) * lead + first - at, words, r * row + skipped, length)
+                r += U(1)
+            seen = U(1)
+            while seen < U(block):
+                more = min(seen, U(block) - seen)
+                back, shift = more * U(inner) >> U(6), more * U(inner) & U(63)
+                for i in range(back + U(1), items):
+                    before = (drop[i - back] << shift) | (drop[i - back - U(1)] >> U(1) >> (U(63) - shift))
+                    wider[i] = drop[i] | before
+                drop, wider = wider, drop
+                seen += more
+            for i in range(U(0), (chunk_end - at + U(31)) >> U(5)):
+                to[(at >> U(5)) + i] = np.uint32(~(drop[lead + (i >> U(1))] >> ((i & U(1)) << U(5))))
+            at = chunk_end
+        if stop & U(31):
+            to[stop >> U(5)] &= np.uint32((U(1) << (stop & U(31))) - U(1))

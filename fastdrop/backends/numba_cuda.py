@@ -18,7 +18,9 @@ from typing import Any
 
 from ..stream import PLANES_PER_GROUP
 from ._cuda import driver
-from ._cuda.tile import ITEM_BYTES, LANES, TILE_CELLS, VECTOR_BYTES
+from ._cuda.tile import COUNTED, ITEM_BYTES, LANES, TILE_CELLS, VECTOR_BYTES
+from .reference import TILE_CELLS as NOISE_CELLS
+from .reference import TILE_COUNTERS as NOISE_COUNTERS
 
 DIMS = 4
 INDEX_END = 1 << 31  # elements that one launch of `strided` numbers
@@ -84,9 +86,8 @@ def dropout_forward_at(
         form = "drawn_shifted" if first & 31 else "drawn"
         whole, threads = _tiles(x, y, n)
         kernel = driver.device(device).kernel("elementwise", dtype, form, b == 0.0 and c == 0.0)
-        kernel.launch(
-            stream, threads, x, y, words, first, n, whole, seed, seed_at, offset, threshold, _groups(threshold), a, b, c
-        )
+        draw = seed, seed_at, offset, threshold, _groups(threshold)
+        kernel.launch(stream, threads, x, y, words, first, n, whole, *draw, 0, a, b, c)
 
 
 def masked_affine_at(
@@ -103,12 +104,15 @@ def masked_affine_at(
     a: float,
     b: float,
     c: float,
+    *,
+    kept_at: int = 0,
 ) -> None:
+    """``kept_at``: kept elements become ``a / kept * x + b`` for the uint64 kept at this address, 0 x + b for 0."""
     if repeat == 1:
-        _stored_affine_at(device, stream, dtype, x, y, words, position, outer * inner, a, b, c)
+        _stored_affine_at(device, stream, dtype, x, y, words, position, outer * inner, a, b, c, kept_at)
         return
     axes = (outer, inner), (repeat, 0), (inner, 1)
-    strided_affine_at(device, stream, dtype, x, y, words, position, axes, a, b, c)
+    strided_affine_at(device, stream, dtype, x, y, words, position, axes, a, b, c, kept_at=kept_at)
 
 
 def _stored_affine_at(
@@ -123,12 +127,13 @@ def _stored_affine_at(
     a: float,
     b: float,
     c: float,
+    kept_at: int,
 ) -> None:
     """An element for each cell, in the cells' order."""
     if n:
         whole, threads = _tiles(x, y, n)
-        kernel = driver.device(device).kernel("elementwise", dtype, "stored", b == 0.0 and c == 0.0)
-        kernel.launch(stream, threads, x, y, words, position, n, whole, 0, 0, 0, 0, 0, a, b, c)
+        kernel = driver.device(device).kernel("elementwise", dtype, "stored", b == 0.0 and c == 0.0, kept_at != 0)
+        kernel.launch(stream, threads, x, y, words, position, n, whole, 0, 0, 0, 0, 0, kept_at, a, b, c)
 
 
 def strided_affine_at(
@@ -143,26 +148,66 @@ def strided_affine_at(
     a: float,
     b: float,
     c: float,
+    *,
+    kept_at: int = 0,
 ) -> None:
     """``masked_affine`` for cells at any strides, ``axes`` in the order of memory, outermost first; a stride of 0
     shares a decision. One launch, unless there are 2**31 elements or more than four axes that don't merge."""
     axes = _collapsed(axes)
     n = math.prod(extent for extent, _ in axes)
     if not axes or axes == [(n, 1)] or not n:
-        _stored_affine_at(device, stream, dtype, x, y, words, position, n, a, b, c)
+        _stored_affine_at(device, stream, dtype, x, y, words, position, n, a, b, c, kept_at)
         return
     if len(axes) > DIMS or n >= INDEX_END:
         for start, cell, part in _parts(axes):
             at = start * ITEM_BYTES[dtype]
-            strided_affine_at(device, stream, dtype, x + at, y + at, words, position + cell, part, a, b, c)
+            strided_affine_at(
+                device, stream, dtype, x + at, y + at, words, position + cell, part, a, b, c, kept_at=kept_at
+            )
         return
     step = VECTOR_BYTES // ITEM_BYTES[dtype]
     wide = (x | y) % VECTOR_BYTES == 0 and axes[-1][0] % step == 0
     form = "wide" if wide else "narrow"
-    kernel = driver.device(device).kernel("strided", dtype, form, b == 0.0 and c == 0.0)
+    kernel = driver.device(device).kernel("strided", dtype, form, b == 0.0 and c == 0.0, kept_at != 0)
     inner_first = [*reversed(axes), *[(1, 0)] * (DIMS - len(axes))]
     divisions = [value for extent, cells in inner_first[:-1] for value in (extent, *reciprocal(extent), cells)]
-    kernel.launch(stream, n // step if wide else n, x, y, words, position, n, *divisions, inner_first[-1][1], a, b, c)
+    threads, outermost = n // step if wide else n, inner_first[-1][1]
+    kernel.launch(stream, threads, x, y, words, position, n, *divisions, outermost, kept_at, a, b, c)
+
+
+def gaussian_multiply_at(
+    device: int,
+    stream: int,
+    dtype: int,
+    x: int,
+    y: int,
+    first: int,
+    n: int,
+    seed: int,
+    offset: int,
+    sigma: float,
+    *,
+    seed_at: int = 0,
+) -> None:
+    if n:
+        kernel = driver.device(device).kernel("gaussian_multiply", dtype)
+        tiles = -(-(first % NOISE_CELLS + n) // NOISE_CELLS)
+        kernel.launch(stream, tiles * NOISE_COUNTERS, x, y, first, n, seed, seed_at, offset, sigma)
+
+
+def dilate_bits_at(device: int, stream: int, to: int, words: int, outer: int, n: int, inner: int, block: int) -> None:
+    row = (n + block - 1) * inner
+    cells = outer * row
+    if cells:
+        kernel = driver.device(device).kernel("dilate_bits")
+        multiplier, shift = reciprocal(row, 63)
+        kernel.launch(stream, -(-cells // 32), to, words, cells, row, multiplier, shift - 63, n * inner, inner)
+
+
+def count_bits_at(device: int, stream: int, words: int, count: int, kept: int) -> None:
+    """Adds the number of 1s in so many words to the uint64 at an address."""
+    if count:
+        driver.device(device).kernel("count_bits").launch(stream, -(-count // COUNTED), words, count, kept)
 
 
 def fill_at(device: int, stream: int, address: int, word: int, count: int) -> None:
@@ -195,13 +240,13 @@ def upload(x: Any) -> Any:
 device_of = driver.device_of
 
 
-def reciprocal(extent: int) -> tuple[int, int]:
-    """(multiplier, shift) with ``n * multiplier >> shift == n // extent`` for n below 2**31.
+def reciprocal(extent: int, bits: int = 31) -> tuple[int, int]:
+    """(multiplier, shift) with ``n * multiplier >> shift == n // extent`` for n of so many bits.
 
-    The multiplier is 2**shift / extent rounded up, too large by less than 1; with ``shift = 31 + ceil(log2(extent))``
+    The multiplier is 2**shift / extent rounded up, too large by less than 1; with ``shift = bits + ceil(log2(extent))``
     n times that is less than 2**shift / extent.
     """
-    shift = 31 + (extent - 1).bit_length()
+    shift = bits + (extent - 1).bit_length()
     return -(-(1 << shift) // extent), shift
 
 

@@ -21,12 +21,33 @@ from numpy.typing import NDArray
 
 from .._checks import BFLOAT16, FLOAT16
 from ..mask import word_count
-from ..stream import GROUP_SHIFT, GROUPS, LOW, MASK_DOMAIN, PLANES_PER_GROUP, philox4x32_10
+from ..stream import GROUP_SHIFT, GROUPS, LOW, MASK_DOMAIN, NOISE_DOMAIN, PLANES_PER_GROUP, philox4x32_10
 
 Array = NDArray[Any]
 Words = NDArray[np.uint32]
 
 CHUNK_WORDS = 1 << 14  # drawn at a time; bounds the temporaries at a few MB
+
+# Noise. A tile of 64 cells is made of 16 counters: cell ``16 k + j`` of it is normal k of counter j.
+TILE_CELLS, TILE_COUNTERS = 64, 16
+# ln(1 + x) / x**3 + 1 / (2 x) - 1 / x**2 for sqrt(1/2) <= 1 + x < sqrt(2), highest power first; ln 2 in two parts.
+# Source: Moshier, Cephes 2.2, 1992, logf; so are the sine and the cosine, for angles up to pi / 4.
+LOG = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
+SQRT_HALF_BITS = 0x3F3504F3
+SINE = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+COSINE = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+RADIANS = 1.5707963267948966 / 2**32  # of a quarter turn, in 2**32 steps
 
 
 def unavailable() -> str | None:
@@ -103,6 +124,89 @@ def masked_affine(
             kept += kind(b)
         result = np.where(keep, kept, kind(c))
         target[...] = float32_to_bfloat16(result) if dtype == BFLOAT16 else result
+
+
+def gaussian_multiply(dtype: int, x: Array, y: Array, first: int, n: int, seed: int, offset: int, sigma: float) -> None:
+    """``y[i] = x[i] * (1 + sigma * z)`` with z the standard normal number of cell ``first + i``, for i < n.
+
+    Cells are below 2**61. The factor is float32 for every dtype, computed by the steps of `_normals` in their order,
+    each rounded to nearest even and none contracted with the next, so that all backends have it bit for bit; then the
+    product is as for the affine: float64 in itself, 16-bit types in float32, rounded once.
+    """
+    source, target = x.reshape(-1), y.reshape(-1)
+    one, spread = np.float32(1), np.float32(sigma)
+    for at in range(0, n, 32 * CHUNK_WORDS):
+        part = slice(at, min(n, at + 32 * CHUNK_WORDS))
+        factor = one + spread * _normals(first + at, part.stop - at, seed, offset)
+        values = source[part]
+        if dtype == BFLOAT16:
+            values = bfloat16_to_float32(values)
+        with np.errstate(all="ignore"):
+            if dtype == FLOAT16:
+                values = values.astype(np.float32)
+            result = values * factor
+            target[part] = float32_to_bfloat16(result) if dtype == BFLOAT16 else result
+
+
+def dilate_bits(to: Words, words: Words, outer: int, n: int, inner: int, block: int) -> None:
+    """Widens what is dropped along an axis: bits ``[outer, n, inner]`` of words to bits ``[outer, n + block - 1,
+    inner]`` of to, where cell i is kept if those of the cells ``i - block + 1 .. i`` that there are, are kept.
+
+    ``to`` and ``words`` are different arrays; bits past the last in the last word of ``to`` become 0.
+    """
+    keep = _unpack(words, 0, outer * n * inner).reshape(outer, n, inner)
+    result = np.ones((outer, n + block - 1, inner), np.bool_)
+    for shift in range(block):
+        result[:, shift : shift + n] &= keep
+    _write_bits(to, 0, result.reshape(-1))
+
+
+def _normals(first: int, n: int, seed: int, offset: int) -> NDArray[np.float32]:
+    """Standard normal numbers of cells ``first .. first+n-1``, by Box and Muller's transform.
+
+    Counter j of tile t is number ``b = 16 t + j``: a Philox block at ``(b low, b high | 2 << 27, offset low, offset
+    high)``. Its outputs 0 and 1 make normals 0 and 1, outputs 2 and 3 normals 2 and 3.
+    """
+    tile = first // TILE_CELLS
+    tiles = -(-(first + n) // TILE_CELLS) - tile
+    b = np.arange(tiles * TILE_COUNTERS, dtype=np.uint64) + np.uint64(tile * TILE_COUNTERS)
+    counter = b & np.uint64(LOW), (b >> np.uint64(32)) | np.uint64(NOISE_DOMAIN), offset & LOW, offset >> 32
+    r0, r1, r2, r3 = philox4x32_10(counter, (seed & LOW, seed >> 32))
+    normals = (*_normal_pair(r0, r1), *_normal_pair(r2, r3))
+    ordered = np.stack([z.reshape(tiles, TILE_COUNTERS) for z in normals], axis=1).reshape(-1)
+    lead = first - tile * TILE_CELLS
+    return ordered[lead : lead + n]
+
+
+def _normal_pair(radius: Words, angle: Words) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Two independent standard normal numbers of two uniform ones."""
+    f = np.float32
+    # -2 ln u for u = (the upper 31 bits + 1/2) / 2**31: u = m 2**e with m about 1, ln u = ln m + e ln 2.
+    u = ((radius >> 1).astype(np.int32).astype(f) + f(0.5)) * f(2.0**-31)
+    bits = u.view(np.int32)
+    exponent = (bits - np.int32(SQRT_HALF_BITS)) >> 23
+    x = (bits - (exponent << 23)).view(f) - f(1)
+    e, square = exponent.astype(f), x * x
+    log = _polynomial(LOG, x) * x * square
+    log = log + e * f(LN2_LOW)
+    log = log - square * f(0.5)
+    log = (x + log) + e * f(LN2_HIGH)
+    r = np.sqrt(log * f(-2))
+    # The upper two bits turn by quarters, the lower thirty within one: -pi/4 to pi/4.
+    t = (angle << 2).view(np.int32).astype(f) * f(RADIANS)
+    square = t * t
+    sine = _polynomial(SINE, square) * square * t + t
+    cosine = _polynomial(COSINE, square) * square * square - square * f(0.5) + f(1)
+    cosine = (cosine.view(np.uint32) ^ (angle & np.uint32(1 << 31))).view(f)
+    swap = (angle & np.uint32(1 << 30)) != 0
+    return r * np.where(swap, sine, cosine), r * np.where(swap, cosine, sine)
+
+
+def _polynomial(coefficients: tuple[float, ...], x: NDArray[np.float32]) -> NDArray[np.float32]:
+    value = np.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = value * x + np.float32(coefficient)
+    return value
 
 
 def bfloat16_to_float32(bits: Array) -> Array:

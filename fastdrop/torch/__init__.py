@@ -9,10 +9,67 @@
 
 try:
     from .convert import Report, convert, revert
-    from .functional import dropout
-    from .modules import Dropout
+    from .functional import (
+        alpha_dropout,
+        drop_block2d,
+        drop_block3d,
+        drop_connect,
+        dropout,
+        dropout1d,
+        dropout2d,
+        dropout3d,
+        feature_alpha_dropout,
+        gaussian_dropout,
+        stochastic_depth,
+        variational_dropout,
+    )
+    from .modules import (
+        AlphaDropout,
+        DropBlock2d,
+        DropBlock3d,
+        Dropout,
+        Dropout1d,
+        Dropout2d,
+        Dropout3d,
+        DropPath,
+        FeatureAlphaDropout,
+        GaussianDropout,
+        StochasticDepth,
+        VariationalDropout,
+    )
     from .override import disable, enable, enabled
 except ImportError as error:
     raise ImportError(f'fastdrop.torch needs torch 2.11 or later: pip install "fastdrop[torch]" ({error})') from error
 
-__all__ = ["Dropout", "Report", "convert", "disable", "dropout", "enable", "enabled", "revert"]
+__all__ = [
+    "AlphaDropout",
+    "DropBlock2d",
+    "DropBlock3d",
+    "DropPath",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "FeatureAlphaDropout",
+    "GaussianDropout",
+    "Report",
+    "StochasticDepth",
+    "VariationalDropout",
+    "alpha_dropout",
+    "convert",
+    "disable",
+    "drop_block2d",
+    "drop_block3d",
+    "drop_connect",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "enable",
+    "enabled",
+    "feature_alpha_dropout",
+    "gaussian_dropout",
+    "revert",
+    "stochastic_depth",
+    "variational_dropout",
+]

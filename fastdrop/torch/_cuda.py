@@ -15,6 +15,7 @@ from .. import backends
 from ..grid import cell_axes
 
 Shape = tuple[int, ...]
+Affine = tuple[float, float, float]
 
 
 @cache
@@ -37,15 +38,13 @@ def place(x: Tensor) -> tuple[int, int]:
 
 
 def forward(
-    tag: int, x: Tensor, y: Tensor, words: Tensor | None, n: int, seed: int | Tensor, cut: int, scale: float
+    tag: int, x: Tensor, y: Tensor, words: Tensor | None, n: int, seed: int | Tensor, cut: int, affine: Affine
 ) -> None:
     """y = x under a mask that is drawn and, unless words is None, kept. x and y are contiguous."""
     at = 0 if words is None else words.data_ptr()
     number, seed_at = _by_value_or_address(seed)
     from_, to = x.data_ptr(), y.data_ptr()
-    backends.cuda().dropout_forward_at(
-        *place(x), tag, from_, to, at, 0, n, number, 0, cut, scale, 0.0, 0.0, seed_at=seed_at
-    )
+    backends.cuda().dropout_forward_at(*place(x), tag, from_, to, at, 0, n, number, 0, cut, *affine, seed_at=seed_at)
 
 
 def draw(words: Tensor, cells: int, seed: int | Tensor, cut: int) -> None:
@@ -53,34 +52,49 @@ def draw(words: Tensor, cells: int, seed: int | Tensor, cut: int) -> None:
     backends.cuda().draw_bits_at(*place(words), words.data_ptr(), 0, 0, cells, number, 0, cut, seed_at=seed_at)
 
 
-def apply(tag: int, x: Tensor, y: Tensor, words: Tensor, n: int, scale: float) -> None:
-    """y = x under stored bits, both contiguous."""
-    from_, to, at = x.data_ptr(), y.data_ptr(), words.data_ptr()
-    backends.cuda().masked_affine_at(*place(x), tag, from_, to, at, 0, 1, 1, n, scale, 0.0, 0.0)
+def dilate(to: Tensor, words: Tensor, outer: int, n: int, inner: int, block: int) -> None:
+    backends.cuda().dilate_bits_at(*place(to), to.data_ptr(), words.data_ptr(), outer, n, inner, block)
+
+
+def count(words: Tensor) -> Tensor:
+    """The number of 1 bits, int64 on the device."""
+    kept = torch.zeros((), dtype=torch.int64, device=words.device)
+    backends.cuda().count_bits_at(*place(words), words.data_ptr(), words.numel(), kept.data_ptr())
+    return kept
+
+
+def gaussian(tag: int, x: Tensor, y: Tensor, n: int, seed: int | Tensor, sigma: float) -> None:
+    """y = x times its Gaussian factors, both contiguous."""
+    number, seed_at = _by_value_or_address(seed)
+    at = x.data_ptr(), y.data_ptr()
+    backends.cuda().gaussian_multiply_at(*place(x), tag, *at, 0, n, number, 0, sigma, seed_at=seed_at)
+
+
+def apply(tag: int, x: Tensor, y: Tensor, words: Tensor, n: int, affine: Affine, kept: Tensor | None) -> None:
+    """y = x under stored bits, both contiguous. ``kept`` divides the scale."""
+    at = x.data_ptr(), y.data_ptr(), words.data_ptr()
+    backends.cuda().masked_affine_at(*place(x), tag, *at, 0, 1, 1, n, *affine, kept_at=_address(kept))
 
 
 def apply_strided(
-    tag: int, x: Tensor, y: Tensor, order: list[int], words: Tensor, scale: float, cells_shape: Shape | None
+    tag: int,
+    x: Tensor,
+    y: Tensor,
+    order: list[int],
+    words: Tensor,
+    affine: Affine,
+    cells_shape: Shape | None,
+    kept: Tensor | None,
 ) -> None:
-    """The same for shared cells, and for data in another order; ``order`` is `memory_order` of both."""
+    """The same for shared cells, and for data in another order; ``order`` is `grid.memory_order` of both."""
     axes = cell_axes(tuple(x.shape), tuple(x.shape) if cells_shape is None else cells_shape)
     in_memory = [axes[axis] for axis in order]
-    from_, to, at = x.data_ptr(), y.data_ptr(), words.data_ptr()
-    backends.cuda().strided_affine_at(*place(x), tag, from_, to, at, 0, in_memory, scale, 0.0, 0.0)
+    at = x.data_ptr(), y.data_ptr(), words.data_ptr()
+    backends.cuda().strided_affine_at(*place(x), tag, *at, 0, in_memory, *affine, kept_at=_address(kept))
 
 
-def memory_order(x: Tensor) -> list[int] | None:
-    """The axes from the outermost to the innermost in memory; None where elements overlap or leave gaps."""
-    if x.is_contiguous():
-        return list(range(x.dim()))
-    strides = x.stride()
-    order = sorted((axis for axis, extent in enumerate(x.shape) if extent > 1), key=lambda axis: -strides[axis])
-    step = 1
-    for axis in reversed(order):
-        if strides[axis] != step:
-            return None
-        step *= x.shape[axis]
-    return order
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
 
 
 def _by_value_or_address(seed: int | Tensor) -> tuple[int, int]:

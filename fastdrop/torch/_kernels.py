@@ -20,8 +20,9 @@ from torch import Tensor
 from .. import backends
 from .._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from ..backends import native
-from ..grid import Grid
-from ..mask import fill_words, word_count
+from ..grid import Grid, cell_axes, memory_order
+from ..kinds import Blocks
+from ..mask import fill_words, popcount, word_count
 from ..stream import DROP_ALL
 from . import _cuda
 from ._plain import hide_from_dynamo
@@ -35,6 +36,7 @@ TAGS = {
 DTYPES = frozenset([*TAGS, torch.complex64, torch.complex128])
 
 Shape = tuple[int, ...]
+Affine = tuple[float, float, float]  # a, b, c: kept x becomes a x + b, dropped x becomes c
 
 with torch.inference_mode(False):
     _NO_WORDS = torch.empty(0, dtype=torch.int32, device="cpu")  # its `new_empty` costs less than `torch.empty`
@@ -67,7 +69,7 @@ _borrow_threads()
 
 
 def forward(
-    x: Tensor, seed: Any, cut: int, scale: float, cells_shape: Shape | None, bits: bool, inplace: bool = False
+    x: Tensor, seed: Any, cut: int, affine: Affine, cells_shape: Shape | None, bits: bool, inplace: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Draws a mask and applies it: x or a new tensor with the strides torch would give it, and the words if asked for.
 
@@ -81,37 +83,69 @@ def forward(
             if x.is_contiguous():
                 y = x if inplace else torch.empty_like(x)
                 words = _empty_words(x, n) if bits else None
-                _cuda.forward(tag, x, y, words, n, seed, cut, scale)
+                _cuda.forward(tag, x, y, words, n, seed, cut, affine)
                 return y, words
-            return _forward_by_words(x, seed, cut, scale, None, bits, inplace)
+            return _forward_by_words(x, seed, cut, affine, None, bits, inplace)
         words = _NO_WORDS.new_empty((n + 31) >> 5) if bits else None
-        if x.is_contiguous():
-            source, y = x, x if inplace else _new_like(x, n)
-        else:
-            source = y = x.contiguous()
+        source, y = _source_and_target(x, n, inplace)
         backend = backends.active()
         if backend is native:
             at = 0 if words is None else words.data_ptr()
             threads, from_, to = torch.get_num_threads(), source.data_ptr(), y.data_ptr()
-            if native.dropout_forward_at(threads, tag, from_, to, at, 0, n, seed, 0, cut, scale, 0.0, 0.0):
+            if native.dropout_forward_at(threads, tag, from_, to, at, 0, n, seed, 0, cut, *affine):
                 raise _refusal()
         else:
             keep = None if words is None else _words(words)
             arrays = _array(source), _array(y)
-            _call(backend, backend.dropout_forward, tag, *arrays, keep, 0, n, seed, 0, cut, scale, 0.0, 0.0)
-        if source is x:
-            return y, words
-        return x.copy_(y) if inplace else _like(y, x), words
+            _call(backend, backend.dropout_forward, tag, *arrays, keep, 0, n, seed, 0, cut, *affine)
+        return _delivered(y, x, source, inplace), words
     check_dtype(x)
-    return _forward_by_words(x, seed, cut, scale, cells_shape, bits, inplace)
+    return _forward_by_words(x, seed, cut, affine, cells_shape, bits, inplace)
+
+
+def forward_each(
+    samples: list[Tensor], seeds: list[Any], cut: int, affine: Affine, cells_shape: Shape | None, bits: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`forward` of samples of one shape, each with a seed of its own, stacked."""
+    x = samples[0]
+    tag = TAGS.get(x.dtype)
+    n = x.numel()
+    fits = cells_shape is None and tag is not None and 0 < cut < DROP_ALL and n and x.is_contiguous()
+    if not fits or not x.is_cpu or backends.active() is not native:
+        results = [forward(*each, cut, affine, cells_shape, bits) for each in zip(samples, seeds, strict=True)]
+        words = [kept for _, kept in results if kept is not None]
+        return torch.stack([y for y, _ in results]), torch.stack(words) if bits else None
+    y = x.new_empty((len(samples), *x.shape))
+    words = _NO_WORDS.new_empty((len(samples), (n + 31) >> 5)) if bits else None
+    threads, to, at = torch.get_num_threads(), y.data_ptr(), 0 if words is None else words.data_ptr()
+    for sample, seed in zip(samples, seeds, strict=True):
+        if native.dropout_forward_at(threads, tag, sample.data_ptr(), to, at, 0, n, seed, 0, cut, *affine):
+            raise _refusal()
+        to += n * x.element_size()
+        at += 4 * ((n + 31) >> 5) * bits
+    return y, words
+
+
+def _source_and_target(x: Tensor, n: int, inplace: bool) -> tuple[Tensor, Tensor]:
+    """x in logical order, and where its result goes: over a copy, if x lies in another order."""
+    if x.is_contiguous():
+        return x, x if inplace else _new_like(x, n)
+    copied = x.contiguous()
+    return copied, copied
+
+
+def _delivered(y: Tensor, x: Tensor, source: Tensor, inplace: bool) -> Tensor:
+    if source is x:
+        return y
+    return x.copy_(y) if inplace else _like(y, x)
 
 
 def _forward_by_words(
-    x: Tensor, seed: Any, cut: int, scale: float, cells_shape: Shape | None, bits: bool, inplace: bool
+    x: Tensor, seed: Any, cut: int, affine: Affine, cells_shape: Shape | None, bits: bool, inplace: bool
 ) -> tuple[Tensor, Tensor | None]:
     words = draw(x, math.prod(x.shape if cells_shape is None else cells_shape), seed, cut)
-    y = apply(x, words, scale, cells_shape)
-    return x.copy_(y) if inplace else y, words if bits else None
+    y = apply(x, words, affine, cells_shape, inplace=inplace)
+    return y, words if bits else None
 
 
 def _empty_words(like: Tensor, cells: int) -> Tensor:
@@ -143,6 +177,62 @@ def draw(like: Tensor, cells: int, seed: Any, cut: int) -> Tensor:
     return words
 
 
+def draw_blocks(like: Tensor, seed: Any, cut: int, plan: Blocks) -> tuple[Tensor, Tensor]:
+    """The words of DropBlock's mask, and how many cells they keep: int64 without axes, where ``like`` is."""
+    outer, n, inner, block = plan.passes[-1]
+    if not outer * (n + block - 1) * inner:
+        return like.new_empty(0, dtype=torch.int32), like.new_zeros((), dtype=torch.int64)
+    words = draw(like, math.prod(plan.seeds), seed, cut)
+    for outer, n, inner, block in plan.passes:
+        cells = outer * (n + block - 1) * inner
+        if like.is_cuda:
+            to = _empty_words(like, cells)
+            _cuda.dilate(to, words, outer, n, inner, block)
+        else:
+            to = _NO_WORDS.new_empty(word_count(cells))
+            backend = backends.active()
+            if backend is native:
+                at = to.data_ptr(), words.data_ptr()
+                if native.dilate_bits_at(torch.get_num_threads(), *at, outer, n, inner, block):
+                    raise _refusal()
+            else:
+                _call(backend, backend.dilate_bits, _words(to), _words(words), outer, n, inner, block)
+        words = to
+    if like.is_cuda:
+        return words, _cuda.count(words)
+    return words, torch.tensor(popcount(_words(words)), dtype=torch.int64)
+
+
+def keep_blocks(x: Tensor, words: Tensor, kept: Tensor, cells_shape: Shape | None, inplace: bool = False) -> Tensor:
+    """x under DropBlock's mask: what is kept times cells / cells kept."""
+    cells = x.numel() if cells_shape is None else math.prod(cells_shape)
+    if x.is_cuda:
+        return apply(x, words, (float(cells), 0.0, 0.0), cells_shape, inplace=inplace, kept=kept)
+    count = int(kept.item())
+    return apply(x, words, (cells / count if count else 0.0, 0.0, 0.0), cells_shape, inplace=inplace)
+
+
+def gaussian(x: Tensor, seed: Any, sigma: float, inplace: bool = False) -> Tensor:
+    """x times its Gaussian factors."""
+    check_real(x, "Gaussian dropout")
+    tag = TAGS[x.dtype]
+    n = x.numel()
+    if not n:
+        return x if inplace else torch.empty_like(x)
+    source, y = _source_and_target(x, n, inplace)
+    if x.is_cuda:
+        _cuda.gaussian(tag, source, y, n, seed, sigma)
+        return _delivered(y, x, source, inplace)
+    backend = backends.active()
+    if backend is native:
+        at = source.data_ptr(), y.data_ptr()
+        if native.gaussian_multiply_at(torch.get_num_threads(), tag, *at, 0, n, seed, 0, sigma):
+            raise _refusal()
+    else:
+        _call(backend, backend.gaussian_multiply, tag, _array(source), _array(y), 0, n, seed, 0, sigma)
+    return _delivered(y, x, source, inplace)
+
+
 def _checked(words: Tensor, cells: int, device: torch.device) -> Tensor:
     """Words as kernels take them, who would read past the end of fewer. Hooks on saved tensors may change them."""
     if words.dtype != torch.int32 or words.shape != (word_count(cells),) or words.device != device:
@@ -153,44 +243,63 @@ def _checked(words: Tensor, cells: int, device: torch.device) -> Tensor:
     return words.contiguous()
 
 
-def apply(x: Tensor, words: Tensor, scale: float, cells_shape: Shape | None) -> Tensor:
-    """x under stored bits: kept elements times scale, exactly 0 elsewhere."""
+def apply(
+    x: Tensor,
+    words: Tensor,
+    affine: Affine,
+    cells_shape: Shape | None,
+    *,
+    inplace: bool = False,
+    kept: Tensor | None = None,
+) -> Tensor:
+    """x under stored bits, to x or a new tensor. ``kept``, on a GPU, divides the scale when the kernel runs."""
     tag = TAGS.get(x.dtype)
     if tag is None:  # complex: two numbers side by side share a cell
         check_dtype(x)
-        y = apply(
-            torch.view_as_real(x.resolve_conj()), words, scale, (*(x.shape if cells_shape is None else cells_shape), 1)
-        )
-        return torch.view_as_complex(y)
+        if affine[1] or affine[2]:
+            check_real(x, "alpha dropout")
+        cells = (*(x.shape if cells_shape is None else cells_shape), 1)
+        y = torch.view_as_complex(apply(torch.view_as_real(x.resolve_conj()), words, affine, cells, kept=kept))
+        return x.copy_(y) if inplace else y
     n = x.numel()
     cells = n if cells_shape is None else math.prod(cells_shape)
     whole = words.dtype is torch.int32 and words.numel() == (cells + 31) >> 5 and words.is_contiguous()
     if not whole or not (words.is_cpu if x.is_cpu else words.device == x.device):
         words = _checked(words, cells, x.device)
     if not n:
-        return torch.empty_like(x)
+        return x if inplace else torch.empty_like(x)
     if x.is_cuda:
         if cells_shape is None and x.is_contiguous():
-            y = torch.empty_like(x)
-            _cuda.apply(tag, x, y, words, n, scale)
+            y = x if inplace else torch.empty_like(x)
+            _cuda.apply(tag, x, y, words, n, affine, kept)
             return y
-        order = _cuda.memory_order(x)
+        order = memory_order(x.shape, x.stride())
         if order is None:
-            return _like(apply(x.contiguous(), words, scale, cells_shape), x)
-        y = torch.empty_like(x)
-        _cuda.apply_strided(tag, x, y, order, words, scale, cells_shape)
+            y = _like(apply(x.contiguous(), words, affine, cells_shape, kept=kept), x)
+            return x.copy_(y) if inplace else y
+        y = x if inplace else torch.empty_like(x)
+        _cuda.apply_strided(tag, x, y, order, words, affine, cells_shape, kept)
         return y
-    if x.is_contiguous():
-        source, y = x, _new_like(x, n)
-    else:
-        source = y = x.contiguous()
-    if cells_shape is None:
-        _masked_affine(tag, source, y, 0, words, 0, 1, 1, n, scale)
-    else:
-        grid = Grid.of(x.shape, cells_shape)
-        for start, cell in grid.pieces():
-            _masked_affine(tag, source, y, start, words, cell, grid.outer, grid.repeat, grid.inner, scale)
-    return y if source is x else _like(y, x)
+    if cells_shape is None and x.is_contiguous():
+        y = x if inplace else _new_like(x, n)
+        _masked_affine(tag, x, y, 0, words, 0, 1, 1, n, affine)
+        return y
+    grid = _grid_in_memory(x, cells_shape)
+    source, y = (x, x if inplace else _new_like(x, n)) if grid is not None else _source_and_target(x, n, inplace)
+    if grid is None:
+        grid = Grid.of(tuple(x.shape), tuple(x.shape) if cells_shape is None else cells_shape)
+    for start, cell in grid.pieces():
+        _masked_affine(tag, source, y, start, words, cell, grid.outer, grid.repeat, grid.inner, affine)
+    return _delivered(y, x, source, inplace)
+
+
+def _grid_in_memory(x: Tensor, cells_shape: Shape | None) -> Grid | None:
+    """The grid of x's elements in their order in memory; None where they or their cells lie apart."""
+    order = memory_order(x.shape, x.stride())
+    if order is None:
+        return None
+    axes = cell_axes(tuple(x.shape), tuple(x.shape) if cells_shape is None else cells_shape)
+    return Grid.over([axes[axis] for axis in order])
 
 
 def check_dtype(x: Tensor) -> None:
@@ -198,6 +307,12 @@ def check_dtype(x: Tensor) -> None:
         raise RuntimeError(
             f"dropout takes float32, float64, float16, bfloat16, complex64 or complex128, but got {x.dtype}"
         )
+
+
+def check_real(x: Tensor, what: str) -> None:
+    check_dtype(x)
+    if x.is_complex():
+        raise RuntimeError(f"{what} takes real numbers, but got {x.dtype}")
 
 
 def _like(y: Tensor, x: Tensor) -> Tensor:
@@ -216,34 +331,21 @@ def _masked_affine(
     outer: int,
     repeat: int,
     inner: int,
-    scale: float,
+    affine: Affine,
 ) -> None:
+    """Elements from ``start`` on, in the order of memory."""
     backend = backends.active()
     if backend is native:
         from_, to, at = x.data_ptr(), y.data_ptr(), words.data_ptr()
         if start:
             from_, to = from_ + start * x.element_size(), to + start * x.element_size()
         threads = torch.get_num_threads()
-        if native.masked_affine_at(threads, tag, from_, to, at, position, outer, repeat, inner, scale, 0.0, 0.0):
+        if native.masked_affine_at(threads, tag, from_, to, at, position, outer, repeat, inner, *affine):
             raise _refusal()
     else:
-        part = slice(start, start + outer * repeat * inner)
-        source, target = _array(x).reshape(-1)[part], _array(y).reshape(-1)[part]
-        _call(
-            backend,
-            backend.masked_affine,
-            tag,
-            source,
-            target,
-            _words(words),
-            position,
-            outer,
-            repeat,
-            inner,
-            scale,
-            0.0,
-            0.0,
-        )
+        n = outer * repeat * inner
+        flat = (_array(tensor.as_strided((n,), (1,), tensor.storage_offset() + start)) for tensor in (x, y))
+        _call(backend, backend.masked_affine, tag, *flat, _words(words), position, outer, repeat, inner, *affine)
 
 
 def _call(backend: Any, primitive: Any, *arguments: Any) -> None:
@@ -269,4 +371,4 @@ def _refusal() -> RuntimeError:
     return RuntimeError("the C kernel refused its arguments")
 
 
-hide_from_dynamo(forward, draw, apply)
+hide_from_dynamo(forward, draw, apply, draw_blocks, keep_blocks, gaussian)

@@ -1,9 +1,10 @@
 """The ops ``torch.ops.fastdrop.*``: what compilers, transforms and tracers see of dropout.
 
-``draw`` takes a seed from torch's generator; ``forward`` and ``backward`` are functions of their arguments alone. Every
-op has a fake kernel, ``vmap`` rules and derivatives of any order, reverse and forward; backward is linear and its own
-adjoint. p may be a float or, in the overloads named ``tensor``, a tensor without axes: one that changes from step to
-step then costs no recompilation.
+``draw`` takes a seed from torch's generator; the others are functions of their arguments alone: ``forward`` and its
+gradient ``backward`` for all that keeps or drops, ``gaussian``, and DropBlock in two halves, ``draw_blocks`` and
+``keep_blocks``. Every op has a fake kernel, ``vmap`` rules and derivatives of any order, reverse and forward; all but
+forward are linear and their own adjoints. p may be a float or, in the overloads named ``tensor``, a tensor without
+axes: one that changes from step to step then costs no recompilation.
 
 The derivatives are kernels of our own and not `torch.library.register_autograd`'s, which drop tangents without a word
 and refuse to be transformed.
@@ -20,25 +21,36 @@ from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
 from torch.autograd import forward_ad
 
-from .. import _checks
+from .. import _checks, kinds
 from ..mask import word_count
-from ..stream import threshold_and_scale
+from ..stream import threshold
 from . import _kernels, _random
-from ._plain import is_transformed
+from ._plain import is_plain, is_transformed
 
 DRAW = "draw(Tensor like, SymInt[] size) -> Tensor"
-FORWARD = "(Tensor x, Tensor seed, {p} p, SymInt[]? noise_shape, bool bits) -> (Tensor y, Tensor words)"
-BACKWARD = "(Tensor dy, Tensor words, {p} p, SymInt[]? noise_shape) -> Tensor"
+FORWARD = (
+    '(Tensor x, Tensor seed, {p} p, SymInt[]? noise_shape, bool bits, str law="inverted") -> (Tensor y, Tensor words)'
+)
+BACKWARD = '(Tensor dy, Tensor words, {p} p, SymInt[]? noise_shape, str law="inverted") -> Tensor'
+GAUSSIAN = "(Tensor x, Tensor seed, {p} p) -> Tensor"
+DRAW_BLOCKS = (
+    "(Tensor like, Tensor seed, {p} p, SymInt[] noise_shape, SymInt[] block_size) -> (Tensor words, Tensor kept)"
+)
+KEEP_BLOCKS = "(Tensor x, Tensor words, Tensor kept, SymInt[] noise_shape) -> Tensor"
 P_TYPES = {"": "float", ".tensor": "Tensor"}  # by overload
 
 library = torch.library.Library("fastdrop", "DEF")
 
 
-def threshold_scale(p: float | Tensor) -> tuple[int, float]:
+def probability(p: float | Tensor) -> float:
     number = value_of(p) if isinstance(p, Tensor) else float(p)
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {number}")
-    return threshold_and_scale(number)
+    return number
+
+
+def gaussian_probability(p: float | Tensor) -> float:
+    return _checks.gaussian_probability(probability(p))
 
 
 def value_of(p: Tensor) -> float:
@@ -62,6 +74,8 @@ def cells_shape(noise_shape: Any, x: Tensor) -> tuple[int, ...] | None:
 
 def _draw(like: Tensor, size: list[int]) -> Tensor:
     """``like`` is for the dispatcher: a fake or wrapped tensor gets a fake or wrapped seed."""
+    if (seeds := _random.sample_seeds()) is not None:
+        return seeds.draw(size, _random.device_for(like))
     if size or not like.is_cuda:
         return torch.empty(size, dtype=torch.int64, device=_random.device_for(like)).random_()
     seed = _random.draw_cuda(like.device, None)  # what eager code takes
@@ -71,17 +85,34 @@ def _draw(like: Tensor, size: list[int]) -> Tensor:
 
 
 def _forward(
-    x: Tensor, seed: Tensor, p: float | Tensor, noise_shape: list[int] | None, bits: bool
+    x: Tensor, seed: Tensor, p: float | Tensor, noise_shape: list[int] | None, bits: bool, law: str = "inverted"
 ) -> tuple[Tensor, Tensor]:
-    cut, scale = threshold_scale(p)
+    cut = threshold(probability(p))
     number = _random.for_kernel(seed, x)
-    y, words = _kernels.forward(x, number, cut, scale, cells_shape(noise_shape, x), bits)
+    y, words = _kernels.forward(x, number, cut, kinds.affine(law, cut), cells_shape(noise_shape, x), bits)
     return y, x.new_empty(0, dtype=torch.int32) if words is None else words
 
 
-def _backward(dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[int] | None) -> Tensor:
-    _, scale = threshold_scale(p)
-    return _kernels.apply(dy, words, scale, cells_shape(noise_shape, dy))
+def _backward(
+    dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[int] | None, law: str = "inverted"
+) -> Tensor:
+    affine = kinds.affine(law, threshold(probability(p)))
+    return _kernels.apply(dy, words, affine, cells_shape(noise_shape, dy))
+
+
+def _gaussian(x: Tensor, seed: Tensor, p: float | Tensor) -> Tensor:
+    return _kernels.gaussian(x, _random.for_kernel(seed, x), kinds.spread(gaussian_probability(p)))
+
+
+def _draw_blocks(
+    like: Tensor, seed: Tensor, p: float | Tensor, noise_shape: list[int], block_size: list[int]
+) -> tuple[Tensor, Tensor]:
+    plan = kinds.blocks(tuple(noise_shape), probability(p), tuple(block_size))
+    return _kernels.draw_blocks(like, _random.for_kernel(seed, like), threshold(plan.gamma), plan)
+
+
+def _keep_blocks(x: Tensor, words: Tensor, kept: Tensor, noise_shape: list[int]) -> Tensor:
+    return _kernels.keep_blocks(x, words, kept, cells_shape(noise_shape, x))
 
 
 # ---- shapes alone ----
@@ -92,15 +123,22 @@ def _draw_fake(like: Tensor, size: list[int]) -> Tensor:
 
 
 def _forward_fake(
-    x: Tensor, seed: Tensor, p: float | Tensor, noise_shape: list[int] | None, bits: bool
+    x: Tensor, seed: Tensor, p: float | Tensor, noise_shape: list[int] | None, bits: bool, law: str = "inverted"
 ) -> tuple[Tensor, Tensor]:
     _kernels.check_dtype(x)
     cells = x.numel() if noise_shape is None else math.prod(noise_shape)
     return torch.empty_like(x), x.new_empty(word_count(cells) if bits else 0, dtype=torch.int32)
 
 
-def _backward_fake(dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[int] | None) -> Tensor:
-    return torch.empty_like(dy)
+def _like_fake(x: Tensor, *rest: Any) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _draw_blocks_fake(
+    like: Tensor, seed: Tensor, p: float | Tensor, noise_shape: list[int], block_size: list[int]
+) -> tuple[Tensor, Tensor]:
+    words = like.new_empty(word_count(math.prod(noise_shape)), dtype=torch.int32)
+    return words, like.new_empty((), dtype=torch.int64)
 
 
 # ---- gradients ----
@@ -111,12 +149,13 @@ def overload(op: Any, p: float | Tensor) -> Any:
     return op.tensor if isinstance(p, Tensor) else op.default
 
 
-def masked(x: Tensor, kept: Tensor, p: float | Tensor, noise_shape: Any, bits: bool) -> Tensor:
+def masked(x: Tensor, kept: Tensor, p: float | Tensor, noise_shape: Any, bits: bool, law: str = "inverted") -> Tensor:
     """The derivative: x under the mask that was kept, as words or as a seed."""
+    law = kinds.slope(law)
     if bits:
-        dx: Tensor = overload(torch.ops.fastdrop.backward, p)(x, kept, p, noise_shape)
+        dx: Tensor = overload(torch.ops.fastdrop.backward, p)(x, kept, p, noise_shape, law)
         return dx
-    again: Tensor = overload(torch.ops.fastdrop.forward, p)(x, kept, p, noise_shape, False)[0]
+    again: Tensor = overload(torch.ops.fastdrop.forward, p)(x, kept, p, noise_shape, False, law)[0]
     return again
 
 
@@ -130,16 +169,16 @@ def _below_autograd(op: Any, keyset: Any, *arguments: Any) -> Any:
         return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
 
-def _keep(ctx: Any, kept: Tensor, p: float | Tensor, noise_shape: Any, bits: bool) -> None:
-    variable = p if isinstance(p, Tensor) else None
-    ctx.p, ctx.noise_shape, ctx.bits = None if variable is p else p, noise_shape, bits
-    ctx.save_for_backward(kept, variable)
-    ctx.save_for_forward(kept, variable)
+def _keep(ctx: Any, *values: Any) -> None:
+    """Keeps tensors as autograd wants it, others as they are; `_kept` has them again."""
+    tensors = [value if isinstance(value, Tensor) else None for value in values]
+    ctx.others = [None if isinstance(value, Tensor) else value for value in values]
+    ctx.save_for_backward(*tensors)
+    ctx.save_for_forward(*tensors)
 
 
-def _derivative(ctx: Any, x: Tensor) -> Tensor:
-    kept, p = ctx.saved_tensors
-    return masked(x, kept, ctx.p if p is None else p, ctx.noise_shape, ctx.bits)
+def _kept(ctx: Any) -> list[Any]:
+    return [o if t is None else t for t, o in zip(ctx.saved_tensors, ctx.others, strict=True)]
 
 
 class _Forward(torch.autograd.Function):
@@ -149,37 +188,42 @@ class _Forward(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        _, _, _, seed, p, noise_shape, bits = inputs
-        _keep(ctx, output[1] if bits else seed, p, noise_shape, bits)
+        _, _, _, seed, p, noise_shape, bits, *law = inputs  # the dispatcher leaves out what has its default
+        _keep(ctx, output[1] if bits else seed, p, noise_shape, bits, *law)
+        ctx.none = (None,) * (len(inputs) - 3)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, _: Any) -> tuple[Any, ...]:
-        return None, None, None if dy is None else _derivative(ctx, dy), None, None, None, None
+        return None, None, None if dy is None else masked(dy, *_kept(ctx)), *ctx.none
 
     @staticmethod
     def jvp(ctx: Any, _op: Any, _keyset: Any, dx: Tensor | None, *_: Any) -> tuple[Any, None]:
-        return None if dx is None else _derivative(ctx, dx), None
+        return None if dx is None else masked(dx, *_kept(ctx)), None
 
 
-class _Backward(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
+    """Of an op that is linear in its first argument and its own adjoint."""
+
     @staticmethod
     def forward(*arguments: Any) -> Any:
         return _below_autograd(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, _, _, words, p, noise_shape = inputs
-        _keep(ctx, words, p, noise_shape, True)
+        ctx.op, _, _, *rest = inputs
+        _keep(ctx, *rest)
 
     @staticmethod
-    def backward(ctx: Any, ddx: Tensor) -> tuple[Any, ...]:
-        return None, None, _derivative(ctx, ddx), None, None, None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        rest = _kept(ctx)
+        return None, None, ctx.op(dy, *rest), *(None for _ in rest)
 
     @staticmethod
-    def jvp(ctx: Any, _op: Any, _keyset: Any, ddy: Tensor, *_: Any) -> Tensor:
-        return _derivative(ctx, ddy)
+    def jvp(ctx: Any, _op: Any, _keyset: Any, dx: Tensor, *_: Any) -> Tensor:
+        y: Tensor = ctx.op(dx, *_kept(ctx))
+        return y
 
 
 def _autograd(op: Any, function: type[torch.autograd.Function]) -> Any:
@@ -226,34 +270,91 @@ def _forward_vmap(
     p: float | Tensor,
     noise_shape: list[int] | None,
     bits: bool,
+    law: str = "inverted",
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int | None]]:
     op = overload(torch.ops.fastdrop.forward, p)
     _no_batch(in_dims[2], p)
     if in_dims[1] is None:  # one seed: all samples under the same mask
         x = x.movedim(in_dims[0], 0)
-        return op(x, seed, p, [1, *(x.shape[1:] if noise_shape is None else noise_shape)], bits), (0, None)
+        return op(x, seed, p, [1, *(x.shape[1:] if noise_shape is None else noise_shape)], bits, law), (0, None)
     seeds = seed.movedim(in_dims[1], 0)
     samples = _samples(x, in_dims[0], info.batch_size)
-    results = [op(x_, seed_, p, noise_shape, bits) for x_, seed_ in zip(samples, seeds.unbind(), strict=True)]
+    if samples and is_plain(x) and is_plain(seed) and not (x.requires_grad and torch.is_grad_enabled()):
+        cut, cells = threshold(probability(p)), cells_shape(noise_shape, samples[0])
+        numbers = [_random.for_kernel(one, x) for one in seeds.unbind()]
+        y, kept = _kernels.forward_each(samples, numbers, cut, kinds.affine(law, cut), cells, bits)
+        return (y, x.new_empty((len(samples), 0), dtype=torch.int32) if kept is None else kept), (0, 0)
+    results = [op(x_, seed_, p, noise_shape, bits, law) for x_, seed_ in zip(samples, seeds.unbind(), strict=True)]
     if not results:
-        y, words = op(_sample_like(x, in_dims[0]), torch.zeros((), dtype=torch.int64), p, noise_shape, bits)
+        y, words = op(_sample_like(x, in_dims[0]), torch.zeros((), dtype=torch.int64), p, noise_shape, bits, law)
         return (y.new_empty((0, *y.shape)), words.new_empty((0, *words.shape))), (0, 0)
     return (torch.stack([y for y, _ in results]), torch.stack([words for _, words in results])), (0, 0)
 
 
 def _backward_vmap(
-    info: Any, in_dims: tuple[Any, ...], dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[int] | None
+    info: Any,
+    in_dims: tuple[Any, ...],
+    dy: Tensor,
+    words: Tensor,
+    p: float | Tensor,
+    noise_shape: list[int] | None,
+    law: str = "inverted",
 ) -> tuple[Tensor, int]:
     op = overload(torch.ops.fastdrop.backward, p)
     _no_batch(in_dims[2], p)
     if in_dims[1] is None:
         dy = dy.movedim(in_dims[0], 0)
-        return op(dy, words, p, [1, *(dy.shape[1:] if noise_shape is None else noise_shape)]), 0
-    masks = words.movedim(in_dims[1], 0).unbind()
-    samples = _samples(dy, in_dims[0], info.batch_size)
+        return op(dy, words, p, [1, *(dy.shape[1:] if noise_shape is None else noise_shape)], law), 0
+    return _by_sample(info, in_dims, op, dy, words, p, noise_shape, law)
+
+
+def _gaussian_vmap(
+    info: Any, in_dims: tuple[Any, ...], x: Tensor, seed: Tensor, p: float | Tensor
+) -> tuple[Tensor, int]:
+    _no_batch(in_dims[2], p)
+    return _by_sample(info, in_dims, overload(torch.ops.fastdrop.gaussian, p), x, seed, p)
+
+
+def _keep_blocks_vmap(
+    info: Any, in_dims: tuple[Any, ...], x: Tensor, words: Tensor, kept: Tensor, noise_shape: list[int]
+) -> tuple[Tensor, int]:
+    op = torch.ops.fastdrop.keep_blocks.default
+    if in_dims[1] is None and in_dims[2] is None:
+        return op(x.movedim(in_dims[0], 0), words, kept, [1, *noise_shape]), 0
+    return _by_sample(info, in_dims, op, x, words, kept, noise_shape)
+
+
+def _draw_blocks_vmap(
+    info: Any,
+    in_dims: tuple[Any, ...],
+    like: Tensor,
+    seed: Tensor,
+    p: float | Tensor,
+    noise_shape: list[int],
+    block_size: list[int],
+) -> tuple[tuple[Tensor, Tensor], tuple[int | None, int | None]]:
+    op = overload(torch.ops.fastdrop.draw_blocks, p)
+    _no_batch(in_dims[2], p)
+    like = _sample_like(like, in_dims[0])
+    if in_dims[1] is None:
+        return op(like, seed, p, noise_shape, block_size), (None, None)
+    drawn = [op(like, one, p, noise_shape, block_size) for one in seed.movedim(in_dims[1], 0).unbind()]
+    if not drawn:
+        words, kept = _draw_blocks_fake(like, seed, p, noise_shape, block_size)
+        return (words.new_empty((0, *words.shape)), kept.new_empty(0)), (0, 0)
+    return (torch.stack([words for words, _ in drawn]), torch.stack([kept for _, kept in drawn])), (0, 0)
+
+
+def _by_sample(info: Any, in_dims: tuple[Any, ...], op: Any, x: Tensor, *rest: Any) -> tuple[Tensor, int]:
+    """An op whose result is like x, a sample at a time; what isn't batched of the rest is the same for all."""
+    samples = _samples(x, in_dims[0], info.batch_size)
     if not samples:
-        return dy.new_empty((0, *_sample_like(dy, in_dims[0]).shape)), 0
-    return torch.stack([op(dy_, mask, p, noise_shape) for dy_, mask in zip(samples, masks, strict=True)]), 0
+        return x.new_empty((0, *_sample_like(x, in_dims[0]).shape)), 0
+    others = [
+        _samples(value, in_dims[1 + i], info.batch_size) if isinstance(value, Tensor) else [value] * len(samples)
+        for i, value in enumerate(rest)
+    ]
+    return torch.stack([op(*arguments) for arguments in zip(samples, *others, strict=True)]), 0
 
 
 def _samples(x: Tensor, batch_axis: int | None, count: int) -> list[Tensor]:
@@ -277,18 +378,25 @@ library.impl("draw", _draw, "CompositeExplicitAutograd")
 torch.library.register_fake("fastdrop::draw", _draw_fake, lib=library)
 library.impl("draw", _draw_vmap, "FuncTorchVmapMode")
 
+
+def _register(name: str, schema: str, kernel: Any, fake: Any, vmap: Any, function: Any = None) -> None:
+    """One overload of an op; ``function`` makes its derivatives."""
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for device in ("CPU", "CUDA"):
+        library.impl(name, kernel, device)
+    torch.library.register_fake(f"fastdrop::{name}", fake, lib=library)
+    packet, _, suffix = name.partition(".")
+    if function is None:
+        library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    else:
+        own = getattr(getattr(torch.ops.fastdrop, packet), suffix or "default")
+        library.impl(name, _autograd(own, function), "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"fastdrop::{name}", vmap, lib=library)
+
+
 for _suffix, _type in P_TYPES.items():
-    for _name, _schema, _kernel, _fake, _function, _vmap in (
-        ("forward", FORWARD, _forward, _forward_fake, _Forward, _forward_vmap),
-        ("backward", BACKWARD, _backward, _backward_fake, _Backward, _backward_vmap),
-    ):
-        _op = f"{_name}{_suffix}"
-        library.define(_op + _schema.format(p=_type), tags=(torch.Tag.pt2_compliant_tag,))
-        library.impl(_op, _kernel, "CPU")
-        library.impl(_op, _kernel, "CUDA")
-        torch.library.register_fake(f"fastdrop::{_op}", _fake, lib=library)
-        _packet = getattr(torch.ops.fastdrop, _name)
-        library.impl(
-            _op, _autograd(getattr(_packet, _suffix[1:] or "default"), _function), "Autograd", with_keyset=True
-        )
-        torch.library.register_vmap(f"fastdrop::{_op}", _vmap, lib=library)
+    _register(f"forward{_suffix}", FORWARD.format(p=_type), _forward, _forward_fake, _forward_vmap, _Forward)
+    _register(f"backward{_suffix}", BACKWARD.format(p=_type), _backward, _like_fake, _backward_vmap, _Linear)
+    _register(f"gaussian{_suffix}", GAUSSIAN.format(p=_type), _gaussian, _like_fake, _gaussian_vmap, _Linear)
+    _register(f"draw_blocks{_suffix}", DRAW_BLOCKS.format(p=_type), _draw_blocks, _draw_blocks_fake, _draw_blocks_vmap)
+_register("keep_blocks", KEEP_BLOCKS, _keep_blocks, _like_fake, _keep_blocks_vmap, _Linear)

@@ -13,12 +13,42 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .. import _checks
-from .modules import Dropout
+from . import modules as ours
+from .modules import Rated
 
-__all__ = ["Report", "convert", "revert"]
+__all__ = ["FOREIGN", "Report", "convert", "refusal", "revert"]
 
 BEFORE = "_fastdrop_before"  # on a converted module: the class it had
-CLASSES: dict[type[nn.Module], type[nn.Module]] = {nn.Dropout: Dropout}
+CLASSES: dict[type[nn.Module], type[Rated]] = {
+    nn.Dropout: ours.Dropout,
+    nn.Dropout1d: ours.Dropout1d,
+    nn.Dropout2d: ours.Dropout2d,
+    nn.Dropout3d: ours.Dropout3d,
+    nn.AlphaDropout: ours.AlphaDropout,
+    nn.FeatureAlphaDropout: ours.FeatureAlphaDropout,
+}
+# Of packages that need not be there, by module and name; their attributes are ours.
+FOREIGN: dict[tuple[str, str], type[Rated]] = {
+    ("timm.layers.drop", "DropPath"): ours.DropPath,
+    ("timm.layers.drop", "DropBlock2d"): ours.TimmDropBlock2d,
+    ("torchvision.ops.stochastic_depth", "StochasticDepth"): ours.StochasticDepth,
+    ("torchvision.ops.drop_block", "DropBlock2d"): ours.DropBlock2d,
+    ("torchvision.ops.drop_block", "DropBlock3d"): ours.DropBlock3d,
+}
+
+
+def refusal(module: nn.Module) -> str:
+    """What one of timm's DropBlock2d does that ours doesn't."""
+    if getattr(module, "with_noise", False):
+        return "puts noise where it drops"
+    if hasattr(module, "gamma_scale") and not module.scale_by_keep:
+        return "doesn't scale what it keeps"
+    return ""
+
+
+def class_for(theirs: type[nn.Module]) -> type[Rated] | None:
+    """Our class for torch's, timm's or torchvision's."""
+    return CLASSES.get(theirs) or FOREIGN.get((theirs.__module__, theirs.__qualname__))
 
 
 @dataclass(frozen=True)
@@ -69,9 +99,11 @@ class Report:
 def convert(model: nn.Module, *, store: str = "bits") -> Report:
     """Makes every dropout module of a model a fastdrop one, in place, and reports what it did.
 
-    Each `torch.nn.Dropout`, at any depth and the model itself included, becomes a `fastdrop.torch.Dropout`: the same
-    object with the same p, training state and hooks, whoever refers to it, listed once. What drops by other means is
-    left and listed with the reason; where that names `enable`, it is reached so.
+    Each of torch's `Dropout`, `Dropout1d` to `Dropout3d`, `AlphaDropout` and `FeatureAlphaDropout`, timm's ``DropPath``
+    and ``DropBlock2d``, torchvision's ``StochasticDepth``, ``DropBlock2d`` and ``DropBlock3d``, at any depth and the
+    model itself included, becomes the module of `fastdrop.torch` for it: the same object with the same p, training
+    state and hooks, whoever refers to it, listed once. What drops by other means is left and listed with the reason;
+    where that names `enable`, it is reached so.
 
     Parameters
     ----------
@@ -93,17 +125,18 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
     _checks.choice("store", store, _checks.STORES)
     rows = []
     for path, module in model.named_modules():
-        before = repr(module) if isinstance(module, _DropoutNd) else type(module).__name__
-        ours = CLASSES.get(type(module))
-        if ours is not None and "forward" not in vars(module):
+        become = class_for(type(module))
+        before = repr(module) if become or isinstance(module, (_DropoutNd, Rated)) else type(module).__name__
+        reason = _why_left(module)
+        if become is not None and not reason:
             setattr(module, BEFORE, type(module))
-            module.__class__ = ours
+            module.__class__ = become
             module.store = store
             rows.append(Row(path, before, repr(module)))
         elif BEFORE in vars(module) and module.store != store:
             module.store = store
             rows.append(Row(path, before, repr(module)))
-        elif reason := _why_left(module):
+        elif reason:
             rows.append(Row(path, before, None, reason))
     return Report(rows)
 
@@ -124,21 +157,23 @@ def revert(model: nn.Module) -> Report:
         if original is not None:
             before = repr(module)
             module.__class__ = original
-            del module.__dict__[BEFORE], module.__dict__["store"]
+            for name in (BEFORE, "store", "_rate"):
+                module.__dict__.pop(name, None)
             rows.append(Row(path, before, repr(module)))
     return Report(rows)
 
 
 def _why_left(module: nn.Module) -> str:
-    """Why a module that draws dropout is not changed; nothing for one that draws none or is ours already."""
-    if isinstance(module, Dropout):
+    """Why a module that draws dropout is not changed; nothing for one that draws none, is ours or can be."""
+    if isinstance(module, Rated):
         return ""
-    if type(module) in CLASSES:
-        return "its forward was replaced on the object itself"
-    if isinstance(module, nn.Dropout):
-        return "a subclass of nn.Dropout; its forward may be its own"
+    if class_for(type(module)):
+        if "forward" in vars(module):
+            return "its forward was replaced on the object itself"
+        return refusal(module)
     if isinstance(module, _DropoutNd):
-        return "no fastdrop module of this kind yet"
+        theirs = next(cls for cls in type(module).__mro__ if cls.__module__ == nn.Dropout.__module__)
+        return f"a subclass of nn.{theirs.__name__}; its forward may be its own"
     if isinstance(module, nn.MultiheadAttention) and module.dropout > 0.0:
         return "drops attention weights inside torch's attention; use fdt.enable()"
     if isinstance(module, nn.RNNBase) and module.dropout > 0.0 and module.num_layers > 1:

@@ -1,27 +1,53 @@
-"""Dropout as a function, and the adapters that give it a gradient.
-
-`dropout` routes. Plain eager tensors take `_Fast`, an `autograd.Function` that calls the kernel at once; compilers,
-tracers, transforms, modes and subclasses take the ops of `_ops`, which serve all of those and cost three times as much.
-"""
+"""Every kind of dropout as a function: its cells and its law. `_route` does the rest."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from .. import _checks
-from ..stream import threshold_and_scale
-from . import _kernels, _ops, _random
-from ._plain import is_plain
+from .. import _checks, kinds
+from ._route import check_tensor, drop, drop_block, gaussian
 
-__all__ = ["dropout"]
+__all__ = [
+    "alpha_dropout",
+    "drop_block2d",
+    "drop_block3d",
+    "drop_connect",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "feature_alpha_dropout",
+    "gaussian_dropout",
+    "stochastic_depth",
+    "variational_dropout",
+]
 
-KEEPS_ALL = 2.0**-33  # p up to here rounds to a threshold of 0
+Shape = tuple[int, ...]
+Seed = int | Tensor | None
+Function = TypeVar("Function", bound=Callable[..., Tensor])
 
-_is_compiling = torch.compiler.is_compiling
+
+def _for_subclasses(function: Function) -> Function:
+    """Lets tensor subclasses have their way with a function, as torch's own do."""
+
+    first = next(iter(inspect.signature(function).parameters))
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get(first)
+        if has_torch_function_unary(x):
+            return handle_torch_function(called, (x,), *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 def dropout(
@@ -34,6 +60,7 @@ def dropout(
     seed: int | Tensor | None = None,
     noise_shape: Any = None,
     store: str = "bits",
+    scaling: str = "inverted",
 ) -> Tensor:
     """Returns input with each element dropped with probability p: `torch.nn.functional.dropout`, faster.
 
@@ -62,6 +89,8 @@ def dropout(
         1 on axes that share one decision, None or the full extent elsewhere, as in Keras.
     store : {"bits", "seed"}
         What is kept for backward: 1/8 byte per element, or 8 bytes in all, from which backward draws the mask again.
+    scaling : {"inverted", "standard"}
+        "standard", the 2014 paper's, leaves kept elements as they are and multiplies by ``1 - p`` when not training.
 
     Returns
     -------
@@ -70,8 +99,8 @@ def dropout(
     Raises
     ------
     ValueError
-        p or seed out of range; noise_shape that does not fit; unknown store; both seed and generator; a seed tensor of
-        more than one number or on another GPU; p on a GPU.
+        p or seed out of range; noise_shape that does not fit; unknown store or scaling; both seed and generator; a
+        seed tensor of more than one number or on another GPU; p on a GPU.
     TypeError
         input that is no Tensor; p or seed of another type.
     RuntimeError
@@ -105,135 +134,377 @@ def dropout(
             seed=seed,
             noise_shape=noise_shape,
             store=store,
+            scaling=scaling,
         )
-    if _is_compiling():
-        return _compiled(input, p, training, inplace, generator, seed, noise_shape, store)
-    given = p
-    if type(p) is not float:
-        p = _number(p)
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {given}")
-    if store != "bits":
-        _checks.choice("store", store, _checks.STORES)
-    cut, scale = threshold_and_scale(p)
-    if not training or cut == 0:
-        _check_tensor(input)
-        _ops.cells_shape(noise_shape, input)
-        if seed is not None:
-            _random.check(seed, generator)
-        return input
-    try:
-        known = input.dtype in _kernels.DTYPES
-    except AttributeError:
-        known = False
-    if not known:
-        _check_tensor(input)
-        _kernels.check_dtype(input)
-    cells_shape = None if noise_shape is None else _ops.cells_shape(noise_shape, input)
-    if not is_plain(input):
-        return _by_ops(input, p, inplace, generator, seed, cells_shape, store == "bits")
-    if seed is not None:
-        seed = _random.given(seed, generator, input)
-    if inplace:
-        _check_inplace(input)
-    if seed is not None:
-        number = seed
-    elif input.is_cuda:
-        number = _random.draw_cuda(input.device, generator)
-    else:
-        number = _random.draw(generator)
-    if input.requires_grad and torch.is_grad_enabled():
-        result: Tensor = _apply_fast(input, (number, cut, scale, cells_shape, store == "bits", inplace, p))
-        return result
-    if inplace:
-        torch.autograd.graph.increment_version(input)
-    return _kernels.forward(input, number, cut, scale, cells_shape, False, inplace)[0]
+    if scaling != "inverted":
+        _checks.choice("scaling", scaling, _checks.SCALINGS)
+    return drop(input, p, training, inplace, generator, seed, noise_shape, store, scaling)
 
 
-class _Fast(torch.autograd.Function):
-    """Plain eager tensors: straight to the kernel. In the old style, which costs a quarter of ``setup_context``'s."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, call: tuple[Any, ...]) -> Tensor:
-        seed, cut, scale, cells_shape, bits, inplace, _ = call
-        y, words = _kernels.forward(x, seed, cut, scale, cells_shape, bits, inplace)
-        ctx.save_for_backward(_random.as_tensor(seed) if words is None else words)
-        ctx.call = (None, *call[1:]) if isinstance(seed, Tensor) else call  # kept where needed, and not twice
-        if inplace:
-            ctx.mark_dirty(x)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (kept,) = ctx.saved_tensors
-        _, cut, scale, cells_shape, bits, _, p = ctx.call
-        if _is_compiling() or torch.is_grad_enabled() or not is_plain(dy):
-            return _ops.masked(dy, kept, p, cells_shape, bits), None
-        if bits:
-            return _kernels.apply(dy, kept, scale, cells_shape), None
-        return _kernels.forward(dy, _random.for_kernel(kept, dy), cut, scale, cells_shape, False)[0], None
-
-
-# Past `Function.apply`, whose Python looks for functorch (which `is_plain` has ruled out), and past its counterpart in
-# backward, which looks for a `vjp`: two microseconds of twenty for a small tensor.
-_apply_fast = super(torch.autograd.Function, _Fast).apply
-_Fast._backward_cls.apply = _Fast.backward  # type: ignore[attr-defined]
-
-
-def _compiled(
-    x: Tensor, p: Any, training: bool, inplace: bool, generator: Any, seed: Any, noise_shape: Any, store: str
+@_for_subclasses
+def dropout1d(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
 ) -> Tensor:
-    """What a compiler looks into: as little as can be."""
-    if store != "bits" and store != "seed":
-        raise ValueError(f"store must be one of 'bits', 'seed', but got {store!r}")
-    if not isinstance(p, Tensor):
-        p = p + 0.0
-        if p < 0.0 or p > 1.0:
-            raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    if not training or (not isinstance(p, Tensor) and p <= KEEPS_ALL):
-        return x
-    if noise_shape is not None:
-        if len(noise_shape) != x.dim():
-            raise ValueError("noise_shape must have one entry per axis of x")
-        noise_shape = [x.shape[i] if cells is None else cells for i, cells in enumerate(noise_shape)]
-    return _by_ops(x, p, inplace, generator, seed, noise_shape, store == "bits")
+    """Returns input with whole channels dropped: `torch.nn.functional.dropout1d`, faster.
+
+    Parameters
+    ----------
+    input : Tensor, ``(N, C, L)`` or ``(C, L)``
+    p, training, inplace, generator, seed, store
+        As in `dropout`, and so are the errors; RuntimeError for input of other ranks, as torch's.
+
+    Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
+    Source: Tompson et al., CVPR 2015.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.dropout1d(torch.ones(2, 2, 3), 0.5, seed=4)[..., 0]
+    tensor([[0., 0.],
+            [2., 2.]])
+    """
+    return _features(F.dropout1d, 3, input, p, training, inplace, generator, seed, store)
 
 
-def _by_ops(x: Tensor, p: Any, inplace: bool, generator: Any, seed: Any, cells_shape: Any, bits: bool) -> Tensor:
-    """Compilers, tracers, transforms, forward-mode AD, modes and subclasses: the ops and nothing else."""
-    if seed is not None:
-        number = _random.as_tensor(seed, generator, like=x)
-    elif generator is None:
-        number = torch.ops.fastdrop.draw(x, [])
-    elif _is_compiling():
-        raise RuntimeError("generator can't be compiled: give seed, an int or a tensor, in its place")
-    else:
-        number = _random.draw_tensor(generator, x)
-    y: Tensor = _ops.overload(torch.ops.fastdrop.forward, p)(x, number, p, cells_shape, bits)[0]
-    return x.copy_(y) if inplace else y
+@_for_subclasses
+def dropout2d(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns input with whole channels dropped: `torch.nn.functional.dropout2d`, faster.
+
+    Parameters
+    ----------
+    input : Tensor, ``(N, C, H, W)``
+        Of three axes it is taken for ``(N, C, L)``, with torch's warning; other ranks are deprecated there, and here.
+    p, training, inplace, generator, seed, store
+        As in `dropout`, and so are the errors; channels-last tensors are read and written as they lie.
+
+    Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
+    Source: Tompson et al., CVPR 2015.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.dropout2d(torch.ones(2, 2, 3, 3), 0.5, seed=4)[..., 0, 0]
+    tensor([[0., 0.],
+            [2., 2.]])
+    """
+    return _features(F.dropout2d, None, input, p, training, inplace, generator, seed, store)
 
 
-def _check_tensor(x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"input must be a Tensor, but got {type(x).__name__}")
+@_for_subclasses
+def dropout3d(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns input with whole channels dropped: `torch.nn.functional.dropout3d`, faster.
+
+    Parameters
+    ----------
+    input : Tensor, ``(N, C, D, H, W)`` or ``(C, D, H, W)``
+        Other ranks are deprecated, with torch's warning.
+    p, training, inplace, generator, seed, store
+        As in `dropout`, and so are the errors.
+
+    Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
+    Source: Tompson et al., CVPR 2015.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.dropout3d(torch.ones(2, 2, 3, 3, 3), 0.5, seed=4)[..., 0, 0, 0]
+    tensor([[0., 0.],
+            [2., 2.]])
+    """
+    return _features(F.dropout3d, 5, input, p, training, inplace, generator, seed, store)
 
 
-def _check_inplace(x: Tensor) -> None:
-    """Raises torch's own error where torch would not have x written to, before anything is drawn or written."""
-    base = x._base
-    view = base is not None and (
-        (base.requires_grad and base.is_leaf)
-        or torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT
-    )
-    forbidden = torch.is_grad_enabled() and x.requires_grad and (x.is_leaf or view)
-    outside = x.is_inference() and not torch.is_inference_mode_enabled()
-    if forbidden or outside or torch._debug_has_internal_overlap(x) == 1:
-        x.mul_(1)
+@_for_subclasses
+def alpha_dropout(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns input with elements dropped to SELU's floor, shifted and scaled back to mean 0 and variance 1:
+    `torch.nn.functional.alpha_dropout`, faster.
+
+    Parameters
+    ----------
+    input : Tensor of a float dtype, any shape ``(*)``
+    p, inplace, generator, seed, store
+        As in `dropout`, and so are the errors; RuntimeError for complex input.
+    training : bool
+        False, torch's default here, returns input itself.
+
+    Kept for backward: a bit per element, or a seed. Formula: `fastdrop.alpha_dropout`. Source: Klambauer et al.,
+    NeurIPS 2017.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.alpha_dropout(torch.zeros(4), 0.5, True, seed=4)
+    tensor([-0.7792, -0.7792,  0.7792,  0.7792])
+    """
+    return drop(input, p, training, inplace, generator, seed, None, store, "alpha")
 
 
-def _number(p: Any) -> float:
-    if isinstance(p, Tensor):
-        if p.numel() != 1:
-            raise TypeError(f"p must be a number or a tensor of one, but got shape {tuple(p.shape)}")
-        return _ops.value_of(p)
-    return float(p) if isinstance(p, bool) else _checks.number("p", p)
+@_for_subclasses
+def feature_alpha_dropout(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns `alpha_dropout` of input, whole channels dropped: `torch.nn.functional.feature_alpha_dropout`, faster.
+
+    Parameters, errors and what is kept are `alpha_dropout`'s, but a bit is a channel's of a sample; input is
+    ``(N, C, *)``, RuntimeError if it has fewer axes.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.feature_alpha_dropout(torch.zeros(2, 2, 3), 0.5, True, seed=4)[..., 0]
+    tensor([[-0.7792, -0.7792],
+            [ 0.7792,  0.7792]])
+    """
+    return drop(input, p, training, inplace, generator, seed, _channels(input), store, "alpha")
+
+
+@_for_subclasses
+def variational_dropout(
+    input: Tensor,
+    p: float | Tensor,
+    time_axis: int,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+    scaling: str = "inverted",
+) -> Tensor:
+    """Returns input with one mask held over a whole sequence: locked dropout.
+
+    Parameters
+    ----------
+    input : Tensor of any shape ``(*)``, such as ``(T, B, F)``
+    p : float or Tensor of one number
+        Drop probability, 0 to 1.
+    time_axis : int
+        The axis along which decisions are shared; ValueError or TypeError if input hasn't it.
+    training, inplace, generator, seed, store, scaling
+        As in `dropout`, and so are the errors.
+
+    Kept for backward: a bit per element of one step, or a seed. Source: Gal and Ghahramani, NeurIPS 2016.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.variational_dropout(torch.ones(3, 1, 4), 0.5, 0, seed=4)[:, 0]
+    tensor([[0., 0., 2., 2.],
+            [0., 0., 2., 2.],
+            [0., 0., 2., 2.]])
+    """
+    _checks.choice("scaling", scaling, _checks.SCALINGS)
+    check_tensor(input)
+    cells = kinds.shared_cells(tuple(input.shape), _checks.axis("time_axis", time_axis, input.dim()))
+    return drop(input, p, training, inplace, generator, seed, cells, store, scaling)
+
+
+@_for_subclasses
+def drop_connect(
+    weight: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+    scaling: str = "inverted",
+) -> Tensor:
+    """Returns a weight with connections dropped, one mask for the whole batch: DropConnect.
+
+    It is `dropout` of a weight, whose parameters and errors these are. Kept for backward by this function: a bit per
+    weight, or a seed; what uses the dropped weight keeps that too, unless it is a module in `DropConnect`.
+
+    Source: Wan et al., ICML 2013 (who draw a mask for each example); Merity et al., ICLR 2018, for recurrent weights.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.drop_connect(torch.ones(2, 3), 0.5, seed=4)
+    tensor([[0., 0., 2.],
+            [2., 0., 2.]])
+    """
+    _checks.choice("scaling", scaling, _checks.SCALINGS)
+    return drop(weight, p, training, False, generator, seed, None, store, scaling)
+
+
+@_for_subclasses
+def stochastic_depth(
+    input: Tensor,
+    p: float | Tensor,
+    mode: str,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+    scaling: str = "inverted",
+) -> Tensor:
+    """Returns input, the output of a residual branch, with whole samples dropped: torchvision's, faster.
+
+    Parameters
+    ----------
+    input : Tensor, ``(N, *)``
+    p : float or Tensor of one number
+        Drop probability of the branch, 0 to 1.
+    mode : {"batch", "row"}
+        "row" decides for each sample, "batch" once for all; ValueError for another.
+    training, inplace, generator, seed, store, scaling
+        As in `dropout`, and so are the errors. (``scaling="standard"`` is that of the paper.)
+
+    Kept for backward: a bit per sample, or a seed. Source: Huang et al., ECCV 2016.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.stochastic_depth(torch.ones(4, 2), 0.5, "row", seed=4)[:, 0]
+    tensor([0., 0., 2., 2.])
+    """
+    _checks.choice("scaling", scaling, _checks.SCALINGS)
+    if mode not in _checks.DEPTH_MODES:
+        raise ValueError(f"mode has to be either 'batch' or 'row', but got {mode}")
+    check_tensor(input)
+    cells = kinds.sample_cells(tuple(input.shape), mode)
+    return drop(input, p, training, inplace, generator, seed, cells, store, scaling)
+
+
+@_for_subclasses
+def drop_block2d(
+    input: Tensor,
+    p: float | Tensor,
+    block_size: int | tuple[int, int],
+    inplace: bool = False,
+    training: bool = True,
+    *,
+    couple_channels: bool = False,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+) -> Tensor:
+    """Returns input with blocks of neighbouring cells dropped, scaled by cells / cells kept: torchvision's, faster.
+
+    Parameters
+    ----------
+    input : Tensor of a float dtype, ``(N, C, H, W)``
+    p : float or Tensor of one number
+        Share of cells to drop, 0 to 1; p = 1 gives zeros.
+    block_size : int or tuple of int
+        Extent of a block on each spatial axis, cut to input's; odd or even.
+    inplace, training, generator, seed
+        As in `dropout`, and so are the errors; ValueError for other ranks, as torchvision's.
+    couple_channels : bool
+        One mask for all channels of a sample, as in timm; else each has its own.
+
+    Kept for backward: a bit per cell and 8 bytes. A seed's mask is that of `fastdrop.drop_block`. Source: Ghiasi et
+    al., NeurIPS 2018.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.drop_block2d(torch.ones(1, 1, 4, 6), 0.3, 2, seed=3)[0, 0]
+    tensor([[1.2000, 1.2000, 1.2000, 1.2000, 1.2000, 1.2000],
+            [1.2000, 0.0000, 0.0000, 1.2000, 1.2000, 1.2000],
+            [1.2000, 0.0000, 0.0000, 1.2000, 1.2000, 1.2000],
+            [1.2000, 1.2000, 1.2000, 1.2000, 1.2000, 1.2000]])
+    """
+    return drop_block(input, p, block_size, 2, inplace, training, couple_channels, generator, seed)
+
+
+@_for_subclasses
+def drop_block3d(
+    input: Tensor,
+    p: float | Tensor,
+    block_size: int | tuple[int, int, int],
+    inplace: bool = False,
+    training: bool = True,
+    *,
+    couple_channels: bool = False,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+) -> Tensor:
+    """Returns `drop_block2d` in three spatial axes, ``(N, C, D, H, W)``: torchvision's, faster.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> y = fdt.drop_block3d(torch.ones(1, 2, 6, 6, 6), 0.1, 3, seed=3)
+    >>> y.shape, bool((y == 0).any()), round(float(y.mean()), 4)
+    (torch.Size([1, 2, 6, 6, 6]), True, 1.0)
+    """
+    return drop_block(input, p, block_size, 3, inplace, training, couple_channels, generator, seed)
+
+
+@_for_subclasses
+def gaussian_dropout(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+) -> Tensor:
+    """Returns input times Gaussian noise of mean 1 and variance ``p / (1 - p)``.
+
+    Parameters
+    ----------
+    input : Tensor of a float dtype, any shape ``(*)``
+    p : float or Tensor of one number
+        From 0 to below 1; ValueError elsewhere.
+    training, inplace, generator, seed
+        As in `dropout`, and so are the errors; RuntimeError for complex input.
+
+    Kept for backward: 8 bytes, from which the noise is drawn again. The noise of a seed is that of
+    `fastdrop.gaussian_dropout`. Source: Srivastava et al., JMLR 15, 2014, section 10.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.gaussian_dropout(torch.ones(3), 0.5, seed=4)
+    tensor([-0.4915,  1.1203,  1.2279])
+    """
+    return gaussian(input, p, training, inplace, generator, seed)
+
+
+def _features(
+    theirs: Callable[..., Tensor],
+    batched: int | None,
+    x: Tensor,
+    p: float | Tensor,
+    training: bool,
+    inplace: bool,
+    generator: torch.Generator | None,
+    seed: Seed,
+    store: str,
+) -> Tensor:
+    """Channels dropped; ``theirs`` is torch's function, ``batched`` the one rank at which it has an axis of samples."""
+    check_tensor(x)
+    theirs(x, 0.0, False)  # says what torch says about ranks, and does nothing
+    cells = _channels(x, 1 if batched is None or x.dim() == batched else 0)
+    return drop(x, p, training, inplace, generator, seed, cells, store, "inverted")
+
+
+def _channels(x: Tensor, axis: int = 1) -> Shape:
+    check_tensor(x)
+    if x.dim() <= axis:
+        raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
+    return kinds.feature_cells(tuple(x.shape), axis)

@@ -1,7 +1,8 @@
-"""torch's own dropout on fastdrop: kernels registered with torch's dispatcher for ``aten::dropout`` and ``dropout_``.
+"""torch's own dropouts on fastdrop: kernels registered with torch's dispatcher for ``aten::dropout`` and its like.
 
 The dispatcher finds them by the same table look-up that finds any kernel, so no other operator pays for it, and
-everything that drops through the ops is reached, from Python or from C++. docs/design.md tells why not a mode.
+everything that drops through the ops is reached, from Python or from C++. docs/design.md tells why not a mode. timm's
+and torchvision's modules are written in Python; theirs is another ``forward`` for as long.
 """
 
 from __future__ import annotations
@@ -18,31 +19,42 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from .. import __version__
+from .. import __version__, kinds
 from . import _cuda, _kernels
-from .functional import dropout
+from ._route import drop
+from .convert import FOREIGN, refusal
+from .modules import Rated
 
 __all__ = ["disable", "enable", "enabled"]
 
 # Calls on CPU and CUDA tensors without and with autograd, and calls inside of torch.func's transforms.
 KEYS = ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA", "FuncTorchDynamicLayerFrontMode")
 
+# aten's ops, each with its in-place form: whether whole channels are dropped, and the law.
+OPS = {
+    "dropout": (False, "inverted"),
+    "feature_dropout": (True, "inverted"),
+    "alpha_dropout": (False, "alpha"),
+    "feature_alpha_dropout": (True, "alpha"),
+}
 CACHE_TAG = f"+fastdrop {__version__}"
 
 _registrations: torch.library.Library | None = None  # torch is as it was when this is None
+_grafted: list[tuple[type[torch.nn.Module], dict[str, Any]]] = []  # classes of others, and what they had before
 _lock = threading.Lock()
 
 
 def enable() -> None:
-    """Makes torch's own dropout run on fastdrop, until `disable`: process-wide, wherever it is called from, on the CPU
-    and, with numba-cuda, on NVIDIA GPUs.
+    """Makes torch's own dropouts run on fastdrop, until `disable`: process-wide, wherever they are called from, on the
+    CPU and, with numba-cuda, on NVIDIA GPUs.
 
-    `torch.nn.functional.dropout`, ``torch.dropout`` and their in-place forms, and with them `torch.nn.Dropout`,
-    `torch.nn.MultiheadAttention`, `torch.nn.functional.scaled_dot_product_attention`, `torch.nn.LSTM` and
-    `torch.nn.GRU` between layers, and any model built of these. Values and gradients are those of
-    `fastdrop.torch.dropout`; other operators, the dropouts of whole features and alpha dropout, other devices, integer,
-    sparse and nested tensors and DTensors stay as they are. So do, on a GPU, fused attention and cuDNN's recurrent
-    layers, which drop inside of kernels of their own.
+    `torch.nn.functional.dropout`, ``dropout1d`` to ``dropout3d``, ``alpha_dropout``, ``feature_alpha_dropout`` and
+    their in-place forms, and with them torch's modules of these names, `torch.nn.MultiheadAttention`,
+    `torch.nn.functional.scaled_dot_product_attention`, `torch.nn.LSTM` and `torch.nn.GRU` between layers, and any model
+    built of these; of timm and torchvision, where they were imported before, the modules that `convert` knows. Values
+    and gradients are those of the functions of `fastdrop.torch`; other operators and devices, integer, sparse and
+    nested tensors and DTensors stay as they are. So do, on a GPU, fused attention and cuDNN's recurrent layers, which
+    drop inside of kernels of their own.
 
     Calling it again does nothing. What `torch.compile` has compiled is compiled anew at its next call, so switch once
     and not in a loop.
@@ -62,9 +74,14 @@ def enable() -> None:
             library = torch.library.Library("aten", "IMPL")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", UserWarning)  # torch says that it has kernels for transforms itself
-                for key in KEYS:
-                    library.impl("dropout", _dropout, key)
-                    library.impl("dropout_", _dropout_, key)
+                for name, (features, law) in OPS.items():
+                    for inplace in (False, True):
+                        kernel = _kernel(name + "_" * inplace, features, law, inplace)
+                        for key in KEYS:
+                            library.impl(name + "_" * inplace, kernel, key)
+            for (module, name), ours in FOREIGN.items():
+                if theirs := getattr(sys.modules.get(module), name, None):
+                    _grafted.append((theirs, _graft(theirs, ours)))
             _registrations = library
             _mark_compiled(True)
 
@@ -80,6 +97,13 @@ def disable() -> None:
         if _registrations is not None:
             _registrations._destroy()
             _registrations = None
+            while _grafted:
+                theirs, before = _grafted.pop()
+                for name, value in before.items():
+                    if value is None:
+                        delattr(theirs, name)
+                    else:
+                        setattr(theirs, name, value)
             _mark_compiled(False)
 
 
@@ -103,16 +127,39 @@ def enabled() -> Iterator[None]:
             disable()
 
 
-def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
-    if not _ours(input, p):
-        return _torchs(torch.ops.aten.dropout.default, input, p, train)
-    return dropout(input, p, train)
+def _kernel(name: str, features: bool, law: str, inplace: bool) -> Any:
+    """What one of aten's ops does while enabled."""
+    op = getattr(torch.ops.aten, name).default
+
+    def kernel(input: Tensor, p: float, train: bool) -> Tensor:
+        if not _ours(input, p) or (features and input.dim() < 2) or (law == "alpha" and input.is_complex()):
+            return _torchs(op, input, p, train)
+        cells = kinds.feature_cells(tuple(input.shape), 1) if features else None
+        return drop(input, p, train, inplace, None, None, cells, "bits", law)
+
+    return kernel
 
 
-def _dropout_(input: Tensor, p: float, train: bool) -> Tensor:
-    if not _ours(input, p):
-        return _torchs(torch.ops.aten.dropout_.default, input, p, train)
-    return dropout(input, p, train, True)
+def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> dict[str, Any]:
+    """Gives another's class our way of dropping and what that wants; returns what it had before, None for nothing."""
+    forward = theirs.forward
+
+    def dropped(self: Any, input: Tensor) -> Tensor:
+        if not _ours(input, 0.0) or refusal(self):
+            result: Tensor = forward(self, input)
+            return result
+        return ours._drop(self, input)
+
+    wanted = {
+        name: value for cls in reversed(ours.__mro__) if issubclass(cls, Rated) for name, value in vars(cls).items()
+    }
+    missing = {name: value for name, value in wanted.items() if not hasattr(theirs, name)}
+    before: dict[str, Any] = dict.fromkeys(missing)
+    before["forward"] = vars(theirs)["forward"]
+    for name, value in missing.items():
+        setattr(theirs, name, value)
+    theirs.forward = dropped
+    return before
 
 
 def _ours(x: Tensor, p: float) -> bool:
@@ -137,7 +184,8 @@ def _mark_compiled(ours: bool) -> None:
     """
     config = torch.compiler.config
     config.cache_key_tag = config.cache_key_tag + CACHE_TAG if ours else config.cache_key_tag.replace(CACHE_TAG, "")
-    for op in (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default):
-        op._dispatch_cache.clear()  # tracing remembers there which kernel it found
+    for name in OPS:
+        for op in (getattr(torch.ops.aten, name).default, getattr(torch.ops.aten, name + "_").default):
+            op._dispatch_cache.clear()  # tracing remembers there which kernel it found
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

@@ -32,6 +32,7 @@ OLDEST: Capability = (7, 5)
 SOURCES = (
     "_checks.py",
     "stream.py",
+    "backends/reference.py",
     "backends/_scalars.py",
     "backends/_cuda/compile.py",
     "backends/_cuda/tile.py",
@@ -51,11 +52,14 @@ INSTALL = "pip install 'fastdrop[cuda]'"
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 
-# Parameters of each body as `struct` codes; F is what elements are computed in. The kernels' ABI.
+# Parameters of each body as `struct` codes; F is what elements are computed in, A that or a count. The kernels' ABI.
 PARAMETERS = {
     "draw_words": "QQQQQQQII",
-    "elementwise": "QQQQQQQQQIIFFF",
-    "strided": "QQQQI" + 3 * "IIIQ" + "QFFF",
+    "elementwise": "QQQQQQQQQIIQAFF",
+    "strided": "QQQQI" + 3 * "IIIQ" + "QQAFF",
+    "gaussian_multiply": "QQQQQQQf",
+    "dilate_bits": "QQQQQQQQ",
+    "count_bits": "QQQ",
 }
 
 
@@ -63,20 +67,23 @@ class Variant(NamedTuple):
     """A kernel: which body, for which storage type, in which form.
 
     ``form`` is where elementwise's bits come from (drawn, drawn_shifted, stored), how wide strided's accesses are
-    (wide, narrow). ``plain``: b = 0.
+    (wide, narrow). ``plain``: b = 0. ``counted``: the scale is a by a count on the device.
     """
 
     body: str
     dtype: int = 0
     form: str = ""
     plain: bool = True
+    counted: bool = False
 
     def __str__(self) -> str:
-        return "-".join((self.body, str(self.dtype), self.form or "only", "scale" if self.plain else "affine"))
+        affine = ("scale" if self.plain else "affine") + "-counted" * self.counted
+        return "-".join((self.body, str(self.dtype), self.form or "only", affine))
 
     @property
     def codes(self) -> str:
-        return PARAMETERS[self.body].replace("F", "d" if self.dtype == FLOAT64 else "f")
+        computed = "d" if self.dtype == FLOAT64 else "f"
+        return PARAMETERS[self.body].replace("F", computed).replace("A", "d" if self.counted else computed)
 
 
 def packer(variant: Variant) -> struct.Struct:
@@ -101,7 +108,7 @@ def _translated(variant: Variant, cc: Capability, output: str) -> Any:
     from . import kernels, words
 
     of_code = {"Q": types.uint64, "I": types.uint32, "f": types.float32, "d": types.float64}
-    vocabulary = words.Vocabulary(variant.dtype, cc, variant.plain)
+    vocabulary = words.Vocabulary(variant.dtype, cc, variant.plain, variant.counted)
     function = kernels.build(vocabulary, variant.body, variant.form)
     signature = types.void(*(of_code[c] for c in variant.codes))
     return cuda.compile(function, signature, device=False, cc=cc, output=output, abi="numba")[0]  # type: ignore

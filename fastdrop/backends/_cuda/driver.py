@@ -140,7 +140,7 @@ class Device:
         self._context = check(*driver.cuDevicePrimaryCtxRetain(handle))
         self._address = int(self._context)
         self._get_current, self.launch = driver.cuCtxGetCurrent, driver.cuLaunchKernel
-        self._kernels: dict[tuple[str, int, str, bool], Kernel] = {}
+        self._kernels: dict[tuple[str, int, str, bool, bool], Kernel] = {}
 
     def is_current(self) -> bool:
         """Whether this thread's context is the device's."""
@@ -153,10 +153,10 @@ class Device:
     def __exit__(self, *_: Any) -> None:
         check(*self.driver.cuCtxPopCurrent())
 
-    def kernel(self, body: str, dtype: int = 0, form: str = "", plain: bool = True) -> Kernel:
+    def kernel(self, body: str, dtype: int = 0, form: str = "", plain: bool = True, counted: bool = False) -> Kernel:
         """A `Variant` by its parts."""
-        found = self._kernels.get((body, dtype, form, plain))
-        return found if found is not None else self._load(Variant(body, dtype, form, plain))
+        found = self._kernels.get((body, dtype, form, plain, counted))
+        return found if found is not None else self._load(Variant(body, dtype, form, plain, counted))
 
     def _load(self, variant: Variant) -> Kernel:
         driver = self.driver

@@ -2,7 +2,8 @@
 
 ``draw_words``: a thread draws a word. ``elementwise``: a warp takes a tile of 1,024 cells, lane ``l`` drawing or
 loading word ``l``, then sweeps it. ``strided``: a thread takes a vector or an element, whose cells lie at any strides:
-masks shared along axes, and data whose order in memory isn't the mask's.
+masks shared along axes, and data whose order in memory isn't the mask's. ``gaussian_multiply``: a thread draws four
+normal numbers, and takes their elements. ``dilate_bits``: a thread makes a word. ``count_bits``: a warp adds once.
 
 What counts tiles, words and bytes has 64 bits. Elements of strided data are numbered with 32, since each number is
 divided by the extents: the launcher cuts larger data.
@@ -17,17 +18,19 @@ from typing import Any
 
 import numpy as np
 
-from ...stream import GROUP_SHIFT, LOW, MASK_DOMAIN, PLANES_PER_GROUP
-from .._scalars import decide_group, philox
+from ...stream import GROUP_SHIFT, LOW, MASK_DOMAIN, NOISE_DOMAIN, PLANES_PER_GROUP
+from .. import reference
+from .._scalars import decide_group, normal_pair, philox
 from . import tile as cut
 
 U = np.uint64
 ONE, WORD_SHIFT, HALF = U(1), U(5), U(32)
 LOW_32, LOW_5 = U(LOW), U(31)
-DOMAIN, GROUP_AT = U(MASK_DOMAIN), U(GROUP_SHIFT)
+DOMAIN, NOISE, GROUP_AT = U(MASK_DOMAIN), U(NOISE_DOMAIN), U(GROUP_SHIFT)
 WORD_BYTES, VECTOR_BYTES = U(4), U(cut.VECTOR_BYTES)
 LANES, BATCH = U(cut.LANES), U(cut.BATCH)
 TILE, TILE_SHIFT = U(cut.TILE_CELLS), U(cut.TILE_CELLS.bit_length() - 1)
+NOISE_CELLS, NOISE_COUNTERS = U(reference.TILE_CELLS), U(reference.TILE_COUNTERS)  # of a tile of noise
 
 
 def _drawing(v: Any) -> Any:
@@ -71,10 +74,33 @@ def _indices(v: Any) -> Any:
     return v.lane, v.thread, v.block, v.blocks, v.block_threads
 
 
+def _threads(v: Any) -> Any:
+    _, thread_index, block_index, blocks, block_threads = _indices(v)
+
+    @v.inline
+    def threads():
+        """(this thread's number, how many there are)."""
+        return U(block_index()) * U(block_threads()) + U(thread_index()), U(blocks()) * U(block_threads())
+
+    return threads
+
+
+def _warps(v: Any) -> Any:
+    _, thread_index, block_index, blocks, block_threads = _indices(v)
+    uniform = v.uniform
+
+    @v.inline
+    def warps():
+        """(number of this warp's first thread, how many threads there are)."""
+        first = U(block_index()) * U(block_threads()) + (U(uniform(thread_index() >> 5)) << WORD_SHIFT)
+        return first, U(blocks()) * U(block_threads())
+
+    return warps
+
+
 def draw_words(v: Any) -> Any:
-    draw, seed_of = _drawing(v), _seeds(v)
-    lane_index, thread_index, block_index, blocks, block_threads = _indices(v)
-    load_word, store_word, uniform = v.load_word, v.store_word, v.uniform
+    draw, seed_of, warps = _drawing(v), _seeds(v), _warps(v)
+    lane_index, load_word, store_word = v.lane, v.load_word, v.store_word
 
     def kernel(words, position, first, n, seed, seed_at, offset, threshold, groups):
         """Bits of cells first .. first+n-1, to bits position .. position+n-1 of words, a thread per word written."""
@@ -87,8 +113,7 @@ def draw_words(v: Any) -> Any:
         begin = (first - lead) >> WORD_SHIFT
         count = (lead + n + LOW_5) >> WORD_SHIFT
         at = words + (position >> WORD_SHIFT) * WORD_BYTES
-        step = U(blocks()) * U(block_threads())
-        warp_first = U(block_index()) * U(block_threads()) + (U(uniform(thread_index() >> 5)) << WORD_SHIFT)
+        warp_first, step = warps()
         while warp_first < count:  # whole warps, since lanes vote
             i = warp_first + U(lane_index())
             word = draw(begin + i, k0, k1, o0, o1, threshold, groups)
@@ -115,6 +140,7 @@ def elementwise(v: Any, source: str) -> Any:
     lane_index, thread_index, block_index, blocks, block_threads = _indices(v)
     load_word, store_word, uniform = v.load_word, v.store_word, v.uniform
     load_tile, store_tile, load_rest, store_rest = v.load_tile, v.store_tile, v.load_rest, v.store_rest
+    scale_of = v.scale
 
     @v.inline
     def word_of(tile, words, first, n, k0, k1, o0, o1, threshold, groups):
@@ -135,9 +161,9 @@ def elementwise(v: Any, source: str) -> Any:
             word = ((word | (high << HALF)) >> shift) & LOW_32
         return word
 
-    def kernel(x, y, words, first, n, whole, seed, seed_at, offset, threshold, groups, a, b, c):
+    def kernel(x, y, words, first, n, whole, seed, seed_at, offset, threshold, groups, kept_at, a, b, c):
         """``whole`` tiles in vectors, what is left element by element; all of it where whole is 0."""
-        seed = seed_of(seed, seed_at)
+        scale, seed = scale_of(a, kept_at), seed_of(seed, seed_at)
         k0, k1, o0, o1 = seed & LOW_32, seed >> HALF, offset & LOW_32, offset >> HALF
         lane = U(lane_index())
         warps = U(blocks()) * (U(block_threads()) >> WORD_SHIFT)
@@ -149,7 +175,7 @@ def elementwise(v: Any, source: str) -> Any:
             word = word_of(tile, words, first, n, k0, k1, o0, o1, threshold, groups)
             if drawn and words:
                 store_word(words + ((tile << WORD_SHIFT) + lane) * WORD_BYTES, word)
-            store_tile(y + at, held, word, lane, a, b, c)
+            store_tile(y + at, held, word, lane, scale, b, c)
             tile += warps
         tile = whole + warp
         tiles = (n + TILE - ONE) >> TILE_SHIFT
@@ -164,7 +190,7 @@ def elementwise(v: Any, source: str) -> Any:
             while batch < LANES:
                 first_item = (batch << WORD_SHIFT) + lane
                 rest = load_rest(x + at, first_item, valid)
-                store_rest(y + at, first_item, valid, rest, word, batch, lane, a, b, c)
+                store_rest(y + at, first_item, valid, rest, word, batch, lane, scale, b, c)
                 batch += BATCH
             tile += warps
 
@@ -176,8 +202,7 @@ def strided(v: Any, wide: bool) -> Any:
 
     ``wide``: 16 bytes at a time; addresses and the innermost extent must be multiples of them.
     """
-    _, thread_index, block_index, blocks, block_threads = _indices(v)
-    load_word, divide = v.load_word, v.divide
+    threads_of, load_word, divide, scale_of = _threads(v), v.load_word, v.divide, v.scale
     load_vector, store_vector, load_item, store_item = v.load_vector, v.store_vector, v.load_item, v.store_item
     step, vector_bytes = v.vector_items, VECTOR_BYTES
     item = U(v.item_bytes)
@@ -197,10 +222,9 @@ def strided(v: Any, wide: bool) -> Any:
     def bit(words, cell):
         return (U(load_word(words + (cell >> WORD_SHIFT) * WORD_BYTES)) >> (cell & LOW_5)) & ONE
 
-    def kernel(x, y, words, position, n, e0, m0, s0, c0, e1, m1, s1, c1, e2, m2, s2, c2, c3, a, b, c):
-        thread = block_index() * block_threads() + thread_index()
-        threads = blocks() * block_threads()
-        i = U(thread)
+    def kernel(x, y, words, position, n, e0, m0, s0, c0, e1, m1, s1, c1, e2, m2, s2, c2, c3, kept_at, a, b, c):
+        scale = scale_of(a, kept_at)
+        i, threads = threads_of()
         if wide:
             while i * U(step) < U(n):
                 at = i * vector_bytes
@@ -217,20 +241,110 @@ def strided(v: Any, wide: bool) -> Any:
                     bits = U(0)
                     for j in range(step):
                         bits |= bit(words, cell + U(j) * c0) << U(j)
-                store_vector(y + at, held, bits, a, b, c)
-                i += U(threads)
+                store_vector(y + at, held, bits, scale, b, c)
+                i += threads
         else:
             while i < U(n):
                 held = load_item(x + i * item)
                 cell = position + cell_of(i, e0, m0, s0, c0, e1, m1, s1, c1, e2, m2, s2, c2, c3)
-                store_item(y + i * item, held, bit(words, cell), a, b, c)
-                i += U(threads)
+                store_item(y + i * item, held, bit(words, cell), scale, b, c)
+                i += threads
+
+    return kernel
+
+
+def gaussian_multiply(v: Any) -> Any:
+    threads_of, seed_of = _threads(v), _seeds(v)
+    philox_planes, normals = philox(v.multiply), normal_pair(v.plus, v.times, v.root)
+    load_four, store_four, plus, times = v.load_four, v.store_four, v.plus, v.times
+    item, one, three = U(v.item_bytes), np.float32(1), U(3)
+
+    @v.inline
+    def factor(z, sigma):
+        return plus(one, times(sigma, z))
+
+    def kernel(x, y, first, n, seed, seed_at, offset, sigma):
+        """A thread per counter, whose cells lie 16 apart: threads side by side access elements side by side."""
+        seed = seed_of(seed, seed_at)
+        k0, k1, o0, o1 = seed & LOW_32, seed >> HALF, offset & LOW_32, offset >> HALF
+        thread, threads = threads_of()
+        counter = first // NOISE_CELLS * NOISE_COUNTERS + thread
+        end = (first + n + NOISE_CELLS - ONE) // NOISE_CELLS * NOISE_COUNTERS
+        while counter < end:
+            # Counter j of tile t is 16 t + j, its first cell 64 t + j. Before element 0 this wraps: to no element.
+            element = (counter << U(2)) - three * (counter & (NOISE_COUNTERS - ONE)) - first
+            held = load_four(x + element * item, element, n)
+            r0, r1, r2, r3 = philox_planes(counter, (counter >> HALF) | NOISE, o0, o1, k0, k1)
+            z0, z1 = normals(U(np.uint32(r0)), U(np.uint32(r1)))  # in which upper halves are seen to be 0
+            z2, z3 = normals(U(np.uint32(r2)), U(np.uint32(r3)))
+            factors = factor(z0, sigma), factor(z1, sigma), factor(z2, sigma), factor(z3, sigma)
+            store_four(y + element * item, element, n, held, factors)
+            counter += threads
+
+    return kernel
+
+
+def dilate_bits(v: Any) -> Any:
+    threads_of, multiply_high = _threads(v), v.multiply_high
+    load_word, store_word = v.load_word, v.store_word
+
+    def kernel(to, words, cells, row, multiplier, shift, length, inner):
+        """A thread per word of ``to``: rows of words and-ed with themselves, moved in steps of ``inner``.
+
+        ``row`` and ``length``: bits of a row, there and in words; ``multiplier`` and ``shift`` divide by row.
+        """
+        i, threads = threads_of()
+        while i << WORD_SHIFT < cells:
+            cell = i << WORD_SHIFT
+            end = min(cell + HALF, cells)
+            line = multiply_high(cell << ONE, multiplier) >> shift
+            start = cell - line * row
+            dropped, at = U(0), U(0)
+            while cell + at < end:
+                stop = min(start + end - cell - at, row)
+                back = U(0)
+                while back <= row - length:
+                    low, high = max(start, back), min(stop, back + length)
+                    if low < high:
+                        bit, count = line * length + low - back, high - low
+                        bits = U(load_word(words + (bit >> WORD_SHIFT) * WORD_BYTES))
+                        bits |= U(load_word(words + ((bit + count - ONE) >> WORD_SHIFT) * WORD_BYTES)) << HALF
+                        gone = ~(bits >> (bit & LOW_5)) & ((ONE << count) - ONE)
+                        dropped |= gone << (at + low - start)
+                    back += inner
+                at += stop - start
+                line, start = line + ONE, U(0)
+            store_word(to + i * WORD_BYTES, ~dropped & ((ONE << (end - cell)) - ONE))
+            i += threads
+
+    return kernel
+
+
+def count_bits(v: Any) -> Any:
+    warps, lane_index, load_word = _warps(v), v.lane, v.load_word
+    ones, sum_lanes, add_long = v.ones, v.sum_lanes, v.add_long
+
+    def kernel(words, count, kept):
+        """Adds the 1s of so many words to what lies at ``kept``."""
+        warp_first, step = warps()
+        found = np.uint32(0)
+        while warp_first < count:
+            i = warp_first + U(lane_index())
+            if i < count:
+                found = np.uint32(found + ones(load_word(words + i * WORD_BYTES)))
+            warp_first += step
+        found = sum_lanes(found)
+        if lane_index() == 0:
+            add_long(kept, U(found))
 
     return kernel
 
 
 def build(v: Any, body: str, form: str) -> Any:
     """The Python function of a kernel."""
-    if body == "draw_words":
-        return draw_words(v)
-    return elementwise(v, form) if body == "elementwise" else strided(v, form == "wide")
+    if body == "elementwise":
+        return elementwise(v, form)
+    if body == "strided":
+        return strided(v, form == "wide")
+    alone = draw_words, gaussian_multiply, dilate_bits, count_bits
+    return {make.__name__: make for make in alone}[body](v)

@@ -8,4 +8,5 @@ LANES = 32  # of a warp
 TILE_CELLS = 32 * LANES  # a warp's: each lane has a word of them
 VECTOR_BYTES = 16  # one access of a lane
 BATCH = 8  # elements a lane has under way where it takes them one by one
+COUNTED = 16  # words of a thread, at the least, before it adds what it counted to what all did
 ITEM_BYTES = {FLOAT32: 4, FLOAT64: 8, FLOAT16: 2, BFLOAT16: 2}

@@ -22,9 +22,10 @@ from numba.core import cgutils
 from numba.core.extending import intrinsic
 
 from ..._checks import FLOAT16, FLOAT64
+from ..reference import TILE_COUNTERS
 from .tile import BATCH, ITEM_BYTES, LANES, TILE_CELLS, VECTOR_BYTES
 
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+I1, I8, I16, I32, I64, I128 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64, 128))
 F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 GLOBAL = 1  # address space
 
@@ -36,8 +37,8 @@ def constant(number: int, type: Any = I32) -> Any:
 class Vocabulary:
     """What kernels of one storage type are written in."""
 
-    def __init__(self, dtype: int, cc: tuple[int, int], plain: bool) -> None:
-        self.dtype, self.cc, self.plain = dtype, cc, plain
+    def __init__(self, dtype: int, cc: tuple[int, int], plain: bool, counted: bool = False) -> None:
+        self.dtype, self.cc, self.plain, self.counted = dtype, cc, plain, counted
         item = ITEM_BYTES[dtype]
         self.item_bytes = item
         self.vector_items = VECTOR_BYTES // item
@@ -53,10 +54,19 @@ class Vocabulary:
         self.thread, self.block = _special("tid.x"), _special("ctaid.x")
         self.block_threads, self.blocks = _special("ntid.x"), _special("nctaid.x")
         self.multiply = _define(types.uint64, (types.uint64, types.uint64), self._multiply)
+        self.multiply_high = _define(types.uint64, (types.uint64, types.uint64), self._multiply_high)
         self.divide = _define(types.uint32, (types.uint32, types.uint32, types.uint32), self._divide)
         self.plane_mask = _define(types.uint32, (types.uint32, types.uint32), self._plane_mask)
         self.uniform = _define(types.uint32, (types.uint32,), self._uniform)
         self.any_lane = _define(types.boolean, (types.boolean,), self._any_lane)
+        self.ones = _define(types.uint32, (types.uint32,), _operation("ctpop.i32"))
+        self.sum_lanes = _define(types.uint32, (types.uint32,), self._sum_lanes)
+        self.add_long = _define(types.void, (types.uint64, types.uint64), self._add_long)
+        f32 = types.float32
+        self.plus = _define(f32, (f32, f32), _operation("nvvm.add.rn.f"))
+        self.times = _define(f32, (f32, f32), _operation("nvvm.mul.rn.f"))
+        self.root = _define(f32, (f32,), _operation("nvvm.sqrt.rn.f"))
+        self.scale = _define(a, (types.float64 if counted else a, types.uint64), self._scale)
         self.load_word = _define(types.uint32, (types.uint64,), _load(I32))
         self.store_word = _define(types.void, (types.uint64, types.uint32), _store)
         self.load_long = _define(types.uint64, (types.uint64,), _load(I64))
@@ -69,6 +79,9 @@ class Vocabulary:
         u32 = types.uint32
         self.load_rest = _define(rest, (types.uint64, u32, u32), self._load_rest)
         self.store_rest = _define(types.void, (types.uint64, u32, u32, rest, u32, u32, u32, a, a, a), self._store_rest)
+        four, u64 = types.UniTuple(item_type, 4), types.uint64
+        self.load_four = _define(four, (u64, u64, u64), self._load_four)
+        self.store_four = _define(types.void, (u64, u64, u64, four, types.UniTuple(f32, 4)), self._store_four)
         vector = types.UniTuple(held, self._registers)
         self.load_vector = _define(vector, (types.uint64,), self._load_vector)
         self.store_vector = _define(types.void, (types.uint64, vector, types.uint32, a, a, a), self._store_vector)
@@ -94,22 +107,11 @@ class Vocabulary:
     def _sweep_addresses(self, builder, address):
         return [builder.add(address, constant(s * LANES * VECTOR_BYTES, I64)) for s in range(self.sweeps)]
 
-    # ---- a tile, element by element ----
+    # ---- element by element ----
 
     def _load_rest(self, context, builder, address, first, end):
         """This lane's next elements of a tile: ``first``, ``first + 32`` and on; those from ``end`` on are not read."""
-        items = []
-        for i in range(BATCH):
-            at, inside = self._rest(builder, address, first, i, end)
-            before = builder.block
-            with builder.if_then(inside):
-                loaded = self._load_item(context, builder, at)
-                there = builder.block
-            item = builder.phi(self._item)
-            item.add_incoming(ir.Constant(self._item, 0), before)
-            item.add_incoming(loaded, there)
-            items.append(item)
-        return items
+        return self._load_places(context, builder, [self._rest(builder, address, first, i, end) for i in range(BATCH)])
 
     def _store_rest(self, context, builder, address, first, end, rest, word, owner, lane, a, b, c):
         """``owner``: the lane that has the bits of the first."""
@@ -123,6 +125,39 @@ class Vocabulary:
         element = builder.add(first, constant(i * LANES))
         offset = builder.mul(builder.zext(element, I64), constant(self.item_bytes, I64))
         return builder.add(address, offset), builder.icmp_unsigned("<", element, end)
+
+    def _load_four(self, context, builder, address, first, end):
+        """Element ``first``, at ``address``, ``first + 16`` and on; those from ``end`` on are not read."""
+        return self._load_places(context, builder, self._four(builder, address, first, end))
+
+    def _store_four(self, context, builder, address, first, end, four, factors):
+        """Each by its own factor."""
+        zero = ir.Constant(self._computed, 0)
+        for i, (at, inside) in enumerate(self._four(builder, address, first, end)):
+            with builder.if_then(inside):
+                factor = builder.fpext(builder.extract_value(factors, i), self._computed)
+                self._put_item(builder, at, builder.extract_value(four, i), constant(1), (factor, zero, zero))
+
+    def _four(self, builder, address, first, end):
+        places = []
+        for step in range(0, 4 * TILE_COUNTERS, TILE_COUNTERS):
+            inside = builder.icmp_unsigned("<", builder.add(first, constant(step, I64)), end)
+            places.append((builder.add(address, constant(step * self.item_bytes, I64)), inside))
+        return places
+
+    def _load_places(self, context, builder, places):
+        """What lies at each address that has an element."""
+        items = []
+        for at, inside in places:
+            before = builder.block
+            with builder.if_then(inside):
+                loaded = self._load_item(context, builder, at)
+                there = builder.block
+            item = builder.phi(self._item)
+            item.add_incoming(ir.Constant(self._item, 0), before)
+            item.add_incoming(loaded, there)
+            items.append(item)
+        return items
 
     # ---- one vector, one element ----
 
@@ -218,6 +253,19 @@ class Vocabulary:
         low = [builder.trunc(factor, I32) for factor in (c, m)]
         return _assembly(builder, I64, "mul.wide.u32 $0, $1, $2;", "=l,r,r", *low)
 
+    def _multiply_high(self, context, builder, a, b):
+        product = builder.mul(builder.zext(a, I128), builder.zext(b, I128))
+        return builder.trunc(builder.lshr(product, constant(64, I128)), I64)
+
+    def _scale(self, context, builder, a, kept_at):
+        """a; counted, a by the count that lies at an address, and 0 by none."""
+        if not self.counted:
+            return a
+        kept = builder.load(_pointer(builder, kept_at, I64), align=8)
+        quotient = builder.fdiv(a, builder.uitofp(kept, F64))
+        none = builder.icmp_unsigned("==", kept, constant(0, I64))
+        return builder.fptrunc(builder.select(none, ir.Constant(F64, 0), quotient), self._computed)
+
     def _divide(self, context, builder, n, multiplier, shift):
         """n, below 2**31, by the extent that `reciprocal` gave the other two for."""
         product = builder.mul(builder.zext(n, I64), builder.zext(multiplier, I64))
@@ -233,6 +281,15 @@ class Vocabulary:
 
     def _any_lane(self, context, builder, flag):
         return _call(builder, "llvm.nvvm.vote.any.sync", I1, constant(-1), flag)
+
+    def _sum_lanes(self, context, builder, value):
+        for step in (16, 8, 4, 2, 1):
+            value = builder.add(value, _shuffle(builder, value, constant(step), "bfly"))
+        return value
+
+    def _add_long(self, context, builder, address, value):
+        """To what lies there, at once."""
+        builder.atomic_rmw("add", _pointer(builder, address, I64), value, "monotonic")
 
 
 def _define(returns: Any, parameters: tuple[Any, ...], body: Callable[..., Any]) -> Any:
@@ -260,6 +317,11 @@ def _special(name: str) -> Any:
     return _define(types.uint32, (), lambda context, builder: _call(builder, f"llvm.nvvm.read.ptx.sreg.{name}", I32))
 
 
+def _operation(name: str) -> Callable[..., Any]:
+    """An intrinsic of LLVM's whose result and arguments are of one type."""
+    return lambda context, builder, *values: _call(builder, f"llvm.{name}", values[0].type, *values)
+
+
 def _load(type: Any) -> Callable[..., Any]:
     def load(context, builder, address):
         return builder.load(_pointer(builder, address, type), align=type.width // 8)
@@ -279,9 +341,9 @@ def _halves(builder, register):
     return builder.trunc(register, I16), builder.trunc(builder.lshr(register, constant(16)), I16)
 
 
-def _shuffle(builder, word, lane):
-    """The word that another lane holds."""
-    return _call(builder, "llvm.nvvm.shfl.sync.idx.i32", I32, constant(-1), word, lane, constant(LANES - 1))
+def _shuffle(builder, word, lane, mode="idx"):
+    """The word that another lane holds: ``lane`` is its number, or, "bfly", what it differs in."""
+    return _call(builder, f"llvm.nvvm.shfl.sync.{mode}.i32", I32, constant(-1), word, lane, constant(LANES - 1))
 
 
 def _call(builder, name, returns, *arguments):

@@ -1,0 +1,334 @@
+"""How a call reaches a kernel, and the adapters that give it a gradient.
+
+Plain eager tensors take an `autograd.Function` that calls the kernel at once; compilers, tracers, transforms, modes and
+subclasses take the ops of `_ops`, which serve all of those and cost three times as much. What functions and modules
+offer is `drop` with cells and a law of its own, `drop_block` or `gaussian`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks, kinds
+from ..stream import DROP_ALL, threshold
+from . import _kernels, _ops, _random
+from ._plain import is_plain
+
+__all__ = ["check_tensor", "drop", "drop_block", "gaussian"]
+
+KEEPS_ALL = 2.0**-33  # p up to here rounds to a threshold of 0
+
+_is_compiling = torch.compiler.is_compiling
+
+Shape = tuple[int, ...]
+
+
+def drop(
+    x: Tensor,
+    p: float | Tensor,
+    training: bool,
+    inplace: bool,
+    generator: torch.Generator | None,
+    seed: int | Tensor | None,
+    noise_shape: Any,
+    store: str,
+    law: str,
+) -> Tensor:
+    """Everything that keeps or drops: ``noise_shape`` gives the cells, None for every element; ``law`` the affine."""
+    if _is_compiling():
+        return _compiled(x, p, training, inplace, generator, seed, noise_shape, store, law)
+    given = p
+    if type(p) is not float:
+        p = _number(p)
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {given}")
+    if store != "bits":
+        _checks.choice("store", store, _checks.STORES)
+    cut = threshold(p)
+    if not training or cut == 0:
+        check_tensor(x)
+        _ops.cells_shape(noise_shape, x)
+        if seed is not None:
+            _random.check(seed, generator)
+        return _evaluated(x, 1.0 - cut / DROP_ALL, inplace) if law == "standard" and cut else x
+    try:
+        known = x.dtype in _kernels.DTYPES
+    except AttributeError:
+        known = False
+    if not known:
+        check_tensor(x)
+        _kernels.check_dtype(x)
+    if law == "alpha":
+        _kernels.check_real(x, "alpha dropout")
+    cells_shape = None if noise_shape is None else _ops.cells_shape(noise_shape, x)
+    if not is_plain(x):
+        return _by_ops(x, p, inplace, generator, seed, cells_shape, store == "bits", law)
+    number = _number_of_seed(x, generator, seed, inplace)
+    affine = kinds.affine(law, cut)
+    if x.requires_grad and torch.is_grad_enabled():
+        result: Tensor = _apply_fast(x, (number, cut, affine, cells_shape, store == "bits", inplace, p, law))
+        return result
+    if inplace:
+        torch.autograd.graph.increment_version(x)
+    return _kernels.forward(x, number, cut, affine, cells_shape, False, inplace)[0]
+
+
+class _Fast(torch.autograd.Function):
+    """Plain eager tensors: straight to the kernel. In the old style, which costs a quarter of ``setup_context``'s."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: tuple[Any, ...]) -> Tensor:
+        seed, cut, affine, cells_shape, bits, inplace, _, _ = call
+        y, words = _kernels.forward(x, seed, cut, affine, cells_shape, bits, inplace)
+        ctx.save_for_backward(_random.as_tensor(seed) if words is None else words)
+        ctx.call = (None, *call[1:]) if isinstance(seed, Tensor) else call  # kept where needed, and not twice
+        if inplace:
+            ctx.mark_dirty(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        (kept,) = ctx.saved_tensors
+        _, cut, (a, _, _), cells_shape, bits, _, p, law = ctx.call
+        if not _straight(dy):
+            return _ops.masked(dy, kept, p, cells_shape, bits, law), None
+        if bits:
+            return _kernels.apply(dy, kept, (a, 0.0, 0.0), cells_shape), None
+        return _kernels.forward(dy, _random.for_kernel(kept, dy), cut, (a, 0.0, 0.0), cells_shape, False)[0], None
+
+
+# Past `Function.apply`, whose Python looks for functorch (which `is_plain` has ruled out), and past its counterpart in
+# backward, which looks for a `vjp`: two microseconds of twenty for a small tensor.
+_apply_fast = super(torch.autograd.Function, _Fast).apply
+_Fast._backward_cls.apply = _Fast.backward  # type: ignore[attr-defined]
+
+
+def _straight(dy: Tensor) -> bool:
+    """Whether backward may call a kernel, or must leave an op for whoever looks at it."""
+    return not _is_compiling() and not torch.is_grad_enabled() and is_plain(dy)
+
+
+def _compiled(
+    x: Tensor,
+    p: Any,
+    training: bool,
+    inplace: bool,
+    generator: Any,
+    seed: Any,
+    noise_shape: Any,
+    store: str,
+    law: str,
+) -> Tensor:
+    """What a compiler looks into: as little as can be."""
+    if store != "bits" and store != "seed":
+        raise ValueError(f"store must be one of 'bits', 'seed', but got {store!r}")
+    p = _traced_probability(p)
+    if not training and law == "standard":
+        cut = torch.round(p.double() * DROP_ALL) if isinstance(p, Tensor) else threshold(p)
+        return _evaluated(x, 1.0 - cut / DROP_ALL, inplace)
+    if not training or (not isinstance(p, Tensor) and p <= KEEPS_ALL):
+        return x
+    if noise_shape is not None:
+        if len(noise_shape) != x.dim():
+            raise ValueError("noise_shape must have one entry per axis of x")
+        noise_shape = [x.shape[i] if cells is None else cells for i, cells in enumerate(noise_shape)]
+    return _by_ops(x, p, inplace, generator, seed, noise_shape, store == "bits", law)
+
+
+def _by_ops(
+    x: Tensor, p: Any, inplace: bool, generator: Any, seed: Any, cells_shape: Any, bits: bool, law: str
+) -> Tensor:
+    """Compilers, tracers, transforms, forward-mode AD, modes and subclasses: the ops and nothing else."""
+    number = _tensor_of_seed(x, generator, seed)
+    y: Tensor = _ops.overload(torch.ops.fastdrop.forward, p)(x, number, p, cells_shape, bits, law)[0]
+    return x.copy_(y) if inplace else y
+
+
+def _evaluated(x: Tensor, scale: Any, inplace: bool) -> Tensor:
+    """Standard scaling outside of training."""
+    _kernels.check_dtype(x)
+    if not isinstance(scale, Tensor) and scale == 0.0:  # where infinities and NaNs leave no trace
+        all_of_it = x.new_ones((), dtype=torch.bool)
+        return x.masked_fill_(all_of_it, 0.0) if inplace else x.masked_fill(all_of_it, 0.0)
+    return x.mul_(scale) if inplace else (x * scale).to(x.dtype)  # without axes it would take on a tensor's dtype
+
+
+def drop_block(
+    x: Tensor,
+    p: float | Tensor,
+    block_size: Any,
+    spatial_axes: int,
+    inplace: bool,
+    training: bool,
+    couple_channels: bool,
+    generator: torch.Generator | None,
+    seed: int | Tensor | None,
+) -> Tensor:
+    check_tensor(x)
+    p = _traced_probability(p) if _is_compiling() else _eager_probability(p)
+    if x.dim() != spatial_axes + 2:
+        raise ValueError(f"input should be {spatial_axes + 2} dimensional. Got {x.dim()} dimensions.")
+    sizes = _checks.block_size(block_size, spatial_axes)
+    if not training or (not isinstance(p, Tensor) and p <= KEEPS_ALL):
+        if seed is not None and not _is_compiling():
+            _random.check(seed, generator)
+        return x
+    shape = tuple(x.shape)
+    cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
+    if _is_compiling() or not is_plain(x):
+        number = _tensor_of_seed(x, generator, seed)
+        words, kept = _ops.overload(torch.ops.fastdrop.draw_blocks, p)(x, number, p, cells, sizes)
+        y: Tensor = torch.ops.fastdrop.keep_blocks(x, words, kept, cells)
+        return x.copy_(y) if inplace else y
+    _kernels.check_dtype(x)
+    number = _number_of_seed(x, generator, seed, inplace)
+    plan = kinds.blocks(cells, p, sizes)
+    words, kept = _kernels.draw_blocks(x, number, threshold(plan.gamma), plan)
+    cells_shape = cells if couple_channels else None
+    if x.requires_grad and torch.is_grad_enabled():
+        result: Tensor = _FastBlocks.apply(x, words, kept, cells_shape, inplace)
+        return result
+    if inplace:
+        torch.autograd.graph.increment_version(x)
+    return _kernels.keep_blocks(x, words, kept, cells_shape, inplace)
+
+
+class _FastBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, words: Tensor, kept: Tensor, cells_shape: Shape | None, inplace: bool) -> Tensor:
+        ctx.save_for_backward(words, kept)
+        ctx.cells_shape = cells_shape
+        if inplace:
+            ctx.mark_dirty(x)
+        return _kernels.keep_blocks(x, words, kept, cells_shape, inplace)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        words, kept = ctx.saved_tensors
+        if _straight(dy):
+            dx = _kernels.keep_blocks(dy, words, kept, ctx.cells_shape)
+        else:
+            dx = torch.ops.fastdrop.keep_blocks(dy, words, kept, ctx.cells_shape or dy.shape)
+        return dx, None, None, None, None
+
+
+def gaussian(
+    x: Tensor,
+    p: float | Tensor,
+    training: bool,
+    inplace: bool,
+    generator: torch.Generator | None,
+    seed: int | Tensor | None,
+) -> Tensor:
+    check_tensor(x)
+    p = _traced_probability(p) if _is_compiling() else _checks.gaussian_probability(_eager_probability(p))
+    if not training or (not isinstance(p, Tensor) and p == 0.0):
+        if seed is not None and not _is_compiling():
+            _random.check(seed, generator)
+        return x
+    if not _is_compiling():
+        _kernels.check_real(x, "Gaussian dropout")
+    if _is_compiling() or not is_plain(x):
+        number = _tensor_of_seed(x, generator, seed)
+        y: Tensor = _ops.overload(torch.ops.fastdrop.gaussian, p)(x, number, p)
+        return x.copy_(y) if inplace else y
+    number = _number_of_seed(x, generator, seed, inplace)
+    if x.requires_grad and torch.is_grad_enabled():
+        result: Tensor = _FastGaussian.apply(x, number, p, inplace)
+        return result
+    if inplace:
+        torch.autograd.graph.increment_version(x)
+    return _kernels.gaussian(x, number, kinds.spread(p), inplace)
+
+
+class _FastGaussian(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: int | Tensor, p: float, inplace: bool) -> Tensor:
+        y = _kernels.gaussian(x, seed, kinds.spread(p), inplace)
+        ctx.save_for_backward(_random.as_tensor(seed))
+        ctx.p = p
+        if inplace:
+            ctx.mark_dirty(x)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        (seed,) = ctx.saved_tensors
+        if _straight(dy):
+            dx = _kernels.gaussian(dy, _random.for_kernel(seed, dy), kinds.spread(ctx.p))
+        else:
+            dx = torch.ops.fastdrop.gaussian(dy, seed, ctx.p)
+        return dx, None, None, None
+
+
+# ---- arguments ----
+
+
+def _number_of_seed(
+    x: Tensor, generator: torch.Generator | None, seed: int | Tensor | None, inplace: bool
+) -> int | Tensor:
+    """The seed of a call on a plain tensor, once nothing can be wrong with it any more."""
+    if seed is not None:
+        seed = _random.given(seed, generator, x)
+    if inplace:
+        _check_inplace(x)
+    if seed is not None:
+        return seed
+    return _random.draw_cuda(x.device, generator) if x.is_cuda else _random.draw(generator)
+
+
+def _tensor_of_seed(x: Tensor, generator: torch.Generator | None, seed: int | Tensor | None) -> Tensor:
+    """The seed of a call that goes by the ops."""
+    if seed is not None:
+        return _random.as_tensor(seed, generator, like=x)
+    if generator is None:
+        drawn: Tensor = torch.ops.fastdrop.draw(x, [])
+        return drawn
+    if _is_compiling():
+        raise RuntimeError("generator can't be compiled: give seed, an int or a tensor, in its place")
+    return _random.draw_tensor(generator, x)
+
+
+def _eager_probability(p: Any) -> float:
+    number = p if type(p) is float else _number(p)
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    return number
+
+
+def _traced_probability(p: Any) -> Any:
+    """p as a compiler may see it: a number, perhaps a symbolic one, or a tensor that nobody reads yet."""
+    if not isinstance(p, Tensor):
+        p = p + 0.0
+        if p < 0.0 or p > 1.0:
+            raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    return p
+
+
+def check_tensor(x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"input must be a Tensor, but got {type(x).__name__}")
+
+
+def _check_inplace(x: Tensor) -> None:
+    """Raises torch's own error where torch would not have x written to, before anything is drawn or written."""
+    base = x._base
+    view = base is not None and (
+        (base.requires_grad and base.is_leaf)
+        or torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT
+    )
+    forbidden = torch.is_grad_enabled() and x.requires_grad and (x.is_leaf or view)
+    outside = x.is_inference() and not torch.is_inference_mode_enabled()
+    if forbidden or outside or torch._debug_has_internal_overlap(x) == 1:
+        x.mul_(1)
+
+
+def _number(p: Any) -> float:
+    if isinstance(p, Tensor):
+        if p.numel() != 1:
+            raise TypeError(f"p must be a number or a tensor of one, but got shape {tuple(p.shape)}")
+        return _ops.value_of(p)
+    return float(p) if isinstance(p, bool) else _checks.number("p", p)
