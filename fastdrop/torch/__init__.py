@@ -8,7 +8,9 @@
 """
 
 try:
+    from .audit import AuditReport, audit
     from .convert import Report, convert, revert
+    from .fold import fold_scaling
     from .functional import (
         alpha_dropout,
         drop_block2d,
@@ -38,24 +40,34 @@ try:
         VariationalDropout,
     )
     from .override import disable, enable, enabled
+    from .recurrent import VariationalGRU, VariationalLSTM
+    from .scheduler import DropoutScheduler
+    from .weights import DropConnect, EmbeddingDropout
 except ImportError as error:
     raise ImportError(f'fastdrop.torch needs torch 2.11 or later: pip install "fastdrop[torch]" ({error})') from error
 
 __all__ = [
     "AlphaDropout",
+    "AuditReport",
     "DropBlock2d",
     "DropBlock3d",
+    "DropConnect",
     "DropPath",
     "Dropout",
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "DropoutScheduler",
+    "EmbeddingDropout",
     "FeatureAlphaDropout",
     "GaussianDropout",
     "Report",
     "StochasticDepth",
     "VariationalDropout",
+    "VariationalGRU",
+    "VariationalLSTM",
     "alpha_dropout",
+    "audit",
     "convert",
     "disable",
     "drop_block2d",
@@ -68,6 +80,7 @@ __all__ = [
     "enable",
     "enabled",
     "feature_alpha_dropout",
+    "fold_scaling",
     "gaussian_dropout",
     "revert",
     "stochastic_depth",

@@ -1,0 +1,46 @@
+"""Weight scaling against Monte Carlo averaging: how many thinned networks the whole one stands for.
+
+    python examples/averaging.py
+
+The whole network, scaled, is one forward pass; the mean of k thinned ones is k. The 2014 paper found them about equal
+from 50 samples on.
+"""
+
+from common import Figure, accuracy, digits, run, torch, train
+from overfitting_gap import mlp
+
+import fastdrop.torch as fdt
+
+P, SAMPLES, DRAWS = 0.5, 100, 20
+
+
+def picture(quick: bool) -> Figure:
+    training, (x, labels) = digits()
+    model = mlp(P)
+    for _ in train(model, training, 5 if quick else 60):
+        pass
+    whole = 100 - accuracy(model, (x, labels))
+    errors = []
+    for seed in range(2 if quick else DRAWS):
+        samples = fdt.mc_predict(model, x, SAMPLES, seed=seed, task="classification", keep_samples=True).samples
+        means = samples.cumsum(0) / torch.arange(1, SAMPLES + 1)[:, None, None]
+        errors.append(100 * (means.argmax(-1) != labels).float().mean(-1))
+    error = torch.stack(errors)
+    mean, spread = error.mean(0), error.std(0)
+    for k in (1, 10, 50, 100):
+        print(f"{k:3} samples: {mean[k - 1]:.2f} % wrong")
+    print(f"weight scaling: {whole:.2f} % wrong")
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    counts = range(1, SAMPLES + 1)
+    axis.plot(counts, mean, color="#0b7a75", label="mean of k thinned networks, and how it spreads")
+    axis.fill_between(counts, mean - spread, mean + spread, color="#0b7a75", alpha=0.2, linewidth=0)
+    axis.axhline(whole, color="#d9822b", linestyle="--", label="weight scaling: the whole network, once")
+    axis.set(title="New digits", xlabel="samples k", ylabel="wrong, %", xscale="log")
+    axis.legend()
+    return figure
+
+
+if __name__ == "__main__":
+    run(picture, __doc__, "averaging.png")

@@ -1,0 +1,52 @@
+"""Dropout against overfitting: what a network makes of its training digits and of new ones, with dropout and without.
+
+    python examples/overfitting_gap.py
+
+The network (64-512-256-10) has room to learn 600 digits by heart, a tenth of them with wrong labels.
+"""
+
+from common import Figure, accuracy, digits, nn, run, torch, train
+
+import fastdrop.torch as fdt
+
+P = 0.5
+
+
+def mlp(p: float) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(64, 512), nn.ReLU(), fdt.Dropout(p),
+        nn.Linear(512, 256), nn.ReLU(), fdt.Dropout(p),
+        nn.Linear(256, 10),
+    )  # fmt: skip
+
+
+def curves(p: float, epochs: int) -> tuple[list[float], list[float]]:
+    """Accuracies of each epoch, on the training digits and on new ones."""
+    training, validation = digits()
+    model = mlp(p)
+    points = [(accuracy(model, training), accuracy(model, validation)) for _ in train(model, training, epochs)]
+    seen, unseen = zip(*points, strict=True)
+    return list(seen), list(unseen)
+
+
+def picture(quick: bool) -> Figure:
+    epochs = 5 if quick else 100
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for axis, p in zip(axes, (0.0, P), strict=True):
+        seen, unseen = curves(p, epochs)
+        axis.plot(seen, "--", label="training digits")
+        axis.plot(unseen, label="new digits")
+        axis.fill_between(range(epochs), unseen, seen, alpha=0.15)
+        title = f"p = {p:g}: {seen[-1]:.1f} % of the training digits, {unseen[-1]:.1f} % of new ones"
+        axis.set(title=title, xlabel="epoch")
+        axis.title.set_fontsize(10)
+        print(title)
+    axes[0].set_ylabel("accuracy, %")
+    axes[0].legend(loc="lower right")
+    return figure
+
+
+if __name__ == "__main__":
+    run(picture, __doc__, "overfitting_gap.png")

@@ -1,0 +1,52 @@
+"""Which modules drop, ours or others', and under what name each keeps its drop probability."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from .modules import Rated
+
+# Of packages that need not be installed: recognised by the names of a module's class and of those it derives from.
+NAMES = {
+    "DropPath": ("drop_prob",),  # timm
+    "StochasticDepth": ("p",),  # torchvision
+    "DropBlock2d": ("p", "drop_prob"),  # torchvision, timm
+    "DropBlock3d": ("p",),
+}
+
+
+def rate_name(module: nn.Module) -> str | None:
+    """The attribute that holds the drop probability of a module that drops by itself; None of any other.
+
+    Attention and recurrent layers count if they were built to drop.
+    """
+    if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
+        drops = number(module, "dropout") and getattr(module, "num_layers", 2) > 1
+        return "dropout" if drops else None
+    if isinstance(module, _DropoutNd | Rated):
+        return "p"
+    for cls in type(module).__mro__:
+        for name in NAMES.get(cls.__name__, ()):
+            if number(module, name) is not None:
+                return name
+    return None
+
+
+def number(module: nn.Module, name: str) -> float | None:
+    """An attribute that is a number or a tensor of one."""
+    value = getattr(module, name, None)
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+        return float(value)
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
+def set_rate(module: nn.Module, name: str, p: float) -> None:
+    setattr(module, name, p)
+    if isinstance(module, Rated):
+        # A new tensor and not a new number in the old one, which a graph may hold for its backward pass.
+        with torch.inference_mode(False):
+            module._rate = torch.tensor(p, dtype=torch.float64, device="cpu")
