@@ -39,10 +39,8 @@ def picture(quick: bool) -> Figure:
         axis.plot(seen, "--", label="training digits")
         axis.plot(unseen, label="new digits")
         axis.fill_between(range(epochs), unseen, seen, alpha=0.15)
-        title = f"p = {p:g}: {seen[-1]:.1f} % of the training digits, {unseen[-1]:.1f} % of new ones"
-        axis.set(title=title, xlabel="epoch")
-        axis.title.set_fontsize(10)
-        print(title)
+        axis.set(title=f"p = {p:g}: {seen[-1]:.1f} % and {unseen[-1]:.1f} %", xlabel="epoch")
+        print(f"p = {p:g}: {seen[-1]:.1f} % of the training digits, {unseen[-1]:.1f} % of new ones")
     axes[0].set_ylabel("accuracy, %")
     axes[0].legend(loc="lower right")
     return figure

@@ -26,8 +26,8 @@ def picture(quick: bool) -> Figure:
         bars = right.bar([i + shift for i in range(len(RATES))], [end[values] for end in ends], 0.38, label=name)
         right.bar_label(bars, fmt="%.1f", fontsize=8)
     right.set_xticks(range(len(RATES)), [f"p = {p:g}" for p in RATES])
-    right.set(title="At the end", ylabel="accuracy, %", ylim=(min(min(end) for end in ends) - 5, 102))
-    right.legend(loc="lower left")
+    right.set(title="At the end", ylabel="accuracy, %", ylim=(min(min(end) for end in ends) - 5, 106))
+    right.legend(loc="upper center", ncols=2)
     return figure
 
 

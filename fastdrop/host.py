@@ -124,11 +124,17 @@ def apply(
 
 def _grid_in_memory(x: Array, y: Array, cells_shape: tuple[int, ...]) -> Grid | None:
     """The grid of x and y in their order in memory, where both have the same, other than C's."""
-    if x.flags.c_contiguous or x.strides != y.strides or any(stride % x.itemsize for stride in x.strides):
+    if x.flags.c_contiguous:
         return None
-    order = memory_order(x.shape, [stride // x.itemsize for stride in x.strides])
+    order, other = (_order(array) for array in (x, y))
     axes = cell_axes(x.shape, cells_shape)
-    return None if order is None else Grid.over([axes[axis] for axis in order])
+    return Grid.over([axes[axis] for axis in order]) if order is not None and order == other else None
+
+
+def _order(x: Array) -> list[int] | None:
+    if any(stride % x.itemsize for stride in x.strides):
+        return None
+    return memory_order(x.shape, [stride // x.itemsize for stride in x.strides])
 
 
 def _bits(x: Array, tag: int) -> Array:

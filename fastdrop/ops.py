@@ -34,7 +34,8 @@ __all__ = [
 
 Array = NDArray[Any]
 Shape = tuple[int, ...]
-Mask = PackedMask | SeededMask | GaussianNoise
+BitMask = PackedMask | SeededMask
+Mask = BitMask | GaussianNoise
 RandomState = None | int | Stream | np.random.Generator
 
 
@@ -48,7 +49,7 @@ def dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
-) -> tuple[Array, Mask | None]:
+) -> tuple[Array, BitMask | None]:
     """Returns x with each element dropped with probability p, and the mask that backward needs.
 
     ``y = x / (1 - p)`` where kept and exactly +0 where dropped, whatever x holds there: a dropped inf or NaN is 0. The
@@ -132,7 +133,8 @@ def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: Array | None = No
     >>> fd.dropout_backward(np.array([0.3, -0.1, 0.2, -0.05]), mask)
     array([0.6, 0. , 0.4, 0. ])
     """
-    return _masked("dy", dy, mask, out)
+    dx: Array = _masked("dy", dy, mask, out)
+    return dx
 
 
 def apply_mask(x: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> Array:
@@ -147,7 +149,8 @@ def apply_mask(x: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> 
     array([[0., 0., 2., 0.],
            [0., 0., 2., 0.]], dtype=float32)
     """
-    return _masked("x", x, mask, out)
+    y: Array = _masked("x", x, mask, out)
+    return y
 
 
 def draw_mask(shape: int | tuple[int, ...], p: float, *, rng: RandomState = None, first_cell: int = 0) -> PackedMask:
@@ -194,7 +197,7 @@ def feature_dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
-) -> tuple[Array, Mask | None]:
+) -> tuple[Array, BitMask | None]:
     """Returns x with whole channels dropped, and the mask that backward needs: spatial dropout.
 
     Neighbouring pixels of a feature map tell the same, so dropping some of them drops little; here each channel of each
@@ -230,7 +233,7 @@ def alpha_dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
-) -> tuple[Array, Mask | None]:
+) -> tuple[Array, BitMask | None]:
     """Returns x with elements dropped to SELU's floor and all shifted and scaled back to mean 0 and variance 1.
 
     Kept elements become ``a x + b``, dropped ones ``a f + b`` with ``f = -1.758...``, ``a = ((1 - p) (1 + p f**2)) **
@@ -264,7 +267,7 @@ def feature_alpha_dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
-) -> tuple[Array, Mask | None]:
+) -> tuple[Array, BitMask | None]:
     """Returns `alpha_dropout` of x with whole channels dropped, as `feature_dropout` drops them.
 
     Parameters, errors and what is kept are those two's. Source: Klambauer et al., NeurIPS 2017.
@@ -288,7 +291,7 @@ def variational_dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
-) -> tuple[Array, Mask | None]:
+) -> tuple[Array, BitMask | None]:
     """Returns x with one mask held over a whole sequence, and that mask: locked dropout.
 
     Fresh masks at each step of a recurrent network wash out what it remembers; this one drops the same units at all
@@ -326,7 +329,7 @@ def drop_connect(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
-) -> tuple[Array, Mask | None]:
+) -> tuple[Array, BitMask | None]:
     """Returns weights w with connections dropped, one mask for the whole batch: DropConnect.
 
     It is `dropout` of a weight, whose parameters and errors these are. The gradient of w is `dropout_backward` of the
@@ -353,7 +356,7 @@ def stochastic_depth(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
-) -> tuple[Array, Mask | None]:
+) -> tuple[Array, BitMask | None]:
     """Returns x, the output of a residual branch, with whole samples dropped: stochastic depth, also called DropPath.
 
     `dropout_backward` is the gradient.
@@ -506,7 +509,7 @@ def _drop(
     store: str,
     rng: RandomState,
     out: Array | None,
-) -> tuple[Any, Mask | None]:
+) -> tuple[Any, BitMask | None]:
     """Every op that keeps or drops: cells as ``cells_of`` the shape says (None: every element), affine as the law."""
     memory = _memory(given)
     x, tag = memory.taken(name, given)
@@ -566,7 +569,7 @@ def _masked(name: str, given: Any, mask: Mask | None, out: Array | None) -> Any:
 
 
 def _apply(
-    memory: ModuleType, tag: int, x: Any, y: Any, mask: PackedMask | SeededMask, a: float, b: float, c: float
+    memory: ModuleType, tag: int, x: Any, y: Any, mask: BitMask, a: float, b: float, c: float
 ) -> None:
     """y = x under the mask, which fits."""
     cells_shape = mask._shape

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import re
 from fractions import Fraction
 
@@ -14,6 +16,7 @@ from .cases import bits_of, primitive_modules, readable, run_python
 
 X = np.arange(12, dtype=np.float32).reshape(3, 4)
 MASK = fd.draw_mask((3, 4), 0.5, rng=0)
+NOISE = fd.GaussianNoise(0, 0, (3, 4), 0.5)
 ALLOWED = "float32, float64, float16, bfloat16"
 
 # The calls that read data, by the name their array has there.
@@ -28,6 +31,19 @@ TAKES_ARRAY = {
     "dropout_backward": ("dy", lambda x, **more: fd.dropout_backward(x, MASK, **more)),
     "dropout_backward-none": ("dy", lambda x, **more: fd.dropout_backward(x, None, **more)),
     "apply_mask": ("x", lambda x, **more: fd.apply_mask(x, MASK, **more)),
+    "apply_mask-noise": ("x", lambda x, **more: fd.apply_mask(x, NOISE, **more)),
+    "feature_dropout": ("x", lambda x, **more: fd.feature_dropout(x, 0.5, rng=0, **more)),
+    "alpha_dropout": ("x", lambda x, **more: fd.alpha_dropout(x, 0.5, rng=0, **more)),
+    "feature_alpha_dropout": ("x", lambda x, **more: fd.feature_alpha_dropout(x, 0.5, rng=0, **more)),
+    "variational_dropout": ("x", lambda x, **more: fd.variational_dropout(x, 0.5, 0, rng=0, **more)),
+    "drop_connect": ("w", lambda x, **more: fd.drop_connect(x, 0.5, rng=0, **more)),
+    "drop_connect-standard": (
+        "w",
+        lambda x, **more: fd.drop_connect(x, 0.5, training=False, scaling="standard", **more),
+    ),
+    "stochastic_depth": ("x", lambda x, **more: fd.stochastic_depth(x, 0.5, "row", rng=0, **more)),
+    "gaussian_dropout": ("x", lambda x, **more: fd.gaussian_dropout(x, 0.5, rng=0, **more)),
+    "gaussian_dropout-evaluation": ("x", lambda x, **more: fd.gaussian_dropout(x, 0.5, training=False, **more)),
 }
 
 
@@ -151,9 +167,9 @@ def bad_outs():
 def test_bad_out_is_refused_and_left_alone(call, case):
     name, function = call
     x, out, error, parts = bad_outs()[case]
-    if x.shape != X.shape and name != "x":
+    if x.shape != X.shape and name == "dy":
         function = lambda x, **more: fd.dropout_backward(x, fd.draw_mask(x.shape, 0.5, rng=0), **more)  # noqa: E731
-    elif x.shape != X.shape:
+    elif x.shape != X.shape and name == "x":
         function = lambda x, **more: fd.dropout(x, 0.5, rng=0, **more)  # noqa: E731
     before = x.copy(), np.array(out)
     with refused(error, "out", *parts):
@@ -186,6 +202,182 @@ def test_a_refused_call_takes_no_offset():
     with pytest.raises(ValueError, match="first_cell"):
         fd.draw_mask(5, 0.5, rng=stream, first_cell=-1)
     assert stream.offset == 0
+
+
+# ---- the family: every argument of every kind ----
+
+IMAGES = np.arange(120, dtype=np.float32).reshape(2, 3, 4, 5)
+FAMILY = {
+    "feature_dropout": (fd.feature_dropout, {"channel_axis": 1}),
+    "alpha_dropout": (fd.alpha_dropout, {}),
+    "feature_alpha_dropout": (fd.feature_alpha_dropout, {"channel_axis": 1}),
+    "variational_dropout": (fd.variational_dropout, {"time_axis": 0}),
+    "drop_connect": (fd.drop_connect, {}),
+    "stochastic_depth": (fd.stochastic_depth, {"mode": "row"}),
+    "drop_block": (fd.drop_block, {"block_size": 3}),
+    "gaussian_dropout": (fd.gaussian_dropout, {}),
+}
+
+
+def takers(argument):
+    """A decorator: `op` and `arguments` of each kind that takes an argument of this name."""
+    found = {name: row for name, row in FAMILY.items() if argument in inspect.signature(row[0]).parameters}
+    assert found
+    return pytest.mark.parametrize(("op", "arguments"), found.values(), ids=found)
+
+
+def assert_refused(op, arguments, error, *names, x=IMAGES, **bad):
+    """In training and out of it; nothing is written and no random number is taken."""
+    out, stream, generator = np.full(x.shape, 7, np.float32), fd.Stream(0), np.random.default_rng(0)
+    untouched = generator.bit_generator.state
+    for training, rng in itertools.product((True, False), (stream, generator)):
+        with refused(error, *names):
+            op(x, **{"p": 0.5, "rng": rng, "out": out, "training": training, **arguments, **bad})
+    assert (out == 7).all()
+    assert stream.offset == 0
+    assert generator.bit_generator.state == untouched
+
+
+@takers("p")
+def test_family_refuses_p(op, arguments):
+    for p, error, came in BAD_P.values():
+        allowed = "between 0 and 1" if error is ValueError else "number"
+        assert_refused(op, arguments, error, "p", allowed, "got", came, p=p)
+
+
+@pytest.mark.parametrize("p", [1, 1.0, np.float32(1)], ids=repr)
+def test_gaussian_dropout_refuses_p_of_1(p):
+    """Its variance would have no bounds."""
+    assert_refused(fd.gaussian_dropout, {}, ValueError, "p must be below 1", "Gaussian", "got 1", p=p)
+    with refused(ValueError, "p must be below 1", "Gaussian", "got 1"):
+        fd.GaussianNoise(0, 0, (3,), p)
+
+
+AXES = {  # value, error, what came; of four axes
+    "past the last": (4, ValueError, "4"),
+    "before the first": (-5, ValueError, "-5"),
+    "huge": (10**30, ValueError, str(10**30)),
+    "NumPy int": (np.int8(4), ValueError, "4"),
+    "float": (1.0, TypeError, "float"),
+    "str": ("1", TypeError, "str"),
+    "None": (None, TypeError, "NoneType"),
+    "bool": (True, TypeError, "bool"),
+    "NumPy bool": (np.True_, TypeError, "bool"),
+    "tuple": ((1,), TypeError, "tuple"),
+}
+
+
+@pytest.mark.parametrize("argument", ["channel_axis", "time_axis"])
+@pytest.mark.parametrize(("axis", "error", "came"), AXES.values(), ids=AXES)
+def test_family_refuses_axes(argument, axis, error, came):
+    allowed = "axis of x, which has 4" if error is ValueError else "int"
+    for op, arguments in FAMILY.values():
+        if argument in arguments:
+            assert_refused(op, arguments, error, argument, allowed, "got", came, **{argument: axis})
+
+
+@pytest.mark.parametrize("op", [fd.feature_dropout, fd.feature_alpha_dropout], ids=readable)
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_feature_dropouts_refuse_data_without_channels(op, axis):
+    for shape, came in (((), "0 axes"), ((6,), "1 axis")):
+        x = np.ones(shape, np.float32)
+        assert_refused(op, {}, ValueError, "x", "at least two axes", "got", came, x=x, channel_axis=axis)
+
+
+def test_variational_dropout_refuses_data_without_axes():
+    x = np.ones((), np.float32)
+    for axis in (0, -1):
+        assert_refused(fd.variational_dropout, {}, ValueError, "time_axis", "has 0", "got", axis, x=x, time_axis=axis)
+
+
+@pytest.mark.parametrize("mode", ["row", "batch"])
+def test_stochastic_depth_refuses_data_without_samples(mode):
+    x = np.ones((), np.float32)
+    assert_refused(fd.stochastic_depth, {}, ValueError, "x", "axis of samples", "got 0 axes", x=x, mode=mode)
+
+
+@pytest.mark.parametrize("mode", ["rows", "Row", "", None, 0, True], ids=repr)
+def test_stochastic_depth_refuses_mode(mode):
+    assert_refused(fd.stochastic_depth, {}, ValueError, "mode", "'batch', 'row'", "got", repr(mode), mode=mode)
+
+
+@pytest.mark.parametrize("shape", [(), (6,), (2, 3), (1, 2, 3, 4, 5, 6)], ids=str)
+def test_drop_block_refuses_data_of_other_ranks(shape):
+    x = np.ones(shape, np.float32)
+    parts = "x", "(N, C, *)", "one to three spatial", "got", str(len(shape))
+    assert_refused(fd.drop_block, {}, ValueError, *parts, x=x, block_size=1)
+
+
+@pytest.mark.parametrize(
+    ("size", "error", "allowed"),
+    [
+        (0, ValueError, "positive"),
+        (-1, ValueError, "negative"),
+        ((3, 0), ValueError, "positive"),
+        ((3, -2), ValueError, "negative"),
+        ((3,), ValueError, "each of the 2 spatial axes"),
+        ((3, 3, 3), ValueError, "each of the 2 spatial axes"),
+        ((), ValueError, "each of the 2 spatial axes"),
+        (3.0, TypeError, "tuple of ints"),
+        ((3, 2.5), TypeError, "tuple of ints"),
+        ("33", TypeError, "tuple of ints"),
+        (None, TypeError, "tuple of ints"),
+    ],
+    ids=readable,
+)
+def test_drop_block_refuses_block_size(size, error, allowed):
+    assert_refused(fd.drop_block, {}, error, "block_size", allowed, "got", repr(size), block_size=size)
+
+
+@takers("scaling")
+@pytest.mark.parametrize("value", ["other", "alpha", "alpha_slope", "Inverted", None, 1])
+def test_family_refuses_scaling(op, arguments, value):
+    allowed = "'inverted', 'standard'"
+    assert_refused(op, arguments, ValueError, "scaling", allowed, "got", repr(value), scaling=value)
+    with refused(ValueError, "scaling", allowed, "got", repr(value)):
+        fd.dropout(X, 0.5, scaling=value)
+
+
+@takers("store")
+@pytest.mark.parametrize("value", ["other", "Bits", None, 1])
+def test_family_refuses_store(op, arguments, value):
+    assert_refused(op, arguments, ValueError, "store", "'bits', 'seed'", "got", repr(value), store=value)
+
+
+@takers("rng")
+@pytest.mark.parametrize(
+    ("rng", "error", "came"),
+    [(-1, ValueError, "-1"), (2**64, ValueError, str(2**64)), ("seed", TypeError, "str"), (True, TypeError, "bool")],
+    ids=readable,
+)
+@pytest.mark.parametrize("undrawn", [{}, {"p": 0.0}], ids=str)
+def test_family_refuses_rng(op, arguments, rng, error, came, undrawn):
+    assert_refused(op, arguments, error, "rng", "got", came, rng=rng, **undrawn)
+
+
+@takers("out")
+def test_family_refuses_out(op, arguments):
+    """As all calls do; DropBlock, whose data has other axes, is shown here alone."""
+    readonly, sevens = np.full_like(IMAGES, 7), np.full_like(IMAGES, 7)
+    readonly.flags.writeable = False
+    line = np.full(121, 7, np.float32)
+    for x, out, error, part in (
+        (IMAGES, sevens[:1], ValueError, "shape"),
+        (IMAGES, sevens.astype(np.float64), TypeError, "dtype"),
+        (IMAGES, sevens.tolist(), TypeError, "ndarray"),
+        (IMAGES, readonly, ValueError, "read-only"),
+        (line[:120].reshape(IMAGES.shape), line[1:].reshape(IMAGES.shape), ValueError, "overlap"),
+    ):
+        assert_refused(op, arguments, error, "out", part, x=x, out=out)
+        assert (np.array(out) == 7).all()
+
+
+@takers("p")
+def test_family_refuses_dtypes(op, arguments):
+    name = next(iter(inspect.signature(op).parameters))
+    for kind in ("i4", "?", "c8", ">f4", "O"):
+        x = np.zeros(IMAGES.shape, kind)
+        assert_refused(op, arguments, TypeError, name, ALLOWED, "got", x.dtype, x=x)
 
 
 # ---- noise_shape, scaling, store, rng ----
@@ -262,6 +454,16 @@ def test_mask_of_another_shape_is_refused(function, kind, shape):
     out = np.full_like(X, 7)
     with refused(ValueError, "mask", "(3, 4)", "got", shape):
         function(X, mask, out=out)
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize("function", [fd.dropout_backward, fd.apply_mask], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("shape", [(4, 3), (12,), (3, 4, 1), (3, 5), (1, 4), (3, 1), (1, 1), ()], ids=readable)
+def test_noise_of_another_shape_is_refused(function, shape):
+    """It shares nothing, so 1 is no help."""
+    out = np.full_like(X, 7)
+    with refused(ValueError, "mask", "(3, 4)", "got noise", shape):
+        function(X, fd.GaussianNoise(0, 0, shape, 0.5), out=out)
     assert (out == 7).all()
 
 

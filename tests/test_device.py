@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import pickle
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -99,6 +100,139 @@ def test_results_are_the_cpus(cupy, dtype, options):
     assert {launch.stream for launch in cupy.gpu.launches} <= {STREAM}
 
 
+FAMILY = {  # call, shape, options beside none
+    "feature_dropout": (fd.feature_dropout, (3, 5, 4, 6), ({"store": "seed"}, {"scaling": "standard"})),
+    "feature_dropout, channels last": (partial(fd.feature_dropout, channel_axis=-1), (3, 4, 6, 5), ()),
+    "alpha_dropout": (fd.alpha_dropout, (6, 50), ({"store": "seed"},)),
+    "feature_alpha_dropout": (fd.feature_alpha_dropout, (3, 5, 4, 6), ({"store": "seed"},)),
+    "variational_dropout": (partial(fd.variational_dropout, time_axis=0), (5, 3, 20), ({"store": "seed"},)),
+    "drop_connect": (fd.drop_connect, (17, 20), ()),
+    "stochastic_depth, row": (partial(fd.stochastic_depth, mode="row"), (40, 3, 2), ()),
+    "stochastic_depth, batch": (partial(fd.stochastic_depth, mode="batch"), (4, 3, 5), ()),
+    "drop_block, one axis": (partial(fd.drop_block, block_size=3), (3, 2, 40), ()),
+    "drop_block": (partial(fd.drop_block, block_size=2), (3, 2, 7, 9), ()),
+    "drop_block, three axes": (partial(fd.drop_block, block_size=(1, 2, 9)), (2, 2, 3, 4, 5), ()),
+    "gaussian_dropout": (fd.gaussian_dropout, (5, 43), ()),
+}
+family = pytest.mark.parametrize(("op", "shape", "ways"), FAMILY.values(), ids=FAMILY)
+
+
+@family
+def test_family_results_are_the_cpus(cupy, op, shape, ways):
+    x, dy = data(shape), data(shape)[::-1].copy()
+    for options in ({}, *ways):
+        expected, expected_mask = op(x, p=0.3, rng=5, **options)
+        y, mask = op(cupy.asarray(x), p=0.3, rng=5, **options)
+        assert type(y) is Array
+        assert np.array_equal(y.own, expected), options
+        assert type(mask) is type(expected_mask)
+        assert mask == expected_mask, options
+        dx = fd.dropout_backward(cupy.asarray(dy), mask)
+        assert np.array_equal(dx.own, fd.dropout_backward(dy, expected_mask)), options
+    assert {launch.stream for launch in cupy.gpu.launches} <= {STREAM}
+
+
+@pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", ["alpha_dropout", "drop_block", "gaussian_dropout"])
+def test_family_of_other_dtypes(cupy, name, kind):
+    op, shape, _ = FAMILY[name]
+    x = data(shape, pytest.importorskip("ml_dtypes").bfloat16 if kind == "bfloat16" else kind)
+    y, mask = op(cupy.asarray(x), p=0.3, rng=5)
+    expected, expected_mask = op(x, p=0.3, rng=5)
+    assert y.own.tobytes() == expected.tobytes()
+    assert mask == expected_mask
+
+
+@family
+def test_family_drops_everything_and_nothing(cupy, op, shape, ways):
+    x = cupy.asarray(np.full(shape, np.inf, np.float32))
+    if op is not fd.gaussian_dropout:
+        y, mask = op(x, p=1.0, rng=5)
+        assert not y.own.view(np.uint32).any()
+        assert mask == op(x.own, p=1.0, rng=5)[1]
+        assert not fd.dropout_backward(x, mask).own.view(np.uint32).any()
+    launched = len(cupy.gpu.launches)
+    for undrawn in ({"p": 0.0}, {"p": 0.3, "training": False}):
+        y, mask = op(x, rng=5, **undrawn)
+        assert y is x
+        assert mask is None
+    assert len(cupy.gpu.launches) == launched
+
+
+@family
+def test_family_takes_out(cupy, op, shape, ways):
+    x, out = cupy.asarray(data(shape)), cupy.asarray(np.zeros(shape, np.float32))
+    expected, expected_mask = op(x.own.copy(), p=0.3, rng=5)
+    y, mask = op(x, p=0.3, rng=5, out=out)
+    assert y is out
+    assert np.array_equal(out.own, expected)
+    assert op(x, p=0.3, rng=5, out=x)[0] is x
+    assert np.array_equal(x.own, expected)
+    assert fd.dropout_backward(x, mask, out=x) is x
+    assert np.array_equal(x.own, fd.dropout_backward(expected, expected_mask))
+
+
+@family
+def test_family_of_no_elements(cupy, op, shape, ways):
+    x = data((0, *shape[1:]))
+    y, mask = op(cupy.asarray(x), p=0.3, rng=5)
+    assert y.own.shape == x.shape
+    assert mask == op(x, p=0.3, rng=5)[1]
+    assert fd.dropout_backward(cupy.asarray(x), mask).own.shape == x.shape
+
+
+@family
+def test_family_refuses_what_it_refuses_in_memory(cupy, op, shape, ways):
+    x = cupy.asarray(data(shape))
+    name = "w" if op is fd.drop_connect else "x"
+    for error, pattern, arguments in (
+        (ValueError, "^p, the drop probability", {"p": 1.5}),
+        (TypeError, "^rng must be None", {"rng": "seed"}),
+        (TypeError, f"^out must be an array on the GPU, as {name} is, but got ndarray", {"out": data(shape)}),
+        (ValueError, f"^out must have {name}'s shape", {"out": cupy.asarray(data((2, 2)))}),
+    ):
+        with pytest.raises(error, match=pattern):
+            op(x, **{"p": 0.3, **arguments})
+    with pytest.raises(TypeError, match=f"^{name} must have dtype float32, .*, but got int64"):
+        op(cupy.asarray(np.zeros(shape, np.int64)), p=0.3)
+    with pytest.raises(ValueError, match=f"^{name} must be C-contiguous on a GPU, but got strides"):
+        op(Array(data(shape).T.copy().T), p=0.3)
+    assert not cupy.gpu.launches
+
+
+def test_family_refuses_axes_and_sizes(cupy):
+    x = cupy.asarray(data((2, 3, 4, 5)))
+    for pattern, call in {
+        "^channel_axis must be an axis of x, which has 4, but got 4": lambda: fd.feature_dropout(x, 0.5, 4),
+        "^time_axis must be an axis of x, which has 4, but got -5": lambda: fd.variational_dropout(x, 0.5, -5),
+        "^mode must be one of 'batch', 'row', but got 'rows'": lambda: fd.stochastic_depth(x, 0.5, "rows"),
+        "^block_size must be a positive int": lambda: fd.drop_block(x, 0.5, 0),
+        "^p must be below 1 for Gaussian dropout": lambda: fd.gaussian_dropout(x, 1.0),
+        "^x must have the axes": lambda: fd.drop_block(cupy.asarray(data((2, 3))), 0.5, 3),
+    }.items():
+        with pytest.raises(ValueError, match=pattern):
+            call()
+    assert not cupy.gpu.launches
+
+
+def test_noise_needs_no_memory_of_a_gpu(cupy):
+    """Made by hand, or for an array in memory, it serves one on a GPU."""
+    x = data((5, 43))
+    y, noise = fd.gaussian_dropout(x, 0.3, rng=5)
+    assert np.array_equal(fd.apply_mask(cupy.asarray(x), noise).own, y)
+    assert np.array_equal(fd.apply_mask(cupy.asarray(x), fd.GaussianNoise(5, 0, x.shape, 0.3)).own, y)
+    with pytest.raises(ValueError, match=r"^mask must have the shape of x, \(4, 6\), but got noise of shape \(5, 43\)"):
+        fd.apply_mask(cupy.asarray(data((4, 6))), noise)
+
+
+def test_family_asks_nothing_of_the_driver_that_waits(cupy):
+    """DropBlock waits as it counts, but in the array's own method."""
+    for op, shape, _ in FAMILY.values():
+        y, mask = op(cupy.asarray(data(shape)), p=0.3)
+        fd.dropout_backward(y, mask)
+    assert not [name for name in cupy.gpu.calls if "Synchronize" in name or "Memcpy" in name or "Alloc" in name]
+
+
 def test_bfloat16(cupy):
     bfloat16 = pytest.importorskip("ml_dtypes").bfloat16
     x = data(2000).astype(bfloat16)
@@ -186,7 +320,9 @@ def test_bad_masks(cupy):
     x = cupy.asarray(data((4, 6)))
     with pytest.raises(TypeError, match=r"^mask must be of an array on the GPU, or a SeededMask"):
         fd.apply_mask(x, fd.draw_mask((4, 6), 0.5))
-    with pytest.raises(TypeError, match=r"^mask must be a PackedMask, a SeededMask or None, but got int"):
+    with pytest.raises(
+        TypeError, match=r"^mask must be a PackedMask, a SeededMask, a GaussianNoise or None, but got int"
+    ):
         fd.apply_mask(x, 3)
     with pytest.raises(ValueError, match=r"^mask must have the shape of x"):
         fd.apply_mask(x, fd.dropout(cupy.asarray(data((4, 5))), 0.5)[1])

@@ -16,6 +16,7 @@ import pytest
 
 import fastdrop as fd
 from fastdrop import backends
+from fastdrop.backends import reference
 from fastdrop.stream import keep_scale, threshold
 
 from .cases import DTYPES, assert_same_bits
@@ -150,6 +151,47 @@ def test_shared_mask_beyond_2_32_elements(cells, threads):
         keep = np.broadcast_to(mask.to_bool(), (rows, 1024))
         for row in (rows - repeat // 1024, rows - 777, rows - 2, rows - 1):
             assert_same_bits(y.reshape(rows, 1024)[row], 2 * keep[row].astype(np.float16), row)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create, which Linux has")
+@pytest.mark.parametrize("channel_axis", [1, 2], ids=["channels first", "channels last"])
+def test_feature_dropout_beyond_2_32_elements(channel_axis, threads):
+    """Forward and backward; the last samples are what is left to see."""
+    needs(2)
+    samples, side, repeat = 2**12 + 1, 1024, 2**24
+    shape = samples, side, side
+    fd.set_num_threads(1)
+    with repeating(math.prod(shape), repeat) as x, repeating(math.prod(shape), repeat) as y:
+        x[:repeat] = 1
+        y[:repeat] = np.nan
+        _, mask = fd.feature_dropout(x.reshape(shape), 0.5, channel_axis, rng=4, out=y.reshape(shape))
+        keep = fd.draw_mask((samples, side), 0.5, rng=4).to_bool()
+        for call in (None, lambda: fd.dropout_backward(x.reshape(shape), mask, out=y.reshape(shape))):
+            if call:
+                y[:repeat] = np.nan
+                call()
+            for sample in (samples - repeat // side**2, samples - 2, samples - 1):
+                decided = keep[sample][:, None] if channel_axis == 1 else keep[sample]
+                want = np.broadcast_to(2 * decided.astype(np.float16), (side, side))
+                assert_same_bits(y.reshape(shape)[sample], want, sample)
+
+
+def test_gaussian_dropout_beyond_2_31_elements():
+    """In place, all of it in memory: 4 GiB. The noise around each border is what the reference draws for its cells."""
+    needs(6)
+    n = 2**31 + PIECE
+    x = np.empty(n, np.float16)
+    noise = fd.GaussianNoise(3, 0, (n,), 0.2)
+    for call in (
+        lambda: fd.gaussian_dropout(x, 0.2, rng=3, out=x)[0],
+        lambda: fd.dropout_backward(x, noise, out=x),
+    ):
+        x.fill(1)
+        assert call() is x
+        for part in around(2**29, 2**30, 2**31, end=n):
+            want = np.empty(PIECE, np.float16)
+            reference.gaussian_multiply(2, np.ones(PIECE, np.float16), want, part.start, PIECE, 3, 0, 0.5)
+            assert_same_bits(x[part], want, part)
 
 
 def test_mask_beyond_2_32_cells():

@@ -237,3 +237,69 @@ def test_seeded_mask_pickles():
 def test_seeded_mask_refuses(arguments, error, message):
     with pytest.raises(error, match=message):
         fd.SeededMask(*arguments)
+
+
+# ---- GaussianNoise ----
+
+
+def test_gaussian_noise_properties():
+    noise = fd.GaussianNoise(3, 4, (5, 6), 0.25)
+    assert (noise.seed, noise.offset, noise.shape, noise.p, noise.nbytes) == (3, 4, (5, 6), 0.25, 0)
+    assert repr(noise) == "GaussianNoise(seed=3, offset=4, shape=(5, 6), p=0.25)"
+    assert fd.GaussianNoise(0, 0, 7, 0.25).shape == (7,)
+
+
+def test_gaussian_noise_cannot_be_assigned_to():
+    noise = fd.GaussianNoise(3, 4, (5, 6), 0.25)
+    for name in ("seed", "offset", "shape", "p", "nbytes", "other"):
+        with pytest.raises(AttributeError):
+            setattr(noise, name, 1)
+
+
+def test_gaussian_noise_equality():
+    noise = fd.GaussianNoise(3, 4, (5, 6), 0.25)
+    assert noise == fd.GaussianNoise(3, 4, (5, 6), 0.25)
+    for other in ((2, 4, (5, 6), 0.25), (3, 5, (5, 6), 0.25), (3, 4, (6, 5), 0.25), (3, 4, (5, 6), 0.5)):
+        assert noise != fd.GaussianNoise(*other)
+    assert noise != fd.SeededMask(3, 4, (5, 6), 0.25)
+    assert fd.SeededMask(3, 4, (5, 6), 0.25) != noise
+    assert fd.draw_mask((5, 6), 0.25, rng=3) != noise
+    assert noise != "noise"
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(noise)
+
+
+@pytest.mark.parametrize("clone", [lambda noise: pickle.loads(pickle.dumps(noise)), copy.copy, copy.deepcopy])
+@pytest.mark.parametrize("shape", [(), (0,), (5, 6), LARGE], ids=str)
+def test_gaussian_noise_pickles(clone, shape):
+    """In a few bytes, whatever its shape."""
+    noise = fd.GaussianNoise(2**64 - 1, 2**64 - 1, shape, 0.3)
+    assert clone(noise) == noise
+    assert len(pickle.dumps(noise)) < 200
+    x = np.ones(shape, np.float32)
+    assert (fd.apply_mask(x, clone(noise)) == fd.apply_mask(x, noise)).all()
+
+
+def test_gaussian_noise_is_what_the_call_returns():
+    _, noise = fd.gaussian_dropout(np.ones((5, 6)), 0.25, rng=fd.Stream(3, 4))
+    assert noise == fd.GaussianNoise(3, 4, (5, 6), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((-1, 0, (3,), 0.5), ValueError, "seed must be from 0 to 2.*-1"),
+        ((True, 0, (3,), 0.5), TypeError, "seed must be an int, but got bool"),
+        ((0, 2**64, (3,), 0.5), ValueError, "offset must be from 0 to 2.*18446744073709551616"),
+        ((0.0, 0, (3,), 0.5), TypeError, "seed must be an int, but got float"),
+        ((0, 0, (-3,), 0.5), ValueError, "shape must not have negative extents"),
+        ((0, 0, "a", 0.5), TypeError, "shape must be an int or a tuple of ints, but got 'a'"),
+        ((0, 0, (3,), -0.5), ValueError, "p, the drop probability, must be between 0 and 1, but got -0.5"),
+        ((0, 0, (3,), float("nan")), ValueError, "p, the drop probability.*nan"),
+        ((0, 0, (3,), "0.5"), TypeError, "p must be a number, but got str"),
+        ((0, 0, (3,), 1.0), ValueError, r"p must be below 1 for Gaussian dropout.*p / \(1 - p\), but got 1.0"),
+    ],
+)
+def test_gaussian_noise_refuses(arguments, error, message):
+    with pytest.raises(error, match=message):
+        fd.GaussianNoise(*arguments)

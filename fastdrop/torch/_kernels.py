@@ -104,25 +104,24 @@ def forward(
 
 
 def forward_each(
-    samples: list[Tensor], seeds: list[Any], cut: int, affine: Affine, cells_shape: Shape | None, bits: bool
+    x: Tensor, seeds: list[Any], cut: int, affine: Affine, cells_shape: Shape | None, bits: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """`forward` of samples of one shape, each with a seed of its own, stacked."""
-    x = samples[0]
+    """`forward` of each entry of x's first axis with a seed of its own, stacked. ``cells_shape`` is of one entry."""
     tag = TAGS.get(x.dtype)
-    n = x.numel()
-    fits = cells_shape is None and tag is not None and 0 < cut < DROP_ALL and n and x.is_contiguous()
+    n = x[0].numel()
+    fits = cells_shape is None and tag is not None and 0 < cut < DROP_ALL and n and x[0].is_contiguous()
     if not fits or not x.is_cpu or backends.active() is not native:
-        results = [forward(*each, cut, affine, cells_shape, bits) for each in zip(samples, seeds, strict=True)]
-        words = [kept for _, kept in results if kept is not None]
-        return torch.stack([y for y, _ in results]), torch.stack(words) if bits else None
-    y = x.new_empty((len(samples), *x.shape))
-    words = _NO_WORDS.new_empty((len(samples), (n + 31) >> 5)) if bits else None
-    threads, to, at = torch.get_num_threads(), y.data_ptr(), 0 if words is None else words.data_ptr()
-    for sample, seed in zip(samples, seeds, strict=True):
-        if native.dropout_forward_at(threads, tag, sample.data_ptr(), to, at, 0, n, seed, 0, cut, *affine):
+        results = [forward(entry, seed, cut, affine, cells_shape, bits) for entry, seed in zip(x, seeds, strict=True)]
+        kept = [words for _, words in results if words is not None]
+        return torch.stack([y for y, _ in results]), torch.stack(kept) if bits else None
+    y, size, count = x.new_empty(x.shape), x.element_size(), word_count(n)
+    words = _NO_WORDS.new_empty((len(seeds), count)) if bits else None
+    from_, to, at = x.data_ptr(), y.data_ptr(), 0 if words is None else words.data_ptr()
+    threads = torch.get_num_threads()
+    for seed in seeds:
+        if native.dropout_forward_at(threads, tag, from_, to, at, 0, n, seed, 0, cut, *affine):
             raise _refusal()
-        to += n * x.element_size()
-        at += 4 * ((n + 31) >> 5) * bits
+        from_, to, at = from_ + x.stride(0) * size, to + n * size, at + 4 * count * bits
     return y, words
 
 
@@ -258,8 +257,8 @@ def apply(
         check_dtype(x)
         if affine[1] or affine[2]:
             check_real(x, "alpha dropout")
-        cells = (*(x.shape if cells_shape is None else cells_shape), 1)
-        y = torch.view_as_complex(apply(torch.view_as_real(x.resolve_conj()), words, affine, cells, kept=kept))
+        pairs = (*(x.shape if cells_shape is None else cells_shape), 1)
+        y = torch.view_as_complex(apply(torch.view_as_real(x.resolve_conj()), words, affine, pairs, kept=kept))
         return x.copy_(y) if inplace else y
     n = x.numel()
     cells = n if cells_shape is None else math.prod(cells_shape)

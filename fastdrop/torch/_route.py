@@ -179,8 +179,8 @@ def drop_block(
     shape = tuple(x.shape)
     cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
     if _is_compiling() or not is_plain(x):
-        number = _tensor_of_seed(x, generator, seed)
-        words, kept = _ops.overload(torch.ops.fastdrop.draw_blocks, p)(x, number, p, cells, sizes)
+        drawn = _tensor_of_seed(x, generator, seed)
+        words, kept = _ops.overload(torch.ops.fastdrop.draw_blocks, p)(x, drawn, p, cells, sizes)
         y: Tensor = torch.ops.fastdrop.keep_blocks(x, words, kept, cells)
         return x.copy_(y) if inplace else y
     _kernels.check_dtype(x)
@@ -232,8 +232,8 @@ def gaussian(
     if not _is_compiling():
         _kernels.check_real(x, "Gaussian dropout")
     if _is_compiling() or not is_plain(x):
-        number = _tensor_of_seed(x, generator, seed)
-        y: Tensor = _ops.overload(torch.ops.fastdrop.gaussian, p)(x, number, p)
+        drawn = _tensor_of_seed(x, generator, seed)
+        y: Tensor = _ops.overload(torch.ops.fastdrop.gaussian, p)(x, drawn, p)
         return x.copy_(y) if inplace else y
     number = _number_of_seed(x, generator, seed, inplace)
     if x.requires_grad and torch.is_grad_enabled():

@@ -283,7 +283,7 @@ class DropPath(Rated):
         self.drop_prob, self.scale_by_keep, self.store = _checked(drop_prob), scale_by_keep, store
 
     @property
-    def p(self) -> float:  # type: ignore[override]
+    def p(self) -> float:
         return self.drop_prob
 
     @p.setter
@@ -411,7 +411,7 @@ class TimmDropBlock2d(DropBlock2d):
     gamma_scale: float
 
     @property
-    def p(self) -> float:  # type: ignore[override]
+    def p(self) -> float:
         return self.drop_prob * self.gamma_scale
 
     @p.setter
