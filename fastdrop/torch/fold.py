@@ -27,7 +27,7 @@ POOLS = [f"{adaptive}{kind}" for adaptive in ("", "adaptive_") for kind in ("max
 # Layers whose weight multiplies all of the input.
 LAYERS = {nn.Linear, *(getattr(nn, f"{kind}{n}d") for kind in ("Conv", "ConvTranspose") for n in DIMENSIONS)}
 
-# Modules, functions and methods through which a positive factor on the first argument passes.
+# Modules, functions and methods through which a positive factor passes; each takes one tensor.
 PASSING: set[Any] = {nn.Identity, nn.ReLU, nn.LeakyReLU, nn.Flatten, nn.Unflatten}
 PASSING |= {F.relu, torch.relu, F.leaky_relu, torch.flatten, torch.reshape}
 PASSING |= {"relu", "flatten", "reshape", "view", "contiguous", "squeeze", "unsqueeze", "transpose", "permute"}
@@ -148,13 +148,12 @@ class _Uses:
                 kind = user.args[1]
             if kind in NO_VALUES:
                 continue
-            first = user.args[0] if user.args else None
-            if first is node and kind in LAYERS:
+            if kind in LAYERS:
                 self._check_pure(user)
                 if len(self.calls[module]) > 1 or self.holders[id(module.weight)] > 1:
                     raise _Left(f"{self.paths[module]} is called, or its weight used, elsewhere too")
                 yield module
-            elif first is node and kind in PASSING:
+            elif kind in PASSING:
                 self._check_pure(user)
                 yield from self._follow(user)
             else:
