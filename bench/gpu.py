@@ -68,7 +68,8 @@ def build(quick: bool) -> dict[str, Item]:
         if importlib.util.find_spec("numba_cuda") is None:
             raise Skip("numba-cuda is not installed")
         cc = tuple(task.machine.describe()["compute_capability"])
-        variants: list[tuple[Any, ...]] = [("draw_words",)]
+        variants: list[tuple[Any, ...]] = [("draw_words",), ("dilate_bits",), ("count_bits",)]
+        variants += [("gaussian_multiply", tag) for tag in range(4)]
         for body, forms in (("elementwise", ("drawn", "drawn_shifted", "stored")), ("strided", ("wide", "narrow"))):
             variants += [(body, tag, form, plain) for tag in range(4) for form in forms for plain in (True, False)]
         if task.dry_run:

@@ -7,7 +7,7 @@ from common import F, Figure, nn, run, torch, tqdm
 
 import fastdrop.torch as fdt
 
-P, SAMPLES = 0.1, 200
+P, SAMPLES = 0.2, 200
 
 
 def picture(quick: bool) -> Figure:
@@ -41,7 +41,7 @@ def picture(quick: bool) -> Figure:
     axis.plot(at, mean, color="#0b7a75", label=f"mean of {SAMPLES} samples; bands: one and two standard deviations")
     axis.plot(at, torch.sin(2 * at), "--", color="#8c8c8c", label="what the data came from")
     axis.plot(x, y, ".", color="#d9822b", markersize=5, label="data")
-    axis.set(title="Uncertainty grows off the data", xlabel="x", ylabel="y", ylim=(-4, 4))
+    axis.set(title="Uncertainty grows off the data", xlabel="x", ylabel="y", ylim=(-3.5, 3))
     axis.legend(loc="upper left", fontsize=9)
     return figure
 

@@ -39,6 +39,26 @@ NOISE_DOMAIN = 2 << 27  # Gaussian noise
 GROUP_SHIFT = 29
 PLANES_PER_GROUP = 4
 GROUPS = 8
+# Noise. A tile of 64 cells is made of 16 counters: cell ``16 k + j`` of it is normal k of counter j.
+NOISE_CELLS, NOISE_COUNTERS = 64, 16
+# ln(1 + x) / x**3 + 1 / (2 x) - 1 / x**2 for sqrt(1/2) <= 1 + x < sqrt(2), highest power first; ln 2 in two parts.
+# Source: Moshier, Cephes 2.2, 1992, logf; so are the sine and the cosine, for angles up to pi / 4.
+LOG = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
+SQRT_HALF_BITS = 0x3F3504F3
+SINE = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+COSINE = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+RADIANS = 1.5707963267948966 / 2**32  # of a quarter turn, in 2**32 steps
 DROP_ALL = 1 << 32  # the threshold of p = 1
 LOW = 0xFFFFFFFF
 

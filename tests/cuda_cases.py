@@ -12,7 +12,7 @@ import numpy as np
 
 from fastdrop.backends import numba_cuda, reference
 from fastdrop.mask import word_count
-from fastdrop.stream import LOW, MULTIPLIERS, NOISE_DOMAIN, ROUNDS, WEYL
+from fastdrop.stream import LOW, MULTIPLIERS, NOISE_CELLS, NOISE_COUNTERS, NOISE_DOMAIN, ROUNDS, WEYL
 
 from .cases import AFFINE, OFFSET, SEED, TENTH, Guarded, assert_same_bits
 
@@ -239,7 +239,7 @@ def drawing_noise(radius, angle, seed=SEED):
             c0, c2 = before0, before2
         if c1 >> 27 == NOISE_DOMAIN >> 27:
             counter = c0 | (c1 ^ NOISE_DOMAIN) << 32
-            return counter // reference.TILE_COUNTERS * reference.TILE_CELLS, c2 | c3 << 32
+            return counter // NOISE_COUNTERS * NOISE_CELLS, c2 | c3 << 32
     raise AssertionError("no counter of noise")
 
 

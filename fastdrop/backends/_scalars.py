@@ -15,10 +15,7 @@ import numpy as np
 from numba import njit, types
 from numba.core.extending import intrinsic, overload
 
-from ..stream import LOW, MULTIPLIERS, WEYL
-from .reference import COSINE, LN2_HIGH, LN2_LOW, LOG, RADIANS, SINE, SQRT_HALF_BITS
-from .reference import TILE_CELLS as TILE_CELLS
-from .reference import TILE_COUNTERS as TILE_COUNTERS
+from ..stream import COSINE, LN2_HIGH, LN2_LOW, LOG, LOW, MULTIPLIERS, RADIANS, SINE, SQRT_HALF_BITS, WEYL
 
 U, S, F = np.uint64, np.int32, np.float32
 M0, M1 = U(MULTIPLIERS[0]), U(MULTIPLIERS[1])

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._checks import BFLOAT16, FLOAT16
-from ..stream import GROUP_SHIFT, GROUPS, LOW, MASK_DOMAIN, NOISE_DOMAIN, PLANES_PER_GROUP
+from ..stream import GROUP_SHIFT, GROUPS, LOW, MASK_DOMAIN, NOISE_CELLS, NOISE_COUNTERS, NOISE_DOMAIN, PLANES_PER_GROUP
 
 numba: Any
 kernel: Any
@@ -37,8 +37,6 @@ try:
     from numba import types
 
     from ._scalars import (
-        TILE_CELLS,
-        TILE_COUNTERS,
         affine,
         coefficients,
         decide_group,
@@ -560,25 +558,25 @@ if numba is not None:
     def _gaussian(begin, end, x, y, seed0, seed1, offset0, offset1, first0, first1, sigma):
         k0, k1, o0, o1 = U(seed0), U(seed1), U(offset0), U(offset1)
         first, one, spread = U(first0) | U(first1) << U(32), np.float32(1), np.float32(sigma)
-        random = np.empty((4, TILE_COUNTERS), np.uint32)
-        factor = np.empty((4, TILE_COUNTERS), np.float32)
+        random = np.empty((4, NOISE_COUNTERS), np.uint32)
+        factor = np.empty((4, NOISE_COUNTERS), np.float32)
         factors = factor.reshape(-1)
-        held = np.empty(TILE_CELLS, x.dtype)
+        held = np.empty(NOISE_CELLS, x.dtype)
         at, stop = U(begin), U(end)
         while at < stop:
-            lead = (first + at) % U(TILE_CELLS)
-            b = (first + at) // U(TILE_CELLS) * U(TILE_COUNTERS)
+            lead = (first + at) % U(NOISE_CELLS)
+            b = (first + at) // U(NOISE_CELLS) * U(NOISE_COUNTERS)
             c1 = (b >> U(32)) | U(NOISE_DOMAIN)
-            for j in range(TILE_COUNTERS):
+            for j in range(NOISE_COUNTERS):
                 r0, r1, r2, r3 = philox_planes(b + U(j), c1, o0, o1, k0, k1)
                 random[0, j], random[1, j] = np.uint32(r0), np.uint32(r1)
                 random[2, j], random[3, j] = np.uint32(r2), np.uint32(r3)
-            for j in range(TILE_COUNTERS):
+            for j in range(NOISE_COUNTERS):
                 z0, z1 = normals(U(random[0, j]), U(random[1, j]))
                 z2, z3 = normals(U(random[2, j]), U(random[3, j]))
                 factor[0, j], factor[1, j] = one + spread * z0, one + spread * z1
                 factor[2, j], factor[3, j] = one + spread * z2, one + spread * z3
-            n = min(stop - at, U(TILE_CELLS) - lead)
+            n = min(stop - at, U(NOISE_CELLS) - lead)
             for i in range(U(0), n):
                 held[i] = x[at + i]
             for i in range(U(0), n):

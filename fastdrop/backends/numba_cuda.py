@@ -16,11 +16,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from ..stream import PLANES_PER_GROUP
+from ..stream import NOISE_CELLS, NOISE_COUNTERS, PLANES_PER_GROUP
 from ._cuda import driver
 from ._cuda.tile import COUNTED, ITEM_BYTES, LANES, TILE_CELLS, VECTOR_BYTES
-from .reference import TILE_CELLS as NOISE_CELLS
-from .reference import TILE_COUNTERS as NOISE_COUNTERS
 
 DIMS = 4
 INDEX_END = 1 << 31  # elements that one launch of `strided` numbers

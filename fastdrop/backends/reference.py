@@ -21,33 +21,29 @@ from numpy.typing import NDArray
 
 from .._checks import BFLOAT16, FLOAT16
 from ..mask import word_count
-from ..stream import GROUP_SHIFT, GROUPS, LOW, MASK_DOMAIN, NOISE_DOMAIN, PLANES_PER_GROUP, philox4x32_10
+from ..stream import (
+    COSINE,
+    GROUP_SHIFT,
+    GROUPS,
+    LN2_HIGH,
+    LN2_LOW,
+    LOG,
+    LOW,
+    MASK_DOMAIN,
+    NOISE_CELLS,
+    NOISE_COUNTERS,
+    NOISE_DOMAIN,
+    PLANES_PER_GROUP,
+    RADIANS,
+    SINE,
+    SQRT_HALF_BITS,
+    philox4x32_10,
+)
 
 Array = NDArray[Any]
 Words = NDArray[np.uint32]
 
 CHUNK_WORDS = 1 << 14  # drawn at a time; bounds the temporaries at a few MB
-
-# Noise. A tile of 64 cells is made of 16 counters: cell ``16 k + j`` of it is normal k of counter j.
-TILE_CELLS, TILE_COUNTERS = 64, 16
-# ln(1 + x) / x**3 + 1 / (2 x) - 1 / x**2 for sqrt(1/2) <= 1 + x < sqrt(2), highest power first; ln 2 in two parts.
-# Source: Moshier, Cephes 2.2, 1992, logf; so are the sine and the cosine, for angles up to pi / 4.
-LOG = (
-    7.0376836292e-2,
-    -1.1514610310e-1,
-    1.1676998740e-1,
-    -1.2420140846e-1,
-    1.4249322787e-1,
-    -1.6668057665e-1,
-    2.0000714765e-1,
-    -2.4999993993e-1,
-    3.3333331174e-1,
-)
-LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
-SQRT_HALF_BITS = 0x3F3504F3
-SINE = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
-COSINE = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
-RADIANS = 1.5707963267948966 / 2**32  # of a quarter turn, in 2**32 steps
 
 
 def unavailable() -> str | None:
@@ -167,14 +163,14 @@ def _normals(first: int, n: int, seed: int, offset: int) -> NDArray[np.float32]:
     Counter j of tile t is number ``b = 16 t + j``: a Philox block at ``(b low, b high | 2 << 27, offset low, offset
     high)``. Its outputs 0 and 1 make normals 0 and 1, outputs 2 and 3 normals 2 and 3.
     """
-    tile = first // TILE_CELLS
-    tiles = -(-(first + n) // TILE_CELLS) - tile
-    b = np.arange(tiles * TILE_COUNTERS, dtype=np.uint64) + np.uint64(tile * TILE_COUNTERS)
+    tile = first // NOISE_CELLS
+    tiles = -(-(first + n) // NOISE_CELLS) - tile
+    b = np.arange(tiles * NOISE_COUNTERS, dtype=np.uint64) + np.uint64(tile * NOISE_COUNTERS)
     counter = b & np.uint64(LOW), (b >> np.uint64(32)) | np.uint64(NOISE_DOMAIN), offset & LOW, offset >> 32
     r0, r1, r2, r3 = philox4x32_10(counter, (seed & LOW, seed >> 32))
     normals = (*_normal_pair(r0, r1), *_normal_pair(r2, r3))
-    ordered = np.stack([z.reshape(tiles, TILE_COUNTERS) for z in normals], axis=1).reshape(-1)
-    lead = first - tile * TILE_CELLS
+    ordered = np.stack([z.reshape(tiles, NOISE_COUNTERS) for z in normals], axis=1).reshape(-1)
+    lead = first - tile * NOISE_CELLS
     return ordered[lead : lead + n]
 
 

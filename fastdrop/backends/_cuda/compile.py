@@ -32,7 +32,6 @@ OLDEST: Capability = (7, 5)
 SOURCES = (
     "_checks.py",
     "stream.py",
-    "backends/reference.py",
     "backends/_scalars.py",
     "backends/_cuda/compile.py",
     "backends/_cuda/tile.py",

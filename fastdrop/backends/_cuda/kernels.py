@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from ... import stream
 from ...stream import GROUP_SHIFT, LOW, MASK_DOMAIN, NOISE_DOMAIN, PLANES_PER_GROUP
-from .. import reference
 from .._scalars import decide_group, normal_pair, philox
 from . import tile as cut
 
@@ -30,7 +30,7 @@ DOMAIN, NOISE, GROUP_AT = U(MASK_DOMAIN), U(NOISE_DOMAIN), U(GROUP_SHIFT)
 WORD_BYTES, VECTOR_BYTES = U(4), U(cut.VECTOR_BYTES)
 LANES, BATCH = U(cut.LANES), U(cut.BATCH)
 TILE, TILE_SHIFT = U(cut.TILE_CELLS), U(cut.TILE_CELLS.bit_length() - 1)
-NOISE_CELLS, NOISE_COUNTERS = U(reference.TILE_CELLS), U(reference.TILE_COUNTERS)  # of a tile of noise
+NOISE_CELLS, NOISE_COUNTERS = U(stream.NOISE_CELLS), U(stream.NOISE_COUNTERS)  # of a tile of noise
 
 
 def _drawing(v: Any) -> Any:

@@ -22,7 +22,7 @@ from numba.core import cgutils
 from numba.core.extending import intrinsic
 
 from ..._checks import FLOAT16, FLOAT64
-from ..reference import TILE_COUNTERS
+from ...stream import NOISE_COUNTERS
 from .tile import BATCH, ITEM_BYTES, LANES, TILE_CELLS, VECTOR_BYTES
 
 I1, I8, I16, I32, I64, I128 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64, 128))
@@ -140,7 +140,7 @@ class Vocabulary:
 
     def _four(self, builder, address, first, end):
         places = []
-        for step in range(0, 4 * TILE_COUNTERS, TILE_COUNTERS):
+        for step in range(0, 4 * NOISE_COUNTERS, NOISE_COUNTERS):
             inside = builder.icmp_unsigned("<", builder.add(first, constant(step, I64)), end)
             places.append((builder.add(address, constant(step * self.item_bytes, I64)), inside))
         return places
