@@ -10,7 +10,7 @@ EMULATOR ?= qemu-aarch64
 C_SOURCES := $(wildcard csrc/*.c)
 C_HEADERS := $(wildcard csrc/*.h csrc/*.def)
 C_TEST := $(C_SOURCES) tests/c/kernels_test.c
-C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -Icsrc -pthread
+C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -Icsrc -pthread
 C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST) $(C_HEADERS)) tests/c/cuda_stub.c
 OUT := build/c
 

@@ -87,13 +87,13 @@ static void D(masked_affine)(const masked_affine_args *args, uint64_t begin, uin
     pattern.begin = pattern.end = end;
     for (uint64_t at = begin, step; at < end; at += step) {
         step = min_u64(end - at, CHUNK_CELLS);
-        if (args->repeat == 1 &&
-            cells - at >= step + SLACK_CELLS) { /* in place; a copy would wait for each chunk's words */
-            D(apply)(x + at, y + at, args->words, args->position + at, step, &f);
-        } else {
-            uint64_t position = pattern_for(&pattern, args, at, step);
-            D(apply)(x + at, y + at, pattern.bits, position, step, &f);
+        const uint32_t *bits = args->words; /* in place if they may be: a copy would wait for each chunk's words */
+        uint64_t position = args->position + at;
+        if (args->repeat != 1 || cells - at < step + SLACK_CELLS) {
+            bits = pattern.bits;
+            position = pattern_for(&pattern, args, at, step);
         }
+        D(apply)(x + at, y + at, bits, position, step, &f);
     }
     if (f.stream) stream_fence();
 }
@@ -133,7 +133,7 @@ static void D(dropout_forward)(const dropout_forward_args *args, uint64_t begin,
     if (f.stream) stream_fence();
 }
 
-/* Fewer elements than a vector has, through a local copy; so all of this file's steps below a vector's. */
+/* y = x times float32 factors, of which a whole vector can be read wherever one of them is. */
 INLINE void D(multiply)(const D(t) * x, D(t) * y, const float *factors, uint64_t n, const int stream) {
     const D(keep) all = D(mask)(~0u, 0);
     for (uint64_t i = 0, step; i < n; i += step) {

@@ -1,5 +1,5 @@
-/* Runs of bits in little-endian uint32 words: copied and set at any bit position. Scalar; its cost is one step per 32
- * cells, next to nothing beside the data those cells decide. */
+/* Runs of bits in little-endian words: read, copied and appended at any bit position. Scalar; its cost is one step per
+ * 32 cells, next to nothing beside the data those cells decide. */
 #ifndef FASTDROP_BITS_H
 #define FASTDROP_BITS_H
 
@@ -78,6 +78,9 @@ static inline void append_bits(writer_t *w, uint64_t bits, unsigned n) {
     w->word = full ? rest : word;
     w->n = (w->n + n) % 64;
 }
+
+/* The last word, filled or not. */
+static inline void append_end(writer_t *w) { memcpy(w->at, &w->word, sizeof w->word); }
 
 /* n times the same bit. */
 static inline void append_run(writer_t *w, uint32_t bit, uint64_t n) {

@@ -11,7 +11,7 @@ enum {
     REACH_CELLS = 3 * DILATE_CELLS
 };
 
-/* n cells of the padded string from one on. */
+/* n cells of the padded string from cell `from` on; n is a multiple of 64. */
 static void pad_bits(uint64_t *to, const dilate_bits_args *args, uint64_t from, uint64_t n) {
     uint64_t ones = (args->block - 1) * args->inner, data = args->n * args->inner, row = ones + data;
     uint64_t end = args->outer * data, at = from % row;
@@ -34,13 +34,14 @@ static void pad_bits(uint64_t *to, const dilate_bits_args *args, uint64_t from, 
 static void and_shifted(uint64_t *string, uint64_t words, uint64_t shift) {
     const uint64_t *later = string + shift / 64;
     unsigned low = shift % 64;
-    for (uint64_t i = 0; i + shift / 64 + 1 < words; i++) string[i] &= later[i] >> low | later[i + 1] << 1 << (63 - low);
+    for (uint64_t i = 0; i + shift / 64 + 1 < words; i++)
+        string[i] &= later[i] >> low | later[i + 1] << 1 << (63 - low);
 }
 
 static void dilate_bits(const void *arguments, uint64_t begin, uint64_t end) {
     const dilate_bits_args *args = arguments;
     const uint64_t inner = args->inner, block = args->block;
-    uint64_t window[(DILATE_CELLS + REACH_CELLS) / 64 + 3], result[DILATE_CELLS / 64];
+    uint64_t window[(DILATE_CELLS + REACH_CELLS) / 64 + 2], result[DILATE_CELLS / 64];
     for (uint64_t at = begin, step; at < end; at += step) {
         step = min_u64(end - at, DILATE_CELLS);
         uint64_t words = (step + 63) / 64;

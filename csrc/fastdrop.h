@@ -1,4 +1,4 @@
-/* The C ABI of fastdrop: three primitives, a thread count and an instruction set.
+/* The C ABI of fastdrop: its primitives, a thread count and an instruction set.
  *
  * Every primitive is one row of ops.def. From that row come the struct that carries its arguments to the worker
  * threads, the public prototype fd_<name>, its slot in the kernel tables and its cffi declaration.

@@ -15,8 +15,9 @@ enum {
 INLINE uint64_t first_counter(uint64_t cell) { return cell / TILE_CELLS * TILE_COUNTERS; }
 
 /* Moshier, Cephes 2.2, 1992: logf, sinf, cosf; highest power first. */
-static const float LOG[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,  -1.2420140846e-1f, 1.4249322787e-1f,
-                            -1.6668057665e-1f, 2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
+static const float LOG[] = {7.0376836292e-2f,  -1.1514610310e-1f, 1.1676998740e-1f,
+                            -1.2420140846e-1f, 1.4249322787e-1f,  -1.6668057665e-1f,
+                            2.0000714765e-1f,  -2.4999993993e-1f, 3.3333331174e-1f};
 static const float SINE[] = {-1.9515295891e-4f, 8.3321608736e-3f, -1.6666654611e-1f};
 static const float COSINE[] = {2.443315711809948e-5f, -1.388731625493765e-3f, 4.166664568298827e-2f};
 static const float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
@@ -55,8 +56,8 @@ INLINE void normal_pair(words_t radius, words_t angle, f32_v z[2]) {
     z[1] = r * f32_where(swap, cosine, sine);
 }
 
-/* Factors of n cells from the first of a tile on; whole tiles are written. In two loops: the shorter the way through
- * one turn, the more turns a CPU has in flight. */
+/* Factors of n cells, the first that of a tile. In two loops: the shorter the way through one turn, the more turns a
+ * CPU has in flight. */
 static void draw_factors(philox_t *p, uint64_t first, uint64_t n, float sigma, float *factors) {
     const f32_v one = f32_set1(1), spread = f32_set1(sigma);
     uint32_t drawn[NOISE_CELLS];

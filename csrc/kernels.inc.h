@@ -1,4 +1,6 @@
 /* Every kernel body, once. An isa_<name>.c file includes a lane vocabulary and then this; it defines FD_TABLE first.
+ * Here is the draw of mask bits; how bits meet data is in apply.inc.h, noise in gaussian.inc.h, dilation in
+ * dilate.inc.h.
  *
  * How the draw works. A vector holds LANES mask words; one Philox group gives each of them four bit planes, most
  * significant first. All words of a mask share key and offset, and a word's groups differ in one counter word only, so
@@ -313,6 +315,7 @@ static void gather_bits(uint32_t *to, const masked_affine_args *args, uint64_t a
             }
         }
     }
+    append_end(&writer);
 }
 
 /* Bits of a chunk, and of `inner` elements after it where those up to `end` only repeat them. */

@@ -30,9 +30,9 @@ static inline void words_store(uint32_t *p, words_t v) { _mm256_storeu_si256((__
 static inline void words_stream(uint32_t *p, words_t v) { _mm256_stream_si256((__m256i *)p, v); }
 static inline words_t words_add(words_t a, words_t b) { return _mm256_add_epi32(a, b); }
 static inline words_t words_sub(words_t a, words_t b) { return _mm256_sub_epi32(a, b); }
-static inline words_t words_left(words_t v, const int n) { return _mm256_slli_epi32(v, n); }
-static inline words_t words_right(words_t v, const int n) { return _mm256_srli_epi32(v, n); }
-static inline words_t words_right_signed(words_t v, const int n) { return _mm256_srai_epi32(v, n); }
+static inline words_t words_left(words_t v, int n) { return _mm256_slli_epi32(v, n); }
+static inline words_t words_right(words_t v, int n) { return _mm256_srli_epi32(v, n); }
+static inline words_t words_right_signed(words_t v, int n) { return _mm256_srai_epi32(v, n); }
 static inline words_t words_xor3(words_t a, words_t b, words_t c) {
     return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
 }
@@ -147,7 +147,8 @@ static inline bf16_v bf16_load(const bf16_t *p) {
 }
 static inline bf16_v bf16_from_floats(const float *p) {
     __m256 low = f32_load(p), high = f32_load(p + f32_lanes);
-    __m256 first = _mm256_permute2f128_ps(low, high, LOW_HALVES), last = _mm256_permute2f128_ps(low, high, UPPER_HALVES);
+    __m256 first = _mm256_permute2f128_ps(low, high, LOW_HALVES);
+    __m256 last = _mm256_permute2f128_ps(low, high, UPPER_HALVES);
     return (bf16_v){_mm256_shuffle_ps(first, last, _MM_SHUFFLE(2, 0, 2, 0)),
                     _mm256_shuffle_ps(first, last, _MM_SHUFFLE(3, 1, 3, 1))};
 }

@@ -35,9 +35,9 @@ static inline void words_store(uint32_t *p, words_t v) { _mm512_storeu_si512(p, 
 static inline void words_stream(uint32_t *p, words_t v) { _mm512_stream_si512((__m512i *)p, v); }
 static inline words_t words_add(words_t a, words_t b) { return _mm512_add_epi32(a, b); }
 static inline words_t words_sub(words_t a, words_t b) { return _mm512_sub_epi32(a, b); }
-static inline words_t words_left(words_t v, const unsigned n) { return _mm512_slli_epi32(v, n); }
-static inline words_t words_right(words_t v, const unsigned n) { return _mm512_srli_epi32(v, n); }
-static inline words_t words_right_signed(words_t v, const unsigned n) { return _mm512_srai_epi32(v, n); }
+static inline words_t words_left(words_t v, int n) { return _mm512_slli_epi32(v, n); }
+static inline words_t words_right(words_t v, int n) { return _mm512_srli_epi32(v, n); }
+static inline words_t words_right_signed(words_t v, int n) { return _mm512_srai_epi32(v, n); }
 static inline words_t words_xor3(words_t a, words_t b, words_t c) {
     return _mm512_ternarylogic_epi32(a, b, c, TERNARY_XOR3);
 }

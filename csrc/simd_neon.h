@@ -26,10 +26,10 @@ static inline void words_store(uint32_t *p, words_t v) { vst1q_u32(p, v); }
 static inline void words_stream(uint32_t *p, words_t v) { words_store(p, v); }
 static inline words_t words_add(words_t a, words_t b) { return vaddq_u32(a, b); }
 static inline words_t words_sub(words_t a, words_t b) { return vsubq_u32(a, b); }
-static inline words_t words_left(words_t v, int n) { return vshlq_u32(v, vdupq_n_s32(n)); }
-static inline words_t words_right(words_t v, int n) { return vshlq_u32(v, vdupq_n_s32(-n)); }
+static inline words_t words_left(words_t v, int n) { return v << vdupq_n_u32((uint32_t)n); }
+static inline words_t words_right(words_t v, int n) { return v >> vdupq_n_u32((uint32_t)n); }
 static inline words_t words_right_signed(words_t v, int n) {
-    return vreinterpretq_u32_s32(vshlq_s32(vreinterpretq_s32_u32(v), vdupq_n_s32(-n)));
+    return vreinterpretq_u32_s32(vreinterpretq_s32_u32(v) >> vdupq_n_s32(n));
 }
 static inline words_t words_xor3(words_t a, words_t b, words_t c) { return veorq_u32(veorq_u32(a, b), c); }
 static inline words_t words_and(words_t a, words_t b) { return vandq_u32(a, b); }

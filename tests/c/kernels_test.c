@@ -75,23 +75,110 @@ static void compare(int isa, int dtype, uint64_t n, uint64_t first, uint64_t thr
     }
 }
 
+static unsigned bit_of(const unsigned char *words, uint64_t i) { return words[i / 8] >> i % 8 & 1; }
+
+/* Element by element, by the definition. */
 static void compare_grids(int isa) {
-    static const uint64_t GRIDS[][3] = {{1, 5, 7}, {3, 49, 1}, {4, 3, 33}, {2, 700, 64}, {1, 9000, 1}, {5, 2, 4097}};
+    static const uint64_t GRIDS[][3] = {{1, 5, 7},    {3, 49, 1},   {4, 3, 33},   {2, 700, 64},
+                                        {1, 9000, 1}, {5, 2, 4097}, {2, 9000, 7}, {2, 100, 520}};
     for (size_t g = 0; g < COUNT(GRIDS); g++)
         for (uint64_t position = 0; position < 40; position += 13) {
             const uint64_t *e = GRIDS[g], cells = e[0] * e[2], n = cells * e[1];
             size_t word_bytes = (position + cells + 31) / 32 * 4;
-            array_t x = array(4 * n, 0, 0), words = array(word_bytes, 0, 0), y[2];
-            fill_random(x.at, 4 * n, 9);
+            array_t x = array(4 * n, 0, 0), words = array(word_bytes, 0, 0), y = array(4 * n, 0, 0xA5);
+            float *naive = malloc(4 * n), c = (float)position;
             fill_random(words.at, word_bytes, 11);
-            for (int side = 0; side < 2; side++) {
-                fd_isa_select(side ? isa : 0);
-                y[side] = array(4 * n, 0, 0xA5);
-                fd_masked_affine(FD_FLOAT32, x.at, y[side].at, words.at, position, e[0], e[1], e[2], 2, 0, 0);
+            for (uint64_t i = 0; i < n; i++) {
+                uint64_t cell = i / (e[1] * e[2]) * e[2] + i % e[2];
+                float value = (float)(i % 1000 + 1);
+                memcpy(x.at + 4 * i, &value, 4);
+                naive[i] = bit_of(words.at, position + cell) ? value * 2 + c : c;
             }
-            expect(!memcmp(y[0].at, y[1].at, 4 * n), "grid", isa, g, position);
-            free(x.block), free(words.block), free(y[0].block), free(y[1].block);
+            fd_isa_select(isa);
+            fd_masked_affine(FD_FLOAT32, x.at, y.at, words.at, position, e[0], e[1], e[2], 2, c, c);
+            expect(!memcmp(y.at, naive, 4 * n), "grid", isa, g, position);
+            free(x.block), free(words.block), free(y.block), free(naive);
         }
+}
+
+/* Noise of a length, misaligned, in place and not, against the scalar set's. */
+static void compare_noise(int isa, int dtype, uint64_t n, uint64_t first, size_t shift) {
+    size_t bytes = n * element_bytes(dtype);
+    array_t x = array(bytes, shift, 0), y[2];
+    fill_random(x.at, bytes, (uint32_t)(n + first));
+    for (int side = 0; side < 2; side++) {
+        fd_isa_select(side ? isa : 0);
+        y[side] = array(bytes, side ? shift : 0, 0xA5);
+        expect(fd_gaussian_multiply(dtype, x.at, y[side].at, first, n, SEED, OFFSET, 0.75) == FD_OK, "status", isa, n,
+               first);
+    }
+    fd_gaussian_multiply(dtype, x.at, x.at, first, n, SEED, OFFSET, 0.75);
+    expect(!memcmp(y[0].at, y[1].at, bytes), "noise", isa, n, first);
+    expect(!memcmp(y[0].at, x.at, bytes), "noise in place", isa, n, first);
+    free(x.block), free(y[0].block), free(y[1].block);
+}
+
+/* A cell's noise is that of a call for it alone, and what the reference backend says. */
+static void check_noise(int isa) {
+    static const struct {
+        uint64_t cell;
+        float value;
+    } GOLDEN[] = {{0, 0x1.a995e8p-2f},
+                  {17, 0x1.1f4296p+0f},
+                  {(1ull << 34) + 33, 0x1.ba1d7ap-1f},
+                  {(1ull << 61) - 1, 0x1.17a588p+1f}};
+    enum { CELLS = 2500 };
+    static const uint64_t FROM[] = {0, 5, (1ull << 34) - 999, (1ull << 61) - CELLS};
+    static float x[CELLS], y[CELLS];
+    fd_isa_select(isa);
+    for (int i = 0; i < CELLS; i++) x[i] = 1;
+    for (size_t g = 0; g < COUNT(GOLDEN); g++) {
+        fd_gaussian_multiply(FD_FLOAT32, x, y, GOLDEN[g].cell, 1, SEED, OFFSET, 1);
+        expect(y[0] == GOLDEN[g].value, "golden noise", isa, GOLDEN[g].cell, 0);
+    }
+    for (size_t f = 0; f < COUNT(FROM); f++) {
+        fd_gaussian_multiply(FD_FLOAT32, x, y, FROM[f], CELLS, SEED, OFFSET, 1);
+        for (uint64_t i = 0; i < CELLS; i += 7) {
+            float alone;
+            fd_gaussian_multiply(FD_FLOAT32, x, &alone, FROM[f] + i, 1, SEED, OFFSET, 1);
+            expect(y[i] == alone, "noise of a cell alone", isa, FROM[f], i);
+        }
+    }
+}
+
+/* Bit by bit, by the definition. */
+static void compare_dilation(int isa, const uint64_t extents[4], size_t shift, int threads) {
+    const uint64_t outer = extents[0], n = extents[1], inner = extents[2], block = extents[3], m = n + block - 1;
+    size_t bytes = (outer * n * inner + 31) / 32 * 4, to_bytes = (outer * m * inner + 31) / 32 * 4;
+    array_t words = array(bytes, shift, 0), to = array(to_bytes, shift, 0xA5);
+    unsigned char *naive = calloc(to_bytes + 1, 1);
+    fill_random(words.at, bytes, (uint32_t)(n + block));
+    for (size_t i = 0; i < bytes; i++) words.at[i] |= i % 5 ? 0xFF : 0x7E; /* most cells kept */
+    for (uint64_t o = 0; o < outer; o++)
+        for (uint64_t i = 0; i < m; i++)
+            for (uint64_t j = 0; j < inner; j++) {
+                unsigned keep = 1;
+                for (uint64_t s = i < n ? 0 : i - n + 1; s < block && s <= i; s++)
+                    keep &= bit_of(words.at, (o * n + i - s) * inner + j);
+                uint64_t at = (o * m + i) * inner + j;
+                naive[at / 8] |= (unsigned char)(keep << at % 8);
+            }
+    fd_isa_select(isa);
+    fd_set_num_threads(threads);
+    expect(fd_dilate_bits(to.at, words.at, outer, n, inner, block) == FD_OK, "status", isa, n, block);
+    expect(!memcmp(to.at, naive, to_bytes), "dilation", isa, n, block);
+    fd_set_num_threads(1);
+    free(words.block), free(to.block), free(naive);
+}
+
+static void compare_dilations(int isa) {
+    static const uint64_t EXTENTS[][4] = {{0, 5, 5, 3},     {5, 0, 5, 3},       {5, 5, 0, 3},     {1, 1, 1, 1},
+                                          {1, 1, 1, 100},   {3, 5, 1, 1},       {70, 56, 1, 7},   {9, 50, 62, 7},
+                                          {700, 1, 1, 64},  {30, 64, 1, 65},    {7, 3, 130, 200}, {4, 3000, 3, 9},
+                                          {2, 5, 40000, 3}, {2, 3, 100001, 2},  {1, 9, 7, 30000}, {2, 9, 1000, 99},
+                                          {33, 31, 1, 2},   {1, 100000, 1, 17}, {5, 64, 64, 64},  {3, 1, 65, 3}};
+    for (size_t e = 0; e < COUNT(EXTENTS); e++)
+        for (size_t shift = 0; shift < 3; shift++) compare_dilation(isa, EXTENTS[e], shift, 1 + (int)shift);
 }
 
 static void check_golden(const char *path) {
@@ -119,7 +206,7 @@ static void check_golden(const char *path) {
 }
 
 /* Several callers at once: one gets the pool, the others work alone, all get the same bits. */
-static float shared_x[MAX_CELLS], expected_y[MAX_CELLS];
+static float shared_x[MAX_CELLS], expected_y[MAX_CELLS], expected_noise[MAX_CELLS];
 static uint32_t expected_words[MAX_CELLS / 32];
 static void *caller(void *unused) {
     float *y = malloc(sizeof shared_x);
@@ -135,6 +222,8 @@ static void *caller(void *unused) {
         memset(y, 0xA5, sizeof shared_x);
         fd_masked_affine(FD_FLOAT32, shared_x, y, words, 0, 1, 1, MAX_CELLS, 1.5, 0, 0);
         bad |= memcmp(words, expected_words, sizeof expected_words) || memcmp(y, expected_y, sizeof expected_y);
+        fd_gaussian_multiply(FD_FLOAT32, shared_x, y, 3, MAX_CELLS, SEED, OFFSET, 0.5);
+        bad |= memcmp(y, expected_noise, sizeof expected_noise);
         if (bad) __atomic_add_fetch(&failures, 1, __ATOMIC_RELAXED);
     }
     free(y);
@@ -148,6 +237,7 @@ static void check_threads(void) {
     for (int i = 0; i < MAX_CELLS; i++) shared_x[i] = (float)i;
     fd_dropout_forward(FD_FLOAT32, shared_x, expected_y, expected_words, 3, MAX_CELLS, SEED, OFFSET, 429496730u, 1.5, 0,
                        0);
+    fd_gaussian_multiply(FD_FLOAT32, shared_x, expected_noise, 3, MAX_CELLS, SEED, OFFSET, 0.5);
     fd_set_num_threads(3);
     for (int i = 0; i < CALLERS; i++) pthread_create(&threads[i], NULL, caller, NULL);
     for (int i = 0; i < CALLERS; i++) pthread_join(threads[i], NULL);
@@ -202,6 +292,9 @@ static void check_refusals(void) {
     expect(fd_draw_bits(words, 0, ~0ull, 2, 0, 0, 5) == FD_BAD_ARGUMENT, "cells past 2^64", 0, 0, 0);
     expect(fd_masked_affine(7, x, x, words, 0, 1, 1, 4, 1, 0, 0) == FD_BAD_ARGUMENT, "dtype", 0, 0, 0);
     expect(fd_masked_affine(0, x, x, words, 0, 1ull << 40, 1ull << 40, 1, 1, 0, 0) == FD_BAD_ARGUMENT, "size", 0, 0, 0);
+    expect(fd_gaussian_multiply(0, x, x, (1ull << 61) - 3, 4, 0, 0, 1) == FD_BAD_ARGUMENT, "cells past 2^61", 0, 0, 0);
+    expect(fd_dilate_bits(words, words + 1, 1, 1, 1, 0) == FD_BAD_ARGUMENT, "block 0", 0, 0, 0);
+    expect(fd_dilate_bits(words, words + 1, 1, 2, 1, ~0ull) == FD_BAD_ARGUMENT, "block too long", 0, 0, 0);
     expect(fd_isa_select(99) == FD_BAD_ISA && fd_set_num_threads(0) == FD_BAD_ARGUMENT, "range", 0, 0, 0);
     expect(words[0] == 1 && words[1] == 2, "words untouched", 0, 0, 0);
 }
@@ -224,9 +317,20 @@ int main(int argc, char **argv) {
                     compare(isa, dtype, LENGTHS[i], FIRSTS[j], THRESHOLDS[turn % COUNT(THRESHOLDS)],
                             turn % 3 * (turn % 5), turn % 4 ? 0 : 0.5);
                 }
+        for (int dtype = FD_FLOAT32; dtype <= FD_BFLOAT16; dtype++)
+            for (size_t i = 0; i < COUNT(LENGTHS); i++)
+                for (size_t j = 0; j + 1 < COUNT(FIRSTS); j++) { /* the last is no cell of noise */
+                    size_t turn = i + j + (size_t)dtype;
+                    compare_noise(isa, dtype, LENGTHS[i], FIRSTS[j], turn % 3 * (turn % 5));
+                }
+        check_noise(isa);
         compare_grids(isa);
-        for (size_t shift = 0; shift < 8; shift += 4) /* past the size from which stores go around the cache */
+        compare_dilations(isa);
+        for (size_t shift = 0; shift < 8; shift += 4) { /* past the size from which stores go around the cache */
+            compare(isa, FD_FLOAT32, (16u << 20) / 4 + 1003, 0, THRESHOLDS[3], shift, shift ? 0 : 0.5);
             compare(isa, FD_FLOAT32, (16u << 20) / 4 + 1003, 0, THRESHOLDS[3], shift, 0);
+            compare_noise(isa, FD_BFLOAT16, (16u << 20) / 2 + 1003, 9, shift);
+        }
         printf("%s: %s\n", fd_isa_name(isa), failures ? "FAIL" : "ok");
     }
     check_threads();
