@@ -38,7 +38,7 @@ def picture(quick: bool) -> Figure:
     axis = figure.subplots()
     for name, drop in KINDS.items():
         model = network(drop)
-        curve = [accuracy(model, validation) for _ in train(model, training, 2 if quick else 40)]
+        curve = [accuracy(model, validation) for _ in train(model, training, 2 if quick else 25)]
         last = curve[-5:]
         label = f"{name}: {sum(last) / len(last):.1f} %"
         axis.plot(curve, label=label)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 import numbers
+import operator
 from typing import Any
 
 import numpy as np
@@ -118,8 +119,8 @@ def no_random_state(rng: Any) -> TypeError:
 def shape(name: str, value: Any) -> tuple[int, ...]:
     axes = (value,) if isinstance(value, (int, np.integer)) else value
     try:
-        extents = tuple(int(axis.__index__()) for axis in axes)
-    except (TypeError, AttributeError):
+        extents = tuple(operator.index(axis) for axis in axes)  # a constant to torch's compiler too
+    except TypeError:
         raise TypeError(f"{name} must be an int or a tuple of ints, but got {value!r}") from None
     if any(extent < 0 for extent in extents):
         raise ValueError(f"{name} must not have negative extents, but got {value!r}")
@@ -151,7 +152,7 @@ def axis(name: str, value: Any, ndim: int) -> int:
         raise TypeError(f"{name} must be an int, but got {type(value).__name__}")
     if not -ndim <= value < ndim:
         raise ValueError(f"{name} must be an axis of x, which has {ndim}, but got {value}")
-    return int(value) % ndim
+    return operator.index(value) % ndim
 
 
 def at_least(name: str, ndim: int, least: int, what: str) -> None:

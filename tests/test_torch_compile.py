@@ -692,7 +692,7 @@ def test_onnx_of_evaluation_runs(x):
 
 def test_keeping_all_begins_where_the_threshold_does():
     from fastdrop.stream import threshold
-    from fastdrop.torch.functional import KEEPS_ALL
+    from fastdrop.torch._route import KEEPS_ALL
 
     assert threshold(KEEPS_ALL) == 0
     assert threshold(math.nextafter(KEEPS_ALL, 1)) == 1

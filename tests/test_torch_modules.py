@@ -18,6 +18,14 @@ from torch import nn  # noqa: E402
 import fastdrop.torch as fdt  # noqa: E402
 
 STORES = ("bits", "seed")
+CLASSES = {
+    nn.Dropout: fdt.Dropout,
+    nn.Dropout1d: fdt.Dropout1d,
+    nn.Dropout2d: fdt.Dropout2d,
+    nn.Dropout3d: fdt.Dropout3d,
+    nn.AlphaDropout: fdt.AlphaDropout,
+    nn.FeatureAlphaDropout: fdt.FeatureAlphaDropout,
+}
 
 
 class Custom(nn.Dropout):
@@ -25,6 +33,10 @@ class Custom(nn.Dropout):
 
     def forward(self, input):
         return input * 3
+
+
+class CustomFeatures(nn.Dropout2d):
+    """One of another of torch's classes."""
 
 
 class Block(nn.Module):
@@ -319,13 +331,29 @@ def test_convert_keeps_attributes_that_users_set():
     assert model[0].note == "mine"
 
 
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("theirs", CLASSES, ids=lambda cls: cls.__name__)
+def test_convert_knows_all_of_torchs_dropouts(theirs, store):
+    """Each becomes ours of the same name, and has its values; `revert` makes it torch's again."""
+    module, x = theirs(0.25, inplace=True).eval(), torch.ones(4, 5, 3, 2, 2)[..., 0, 0]
+    if theirs in (nn.Dropout2d, nn.Dropout3d):
+        x = torch.ones(4, 5, 3, 2, 2)[(..., 0)[theirs is nn.Dropout3d :]]
+    before, attributes = repr(module), list(vars(module))
+    (row,) = fdt.convert(module, store=store)
+    assert type(module) is CLASSES[theirs]
+    assert (row.before, row.after) == (before, f"{theirs.__name__}(p=0.25, inplace=True, store={store!r})")
+    assert (module.p, module.inplace, module.training, module.store) == (0.25, True, False, store)
+    assert module(x) is x
+    expected = seeded(CLASSES[theirs](0.25), x.clone())
+    assert torch.equal(seeded(module.train(), x.clone()), expected)
+    assert not torch.equal(expected, x)
+    (row,) = fdt.revert(module)
+    assert (type(module), row.after, list(vars(module))) == (theirs, before, attributes)
+
+
 LEFT = {
-    "subclass": (lambda: Custom(0.5), "subclass"),
-    "Dropout1d": (lambda: nn.Dropout1d(0.5), "no fastdrop module"),
-    "Dropout2d": (lambda: nn.Dropout2d(0.5), "no fastdrop module"),
-    "Dropout3d": (lambda: nn.Dropout3d(0.5), "no fastdrop module"),
-    "AlphaDropout": (lambda: nn.AlphaDropout(0.5), "no fastdrop module"),
-    "FeatureAlphaDropout": (lambda: nn.FeatureAlphaDropout(0.5), "no fastdrop module"),
+    "subclass": (lambda: Custom(0.5), "a subclass of nn.Dropout;"),
+    "subclass of another": (lambda: CustomFeatures(0.5), "a subclass of nn.Dropout2d;"),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(8, 2, dropout=0.5), "enable()"),
     "LSTM": (lambda: nn.LSTM(8, 8, 2, dropout=0.5), "enable()"),
     "GRU": (lambda: nn.GRU(8, 8, 2, dropout=0.5), "enable()"),
@@ -334,7 +362,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize(("make", "reason"), LEFT.values(), ids=LEFT)
-def test_convert_leaves_what_is_not_plain_dropout_and_says_why(make, reason):
+def test_convert_leaves_what_is_not_torchs_own_dropout_and_says_why(make, reason):
     module = make()
     model = nn.ModuleDict({"other": module})
     before = list(module.__dict__)
@@ -470,6 +498,7 @@ def test_convert_leaves_the_state_dict_as_it_is():
 @pytest.mark.parametrize("store", STORES)
 def test_revert_restores_classes_repr_and_attributes(store):
     model = nested().append(Custom(0.1)).append(nn.Dropout2d(0.1)).append(nn.LSTM(8, 8, 2, dropout=0.1))
+    changed = [path for path in PATHS if path != "3.b"] + ["6"]
     model[1].register_forward_hook(lambda *_: None)
     before = repr(model), classes(model), attributes(model), list(model.state_dict())
     order = [list(module.__dict__) for module in model.modules()]
@@ -478,7 +507,7 @@ def test_revert_restores_classes_repr_and_attributes(store):
     report = fdt.revert(model)
     assert (repr(model), classes(model), attributes(model), list(model.state_dict())) == before
     assert [list(module.__dict__) for module in model.modules()] == order
-    assert [row.path for row in report] == [path for path in PATHS if path != "3.b"]
+    assert [row.path for row in report] == changed
     assert all(row.before.endswith(f"store='{store}')") and "store" not in row.after for row in report)
 
 
@@ -545,7 +574,7 @@ def test_report_of_a_model_without_dropout():
 
 
 def test_report_rows():
-    model = nn.Sequential(nn.Dropout(0.1), nn.Dropout2d(0.2), nn.Dropout(0.3))
+    model = nn.Sequential(nn.Dropout(0.1), Custom(0.2), nn.Dropout(0.3))
     report = fdt.convert(model)
     assert isinstance(report, fdt.Report)
     assert len(report) == 3

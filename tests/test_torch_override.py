@@ -22,7 +22,8 @@ import fastdrop.torch as fdt  # noqa: E402
 from .cases import output_of  # noqa: E402
 from .torch_cases import assert_equal  # noqa: E402
 
-OPERATORS = ("aten::dropout", "aten::dropout_")
+NAMES = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+OPERATORS = tuple(f"aten::{name}{inplace}" for name in NAMES for inplace in ("", "_"))
 BATCH, LENGTH, WIDTH, HEADS, HIDDEN, MEMORY = 2, 5, 16, 2, 32, 7
 
 
@@ -80,6 +81,7 @@ def saved(function, *arguments):
 
 
 def torchs(x):
+    """Torch's dropout, which is ours while enabled."""
     return F.dropout(x, 0.4)
 
 
@@ -87,7 +89,7 @@ def ours(x):
     return fdt.dropout(x, 0.4)
 
 
-# ---- every way to torch's dropout ----
+# ---- every way to torch's dropouts ----
 
 CALLS = {
     "F.dropout": lambda x: F.dropout(x, 0.4),
@@ -99,6 +101,100 @@ CALLS = {
     "nn.Dropout": nn.Dropout(0.4),
     "nn.Dropout inplace": lambda x: nn.Dropout(0.4, inplace=True)(x * 1),
 }
+
+
+# Torch's other dropouts: every way to them, and what it is while enabled.
+OTHERS = {
+    "F.dropout1d": (lambda x: F.dropout1d(x, 0.4), lambda x: fdt.dropout1d(x, 0.4)),
+    "F.dropout1d inplace": (lambda x: F.dropout1d(x * 1, 0.4, inplace=True), lambda x: fdt.dropout1d(x, 0.4)),
+    "F.dropout1d batched": (lambda x: F.dropout1d(x[..., None], 0.4), lambda x: fdt.dropout1d(x[..., None], 0.4)),
+    "F.dropout2d": (lambda x: F.dropout2d(x[..., None, None], 0.4), lambda x: fdt.dropout2d(x[..., None, None], 0.4)),
+    "F.dropout3d": (
+        lambda x: F.dropout3d(x.view(2, 4, 4, 2, 2), 0.4),
+        lambda x: fdt.dropout3d(x.view(2, 4, 4, 2, 2), 0.4),
+    ),
+    "F.dropout3d unbatched": (
+        lambda x: F.dropout3d(x.view(8, 4, 2, 2), 0.4),
+        lambda x: fdt.dropout3d(x.view(8, 4, 2, 2), 0.4),
+    ),
+    "nn.Dropout1d": (nn.Dropout1d(0.4), lambda x: fdt.dropout1d(x, 0.4)),
+    "torch.feature_dropout": (
+        lambda x: torch.feature_dropout(x.view(8, 4, 4), 0.4, True),
+        lambda x: fdt.dropout1d(x.view(8, 4, 4), 0.4),
+    ),
+    "torch.feature_dropout_": (
+        lambda x: torch.feature_dropout_(x.view(8, 4, 4) * 1, 0.4, True),
+        lambda x: fdt.dropout1d(x.view(8, 4, 4), 0.4),
+    ),
+    "F.alpha_dropout": (lambda x: F.alpha_dropout(x, 0.4, True), lambda x: fdt.alpha_dropout(x, 0.4, True)),
+    "F.alpha_dropout inplace": (
+        lambda x: F.alpha_dropout(x * 1, 0.4, True, inplace=True),
+        lambda x: fdt.alpha_dropout(x, 0.4, True),
+    ),
+    "nn.AlphaDropout": (nn.AlphaDropout(0.4), lambda x: fdt.alpha_dropout(x, 0.4, True)),
+    "torch.ops alpha": (
+        lambda x: torch.ops.aten.alpha_dropout(x, 0.4, True),
+        lambda x: fdt.alpha_dropout(x, 0.4, True),
+    ),
+    "F.feature_alpha_dropout": (
+        lambda x: F.feature_alpha_dropout(x.view(8, 4, 4), 0.4, True),
+        lambda x: fdt.feature_alpha_dropout(x.view(8, 4, 4), 0.4, True),
+    ),
+    "nn.FeatureAlphaDropout": (
+        lambda x: nn.FeatureAlphaDropout(0.4)(x.view(8, 4, 4)),
+        lambda x: fdt.feature_alpha_dropout(x.view(8, 4, 4), 0.4, True),
+    ),
+    "torch.feature_alpha_dropout_": (
+        lambda x: torch.feature_alpha_dropout_(x.view(8, 4, 4) * 1, 0.4, True),
+        lambda x: fdt.feature_alpha_dropout(x.view(8, 4, 4), 0.4, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("call", OTHERS)
+def test_other_dropouts_are_fastdrops(on, x, call):
+    theirs, ours = OTHERS[call]
+    for seed in range(3):
+        assert_equal(run(theirs, seed, x), run(ours, seed, x))
+    words = [t.nbytes for t in saved(theirs, x.clone().requires_grad_()) if t.dtype == torch.int32]
+    assert words == [t.nbytes for t in saved(ours, x.clone().requires_grad_())]
+    assert not any(t.dtype == torch.bool for t in saved(theirs, x.clone().requires_grad_()))
+
+
+@pytest.mark.parametrize("call", OTHERS)
+def test_other_dropouts_under_transforms_are_fastdrops(on, x, call):
+    theirs, ours = OTHERS[call]
+    for transform in ("grad", "jvp", "vmap of grad"):
+        if transform == "vmap of grad":
+            samples, wrap = torch.stack([x, x.cos()]), lambda f: lambda x: f(x).sum()
+            both = [under(3, vmap(grad(wrap(f)), randomness="different"), samples) for f in (theirs, ours)]
+        else:
+            both = [under(3, TRANSFORMS[transform], f, x) for f in (theirs, ours)]
+        assert_equal(*both)
+
+
+@pytest.mark.parametrize("function", [F.alpha_dropout, F.feature_alpha_dropout, F.dropout1d, F.dropout2d, F.dropout3d])
+def test_other_dropouts_in_evaluation_and_at_p_0_return_the_input(on, function):
+    x = torch.randn(2, 3, 4)
+    state = torch.get_rng_state()
+    for p, training in ((0.4, False), (0.0, True)):
+        assert_equal(function(x, p, training), x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", [name + inplace for name in NAMES[1:] for inplace in ("", "_")])
+def test_what_other_dropouts_do_not_take_is_torchs(name, training):
+    """Dtypes, too few axes, complex numbers, a bad p: torch's result or torch's error."""
+    function, makes = getattr(torch, name), [*FOREIGN.values(), lambda: torch.ones(4), lambda: torch.ones(())]
+    makes += [lambda: torch.ones(4, 4, dtype=torch.complex64)] if "alpha" in name else []
+    cases = [(make, p) for make in makes for p in (0.0, 0.5, 2.0)] + [(lambda: torch.ones(4, 4), -0.1)]
+    if name.startswith("alpha"):
+        cases = [(make, p) for make, p in cases if make not in makes[-3:-1]]
+    expected = [outcome(make, function, p, training) for make, p in cases]
+    with fdt.enabled():
+        assert [outcome(make, function, p, training) for make, p in cases] == expected
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -348,7 +444,7 @@ def test_import_changes_nothing():
 def signature(x):
     """All that a caller can see of torch's dropouts: values, gradients, generator, bytes kept."""
     results = []
-    for call in CALLS.values():
+    for call in (*CALLS.values(), *(theirs for theirs, _ in OTHERS.values())):
         results += [*run(call, 7, x), torch.get_rng_state()]
         results.append(torch.tensor([t.nbytes for t in saved(call, x.clone().requires_grad_())]))
     results.append(under(7, vmap(torchs, randomness="different"), x))
@@ -433,14 +529,11 @@ def test_only_dropout_is_touched():
 @pytest.mark.parametrize(
     "other",
     [
-        lambda x: F.alpha_dropout(x, 0.4, True),
-        lambda x: F.feature_alpha_dropout(x, 0.4, True),
-        lambda x: F.dropout1d(x, 0.4),
         lambda x: torch.native_dropout(x, 0.4, True)[0],
         lambda x: torch.bernoulli(x.sigmoid()),
         lambda x: F.rrelu(x, training=True),
     ],
-    ids=["alpha_dropout", "feature_alpha_dropout", "dropout1d", "native_dropout", "bernoulli", "rrelu"],
+    ids=["native_dropout", "bernoulli", "rrelu"],
 )
 def test_other_random_operators_stay_torchs(x, other):
     expected = under(3, other, x)
@@ -623,8 +716,8 @@ def test_functionalize_works_as_with_torch(x):
 def forget_all():
     """Of earlier tests: what they compiled, and which kernels torch's dispatcher for tracing found for dropout."""
     torch.compiler.reset()
-    for op in (torch.ops.aten.dropout.default, torch.ops.aten.dropout_.default):
-        op._dispatch_cache.clear()
+    for operator in OPERATORS:
+        getattr(torch.ops.aten, operator.removeprefix("aten::")).default._dispatch_cache.clear()
 
 
 @pytest.fixture
@@ -655,6 +748,15 @@ def test_compiled_equals_eager(compiler, on, x, backend):
         expected = run(lambda x: fdt.dropout(fdt.dropout(x, 0.4), 0.2), seed, x)
         assert_equal(run(function, seed, x), expected)
         torch.testing.assert_close(run(compiled, seed, x), expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("call", OTHERS)
+def test_other_dropouts_compiled_equal_eager(compiler, on, x, call):
+    theirs, ours = OTHERS[call]
+    compiled = torch.compile(theirs, backend="aot_eager", fullgraph=True)
+    for seed in range(2):
+        torch.testing.assert_close(run(compiled, seed, x), run(ours, seed, x))
 
 
 @pytest.mark.filterwarnings("ignore")

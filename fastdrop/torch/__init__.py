@@ -39,6 +39,7 @@ try:
         StochasticDepth,
         VariationalDropout,
     )
+    from .monte_carlo import Prediction, mc_dropout, mc_predict
     from .override import disable, enable, enabled
     from .recurrent import VariationalGRU, VariationalLSTM
     from .scheduler import DropoutScheduler
@@ -61,6 +62,7 @@ __all__ = [
     "EmbeddingDropout",
     "FeatureAlphaDropout",
     "GaussianDropout",
+    "Prediction",
     "Report",
     "StochasticDepth",
     "VariationalDropout",
@@ -82,6 +84,8 @@ __all__ = [
     "feature_alpha_dropout",
     "fold_scaling",
     "gaussian_dropout",
+    "mc_dropout",
+    "mc_predict",
     "revert",
     "stochastic_depth",
     "variational_dropout",

@@ -117,11 +117,11 @@ def forward_each(
     y, size, count = x.new_empty(x.shape), x.element_size(), word_count(n)
     words = _NO_WORDS.new_empty((len(seeds), count)) if bits else None
     from_, to, at = x.data_ptr(), y.data_ptr(), 0 if words is None else words.data_ptr()
-    threads = torch.get_num_threads()
+    threads, step = torch.get_num_threads(), x.stride(0) * size
     for seed in seeds:
         if native.dropout_forward_at(threads, tag, from_, to, at, 0, n, seed, 0, cut, *affine):
             raise _refusal()
-        from_, to, at = from_ + x.stride(0) * size, to + n * size, at + 4 * count * bits
+        from_, to, at = from_ + step, to + n * size, at + 4 * count * bits
     return y, words
 
 
@@ -206,6 +206,8 @@ def keep_blocks(x: Tensor, words: Tensor, kept: Tensor, cells_shape: Shape | Non
     """x under DropBlock's mask: what is kept times cells / cells kept."""
     cells = x.numel() if cells_shape is None else math.prod(cells_shape)
     if x.is_cuda:
+        if kept.dtype != torch.int64 or kept.numel() != 1 or kept.device != x.device:  # read there, unseen from here
+            raise ValueError(f"kept must be one int64 on {x.device}, but got {kept.dtype} on {kept.device}")
         return apply(x, words, (float(cells), 0.0, 0.0), cells_shape, inplace=inplace, kept=kept)
     count = int(kept.item())
     return apply(x, words, (cells / count if count else 0.0, 0.0, 0.0), cells_shape, inplace=inplace)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -243,9 +243,47 @@ def _autograd(op: Any, function: type[torch.autograd.Function]) -> Any:
 # ---- vmap ----
 
 
+class _Info(NamedTuple):
+    """What a rule is told of the map."""
+
+    batch_size: int
+    interpreter: Any
+
+
+def _interpreter() -> Any:
+    return torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
+
+
+def _is_plain_within(info: _Info, *tensors: Tensor) -> bool:
+    """Whether nothing but this map surrounds the call: kernels may be called at once."""
+    with info.interpreter.lower():
+        return all(is_plain(x) and not (x.requires_grad and torch.is_grad_enabled()) for x in tensors)
+
+
+def _batched(op: Any, rule: Any) -> Any:
+    """A kernel for vmap's key. That of `torch.library.register_vmap` does the same with trees, in twice the time."""
+
+    def kernel(*arguments: Any) -> Any:
+        interpreter = _interpreter()
+        level, info = interpreter.level(), _Info(interpreter.batch_size(), interpreter)
+        unwrap, wrap = torch._C._functorch._unwrap_batched, torch._C._functorch._add_batch_dim
+        unwrapped = [unwrap(value, level) if isinstance(value, Tensor) else (value, None) for value in arguments]
+        values, in_dims = zip(*unwrapped, strict=True)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
+            if all(dim is None for dim in in_dims):
+                return op(*values)
+            results, out_dims = rule(info, in_dims, *values)
+        if isinstance(results, Tensor):
+            return results if out_dims is None else wrap(results, out_dims, level)
+        stacked = zip(results, out_dims, strict=True)
+        return tuple(result if dim is None else wrap(result, dim, level) for result, dim in stacked)
+
+    return kernel
+
+
 def _draw_vmap(like: Tensor, size: list[int]) -> Tensor:
     """On the key of the mode and not of batched tensors: under "different" each sample draws, batched or not."""
-    interpreter: Any = torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
+    interpreter = _interpreter()
     randomness = interpreter.randomness()
     if randomness == "error":
         raise RuntimeError(
@@ -278,12 +316,12 @@ def _forward_vmap(
         x = x.movedim(in_dims[0], 0)
         return op(x, seed, p, [1, *(x.shape[1:] if noise_shape is None else noise_shape)], bits, law), (0, None)
     seeds = seed.movedim(in_dims[1], 0)
+    if info.batch_size and _is_plain_within(info, x, seed):
+        x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
+        cut, cells = threshold(probability(p)), cells_shape(noise_shape, x[0])
+        y, kept = _kernels.forward_each(x, _random.for_kernels(seeds, x), cut, kinds.affine(law, cut), cells, bits)
+        return (y, y.new_empty((info.batch_size, 0), dtype=torch.int32) if kept is None else kept), (0, 0)
     samples = _samples(x, in_dims[0], info.batch_size)
-    if samples and is_plain(x) and is_plain(seed) and not (x.requires_grad and torch.is_grad_enabled()):
-        cut, cells = threshold(probability(p)), cells_shape(noise_shape, samples[0])
-        numbers = [_random.for_kernel(one, x) for one in seeds.unbind()]
-        y, kept = _kernels.forward_each(samples, numbers, cut, kinds.affine(law, cut), cells, bits)
-        return (y, x.new_empty((len(samples), 0), dtype=torch.int32) if kept is None else kept), (0, 0)
     results = [op(x_, seed_, p, noise_shape, bits, law) for x_, seed_ in zip(samples, seeds.unbind(), strict=True)]
     if not results:
         y, words = op(_sample_like(x, in_dims[0]), torch.zeros((), dtype=torch.int64), p, noise_shape, bits, law)
@@ -386,12 +424,12 @@ def _register(name: str, schema: str, kernel: Any, fake: Any, vmap: Any, functio
         library.impl(name, kernel, device)
     torch.library.register_fake(f"fastdrop::{name}", fake, lib=library)
     packet, _, suffix = name.partition(".")
+    own = getattr(getattr(torch.ops.fastdrop, packet), suffix or "default")
     if function is None:
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
-        own = getattr(getattr(torch.ops.fastdrop, packet), suffix or "default")
         library.impl(name, _autograd(own, function), "Autograd", with_keyset=True)
-    torch.library.register_vmap(f"fastdrop::{name}", vmap, lib=library)
+    library.impl(name, _batched(own, vmap), "FuncTorchBatched")
 
 
 for _suffix, _type in P_TYPES.items():

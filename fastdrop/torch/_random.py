@@ -6,11 +6,16 @@ restore and split torch's state alone, and a mask that hangs on it follows.
 On the CPU the number is drawn: 63 bits. A CUDA generator draws on the device, and asking it for a number would wait;
 but its state is two numbers that the host has, and each dropout's seed is a function of them. While a graph is captured
 they are not to be had, and the seed is drawn into a tensor on the device that the kernel reads, anew at each replay.
+
+Monte Carlo sampling has its own numbers, `SampleSeeds`, which stand in for the generators of the thread.
 """
 
 from __future__ import annotations
 
+import contextlib
+import math
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -25,7 +30,12 @@ LOW_64_BITS = (1 << 64) - 1
 
 
 class _Buffer(threading.local):
-    """Where this thread's generator calls leave their number: made once and read through NumPy, a third of the cost."""
+    """Where this thread's generator calls leave their number: made once and read through NumPy, a third of the cost.
+
+    ``seeds``, if there are any, are taken instead.
+    """
+
+    seeds: SampleSeeds | None = None
 
     def __init__(self) -> None:
         self.number = np.empty((), np.int64)
@@ -39,12 +49,63 @@ _buffer = _Buffer()
 def draw(generator: torch.Generator | None) -> int:
     """The next seed, for eager code with no transform and no mode around it."""
     buffer = _buffer
-    if generator is None:
-        buffer.fill()
-    else:
+    if generator is not None:
         buffer.fill(generator=generator)
+    elif buffer.seeds is not None:
+        return buffer.seeds.next()
+    else:
+        buffer.fill()
     number: int = buffer.number.item()
     return number
+
+
+class SampleSeeds:
+    """Seeds of Monte Carlo samples: the k-th dropout of sample s has ``mixed(mixed(seed, s + 1), k + 1)``.
+
+    That is all they depend on, so samples may run one by one or, under `vmap`, many at once.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.begin(0)
+
+    def begin(self, sample: int, count: int | None = None) -> None:
+        """Starts a pass: of one sample or, under `vmap`, of ``count`` from this one on."""
+        self.calls = 0
+        first = sample + 1
+        last = first if count is None else np.arange(first, first + count, dtype=np.uint64)
+        self.keys = mixed(self.seed, last)
+
+    def next(self) -> int:
+        """The seed of the next dropout, of one sample."""
+        if not isinstance(self.keys, int):
+            raise RuntimeError("vmap: dropout inside of an op that vmap doesn't look into would be the same for all")
+        self.calls += 1
+        number: int = mixed(self.keys, self.calls)
+        return number
+
+    def draw(self, size: list[int], device: torch.device | str) -> Tensor:
+        """Those of so many dropouts, as the op ``draw`` gives them: under `vmap` the first axis is that of samples."""
+        keys = np.asarray(self.keys, np.uint64)
+        count = math.prod(size[keys.ndim :])
+        calls = np.arange(self.calls + 1, self.calls + 1 + count, dtype=np.uint64)
+        self.calls += count
+        numbers = mixed(keys[..., None], calls).view(np.int64)
+        return torch.from_numpy(numbers).reshape(size).to(device)
+
+
+@contextlib.contextmanager
+def taken_from(seeds: SampleSeeds) -> Iterator[None]:
+    """Has this thread's dropouts take their seeds from here."""
+    before, _buffer.seeds = _buffer.seeds, seeds
+    try:
+        yield
+    finally:
+        _buffer.seeds = before
+
+
+def sample_seeds() -> SampleSeeds | None:
+    return _buffer.seeds
 
 
 GENERATOR_STEP = 4  # torch's own kernels take offsets in fours
@@ -55,6 +116,8 @@ def draw_cuda(device: torch.device, generator: torch.Generator | None) -> int | 
     """The next seed of a CUDA device, without waiting for it."""
     if generator is not None and generator.device.type != "cuda":
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
+    if generator is None and _buffer.seeds is not None:
+        return _buffer.seeds.next()
     if _is_capturing(device):
         return torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
     if generator is None:
@@ -65,7 +128,8 @@ def draw_cuda(device: torch.device, generator: torch.Generator | None) -> int | 
         state = generator.graphsafe_get_state()
         seed, offset = state.initial_seed(), state.get_offset()
         state.set_offset(offset + GENERATOR_STEP)
-    return mixed(seed, offset)
+    number: int = mixed(seed, offset)
+    return number
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -76,12 +140,13 @@ def _is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def mixed(seed: int, offset: int) -> int:
+def mixed(seed: Any, offset: Any) -> Any:
     """A number of 64 bits, another for each offset: the output of SplitMix64 at a state apart from the seed by offsets.
 
-    Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators", OOPSLA 2014.
+    Either may be an array of uint64. Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
+    OOPSLA 2014.
     """
-    z = (seed + offset * 0x9E3779B97F4A7C15) & LOW_64_BITS
+    z = (seed + (offset * 0x9E3779B97F4A7C15 & LOW_64_BITS)) & LOW_64_BITS
     z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & LOW_64_BITS
     z = ((z ^ z >> 27) * 0x94D049BB133111EB) & LOW_64_BITS
     return z ^ z >> 31
@@ -99,6 +164,13 @@ def for_kernel(seed: Tensor, x: Tensor) -> int | Tensor:
             raise ValueError(f"seed must be on the CPU or on {x.device}, as the input is, but got one on {seed.device}")
         return _one(seed)
     return int(_one(seed).item()) & LOW_64_BITS
+
+
+def for_kernels(seeds: Tensor, x: Tensor) -> list[Any]:
+    """`for_kernel` of each of a row of seeds."""
+    if seeds.is_cpu and seeds.dtype == torch.int64 and seeds.dim() == 1:
+        return [number & LOW_64_BITS for number in seeds.tolist()]
+    return [for_kernel(seed, x) for seed in seeds.unbind()]
 
 
 def device_for(x: Tensor) -> torch.device | str:

@@ -41,8 +41,10 @@ def refusal(module: nn.Module) -> str:
     """What one of timm's DropBlock2d does that ours doesn't."""
     if getattr(module, "with_noise", False):
         return "puts noise where it drops"
-    if hasattr(module, "gamma_scale") and not module.scale_by_keep:
+    if hasattr(module, "gamma_scale") and not getattr(module, "scale_by_keep", True):
         return "doesn't scale what it keeps"
+    if getattr(module, "batchwise", False):  # before timm 1.0.23
+        return "drops the same of all samples"
     return ""
 
 

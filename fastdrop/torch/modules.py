@@ -6,6 +6,8 @@ a module's drop probability comes from, `Rated`.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -47,16 +49,19 @@ class Rated(nn.Module):
         return self.p
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(input, fx.Proxy):  # a module of torch's own would stay one in the graph, and so follow eval()
-            tracer = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input,), {})
-        return self._drop(input)
+        return traced(self, input) if isinstance(input, fx.Proxy) else self._drop(input)
 
     def _drop(self, input: Tensor) -> Tensor:
         raise NotImplementedError
 
 
-def _checked(p: float, what: str = "dropout probability") -> float:
+def traced(module: nn.Module, proxy: fx.Proxy, *args: Any, **kwargs: Any) -> Any:
+    """The call as `torch.fx` traces it: a module of torch's own would stay one in the graph, and so follow eval()."""
+    tracer: Any = proxy.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (proxy, *args), kwargs)
+
+
+def checked(p: float, what: str = "dropout probability") -> float:
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{what} has to be between 0 and 1, but got {p}")
     return p
@@ -215,7 +220,7 @@ class VariationalDropout(Rated):
     def __init__(self, p: float = 0.5, time_axis: int = 0, inplace: bool = False, *, store: str = "bits") -> None:
         super().__init__()
         _checks.choice("store", store, _checks.STORES)
-        self.p, self.time_axis, self.inplace, self.store = _checked(p), time_axis, inplace, store
+        self.p, self.time_axis, self.inplace, self.store = checked(p), time_axis, inplace, store
 
     def _drop(self, input: Tensor) -> Tensor:
         return F.variational_dropout(input, self.rate, self.time_axis, self.training, self.inplace, store=self.store)
@@ -247,7 +252,7 @@ class StochasticDepth(Rated):
         super().__init__()
         _checks.choice("mode", mode, _checks.DEPTH_MODES)
         _checks.choice("store", store, _checks.STORES)
-        self.p, self.mode, self.store = _checked(p, "drop probability"), mode, store
+        self.p, self.mode, self.store = checked(p, "drop probability"), mode, store
 
     def _drop(self, input: Tensor) -> Tensor:
         return F.stochastic_depth(input, self.rate, self.mode, self.training, store=self.store)
@@ -280,7 +285,7 @@ class DropPath(Rated):
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True, *, store: str = "bits") -> None:
         super().__init__()
         _checks.choice("store", store, _checks.STORES)
-        self.drop_prob, self.scale_by_keep, self.store = _checked(drop_prob), scale_by_keep, store
+        self.drop_prob, self.scale_by_keep, self.store = checked(drop_prob), scale_by_keep, store
 
     @property
     def p(self) -> float:
@@ -314,7 +319,7 @@ class _DropBlock(Rated):
         couple_channels: bool = False,
     ) -> None:
         super().__init__()
-        self.p, self.block_size, self.inplace = _checked(p, "drop probability"), block_size, inplace
+        self.p, self.block_size, self.inplace = checked(p, "drop probability"), block_size, inplace
         self.couple_channels = couple_channels
 
     def extra_repr(self) -> str:
@@ -395,7 +400,7 @@ class GaussianDropout(Rated):
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         super().__init__()
-        self.p, self.inplace = _checks.gaussian_probability(_checked(p)), inplace
+        self.p, self.inplace = _checks.gaussian_probability(checked(p)), inplace
 
     def _drop(self, input: Tensor) -> Tensor:
         return F.gaussian_dropout(input, self.rate, self.training, self.inplace)

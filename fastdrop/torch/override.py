@@ -27,8 +27,9 @@ from .modules import Rated
 
 __all__ = ["disable", "enable", "enabled"]
 
-# Calls on CPU and CUDA tensors without and with autograd, and calls inside of torch.func's transforms.
-KEYS = ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA", "FuncTorchDynamicLayerFrontMode")
+# Calls on CPU and CUDA tensors without and with autograd, and calls inside of torch.func's transforms: from Python, and
+# from torch's own C++ under vmap, where attention drops.
+KEYS = ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA", "FuncTorchDynamicLayerFrontMode", "FuncTorchVmapMode")
 
 # aten's ops, each with its in-place form: whether whole channels are dropped, and the law.
 OPS = {
@@ -153,7 +154,9 @@ def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> dict[str, Any]:
     wanted = {
         name: value for cls in reversed(ours.__mro__) if issubclass(cls, Rated) for name, value in vars(cls).items()
     }
-    missing = {name: value for name, value in wanted.items() if not hasattr(theirs, name)}
+    missing = {
+        name: value for name, value in wanted.items() if not name.startswith("__") and not hasattr(theirs, name)
+    }
     before: dict[str, Any] = dict.fromkeys(missing)
     before["forward"] = vars(theirs)["forward"]
     for name, value in missing.items():

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from ..stream import keep_scale, threshold
 from ._plain import hide_from_dynamo
-from .modules import VariationalDropout
+from .modules import VariationalDropout, traced
 
 __all__ = ["VariationalGRU", "VariationalLSTM"]
 
@@ -31,9 +31,8 @@ class _Variational(nn.RNNBase):
         self.dropout_output = VariationalDropout(dropout_output, 0)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        if isinstance(input, fx.Proxy):  # stays a module in the graph, as torch's do
-            tracer: Any = input.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, hx), {})
+        if isinstance(input, fx.Proxy):
+            return traced(self, input, hx)
         rates = self.dropout_input, self.dropout_recurrent, self.dropout_output
         unfit = isinstance(input, Tensor) and (input.dim() not in (2, 3) or not input.numel())  # torch says so
         if unfit or not any(map(_drops, rates)):

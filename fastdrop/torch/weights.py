@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from . import _ops
 from ._plain import hide_from_dynamo, is_transformed
 from .functional import dropout
-from .modules import Rated, _checked
+from .modules import Rated, checked, traced
 
 __all__ = ["DropConnect", "EmbeddingDropout"]
 
@@ -54,7 +54,7 @@ class EmbeddingDropout(Rated):
 
     def __init__(self, embedding: nn.Embedding, p: float = 0.5) -> None:
         super().__init__()
-        self.p = _checked(p)
+        self.p = checked(p)
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding must be a torch.nn.Embedding, but got {type(embedding).__name__}")
         self.embedding = embedding
@@ -119,7 +119,7 @@ class DropConnect(Rated):
 
     def __init__(self, module: nn.Module, names: str | Sequence[str] | None = None, p: float = 0.5) -> None:
         super().__init__()
-        self.p = _checked(p)
+        self.p = checked(p)
         parameters = dict(module.named_parameters(remove_duplicate=False))
         if names is None:
             recurrent = [name for name in parameters if name.startswith("weight_hh_")]
@@ -137,8 +137,7 @@ class DropConnect(Rated):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args and isinstance(args[0], fx.Proxy):
-            tracer: Any = args[0].tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+            return traced(self, *args, **kwargs)
         p = self.rate
         if not self.training or (not isinstance(p, Tensor) and p == 0.0):
             return self.module(*args, **kwargs)

@@ -1,0 +1,204 @@
+"""The family's CUDA side without a GPU, as in `test_torch_cuda`: CPU tensors that say they are CUDA's, and fake ones."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+
+import pytest
+
+torch = pytest.importorskip("torch", reason="fastdrop.torch needs torch")
+
+import fastdrop.torch as fdt  # noqa: E402
+from fastdrop.torch import _cuda, _kernels, _random  # noqa: E402
+
+from .test_torch_cuda import STREAM, cuda, memory  # noqa: E402, F401
+from .torch_cases import KINDS, Kind, assert_equal, saved_tensors  # noqa: E402
+
+pytest_plugins = ["tests.gpu_stub"]
+
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+OPS = torch.ops.fastdrop
+
+
+@pytest.fixture(params=KINDS)
+def kind(request) -> Kind:
+    return KINDS[request.param]
+
+
+@pytest.fixture
+def device(cuda, monkeypatch):  # noqa: F811
+    """`cuda` that knows the memory of the family's kernels as well."""
+    seen = []
+    cuda.gpu.allow_from(lambda: seen)
+    zeros = torch.zeros
+
+    def recorded(*arguments, **options):
+        made = zeros(*arguments, **options)
+        seen.append(memory(made))
+        return made
+
+    for name in ("forward", "draw", "apply", "apply_strided", "dilate", "count", "gaussian"):
+        real = getattr(_cuda, name)
+
+        def watched(*arguments, real=real):
+            seen[:] = [memory(x) for x in arguments if isinstance(x, torch.Tensor)]
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "zeros", recorded)  # where the count goes
+                return real(*arguments)
+
+        monkeypatch.setattr(_cuda, name, watched)
+    return cuda
+
+
+def normal(shape, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+
+
+def both(device, function, x):
+    """(output, gradient) on the CPU, then on the GPU."""
+    results = []
+    for context in (contextlib.nullcontext, device):
+        leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+        with context():
+            y = function(leaf)
+            (dx,) = torch.autograd.grad(y, leaf, torch.linspace(-1, 1, x.numel()).view(x.shape).to(x.dtype))
+        results.append((y.detach(), dx))
+    return results
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_output_and_gradient_are_the_cpus(device, kind, dtype):
+    x = normal(kind.shape, dtype)
+    for p, options in itertools.product(kind.p, kind.options):
+        on_cpu, on_gpu = both(device, lambda x, p=p, o=options: kind.torch(x, p, seed=7, **o), x)
+        assert_equal(on_gpu, on_cpu)
+    assert {launch.stream for launch in device.gpu.launches} == {STREAM}
+
+
+def test_any_strides(device, kind):
+    views = {
+        "transposed": lambda x: x.mT,
+        "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
+        "every other": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
+        "expanded": lambda x: x[..., :1].expand(x.shape),
+        "empty": lambda x: x[:0],
+    }
+    for name, view in views.items():
+        x = view(normal(kind.shape).mT.contiguous() if name == "transposed" else normal(kind.shape))
+        on_cpu, on_gpu = both(device, lambda x: kind.torch(x, 0.3, seed=7), x)
+        assert_equal(on_gpu, on_cpu)
+        with device():
+            y = kind.torch(x, 0.3, seed=7)
+        assert y.stride() == torch.empty_like(x).stride(), name
+        if kind.in_place and name != "expanded":
+            own = view(normal(kind.shape).mT.contiguous() if name == "transposed" else normal(kind.shape))
+            with device():
+                assert kind.torch(own, 0.3, inplace=True, seed=7) is own
+            assert_equal(own, on_cpu[0])
+
+
+def test_a_seed_follows_from_the_generators_state(device, kind):
+    x = normal(kind.shape)
+    with device() as state:
+        y = kind.torch(x, 0.3)
+        assert state.generator.offset == 4
+    assert_equal(y, kind.torch(x, 0.3, seed=_random.mixed(5, 0)))
+
+
+def test_captured_calls_draw_into_memory_that_the_kernel_reads(device, kind):
+    x = normal(kind.shape)
+    for options in kind.options:
+        with device() as state:
+            state.capturing = True
+            torch.manual_seed(4)
+            leaf = x.clone().requires_grad_()
+            y = kind.torch(leaf, 0.3, **options)
+            (dx,) = torch.autograd.grad(y.sum(), leaf)
+        torch.manual_seed(4)
+        seed = torch.empty((), dtype=torch.int64).random_()
+        plain = x.clone().requires_grad_()
+        expected = kind.torch(plain, 0.3, seed=seed, **options)
+        assert_equal((y.detach(), dx), (expected.detach(), torch.autograd.grad(expected.sum(), plain)[0]))
+
+
+def test_nothing_waits_and_nothing_is_copied(device, kind, monkeypatch):
+    with device():
+        monkeypatch.setattr(torch.Tensor, "item", None)
+        leaf = normal(kind.shape).requires_grad_()
+        with saved_tensors() as kept:
+            y = kind.torch(leaf, 0.3)
+        y.sum().backward()
+    assert kept
+    allowed = ("cuInit", "cuDevice", "cuCtx", "cuModule", "cuLaunchKernel", "cuThreadExchangeStreamCaptureMode")
+    assert not [name for name in device.gpu.calls if not name.startswith((*allowed, "cuGetProcAddress", "cuDriverGet"))]
+    assert len(device.gpu.launches) >= (1 if kind.law == "standard" else 2)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 9])
+@pytest.mark.parametrize("extents", [(7, 8), (3, 40), (1, 5)], ids=str)
+def test_blocks_of_any_size(device, extents, size):
+    x = normal((3, 2, *extents))
+    for p, coupled in itertools.product((0.1, 0.9, 1.0), (False, True)):
+        function = functools.partial(fdt.drop_block2d, p=p, block_size=size, seed=7, couple_channels=coupled)
+        on_cpu, on_gpu = both(device, function, x)
+        assert_equal(on_gpu, on_cpu)
+
+
+def test_words_and_count_on_another_device_are_refused(device):
+    x, words, kept = torch.ones(2, 1, 4, 8), torch.zeros(2, dtype=torch.int32), torch.tensor(5)
+    with device():
+        with pytest.raises(ValueError, match="words must be 2 int32 on cpu for 64 cells, but got"):
+            _kernels.keep_blocks(x, words.to("meta"), kept, None)
+        for other in (kept.to("meta"), kept.int(), torch.tensor([5, 5])):
+            with pytest.raises(ValueError, match="kept must be one int64 on cpu, but got"):
+                _kernels.keep_blocks(x, words, other, None)
+
+
+def test_p_on_the_gpu_is_refused(device, kind):
+    with device(), pytest.raises(ValueError, match="p, the drop probability, must be a number or a tensor on the CPU"):
+        kind.torch(torch.ones(kind.shape), torch.tensor(0.5))
+
+
+# ---- fake CUDA tensors ----
+
+
+@pytest.fixture
+def fake(kind):
+    """A CUDA tensor without memory, where nothing is recorded for a gradient."""
+    with torch._subclasses.FakeTensorMode(), torch.no_grad():
+        yield torch.empty(kind.shape, device="cuda")
+
+
+def test_fake_tensors_stay_on_their_device(kind, fake):
+    for options in kind.options:
+        assert kind.torch(fake, 0.3, **options).device == fake.device
+        assert kind.torch(fake, 0.3, seed=3, **options).device == fake.device
+        for randomness in ("same", "different"):
+            mapped = torch.vmap(lambda x, o=options: kind.torch(x, 0.3, **o), randomness=randomness)
+            assert mapped(fake.expand(3, *fake.shape)).device == fake.device
+
+
+def test_a_trace_has_the_ops(kind, fake):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    names = {"gaussian": ["gaussian"], "blocks": ["draw_blocks", "keep_blocks"]}.get(kind.law, ["forward"])
+    code = make_fx(lambda x: kind.torch(x, 0.3))(fake).code
+    assert all(f"torch.ops.fastdrop.{name}.default" in code for name in ["draw", *names])
+
+
+def test_compiled_for_fake_tensors(kind, fake):
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: kind.torch(x, 0.4), backend="aot_eager", fullgraph=True)
+    assert compiled(fake).device == fake.device
+
+
+def test_fake_ops_have_their_results_on_the_device():
+    with torch._subclasses.FakeTensorMode():
+        x, seed = torch.empty(2, 3, 8, 8, device="cuda"), torch.tensor(3)
+        for p, overload in ((0.3, "default"), (torch.tensor(0.3), "tensor")):
+            words, kept = getattr(OPS.draw_blocks, overload)(x, seed, p, [2, 3, 8, 8], [2, 2])
+            assert (words.device, words.shape, kept.device, kept.shape) == (x.device, (12,), x.device, ())
+            assert OPS.keep_blocks(x, words, kept, [2, 3, 8, 8]).device == x.device
+            assert getattr(OPS.gaussian, overload)(x, seed, p).device == x.device
