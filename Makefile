@@ -19,7 +19,7 @@ OUT := build/c
 help:
 	@echo "make demo       train a network in NumPy and a transformer in torch, beside what is used today; two pictures"
 	@echo "make test       the whole test suite"
-	@echo "make bench      every benchmark (about a quarter of an hour), then the report"
+	@echo "make bench      plain dropout, every kernel (about a quarter of an hour), then the report"
 	@echo "                bench-quick: the speed table alone; bench-torch: torch's function and training steps"
 	@echo "                bench-family: the other kinds of dropout"
 	@echo "make cuda-report  the CUDA kernels compiled for three GPUs, none needed: registers, widths, instructions"

@@ -70,6 +70,8 @@ def build(quick: bool) -> dict[str, Item]:
         cc = tuple(task.machine.describe()["compute_capability"])
         variants: list[tuple[Any, ...]] = [("draw_words",), ("dilate_bits",), ("count_bits",)]
         variants += [("gaussian_multiply", tag) for tag in range(4)]
+        counted = ("elementwise", "stored"), ("strided", "wide"), ("strided", "narrow")
+        variants += [(body, tag, form, True, True) for tag in range(4) for body, form in counted]
         for body, forms in (("elementwise", ("drawn", "drawn_shifted", "stored")), ("strided", ("wide", "narrow"))):
             variants += [(body, tag, form, plain) for tag in range(4) for form in forms for plain in (True, False)]
         if task.dry_run:

@@ -32,7 +32,8 @@ def report(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "",
         "Medians of alternating samples, every ratio the median of those taken round by round. Against `torch.mul` and "
         "`fd.dropout`, calls are the NumPy API's, whole, into memory that is there; the others are `fastdrop.torch`'s, "
-        "which allocate their results, as their peers do.",
+        "which allocate their results, as their peers do. `mc_predict` is judged by the loop that torch's users write; "
+        "the same loop over fastdrop's modules stands in the last table.",
         "",
         "## Targets",
         "",
@@ -55,12 +56,12 @@ def report(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        theirs = row["peers"][peer(row)]
         per_element = 1e9 * row["seconds"] / row["elements"]
-        lines.append(
-            f"| {row['kind']} | {case(row)} | {1e3 * row['seconds']:.3f} | {per_element:.3f} | {peer(row)} | "
-            f"{1e3 * theirs['seconds']:.3f} | {ratio(row):.3f} |"
-        )
+        for name, theirs in row["peers"].items():
+            lines.append(
+                f"| {row['kind']} | {case(row)} | {1e3 * row['seconds']:.3f} | {per_element:.3f} | {name} | "
+                f"{1e3 * theirs['seconds']:.3f} | {theirs['ratio']:.3f} |"
+            )
     return "\n".join(lines) + "\n"
 
 

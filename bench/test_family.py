@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -22,8 +23,10 @@ P = 0.2
 IMAGES = (64, 256, 56, 56)
 SCALE = 1.25
 FLAT = {"1M": 1 << 20, "16M": 1 << 24}
+NOISE = {"64k": 1 << 16, **FLAT}
 SAMPLES = 50
-MUL, DROPOUT, FORMULA, LOOP = "torch.mul", "fd.dropout", "formula in torch", "loop"
+MUL, DROPOUT, FORMULA = "torch.mul", "fd.dropout", "formula in torch"
+LOOP, OWN_LOOP = "loop with nn.Dropout", "loop with fdt.Dropout"
 
 SHARED: dict[str, Callable[..., Any]] = {
     "feature": fd.feature_dropout,
@@ -95,12 +98,13 @@ def test_drop_block(operation: str, threads: int, benchmark: Any) -> None:
     )  # fmt: skip
 
 
-def test_drop_connect(threads: int, benchmark: Any) -> None:
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_drop_connect(p: float, threads: int, benchmark: Any) -> None:
     w = np.random.default_rng(0).standard_normal((4096, 4096), np.float32)
     out = np.empty_like(w)
     compare(
-        benchmark, threads, lambda: fd.drop_connect(w, 0.5, out=out), {MUL: multiplication(w, out)},
-        kind="DropConnect", operation="forward", layout="4096 x 4096", elements=w.size,
+        benchmark, threads, lambda: fd.drop_connect(w, p, out=out), {MUL: multiplication(w, out)},
+        kind="DropConnect", operation="forward", layout=f"4096 x 4096, p = {p}", elements=w.size,
     )  # fmt: skip
 
 
@@ -114,9 +118,9 @@ def test_alpha(size: str, threads: int, benchmark: Any) -> None:
 
 
 @pytest.mark.parametrize("operation", ["forward", "forward+backward"])
-@pytest.mark.parametrize("size", FLAT)
+@pytest.mark.parametrize("size", NOISE)
 def test_gaussian(size: str, operation: str, threads: int, benchmark: Any) -> None:
-    x, sigma = torch.randn(FLAT[size]), (P / (1 - P)) ** 0.5
+    x, sigma = torch.randn(NOISE[size]), (P / (1 - P)) ** 0.5
     if operation == "forward":
         ours: Callable[[], Any] = lambda: fdt.gaussian_dropout(x, P)  # noqa: E731
         theirs: Callable[[], Any] = lambda: x * torch.normal(1.0, sigma, x.shape)  # noqa: E731
@@ -129,26 +133,32 @@ def test_gaussian(size: str, operation: str, threads: int, benchmark: Any) -> No
     )  # fmt: skip
 
 
-def test_mc_predict(threads: int, benchmark: Any) -> None:
-    """50 samples of an MLP, mean and standard deviation, against a loop of as many forward passes."""
-    torch.manual_seed(0)
-    nn = torch.nn
-    model = nn.Sequential(
-        nn.Linear(64, 256), nn.ReLU(), fdt.Dropout(0.5),
-        nn.Linear(256, 256), nn.ReLU(), fdt.Dropout(0.5),
-        nn.Linear(256, 10),
-    ).eval()  # fmt: skip
-    x = torch.randn(32, 64)
+@pytest.mark.parametrize(("sizes", "batch"), [((16, 64, 64, 1), 32), ((64, 256, 256, 10), 32)])
+def test_mc_predict(sizes: tuple[int, ...], batch: int, threads: int, benchmark: Any) -> None:
+    """50 samples of an MLP, mean and standard deviation, against loops of as many forward passes: as torch's users
+    write it, and with fastdrop's modules in their place."""
+    x = torch.randn(batch, sizes[0])
+    ours, theirs = mlp(fdt.Dropout, sizes), mlp(torch.nn.Dropout, sizes)
 
-    def loop() -> Any:
+    def loop(model: Any) -> Any:
         with torch.no_grad(), fdt.mc_dropout(model):
             samples = torch.stack([model(x) for _ in range(SAMPLES)])
-        return samples.mean(0), samples.std(0)
+            return samples.mean(0), samples.std(0)
 
     compare(
-        benchmark, threads, lambda: fdt.mc_predict(model, x, SAMPLES), {LOOP: loop},
-        kind="mc_predict", operation=f"{SAMPLES} samples", layout="MLP 64-256-256-10, batch 32", elements=SAMPLES,
+        benchmark, threads, lambda: fdt.mc_predict(ours, x, SAMPLES),
+        {LOOP: lambda: loop(theirs), OWN_LOOP: lambda: loop(ours)},
+        kind="mc_predict", operation=f"{SAMPLES} samples",
+        layout=f"MLP {'-'.join(map(str, sizes))}, batch {batch}", elements=SAMPLES,
     )  # fmt: skip
+
+
+def mlp(dropout: Callable[[float], Any], sizes: tuple[int, ...]) -> Any:
+    torch.manual_seed(0)
+    layers: list[Any] = []
+    for before, after in itertools.pairwise(sizes):
+        layers += [torch.nn.Linear(before, after), torch.nn.ReLU(), dropout(0.5)]
+    return torch.nn.Sequential(*layers[:-2]).eval()
 
 
 def drop_block_formula(x: Any, p: float, block: int) -> Any:

@@ -162,6 +162,8 @@ def at_least(name: str, ndim: int, least: int, what: str) -> None:
 
 def block_size(value: Any, axes: int) -> tuple[int, ...]:
     """The extents of DropBlock's blocks, one number standing for all."""
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"block_size must be an int or a tuple of ints, but got {value!r}")
     extents = shape("block_size", value)
     if isinstance(value, (int, np.integer)):
         extents *= axes

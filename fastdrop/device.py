@@ -1,8 +1,8 @@
 """Arrays on a GPU, as the NumPy API's flow (`ops`) asks for them: CuPy's and Numba's, by the CUDA array interface.
 
 Results and masks are arrays of the kind that came. Work goes to the stream that the array names (CuPy: the current
-one), nothing is waited for and nothing crosses to the host. This module owns what such arrays must be and how they are
-made.
+one), nothing is waited for and nothing crosses to the host, but for DropBlock's count. This module owns what such
+arrays must be and how they are made.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from . import _checks
 from .backends import cuda
 from .grid import cell_axes
-from .mask import PackedMask, word_count
+from .mask import PackedMask, in_memory, word_count
 from .stream import DROP_ALL
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "forward",
     "gaussian",
     "is_on_device",
+    "kept",
     "output",
     "taken",
 ]
@@ -115,6 +116,15 @@ def dilated(words: Any, passes: tuple[tuple[int, int, int, int], ...]) -> Any:
         cuda().dilate_bits_at(target.device, source.stream, target.address, source.address, outer, n, inner, block)
         words = to
     return words
+
+
+def kept(words: Any) -> int:
+    """How many cells words keep: waits for the GPU, and for eight bytes from there."""
+    total = _empty(words, (1,), np.uint64)
+    at, stream = _memory(total), _memory(words).stream
+    cuda().fill_at(at.device, stream, at.address, 0, 2)
+    cuda().count_bits_at(at.device, stream, _memory(words).address, math.prod(words.shape), at.address)
+    return int(in_memory(total)[0])
 
 
 def forward(

@@ -11,10 +11,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 __all__ = ["Grid", "cell_axes", "memory_order"]
 
 Axis = tuple[int, int]  # extent, stride in cells: 0 where a decision is shared
+
+SMALL_PIECE = 1 << 14  # elements; the call of a kernel takes as long as copying some such number
 
 
 def cell_axes(shape: tuple[int, ...], cells_shape: tuple[int, ...]) -> list[Axis]:
@@ -58,6 +61,7 @@ class Grid:
     lead: tuple[Axis, ...] = ()
 
     @classmethod
+    @lru_cache(maxsize=256)
     def of(cls, shape: tuple[int, ...], cells_shape: tuple[int, ...]) -> Grid:
         """The grid of C-ordered data of one shape under a mask of another: equal on each axis, or 1 in the mask.
 
@@ -71,6 +75,22 @@ class Grid:
         grid = cls.over(cell_axes(shape, cells_shape))
         assert grid is not None  # in C order the innermost cells lie side by side
         return grid
+
+    @classmethod
+    @lru_cache(maxsize=256)
+    def in_memory(cls, shape: tuple[int, ...], strides: tuple[int, ...], cells_shape: tuple[int, ...]) -> Grid | None:
+        """The grid of data as it lies, strides in elements: None where its elements or their cells lie apart, and where
+        pieces would be so small that a copy in logical order costs less.
+
+        >>> Grid.in_memory((8, 3, 5, 5), (75, 1, 15, 3), (8, 3, 1, 1))
+        Grid(outer=8, repeat=25, inner=3, lead=())
+        """
+        order = memory_order(shape, strides)
+        if order is None:
+            return None
+        axes = cell_axes(shape, cells_shape)
+        grid = cls.over([axes[axis] for axis in order])
+        return grid if grid is None or not grid.lead or grid.size >= SMALL_PIECE else None
 
     @classmethod
     def over(cls, axes: Sequence[Axis]) -> Grid | None:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from . import _checks, backends
 from ._checks import BFLOAT16
-from .grid import Grid, cell_axes, memory_order
-from .mask import PackedMask, empty_words, fill_words
+from .grid import Grid
+from .mask import PackedMask, empty_words, fill_words, popcount
 from .stream import DROP_ALL
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "empty_words_like",
     "forward",
     "gaussian",
+    "kept",
     "output",
     "taken",
 ]
@@ -70,6 +71,11 @@ def dilated(words: Words, passes: tuple[tuple[int, int, int, int], ...]) -> Word
     return words
 
 
+def kept(words: Words) -> int:
+    """How many cells words keep."""
+    return popcount(words)
+
+
 def forward(
     tag: int,
     x: Array,
@@ -83,6 +89,9 @@ def forward(
     c: float,
 ) -> None:
     """y = x under a mask of its shape that is drawn and, unless words is None, kept."""
+    if tag != BFLOAT16 and x.flags.c_contiguous and y.flags.c_contiguous:  # all that counts for a small array
+        backends.active().dropout_forward(tag, x, y, words, 0, x.size, seed, offset, cut, a, b, c)
+        return
     source, target = _flat(x, tag), _flat_output(y, tag)
     backends.active().dropout_forward(tag, source, target, words, 0, x.size, seed, offset, cut, a, b, c)
     _deliver(target, y, tag)
@@ -123,18 +132,13 @@ def apply(
 
 
 def _grid_in_memory(x: Array, y: Array, cells_shape: tuple[int, ...]) -> Grid | None:
-    """The grid of x and y in their order in memory, where both have the same, other than C's."""
+    """The grid of x and y as they lie, where both lie alike, and not in C order."""
     if x.flags.c_contiguous:
         return None
-    order, other = (_order(array) for array in (x, y))
-    axes = cell_axes(x.shape, cells_shape)
-    return Grid.over([axes[axis] for axis in order]) if order is not None and order == other else None
-
-
-def _order(x: Array) -> list[int] | None:
-    if any(stride % x.itemsize for stride in x.strides):
+    longer = [axis for axis, extent in enumerate(x.shape) if extent != 1]
+    if any(x.strides[axis] != y.strides[axis] or x.strides[axis] % x.itemsize for axis in longer):
         return None
-    return memory_order(x.shape, [stride // x.itemsize for stride in x.strides])
+    return Grid.in_memory(x.shape, tuple(stride // x.itemsize for stride in x.strides), cells_shape)
 
 
 def _bits(x: Array, tag: int) -> Array:

@@ -10,7 +10,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
-from .stream import DROP_ALL, keep_scale
+from .stream import DROP_ALL, keep_scale, threshold
 
 __all__ = [
     "Blocks",
@@ -30,26 +30,26 @@ SELU_FLOOR = -1.7580993408473766
 
 
 @lru_cache(maxsize=1024)
-def affine(law: str, threshold: int) -> tuple[float, float, float]:
+def affine(law: str, cut: int) -> tuple[float, float, float]:
     """``(a, b, c)``: kept x becomes ``a x + b``, dropped x becomes c.
 
     "inverted" keeps the mean, "standard" leaves what is kept. "alpha" keeps mean 0 and variance 1, SELU's fixed point:
-    with ``q`` the probability really used and ``f`` the floor, ``a = ((1 - q) (1 + q f**2)) ** -1/2`` and
-    ``b = -a q f``, ``c = a f + b`` (Klambauer et al. 2017). "slope" in its name: b and c left out, as in a gradient.
+    with ``q`` the probability really used and ``f`` the floor, ``a = ((1 - q) (1 + q f**2)) ** -1/2``, ``b = -a q f``
+    and ``c = a f (1 - q)`` (Klambauer et al. 2017). "slope" in its name: b and c left out, as in a gradient.
 
     >>> affine("inverted", 2**31), affine("standard", 2**31)
     ((2.0, 0.0, 0.0), (1.0, 0.0, 0.0))
     """
     if law == "standard":
         return 1.0, 0.0, 0.0
-    if law == "inverted" or threshold == DROP_ALL:  # where everything is dropped all are 0
-        return keep_scale(threshold), 0.0, 0.0
-    q = threshold / DROP_ALL
+    if law == "inverted" or cut == DROP_ALL:  # where everything is dropped all are 0
+        return keep_scale(cut), 0.0, 0.0
+    q = cut / DROP_ALL
     a = ((1.0 - q) * (1.0 + q * SELU_FLOOR**2)) ** -0.5
     if law == "alpha_slope":
         return a, 0.0, 0.0
     b = -a * q * SELU_FLOOR
-    return a, b, a * SELU_FLOOR + b
+    return a, b, a * SELU_FLOOR * (1.0 - q)
 
 
 def slope(law: str) -> str:
@@ -95,6 +95,7 @@ class Blocks(NamedTuple):
     passes: tuple[tuple[int, int, int, int], ...]
 
 
+@lru_cache(maxsize=1024)
 def blocks(cells: Shape, p: float, block_size: Shape) -> Blocks:
     """DropBlock's geometry over the last ``len(block_size)`` axes of a mask; blocks lie inside, cut to the extents.
 
@@ -111,7 +112,9 @@ def blocks(cells: Shape, p: float, block_size: Shape) -> Blocks:
         outer, inner = math.prod(lead) * math.prod(free[:axis]), math.prod(extents[axis + 1 :])
         passes.append((outer, free[axis], inner, sizes[axis]))
     room = math.prod(sizes) * math.prod(free)
-    gamma = p if p == 1.0 or not room else p * (math.prod(extents) / room)  # exactly p where blocks are cells
+    gamma = (
+        p if threshold(p) == DROP_ALL or not room else p * (math.prod(extents) / room)
+    )  # exactly p where blocks are cells
     return Blocks((*lead, *free), gamma, tuple(passes))
 
 

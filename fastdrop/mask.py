@@ -295,6 +295,12 @@ class GaussianNoise:
         self._shape = _checks.shape("shape", shape)
         self._p = _checks.gaussian_probability(p)
 
+    @classmethod
+    def _of(cls, seed: int, offset: int, shape: tuple[int, ...], p: float) -> GaussianNoise:
+        self = object.__new__(cls)
+        self._seed, self._offset, self._shape, self._p = seed, offset, shape, p
+        return self
+
     @property
     def seed(self) -> int:
         return self._seed

@@ -71,7 +71,9 @@ def test_memory_order_finds_the_order_of_dense_data(drawn):
     assert memory_order(x.shape, x.strides) == [axis for axis in order if x.shape[axis] > 1]
 
 
-@pytest.mark.parametrize("x", [np.empty((4, 6))[:, :3], np.empty((4, 6))[::2], np.empty(6)[::-1]], ids=str)
+@pytest.mark.parametrize(
+    "x", [np.empty((4, 6))[:, :3], np.empty((4, 6))[::2], np.empty(6)[::-1]], ids=["columns", "rows", "reversed"]
+)
 def test_memory_order_of_gaps_is_none(x):
     assert memory_order(x.shape, [stride // x.itemsize for stride in x.strides]) is None
 
@@ -88,6 +90,15 @@ def test_memory_order_of_gaps_is_none(x):
 )
 def test_grid_over_memory_canonical_forms(axes, expected):
     assert Grid.over(axes) == expected
+
+
+def test_grid_in_memory_declines_many_small_pieces():
+    """A call for each would cost more than a copy: tokens of a batch that lies batch first, seen time first."""
+    assert Grid.in_memory((1000, 64, 64), (64, 64_000, 1), (1000, 64, 1)) is None
+    assert Grid.in_memory((2, 100, 1 << 14), (100 << 14, 1 << 14, 1), (2, 100, 1)) == Grid(200, 1 << 14, 1)
+    large = Grid.in_memory((2, 3, 1 << 14), (1 << 14, 2 << 14, 1), (2, 3, 1))
+    assert large is not None
+    assert len(list(large.pieces())) == 6
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 
@@ -17,13 +18,12 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 import fastdrop.torch as fdt  # noqa: E402
 from fastdrop import kinds  # noqa: E402
 
-from .torch_cases import KINDS, Kind, assert_equal, gradient, saved_tensors, under  # noqa: E402
+from .torch_cases import WAYS, Kind, assert_equal, gradient, saved_tensors, under  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of many kinds
 
 OPS = torch.ops.fastdrop
-RATED = [name for name, kind in KINDS.items() if kind.module is not None]
-EVALUATED = [name for name, kind in KINDS.items() if kind.law == "standard"]
+RATED = [name for name, way in WAYS.items() if way.module is not None]
 
 
 @pytest.fixture(autouse=True)
@@ -36,14 +36,19 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-@pytest.fixture(params=KINDS)
-def kind(request) -> Kind:
-    return KINDS[request.param]
+@pytest.fixture(params=WAYS)
+def way(request) -> Kind:
+    return WAYS[request.param]
 
 
 @pytest.fixture
-def x(kind):
-    return normal(kind.shape)
+def drop(way):
+    return functools.partial(way.torch, p=0.4)
+
+
+@pytest.fixture
+def x(way):
+    return normal(way.shape)
 
 
 def normal(shape, dtype=torch.float32):
@@ -74,43 +79,48 @@ def graphs():
 # ---- values ----
 
 
-def test_compiled_equals_eager(kind, x):
+def test_compiled_equals_eager(way, drop, x):
     """Two dropouts in one graph, in place and not."""
-    for options in kind.options:
-        for inplace in {False, kind.in_place}:
-            more = {"inplace": True} if inplace else {}
+    for options in way.in_places:
 
-            def function(x):
-                y = kind.torch(x.sin() + 3, 0.4, **options, **more)  # noqa: B023
-                return kind.torch(y + 1, 0.3, **options)  # noqa: B023
+        def function(x):
+            return drop(drop(x.sin() + 3, **options) + 1)  # noqa: B023
 
-            before = graphs()
-            assert_equals_eager(function, compiled(function), x)
-            assert graphs() == before + 1
+        before = graphs()
+        assert_equals_eager(function, compiled(function), x)
+        assert graphs() == before + 1
 
 
 @pytest.mark.parametrize(
-    "name", ["dropout2d", "alpha_dropout", "drop_block2d coupled", "stochastic_depth row", "gaussian_dropout"]
+    "name",
+    [
+        "dropout2d, bits",
+        "alpha_dropout, seed",
+        "drop_block2d coupled",
+        "stochastic_depth row, bits",
+        "gaussian_dropout",
+    ],
 )
 def test_inductor_equals_eager(name):
-    kind = KINDS[name]
+    way = WAYS[name]
 
     def function(x):
-        return kind.torch(kind.torch(x.sin() + 3, 0.4) + 1, 0.3)
+        return way.torch(way.torch(x.sin() + 3, 0.4) + 1, 0.3)
 
-    assert_equals_eager(function, compiled(function, "inductor"), normal(kind.shape))
-    channels_last = normal(kind.shape).movedim(1, -1).contiguous().movedim(-1, 1)
+    assert_equals_eager(function, compiled(function, "inductor"), normal(way.shape))
+    channels_last = normal(way.shape).movedim(1, -1).contiguous().movedim(-1, 1)
     assert_equals_eager(function, compiled(function, "inductor"), channels_last, seeds=(0,))
 
 
-def test_compiled_equals_eager_on_other_layouts_and_dtypes(kind, x):
-    function = lambda x: kind.torch(x, 0.4)  # noqa: E731
+def test_compiled_equals_eager_on_other_layouts_and_dtypes(drop, x):
     for other in (x.mT.contiguous().mT, x.bfloat16(), x.double(), x[:0]):
-        assert_equals_eager(function, compiled(function), other, seeds=(0,))
+        assert_equals_eager(drop, compiled(drop), other, seeds=(0,))
 
 
-def test_compiled_seed(kind, x):
-    function = lambda x, seed: kind.torch(x, 0.4, seed=seed)  # noqa: E731
+def test_compiled_seed(drop, x):
+    def function(x, seed):
+        return drop(x, seed=seed)
+
     ours = compiled(function)
     for seed in (5, 77, 2**40, 2**63 - 1):
         assert_equals_eager(function, ours, x, seed, seeds=(0,))
@@ -121,108 +131,105 @@ def test_compiled_seed(kind, x):
     assert graphs() == before + 1
 
 
-def test_compiled_p_in_a_tensor_compiles_once(kind, x):
-    """float32 as float64, and where p happens to be 0 or 1."""
-    for options in kind.options:
-        for dtype in (torch.float64, torch.float32):
-            torch.compiler.reset()
-
-            def function(x, p):
-                return kind.torch(x, p, **options)  # noqa: B023
-
-            ours = compiled(function)
-            with torch._dynamo.config.patch(error_on_recompile=True):
-                for p in (0.1, 0.5, 1 / 3, 0.0, *kind.p):
-                    assert_equals_eager(function, ours, x, torch.tensor(p, dtype=dtype), seeds=(0,))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_compiled_p_in_a_tensor_compiles_once(way, x, dtype):
+    """Where it happens to be 0 or 1 as well."""
+    ours = compiled(way.torch)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for p in (0.1, 0.5, 1 / 3, 0.0, *way.p):
+            assert_equals_eager(way.torch, ours, x, torch.tensor(p, dtype=dtype), seeds=(0,))
 
 
-def test_compiled_p_that_varies(kind, x):
-    function = lambda x, p: kind.torch(x, p)  # noqa: E731
-    ours = compiled(function)
-    for p in (0.1, 0.5, 0.25, 1 / 3):
-        assert_equals_eager(function, ours, x, p, seeds=(0,))
-    assert graphs() <= 2
+def test_compiled_p_that_varies(way, x):
+    ours = compiled(way.torch)
+    for p in (0.1, 0.5, 0.25, *way.p):
+        assert_equals_eager(way.torch, ours, x, p, seeds=(0,))
 
 
 def test_compiled_axes_and_block_sizes_that_vary():
     """Symbolic ints, to the compiler: none may be taken for another number."""
-    function = lambda x, axis: fdt.variational_dropout(x, 0.4, axis)  # noqa: E731
-    ours = compiled(function, dynamic=True)
+
+    def variational(x, axis):
+        return fdt.variational_dropout(x, 0.4, axis)
+
+    def blocks(x, block_size):
+        return fdt.drop_block2d(x, 0.4, block_size)
+
+    ours = compiled(variational, dynamic=True)
     for axis in (0, 1, 2, -1, -2):
-        assert_equals_eager(function, ours, normal((5, 6, 7)), axis, seeds=(0,))
-    function = lambda x, block_size: fdt.drop_block2d(x, 0.4, block_size)  # noqa: E731
+        assert_equals_eager(variational, ours, normal((5, 6, 7)), axis, seeds=(0,))
     for sizes in ((2, 3, 4), ((2, 3), (3, 2))):
-        ours = compiled(function, dynamic=True)
+        ours = compiled(blocks, dynamic=True)
         for block_size in sizes:
-            assert_equals_eager(function, ours, normal((2, 3, 6, 7)), block_size, seeds=(0,))
+            assert_equals_eager(blocks, ours, normal((2, 3, 6, 7)), block_size, seeds=(0,))
 
 
-@pytest.mark.parametrize("name", EVALUATED)
+@pytest.mark.parametrize("shape", [(7, 33), ()], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_compiled_evaluation_under_standard_scaling(name, dtype):
+def test_compiled_evaluation_under_standard_scaling(dtype, shape):
     """With p as a float, and as a tensor, whose dtype is no matter."""
 
     def function(x, p):
-        return KINDS[name].torch(x, p, training=False)
+        return fdt.dropout(x, p, training=False, scaling="standard")
 
-    for shape in ((7, 33), ()):
-        torch.compiler.reset()
-        ours = compiled(function)
-        for p in (0.1, torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64), 1.0, torch.tensor(1)):
-            assert_equals_eager(function, ours, normal(shape, dtype), p, seeds=(0,))
+    ours = compiled(function)
+    for p in (0.1, torch.tensor(0.1), torch.tensor(0.1, dtype=torch.float64), 1.0, torch.tensor(1)):
+        assert_equals_eager(function, ours, normal(shape, dtype), p, seeds=(0,))
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_compiled_identity(kind, x, training):
-    p = 0.4
-    if training:
-        p = 0.0
-    elif kind.law == "standard":
-        pytest.skip("multiplies by 1 - p")
-    state = torch.get_rng_state()
-    assert compiled(lambda x: kind.torch(x, p, training=training))(x) is x
+@pytest.mark.parametrize("options", [{"p": 0.0}, {"p": 0.4, "training": False}], ids=str)
+@pytest.mark.parametrize("name", [name for name, way in WAYS.items() if way.law != "standard"])
+def test_compiled_identity(name, options):
+    x, state = normal(WAYS[name].shape), torch.get_rng_state()
+    assert compiled(functools.partial(WAYS[name].torch, **options))(x) is x
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_compiled_for_any_size_once(kind):
-    """Of any axis that is not a block's extent or told apart by the compiler."""
-    function = lambda x: kind.torch(x * 2, 0.4)  # noqa: E731
+def test_compiled_for_any_size_once(way, drop):
+    """The kind's own numbers, such as a block's extent, are constants."""
+
+    def function(x):
+        return drop(x * 2)
+
     ours = compiled(function, dynamic=True)
     for more in (0, 3, 7):
-        assert_equals_eager(function, ours, normal(tuple(extent + more for extent in kind.shape)), seeds=(more,))
+        assert_equals_eager(function, ours, normal(tuple(extent + more for extent in way.shape)), seeds=(more,))
     assert graphs() == 1
 
 
-def test_compiled_saves_what_eager_saves(kind, x):
-    for options in kind.options:
-        sizes = []
-        for function in (lambda x, o=options: kind.torch(x, 0.4, **o), None):
-            call = function or compiled(lambda x, o=options: kind.torch(x, 0.4, **o))
-            call(x.clone().requires_grad_())
-            with saved_tensors() as kept:
-                call(x.clone().requires_grad_())
-            sizes.append(sum(t.untyped_storage().nbytes() for t in kept))
-        assert sizes[0] == sizes[1]
+def test_compiled_saves_what_eager_saves(drop, x):
+    sizes = []
+    for function in (drop, compiled(drop)):
+        function(x.clone().requires_grad_())
+        with saved_tensors() as kept:
+            function(x.clone().requires_grad_())
+        sizes.append(sum(t.untyped_storage().nbytes() for t in kept))
+    assert sizes[0] == sizes[1] > 0
 
 
-def test_compiled_vmap_and_checkpoint(kind, x):
-    drop = lambda x: kind.torch(x, 0.4)  # noqa: E731
-    for randomness in ("same", "different"):
-        function = vmap(drop, randomness=randomness)
-        assert_equals_eager(function, compiled(function), torch.stack([x, x.cos()]), seeds=(0,))
-    again = compiled(lambda x: checkpoint(lambda x: drop(x.sin()) * x, x, use_reentrant=False))
-    assert_equals_eager(lambda x: drop(x.sin()) * x, again, x, seeds=(0,))
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_compiled_vmap(drop, x, randomness):
+    function = vmap(drop, randomness=randomness)
+    assert_equals_eager(function, compiled(function), torch.stack([x, x.cos()]), seeds=(0,))
+
+
+def test_compiled_checkpoint(drop, x):
+    def block(x):
+        return drop(x.sin()) * x
+
+    again = compiled(lambda x: checkpoint(block, x, use_reentrant=False))
+    assert_equals_eager(block, again, x, seeds=(0,))
 
 
 # ---- bad input ----
 
 
 @pytest.mark.parametrize("p", [1.5, -0.1, torch.tensor(1.5)], ids=repr)
-def test_compiled_p_out_of_range_is_refused(kind, x, p):
+def test_compiled_p_out_of_range_is_refused(way, x, p):
     text = re.escape(f"dropout probability has to be between 0 and 1, but got {float(p)}")
     for fullgraph in (True, False):
         with pytest.raises(Exception, match=text):
-            torch.compile(lambda x: kind.torch(x, p), backend="aot_eager", fullgraph=fullgraph)(x)
+            torch.compile(lambda x: way.torch(x, p), backend="aot_eager", fullgraph=fullgraph)(x)
 
 
 @pytest.mark.parametrize("p", [1.0, torch.tensor(1.0)], ids=repr)
@@ -265,21 +272,21 @@ def test_compiled_errors_are_eagers(name):
 @pytest.mark.parametrize("name", RATED)
 def test_compiled_module_with_a_rate_compiles_once(name):
     """Driven as a scheduler does it: p changes, its tensor is another, and the graph stays."""
-    kind = KINDS[name]
-    module = nn.Sequential(nn.Identity(), kind.module(0.5))
+    way = WAYS[name]
+    module = nn.Sequential(nn.Identity(), way.module(0.5))
     module[1]._rate = torch.tensor(0.5, dtype=torch.float64)
-    ours, x = compiled(module), normal(kind.shape)
+    ours, x = compiled(module), normal(way.shape)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        for p in (0.5, 0.1, 0.25, 0.0, *kind.p):
+        for p in (0.5, 0.1, 0.25, 0.0, *way.p):
             module[1].p, module[1]._rate = p, torch.tensor(p, dtype=torch.float64)
             assert_equals_eager(module, ours, x, seeds=(0,))
 
 
 @pytest.mark.parametrize("name", RATED)
 def test_compiled_module_follows_p_and_mode(name):
-    kind = KINDS[name]
-    module = kind.module(0.5)
-    ours, x = compiled(module), normal(kind.shape)
+    way = WAYS[name]
+    module = way.module(0.5)
+    ours, x = compiled(module), normal(way.shape)
     for p, training in ((0.5, True), (0.5, False), (0.25, True), (0.0, True)):
         module.train(training).p = p
         assert_equals_eager(module, ours, x, seeds=(0,))

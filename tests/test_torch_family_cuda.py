@@ -1,4 +1,4 @@
-"""The family's CUDA side without a GPU, as in `test_torch_cuda`: CPU tensors that say they are CUDA's, and fake ones."""
+"""The family on CUDA without a GPU, as in `test_torch_cuda`: CPU tensors that say they are CUDA's, and fake ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fastdrop.torch as fdt  # noqa: E402
 from fastdrop.torch import _cuda, _kernels, _random  # noqa: E402
 
 from .test_torch_cuda import STREAM, cuda, memory  # noqa: E402, F401
-from .torch_cases import KINDS, Kind, assert_equal, saved_tensors  # noqa: E402
+from .torch_cases import KINDS, WAYS, Kind, assert_equal, saved_tensors  # noqa: E402
 
 pytest_plugins = ["tests.gpu_stub"]
 
@@ -25,6 +25,11 @@ OPS = torch.ops.fastdrop
 @pytest.fixture(params=KINDS)
 def kind(request) -> Kind:
     return KINDS[request.param]
+
+
+@pytest.fixture(params=WAYS)
+def way(request) -> Kind:
+    return WAYS[request.param]
 
 
 @pytest.fixture
@@ -69,34 +74,33 @@ def both(device, function, x):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_output_and_gradient_are_the_cpus(device, kind, dtype):
-    x = normal(kind.shape, dtype)
-    for p, options in itertools.product(kind.p, kind.options):
-        on_cpu, on_gpu = both(device, lambda x, p=p, o=options: kind.torch(x, p, seed=7, **o), x)
+def test_output_and_gradient_are_the_cpus(device, way, dtype):
+    for p in way.p:
+        on_cpu, on_gpu = both(device, functools.partial(way.torch, p=p, seed=7), normal(way.shape, dtype))
         assert_equal(on_gpu, on_cpu)
     assert {launch.stream for launch in device.gpu.launches} == {STREAM}
 
 
-def test_any_strides(device, kind):
-    views = {
-        "transposed": lambda x: x.mT,
-        "channels last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-        "every other": lambda x: torch.stack([x, x], -1).flatten(-2)[..., ::2],
-        "expanded": lambda x: x[..., :1].expand(x.shape),
-        "empty": lambda x: x[:0],
-    }
-    for name, view in views.items():
-        x = view(normal(kind.shape).mT.contiguous() if name == "transposed" else normal(kind.shape))
-        on_cpu, on_gpu = both(device, lambda x: kind.torch(x, 0.3, seed=7), x)
-        assert_equal(on_gpu, on_cpu)
-        with device():
-            y = kind.torch(x, 0.3, seed=7)
-        assert y.stride() == torch.empty_like(x).stride(), name
-        if kind.in_place and name != "expanded":
-            own = view(normal(kind.shape).mT.contiguous() if name == "transposed" else normal(kind.shape))
-            with device():
-                assert kind.torch(own, 0.3, inplace=True, seed=7) is own
-            assert_equal(own, on_cpu[0])
+LAYOUTS = {
+    "transposed": lambda shape: normal(shape[::-1]).permute(*reversed(range(len(shape)))),
+    "channels last": lambda shape: normal((shape[0], *shape[2:], shape[1])).movedim(-1, 1),
+    "every other": lambda shape: normal((*shape[:-1], 2 * shape[-1]))[..., ::2],
+    "expanded": lambda shape: normal((*shape[:-1], 1)).expand(shape),
+    "empty": lambda shape: normal((0, *shape[1:])),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(device, kind, layout):
+    x, function = LAYOUTS[layout](kind.shape), functools.partial(kind.torch, p=0.3, seed=7)
+    on_cpu, on_gpu = both(device, function, x)
+    assert_equal(on_gpu, on_cpu)
+    with device():
+        y = function(x)
+        assert y.stride() == torch.empty_like(x).stride()
+        if kind.in_place and layout != "expanded":
+            assert function(x, inplace=True) is x
+            assert_equal(x, y)
 
 
 def test_a_seed_follows_from_the_generators_state(device, kind):
@@ -107,20 +111,16 @@ def test_a_seed_follows_from_the_generators_state(device, kind):
     assert_equal(y, kind.torch(x, 0.3, seed=_random.mixed(5, 0)))
 
 
-def test_captured_calls_draw_into_memory_that_the_kernel_reads(device, kind):
-    x = normal(kind.shape)
-    for options in kind.options:
-        with device() as state:
-            state.capturing = True
-            torch.manual_seed(4)
-            leaf = x.clone().requires_grad_()
-            y = kind.torch(leaf, 0.3, **options)
-            (dx,) = torch.autograd.grad(y.sum(), leaf)
+def test_captured_calls_draw_into_memory_that_the_kernel_reads(device, way):
+    x = normal(way.shape).requires_grad_()
+    with device() as state:
+        state.capturing = True
         torch.manual_seed(4)
-        seed = torch.empty((), dtype=torch.int64).random_()
-        plain = x.clone().requires_grad_()
-        expected = kind.torch(plain, 0.3, seed=seed, **options)
-        assert_equal((y.detach(), dx), (expected.detach(), torch.autograd.grad(expected.sum(), plain)[0]))
+        y = way.torch(x, 0.3)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.manual_seed(4)
+    expected = way.torch(x, 0.3, seed=torch.empty((), dtype=torch.int64).random_())
+    assert_equal((y.detach(), dx), (expected.detach(), torch.autograd.grad(expected.sum(), x)[0]))
 
 
 def test_nothing_waits_and_nothing_is_copied(device, kind, monkeypatch):
@@ -172,12 +172,10 @@ def fake(kind):
 
 
 def test_fake_tensors_stay_on_their_device(kind, fake):
-    for options in kind.options:
-        assert kind.torch(fake, 0.3, **options).device == fake.device
-        assert kind.torch(fake, 0.3, seed=3, **options).device == fake.device
-        for randomness in ("same", "different"):
-            mapped = torch.vmap(lambda x, o=options: kind.torch(x, 0.3, **o), randomness=randomness)
-            assert mapped(fake.expand(3, *fake.shape)).device == fake.device
+    drop = functools.partial(kind.torch, p=0.3)
+    assert drop(fake).device == drop(fake, seed=3).device == fake.device
+    for randomness in ("same", "different"):
+        assert torch.vmap(drop, randomness=randomness)(fake.expand(3, *fake.shape)).device == fake.device
 
 
 def test_a_trace_has_the_ops(kind, fake):

@@ -1,4 +1,4 @@
-"""timm's and torchvision's modules that drop, converted and while enabled: stand-ins of the same names and attributes."""
+"""timm's and torchvision's modules that drop, converted and while enabled: stand-ins of those names and attributes."""
 
 from __future__ import annotations
 

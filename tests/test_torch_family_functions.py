@@ -331,6 +331,13 @@ def test_standard_scaling_keeps_in_training_and_scales_in_evaluation(backend, dt
         assert_same_bits(array_of(x.grad), np.full((7, 33), scale))
 
 
+@pytest.mark.parametrize("name", STANDARD)
+@pytest.mark.parametrize("training", [True, False])
+def test_standard_scaling_refuses_integers(name, training):
+    x = torch.ones(7, 33, dtype=torch.int64)
+    untouched(x, lambda: STANDARD[name](x, 0.5, training=training), RuntimeError, "dropout takes float32")
+
+
 def test_standard_scaling_in_place_in_evaluation():
     x = torch.tensor([1.0, -2.0, 4.0])
     assert fdt.dropout(x, 0.5, False, True, scaling="standard") is x
@@ -412,8 +419,8 @@ def test_inplace_has_the_gradient_of_its_copy(name):
 def test_each_call_draws_one_number(way):
     own = torch.Generator().manual_seed(3)
     for p in way.p:
-        for x in (torch.ones(way.shape), torch.ones(way.shape, requires_grad=True), torch.ones(way.shape[::-1]).mT.mT):
-            x = x if x.shape == way.shape else x.permute(*reversed(range(x.dim())))
+        strided = LAYOUTS["transposed"](torch.ones, way.shape)
+        for x in (torch.ones(way.shape), torch.ones(way.shape, requires_grad=True), strided):
             call = functools.partial(way.torch, x, p)
             assert numbers_drawn(call) == 1
             assert numbers_drawn(functools.partial(call, generator=own), own) == 1

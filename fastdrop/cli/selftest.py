@@ -224,6 +224,26 @@ def _same_as_reference(module: ModuleType, case: Case) -> Iterator[str | None]:
     y = case.x.copy()
     module.masked_affine(case.tag, y, y, shifted, POSITION, 1, 1, case.n, scale, 0.0, 0.0)
     yield _difference("backward in place, mask off the word border", y, case.y)
+    if case.n <= LENGTHS[-1]:  # the reference takes its time
+        yield from _others_as_reference(module, case)
+
+
+def _others_as_reference(module: ModuleType, case: Case) -> Iterator[str | None]:
+    """Affines with constants, noise and blocks."""
+    for what, primitive, before in (
+        ("alpha dropout", "dropout_forward", (None, POSITION, case.n, SEED, OFFSET, threshold(case.p), 1.3, -0.2, 0.7)),
+        ("a stored affine", "masked_affine", (case.words, 0, 1, 1, case.n, 1.3, -0.2, 0.7)),
+        ("Gaussian dropout", "gaussian_multiply", (POSITION, case.n, SEED, OFFSET, 0.5)),
+    ):
+        y, expected = _poisoned(case.y), _poisoned(case.y)
+        getattr(module, primitive)(case.tag, case.x, y, *before)
+        getattr(reference, primitive)(case.tag, case.x, expected, *before)
+        yield _difference(what, y, expected)
+    outer, n, inner, block = 2, case.n // 8, 3, 5
+    words, wanted = (_poisoned(np.empty(word_count(outer * (n + block - 1) * inner), np.uint32)) for _ in range(2))
+    module.dilate_bits(words, case.words, outer, n, inner, block)
+    reference.dilate_bits(wanted, case.words, outer, n, inner, block)
+    yield _difference("blocks", words, wanted)
 
 
 def _cases() -> list[Case]:

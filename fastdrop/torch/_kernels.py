@@ -20,7 +20,7 @@ from torch import Tensor
 from .. import backends
 from .._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 from ..backends import native
-from ..grid import Grid, cell_axes, memory_order
+from ..grid import Grid, memory_order
 from ..kinds import Blocks
 from ..mask import fill_words, popcount, word_count
 from ..stream import DROP_ALL
@@ -285,22 +285,14 @@ def apply(
         y = x if inplace else _new_like(x, n)
         _masked_affine(tag, x, y, 0, words, 0, 1, 1, n, affine)
         return y
-    grid = _grid_in_memory(x, cells_shape)
+    shape = tuple(x.shape)
+    grid = Grid.in_memory(shape, x.stride(), shape if cells_shape is None else cells_shape)
     source, y = (x, x if inplace else _new_like(x, n)) if grid is not None else _source_and_target(x, n, inplace)
     if grid is None:
-        grid = Grid.of(tuple(x.shape), tuple(x.shape) if cells_shape is None else cells_shape)
+        grid = Grid.of(shape, shape if cells_shape is None else cells_shape)
     for start, cell in grid.pieces():
         _masked_affine(tag, source, y, start, words, cell, grid.outer, grid.repeat, grid.inner, affine)
     return _delivered(y, x, source, inplace)
-
-
-def _grid_in_memory(x: Tensor, cells_shape: Shape | None) -> Grid | None:
-    """The grid of x's elements in their order in memory; None where they or their cells lie apart."""
-    order = memory_order(x.shape, x.stride())
-    if order is None:
-        return None
-    axes = cell_axes(tuple(x.shape), tuple(x.shape) if cells_shape is None else cells_shape)
-    return Grid.over([axes[axis] for axis in order])
 
 
 def check_dtype(x: Tensor) -> None:

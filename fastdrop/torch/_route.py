@@ -180,7 +180,7 @@ def drop_block(
     cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
     if _is_compiling() or not is_plain(x):
         drawn = _tensor_of_seed(x, generator, seed)
-        if torch.jit.is_tracing():
+        if torch._C._get_tracing_state() is not None:
             cells = tuple(int(extent) for extent in cells)  # tensors, there, which the op doesn't take
         words, kept = _ops.overload(torch.ops.fastdrop.draw_blocks, p)(x, drawn, p, cells, sizes)
         y: Tensor = torch.ops.fastdrop.keep_blocks(x, words, kept, cells)

@@ -154,9 +154,7 @@ def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> dict[str, Any]:
     wanted = {
         name: value for cls in reversed(ours.__mro__) if issubclass(cls, Rated) for name, value in vars(cls).items()
     }
-    missing = {
-        name: value for name, value in wanted.items() if not name.startswith("__") and not hasattr(theirs, name)
-    }
+    missing = {name: value for name, value in wanted.items() if not name.startswith("__") and not hasattr(theirs, name)}
     before: dict[str, Any] = dict.fromkeys(missing)
     before["forward"] = vars(theirs)["forward"]
     for name, value in missing.items():
