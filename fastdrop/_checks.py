@@ -60,6 +60,13 @@ def probability(p: Any) -> float:
     return float(p)
 
 
+def dropout_probability(p: float, given: Any = None, what: str = "dropout probability") -> float:
+    """p, if it is from 0 to 1; refused in torch's words, or torchvision's."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{what} has to be between 0 and 1, but got {p if given is None else given}")
+    return p
+
+
 def gaussian_probability(p: Any) -> float:
     """p as a Python float in [0, 1): at 1 the noise would have no bounds."""
     if probability(p) == 1.0:

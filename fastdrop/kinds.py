@@ -10,6 +10,7 @@ import math
 from functools import lru_cache
 from typing import NamedTuple
 
+from . import _checks
 from .stream import DROP_ALL, keep_scale, threshold
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
 ]
 
 Shape = tuple[int, ...]
+
+LAWS = ("inverted", "standard", "alpha", "alpha_slope")
 
 # SELU's value far to the left is -lambda alpha: what alpha dropout drops to, before it restores mean and variance.
 SELU_FLOOR = -1.7580993408473766
@@ -40,6 +43,7 @@ def affine(law: str, cut: int) -> tuple[float, float, float]:
     >>> affine("inverted", 2**31), affine("standard", 2**31)
     ((2.0, 0.0, 0.0), (1.0, 0.0, 0.0))
     """
+    _checks.choice("law", law, LAWS)
     if law == "standard":
         return 1.0, 0.0, 0.0
     if law == "inverted" or cut == DROP_ALL:  # where everything is dropped all are 0

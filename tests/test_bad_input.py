@@ -276,7 +276,7 @@ def test_family_refuses_axes(argument, axis, error, came):
             assert_refused(op, arguments, error, argument, allowed, "got", came, **{argument: axis})
 
 
-@pytest.mark.parametrize("op", [fd.feature_dropout, fd.feature_alpha_dropout], ids=["feature_dropout", "feature_alpha_dropout"])
+@pytest.mark.parametrize("op", [fd.feature_dropout, fd.feature_alpha_dropout], ids=["features", "alpha"])
 @pytest.mark.parametrize("axis", [0, 1, -1])
 def test_feature_dropouts_refuse_data_without_channels(op, axis):
     for shape, came in (((), "0 axes"), ((6,), "1 axis")):

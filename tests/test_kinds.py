@@ -252,3 +252,8 @@ def test_public_names():
     """All functions and classes of its own."""
     own = {name for name, value in vars(kinds).items() if getattr(value, "__module__", "") == kinds.__name__}
     assert set(kinds.__all__) == {name for name in own if not name.startswith("_")}
+
+
+def test_affine_refuses_an_unknown_law():
+    with pytest.raises(ValueError, match="law must be one of 'inverted', 'standard', 'alpha', 'alpha_slope'"):
+        kinds.affine("invertd", 1 << 31)

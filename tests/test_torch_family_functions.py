@@ -492,8 +492,8 @@ BAD_P = (-0.1, 1.1, math.nan, math.inf, 2, torch.tensor(1.5))
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
 def test_p_out_of_range_is_refused(kind, p, training):
     x = torch.ones(kind.shape)
-    text = re.escape(f"dropout probability has to be between 0 and 1, but got {p}")
-    untouched(x, lambda: kind.torch(x, p, training=training), ValueError, text)
+    text = re.escape(f"{kind.probability} has to be between 0 and 1, but got {p}")
+    untouched(x, lambda: kind.torch(x, p, training=training), ValueError, f"^{text}$")
 
 
 @pytest.mark.parametrize("p", ["0.5", None, [0.5], torch.tensor([0.5, 0.5])], ids=repr)

@@ -122,7 +122,7 @@ def test_module_takes_a_p_that_changes(name):
     module.p = 0.25
     assert_equal(under(3, module, x), under(3, way.torch, x, 0.25))
     module.p = 1.5
-    with pytest.raises(ValueError, match=r"^dropout probability has to be between 0 and 1, but got 1\.5$"):
+    with pytest.raises(ValueError, match=rf"^{way.probability} has to be between 0 and 1, but got 1\.5$"):
         module(x)
 
 
@@ -322,3 +322,20 @@ def test_a_driven_module_copies_and_has_no_state():
         assert not module.state_dict()
         twin = copy.deepcopy(module)
         assert (twin.p, float(twin._rate), twin._rate is not module._rate) == (0.25, 0.25, True)
+
+
+@pytest.mark.parametrize("module", [fdt.Dropout(0.5), fdt.Dropout2d(0.5), fdt.StochasticDepth(0.5, "row")], ids=repr)
+def test_module_as_the_root_of_a_trace(module):
+    x = torch.ones(2, 3, 4, 4)
+    traced = torch.fx.symbolic_trace(module)
+    torch.manual_seed(0)
+    y = traced(x)
+    torch.manual_seed(0)
+    assert torch.equal(y, module(x))
+
+
+@pytest.mark.parametrize("module", [fdt.Dropout2d(0.5), fdt.FeatureAlphaDropout(0.5)], ids=repr)
+@pytest.mark.filterwarnings("ignore:dropout2d")
+def test_feature_dropout_of_too_few_axes_is_the_identity_in_evaluation(module):
+    x = torch.ones(3)
+    assert module.eval()(x) is x

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import math
@@ -427,7 +428,7 @@ def test_an_error_of_a_later_sample_surfaces():
 
 
 @pytest.mark.parametrize(
-    ("samples", "batch", "passes"), [(1, None, 1), (2, None, 2), (50, None, 2), (50, 7, 8), (5, 1, 5)]
+    ("samples", "batch", "passes"), [(1, None, 1), (2, None, 2), (50, None, 3), (50, 8, 8), (5, 1, 5)]
 )
 def test_samples_share_passes(samples, batch, passes):
     model, x = built("MLP")
@@ -448,7 +449,7 @@ def test_what_comes_before_the_first_dropout_is_computed_once_in_a_pass():
     for path in ("0", "3"):
         model.get_submodule(path).register_forward_pre_hook(note(path))
     mc_predict(model, x, 9)
-    assert batched == {"0": [False, False], "3": [False, True]}
+    assert batched == {"0": [False] * 3, "3": [False, True, False]}
 
 
 def test_a_pass_has_as_many_samples_as_have_room(monkeypatch):
@@ -456,11 +457,11 @@ def test_a_pass_has_as_many_samples_as_have_room(monkeypatch):
     activations = 4 * (4 * 16 * 6 + 4 * 3)  # bytes that the seven modules return
     monkeypatch.setattr(_sampling, "PASS_BYTES", 5 * (activations + _sampling.STATISTICS_BYTES * 12) + 100)
     calls = Calls(model)
-    mc_predict(model, x, 21)
-    assert calls.count == 5
+    mc_predict(model, x, 22)
+    assert calls.count == 1 + 4 + 1
     monkeypatch.setattr(_sampling, "PASS_BYTES", 1)
     mc_predict(model, x, 21)
-    assert calls.count == 5 + 21
+    assert calls.count == 6 + 21
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -605,6 +606,121 @@ def test_a_packed_sequence_is_one_argument():
     prediction = mc_predict(Last(), pack_sequence([torch.ones(4, 3), torch.ones(2, 3)]), 6)
     assert prediction.mean.shape == (1, 2, 5)
     assert prediction.std.max() > 0
+
+
+@pytest.mark.parametrize("make", [fdt.Dropout, nn.Dropout, nn.ReLU], ids=["ours", "torch's", "not dropout"])
+@pytest.mark.parametrize("batch", [1, None])
+def test_arguments_stay_as_they_are(make, batch):
+    first = make(inplace=True) if make is nn.ReLU else make(0.3, inplace=True)
+    model, x = nn.Sequential(first, fdt.Dropout(0.3), nn.Linear(100, 1)), torch.ones(2, 100)
+    x[0] = -1.0
+    before = x.clone()
+    out_of_place = copy.deepcopy(model)
+    out_of_place[0].inplace = False
+    samples = mc_predict(model, x, 20, seed=1, batch=batch, keep_samples=True).samples
+    assert_equal(x, before)
+    torch.testing.assert_close(samples, mc_predict(out_of_place, x, 20, seed=1, batch=1, keep_samples=True).samples)
+    assert first.inplace
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("make", [fdt.Dropout, fdt.AlphaDropout, nn.Dropout2d], ids=["ours", "alpha", "torch's"])
+def test_dropout_in_place_is_mapped(make, inplace):
+    with fdt.enabled():
+        model = nn.Sequential(nn.Linear(6, 6), make(0.3, inplace=inplace), nn.Linear(6, 6))
+        calls = Calls(model)
+        mc_predict(model, torch.ones(4, 6), 50)
+    assert calls.count == 3
+    assert model[1].inplace is inplace
+
+
+def test_dropout_is_in_place_again_after_an_error():
+    model = nn.Sequential(fdt.Dropout(0.3, inplace=True), nn.Linear(6, 6))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        mc_predict(model, torch.ones(4, 5))
+    assert model[0].inplace
+
+
+class Leaves(nn.Module):
+    """What forward leaves behind: as a buffer that the next call reads, as attributes, old and new, with a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = fdt.Dropout(0.5)
+        self.register_buffer("total", torch.zeros(4))
+        self.last, self.seen = None, {}
+
+    def forward(self, x):
+        y = self.drop(x)
+        self.total = self.total * 0.5 + y
+        self.last = self.seen["y"] = y
+        self.kept = [y]
+        return y
+
+
+@pytest.mark.parametrize("batch", [1, 5, None])
+def test_what_the_model_keeps_is_of_the_last_sample(batch):
+    model, x = Leaves(), torch.ones(4)
+    samples = mc_predict(model, x, 12, seed=1, batch=batch, keep_samples=True).samples
+    for left in (model.last, model.seen["y"], model.kept[0]):
+        assert_equal(left, samples[-1])
+    assert_equal(model.total.isfinite(), torch.ones(4, dtype=torch.bool))
+    model.state_dict()["total"].tolist()
+
+
+def test_a_map_leaves_no_tensors_where_it_fails():
+    class Fails(Leaves):
+        def forward(self, x):
+            y = super().forward(x)
+            return y if y.sum() > -1 else x
+
+    calls = Calls(model := Fails())
+    samples = mc_predict(model, torch.ones(4), 6, seed=1, keep_samples=True).samples
+    assert calls.count == 1 + 1 + 5
+    assert_equal(model.last, samples[-1])
+
+
+@pytest.mark.parametrize("batch", [1, 3, None])
+def test_scripted_models(batch):
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(scripted, fdt.Dropout(0.5)), torch.randn(4, 6)
+    samples = mc_predict(model, x, 6, seed=2, batch=batch, keep_samples=True).samples
+    plain = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), fdt.Dropout(0.5))
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(samples, mc_predict(plain, x, 6, seed=2, keep_samples=True).samples)
+
+
+def test_a_model_that_is_scripted_whole():
+    torch.manual_seed(0)
+    model, x = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5, inplace=True))).eval(), torch.ones(4, 6)
+    prediction = mc_predict(model, x, 50, seed=1, filter=lambda path, module: True)
+    assert prediction.std.max() > 0
+    assert not turned_on(model)
+
+
+@pytest.mark.parametrize("batch", [1, 3, None])
+@pytest.mark.parametrize("kind", ["dropout", "gaussian_dropout"])
+def test_behind_a_graph_break_no_frame_of_ours_is_compiled(kind, batch):
+    class Broken(nn.Module):
+        def forward(self, x):
+            _dynamo.graph_break()
+            seed = torch.ops.fastdrop.draw(x, [])
+            _dynamo.graph_break()
+            return getattr(fdt, kind)(x, 0.5, seed=seed) + getattr(fdt, kind)(x, 0.5)
+
+    def note(graph, inputs):
+        frames.update(node.stack_trace.lstrip().splitlines()[0] for node in graph.graph.nodes if node.stack_trace)
+        return graph.forward
+
+    frames = set()
+    model, x = Broken(), torch.ones(4, 6)
+    expected = mc_predict(model, x, 8, seed=3, batch=1, keep_samples=True).samples
+    compiled = torch.compile(model, backend=note)
+    samples = mc_predict(compiled, x, 8, seed=3, batch=batch, keep_samples=True).samples
+    torch.testing.assert_close(samples, expected)
+    assert frames  # the outermost ones: what is called inside may be compiled with its caller
+    assert not [frame for frame in frames if "_random.py" in frame or "_ops.py" in frame]
 
 
 # ---- statistics ----

@@ -472,7 +472,9 @@ def test_autocast(pair, rates):
     module = pair[0](INPUT, HIDDEN, 2, **RATES[rates])
     x = torch.randn(4, 2, INPUT)
     with torch.autocast("cpu", torch.bfloat16):
-        y, _ = seeded(module, x)
+        y, end = seeded(module, x)
+        theirs, _ = pair[1](INPUT, HIDDEN)(x)
+    assert {y.dtype, *(state.dtype for state in (end if isinstance(end, tuple) else (end,)))} == {theirs.dtype}
     y.float().sum().backward()
     torch.testing.assert_close(y.float(), seeded(module, x)[0], rtol=0.05, atol=0.05)
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())

@@ -376,3 +376,16 @@ def test_scheduler_made_in_inference_mode_serves_training():
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     compiled(torch.ones(4, 8)).sum().backward()
     assert model[0].weight.grad.isfinite().all()
+
+
+def test_p_set_by_hand_afterwards_is_what_compiled_code_drops_with():
+    model = torch.nn.Sequential(fdt.Dropout(0.5), fdt.DropPath(0.5))
+    fdt.DropoutScheduler(model, lambda step: 0.5)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    x = torch.ones(1000, 2)
+    assert (compiled(x) == 0).any()
+    model[0].p = 0.0
+    model[1].drop_prob = 0.0
+    assert (model(x) == 1).all()
+    assert (compiled(x) == 1).all()
+    assert (copy.deepcopy(model)(x) == 1).all()

@@ -189,6 +189,11 @@ class Kind:
         """Options: out of place and, where it can be, in place."""
         return [{}, {"inplace": True}] if self.in_place else [{}]
 
+    @property
+    def probability(self) -> str:
+        """What an error calls p: torch's word, or torchvision's."""
+        return "drop probability" if self.law == "blocks" or "mode" in arguments(self.torch) else "dropout probability"
+
     def affine(self, p: float) -> tuple[float, float, float]:
         return {"inverted": (1 / (1 - p), 0.0, 0.0), "standard": (1.0, 0.0, 0.0), "alpha": alpha(p)}[self.law]
 
@@ -198,6 +203,11 @@ class Kind:
             return self
         module = None if self.module is None else partial(self.module, store=store)
         return replace(self, torch=partial(self.torch, store=store), module=module, stores=(store,))
+
+
+def arguments(function: Callable[..., Any]) -> dict[str, Any]:
+    """Those bound by `functools.partial`."""
+    return function.keywords if isinstance(function, partial) else {}
 
 
 def _coupled(x, p, block_size, **options):

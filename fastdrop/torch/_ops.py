@@ -25,7 +25,7 @@ from .. import _checks, kinds
 from ..mask import word_count
 from ..stream import threshold
 from . import _kernels, _random
-from ._plain import is_plain, is_transformed
+from ._plain import hide_from_dynamo, is_plain, is_transformed
 
 DRAW = "draw(Tensor like, SymInt[] size) -> Tensor"
 FORWARD = (
@@ -44,9 +44,7 @@ library = torch.library.Library("fastdrop", "DEF")
 
 def probability(p: float | Tensor) -> float:
     number = value_of(p) if isinstance(p, Tensor) else float(p)
-    if not 0.0 <= number <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {number}")
-    return number
+    return _checks.dropout_probability(number)
 
 
 def gaussian_probability(p: float | Tensor) -> float:
@@ -237,6 +235,7 @@ def _autograd(op: Any, function: type[torch.autograd.Function]) -> Any:
         with enable_single_level_autograd_function():
             return apply(op, keyset, *arguments)
 
+    hide_from_dynamo(kernel)
     return kernel
 
 
@@ -278,6 +277,7 @@ def _batched(op: Any, rule: Any) -> Any:
         stacked = zip(results, out_dims, strict=True)
         return tuple(result if dim is None else wrap(result, dim, level) for result, dim in stacked)
 
+    hide_from_dynamo(kernel)
     return kernel
 
 
@@ -415,11 +415,13 @@ library.define(DRAW, tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_comp
 library.impl("draw", _draw, "CompositeExplicitAutograd")
 torch.library.register_fake("fastdrop::draw", _draw_fake, lib=library)
 library.impl("draw", _draw_vmap, "FuncTorchVmapMode")
+hide_from_dynamo(_draw, _draw_vmap)
 
 
 def _register(name: str, schema: str, kernel: Any, fake: Any, vmap: Any, function: Any = None) -> None:
     """One overload of an op; ``function`` makes its derivatives."""
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    hide_from_dynamo(kernel)
     for device in ("CPU", "CUDA"):
         library.impl(name, kernel, device)
     torch.library.register_fake(f"fastdrop::{name}", fake, lib=library)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from ._plain import is_transformed
+from ._plain import hide_from_dynamo, is_transformed
 
 SEED_BITS = 63
 LOW_64_BITS = (1 << 64) - 1
@@ -221,3 +221,7 @@ def _one(seed: Tensor) -> Tensor:
 def _only_one(generator: torch.Generator | None) -> None:
     if generator is not None:
         raise ValueError("seed and generator must not both be given")
+
+
+hide_from_dynamo(draw, draw_cuda, sample_seeds, for_kernel, for_kernels)
+hide_from_dynamo(SampleSeeds.begin, SampleSeeds.next, SampleSeeds.draw, vars(taken_from)["__wrapped__"])

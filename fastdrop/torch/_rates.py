@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
@@ -14,7 +13,7 @@ from .modules import Rated
 NAMES = {
     "DropPath": ("drop_prob",),  # timm
     "StochasticDepth": ("p",),  # torchvision
-    "DropBlock2d": ("p", "drop_prob"),  # torchvision, timm
+    "DropBlock2d": ("drop_prob", "p"),  # timm, torchvision
     "DropBlock3d": ("p",),
 }
 
@@ -47,6 +46,4 @@ def number(module: nn.Module, name: str) -> float | None:
 def set_rate(module: nn.Module, name: str, p: float) -> None:
     setattr(module, name, p)
     if isinstance(module, Rated):
-        # A new tensor and not a new number in the old one, which a graph may hold for its backward pass.
-        with torch.inference_mode(False):
-            module._rate = torch.tensor(p, dtype=torch.float64, device="cpu")
+        module.drive(p)

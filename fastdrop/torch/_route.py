@@ -33,24 +33,19 @@ def drop(
     inplace: bool,
     generator: torch.Generator | None,
     seed: int | Tensor | None,
-    noise_shape: Any,
+    cells_shape: Any,
     store: str,
     law: str,
 ) -> Tensor:
-    """Everything that keeps or drops: ``noise_shape`` gives the cells, None for every element; ``law`` the affine."""
+    """Everything that keeps or drops: ``cells_shape`` fits x, or is None for every element; ``law`` is the affine's."""
     if _is_compiling():
-        return _compiled(x, p, training, inplace, generator, seed, noise_shape, store, law)
-    given = p
-    if type(p) is not float:
-        p = _number(p)
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {given}")
+        return _compiled(x, p, training, inplace, generator, seed, cells_shape, store, law)
+    p = eager_probability(p)
     if store != "bits":
         _checks.choice("store", store, _checks.STORES)
     cut = threshold(p)
     if not training or cut == 0:
         check_tensor(x)
-        _ops.cells_shape(noise_shape, x)
         if seed is not None:
             _random.check(seed, generator)
         return _evaluated(x, 1.0 - cut / DROP_ALL, inplace) if law == "standard" and cut else x
@@ -63,7 +58,8 @@ def drop(
         _kernels.check_dtype(x)
     if law == "alpha":
         _kernels.check_real(x, "alpha dropout")
-    cells_shape = None if noise_shape is None else _ops.cells_shape(noise_shape, x)
+    if cells_shape is not None and cells_shape == x.shape:
+        cells_shape = None
     if not is_plain(x):
         return _by_ops(x, p, inplace, generator, seed, cells_shape, store == "bits", law)
     number = _number_of_seed(x, generator, seed, inplace)
@@ -125,7 +121,7 @@ def _compiled(
     """What a compiler looks into: as little as can be."""
     if store != "bits" and store != "seed":
         raise ValueError(f"store must be one of 'bits', 'seed', but got {store!r}")
-    p = _traced_probability(p)
+    p = traced_probability(p)
     if not training and law == "standard":
         cut = torch.round(p.double() * DROP_ALL) if isinstance(p, Tensor) else threshold(p)
         return _evaluated(x, 1.0 - cut / DROP_ALL, inplace)
@@ -168,7 +164,7 @@ def drop_block(
     seed: int | Tensor | None,
 ) -> Tensor:
     check_tensor(x)
-    p = _traced_probability(p) if _is_compiling() else _eager_probability(p)
+    p = traced_probability(p) if _is_compiling() else eager_probability(p, "drop probability")
     if x.dim() != spatial_axes + 2:
         raise ValueError(f"input should be {spatial_axes + 2} dimensional. Got {x.dim()} dimensions.")
     sizes = _checks.block_size(block_size, spatial_axes)
@@ -226,7 +222,7 @@ def gaussian(
     seed: int | Tensor | None,
 ) -> Tensor:
     check_tensor(x)
-    p = _traced_probability(p) if _is_compiling() else _checks.gaussian_probability(_eager_probability(p))
+    p = traced_probability(p) if _is_compiling() else _checks.gaussian_probability(eager_probability(p))
     if not training or (not isinstance(p, Tensor) and p == 0.0):
         if seed is not None and not _is_compiling():
             _random.check(seed, generator)
@@ -294,19 +290,14 @@ def _tensor_of_seed(x: Tensor, generator: torch.Generator | None, seed: int | Te
     return _random.draw_tensor(generator, x)
 
 
-def _eager_probability(p: Any) -> float:
-    number = p if type(p) is float else _number(p)
-    if not 0.0 <= number <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    return number
+def eager_probability(p: Any, what: str = "dropout probability") -> float:
+    return _checks.dropout_probability(p if type(p) is float else _number(p), p, what)
 
 
-def _traced_probability(p: Any) -> Any:
+def traced_probability(p: Any) -> Any:
     """p as a compiler may see it: a number, perhaps a symbolic one, or a tensor that nobody reads yet."""
     if not isinstance(p, Tensor):
-        p = p + 0.0
-        if p < 0.0 or p > 1.0:
-            raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        p = _checks.dropout_probability(p + 0.0)
     return p
 
 

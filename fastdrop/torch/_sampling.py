@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import _random
 from .override import enabled
@@ -44,13 +44,16 @@ def passes(
             raise TypeError(f"model must return a Tensor of real numbers, but got {got}")
         if foreign or any(isinstance(module, nn.RNNBase) and module.training for module in modules):
             batch = 1  # in a pass of several, what isn't fastdrop's may be drawn once for all
+        elif batch is None and any(isinstance(module, torch.jit.ScriptModule) for module in modules):
+            batch = 1  # what is inside can't be measured
         elif batch is None:
             batch = max(PASS_BYTES // (sum(sizes) + STATISTICS_BYTES * y.numel() + 1), 1)
         yield y[None]
         del y
         done = 1
         while done < samples:
-            count = min(batch, samples - done)
+            # The last runs alone: what a model puts where nobody looks, in a hook's dict, is then no tensor of a map.
+            count = max(min(batch, samples - done - 1), 1)
             try:
                 chunk = sampler.many(done, count) if count > 1 else sampler.one(done)[None]
             except Exception:
@@ -81,12 +84,14 @@ class _Sampler:
 
     def one(self, sample: int) -> Any:
         self._begin(sample)
-        return self.model(*self.arguments)
+        return self.model(*self._copies())
 
     def many(self, first: int, count: int) -> Tensor:
         """Samples from ``first`` on, stacked."""
         self.seeds.begin(first, count)
-        y: Tensor = vmap(lambda _: self.model(*self.arguments), randomness="different")(torch.empty(count))
+        arguments = self._copies()
+        with _left_alone(self.model):
+            y: Tensor = vmap(lambda _: self.model(*arguments), randomness="different")(torch.empty(count))
         return y
 
     def first(self) -> tuple[Any, bool]:
@@ -96,6 +101,10 @@ class _Sampler:
         self._begin(0)
         return y, not all(map(torch.equal, after, self._states()))
 
+    def _copies(self) -> Any:
+        """Arguments that a model may write to."""
+        return tree_map_only(Tensor, Tensor.clone, self.arguments)
+
     def _begin(self, sample: int) -> None:
         self.seeds.begin(sample)
         for generator in self.generators:
@@ -103,6 +112,20 @@ class _Sampler:
 
     def _states(self) -> list[Tensor]:
         return [generator.get_state() for generator in self.generators]
+
+
+@contextlib.contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Modules get back the attributes and buffers they had: a map's tensors are dead when it ends."""
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = [(own, own.copy()) for module in modules for own in (vars(module), module._buffers)]
+    try:
+        yield
+    finally:
+        for own, had in before:
+            for name in own.keys() - had.keys():
+                del own[name]
+            own.update(had)
 
 
 @contextlib.contextmanager
@@ -115,7 +138,8 @@ def _output_bytes(modules: list[nn.Module]) -> Iterator[list[int]]:
         sizes.extend(x.nbytes for x in found if isinstance(x, Tensor))
 
     innermost = [module for module in modules if next(module.children(), None) is None]
-    handles = [module.register_forward_hook(note) for module in innermost]
+    hooked = [module for module in innermost if not isinstance(module, torch.jit.ScriptModule)]  # which take no hooks
+    handles = [module.register_forward_hook(note) for module in hooked]
     try:
         yield sizes
     finally:

@@ -133,9 +133,10 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
         if become is not None and not reason:
             setattr(module, BEFORE, type(module))
             module.__class__ = become
-            module.store = store
+            if hasattr(become, "store"):
+                module.store = store
             rows.append(Row(path, before, repr(module)))
-        elif BEFORE in vars(module) and module.store != store:
+        elif BEFORE in vars(module) and getattr(module, "store", store) != store:
             module.store = store
             rows.append(Row(path, before, repr(module)))
         elif reason:

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _checks, kinds
-from ._route import check_tensor, drop, drop_block, gaussian
+from ._ops import cells_shape
+from ._route import check_tensor, drop, drop_block, eager_probability, gaussian
 
 __all__ = [
     "alpha_dropout",
@@ -137,7 +138,10 @@ def dropout(
             scaling=scaling,
         )
     if scaling != "inverted":
-        _checks.choice("scaling", scaling, _checks.SCALINGS)
+        _checks.scaling(scaling)
+    if noise_shape is not None and not torch.compiler.is_compiling():
+        check_tensor(input)
+        noise_shape = cells_shape(noise_shape, input)
     return drop(input, p, training, inplace, generator, seed, noise_shape, store, scaling)
 
 
@@ -168,7 +172,7 @@ def dropout1d(
     tensor([[0., 0.],
             [2., 2.]])
     """
-    return _features(F.dropout1d, 3, input, p, training, inplace, generator, seed, store)
+    return _features(F.dropout1d, (2, 3), 3, input, p, training, inplace, generator, seed, store)
 
 
 @_for_subclasses
@@ -199,7 +203,7 @@ def dropout2d(
     tensor([[0., 0.],
             [2., 2.]])
     """
-    return _features(F.dropout2d, None, input, p, training, inplace, generator, seed, store)
+    return _features(F.dropout2d, (4,), None, input, p, training, inplace, generator, seed, store)
 
 
 @_for_subclasses
@@ -230,7 +234,7 @@ def dropout3d(
     tensor([[0., 0.],
             [2., 2.]])
     """
-    return _features(F.dropout3d, 5, input, p, training, inplace, generator, seed, store)
+    return _features(F.dropout3d, (4, 5), 5, input, p, training, inplace, generator, seed, store)
 
 
 @_for_subclasses
@@ -286,7 +290,7 @@ def feature_alpha_dropout(
     tensor([[-0.7792, -0.7792],
             [ 0.7792,  0.7792]])
     """
-    return drop(input, p, training, inplace, generator, seed, _channels(input), store, "alpha")
+    return drop(input, p, training, inplace, generator, seed, _channels(input, p, training), store, "alpha")
 
 
 @_for_subclasses
@@ -322,7 +326,7 @@ def variational_dropout(
             [0., 0., 2., 2.],
             [0., 0., 2., 2.]])
     """
-    _checks.choice("scaling", scaling, _checks.SCALINGS)
+    _checks.scaling(scaling)
     check_tensor(input)
     cells = kinds.shared_cells(tuple(input.shape), _checks.axis("time_axis", time_axis, input.dim()))
     return drop(input, p, training, inplace, generator, seed, cells, store, scaling)
@@ -351,7 +355,7 @@ def drop_connect(
     tensor([[0., 0., 2.],
             [2., 0., 2.]])
     """
-    _checks.choice("scaling", scaling, _checks.SCALINGS)
+    _checks.scaling(scaling)
     return drop(weight, p, training, False, generator, seed, None, store, scaling)
 
 
@@ -386,10 +390,12 @@ def stochastic_depth(
     >>> fdt.stochastic_depth(torch.ones(4, 2), 0.5, "row", seed=4)[:, 0]
     tensor([0., 0., 2., 2.])
     """
-    _checks.choice("scaling", scaling, _checks.SCALINGS)
+    _checks.scaling(scaling)
     if mode not in _checks.DEPTH_MODES:
         raise ValueError(f"mode has to be either 'batch' or 'row', but got {mode}")
     check_tensor(input)
+    if not torch.compiler.is_compiling():
+        p = eager_probability(p, "drop probability")
     cells = kinds.sample_cells(tuple(input.shape), mode)
     return drop(input, p, training, inplace, generator, seed, cells, store, scaling)
 
@@ -400,8 +406,8 @@ def drop_block2d(
     p: float | Tensor,
     block_size: int | tuple[int, int],
     inplace: bool = False,
-    training: bool = True,
     *,
+    training: bool = True,
     couple_channels: bool = False,
     generator: torch.Generator | None = None,
     seed: Seed = None,
@@ -414,9 +420,10 @@ def drop_block2d(
     p : float or Tensor of one number
         Share of cells to drop, 0 to 1; p = 1 gives zeros.
     block_size : int or tuple of int
-        Extent of a block on each spatial axis, cut to input's; odd or even.
+        Extent of a block on each spatial axis, cut to input's on each by itself, as in timm; odd or even.
     inplace, training, generator, seed
-        As in `dropout`, and so are the errors; ValueError for other ranks, as torchvision's.
+        As in `dropout`, and so are the errors; ValueError for other ranks, as torchvision's. (Its ``eps`` isn't there:
+        where nothing is kept, nothing is divided.)
     couple_channels : bool
         One mask for all channels of a sample, as in timm; else each has its own.
 
@@ -439,8 +446,8 @@ def drop_block3d(
     p: float | Tensor,
     block_size: int | tuple[int, int, int],
     inplace: bool = False,
-    training: bool = True,
     *,
+    training: bool = True,
     couple_channels: bool = False,
     generator: torch.Generator | None = None,
     seed: Seed = None,
@@ -487,6 +494,7 @@ def gaussian_dropout(
 
 def _features(
     theirs: Callable[..., Tensor],
+    ranks: tuple[int, ...],
     batched: int | None,
     x: Tensor,
     p: float | Tensor,
@@ -496,15 +504,20 @@ def _features(
     seed: Seed,
     store: str,
 ) -> Tensor:
-    """Channels dropped; ``theirs`` is torch's function, ``batched`` the one rank at which it has an axis of samples."""
+    """Channels dropped. ``theirs`` is torch's function for these ranks; at ``batched`` (None: at all) x has samples."""
     check_tensor(x)
-    theirs(x, 0.0, False)  # says what torch says about ranks, and does nothing
-    cells = _channels(x, 1 if batched is None or x.dim() == batched else 0)
+    rank = x.dim()
+    if rank not in ranks:
+        theirs(x, 0.0, False)  # says what torch says of others, and does nothing
+    if batched is None or rank == batched or not rank:
+        cells = _channels(x, p, training)
+    else:
+        cells = kinds.feature_cells(tuple(x.shape), 0)
     return drop(x, p, training, inplace, generator, seed, cells, store, "inverted")
 
 
-def _channels(x: Tensor, axis: int = 1) -> Shape:
+def _channels(x: Tensor, p: float | Tensor, training: bool) -> Shape:
     check_tensor(x)
-    if x.dim() <= axis:
+    if x.dim() < 2 and training and (isinstance(p, Tensor) or p != 0.0):
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
-    return kinds.feature_cells(tuple(x.shape), axis)
+    return kinds.feature_cells(tuple(x.shape), 1)

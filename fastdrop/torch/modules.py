@@ -38,8 +38,18 @@ class Rated(nn.Module):
     """
 
     p: float
-    store: str = "bits"
     _rate: Tensor | None = None  # float64 on the CPU, without axes
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("p", "drop_prob") and self._rate is not None:
+            self.drive(value)
+
+    def drive(self, p: float) -> None:
+        """Has compiled code read p from now on, as it is set."""
+        # A new tensor and not a new number in the old one, which a graph may hold for its backward pass.
+        with torch.inference_mode(False):
+            self._rate = torch.tensor(p, dtype=torch.float64, device="cpu")
 
     @property
     def rate(self) -> float | Tensor:
@@ -49,28 +59,28 @@ class Rated(nn.Module):
         return self.p
 
     def forward(self, input: Tensor) -> Tensor:
-        return traced(self, input) if isinstance(input, fx.Proxy) else self._drop(input)
+        return traced(self, input) if is_traced(self, input) else self._drop(input)
 
     def _drop(self, input: Tensor) -> Tensor:
         raise NotImplementedError
 
 
-def traced(module: nn.Module, proxy: fx.Proxy, *args: Any, **kwargs: Any) -> Any:
+def is_traced(module: nn.Module, input: Any) -> bool:
+    """Whether `torch.fx` traces what surrounds the module."""
+    return isinstance(input, fx.Proxy) and getattr(input.tracer, "root", None) is not module
+
+
+def traced(module: nn.Module, proxy: Any, *args: Any, **kwargs: Any) -> Any:
     """The call as `torch.fx` traces it: a module of torch's own would stay one in the graph, and so follow eval()."""
     tracer: Any = proxy.tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(module), (proxy, *args), kwargs)
-
-
-def checked(p: float, what: str = "dropout probability") -> float:
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"{what} has to be between 0 and 1, but got {p}")
-    return p
 
 
 class _Elementwise(Rated):
     """What torch has too, with fastdrop's ``store``."""
 
     inplace: bool
+    store: str = "bits"
 
     def __init__(self, p: float = 0.5, inplace: bool = False, *, store: str = "bits") -> None:
         super().__init__(p, inplace)
@@ -115,7 +125,7 @@ class Dropout(_Elementwise, nn.Dropout):
         self, p: float = 0.5, inplace: bool = False, *, store: str = "bits", scaling: str = "inverted"
     ) -> None:
         super().__init__(p, inplace, store=store)
-        _checks.choice("scaling", scaling, _checks.SCALINGS)
+        _checks.scaling(scaling)
         self.scaling = scaling
 
     def _drop(self, input: Tensor) -> Tensor:
@@ -220,7 +230,7 @@ class VariationalDropout(Rated):
     def __init__(self, p: float = 0.5, time_axis: int = 0, inplace: bool = False, *, store: str = "bits") -> None:
         super().__init__()
         _checks.choice("store", store, _checks.STORES)
-        self.p, self.time_axis, self.inplace, self.store = checked(p), time_axis, inplace, store
+        self.p, self.time_axis, self.inplace, self.store = _checks.dropout_probability(p), time_axis, inplace, store
 
     def _drop(self, input: Tensor) -> Tensor:
         return F.variational_dropout(input, self.rate, self.time_axis, self.training, self.inplace, store=self.store)
@@ -248,11 +258,13 @@ class StochasticDepth(Rated):
     tensor([0., 2.])
     """
 
+    store: str = "bits"
+
     def __init__(self, p: float, mode: str, *, store: str = "bits") -> None:
         super().__init__()
         _checks.choice("mode", mode, _checks.DEPTH_MODES)
         _checks.choice("store", store, _checks.STORES)
-        self.p, self.mode, self.store = checked(p, "drop probability"), mode, store
+        self.p, self.mode, self.store = _checks.dropout_probability(p, what="drop probability"), mode, store
 
     def _drop(self, input: Tensor) -> Tensor:
         return F.stochastic_depth(input, self.rate, self.mode, self.training, store=self.store)
@@ -281,11 +293,12 @@ class DropPath(Rated):
     """
 
     drop_prob: float
+    store: str = "bits"
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True, *, store: str = "bits") -> None:
         super().__init__()
         _checks.choice("store", store, _checks.STORES)
-        self.drop_prob, self.scale_by_keep, self.store = checked(drop_prob), scale_by_keep, store
+        self.drop_prob, self.scale_by_keep, self.store = _checks.dropout_probability(drop_prob), scale_by_keep, store
 
     @property
     def p(self) -> float:
@@ -319,7 +332,11 @@ class _DropBlock(Rated):
         couple_channels: bool = False,
     ) -> None:
         super().__init__()
-        self.p, self.block_size, self.inplace = checked(p, "drop probability"), block_size, inplace
+        self.p, self.block_size, self.inplace = (
+            _checks.dropout_probability(p, what="drop probability"),
+            block_size,
+            inplace,
+        )
         self.couple_channels = couple_channels
 
     def extra_repr(self) -> str:
@@ -355,7 +372,7 @@ class DropBlock2d(_DropBlock):
             self.rate,
             self.block_size,  # type: ignore[arg-type]
             self.inplace,
-            self.training,
+            training=self.training,
             couple_channels=self.couple_channels,
         )
 
@@ -375,7 +392,7 @@ class DropBlock3d(_DropBlock):
             self.rate,
             self.block_size,  # type: ignore[arg-type]
             self.inplace,
-            self.training,
+            training=self.training,
             couple_channels=self.couple_channels,
         )
 
@@ -400,7 +417,7 @@ class GaussianDropout(Rated):
 
     def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
         super().__init__()
-        self.p, self.inplace = _checks.gaussian_probability(checked(p)), inplace
+        self.p, self.inplace = _checks.gaussian_probability(_checks.dropout_probability(p)), inplace
 
     def _drop(self, input: Tensor) -> Tensor:
         return F.gaussian_dropout(input, self.rate, self.training, self.inplace)
@@ -417,8 +434,21 @@ class TimmDropBlock2d(DropBlock2d):
 
     @property
     def p(self) -> float:
-        return self.drop_prob * self.gamma_scale
+        return self.drop_prob
 
     @p.setter
     def p(self, p: float) -> None:
-        self.drop_prob = p / self.gamma_scale
+        self.drop_prob = p
+
+    def _drop(self, input: Tensor) -> Tensor:
+        return F.drop_block2d(
+            input,
+            self.rate * self.gamma_scale,
+            self.block_size,  # type: ignore[arg-type]
+            self.inplace,
+            training=self.training,
+            couple_channels=self.couple_channels,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gamma_scale={self.gamma_scale}"

@@ -85,6 +85,20 @@ def _in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
             module.training = not training
 
 
+@contextlib.contextmanager
+def _out_of_place(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """What is the same for all samples of a pass can't be written to by each."""
+    scripted = torch.jit.ScriptModule
+    changed: list[Any] = [m for m in modules if not isinstance(m, scripted) and getattr(m, "inplace", None) is True]
+    try:
+        for module in changed:
+            module.inplace = False
+        yield
+    finally:
+        for module in changed:
+            module.inplace = True
+
+
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """What `mc_predict` finds, in the output's dtype or, for lower precision, float32.
@@ -128,7 +142,8 @@ def mc_predict(
 
     The model runs in evaluation but for its dropout, without gradients. Many samples go through in a pass by
     `torch.func.vmap`, what comes before the first dropout once for all of them, and are added up as they come: memory
-    holds one pass. Samples of a model that can't be mapped run one by one. Modes and torch's generators are restored.
+    holds one pass. Samples of a model that can't be mapped run one by one. Modes and torch's generators are restored;
+    x stays as it is: the model gets copies, and dropout modules return new tensors, whatever their ``inplace``.
 
     The k-th dropout of sample s has a seed made of ``seed``, s and k alone: the result is the same, up to rounding, for
     any ``batch``. This holds for fastdrop's dropout. If a model draws anything else, it runs inside of `enabled`, which
@@ -186,6 +201,7 @@ def mc_predict(
     with contextlib.ExitStack() as stack:
         for context in (_in_mode(model.modules(), False), mc_dropout(model, filter), torch.no_grad()):
             stack.enter_context(context)
+        stack.enter_context(_out_of_place(module for module in model.modules() if module.training))
         chunks = stack.enter_context(contextlib.closing(passes(model, arguments, samples, number, batch)))
         started = time.perf_counter()
         first = next(chunks)

@@ -55,7 +55,7 @@ def enable() -> None:
     built of these; of timm and torchvision, where they were imported before, the modules that `convert` knows. Values
     and gradients are those of the functions of `fastdrop.torch`; other operators and devices, integer, sparse and
     nested tensors and DTensors stay as they are. So do, on a GPU, fused attention and cuDNN's recurrent layers, which
-    drop inside of kernels of their own.
+    drop inside of kernels of their own. timm's and torchvision's modules can't be scripted meanwhile.
 
     Calling it again does nothing. What `torch.compile` has compiled is compiled anew at its next call, so switch once
     and not in a loop.
@@ -146,7 +146,7 @@ def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> dict[str, Any]:
     forward = theirs.forward
 
     def dropped(self: Any, input: Tensor) -> Tensor:
-        if not _ours(input, 0.0) or refusal(self):
+        if not isinstance(input, Tensor) or not _ours(input, 0.0) or refusal(self):
             result: Tensor = forward(self, input)
             return result
         return ours._drop(self, input)

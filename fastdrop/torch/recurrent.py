@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ..stream import keep_scale, threshold
 from ._plain import hide_from_dynamo
-from .modules import VariationalDropout, traced
+from .modules import VariationalDropout, is_traced, traced
 
 __all__ = ["VariationalGRU", "VariationalLSTM"]
 
@@ -31,7 +31,7 @@ class _Variational(nn.RNNBase):
         self.dropout_output = VariationalDropout(dropout_output, 0)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        if isinstance(input, fx.Proxy):
+        if is_traced(self, input):
             return traced(self, input, hx)
         rates = self.dropout_input, self.dropout_recurrent, self.dropout_output
         unfit = isinstance(input, Tensor) and (input.dim() not in (2, 3) or not input.numel())  # torch says so
@@ -134,7 +134,10 @@ class _Variational(nn.RNNBase):
                 state = _gru_step(given[t], product, state[0])
             steps.append(state[0])
         y = torch.cat(steps[::-1] if reverse else steps).reshape(*x.shape[:-1], -1)
-        return y, tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True))
+        last = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True))
+        if is_lstm:  # under autocast torch's returns what its products are in, and torch's GRU what its states are in
+            y, last = y.to(given[0].dtype), tuple(state.to(given[0].dtype) for state in last)
+        return y, last
 
 
 def _lstm_step(gates: Tensor, cell: Tensor, projection: Tensor | None) -> States:

@@ -11,15 +11,16 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from .. import _checks
 from . import _ops
 from ._plain import hide_from_dynamo, is_transformed
 from .functional import dropout
-from .modules import Rated, checked, traced
+from .modules import Rated, is_traced, traced
 
 __all__ = ["DropConnect", "EmbeddingDropout"]
 
@@ -54,7 +55,7 @@ class EmbeddingDropout(Rated):
 
     def __init__(self, embedding: nn.Embedding, p: float = 0.5) -> None:
         super().__init__()
-        self.p = checked(p)
+        self.p = _checks.dropout_probability(p)
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding must be a torch.nn.Embedding, but got {type(embedding).__name__}")
         self.embedding = embedding
@@ -119,7 +120,7 @@ class DropConnect(Rated):
 
     def __init__(self, module: nn.Module, names: str | Sequence[str] | None = None, p: float = 0.5) -> None:
         super().__init__()
-        self.p = checked(p)
+        self.p = _checks.dropout_probability(p)
         parameters = dict(module.named_parameters(remove_duplicate=False))
         if names is None:
             recurrent = [name for name in parameters if name.startswith("weight_hh_")]
@@ -136,7 +137,7 @@ class DropConnect(Rated):
         self.module = module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if args and isinstance(args[0], fx.Proxy):
+        if args and is_traced(self, args[0]):
             return traced(self, *args, **kwargs)
         p = self.rate
         if not self.training or (not isinstance(p, Tensor) and p == 0.0):
