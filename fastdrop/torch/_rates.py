@@ -26,13 +26,19 @@ def rate_name(module: nn.Module) -> str | None:
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         drops = number(module, "dropout") and getattr(module, "num_layers", 2) > 1
         return "dropout" if drops else None
-    if isinstance(module, _DropoutNd | Rated):
+    if isinstance(module, _DropoutNd | Rated) or _was_dropout(module):
         return "p"
     for cls in type(module).__mro__:
         for name in NAMES.get(cls.__name__, ()):
             if number(module, name) is not None:
                 return name
     return None
+
+
+def _was_dropout(module: nn.Module) -> bool:
+    """Whether a scripted module was one of torch's that drop."""
+    theirs = getattr(nn, getattr(module, "original_name", ""), None)
+    return isinstance(theirs, type) and issubclass(theirs, _DropoutNd)
 
 
 def number(module: nn.Module, name: str) -> float | None:
