@@ -3,7 +3,8 @@
     python examples/convolutional.py
 
 Neighbouring pixels of a feature map tell the same, so dropping some of them hides little. `Dropout2d` takes whole
-channels, more of them in deeper blocks (0.2, 0.3, 0.4), `DropBlock2d` squares of pixels.
+channels, more of them in deeper blocks (0.2, 0.3, 0.4), `DropBlock2d` squares of pixels. On digits this small all three
+end within a point of each other, and a little above none.
 """
 
 from collections.abc import Callable
@@ -45,7 +46,7 @@ def picture(quick: bool) -> Figure:
         print(f"dropout of {label} of new digits, mean of the last epochs")
     axis.set(title="New digits, by what is dropped", xlabel="epoch", ylabel="accuracy, %")
     if not quick:
-        axis.set_ylim(bottom=80)
+        axis.set_ylim(bottom=92)
     axis.legend(loc="lower right")
     return figure
 

@@ -251,6 +251,7 @@ def test_convert_does_not_go_by_a_name_alone(packages):
         def forward(self, x):
             return x * 5
 
+    DropPath.__qualname__ = "DropPath"
     module = DropPath(0.5)
     fdt.convert(nn.Sequential(module))
     assert type(module) is DropPath

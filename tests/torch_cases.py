@@ -40,8 +40,10 @@ def tensor_of(array):
 
 
 def array_of(tensor):
-    """The same bits in C order."""
+    """The same bits in C order; a complex number as two."""
     tensor = tensor.detach().contiguous()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.dtype is torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(DTYPES[3].public)
     return tensor.numpy()

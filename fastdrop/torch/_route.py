@@ -139,8 +139,15 @@ def _by_ops(
 ) -> Tensor:
     """Compilers, tracers, transforms, forward-mode AD, modes and subclasses: the ops and nothing else."""
     number = _tensor_of_seed(x, generator, seed)
+    if cells_shape is not None:
+        cells_shape = _extents(cells_shape)
     y: Tensor = _ops.overload(torch.ops.fastdrop.forward, p)(x, number, p, cells_shape, bits, law)[0]
     return x.copy_(y) if inplace else y
+
+
+def _extents(cells: Any) -> Any:
+    """A mask's shape as ops take it: what `torch.jit.trace` finds in a tensor's shape are tensors."""
+    return cells if torch._C._get_tracing_state() is None else [int(extent) for extent in cells]
 
 
 def _evaluated(x: Tensor, scale: Any, inplace: bool) -> Tensor:
@@ -175,9 +182,7 @@ def drop_block(
     shape = tuple(x.shape)
     cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
     if _is_compiling() or not is_plain(x):
-        drawn = _tensor_of_seed(x, generator, seed)
-        if torch._C._get_tracing_state() is not None:
-            cells = tuple(int(extent) for extent in cells)  # tensors, there, which the op doesn't take
+        drawn, cells = _tensor_of_seed(x, generator, seed), _extents(cells)
         words, kept = _ops.overload(torch.ops.fastdrop.draw_blocks, p)(x, drawn, p, cells, sizes)
         y: Tensor = torch.ops.fastdrop.keep_blocks(x, words, kept, cells)
         return x.copy_(y) if inplace else y
