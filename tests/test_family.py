@@ -376,9 +376,11 @@ def test_drop_block_extents_of_0_and_1(variant, dtype, shape, size):
     for p in (0.5, 1.0):
         y, mask = fd.drop_block(x, p, size, rng=3)
         if not x.size:
-            assert y is x
-            assert mask is None
+            assert (y.shape, y.dtype, mask.shape, mask.nbytes) == (x.shape, x.dtype, shape, 0)
             assert fd.drop_block(x, p, size, out=x)[0] is x
+            state = fd.Stream(3)
+            fd.drop_block(x, p, size, rng=state)
+            assert state.offset == 1, "takes its number, as of every other kind"
         else:
             keep = in_blocks(shape, size if isinstance(size, tuple) else (size, size))(p, 3)
             assert (mask.to_bool() == keep).all()

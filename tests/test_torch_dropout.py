@@ -28,6 +28,8 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastdrop.torch as fdt  # noqa: E402
 
+from .torch_cases import array_of, numbers_drawn, saved_tensors, tensor_of, untouched  # noqa: E402
+
 # torch's own, when it first loads what forward-mode AD needs
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
@@ -45,24 +47,6 @@ def torch_state():
     torch.set_num_threads(threads)
 
 
-def tensor_of(array):
-    """A new tensor of the same bits."""
-    array = np.array(array, order="C")
-    if array.dtype.name == "bfloat16":
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
-
-
-def array_of(tensor):
-    """The same bits in C order; a complex number as two."""
-    tensor = tensor.detach().contiguous()
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    if tensor.dtype is torch.bfloat16:
-        return tensor.view(torch.int16).numpy().view(DTYPES[3].public)
-    return tensor.numpy()
-
-
 def public(dtype, n, reverse=False):
     """n numbers of random bits, special ones first or last, as the NumPy API takes them."""
     data = dtype.data(n)[::-1] if reverse else dtype.data(n)
@@ -76,23 +60,6 @@ def plain(x):
 
 def dropped(shape, p, seed):
     return torch.from_numpy(~fd.draw_mask(shape, p, rng=seed).to_bool())
-
-
-def numbers_drawn(call, generator=None):
-    """How many 63-bit numbers a call takes from a generator; None if what it leaves is not the state after so many."""
-    generator = generator or torch.default_generator
-    before = generator.get_state()
-    call()
-    after = generator.get_state()
-    try:
-        generator.set_state(before)
-        for count in range(4):
-            if torch.equal(generator.get_state(), after):
-                return count
-            torch.empty((), dtype=torch.int64).random_(generator=generator)
-        return None
-    finally:
-        generator.set_state(after)
 
 
 # ---- the values NumPy gets ----
@@ -478,19 +445,6 @@ def test_p_may_be_a_bool_as_for_torchs_dropout(wrap):
     assert torch.equal(fdt.dropout(x, wrap(True)), torch.zeros(10))
     assert torch.equal(fdt.dropout(x, wrap(False)), x)
     assert torch.equal(fdt.dropout(x, wrap(True), training=False), x)
-
-
-def untouched(x, call, error, match):
-    """The call is refused, and nothing tells that it was made: no element, version or random number has changed."""
-    before, version = x.detach().clone(), x._version
-
-    def refused():
-        with pytest.raises(error, match=match):
-            call()
-
-    assert numbers_drawn(refused) == 0
-    assert torch.equal(x, before)
-    assert x._version == version
 
 
 BAD_P = (-0.1, 1.1, -5e-324, math.nextafter(1, 2), math.inf, -math.inf, 2, -1, 10**30)
@@ -954,18 +908,6 @@ def test_python_threads_at_once_share_the_default_generator():
 
 
 # ---- what is kept ----
-
-
-@contextlib.contextmanager
-def saved_tensors():
-    kept = []
-
-    def pack(tensor):
-        kept.append(tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield kept
 
 
 @pytest.mark.parametrize("kind", [*FLOATS, *COMPLEX], ids=str)

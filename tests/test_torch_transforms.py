@@ -27,23 +27,14 @@ from torch.func import (  # noqa: E402
     vmap,
 )
 from torch.fx.experimental.proxy_tensor import make_fx  # noqa: E402
-from torch.overrides import TorchFunctionMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_map_only  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastdrop.torch as fdt  # noqa: E402
 
-from .torch_cases import assert_equal  # noqa: E402
+from .torch_cases import Log, LogFunctions, Named, Wrapped, assert_equal, gradient, under  # noqa: E402
 
 STORES = ("bits", "seed")
 OPS = torch.ops.fastdrop
-
-
-def under(seed, function, *arguments):
-    """The function's result when torch's generator starts at seed."""
-    torch.manual_seed(seed)
-    return function(*arguments)
 
 
 def drop(x, p=0.5, **options):
@@ -55,14 +46,6 @@ def reference(x, p, seed, noise_shape=None):
     cells = tuple(x.shape) if noise_shape is None else noise_shape
     keep = torch.from_numpy(fd.draw_mask(cells, p, rng=seed).to_bool())
     return torch.where(keep, x * keep_scale(threshold(p)), torch.zeros_like(x))
-
-
-def gradient(function, x):
-    """The output, and the gradient of its sine's sum."""
-    x = x.detach().clone().requires_grad_()
-    y = function(x)
-    y.sin().sum().backward()
-    return y.detach(), x.grad
 
 
 @pytest.fixture
@@ -663,16 +646,6 @@ def test_jit_trace_of_training_can_be_saved(x):
 # ---- modes and subclasses ----
 
 
-class Log(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.seen.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("store", STORES)
 def test_dispatch_mode_sees_the_ops_and_changes_nothing(x, store):
     with Log() as log:
@@ -689,16 +662,6 @@ def test_dispatch_mode_in_place(x):
     assert ours is own
     assert "fastdrop.forward.default" in log.seen
     assert_equal(own, under(3, drop, x))
-
-
-class LogFunctions(TorchFunctionMode):
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        self.seen.append(function)
-        return function(*args, **(kwargs or {}))
 
 
 def test_function_mode_sees_dropout_with_its_arguments(x):
@@ -733,17 +696,6 @@ def test_default_dtype_is_without_effect(x):
         torch.set_default_dtype(torch.float32)
 
 
-class Named(torch.Tensor):
-    """A subclass by ``__torch_function__``."""
-
-    seen: list
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        cls.seen.append(function)
-        return super().__torch_function__(function, types, args, kwargs or {})
-
-
 @pytest.mark.parametrize("store", STORES)
 def test_function_subclass(x, store):
     Named.seen = []
@@ -757,24 +709,6 @@ def test_function_subclass(x, store):
     own = x.clone().as_subclass(Named)
     assert under(3, lambda: drop(own, inplace=True)) is own
     assert_equal(own.as_subclass(torch.Tensor), expected[0])
-
-
-class Wrapped(torch.Tensor):
-    """A wrapper by ``__torch_dispatch__``: it has no memory of its own."""
-
-    @staticmethod
-    def __new__(cls, inner):
-        return torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, inner.stride(), dtype=inner.dtype, requires_grad=inner.requires_grad
-        )
-
-    def __init__(self, inner):
-        self.inner = inner
-
-    @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
-        args, kwargs = tree_map_only(Wrapped, lambda x: x.inner, (args, kwargs or {}))
-        return tree_map_only(torch.Tensor, Wrapped, function(*args, **kwargs))
 
 
 @pytest.mark.parametrize("store", STORES)
