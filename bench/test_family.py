@@ -18,7 +18,7 @@ from .pairing import SETTLE_SECONDS, alternate
 torch = pytest.importorskip("torch")
 fdt = pytest.importorskip("fastdrop.torch")
 
-SECONDS = 6.0
+SECONDS = 3.0
 P = 0.2
 IMAGES = (64, 256, 56, 56)
 SCALE = 1.25

@@ -248,7 +248,7 @@ LEFT = {
         lambda: Net(untraceable, inner=nn.Sequential(nn.Linear(8, 2), standard())),
         "output goes to output",
     ),
-    "the model itself": (standard, "output goes to output"),
+    "the model itself": (standard, "no layer follows"),
     "inverted": (lambda: nn.Sequential(fdt.Dropout(0.4), nn.Linear(8, 2)), "nothing to fold"),
     "torch's": (lambda: nn.Sequential(nn.Dropout(0.4), nn.Linear(8, 2)), "nothing to fold"),
     "of another kind": (lambda: nn.Sequential(fdt.GaussianDropout(0.4), nn.Linear(8, 2)), "nothing to fold"),
