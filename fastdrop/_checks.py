@@ -69,9 +69,10 @@ def dropout_probability(p: float, given: Any = None, what: str = "dropout probab
 
 def gaussian_probability(p: Any) -> float:
     """p as a Python float in [0, 1): at 1 the noise would have no bounds."""
-    if probability(p) == 1.0:
+    number = probability(p)
+    if number == 1.0:
         raise ValueError(f"p must be below 1 for Gaussian dropout, whose variance is p / (1 - p), but got {p}")
-    return probability(p)
+    return number
 
 
 def number(name: str, given: Any) -> float:

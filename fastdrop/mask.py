@@ -172,7 +172,49 @@ class PackedMask:
         return f"PackedMask(shape={self._shape}, p={self._p}, kept={self.kept}, nbytes={self.nbytes})"
 
 
-class SeededMask:
+class _Drawn:
+    """What is drawn again from a random state wherever it is needed: zero bytes per cell."""
+
+    __slots__ = ("_offset", "_p", "_seed", "_shape")
+
+    _seed: int
+    _offset: int
+    _shape: tuple[int, ...]
+    _p: float
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    @property
+    def offset(self) -> int:
+        return self._offset
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def p(self) -> float:
+        return self._p
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept per cell: none."""
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, type(self)):
+            return NotImplemented
+        return bool(self.__reduce__() == other.__reduce__())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(seed={self._seed}, offset={self._offset}, shape={self._shape}, p={self._p})"
+
+
+class SeededMask(_Drawn):
     """A dropout mask as what it is drawn from: zero bytes per cell, drawn again wherever it is needed.
 
     Parameters
@@ -193,12 +235,8 @@ class SeededMask:
     (0, True)
     """
 
-    __slots__ = ("_offset", "_p", "_scale", "_seed", "_shape", "_threshold")
+    __slots__ = ("_scale", "_threshold")
 
-    _seed: int
-    _offset: int
-    _shape: tuple[int, ...]
-    _p: float
     _scale: float
     _threshold: int
 
@@ -218,22 +256,6 @@ class SeededMask:
         return self
 
     @property
-    def seed(self) -> int:
-        return self._seed
-
-    @property
-    def offset(self) -> int:
-        return self._offset
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._shape
-
-    @property
-    def p(self) -> float:
-        return self._p
-
-    @property
     def threshold(self) -> int:
         return self._threshold
 
@@ -241,26 +263,11 @@ class SeededMask:
     def scale(self) -> float:
         return self._scale
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes kept per cell: none."""
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, SeededMask):
-            return NotImplemented
-        return bool(self.__reduce__()[1] == other.__reduce__()[1])
-
-    __hash__ = None  # type: ignore[assignment]
-
     def __reduce__(self) -> tuple[Any, ...]:
         return SeededMask, (self._seed, self._offset, self._shape, self._p, self._scale)
 
-    def __repr__(self) -> str:
-        return f"SeededMask(seed={self._seed}, offset={self._offset}, shape={self._shape}, p={self._p})"
 
-
-class GaussianNoise:
+class GaussianNoise(_Drawn):
     """Gaussian dropout's factors as what they are drawn from: zero bytes, drawn again in the backward pass.
 
     Parameters
@@ -282,12 +289,7 @@ class GaussianNoise:
     True
     """
 
-    __slots__ = ("_offset", "_p", "_seed", "_shape")
-
-    _seed: int
-    _offset: int
-    _shape: tuple[int, ...]
-    _p: float
+    __slots__ = ()
 
     def __init__(self, seed: int, offset: int, shape: tuple[int, ...], p: float) -> None:
         self._seed = _checks.uint64("seed", seed)
@@ -301,39 +303,8 @@ class GaussianNoise:
         self._seed, self._offset, self._shape, self._p = seed, offset, shape, p
         return self
 
-    @property
-    def seed(self) -> int:
-        return self._seed
-
-    @property
-    def offset(self) -> int:
-        return self._offset
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self._shape
-
-    @property
-    def p(self) -> float:
-        return self._p
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes kept per element: none."""
-        return 0
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, GaussianNoise):
-            return NotImplemented
-        return bool(self.__reduce__()[1] == other.__reduce__()[1])
-
-    __hash__ = None  # type: ignore[assignment]
-
     def __reduce__(self) -> tuple[Any, ...]:
         return GaussianNoise, (self._seed, self._offset, self._shape, self._p)
-
-    def __repr__(self) -> str:
-        return f"GaussianNoise(seed={self._seed}, offset={self._offset}, shape={self._shape}, p={self._p})"
 
 
 def fill_words(words: NDArray[np.uint32], cells: int, cut: int) -> None:

@@ -116,8 +116,8 @@ def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: Array | None = No
     Parameters
     ----------
     dy : array_like of float32, float64, float16 or bfloat16, of the shape dropout was applied to
-    mask : PackedMask, SeededMask or None
-        What `dropout` returned; None returns dy itself.
+    mask : PackedMask, SeededMask, GaussianNoise or None
+        What `dropout`, or another kind, returned; None returns dy itself.
     out : ndarray, optional
         Takes the result: shape and dtype of dy, dy itself for in place.
 

@@ -17,7 +17,7 @@ from ..stream import DROP_ALL, threshold
 from . import _kernels, _ops, _random
 from ._plain import is_plain
 
-__all__ = ["check_tensor", "drop", "drop_block", "gaussian"]
+__all__ = ["check_tensor", "drop", "drop_block", "eager_probability", "gaussian"]
 
 KEEPS_ALL = 2.0**-33  # p up to here rounds to a threshold of 0
 
