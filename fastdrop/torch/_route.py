@@ -46,8 +46,7 @@ def drop(
     cut = threshold(p)
     if not training or cut == 0:
         check_tensor(x)
-        if seed is not None:
-            _random.check(seed, generator)
+        _check_unused(seed, generator)
         return _evaluated(x, 1.0 - cut / DROP_ALL, inplace) if law == "standard" and cut else x
     try:
         known = x.dtype in _kernels.DTYPES
@@ -176,8 +175,7 @@ def drop_block(
         raise ValueError(f"input should be {spatial_axes + 2} dimensional. Got {x.dim()} dimensions.")
     sizes = _checks.block_size(block_size, spatial_axes)
     if not training or (not isinstance(p, Tensor) and p <= KEEPS_ALL):
-        if seed is not None and not _is_compiling():
-            _random.check(seed, generator)
+        _check_unused(seed, generator)
         return x
     shape = tuple(x.shape)
     cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
@@ -229,8 +227,7 @@ def gaussian(
     check_tensor(x)
     p = traced_probability(p) if _is_compiling() else _checks.gaussian_probability(eager_probability(p))
     if not training or (not isinstance(p, Tensor) and p == 0.0):
-        if seed is not None and not _is_compiling():
-            _random.check(seed, generator)
+        _check_unused(seed, generator)
         return x
     if not _is_compiling():
         _kernels.check_real(x, "Gaussian dropout")
@@ -268,6 +265,12 @@ class _FastGaussian(torch.autograd.Function):
 
 
 # ---- arguments ----
+
+
+def _check_unused(seed: int | Tensor | None, generator: torch.Generator | None) -> None:
+    """Refuses a bad seed where nothing is drawn from it."""
+    if seed is not None and not _is_compiling():
+        _random.check(seed, generator)
 
 
 def _number_of_seed(
