@@ -10,10 +10,6 @@
 #include <cpuid.h>
 #endif
 
-/* Cells a thread takes at a time; fewer than two of these run on the calling thread alone, since waking another costs
- * what 100,000 cells cost. */
-enum { GRAIN_CELLS = 128 * FD_BLOCK_CELLS };
-
 /* ---- instruction sets ---- */
 
 enum { ISA_SCALAR, ISA_NEON, ISA_AVX2, ISA_AVX512, ISA_COUNT };
@@ -103,60 +99,132 @@ static int good_draw(uint64_t first, uint64_t n, uint64_t threshold) {
 
 static int good_dtype(int dtype) { return dtype >= FD_FLOAT32 && dtype <= FD_BFLOAT16; }
 
-/* For each op: is the call sound, which cells does it run over, how many bytes does it write. */
+/* For each op: is the call sound, and what is there to do. */
+typedef struct {
+    uint64_t begin, units; /* cells begin .. begin+units-1, or rows or panels of rows */
+    uint64_t cells;        /* in a unit */
+    uint64_t bytes;        /* written */
+    void *sums;            /* [panels, width], to be added up over the panels */
+    uint64_t panels, width;
+    int wide; /* they are float64 */
+} work_t;
+
 static int draw_bits_good(const draw_bits_args *a) {
     return a->words && good_draw(a->first, a->n, a->threshold) && a->n <= UINT64_MAX - a->position;
 }
-static uint64_t draw_bits_begin(const draw_bits_args *a) { return a->position; }
-static uint64_t draw_bits_cells(const draw_bits_args *a) { return a->n; }
-static uint64_t draw_bits_bytes(const draw_bits_args *a) { return a->n / 8; }
+static work_t draw_bits_work(const draw_bits_args *a) { return (work_t){a->position, a->n, 1, a->n / 8, NULL, 0, 0, 0}; }
 
 static int dropout_forward_good(const dropout_forward_args *a) {
     return a->x && a->y && good_dtype(a->dtype) && good_draw(a->first, a->n, a->threshold);
 }
-static uint64_t dropout_forward_begin(const dropout_forward_args *a) {
-    (void)a;
-    return 0;
+static work_t dropout_forward_work(const dropout_forward_args *a) {
+    return (work_t){0, a->n, 1, a->n * element_bytes(a->dtype), NULL, 0, 0, 0};
 }
-static uint64_t dropout_forward_cells(const dropout_forward_args *a) { return a->n; }
-static uint64_t dropout_forward_bytes(const dropout_forward_args *a) { return a->n * element_bytes(a->dtype); }
 
 static int masked_affine_good(const masked_affine_args *a) {
     uint64_t n;
     return a->x && a->y && a->words && good_dtype(a->dtype) && !__builtin_mul_overflow(a->outer, a->repeat, &n) &&
            !__builtin_mul_overflow(n, a->inner, &n) && a->outer * a->inner <= UINT64_MAX - a->position;
 }
-static uint64_t masked_affine_begin(const masked_affine_args *a) {
-    (void)a;
-    return 0;
-}
-static uint64_t masked_affine_cells(const masked_affine_args *a) { return a->outer * a->repeat * a->inner; }
-static uint64_t masked_affine_bytes(const masked_affine_args *a) {
-    return masked_affine_cells(a) * element_bytes(a->dtype);
+static work_t masked_affine_work(const masked_affine_args *a) {
+    uint64_t n = a->outer * a->repeat * a->inner;
+    return (work_t){0, n, 1, n * element_bytes(a->dtype), NULL, 0, 0, 0};
 }
 
 static int gaussian_multiply_good(const gaussian_multiply_args *a) {
     const uint64_t cells = (uint64_t)1 << 61; /* their counters' numbers must leave the domain's bits alone */
     return a->x && a->y && good_dtype(a->dtype) && a->first <= cells && a->n <= cells - a->first;
 }
-static uint64_t gaussian_multiply_begin(const gaussian_multiply_args *a) {
-    (void)a;
-    return 0;
+static work_t gaussian_multiply_work(const gaussian_multiply_args *a) {
+    return (work_t){0, a->n, 1, a->n * element_bytes(a->dtype), NULL, 0, 0, 0};
 }
-static uint64_t gaussian_multiply_cells(const gaussian_multiply_args *a) { return a->n; }
-static uint64_t gaussian_multiply_bytes(const gaussian_multiply_args *a) { return a->n * element_bytes(a->dtype); }
 
 static int dilate_bits_good(const dilate_bits_args *a) {
     uint64_t n;
     return a->to && a->words && a->block && !__builtin_add_overflow(a->n, a->block - 1, &n) &&
            !__builtin_mul_overflow(n, a->inner, &n) && !__builtin_mul_overflow(n, a->outer, &n);
 }
-static uint64_t dilate_bits_begin(const dilate_bits_args *a) {
-    (void)a;
-    return 0;
+static work_t dilate_bits_work(const dilate_bits_args *a) {
+    uint64_t n = a->outer * (a->n + a->block - 1) * a->inner;
+    return (work_t){0, n, 1, n / 8, NULL, 0, 0, 0};
 }
-static uint64_t dilate_bits_cells(const dilate_bits_args *a) { return a->outer * (a->n + a->block - 1) * a->inner; }
-static uint64_t dilate_bits_bytes(const dilate_bits_args *a) { return dilate_bits_cells(a) / 8; }
+
+static int good_dtypes(int dtype, int sum_dtype) {
+    return good_dtype(dtype) && good_dtype(sum_dtype) &&
+           (dtype == sum_dtype || (sum_dtype == FD_FLOAT32 && dtype != FD_FLOAT64));
+}
+
+static int good_rows(uint64_t rows, uint64_t columns) {
+    const uint64_t cells = (uint64_t)1 << 60;
+    uint64_t n;
+    return columns && !__builtin_mul_overflow(rows, columns, &n) && n <= cells;
+}
+
+static int good_activation(int activation) { return activation >= FD_NO_ACTIVATION && activation <= FD_SILU; }
+
+static int pointwise_forward_good(const pointwise_forward_args *a) {
+    return a->x && a->y && good_dtypes(a->dtype, a->sum_dtype) && good_rows(a->rows, a->columns) &&
+           good_activation(a->activation) && (!a->signs || (a->activation == FD_RELU && a->signs != a->words));
+}
+static work_t pointwise_forward_work(const pointwise_forward_args *a) {
+    uint64_t n = a->rows * a->columns;
+    return (work_t){0, n, 1, n * element_bytes(a->sum_dtype), NULL, 0, 0, 0};
+}
+
+static int pointwise_backward_good(const pointwise_backward_args *a) {
+    int needs_x = a->activation != FD_NO_ACTIVATION || a->dfactor;
+    return a->dy && a->dx && (a->x || !needs_x) && good_dtypes(a->dtype, a->sum_dtype) &&
+           good_rows(a->rows, a->columns) && good_activation(a->activation) && (!a->sums || a->panels);
+}
+static work_t pointwise_backward_work(const pointwise_backward_args *a) {
+    uint64_t n = a->rows * a->columns, bytes = n * element_bytes(a->dtype);
+    int wide = a->dtype == FD_FLOAT64;
+    if (!a->sums) return (work_t){0, n, 1, bytes, NULL, 0, 0, 0};
+    return (work_t){0, a->panels, n / a->panels, bytes, a->sums, a->panels, a->columns, wide};
+}
+
+static int norm_forward_good(const norm_forward_args *a) {
+    return a->x && a->y && a->sum && a->statistics && good_dtypes(a->dtype, a->sum_dtype) &&
+           good_rows(a->rows, a->columns);
+}
+static work_t norm_forward_work(const norm_forward_args *a) {
+    return (work_t){0, a->rows, a->columns, a->rows * a->columns * element_bytes(a->dtype), NULL, 0, 0, 0};
+}
+
+static int norm_backward_good(const norm_backward_args *a) {
+    return a->dy && a->sum && a->statistics && (a->dx || a->dresidual) && good_dtypes(a->dtype, a->sum_dtype) &&
+           good_rows(a->rows, a->columns) && a->panels;
+}
+static work_t norm_backward_work(const norm_backward_args *a) {
+    uint64_t n = a->rows * a->columns;
+    int wide = a->dtype == FD_FLOAT64;
+    return (work_t){0, a->panels, n / a->panels, n * element_bytes(a->dtype), a->sums, a->panels, 3 * a->columns, wide};
+}
+
+static int softmax_forward_good(const softmax_forward_args *a) {
+    return a->x && a->y && good_dtype(a->dtype) && good_rows(a->rows, a->columns) && a->heads && a->queries;
+}
+static work_t softmax_forward_work(const softmax_forward_args *a) {
+    return (work_t){0, a->rows, a->columns, a->rows * a->columns * element_bytes(a->dtype), NULL, 0, 0, 0};
+}
+
+static int softmax_backward_good(const softmax_backward_args *a) {
+    return a->dy && a->probabilities && a->dx && good_dtype(a->dtype) && good_rows(a->rows, a->columns);
+}
+static work_t softmax_backward_work(const softmax_backward_args *a) {
+    return (work_t){0, a->rows, a->columns, a->rows * a->columns * element_bytes(a->dtype), NULL, 0, 0, 0};
+}
+
+/* The panels' sums into the first panel's, one after the other: the order in which they are added is the shape's. */
+static void add_panels(const work_t *work) {
+    for (uint64_t panel = 1; panel < work->panels; panel++)
+        for (uint64_t i = 0, from = panel * work->width; i < work->width; i++) {
+            if (work->wide)
+                ((double *)work->sums)[i] += ((double *)work->sums)[from + i];
+            else
+                ((float *)work->sums)[i] += ((float *)work->sums)[from + i];
+        }
+}
 
 /* The public entry points. */
 #define FD_VALUE(type, name) .name = name,
@@ -164,9 +232,10 @@ static uint64_t dilate_bits_bytes(const dilate_bits_args *a) { return dilate_bit
     int fd_##op(PARAMETERS(FD_PARAMETER, FD_NEXT_PARAMETER)) {                                                         \
         op##_args args = {PARAMETERS(FD_VALUE, FD_VALUE)};                                                             \
         if (!op##_good(&args)) return FD_BAD_ARGUMENT;                                                                 \
-        uint64_t begin = op##_begin(&args);                                                                            \
-        args.stream = op##_bytes(&args) >= FD_STREAM_BYTES;                                                            \
-        fd_parallel_for(isas[fd_isa_active()].table->op, &args, begin, begin + op##_cells(&args), GRAIN_CELLS);        \
+        work_t work = op##_work(&args);                                                                                \
+        args.stream = work.bytes >= FD_STREAM_BYTES;                                                                   \
+        fd_parallel_for(isas[fd_isa_active()].table->op, &args, work.begin, work.begin + work.units, work.cells);      \
+        if (work.sums) add_panels(&work);                                                               \
         return FD_OK;                                                                                                  \
     }
 #include "ops.def"

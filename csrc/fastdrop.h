@@ -18,6 +18,7 @@
 
 enum { FD_OK = 0, FD_BAD_ARGUMENT = -1, FD_BAD_ISA = -2 };
 enum { FD_FLOAT32 = 0, FD_FLOAT64 = 1, FD_FLOAT16 = 2, FD_BFLOAT16 = 3 };
+enum { FD_NO_ACTIVATION = 0, FD_RELU = 1, FD_GELU = 2, FD_GELU_TANH = 3, FD_SILU = 4 };
 
 /* Work is split at multiples of this many cells: one AVX-512 vector of 16 words. */
 enum { FD_BLOCK_CELLS = 512, FD_BLOCK_WORDS = FD_BLOCK_CELLS / 32 };

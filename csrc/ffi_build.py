@@ -18,7 +18,7 @@ HEADERS = sorted(path.name for pattern in ("*.h", "*.def") for path in HERE.glob
 
 # Wider instructions appear only inside the isa_ files' own target regions. No contraction: a x + b must round twice on
 # every instruction set, as NumPy does. No errno from sqrtf, which would make it a call into libm.
-COMPILE_ARGS = ["-std=c11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread"]
+COMPILE_ARGS = ["-std=c11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread", "-g0"]
 
 COMMENT = re.compile(r"/\*.*?\*/", re.S)
 ROW = re.compile(r"#define (\w+)_PARAMETERS\(FIRST, NEXT\)((?:.*\\\n)*.*)\nFD_OP\((\w+), \1_PARAMETERS\)")
@@ -70,6 +70,7 @@ def builder() -> FFI:
         include_dirs=[str(HERE.relative_to(root))],
         depends=[str((HERE / name).relative_to(root)) for name in HEADERS],
         extra_compile_args=[*COMPILE_ARGS, *debug],
+        libraries=["m"],
         extra_link_args=["-pthread", *debug],
         optional=True,  # no compiler: the install goes through and fastdrop runs on Numba or NumPy
     )

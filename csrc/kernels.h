@@ -26,7 +26,7 @@ typedef struct {
 
 extern const fd_table fd_table_scalar, fd_table_avx2, fd_table_avx512, fd_table_neon;
 
-/* threads.c */
-void fd_parallel_for(fd_kernel kernel, const void *args, uint64_t begin, uint64_t end, uint64_t grain);
+/* threads.c: the kernel over units begin .. end-1 of so many cells each, by several threads where that pays. */
+void fd_parallel_for(fd_kernel kernel, const void *args, uint64_t begin, uint64_t end, uint64_t unit);
 
 #endif

@@ -21,7 +21,10 @@
 #include "kernels.h"
 #include "philox.h"
 
+#include <math.h>
+
 #define INLINE static inline __attribute__((always_inline))
+#define OUTLINE __attribute__((noinline))
 
 enum {
     CHUNK_BLOCKS = 16,
@@ -365,6 +368,99 @@ DEFINE_BY_DTYPE(masked_affine)
 DEFINE_BY_DTYPE(gaussian_multiply)
 
 #include "dilate.inc.h"
+#include "vector_math.inc.h"
+
+/* ---- fused kernels ---- */
+
+enum {
+    STRIP_CELLS = 512, /* of a fused kernel's data that go through its stages at a time, in the nearest cache */
+    SUM_CELLS = 1024   /* of a row, summed in lanes; those sums are summed in double */
+};
+
+typedef struct {
+    const uint32_t *words; /* NULL: all kept */
+    uint64_t cells;
+} bits_t;
+
+/* n <= RUN bits from a position on; those above may be anything. */
+INLINE uint32_t run_at(const bits_t *bits, uint64_t position, unsigned n) {
+    if (!bits->words) return ~0u;
+    if (bits->cells - position >= SLACK_CELLS) return bits_at(bits->words, position, 0);
+    return read_bits(bits->words, position, n);
+}
+
+/* write_bits for up to 32 bits anywhere. */
+INLINE void put_bits(uint32_t *words, uint64_t position, unsigned n, uint32_t bits) {
+    unsigned room = 32 - (unsigned)(position & 31);
+    if (n <= room) {
+        write_bits(words, position, n, bits);
+    } else {
+        write_bits(words, position, room, bits);
+        write_bits(words, position + room, n - room, bits >> room);
+    }
+}
+
+/* The first row of a panel: the first of them have one more than the last, where they don't come out even. */
+INLINE uint64_t panel_row(uint64_t rows, uint64_t panels, uint64_t panel) {
+    return panel * (rows / panels) + min_u64(panel, rows % panels);
+}
+
+/* Has the data that comes later on its way. May point past its end. */
+#define AHEAD(data, stream) prefetch((const char *)(data) + PREFETCH_BYTES, stream)
+
+/* 16-bit numbers to float32 and back. */
+#define DEFINE_STORAGE(T)                                                                                              \
+    static void T##_widen(const T##_t *from, float *to, uint64_t n) {                                                  \
+        uint64_t i = 0;                                                                                                \
+        for (; i + f32_lanes <= n; i += f32_lanes) {                                                                   \
+            AHEAD(from + i, 0);                                                                                        \
+            f32_store(to + i, T##_load_lanes(from + i));                                                               \
+        }                                                                                                              \
+        if (i < n) {                                                                                                   \
+            T##_t few[f32_lanes] = {0};                                                                                \
+            float wide[f32_lanes];                                                                                     \
+            memcpy(few, from + i, (n - i) * sizeof *few);                                                              \
+            f32_store(wide, T##_load_lanes(few));                                                                      \
+            memcpy(to + i, wide, (n - i) * sizeof *wide);                                                              \
+        }                                                                                                              \
+    }                                                                                                                  \
+    static void T##_narrow(const float *from, T##_t *to, uint64_t n, int stream) {                                     \
+        uint64_t i = 0;                                                                                                \
+        for (; stream && i + f32_lanes <= n; i += f32_lanes) T##_stream_lanes(to + i, f32_load(from + i));             \
+        for (; i + f32_lanes <= n; i += f32_lanes) T##_store_lanes(to + i, f32_load(from + i));                        \
+        if (i < n) {                                                                                                   \
+            float few[f32_lanes] = {0};                                                                                \
+            T##_t narrow[f32_lanes];                                                                                   \
+            memcpy(few, from + i, (n - i) * sizeof *few);                                                              \
+            T##_store_lanes(narrow, f32_load(few));                                                                    \
+            memcpy(to + i, narrow, (n - i) * sizeof *narrow);                                                          \
+        }                                                                                                              \
+    }
+#define f16_load_lanes f16_load
+#define f16_store_lanes f16_store
+#define f16_stream_lanes f16_stream
+DEFINE_STORAGE(f16)
+DEFINE_STORAGE(bf16)
+
+#define CTYPE f32
+#include "rows.inc.h"
+#define CTYPE f64
+#include "rows.inc.h"
+
+#define DEFINE_BY_WIDTH(op)                                                                                            \
+    static void op(const void *arguments, uint64_t begin, uint64_t end) {                                              \
+        const op##_args *args = arguments;                                                                             \
+        if (args->dtype == FD_FLOAT64)                                                                                 \
+            f64_##op(args, begin, end);                                                                                \
+        else                                                                                                           \
+            f32_##op(args, begin, end);                                                                                \
+    }
+DEFINE_BY_WIDTH(pointwise_forward)
+DEFINE_BY_WIDTH(pointwise_backward)
+DEFINE_BY_WIDTH(norm_forward)
+DEFINE_BY_WIDTH(norm_backward)
+DEFINE_BY_WIDTH(softmax_forward)
+DEFINE_BY_WIDTH(softmax_backward)
 
 static void scale_float32(const float *x, float *y, uint64_t n, float a, int stream) {
     uint64_t i = 0;

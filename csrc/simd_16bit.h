@@ -29,6 +29,9 @@ static inline bf16_v bf16_affine(bf16_keep keep, bf16_v x, bf16_v a, bf16_v b, b
                     f32_affine(keep.odd, x.odd, a.odd, b.odd, c.odd)};
 }
 #else
+#define bf16_load_lanes bf16_load
+#define bf16_store_lanes bf16_store
+#define bf16_stream_lanes bf16_stream
 #define bf16_v f32_v
 #define bf16_keep f32_keep
 #define bf16_lanes f32_lanes

@@ -111,6 +111,20 @@ static inline f32_v f32_turn(words_t w, f32_v v) {
 }
 static inline f32_v f32_where(words_t w, f32_v yes, f32_v no) { return _mm256_blendv_ps(no, yes, f32_of_bits(w)); }
 
+static inline f32_v f32_fma(f32_v a, f32_v b, f32_v c) { return _mm256_fmadd_ps(a, b, c); }
+static inline f32_v f32_max(f32_v a, f32_v b) { return _mm256_max_ps(a, b); }
+static inline f32_v f32_min(f32_v a, f32_v b) { return _mm256_min_ps(a, b); }
+static inline f32_v f32_round(f32_v v) { return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline f32_v f32_times_power(f32_v v, f32_v n) {
+    const words_t bias = words_set1(127);
+    words_t whole = _mm256_cvtps_epi32(n), half = words_right_signed(whole, 1), rest = words_sub(whole, half);
+    return v * f32_of_bits(words_left(words_add(half, bias), 23)) * f32_of_bits(words_left(words_add(rest, bias), 23));
+}
+static inline f32_keep f32_less(f32_v a, f32_v b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
+static inline f32_keep f32_not_above(f32_v a, f32_v b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
+static inline f32_v f32_select(f32_keep keep, f32_v yes, f32_v no) { return _mm256_blendv_ps(no, yes, keep); }
+static inline uint32_t f32_bits(f32_keep keep) { return (uint32_t)_mm256_movemask_ps(keep); }
+
 typedef double f64_t;
 typedef __m256d f64_v;
 typedef __m256d f64_keep;
@@ -128,6 +142,12 @@ static inline f64_v f64_scale(f64_keep keep, f64_v x, f64_v a) { return _mm256_a
 static inline f64_v f64_affine(f64_keep keep, f64_v x, f64_v a, f64_v b, f64_v c) {
     return _mm256_blendv_pd(c, _mm256_add_pd(_mm256_mul_pd(x, a), b), keep);
 }
+
+static inline f64_v f64_fma(f64_v a, f64_v b, f64_v c) { return _mm256_fmadd_pd(a, b, c); }
+static inline f64_v f64_max(f64_v a, f64_v b) { return _mm256_max_pd(a, b); }
+static inline f64_keep f64_not_above(f64_v a, f64_v b) { return _mm256_cmp_pd(a, b, _CMP_LE_OQ); }
+static inline f64_v f64_select(f64_keep keep, f64_v yes, f64_v no) { return _mm256_blendv_pd(no, yes, keep); }
+static inline uint32_t f64_bits(f64_keep keep) { return (uint32_t)_mm256_movemask_pd(keep); }
 
 typedef uint16_t f16_t;
 static inline f32_v f16_load(const f16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
@@ -177,6 +197,18 @@ static inline __m256i bf16_of(bf16_v v) {
 }
 static inline void bf16_store(bf16_t *p, bf16_v v) { _mm256_storeu_si256((__m256i *)p, bf16_of(v)); }
 static inline void bf16_stream(bf16_t *p, bf16_v v) { _mm256_stream_si256((__m256i *)p, bf16_of(v)); }
+
+/* As many as one vector of floats takes, in the order of memory. */
+static inline f32_v bf16_load_lanes(const bf16_t *p) {
+    return f32_of_bits(words_left(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
+}
+static inline __m128i bf16_of_floats(f32_v v) {
+    __m256i halves = words_right(bf16_quieted(bf16_rounded(v), v), 16);
+    return _mm256_castsi256_si128(
+        _mm256_permute4x64_epi64(_mm256_packus_epi32(halves, halves), _MM_SHUFFLE(3, 1, 2, 0)));
+}
+static inline void bf16_store_lanes(bf16_t *p, f32_v v) { _mm_storeu_si128((__m128i *)p, bf16_of_floats(v)); }
+static inline void bf16_stream_lanes(bf16_t *p, f32_v v) { _mm_stream_si128((__m128i *)p, bf16_of_floats(v)); }
 
 static inline void stream_fence(void) { _mm_sfence(); }
 

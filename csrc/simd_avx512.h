@@ -108,6 +108,16 @@ static inline f32_v f32_where(words_t w, f32_v yes, f32_v no) {
     return _mm512_mask_blend_ps(_mm512_movepi32_mask(w), no, yes);
 }
 
+static inline f32_v f32_fma(f32_v a, f32_v b, f32_v c) { return _mm512_fmadd_ps(a, b, c); }
+static inline f32_v f32_max(f32_v a, f32_v b) { return _mm512_max_ps(a, b); }
+static inline f32_v f32_min(f32_v a, f32_v b) { return _mm512_min_ps(a, b); }
+static inline f32_v f32_round(f32_v v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline f32_v f32_times_power(f32_v v, f32_v n) { return _mm512_scalef_ps(v, n); }
+static inline f32_keep f32_less(f32_v a, f32_v b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+static inline f32_keep f32_not_above(f32_v a, f32_v b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+static inline f32_v f32_select(f32_keep keep, f32_v yes, f32_v no) { return _mm512_mask_blend_ps(keep, no, yes); }
+static inline uint32_t f32_bits(f32_keep keep) { return keep; }
+
 typedef double f64_t;
 typedef __m512d f64_v;
 typedef __mmask8 f64_keep;
@@ -124,6 +134,12 @@ static inline f64_v f64_scale(f64_keep keep, f64_v x, f64_v a) { return _mm512_m
 static inline f64_v f64_affine(f64_keep keep, f64_v x, f64_v a, f64_v b, f64_v c) {
     return _mm512_mask_add_pd(c, keep, _mm512_mul_pd(x, a), b);
 }
+
+static inline f64_v f64_fma(f64_v a, f64_v b, f64_v c) { return _mm512_fmadd_pd(a, b, c); }
+static inline f64_v f64_max(f64_v a, f64_v b) { return _mm512_max_pd(a, b); }
+static inline f64_keep f64_not_above(f64_v a, f64_v b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
+static inline f64_v f64_select(f64_keep keep, f64_v yes, f64_v no) { return _mm512_mask_blend_pd(keep, no, yes); }
+static inline uint32_t f64_bits(f64_keep keep) { return keep; }
 
 typedef uint16_t f16_t;
 static inline f32_v f16_load(const f16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
@@ -171,6 +187,16 @@ static inline __m512i bf16_of(bf16_v v) {
 }
 static inline void bf16_store(bf16_t *p, bf16_v v) { _mm512_storeu_si512(p, bf16_of(v)); }
 static inline void bf16_stream(bf16_t *p, bf16_v v) { _mm512_stream_si512((__m512i *)p, bf16_of(v)); }
+
+/* As many as one vector of floats takes, in the order of memory. */
+static inline f32_v bf16_load_lanes(const bf16_t *p) {
+    return f32_of_bits(words_left(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
+}
+static inline __m256i bf16_of_floats(f32_v v) {
+    return _mm512_cvtepi32_epi16(words_right(bf16_quieted(bf16_rounded(v), v), 16));
+}
+static inline void bf16_store_lanes(bf16_t *p, f32_v v) { _mm256_storeu_si256((__m256i *)p, bf16_of_floats(v)); }
+static inline void bf16_stream_lanes(bf16_t *p, f32_v v) { _mm256_stream_si256((__m256i *)p, bf16_of_floats(v)); }
 
 static inline void stream_fence(void) { _mm_sfence(); }
 

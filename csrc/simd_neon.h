@@ -97,6 +97,24 @@ static inline f32_v f32_turn(words_t w, f32_v v) {
 }
 static inline f32_v f32_where(words_t w, f32_v yes, f32_v no) { return vbslq_f32(words_right_signed(w, 31), yes, no); }
 
+static inline f32_v f32_fma(f32_v a, f32_v b, f32_v c) { return vfmaq_f32(c, a, b); }
+static inline f32_v f32_max(f32_v a, f32_v b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+static inline f32_v f32_min(f32_v a, f32_v b) { return vbslq_f32(vcltq_f32(a, b), a, b); }
+static inline f32_v f32_round(f32_v v) { return vrndnq_f32(v); }
+static inline f32_v f32_times_power(f32_v v, f32_v n) {
+    const int32x4_t bias = vdupq_n_s32(127);
+    int32x4_t whole = vcvtq_s32_f32(n), half = vshrq_n_s32(whole, 1), rest = vsubq_s32(whole, half);
+    v = vmulq_f32(v, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(half, bias), 23)));
+    return vmulq_f32(v, vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(rest, bias), 23)));
+}
+static inline f32_keep f32_less(f32_v a, f32_v b) { return vcltq_f32(a, b); }
+static inline f32_keep f32_not_above(f32_v a, f32_v b) { return vcleq_f32(a, b); }
+static inline f32_v f32_select(f32_keep keep, f32_v yes, f32_v no) { return vbslq_f32(keep, yes, no); }
+static inline uint32_t f32_bits(f32_keep keep) {
+    const uint32_t lane[LANES] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(keep, vld1q_u32(lane)));
+}
+
 typedef double f64_t;
 typedef float64x2_t f64_v;
 typedef uint64x2_t f64_keep;
@@ -115,6 +133,15 @@ static inline f64_v f64_scale(f64_keep keep, f64_v x, f64_v a) {
 }
 static inline f64_v f64_affine(f64_keep keep, f64_v x, f64_v a, f64_v b, f64_v c) {
     return vbslq_f64(keep, vaddq_f64(vmulq_f64(x, a), b), c);
+}
+
+static inline f64_v f64_fma(f64_v a, f64_v b, f64_v c) { return vfmaq_f64(c, a, b); }
+static inline f64_v f64_max(f64_v a, f64_v b) { return vbslq_f64(vcgtq_f64(a, b), a, b); }
+static inline f64_keep f64_not_above(f64_v a, f64_v b) { return vcleq_f64(a, b); }
+static inline f64_v f64_select(f64_keep keep, f64_v yes, f64_v no) { return vbslq_f64(keep, yes, no); }
+static inline uint32_t f64_bits(f64_keep keep) {
+    const uint64_t lane[2] = {1, 2};
+    return (uint32_t)vaddvq_u64(vandq_u64(keep, vld1q_u64(lane)));
 }
 
 /* Conversions between half and single are in the base instruction set; half arithmetic is not, and is not needed. */

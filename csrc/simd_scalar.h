@@ -107,6 +107,23 @@ static inline f32_v f32_where(words_t w, f32_v yes, f32_v no) {
     return f32_of_bits((bits_of_f32(yes) & all) | (bits_of_f32(no) & ~all));
 }
 
+/* a b + c, rounded once where the hardware does that. */
+static inline f32_v f32_fma(f32_v a, f32_v b, f32_v c) { return a * b + c; }
+/* Where either is NaN, the second. */
+static inline f32_v f32_max(f32_v a, f32_v b) { return a > b ? a : b; }
+static inline f32_v f32_min(f32_v a, f32_v b) { return a < b ? a : b; }
+/* To the nearest whole number; |v| is below 2^22. NaN may become anything in range. */
+static inline f32_v f32_round(f32_v v) { return v + 0x1.8p23f - 0x1.8p23f; }
+/* v 2^n for whole n from -150 to 128, rounded once at most: in two steps, as 2^n may be out of range. */
+static inline f32_v f32_times_power(f32_v v, f32_v n) {
+    int whole = n == n ? (int)n : 0, half = whole >> 1;
+    return v * f32_of_bits((uint32_t)(half + 127) << 23) * f32_of_bits((uint32_t)(whole - half + 127) << 23);
+}
+static inline f32_keep f32_less(f32_v a, f32_v b) { return a < b; }
+static inline f32_keep f32_not_above(f32_v a, f32_v b) { return a <= b; }
+static inline f32_v f32_select(f32_keep keep, f32_v yes, f32_v no) { return keep ? yes : no; }
+static inline uint32_t f32_bits(f32_keep keep) { return (uint32_t)keep; }
+
 typedef double f64_t;
 typedef double f64_v;
 typedef int f64_keep;
@@ -125,6 +142,12 @@ static inline f64_v f64_scale(f64_keep keep, f64_v x, f64_v a) {
     return f64_of_bits(bits_of_f64(x * a) & (0u - (uint64_t)keep));
 }
 static inline f64_v f64_affine(f64_keep keep, f64_v x, f64_v a, f64_v b, f64_v c) { return keep ? x * a + b : c; }
+
+static inline f64_v f64_fma(f64_v a, f64_v b, f64_v c) { return a * b + c; }
+static inline f64_v f64_max(f64_v a, f64_v b) { return a > b ? a : b; }
+static inline f64_keep f64_not_above(f64_v a, f64_v b) { return a <= b; }
+static inline f64_v f64_select(f64_keep keep, f64_v yes, f64_v no) { return keep ? yes : no; }
+static inline uint32_t f64_bits(f64_keep keep) { return (uint32_t)keep; }
 
 /* 16-bit types are computed with in float32 and rounded once, to nearest even. NaNs stay NaNs: the quiet bit is set and
  * the payload's top bits kept, as the conversion instructions of x86 and Arm do. */

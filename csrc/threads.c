@@ -28,9 +28,10 @@
 
 enum { MAX_THREADS = 256, SPIN_NANOSECONDS = 20000 };
 
-/* A team that is awake starts in a microsecond, so less work is worth sharing; this is where torch begins to share its.
- */
-enum { TEAM_GRAIN_CELLS = 64 * FD_BLOCK_CELLS };
+/* Cells a thread takes at a time; fewer than two of these run on the calling thread alone, since waking another costs
+ * what 100,000 cells cost. A team that is awake starts in a microsecond, so less work is worth sharing; this is where
+ * torch begins to share its. */
+enum { GRAIN_CELLS = 128 * FD_BLOCK_CELLS, TEAM_GRAIN_CELLS = 64 * FD_BLOCK_CELLS };
 
 typedef struct {
     fd_kernel kernel;
@@ -142,14 +143,19 @@ static void start_workers(int n) {
     }
 }
 
-void fd_parallel_for(fd_kernel kernel, const void *args, uint64_t begin, uint64_t end, uint64_t grain) {
-    team_t run = limit > 1 && limit < MAX_THREADS && end - begin >= 2 * TEAM_GRAIN_CELLS ? atomic_load(&team) : NULL;
+/* Units in so many cells; at least one. */
+static uint64_t units_in(uint64_t cells, uint64_t unit) { return unit >= cells ? 1 : unit > 1 ? cells / unit : cells; }
+
+void fd_parallel_for(fd_kernel kernel, const void *args, uint64_t begin, uint64_t end, uint64_t unit) {
+    uint64_t grain = units_in(TEAM_GRAIN_CELLS, unit);
+    team_t run = limit > 1 && limit < MAX_THREADS && end - begin >= 2 * grain ? atomic_load(&team) : NULL;
     if (run) {
-        job_t j = {kernel, args, end, TEAM_GRAIN_CELLS, begin};
+        job_t j = {kernel, args, end, grain, begin};
         run(work_in_team, &j, (unsigned)limit, 0);
         return;
     }
     int threads = limit ? limit : fd_get_num_threads();
+    grain = units_in(GRAIN_CELLS, unit);
     uint64_t grains = (end - begin) / grain;
     if ((uint64_t)threads > grains) threads = (int)grains;
     if (threads <= 1 || pthread_mutex_trylock(&busy) != 0) {

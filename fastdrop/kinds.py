@@ -18,6 +18,7 @@ __all__ = [
     "affine",
     "blocks",
     "feature_cells",
+    "panels",
     "sample_cells",
     "shared_cells",
     "slope",
@@ -129,3 +130,8 @@ def spread(p: float) -> float:
     1.0
     """
     return math.sqrt(p / (1.0 - p))
+
+
+def panels(rows: int) -> int:
+    """In how many panels of rows fused kernels sum over rows: a function of the shape, and with it the sums' order."""
+    return min(32, max(1, rows // 16))

@@ -34,6 +34,12 @@ if _native is not None:
     masked_affine_at: Any = _lib.fd_masked_affine_at
     gaussian_multiply_at: Any = _lib.fd_gaussian_multiply_at
     dilate_bits_at: Any = _lib.fd_dilate_bits_at
+    pointwise_forward_at: Any = _lib.fd_pointwise_forward_at
+    pointwise_backward_at: Any = _lib.fd_pointwise_backward_at
+    norm_forward_at: Any = _lib.fd_norm_forward_at
+    norm_backward_at: Any = _lib.fd_norm_backward_at
+    softmax_forward_at: Any = _lib.fd_softmax_forward_at
+    softmax_backward_at: Any = _lib.fd_softmax_backward_at
 
 
 def unavailable() -> str | None:
@@ -139,6 +145,215 @@ def gaussian_multiply(dtype: int, x: Array, y: Array, first: int, n: int, seed: 
 def dilate_bits(to: Words, words: Words, outer: int, n: int, inner: int, block: int) -> None:
     if _lib.fd_dilate_bits(_address(to), _address(words), outer, n, inner, block):
         raise _refusal()
+
+
+def pointwise_forward(
+    dtype: int,
+    sum_dtype: int,
+    x: Array,
+    bias: Array | None,
+    factor: Array | None,
+    residual: Array | None,
+    words: Words | None,
+    y: Array,
+    signs: Words | None,
+    rows: int,
+    columns: int,
+    a: float,
+    activation: int,
+) -> None:
+    if _lib.fd_pointwise_forward(
+        dtype,
+        sum_dtype,
+        _address(x),
+        _at(bias),
+        _at(factor),
+        _at(residual),
+        _at(words),
+        _address(y),
+        _at(signs),
+        rows,
+        columns,
+        a,
+        activation,
+    ):
+        raise _refusal()
+
+
+def pointwise_backward(
+    dtype: int,
+    sum_dtype: int,
+    dy: Array,
+    x: Array | None,
+    bias: Array | None,
+    factor: Array | None,
+    words: Words | None,
+    dx: Array,
+    dfactor: Array | None,
+    sums: Array | None,
+    rows: int,
+    columns: int,
+    panels: int,
+    a: float,
+    activation: int,
+) -> None:
+    if _lib.fd_pointwise_backward(
+        dtype,
+        sum_dtype,
+        _address(dy),
+        _at(x),
+        _at(bias),
+        _at(factor),
+        _at(words),
+        _address(dx),
+        _at(dfactor),
+        _at(sums),
+        rows,
+        columns,
+        panels,
+        a,
+        activation,
+    ):
+        raise _refusal()
+
+
+def norm_forward(
+    dtype: int,
+    sum_dtype: int,
+    x: Array,
+    bias: Array | None,
+    residual: Array | None,
+    words: Words | None,
+    weight: Array | None,
+    shift: Array | None,
+    y: Array,
+    sum: Array,
+    statistics: Array,
+    rows: int,
+    columns: int,
+    a: float,
+    eps: float,
+    centred: int,
+) -> None:
+    if _lib.fd_norm_forward(
+        dtype,
+        sum_dtype,
+        _address(x),
+        _at(bias),
+        _at(residual),
+        _at(words),
+        _at(weight),
+        _at(shift),
+        _address(y),
+        _address(sum),
+        _address(statistics),
+        rows,
+        columns,
+        a,
+        eps,
+        centred,
+    ):
+        raise _refusal()
+
+
+def norm_backward(
+    dtype: int,
+    sum_dtype: int,
+    dy: Array,
+    dsum: Array | None,
+    sum: Array,
+    statistics: Array,
+    weight: Array | None,
+    words: Words | None,
+    dx: Array | None,
+    dresidual: Array | None,
+    sums: Array | None,
+    rows: int,
+    columns: int,
+    panels: int,
+    a: float,
+    centred: int,
+) -> None:
+    if _lib.fd_norm_backward(
+        dtype,
+        sum_dtype,
+        _address(dy),
+        _at(dsum),
+        _address(sum),
+        _address(statistics),
+        _at(weight),
+        _at(words),
+        _at(dx),
+        _at(dresidual),
+        _at(sums),
+        rows,
+        columns,
+        panels,
+        a,
+        centred,
+    ):
+        raise _refusal()
+
+
+def softmax_forward(
+    dtype: int,
+    x: Array,
+    mask: Array | None,
+    words: Words | None,
+    probabilities: Array | None,
+    y: Array,
+    rows: int,
+    columns: int,
+    heads: int,
+    queries: int,
+    outer_stride: int,
+    head_stride: int,
+    query_stride: int,
+    scale: float,
+    a: float,
+    causal: int,
+) -> None:
+    if _lib.fd_softmax_forward(
+        dtype,
+        _address(x),
+        _at(mask),
+        _at(words),
+        _at(probabilities),
+        _address(y),
+        rows,
+        columns,
+        heads,
+        queries,
+        outer_stride,
+        head_stride,
+        query_stride,
+        scale,
+        a,
+        causal,
+    ):
+        raise _refusal()
+
+
+def softmax_backward(
+    dtype: int,
+    dy: Array,
+    probabilities: Array,
+    words: Words | None,
+    dx: Array,
+    y: Array | None,
+    rows: int,
+    columns: int,
+    scale: float,
+    a: float,
+) -> None:
+    if _lib.fd_softmax_backward(
+        dtype, _address(dy), _address(probabilities), _at(words), _address(dx), _at(y), rows, columns, scale, a
+    ):
+        raise _refusal()
+
+
+def _at(array: Array | None) -> Any:
+    return _no_words if array is None else _address(array)
 
 
 def _name(isa: int) -> str:

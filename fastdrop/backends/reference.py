@@ -10,6 +10,8 @@ All backends have the same functions with the same parameters in the same order 
 * Kept elements become ``a * x + b``, dropped ones ``c``, selected and not multiplied: a dropped inf or NaN leaves no
   trace. With ``b == c == 0`` it is ``a * x`` and exactly +0. float32 and float64 are computed in themselves, 16-bit
   types in float32 with ``a``, ``b`` and ``c`` rounded to it, and rounded once at the end, to nearest even.
+
+The fused primitives are in `_reference_rows`, with their contract.
 """
 
 from __future__ import annotations
@@ -39,6 +41,29 @@ from ..stream import (
     SQRT_HALF_BITS,
     philox4x32_10,
 )
+from ._reference_rows import (
+    norm_backward,
+    norm_forward,
+    pointwise_backward,
+    pointwise_forward,
+    softmax_backward,
+    softmax_forward,
+)
+from ._storage import bfloat16_to_float32, float32_to_bfloat16, unpack_bits, write_bits
+
+__all__ = [
+    "dilate_bits",
+    "draw_bits",
+    "dropout_forward",
+    "gaussian_multiply",
+    "masked_affine",
+    "norm_backward",
+    "norm_forward",
+    "pointwise_backward",
+    "pointwise_forward",
+    "softmax_backward",
+    "softmax_forward",
+]
 
 Array = NDArray[Any]
 Words = NDArray[np.uint32]
@@ -70,7 +95,7 @@ def draw_bits(words: Words, position: int, first: int, n: int, seed: int, offset
         cell = first + at
         lead = cell & 31
         drawn = _keep_words(cell >> 5, word_count(lead + count), seed, offset, threshold)
-        _write_bits(words, position + at, _unpack(drawn, lead, count))
+        write_bits(words, position + at, unpack_bits(drawn, lead, count))
 
 
 def dropout_forward(
@@ -107,7 +132,7 @@ def masked_affine(
     c: float,
 ) -> None:
     """Data ``[outer, repeat, inner]`` under stored bits: element (o, r, i) by bit ``position + o * inner + i``."""
-    keep = _unpack(words, position, outer * inner).reshape(outer, 1, inner)
+    keep = unpack_bits(words, position, outer * inner).reshape(outer, 1, inner)
     source, target = x.reshape(outer, repeat, inner), y.reshape(outer, repeat, inner)
     if dtype == BFLOAT16:
         source = bfloat16_to_float32(source)
@@ -150,11 +175,11 @@ def dilate_bits(to: Words, words: Words, outer: int, n: int, inner: int, block: 
 
     ``to`` and ``words`` are different arrays; bits past the last in the last word of ``to`` become 0.
     """
-    keep = _unpack(words, 0, outer * n * inner).reshape(outer, n, inner)
+    keep = unpack_bits(words, 0, outer * n * inner).reshape(outer, n, inner)
     result = np.ones((outer, n + block - 1, inner), np.bool_)
     for shift in range(block):
         result[:, shift : shift + n] &= keep
-    _write_bits(to, 0, result.reshape(-1))
+    write_bits(to, 0, result.reshape(-1))
 
 
 def _normals(first: int, n: int, seed: int, offset: int) -> NDArray[np.float32]:
@@ -205,17 +230,6 @@ def _polynomial(coefficients: tuple[float, ...], x: NDArray[np.float32]) -> NDAr
     return value
 
 
-def bfloat16_to_float32(bits: Array) -> Array:
-    return (bits.astype(np.uint32) << 16).view(np.float32)
-
-
-def float32_to_bfloat16(values: Array) -> Array:
-    """Rounds to nearest even; NaNs stay NaNs, quiet, with the top bits of their payload."""
-    bits = values.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
-    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
-
-
 def _keep_words(first: int, count: int, seed: int, offset: int, threshold: int) -> Words:
     """Mask words ``first .. first+count-1``, drawn lazily: words leave the draw when all their cells are decided."""
     index = np.arange(count, dtype=np.uint64) + np.uint64(first)
@@ -242,19 +256,3 @@ def _keep_words(first: int, count: int, seed: int, offset: int, threshold: int) 
                 undecided[open_words] = at & ~plane
         open_words = open_words[undecided[open_words] != 0]
     return ~drop
-
-
-def _unpack(words: Words, position: int, n: int) -> NDArray[np.bool_]:
-    """Bits ``position .. position+n-1`` as booleans."""
-    whole = words[position >> 5 : (position + n + 31) >> 5].astype("<u4", copy=False)
-    lead = position & 31
-    return np.unpackbits(whole.view(np.uint8), bitorder="little")[lead : lead + n].view(np.bool_)
-
-
-def _write_bits(words: Words, position: int, keep: NDArray[np.bool_]) -> None:
-    lead = position & 31
-    start, stop = position >> 5, (position + keep.size + 31) >> 5
-    bits = np.zeros(32 * (stop - start), np.bool_)
-    bits[:lead] = _unpack(words, position - lead, lead)
-    bits[lead : lead + keep.size] = keep
-    words[start:stop] = np.packbits(bits, bitorder="little").view("<u4")

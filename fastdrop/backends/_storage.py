@@ -1,0 +1,38 @@
+"""How the NumPy backend reads and writes what others have kernels for: packed bits and bfloat16."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Words = NDArray[np.uint32]
+
+
+def bfloat16_to_float32(bits: Array) -> Array:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def float32_to_bfloat16(values: Array) -> Array:
+    """Rounds to nearest even; NaNs stay NaNs, quiet, with the top bits of their payload."""
+    bits = values.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
+    return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def unpack_bits(words: Words, position: int, n: int) -> NDArray[np.bool_]:
+    """Bits ``position .. position+n-1`` as booleans."""
+    whole = words[position >> 5 : (position + n + 31) >> 5].astype("<u4", copy=False)
+    lead = position & 31
+    return np.unpackbits(whole.view(np.uint8), bitorder="little")[lead : lead + n].view(np.bool_)
+
+
+def write_bits(words: Words, position: int, keep: NDArray[np.bool_]) -> None:
+    lead = position & 31
+    start, stop = position >> 5, (position + keep.size + 31) >> 5
+    bits = np.zeros(32 * (stop - start), np.bool_)
+    bits[:lead] = unpack_bits(words, position - lead, lead)
+    bits[lead : lead + keep.size] = keep
+    words[start:stop] = np.packbits(bits, bitorder="little").view("<u4")
