@@ -14,14 +14,14 @@ C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-err
 C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST) $(C_HEADERS)) tests/c/cuda_stub.c
 OUT := build/c
 
-.PHONY: help demo test bench bench-quick bench-torch bench-family cuda-report report lint format sanitize test-c test-neon package clean
+.PHONY: help demo test bench bench-quick bench-torch bench-family bench-fused cuda-report report lint format sanitize test-c test-neon package clean
 
 help:
 	@echo "make demo       train a network in NumPy and a transformer in torch, beside what is used today; two pictures"
 	@echo "make test       the whole test suite"
 	@echo "make bench      plain dropout, every kernel (about a quarter of an hour), then the report"
 	@echo "                bench-quick: the speed table alone; bench-torch: torch's function and training steps"
-	@echo "                bench-family: the other kinds of dropout"
+	@echo "                bench-family: the other kinds of dropout; bench-fused: fused kernels"
 	@echo "make cuda-report  the CUDA kernels compiled for three GPUs, none needed: registers, widths, instructions"
 	@echo "make lint       ruff, mypy, clang-format; make format applies the formatters"
 	@echo "make sanitize   the C kernels under the address, undefined-behaviour and thread sanitizers"
@@ -63,6 +63,9 @@ bench-torch: $(VENV)/.built
 bench-family: $(VENV)/.built
 	$(BIN)/python bench/run.py --family
 
+bench-fused: $(VENV)/.built
+	$(BIN)/python bench/run.py --fused
+
 cuda-report: $(VENV)/.built
 	$(BIN)/python -m bench.cuda_report
 
@@ -70,6 +73,7 @@ report: $(VENV)/.built
 	$(BIN)/python -m bench.report bench/results/all.json
 	$(BIN)/python -m bench.report_torch bench/results/torch.json
 	$(BIN)/python -m bench.report_family bench/results/family.json
+	$(BIN)/python -m bench.report_fused bench/results/fused.json
 
 lint: $(VENV)/.packages
 	@echo "== ruff, mypy, clang-format"

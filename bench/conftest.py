@@ -13,17 +13,20 @@ import fastdrop
 from fastdrop import backends
 from fastdrop.cli import selftest
 
-# What is collected: plain dropout in NumPy (all, or the speed table alone), in torch, or the other kinds.
+# What is collected: plain dropout in NumPy (all, or the speed table alone), in torch, other kinds, fused kernels.
 SELECTIONS = {
     "all": "test_dropout.py",
     "quick": "test_dropout.py",
     "torch": "test_torch.py",
     "family": "test_family.py",
+    "fused": "test_fused.py",
 }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--cases", choices=SELECTIONS, default="all", help="all, quick (the speed table), torch or family")
+    parser.addoption(
+        "--cases", choices=SELECTIONS, default="all", help="all, quick (the speed table), torch, family or fused"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -66,11 +66,9 @@ MODELS: dict[str, tuple[Any, float]] = {
 }
 
 
-def training_step(name: str, p: float) -> Callable[[], object]:
-    """One step of a network of its own: forward, backward, update. The same weights and data for every p."""
-    torch.manual_seed(SEED)
-    model, loss = MODELS[name][0](p)
-    model.train()
+def training_step(name: str, p: float, change: Callable[[nn.Module], object] | None = None) -> Callable[[], object]:
+    """One step of a network of its own, changed or not: forward, backward, update. The same weights and data always."""
+    model, loss = _network(name, p, change)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)  # the cheapest there is: nothing to hide dropout behind
 
     def step() -> None:
@@ -79,3 +77,33 @@ def training_step(name: str, p: float) -> Callable[[], object]:
         optimizer.step()
 
     return step
+
+
+def bytes_kept(name: str, p: float, change: Callable[[nn.Module], object] | None = None) -> int:
+    """Bytes of activations that a network's forward pass keeps for backward: parameters and shared memory once."""
+    model, loss = _network(name, p, change)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+    alive = []  # so that no address is used twice
+
+    def pack(saved: Tensor) -> Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        loss(model)
+    return sum(kept.values())
+
+
+def _network(
+    name: str, p: float, change: Callable[[nn.Module], object] | None
+) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    torch.manual_seed(SEED)
+    model, loss = MODELS[name][0](p)
+    model.train()
+    if change is not None:
+        change(model)
+    return model, loss

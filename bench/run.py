@@ -1,4 +1,4 @@
-"""Runs the benchmarks and the report: python bench/run.py [--quick | --torch | --family] [--name NAME]."""
+"""Runs the benchmarks and the report: python bench/run.py [--quick | --torch | --family | --fused] [--name NAME]."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ REPORTS = {
     "quick": "bench.report",
     "torch": "bench.report_torch",
     "family": "bench.report_family",
+    "fused": "bench.report_fused",
     "all": "bench.report",
 }
 
@@ -21,9 +22,8 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the speed table alone, a few minutes")
     parser.add_argument("--torch", action="store_true", help="the torch face and training steps, a few minutes")
     parser.add_argument("--family", action="store_true", help="the other kinds of dropout, a few minutes")
-    parser.add_argument(
-        "--name", default=None, help="of the files under bench/results (default: all, quick, torch or family)"
-    )
+    parser.add_argument("--fused", action="store_true", help="fused kernels, a quarter of an hour")
+    parser.add_argument("--name", default=None, help="of the files under bench/results (default: all, or the suite's)")
     args = parser.parse_args()
     cases = next((name for name in REPORTS if getattr(args, name, False)), "all")
     report = REPORTS[cases]

@@ -26,16 +26,10 @@ INLINE const C(t) * C(view)(int dtype, const void *data, uint64_t at, uint64_t n
     return room;
 }
 
-/* Where numbers for element `at` on are to be written: as they will lie, or in the room for `deliver`. */
-INLINE C(t) * C(place)(int dtype, void *data, uint64_t at, C(t) * room) {
-    return dtype == FD_FLOAT16 || dtype == FD_BFLOAT16 ? room : (C(t) *)data + at;
-}
-
-INLINE void C(deliver)(int dtype, void *data, uint64_t at, uint64_t n, const C(t) * room, int stream) {
-    if (dtype == FD_FLOAT16)
-        f16_narrow((const void *)room, (f16_t *)data + at, n, stream);
-    else if (dtype == FD_BFLOAT16)
-        bf16_narrow((const void *)room, (bf16_t *)data + at, n, stream);
+/* Where numbers for element `at` on are to be made: as they will lie or, if `deliver` has to take them there, in the room.
+ * Staged: they will be read again, and are then to go around the cache. */
+INLINE C(t) * C(place)(int dtype, void *data, uint64_t at, C(t) * room, int staged) {
+    return staged || dtype == FD_FLOAT16 || dtype == FD_BFLOAT16 ? room : (C(t) *)data + at;
 }
 
 /* Up to a vector of numbers; what is missing is 0. Where n is a constant nothing is left of the question. */
@@ -65,6 +59,35 @@ INLINE void C(put)(C(t) * p, C(v) v, uint64_t n, const int stream) {
         for (; i + C(lanes) <= (n); i += C(lanes)) BODY(C(lanes))                                                      \
         if (i < (n)) BODY(((n)-i))                                                                                     \
     } while (0)
+
+INLINE uint64_t C(size)(int dtype) { return dtype == FD_FLOAT16 || dtype == FD_BFLOAT16 ? 2 : sizeof(C(t)); }
+
+/* Elements until data of a dtype reaches a line; more than there are, where it never does. */
+INLINE uint64_t C(to_line)(int dtype, const void *data, uint64_t at) {
+    uint64_t size = C(size)(dtype), address = (uintptr_t)data + at * size;
+    return address % size ? UINT64_MAX : -address % LINE_BYTES / size;
+}
+
+/* Takes n numbers from where `place` had them made to where they belong; stream: around the cache. */
+static void C(deliver)(int dtype, void *data, uint64_t at, uint64_t n, const C(t) * made, int stream) {
+    const uint64_t lead = stream ? min_u64(C(to_line)(dtype, data, at), n) : 0; /* until a line begins */
+    if (dtype == FD_FLOAT16) {
+        f16_narrow((const void *)made, (f16_t *)data + at, lead, 0);
+        f16_narrow((const void *)(made + lead), (f16_t *)data + at + lead, n - lead, stream);
+    } else if (dtype == FD_BFLOAT16) {
+        bf16_narrow((const void *)made, (bf16_t *)data + at, lead, 0);
+        bf16_narrow((const void *)(made + lead), (bf16_t *)data + at + lead, n - lead, stream);
+    } else if (made != (C(t) *)data + at) {
+        C(t) *to = (C(t) *)data + at;
+        memcpy(to, made, lead * sizeof *to);
+#define BODY(left) C(put)(to + lead + i, C(few)(made + lead + i, left), left, 1);
+        if (stream)
+            FOR_LANES(n - lead, BODY);
+        else
+            memcpy(to, made, n * sizeof *to);
+#undef BODY
+    }
+}
 
 /* ---- stages ---- */
 
@@ -159,14 +182,17 @@ static void C(activate_back)(const C(t) * g, const C(t) * h, C(t) * to, uint64_t
 #undef CURVED
 }
 
-/* The bits of elements that are kept and that relu leaves as they are. */
-static void C(sign_bits)(const C(t) * h, const bits_t *bits, uint32_t *signs, uint64_t position, uint64_t n) {
+/* The bits of a strip's elements that are kept and that relu leaves as they are. */
+static void C(sign_bits)(const C(t) * h, const bits_t *bits, uint64_t position, uint64_t n, uint32_t *alive) {
     for (uint64_t i = 0, step; i < n; i += step) {
+        uint32_t above = 0;
         step = min_u64(n - i, RUN);
-        uint32_t alive = 0;
-        for (unsigned k = 0; k < step; k += C(lanes))
-            alive |= (~C(bits)(C(not_above)(C(few)(h + i + k, step - k), C(set1)(0))) & low_bits(C(lanes))) << k;
-        put_bits(signs, position + i, (unsigned)step, alive & run_at(bits, position + i, (unsigned)step));
+#pragma GCC unroll 4
+        for (unsigned k = 0; k < RUN; k += C(lanes)) {
+            if (k >= step) break;
+            above |= (~C(bits)(C(not_above)(C(few)(h + i + k, step - k), C(set1)(0))) & low_bits(C(lanes))) << k;
+        }
+        *alive++ = above & run_at(bits, position + i, (unsigned)step);
     }
 }
 
@@ -209,14 +235,6 @@ static void C(drop)(const C(t) * h, const C(t) * residual, C(t) * y, const bits_
 
 /* ---- bias, activation, dropout, residual ---- */
 
-INLINE uint64_t C(size)(int dtype) { return dtype == FD_FLOAT16 || dtype == FD_BFLOAT16 ? 2 : sizeof(C(t)); }
-
-/* Elements until data of a dtype reaches a line; 0 where it never does. */
-INLINE uint64_t C(to_line)(int dtype, const void *data, uint64_t at) {
-    uint64_t size = C(size)(dtype), address = (uintptr_t)data + at * size;
-    return address % size ? 0 : -address % LINE_BYTES / size;
-}
-
 /* A row of columns, repeated where it is short, so that a strip may begin at any column and go on past the end. */
 typedef struct {
     const C(t) * row; /* NULL: none */
@@ -252,12 +270,19 @@ INLINE void C(point)(const pointwise_forward_args *args, const bits_t *bits, C(r
     const C(t) *h = C(view)(type, args->x, at, n, rooms->x);
     const C(t) *factor = C(view)(type, args->factor, at, n, rooms->factor);
     const C(t) *residual = C(view)(sum_type, args->residual, at, n, rooms->residual);
+    uint32_t alive[STRIP_CELLS / 32 + SLACK_WORDS];
+    const bits_t above = {alive, n + SLACK_CELLS};
+    uint64_t position = at;
     if (bias) {
         C(add)(h, bias, rooms->x, n);
         h = rooms->x;
     }
-    if (args->signs) C(sign_bits)(h, bits, args->signs, at, n);
-    if (args->activation != FD_NO_ACTIVATION) {
+    if (args->activation == FD_RELU) { /* what it makes 0 is dropped as well */
+        C(sign_bits)(h, bits, at, n, alive);
+        if (args->signs) copy_bits(args->signs, at, alive, 0, n);
+        bits = &above;
+        position = 0;
+    } else if (args->activation != FD_NO_ACTIVATION) {
         C(activate)(h, rooms->x, n, args->activation);
         h = rooms->x;
     }
@@ -265,9 +290,9 @@ INLINE void C(point)(const pointwise_forward_args *args, const bits_t *bits, C(r
         C(times)(h, factor, rooms->x, n);
         h = rooms->x;
     }
-    C(t) *y = C(place)(sum_type, args->y, at, rooms->y);
-    C(drop)(h, residual, y, bits, at, n, a, stream && y != rooms->y);
-    C(deliver)(sum_type, args->y, at, n, rooms->y, stream);
+    C(t) *y = C(place)(sum_type, args->y, at, rooms->y, 0);
+    C(drop)(h, residual, y, bits, position, n, a, stream && y != rooms->y);
+    C(deliver)(sum_type, args->y, at, n, y, stream);
 }
 
 static void C(pointwise_forward)(const pointwise_forward_args *args, uint64_t begin, uint64_t end) {
@@ -278,7 +303,7 @@ static void C(pointwise_forward)(const pointwise_forward_args *args, uint64_t be
     C(columns_open)(&bias, args->bias, args->columns);
     for (uint64_t at = begin, n; at < end; at += n) {
         uint64_t lead = args->stream ? C(to_line)(args->sum_dtype, args->y, at) : 0;
-        n = min_u64(end - at, lead ? lead : STRIP_CELLS);
+        n = min_u64(end - at, lead && lead < STRIP_CELLS ? lead : STRIP_CELLS);
         const C(t) *part = C(columns_at)(&bias, at, &n);
         C(point)(args, &bits, &rooms, part, at, n, a, args->stream && !lead);
     }
@@ -321,15 +346,16 @@ static void C(backward_cells)(const pointwise_backward_args *args, uint64_t begi
             C(times)(g, factor, room_g, n);
             g = room_g;
         }
-        C(t) *dx = C(place)(type, args->dx, at, room_dx);
+        C(t) *dx = C(place)(type, args->dx, at, room_dx, args->stream);
         C(drop)(g, NULL, dx, &bits, at, n, a, 0);
-        C(deliver)(type, args->dx, at, n, room_dx, 0);
+        C(deliver)(type, args->dx, at, n, dx, args->stream);
         if (sums) C(add_to_columns)(dx, sums, args->columns, at % args->columns, n);
         if (args->dfactor) { /* last: it may lie over factor */
-            C(drop)(other, NULL, C(place)(type, args->dfactor, at, other), &bits, at, n, a, 0);
-            C(deliver)(type, args->dfactor, at, n, other, 0);
+            C(drop)(other, NULL, other, &bits, at, n, a, 0);
+            C(deliver)(type, args->dfactor, at, n, other, args->stream);
         }
     }
+    if (args->stream) stream_fence();
 }
 
 /* Over cells or, with sums, over panels. */
@@ -397,34 +423,20 @@ static void C(normalise)(const C(t) * x, C(t) * y, const C(t) * weight, const C(
 #undef BODY
 }
 
-/* To where it was made for, around the cache where lines allow it. */
-static void C(copy_out)(int dtype, void *data, uint64_t at, uint64_t n, const C(t) * from) {
-    uint64_t lead = min_u64(C(to_line)(dtype, data, at), n);
-    if (C(place)(dtype, data, at, NULL) == NULL) {
-        C(deliver)(dtype, data, at, lead, from, 0);
-        C(deliver)(dtype, data, at + lead, n - lead, from + lead, 1);
-        return;
-    }
-    C(t) *to = (C(t) *)data + at;
-    memcpy(to, from, lead * sizeof *to);
-#define BODY(left) C(put)(to + lead + i, C(few)(from + lead + i, left), left, 1);
-    FOR_LANES(n - lead, BODY);
-#undef BODY
-}
-
 /* What a row is while a kernel goes over it again: numbers as they were stored, in the row's own room if they fit. */
 enum { C(row_cells) = 4096 };
 
 static void C(norm_forward)(const norm_forward_args *args, uint64_t begin, uint64_t end) {
     const bits_t bits = {args->words, args->rows * args->columns};
-    const int type = args->dtype, sum_type = args->sum_dtype, own = C(size)(sum_type) == sizeof(C(t));
+    const int type = args->dtype, sum_type = args->sum_dtype, narrow = C(size)(sum_type) < sizeof(C(t));
     const uint64_t columns = args->columns;
-    const int fits = columns <= C(row_cells);
+    const int fits = columns <= C(row_cells), stream = args->stream && fits;
     const C(v) a = C(set1)(args->a);
     C(t) *statistics = args->statistics;
-    C(t) row[C(row_cells)], x[STRIP_CELLS], residual[STRIP_CELLS], other[STRIP_CELLS];
+    C(t) room[C(row_cells)], x[STRIP_CELLS], residual[STRIP_CELLS], other[STRIP_CELLS];
     for (uint64_t r = begin; r < end; r++) {
         const uint64_t first = r * columns;
+        C(t) *row = fits && (stream || narrow) ? room : narrow ? NULL : (C(t) *)args->sum + first; /* NULL: by strips */
         double total = 0, squares = 0;
         for (uint64_t j = 0, n; j < columns; j += n) {
             const uint64_t at = first + j;
@@ -434,38 +446,34 @@ static void C(norm_forward)(const norm_forward_args *args, uint64_t begin, uint6
                 C(add)(h, (const C(t) *)args->bias + j, x, n);
                 h = x;
             }
-            C(t) *to = fits ? row + j : C(place)(sum_type, args->sum, at, other);
+            C(t) *to = row ? row + j : other;
             C(drop)(h, C(view)(sum_type, args->residual, at, n, residual), to, &bits, at, n, a, 0);
-            if (!own) { /* statistics are those of what is stored */
+            if (narrow) { /* statistics are those of what is stored */
                 C(deliver)(sum_type, args->sum, at, n, to, 0);
                 C(view)(sum_type, args->sum, at, n, to);
-            } else if (fits && !args->stream) {
-                memcpy((C(t) *)args->sum + at, to, n * sizeof *to);
             }
             if (args->centred) total += C(strip_sum)(to, n, 0, 0);
         }
-        if (fits && own && args->stream) C(copy_out)(sum_type, args->sum, first, columns, row);
+        if (stream && !narrow) C(deliver)(sum_type, args->sum, first, columns, row, 1);
         const C(t) mean = (C(t))(total / (double)columns);
         for (uint64_t j = 0, n; j < columns; j += n) {
-            n = min_u64(columns - j, fits ? columns : STRIP_CELLS);
-            squares += C(strip_sum)(fits ? row : C(view)(sum_type, args->sum, first + j, n, other), n, mean, 1);
+            n = min_u64(columns - j, STRIP_CELLS);
+            squares += C(strip_sum)(row ? row + j : C(view)(sum_type, args->sum, first + j, n, other), n, mean, 1);
         }
         const C(t) rstd = (C(t))(1 / sqrt(squares / (double)columns + args->eps));
         statistics[2 * r] = mean;
         statistics[2 * r + 1] = rstd;
         for (uint64_t j = 0, n; j < columns; j += n) {
-            const uint64_t at = first + j, lead = args->stream ? C(to_line)(type, args->y, at) : 0;
-            n = min_u64(columns - j, lead ? lead : STRIP_CELLS);
-            const C(t) *weight = args->weight ? (const C(t) *)args->weight + j : NULL;
-            const C(t) *shift = args->shift ? (const C(t) *)args->shift + j : NULL;
-            C(t) *y = C(place)(type, args->y, at, x);
-            const int stream = args->stream && !lead;
-            C(normalise)(fits ? row + j : C(view)(sum_type, args->sum, at, n, other), y, weight, shift, n, mean, rstd,
-                         stream && y != x);
-            C(deliver)(type, args->y, at, n, x, stream);
+            const uint64_t at = first + j, lead = stream ? C(to_line)(type, args->y, at) : 0;
+            n = min_u64(columns - j, lead && lead < STRIP_CELLS ? lead : STRIP_CELLS);
+            C(t) *y = C(place)(type, args->y, at, x, 0);
+            C(normalise)(row ? row + j : C(view)(sum_type, args->sum, at, n, other), y,
+                         args->weight ? (const C(t) *)args->weight + j : NULL,
+                         args->shift ? (const C(t) *)args->shift + j : NULL, n, mean, rstd, stream && !lead && y != x);
+            C(deliver)(type, args->y, at, n, y, stream && !lead);
         }
     }
-    if (args->stream) stream_fence();
+    if (stream) stream_fence();
 }
 
 /* A row's statistics as vectors, and the means over the row of its gradient and of that times the normed row. */
@@ -539,19 +547,20 @@ static void C(norm_backward)(const norm_backward_args *args, uint64_t begin, uin
             for (uint64_t j = 0, n; j < columns; j += n) {
                 const uint64_t at = r * columns + j;
                 n = min_u64(columns - j, STRIP_CELLS);
-                C(t) *to = args->dresidual ? C(place)(sum_type, args->dresidual, at, slope) : slope;
+                C(t) *to = args->dresidual ? C(place)(sum_type, args->dresidual, at, slope, args->stream) : slope;
                 C(norm_slope)(C(view)(type, args->dy, at, n, room_dy), C(view)(sum_type, args->sum, at, n, room_x),
                               args->weight ? (const C(t) *)args->weight + j : NULL,
                               C(view)(sum_type, args->dsum, at, n, room_dsum), to, n, &m);
-                if (args->dresidual) C(deliver)(sum_type, args->dresidual, at, n, slope, 0);
+                if (args->dresidual) C(deliver)(sum_type, args->dresidual, at, n, to, args->stream);
                 if (!args->dx && !sums) continue;
-                C(t) *dx = args->dx ? C(place)(type, args->dx, at, room_dx) : room_dx;
+                C(t) *dx = args->dx ? C(place)(type, args->dx, at, room_dx, args->stream) : room_dx;
                 C(drop)(to, NULL, dx, &bits, at, n, a, 0);
-                if (args->dx) C(deliver)(type, args->dx, at, n, room_dx, 0);
+                if (args->dx) C(deliver)(type, args->dx, at, n, dx, args->stream);
                 if (sums) C(add)(dx, sums + 2 * columns + j, sums + 2 * columns + j, n);
             }
         }
     }
+    if (args->stream) stream_fence();
 }
 
 /* ---- softmax ---- */
@@ -620,10 +629,10 @@ static void C(softmax_forward)(const softmax_forward_args *args, uint64_t begin,
         const C(t) share = largest == -INFINITY ? 0 : (C(t))(1 / total); /* nothing left: 0 */
         for (uint64_t j = 0, n; j < columns; j += n) {
             const uint64_t at = first + j, lead = args->stream ? C(to_line)(type, args->y, at) : 0;
-            n = min_u64((j < keys ? keys : columns) - j, lead ? lead : STRIP_CELLS);
-            C(t) *from = fits ? row + j : x, *p = room_p, *y = C(place)(type, args->y, at, room_y);
+            n = min_u64((j < keys ? keys : columns) - j, lead && lead < STRIP_CELLS ? lead : STRIP_CELLS);
+            C(t) *from = fits ? row + j : x, *p = room_p, *y = C(place)(type, args->y, at, room_y, 0);
             const int stream = args->stream && !lead;
-            if (args->probabilities) p = C(place)(type, args->probabilities, at, room_p);
+            if (args->probabilities) p = C(place)(type, args->probabilities, at, room_p, 0);
             if (j >= keys || share == 0) {
                 memset(p, 0, n * sizeof *p);
             } else {
@@ -635,8 +644,8 @@ static void C(softmax_forward)(const softmax_forward_args *args, uint64_t begin,
                 C(drop)(from, NULL, p, &all, 0, n, C(set1)(share), 0);
             }
             C(drop)(p, NULL, y, &bits, at, n, a, stream && y != room_y);
-            if (args->probabilities) C(deliver)(type, args->probabilities, at, n, room_p, 0);
-            C(deliver)(type, args->y, at, n, room_y, stream);
+            if (args->probabilities) C(deliver)(type, args->probabilities, at, n, p, 0);
+            C(deliver)(type, args->y, at, n, y, stream && y == room_y);
         }
     }
     if (args->stream) stream_fence();
@@ -667,7 +676,7 @@ static void C(softmax_backward)(const softmax_backward_args *args, uint64_t begi
     const uint64_t columns = args->columns;
     const int fits = columns <= C(row_cells);
     const C(v) a = C(set1)(args->a), scale = C(set1)(args->scale);
-    C(t) row[C(row_cells)], room_g[STRIP_CELLS], room_p[STRIP_CELLS], other[STRIP_CELLS];
+    C(t) row[C(row_cells)], room_g[STRIP_CELLS], room_p[STRIP_CELLS], other[STRIP_CELLS], dropped[STRIP_CELLS];
     for (uint64_t r = begin; r < end; r++) {
         const uint64_t first = r * columns;
         double dot = 0;
@@ -684,19 +693,17 @@ static void C(softmax_backward)(const softmax_backward_args *args, uint64_t begi
             C(t) *g = fits ? row + j : room_g;
             if (!fits) C(drop)(C(view)(type, args->dy, at, n, room_g), NULL, g, &bits, at, n, a, 0);
             const C(t) *p = C(view)(type, args->probabilities, at, n, room_p);
-            C(t) *dx = C(place)(type, args->dx, at, other);
-            if (args->y) { /* p first: dx may lie over it */
-                C(t) dropped[STRIP_CELLS], *y = C(place)(type, args->y, at, dropped);
-                C(softmax_slope)(g, p, other, n, C(set1)(dot), scale);
+            C(t) *dx = C(place)(type, args->dx, at, other, args->y || args->stream);
+            C(softmax_slope)(g, p, dx, n, C(set1)(dot), scale);
+            if (args->y) { /* before dx is written: that may lie over the probabilities */
+                C(t) *y = C(place)(type, args->y, at, dropped, args->stream);
                 C(drop)(p, NULL, y, &bits, at, n, a, 0);
-                C(deliver)(type, args->y, at, n, dropped, 0);
-                if (dx != other) memcpy(dx, other, n * sizeof *dx);
-            } else {
-                C(softmax_slope)(g, p, dx, n, C(set1)(dot), scale);
+                C(deliver)(type, args->y, at, n, y, args->stream);
             }
-            C(deliver)(type, args->dx, at, n, other, 0);
+            C(deliver)(type, args->dx, at, n, dx, args->stream);
         }
     }
+    if (args->stream) stream_fence();
 }
 
 #undef FOR_LANES

@@ -1,0 +1,95 @@
+"""Reports of suites whose every case is held to peers: the targets, misses on top, then every case, and a picture.
+
+A suite says what a case may take at most of a peer's time; the rest is here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .report import machine_line, write
+
+Row = dict[str, Any]
+ALL_CASES = "## Every case"
+
+
+@dataclass(frozen=True)
+class Suite:
+    """``limit(row, peer)``: at most this share of the peer's value (time, or bytes), None where nothing is asked."""
+
+    title: str
+    intro: str
+    limit: Callable[[Row, str], float | None]
+    picture: str
+
+    def main(self, arguments: list[str], usage: str) -> int:
+        return write(arguments, usage, self.report, self.plot, ALL_CASES)
+
+    def report(self, run: dict[str, Any], rows: list[Row]) -> str:
+        lines = [f"# Benchmark report: {self.title}", "", machine_line(run), "", self.intro, "", "## Targets", ""]
+        lines += ["| kind | case | against | must be | measured | |", "|---|---|---|---|---|---|"]
+        judged = [(row, peer, limit) for row, peer in pairs(rows) if (limit := self.limit(row, peer)) is not None]
+        for row, peer, limit in sorted(judged, key=lambda one: ratio(*one[:2]) <= one[2]):
+            value, faster = ratio(row, peer), limit < 0.5
+            must = f"{1 / limit:.0f}x faster" if faster else f"at most {limit}"
+            measured = f"{1 / value:.1f}x" if faster else f"{value:.2f}"
+            met = "met" if value <= limit else "**missed**"
+            lines.append(f"| {row['kind']} | {case(row)} | {peer} | {must} | {measured} | {met} |")
+        lines += ["", ALL_CASES, "", "| kind | case | fastdrop, ms | ns/element | peer | peer, ms | ratio |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for row, peer in pairs(rows):
+            theirs = row["peers"][peer]
+            if "bytes" in theirs:
+                continue
+            lines.append(
+                f"| {row['kind']} | {case(row)} | {1e3 * row['seconds']:.3f} | "
+                f"{1e9 * row['seconds'] / row['elements']:.3f} | {peer} | {1e3 * theirs['seconds']:.3f} | "
+                f"{theirs['ratio']:.3f} |"
+            )
+        return "\n".join(lines) + "\n"
+
+    def plot(self, run: dict[str, Any], rows: list[Row], path: Path) -> None:
+        """Each case's time as a share of its peer's, one thread, beside its limit."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        one_thread = [row for row in rows if row["threads"] == 1]
+        shown = [(row, peer) for row, peer in pairs(one_thread) if row["peers"][peer].get("shown", True)][::-1]
+        limits = [self.limit(row, peer) for row, peer in shown]
+        figure, axis = plt.subplots(figsize=(10, 0.32 * len(shown) + 1.2), layout="constrained")
+        colors = [
+            "#aaaaaa" if limit is None else "#2ca02c" if ratio(*one) <= limit else "#d62728"
+            for one, limit in zip(shown, limits, strict=True)
+        ]
+        bars = axis.barh(range(len(shown)), [ratio(*one) for one in shown], color=colors)
+        axis.bar_label(bars, fmt=" %.2f", fontsize=8)
+        for i, limit in enumerate(limits):
+            if limit is not None:
+                axis.plot([limit, limit], [i - 0.45, i + 0.45], color="black", linewidth=2)
+        axis.set_yticks(
+            range(len(shown)),
+            [f"{row['kind']}: {row['operation']}, {row['layout']}  /  {peer}" for row, peer in shown],
+            fontsize=8,
+        )
+        axis.set(xscale="log", xlabel="share of the peer's; black: at most this")
+        axis.margins(x=0.08)
+        axis.grid(axis="x", alpha=0.3)
+        figure.suptitle(f"{self.picture}, float32, one thread ({run['machine_info']['cpu_name']})")
+        figure.savefig(path, dpi=130)
+
+
+def pairs(rows: list[Row]) -> list[tuple[Row, str]]:
+    return [(row, peer) for row in rows for peer in row["peers"]]
+
+
+def ratio(row: Row, peer: str) -> float:
+    return float(row["peers"][peer]["ratio"])
+
+
+def case(row: Row) -> str:
+    return f"{row['operation']}, {row['layout']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}"
