@@ -618,7 +618,7 @@ static void C(softmax_forward)(const softmax_forward_args *args, uint64_t begin,
         C(store)(lanes, most);
         largest = lanes[0];
         for (int i = 1; i < C(lanes); i++) largest = lanes[i] > largest ? lanes[i] : largest;
-        const C(v) top = C(set1)(largest);
+        const C(v) top = C(set1)(largest == -INFINITY ? 0 : largest); /* -inf - -inf would be NaN */
         double total = 0;
         for (uint64_t j = 0, n; j < keys; j += n) {
             C(t) *to = fits ? row + j : x;
@@ -626,7 +626,7 @@ static void C(softmax_forward)(const softmax_forward_args *args, uint64_t begin,
             if (!fits) C(scores)(C(view)(type, args->x, first + j, n, x), mask ? mask + j : NULL, to, n, scale, most);
             total += C(exponentials)(to, to, n, top);
         }
-        const C(t) share = largest == -INFINITY ? 0 : (C(t))(1 / total); /* nothing left: 0 */
+        const C(t) share = total == 0 ? 0 : (C(t))(1 / total); /* nothing left: 0 */
         for (uint64_t j = 0, n; j < columns; j += n) {
             const uint64_t at = first + j, lead = args->stream ? C(to_line)(type, args->y, at) : 0;
             n = min_u64((j < keys ? keys : columns) - j, lead && lead < STRIP_CELLS ? lead : STRIP_CELLS);

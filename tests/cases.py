@@ -34,6 +34,11 @@ VARIANTS = ("numpy", "numba", "c-scalar", "c-avx2", "c-avx512", "c-neon")
 # product. The reference backend is met bit for bit.
 TOLERANCE = {"float64": 2.0**-51, "float32": 2.0**-22, "float16": 2.0**-9, "bfloat16": 2.0**-6}
 
+# What comes to that where results of fused kernels, which have transcendental functions and sums in them, are compared
+# with float64 arithmetic: of the largest number of a result, whose terms may have cancelled, by the type of arithmetic.
+# Errors measured are at most a quarter of it.
+FUSED_TOLERANCE = {"float64": 2.0**-47, "float32": 2.0**-20}
+
 SEED, OFFSET = 0x9E3779B97F4A7C15, 0x1_0000_0003
 
 # Borders of byte, word, vector, block (512), chunk (8,192, with a block of lead 8,704), and two thread grains (65,536).
@@ -129,6 +134,17 @@ class Dtype:
         """What it is computed in."""
         return np.float64 if self.name == "float64" else np.float32
 
+    def wide(self, stored: np.ndarray) -> np.ndarray:
+        """Stored numbers as float64."""
+        values = (stored.astype(np.uint32) << 16).view(np.float32) if self.name == "bfloat16" else stored
+        return values.astype(np.float64)
+
+    def narrow(self, values: np.ndarray) -> np.ndarray:
+        """Numbers as they are stored; bfloat16 cut off, which is good enough to make data."""
+        if self.name != "bfloat16":
+            return values.astype(self.storage)
+        return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+
     @property
     def itemsize(self) -> int:
         return int(np.dtype(self.storage).itemsize)
@@ -212,6 +228,25 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray, what: object = ""
         at = differ[0]
         got, wanted = bits_of(actual)[at], bits_of(expected)[at]
         pytest.fail(f"{what}: {differ.size} of {actual.size} differ, first at {at}: {got:#x}, expected {wanted:#x}")
+
+
+def assert_close(got: np.ndarray, wanted: np.ndarray, dtype: Dtype, what: object = "") -> None:
+    """float64 numbers equal to the tolerance for fused kernels' results of a dtype; NaN and infinity exactly where they
+    are wanted."""
+    assert got.shape == wanted.shape, what
+    finite = np.isfinite(wanted)
+    np.testing.assert_array_equal(got[~finite], wanted[~finite], err_msg=str(what))
+    got, wanted = got[finite], wanted[finite]
+    if not wanted.size:
+        return
+    computed, smallest = np.dtype(dtype.computed).name, 2.0 ** (2 - 2 ** (dtype.exponent - 1) - dtype.mantissa)
+    largest = np.abs(wanted).max()
+    allowed = TOLERANCE[dtype.name] * np.abs(wanted) + FUSED_TOLERANCE[computed] * largest + smallest
+    excess = np.abs(got - wanted) / allowed
+    at = np.argmax(np.where(np.isnan(excess), np.inf, excess))
+    assert excess[at] <= 1, (
+        f"{what}: {got[at]}, expected {wanted[at]}, {excess[at]:.3g} times the error allowed at {at}"
+    )
 
 
 def readable(value: object) -> str:

@@ -229,12 +229,13 @@ def test_a_call_loads_only_the_backend_that_runs():
 
 # Imports point downward only: from a layer to one before it.
 LAYERS = [
-    {"_checks"},
+    {"_checks", "activations"},
     {"stream"},
     {"mask", "grid", "kinds"},
     {"backends"},
     {"device", "host"},
     {"ops", "schedules"},
+    {"fused"},
     {""},  # fastdrop itself: the public names
     {"torch"},
     {"cli"},
@@ -242,8 +243,8 @@ LAYERS = [
 ]
 MAY_IMPORT = {  # top-level package: where in fastdrop it may be imported
     "torch": ("torch/", "cli/"),
-    "numba": ("backends/numba_", "backends/_scalars", "backends/_cuda/"),
-    "llvmlite": ("backends/numba_", "backends/_scalars", "backends/_cuda/"),
+    "numba": ("backends/numba_", "backends/_numba_", "backends/_scalars", "backends/_curves", "backends/_cuda/"),
+    "llvmlite": ("backends/numba_", "backends/_numba_", "backends/_scalars", "backends/_curves", "backends/_cuda/"),
     "cuda": ("backends/_cuda/",),
     "cffi": (),
     "ml_dtypes": ("cli/", "torch/"),

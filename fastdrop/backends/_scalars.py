@@ -24,6 +24,13 @@ LOW_32 = U(LOW)
 HALF = U(32)
 scalar = njit(inline="always")
 
+# The CPU's functions: those that Python calls, whose compiled code is kept on disk; those that only they call; and
+# those put into their callers, as arrays for arguments cost more than the work of a block.
+OPTIONS: Any = {"nogil": True, "error_model": "numpy"}
+kernel = njit(cache=True, **OPTIONS)
+stage = njit(**OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True})
+inner = njit(forceinline=True, error_model="numpy")
+
 
 def philox(multiply: Any) -> Any:
     """Four bit planes of a counter under a key. ``multiply(c, m)``: c's low 32 bits times m, all 64 bits of it."""
@@ -93,6 +100,8 @@ def _reinterpret(to: Any) -> Any:
 
 bits_of = _reinterpret(types.uint32)
 float_of = _reinterpret(types.float32)
+long_bits_of = _reinterpret(types.uint64)
+double_of = _reinterpret(types.float64)
 
 
 def normal_pair(add: Any, multiply: Any, root: Any) -> Any:
@@ -100,7 +109,12 @@ def normal_pair(add: Any, multiply: Any, root: Any) -> Any:
 
     ``add(a, b)``, ``multiply(a, b)`` and ``root(a)`` are those of float32, each rounded and never contracted.
     """
-    log, sine, cosine = (_polynomial(coefficients, add, multiply) for coefficients in (LOG, SINE, COSINE))
+
+    @scalar
+    def multiply_add(a: Any, b: Any, c: Any) -> Any:
+        return add(multiply(a, b), c)
+
+    log, sine, cosine = (polynomial(coefficients, multiply_add) for coefficients in (LOG, SINE, COSINE))
     half, minus_half, one, minus_one, minus_two = F(0.5), F(-0.5), F(1), F(-1), F(-2)
     step, ln2_high, ln2_low, radians = F(2.0**-31), F(LN2_HIGH), F(LN2_LOW), F(RADIANS)
     sqrt_half, mantissa = S(SQRT_HALF_BITS), S((1 << 23) - 1)
@@ -128,13 +142,16 @@ def normal_pair(add: Any, multiply: Any, root: Any) -> Any:
     return pair
 
 
-def _polynomial(coefficients: tuple[float, ...], add: Any, multiply: Any) -> Any:
-    """Highest power first; a function for each step, because loops within loops are not vectorised."""
+def polynomial(coefficients: tuple[float, ...], multiply_add: Any) -> Any:
+    """In float32, highest power first; a function for each step, because loops within loops are not vectorised.
+
+    ``multiply_add(a, b, c)`` is a b + c.
+    """
     constant = F(coefficients[-1])
     if len(coefficients) == 1:
         return scalar(lambda x: constant)
-    higher = _polynomial(coefficients[:-1], add, multiply)
-    return scalar(lambda x: add(multiply(higher(x), x), constant))
+    higher = polynomial(coefficients[:-1], multiply_add)
+    return scalar(lambda x: multiply_add(higher(x), x, constant))
 
 
 normals = normal_pair(operator.add, operator.mul, np.sqrt)

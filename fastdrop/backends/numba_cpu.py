@@ -5,7 +5,8 @@ over a chunk and given more groups together, as in csrc/kernels.inc.h. float32 a
 time by an intrinsic that hands LLVM whole vectors, since streaming stores are not vectorised otherwise.
 
 Kernels release the GIL and run over ranges, which a small pool of Python threads shares: Numba's own parallel layers
-hang or abort in forked children or under concurrent callers. Compiled code is cached on disk.
+hang or abort in forked children or under concurrent callers. Compiled code is cached on disk. The fused kernels are in
+`_numba_rows`.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -24,23 +25,25 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._checks import BFLOAT16, FLOAT16
+from .._checks import BFLOAT16, FLOAT16, FLOAT64
 from ..stream import GROUP_SHIFT, GROUPS, LOW, MASK_DOMAIN, NOISE_CELLS, NOISE_COUNTERS, NOISE_DOMAIN, PLANES_PER_GROUP
 
 numba: Any
-kernel: Any
-inner: Any
 intrinsic: Any
 try:
     numba = importlib.import_module("numba")
     from llvmlite import ir
     from numba import types
 
+    from . import _numba_rows
     from ._scalars import (
+        OPTIONS,
         affine,
         coefficients,
         decide_group,
         dropped,
+        inner,
+        kernel,
         narrow,
         normals,
         philox_planes,
@@ -140,7 +143,156 @@ def dilate_bits(to: Words, words: Words, outer: int, n: int, inner: int, block: 
     _over_ranges(_dilate, (to, words, n, inner, block), outer * (n + block - 1) * inner)
 
 
+def pointwise_forward(
+    dtype: int,
+    sum_dtype: int,
+    x: Array,
+    bias: Array | None,
+    factor: Array | None,
+    residual: Array | None,
+    words: Words | None,
+    y: Array,
+    signs: Words | None,
+    rows: int,
+    columns: int,
+    a: float,
+    activation: int,
+) -> None:
+    at = _addresses(x, bias, factor, residual, words, y, signs)
+    arguments = dtype, sum_dtype, *at, columns, _real(dtype, a), activation
+    _over_ranges(_numba_rows.pointwise_forward, arguments, rows * columns)
+
+
+def pointwise_backward(
+    dtype: int,
+    sum_dtype: int,
+    dy: Array,
+    x: Array | None,
+    bias: Array | None,
+    factor: Array | None,
+    words: Words | None,
+    dx: Array,
+    dfactor: Array | None,
+    sums: Array | None,
+    rows: int,
+    columns: int,
+    panels: int,
+    a: float,
+    activation: int,
+) -> None:
+    at = _addresses(dy, x, bias, factor, words, dx, dfactor, sums)
+    arguments = dtype, sum_dtype, *at, rows, columns, panels, _real(dtype, a), activation
+    if sums is None:
+        _over_ranges(_numba_rows.pointwise_backward, arguments, rows * columns)
+    else:
+        _over_ranges(_numba_rows.pointwise_backward, arguments, panels, cells=rows * columns // panels)
+        _add_panels(sums, panels)
+
+
+def norm_forward(
+    dtype: int,
+    sum_dtype: int,
+    x: Array,
+    bias: Array | None,
+    residual: Array | None,
+    words: Words | None,
+    weight: Array | None,
+    shift: Array | None,
+    y: Array,
+    sum: Array,
+    statistics: Array,
+    rows: int,
+    columns: int,
+    a: float,
+    eps: float,
+    centred: int,
+) -> None:
+    at = _addresses(x, bias, residual, words, weight, shift, y, sum, statistics)
+    arguments = dtype, sum_dtype, *at, columns, _real(dtype, a), float(eps), int(centred)
+    _over_ranges(_numba_rows.norm_forward, arguments, rows, cells=columns)
+
+
+def norm_backward(
+    dtype: int,
+    sum_dtype: int,
+    dy: Array,
+    dsum: Array | None,
+    sum: Array,
+    statistics: Array,
+    weight: Array | None,
+    words: Words | None,
+    dx: Array | None,
+    dresidual: Array | None,
+    sums: Array | None,
+    rows: int,
+    columns: int,
+    panels: int,
+    a: float,
+    centred: int,
+) -> None:
+    at = _addresses(dy, dsum, sum, statistics, weight, words, dx, dresidual, sums)
+    arguments = dtype, sum_dtype, *at, rows, columns, panels, _real(dtype, a), int(centred)
+    _over_ranges(_numba_rows.norm_backward, arguments, panels, cells=rows * columns // panels)
+    if sums is not None:
+        _add_panels(sums, panels)
+
+
+def softmax_forward(
+    dtype: int,
+    x: Array,
+    mask: Array | None,
+    words: Words | None,
+    probabilities: Array | None,
+    y: Array,
+    rows: int,
+    columns: int,
+    heads: int,
+    queries: int,
+    outer_stride: int,
+    head_stride: int,
+    query_stride: int,
+    scale: float,
+    a: float,
+    causal: int,
+) -> None:
+    at, strides = _addresses(x, mask, words, probabilities, y), (outer_stride, head_stride, query_stride)
+    arguments = dtype, *at, columns, heads, queries, *strides, _real(dtype, scale), _real(dtype, a), int(causal)
+    _over_ranges(_numba_rows.softmax_forward, arguments, rows, cells=columns)
+
+
+def softmax_backward(
+    dtype: int,
+    dy: Array,
+    probabilities: Array,
+    words: Words | None,
+    dx: Array,
+    y: Array | None,
+    rows: int,
+    columns: int,
+    scale: float,
+    a: float,
+) -> None:
+    at = _addresses(dy, probabilities, words, dx, y)
+    arguments = dtype, *at, columns, _real(dtype, scale), _real(dtype, a)
+    _over_ranges(_numba_rows.softmax_backward, arguments, rows, cells=columns)
+
+
 _NO_WORDS = np.zeros(0, np.uint32)
+
+
+def _addresses(*arrays: Array | None) -> tuple[int, ...]:
+    return tuple(0 if array is None else int(array.__array_interface__["data"][0]) for array in arrays)
+
+
+def _real(dtype: int, number: float) -> Any:
+    """A number in the type that data of a dtype is computed in."""
+    return np.float64(number) if dtype == FLOAT64 else np.float32(number)
+
+
+def _add_panels(sums: Array, panels: int) -> None:
+    lines = sums.reshape(panels, -1)
+    for line in lines[1:]:
+        lines[0] += line
 
 
 def _typed(dtype: int, x: Array) -> Array:
@@ -166,19 +318,22 @@ def _law(a: float, b: float, c: float) -> tuple[float, ...]:
     return (a,) if b == 0 and c == 0 else (a, b, c)
 
 
-def _over_ranges(kernel: Callable[..., None], arguments: tuple[Any, ...], n: int, lead: int = 0) -> None:
-    """kernel(begin, end, *arguments) over 0 .. n, by several threads where that pays.
+def _over_ranges(
+    kernel: Callable[..., None], arguments: tuple[Any, ...], n: int, lead: int = 0, cells: int = 1
+) -> None:
+    """kernel(begin, end, *arguments) over 0 .. n, units of so many cells, by several threads where that pays.
 
-    Seams lie where ``lead`` + cell is a multiple of a block, so that no two threads share a word; the last part takes
-    what rounding leaves.
+    Seams lie where ``lead`` + cell is a multiple of a block, so that no two threads share a word; between any units of
+    several cells, which share none. The last part takes what rounding leaves.
     """
-    parts = min(_num_threads, n // GRAIN_CELLS)
+    parts = min(_num_threads, n * cells // GRAIN_CELLS, n)
     if parts <= 1:
         kernel(0, n, *arguments)
         return
-    step = n // parts // BLOCK_CELLS * BLOCK_CELLS
-    seams = [0, *(i * step - lead % BLOCK_CELLS for i in range(1, parts)), n]
-    futures = [_workers().submit(kernel, *seam, *arguments) for seam in itertools.pairwise(seams[1:])]
+    seam = BLOCK_CELLS if cells == 1 else 1
+    step = n // parts // seam * seam
+    seams = [0, *(i * step - lead % seam for i in range(1, parts)), n]
+    futures = [_workers().submit(kernel, *part, *arguments) for part in itertools.pairwise(seams[1:])]
     kernel(seams[0], seams[1], *arguments)
     for future in futures:
         future.result()
@@ -207,8 +362,6 @@ if numba is not None:
     intrinsic = numba.core.extending.intrinsic
     DOMAIN = U(MASK_DOMAIN)
     GROUP_COUNT = GROUPS * PLANES_PER_GROUP  # index, past the planes, of the number of groups that can decide anything
-    kernel = numba.njit(nogil=True, cache=True, error_model="numpy")
-    inner = numba.njit(forceinline=True, error_model="numpy")  # arrays as arguments cost more than the work of a block
 
     def _one(builder: Any) -> Any:
         return builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
@@ -431,7 +584,7 @@ if numba is not None:
         """
         raise NotImplementedError
 
-    @numba.core.extending.overload(_apply_whole_runs, jit_options={"nogil": True, "error_model": "numpy"})
+    @numba.core.extending.overload(_apply_whole_runs, jit_options=OPTIONS)
     def _whole_runs_of(x, y, start, bits, lead, n, law, stream, held):
         size = x.dtype.bitwidth // 8
         if isinstance(x.dtype, types.Float):
