@@ -9,9 +9,11 @@ EMULATOR ?= qemu-aarch64
 
 C_SOURCES := $(wildcard csrc/*.c)
 C_HEADERS := $(wildcard csrc/*.h csrc/*.def)
-C_TEST := $(C_SOURCES) tests/c/kernels_test.c
+C_ISAS := $(patsubst csrc/isa_%.c,%,$(filter csrc/isa_%.c,$(C_SOURCES)))
+C_TEST := $(filter-out csrc/isa_%.c,$(C_SOURCES)) $(addprefix tests/c/,kernels_test.c fused_test.c vector_math_test.c)
+C_TEST_DEPENDS := $(C_SOURCES) $(C_HEADERS) $(wildcard tests/c/*.[ch])
 C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -Icsrc -pthread
-C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST) $(C_HEADERS)) tests/c/cuda_stub.c
+C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST_DEPENDS))
 OUT := build/c
 
 .PHONY: help demo test bench bench-quick bench-torch bench-family bench-fused cuda-report report lint format sanitize test-c test-neon package clean
@@ -91,30 +93,35 @@ $(OUT)/golden.txt: tests/c/golden.py fastdrop/vectors/masks.json
 	@mkdir -p $(OUT)
 	$(PYTHON) tests/c/golden.py > $@
 
-$(OUT)/kernels-%: $(C_TEST) $(C_HEADERS)
-	@mkdir -p $(OUT)
-	$(CC) $(C_FLAGS) $(SANITIZE_$*) $(C_TEST) -o $@
+$(OUT)/kernels-plain: COMPILER := $(CC)
+$(OUT)/kernels-address: COMPILER := $(CC) -fsanitize=address,undefined -fno-sanitize-recover=all
+$(OUT)/kernels-thread: COMPILER := $(CC) -fsanitize=thread
+$(OUT)/kernels-neon: COMPILER := $(CROSS) -static
 
-SANITIZE_plain :=
-SANITIZE_address := -fsanitize=address,undefined -fno-sanitize-recover=all
-SANITIZE_thread := -fsanitize=thread
+# An instruction set's kernels come by way of vector_math_lanes.c, which adds what a test of its vector math calls.
+$(OUT)/kernels-%: $(C_TEST_DEPENDS)
+	@mkdir -p $(OUT)
+	for isa in $(C_ISAS); do \
+	    $(COMPILER) $(C_FLAGS) -DISA=$$isa -c tests/c/vector_math_lanes.c -o $@-$$isa.o || exit; \
+	done
+	$(COMPILER) $(C_FLAGS) $(C_TEST) $(C_ISAS:%=$@-%.o) -o $@ -lm
 
 test-c: $(OUT)/kernels-plain $(OUT)/golden.txt
 	@echo "== C kernels"
-	$< $(OUT)/golden.txt
+	$< $(OUT)/golden.txt 1009 large
 
 # The thread sanitizer's shadow memory wants addresses where they were without randomisation.
 sanitize: $(OUT)/kernels-address $(OUT)/kernels-thread $(OUT)/golden.txt
 	@echo "== C kernels, address and undefined-behaviour sanitizers"
-	$(OUT)/kernels-address $(OUT)/golden.txt
+	$(OUT)/kernels-address $(OUT)/golden.txt 20011 large
 	@echo "== C kernels, thread sanitizer"
-	setarch -R $(OUT)/kernels-thread $(OUT)/golden.txt
+	setarch -R $(OUT)/kernels-thread $(OUT)/golden.txt 20011
 
 test-neon: $(OUT)/golden.txt
 	@if command -v $(CROSS) > /dev/null && command -v $(EMULATOR) > /dev/null; then \
+	    $(MAKE) --no-print-directory $(OUT)/kernels-neon && \
 	    echo "== C kernels for AArch64, emulated" && \
-	    $(CROSS) $(C_FLAGS) -static $(C_TEST) -o $(OUT)/kernels-neon && \
-	    $(EMULATOR) $(OUT)/kernels-neon $(OUT)/golden.txt; \
+	    $(EMULATOR) $(OUT)/kernels-neon $(OUT)/golden.txt 20011; \
 	else \
 	    echo "test-neon: skipped, needs $(CROSS) and $(EMULATOR) (Debian: apt-get install gcc-aarch64-linux-gnu" \
 	         "libc6-dev-arm64-cross qemu-user)"; \

@@ -5,6 +5,7 @@
 
 #include <stdatomic.h>
 #include <stddef.h>
+#include <string.h>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -112,7 +113,9 @@ typedef struct {
 static int draw_bits_good(const draw_bits_args *a) {
     return a->words && good_draw(a->first, a->n, a->threshold) && a->n <= UINT64_MAX - a->position;
 }
-static work_t draw_bits_work(const draw_bits_args *a) { return (work_t){a->position, a->n, 1, a->n / 8, NULL, 0, 0, 0}; }
+static work_t draw_bits_work(const draw_bits_args *a) {
+    return (work_t){a->position, a->n, 1, a->n / 8, NULL, 0, 0, 0};
+}
 
 static int dropout_forward_good(const dropout_forward_args *a) {
     return a->x && a->y && good_dtype(a->dtype) && good_draw(a->first, a->n, a->threshold);
@@ -215,15 +218,26 @@ static work_t softmax_backward_work(const softmax_backward_args *a) {
     return (work_t){0, a->rows, a->columns, a->rows * a->columns * element_bytes(a->dtype), NULL, 0, 0, 0};
 }
 
+/* to += from, wherever they lie. */
+#define DEFINE_ADD(type)                                                                                               \
+    static void add_##type(char *to, const char *from) {                                                               \
+        type a, b;                                                                                                     \
+        memcpy(&a, to, sizeof a);                                                                                      \
+        memcpy(&b, from, sizeof b);                                                                                    \
+        a += b;                                                                                                        \
+        memcpy(to, &a, sizeof a);                                                                                      \
+    }
+DEFINE_ADD(float)
+DEFINE_ADD(double)
+#undef DEFINE_ADD
+
 /* The panels' sums into the first panel's, one after the other: the order in which they are added is the shape's. */
 static void add_panels(const work_t *work) {
+    const uint64_t size = work->wide ? sizeof(double) : sizeof(float), bytes = work->width * size;
+    char *total = work->sums;
     for (uint64_t panel = 1; panel < work->panels; panel++)
-        for (uint64_t i = 0, from = panel * work->width; i < work->width; i++) {
-            if (work->wide)
-                ((double *)work->sums)[i] += ((double *)work->sums)[from + i];
-            else
-                ((float *)work->sums)[i] += ((float *)work->sums)[from + i];
-        }
+        for (uint64_t at = 0; at < bytes; at += size)
+            (work->wide ? add_double : add_float)(total + at, total + panel * bytes + at);
 }
 
 /* The public entry points. */
@@ -235,7 +249,7 @@ static void add_panels(const work_t *work) {
         work_t work = op##_work(&args);                                                                                \
         args.stream = work.bytes >= FD_STREAM_BYTES;                                                                   \
         fd_parallel_for(isas[fd_isa_active()].table->op, &args, work.begin, work.begin + work.units, work.cells);      \
-        if (work.sums) add_panels(&work);                                                               \
+        if (work.sums) add_panels(&work);                                                                              \
         return FD_OK;                                                                                                  \
     }
 #include "ops.def"

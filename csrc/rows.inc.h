@@ -1,9 +1,9 @@
 /* The fused kernels: included by kernels.inc.h for float32 and for float64, CTYPE, in which a kernel computes.
  *
- * Data goes through a kernel's stages (bias, activation, bits, residual) a strip at a time, each stage a loop over numbers
- * of CTYPE in the nearest cache. What is stored as CTYPE is read and written where it lies; what is stored in 16 bits
- * passes through a strip's room. So a stage exists once, and storage types, activations and ops need not be multiplied
- * with one another. Norms and softmax go over a row again while it is in the cache.
+ * Data goes through a kernel's stages (bias, activation, bits, residual) a strip at a time, each stage a loop over
+ * numbers of CTYPE in the nearest cache. What is stored as CTYPE is read and written where it lies; what is stored in
+ * 16 bits passes through a strip's room. So a stage exists once, and storage types, activations and ops need not be
+ * multiplied with one another. Norms and softmax go over a row again while it is in the cache.
  *
  * Sums over a row are taken in lanes and then in double, sums over a column by panels of rows and then over the panels:
  * in orders that the shape decides, whatever the threads.
@@ -26,11 +26,20 @@ INLINE const C(t) * C(view)(int dtype, const void *data, uint64_t at, uint64_t n
     return room;
 }
 
-/* Where numbers for element `at` on are to be made: as they will lie or, if `deliver` has to take them there, in the room.
- * Staged: they will be read again, and are then to go around the cache. */
+/* Where numbers for element `at` on are to be made: as they will lie or, if `deliver` has to take them there, in the
+ * room. Staged: they will be read again, and are then to go around the cache. */
 INLINE C(t) * C(place)(int dtype, void *data, uint64_t at, C(t) * room, int staged) {
     return staged || dtype == FD_FLOAT16 || dtype == FD_BFLOAT16 ? room : (C(t) *)data + at;
 }
+
+/* A number at any address. */
+INLINE C(t) C(one)(const C(t) * p) {
+    C(t) one;
+    memcpy(&one, p, sizeof one);
+    return one;
+}
+
+INLINE void C(put_one)(C(t) * p, C(t) one) { memcpy(p, &one, sizeof one); }
 
 /* Up to a vector of numbers; what is missing is 0. Where n is a constant nothing is left of the question. */
 INLINE C(v) C(few)(const C(t) * p, uint64_t n) {
@@ -57,7 +66,7 @@ INLINE void C(put)(C(t) * p, C(v) v, uint64_t n, const int stream) {
     do {                                                                                                               \
         uint64_t i = 0;                                                                                                \
         for (; i + C(lanes) <= (n); i += C(lanes)) BODY(C(lanes))                                                      \
-        if (i < (n)) BODY(((n)-i))                                                                                     \
+        if (i < (n)) BODY(((n) - i))                                                                                   \
     } while (0)
 
 INLINE uint64_t C(size)(int dtype) { return dtype == FD_FLOAT16 || dtype == FD_BFLOAT16 ? 2 : sizeof(C(t)); }
@@ -117,9 +126,7 @@ static void C(times)(const C(t) * x, const C(t) * factor, C(t) * to, uint64_t n)
 
 INLINE C(v) C(gate)(C(v) h) { return C(set1)(1) / (C(set1)(1) + C(exp)(C(set1)(0) - h)); }
 /* The probability of a standard normal number to be below h. */
-INLINE C(v) C(below)(C(v) h) {
-    return C(fma)(C(set1)(0.5), C(erf)(h * C(set1)(0.70710678118654752)), C(set1)(0.5));
-}
+INLINE C(v) C(below)(C(v) h) { return C(fma)(C(set1)(0.5), C(erf)(h * C(set1)(0.70710678118654752)), C(set1)(0.5)); }
 INLINE C(v) C(tanh_of_cubic)(C(v) h) {
     const C(v) scale = C(set1)(0.79788456080286536);
     return C(tanh)(h * C(fma)(scale * C(set1)(0.044715) * h, h, scale));
@@ -197,8 +204,8 @@ static void C(sign_bits)(const C(t) * h, const bits_t *bits, uint64_t position, 
 }
 
 /* y = residual + (bit ? a h : 0). */
-INLINE void C(drop_as)(const C(t) * h, const C(t) * residual, C(t) * y, const bits_t *bits, uint64_t position, uint64_t n,
-                       C(v) a, const int adds, const int stream) {
+INLINE void C(drop_as)(const C(t) * h, const C(t) * residual, C(t) * y, const bits_t *bits, uint64_t position,
+                       uint64_t n, C(v) a, const int adds, const int stream) {
     uint64_t i = 0;
     for (; i + RUN <= n; i += RUN) {
         uint32_t run = run_at(bits, position + i, RUN);
@@ -248,7 +255,8 @@ static void C(columns_open)(C(columns_t) * c, const void *row, uint64_t columns)
     c->reach = columns;
     if (!row || columns > STRIP_CELLS) return;
     c->reach = 2 * STRIP_CELLS;
-    for (uint64_t i = 0; i < 2 * STRIP_CELLS; i++) memcpy(c->room + i, (const C(t) *)row + i % columns, sizeof *c->room);
+    for (uint64_t i = 0; i < 2 * STRIP_CELLS; i++)
+        memcpy(c->room + i, (const C(t) *)row + i % columns, sizeof *c->room);
     c->row = c->room;
 }
 
@@ -461,8 +469,8 @@ static void C(norm_forward)(const norm_forward_args *args, uint64_t begin, uint6
             squares += C(strip_sum)(row ? row + j : C(view)(sum_type, args->sum, first + j, n, other), n, mean, 1);
         }
         const C(t) rstd = (C(t))(1 / sqrt(squares / (double)columns + args->eps));
-        statistics[2 * r] = mean;
-        statistics[2 * r + 1] = rstd;
+        C(put_one)(statistics + 2 * r, mean);
+        C(put_one)(statistics + 2 * r + 1, rstd);
         for (uint64_t j = 0, n; j < columns; j += n) {
             const uint64_t at = first + j, lead = stream ? C(to_line)(type, args->y, at) : 0;
             n = min_u64(columns - j, lead && lead < STRIP_CELLS ? lead : STRIP_CELLS);
@@ -505,8 +513,8 @@ static void C(norm_look)(const C(t) * dy, const C(t) * x, const C(t) * weight, C
     *of_gx += C(total)(gx_sum);
 }
 
-static void C(norm_slope)(const C(t) * dy, const C(t) * x, const C(t) * weight, const C(t) * dsum, C(t) * to, uint64_t n,
-                          const C(moments_t) * m) {
+static void C(norm_slope)(const C(t) * dy, const C(t) * x, const C(t) * weight, const C(t) * dsum, C(t) * to,
+                          uint64_t n, const C(moments_t) * m) {
 #define BODY(left)                                                                                                     \
     {                                                                                                                  \
         C(v) g = C(few)(dy + i, left), normal = (C(few)(x + i, left) - m->mean) * m->rstd;                             \
@@ -533,8 +541,8 @@ static void C(norm_backward)(const norm_backward_args *args, uint64_t begin, uin
         for (uint64_t r = panel_row(args->rows, args->panels, panel); r < stop; r++) {
             double of_g = 0, of_gx = 0;
             C(moments_t) m;
-            m.mean = C(set1)(statistics[2 * r]);
-            m.rstd = C(set1)(statistics[2 * r + 1]);
+            m.mean = C(set1)(C(one)(statistics + 2 * r));
+            m.rstd = C(set1)(C(one)(statistics + 2 * r + 1));
             for (uint64_t j = 0, n; j < columns; j += n) {
                 const uint64_t at = r * columns + j;
                 n = min_u64(columns - j, STRIP_CELLS);
@@ -605,7 +613,8 @@ static void C(softmax_forward)(const softmax_forward_args *args, uint64_t begin,
     C(t) row[C(row_cells)], x[STRIP_CELLS], room_p[STRIP_CELLS], room_y[STRIP_CELLS];
     for (uint64_t r = begin; r < end; r++) {
         const uint64_t first = r * columns, query = r % args->queries, head = r / args->queries % args->heads;
-        const uint64_t outer = r / args->queries / args->heads, keys = args->causal ? min_u64(columns, query + 1) : columns;
+        const uint64_t outer = r / args->queries / args->heads,
+                       keys = args->causal ? min_u64(columns, query + 1) : columns;
         const C(t) *mask = args->mask;
         if (mask) mask += outer * args->outer_stride + head * args->head_stride + query * args->query_stride;
         C(v) most = C(set1)(-INFINITY);

@@ -111,7 +111,9 @@ static inline f32_v f32_where(words_t w, f32_v yes, f32_v no) {
 static inline f32_v f32_fma(f32_v a, f32_v b, f32_v c) { return _mm512_fmadd_ps(a, b, c); }
 static inline f32_v f32_max(f32_v a, f32_v b) { return _mm512_max_ps(a, b); }
 static inline f32_v f32_min(f32_v a, f32_v b) { return _mm512_min_ps(a, b); }
-static inline f32_v f32_round(f32_v v) { return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+static inline f32_v f32_round(f32_v v) {
+    return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 static inline f32_v f32_times_power(f32_v v, f32_v n) { return _mm512_scalef_ps(v, n); }
 static inline f32_keep f32_less(f32_v a, f32_v b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 static inline f32_keep f32_not_above(f32_v a, f32_v b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }

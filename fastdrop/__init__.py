@@ -10,6 +10,16 @@ PackedMask(shape=(4, 8), p=0.25, kept=24, nbytes=4)
 
 from . import schedules
 from .backends import explain, get_num_threads, set_num_threads, show_config, use_backend
+from .fused import (
+    Saved,
+    bias_act_dropout,
+    bias_dropout_add,
+    dropout_add,
+    dropout_add_layer_norm,
+    dropout_add_rms_norm,
+    softmax_dropout,
+    swiglu_dropout,
+)
 from .mask import GaussianNoise, PackedMask, SeededMask
 from .ops import (
     alpha_dropout,
@@ -32,14 +42,20 @@ __version__ = "0.1.0"
 __all__ = [
     "GaussianNoise",
     "PackedMask",
+    "Saved",
     "SeededMask",
     "Stream",
     "alpha_dropout",
     "apply_mask",
+    "bias_act_dropout",
+    "bias_dropout_add",
     "draw_mask",
     "drop_block",
     "drop_connect",
     "dropout",
+    "dropout_add",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
     "dropout_backward",
     "explain",
     "feature_alpha_dropout",
@@ -50,7 +66,9 @@ __all__ = [
     "schedules",
     "set_num_threads",
     "show_config",
+    "softmax_dropout",
     "stochastic_depth",
+    "swiglu_dropout",
     "use_backend",
     "variational_dropout",
 ]

@@ -106,7 +106,7 @@ def uint64(name: str, value: Any) -> int:
     return int(value)
 
 
-def choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+def choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but got {value!r}")
 
@@ -182,6 +182,35 @@ def block_size(value: Any, axes: int) -> tuple[int, ...]:
     return extents
 
 
+def fits(name: str, value: Any, of: str, shape: tuple[int, ...], *dtypes: np.dtype[Any]) -> None:
+    """Raises unless an array has the shape of another, and its dtype or one that is allowed beside it."""
+    if value.dtype not in dtypes:
+        others = "".join(f", or {dtype}" for dtype in dtypes[1:])
+        raise TypeError(f"{name} must have {of}'s dtype, {dtypes[0]}{others}, but got {value.dtype}")
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"{name} must have {of}'s shape, {shape}, as nothing is broadcast, but got {tuple(value.shape)}"
+        )
+
+
+def per_column(name: str, shape: tuple[int, ...], of: str, columns: int) -> None:
+    if shape != (columns,):
+        raise ValueError(f"{name} must have an element for each column of {of}, shape {(columns,)}, but got {shape}")
+
+
+def broadcasts(name: str, shape: tuple[int, ...], of: str, full: tuple[int, ...]) -> None:
+    aligned = zip(reversed(shape), reversed(full), strict=False)
+    if len(shape) > len(full) or any(extent not in (1, whole) for extent, whole in aligned):
+        raise ValueError(f"{name} must broadcast to the shape of {of}, {full}, but got {shape}")
+
+
+def beside(name: str, on_gpu: bool, of: str, of_on_gpu: bool) -> None:
+    """Raises unless two arrays lie both in memory or both on a GPU."""
+    if on_gpu != of_on_gpu:
+        there, here = ("on a GPU", "in memory") if of_on_gpu else ("in memory", "on a GPU")
+        raise TypeError(f"{name} must be {there}, as {of} is, but got one {here}")
+
+
 def spatial(name: str, ndim: int) -> None:
     if not 3 <= ndim <= 5:
         raise ValueError(f"{name} must have the axes (N, C, *) with one to three spatial ones, but got {ndim} axes")
@@ -244,13 +273,18 @@ def output(out: Any, x: Array, name: str) -> Array:
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an ndarray, but got {type(out).__name__}")
     takes_result(out, x, name, out.flags.writeable)
-    own = out.flags.owndata and x.flags.owndata  # memory of their own: no need to compare addresses
-    if not own and np.may_share_memory(out, x) and not _same_elements(out, x) and _overlap(out, x):
-        raise overlaps(name)
+    apart(out, x, name)
     result: Array = out
     if not result.flags.forc and any(s == 0 and e > 1 for s, e in zip(result.strides, result.shape, strict=True)):
         raise ValueError(f"out must not hold one address twice, but got strides {out.strides} for shape {out.shape}")
     return result
+
+
+def apart(out: Array, x: Array, name: str) -> None:
+    """Raises if they share memory, unless element on element."""
+    own = out.flags.owndata and x.flags.owndata  # memory of their own: no need to compare addresses
+    if not own and np.may_share_memory(out, x) and not _same_elements(out, x) and _overlap(out, x):
+        raise overlaps(name)
 
 
 def takes_result(out: Any, x: Any, name: str, writeable: bool) -> None:
@@ -269,7 +303,7 @@ def overlaps(name: str) -> ValueError:
 
 def _same_elements(a: Array, b: Array) -> bool:
     same_start: bool = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-    return same_start and a.strides == b.strides
+    return same_start and a.strides == b.strides and a.dtype == b.dtype
 
 
 def _overlap(a: Array, b: Array) -> bool:

@@ -24,8 +24,8 @@ EXP = (
 )
 EXP_LOWEST, EXP_HIGHEST = -104.0, 89.0  # beyond: 0 and infinity
 LOG2_E = 1.44269504088896341
-# erf(t) / t of t**2 for t < 0.6, and -ln(1 - erf(t)) up to 4, from where on erf rounds to 1.
-ERF_NEAR = (4.51235798907e-3, -2.66469863602e-2, 1.12809917263e-1, -3.76125126092e-1, 1.1283791579)
+# erf(t) / t - 1 of t**2 for t < 0.6, and -ln(1 - erf(t)) up to 4, from where on erf rounds to 1.
+ERF_NEAR = (4.51235798907e-3, -2.66469863602e-2, 1.12809917263e-1, -3.76125126092e-1, 1.283791579e-1)
 ERF_FAR = (
     -2.22470671764e-4,
     3.2871615016e-3,

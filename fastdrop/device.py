@@ -1,8 +1,8 @@
-"""Arrays on a GPU, as the NumPy API's flow (`ops`) asks for them: CuPy's and Numba's, by the CUDA array interface.
+"""Arrays on a GPU, as the NumPy API's flow (`ops`, `fused`) asks for them: CuPy's and Numba's.
 
-Results and masks are arrays of the kind that came. Work goes to the stream that the array names (CuPy: the current
-one), nothing is waited for and nothing crosses to the host, but for DropBlock's count. This module owns what such
-arrays must be and how they are made.
+They come by the CUDA array interface; results and masks are arrays of the kind that came. Work goes to the stream that
+the array names (CuPy: the current one), nothing is waited for and nothing crosses to the host, but for DropBlock's
+count. This module owns what such arrays must be and how they are made.
 """
 
 from __future__ import annotations
@@ -21,18 +21,27 @@ from .mask import PackedMask, in_memory, word_count
 from .stream import DROP_ALL
 
 __all__ = [
+    "additive",
+    "apart",
     "apply",
+    "cast",
     "check_words",
+    "contiguous",
     "copy",
+    "detached",
     "dilated",
     "draw_words",
+    "empty",
     "empty_words_like",
     "forward",
     "gaussian",
     "is_on_device",
     "kept",
     "output",
+    "run",
     "taken",
+    "taken_mask",
+    "zeros",
 ]
 
 DLPACK_CUDA = 2
@@ -70,20 +79,22 @@ def output(out: Any, x: Any, name: str) -> Any:
     if not hasattr(out, "__cuda_array_interface__"):
         raise TypeError(f"out must be an array on the GPU, as {name} is, but got {type(out).__name__}")
     _tag("out", out)
-    described = out.__cuda_array_interface__
-    _checks.takes_result(out, x, name, not described["data"][1])
-    size = math.prod(x.shape) * np.dtype(described["typestr"]).itemsize
-    if 0 < abs(described["data"][0] - x.__cuda_array_interface__["data"][0]) < size:
-        raise _checks.overlaps(name)
+    _checks.takes_result(out, x, name, not out.__cuda_array_interface__["data"][1])
+    apart(out, x, name)
     _same_device(x, out)
     return out
+
+
+def apart(out: Any, x: Any, name: str) -> None:
+    """Raises if they share memory, unless element on element."""
+    if _meet(out, x) and not _coincide(out, x):
+        raise _checks.overlaps(name)
 
 
 def copy(y: Any, x: Any) -> None:
     source, target = _same_device(x, y)
     if source.address:
-        size = math.prod(x.shape) * np.dtype(x.__cuda_array_interface__["typestr"]).itemsize
-        cuda().copy_at(source.device, source.stream, target.address, source.address, size)
+        cuda().copy_at(source.device, source.stream, target.address, source.address, _size(x))
 
 
 def check_words(name: str, mask: PackedMask) -> None:
@@ -162,14 +173,92 @@ def apply(tag: int, x: Any, y: Any, words: Any, cells_shape: tuple[int, ...], a:
         cuda().strided_affine_at(*at, 0, cell_axes(shape, cells_shape), a, b, c)
 
 
+# ---- rows, for the fused ops ----
+
+
+def taken_mask(name: str, value: Any) -> Any:
+    """A mask that is an array on a GPU, of booleans or floats."""
+    _check_order(name, value)
+    if value.dtype != np.bool_:
+        _checks.dtype_tag(f"{name}, unless boolean,", np.dtype(value.dtype))
+    return value
+
+
+def empty(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    return _empty(like, shape, dtype)
+
+
+def zeros(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    array = _empty(like, shape, dtype)
+    if math.prod(shape):
+        at = _memory(array)
+        cuda().fill_at(at.device, _memory(like).stream, at.address, 0, _size(array) // 4)
+    return array
+
+
+def contiguous(x: Any) -> Any:
+    """x, for `taken` refuses what isn't."""
+    return x
+
+
+def detached(x: Any, y: Any) -> Any:
+    """x, or a copy if writing y might change it."""
+    if not _meet(x, y):
+        return x
+    apart = _empty(x, tuple(x.shape), x.dtype)
+    copy(apart, x)
+    return apart
+
+
+def cast(name: str, x: Any, dtype: Any) -> Any:
+    """x as numbers of a dtype; arrays of Numba must have it."""
+    if x.dtype == dtype:
+        return x
+    if _kind(name, x) != "cupy":
+        raise TypeError(f"{name} must have dtype {np.dtype(dtype)} as an array of Numba, but got {x.dtype}")
+    with x.device:
+        return x.astype(dtype)
+
+
+def additive(name: str, mask: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """A mask as what is added to scores, contiguous and of a shape that it broadcasts to; Numba's must be that."""
+    given = (1,) * (len(shape) - len(mask.shape)) + tuple(mask.shape)
+    if given == shape and mask.dtype == dtype:
+        return mask
+    if _kind(name, mask) != "cupy":
+        raise TypeError(
+            f"{name} must have dtype {np.dtype(dtype)} and shape {shape} as an array of Numba, but got {mask.dtype} "
+            f"and {given}"
+        )
+    cupy = sys.modules["cupy"]
+    with mask.device:
+        if mask.dtype == np.bool_:
+            mask = cupy.where(mask, 0.0, -np.inf)
+        return cupy.ascontiguousarray(cupy.broadcast_to(mask, shape), dtype)
+
+
+def run(primitive: str, dtypes: tuple[int, ...], arrays: tuple[Any, ...], numbers: tuple[float, ...]) -> None:
+    """A fused primitive on arrays, of which the first names the stream."""
+    at = iter(_same_device(*(x for x in arrays if x is not None)))
+    places = [Memory(0, -1, 0) if x is None else next(at) for x in arrays]
+    device, stream = places[0].device, places[0].stream
+    getattr(cuda(), f"{primitive}_at")(device, stream, *dtypes, *(place.address for place in places), *numbers)
+
+
 # ---- arrays ----
 
 
 def _tag(name: str, x: Any) -> int:
     """The dtype's tag of an array that kernels can take."""
     _kind(name, x)
-    described = x.__cuda_array_interface__
     tag = _checks.dtype_tag(name, np.dtype(x.dtype))
+    _check_order(name, x)
+    return tag
+
+
+def _check_order(name: str, x: Any) -> None:
+    _kind(name, x)
+    described = x.__cuda_array_interface__
     strides = described.get("strides")
     if strides is not None and math.prod(x.shape):
         step = np.dtype(described["typestr"]).itemsize
@@ -177,7 +266,6 @@ def _tag(name: str, x: Any) -> int:
             if extent > 1 and stride != step:
                 raise ValueError(f"{name} must be C-contiguous on a GPU, but got strides {tuple(strides)}")
             step *= extent
-    return tag
 
 
 def _kind(name: str, x: Any) -> str:
@@ -206,6 +294,25 @@ def _memory(x: Any) -> Memory:
         return Memory(0, -1, 0)
     # The interface numbers the default streams as the driver does.
     return Memory(address, cuda().device_of(address), described.get("stream") or 0)
+
+
+def _address(x: Any) -> int:
+    return int(x.__cuda_array_interface__["data"][0])
+
+
+def _size(x: Any) -> int:
+    """Bytes."""
+    return int(math.prod(x.shape) * np.dtype(x.__cuda_array_interface__["typestr"]).itemsize)
+
+
+def _meet(x: Any, y: Any) -> bool:
+    """Whether they share memory."""
+    return _address(x) < _address(y) + _size(y) and _address(y) < _address(x) + _size(x)
+
+
+def _coincide(x: Any, y: Any) -> bool:
+    """Whether they, of one shape, are the same elements."""
+    return _address(x) == _address(y) and bool(x.dtype == y.dtype)
 
 
 def _same_device(x: Any, *others: Any) -> list[Memory]:

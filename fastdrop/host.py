@@ -1,4 +1,4 @@
-"""Arrays in memory, as the NumPy API's flow (`ops`) asks for them; `device` answers the same for a GPU's.
+"""Arrays in memory, as the NumPy API's flow (`ops`, `fused`) asks for them; `device` answers the same for a GPU's.
 
 This module owns how an ndarray's memory reaches a backend: where it lies if its cells come side by side in it, in any
 order of its axes, through a C-contiguous copy elsewhere; bfloat16 as its bits.
@@ -18,17 +18,26 @@ from .mask import PackedMask, empty_words, fill_words, popcount
 from .stream import DROP_ALL
 
 __all__ = [
+    "additive",
+    "apart",
     "apply",
+    "cast",
     "check_words",
+    "contiguous",
     "copy",
+    "detached",
     "dilated",
     "draw_words",
+    "empty",
     "empty_words_like",
     "forward",
     "gaussian",
     "kept",
     "output",
+    "run",
     "taken",
+    "taken_mask",
+    "zeros",
 ]
 
 Array = NDArray[Any]
@@ -36,6 +45,7 @@ Words = NDArray[np.uint32]
 
 taken = _checks.data
 output = _checks.output
+apart = _checks.apart
 
 
 def copy(y: Array, x: Array) -> None:
@@ -129,6 +139,57 @@ def apply(
         masked_affine(tag, elements[part], results[part], words, cell, grid.outer, grid.repeat, grid.inner, a, b, c)
     if as_it_lies is None:
         _deliver(target, y, tag)
+
+
+# ---- rows, for the fused ops ----
+
+
+def taken_mask(name: str, value: Any) -> Array:
+    """A mask of booleans or floats as an ndarray, extents 1 where it says one thing for all of an axis."""
+    mask = np.asarray(value)
+    if mask.dtype != np.bool_:
+        _checks.dtype_tag(f"{name}, unless boolean,", mask.dtype)
+    return mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.strides)]
+
+
+def empty(like: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    return np.empty(shape, dtype)
+
+
+def zeros(like: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    return np.zeros(shape, dtype)
+
+
+def contiguous(x: Array) -> Array:
+    """x in C order, a copy where it is not."""
+    return x if x.flags.c_contiguous else x.copy("C")
+
+
+def detached(x: Array, y: Array) -> Array:
+    """x, or a copy if writing y might change it."""
+    return x.copy() if np.may_share_memory(x, y) else x
+
+
+def cast(name: str, x: Array, dtype: Any) -> Array:
+    """x as numbers of a dtype, contiguous."""
+    with np.errstate(over="ignore"):
+        return np.ascontiguousarray(x, dtype)
+
+
+def additive(name: str, mask: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+    """A mask as what is added to scores, contiguous and of a shape that it broadcasts to."""
+    if mask.dtype == np.bool_:
+        mask = np.where(mask, 0.0, -np.inf)
+    return cast(name, np.broadcast_to(mask, shape), dtype)
+
+
+def run(primitive: str, dtypes: tuple[int, ...], arrays: tuple[Array | None, ...], numbers: tuple[float, ...]) -> None:
+    """A fused primitive on contiguous arrays."""
+    stored = [x if x is None or x.dtype.kind != "V" else x.view(np.uint16) for x in arrays]
+    getattr(backends.active(), primitive)(*dtypes, *stored, *numbers)
+
+
+# ---- memory ----
 
 
 def _grid_in_memory(x: Array, y: Array, cells_shape: tuple[int, ...]) -> Grid | None:

@@ -6,16 +6,16 @@ instruction wait there for the lanes that its membermask names.
 
 A program that PTX leaves undefined is stopped rather than given some result: memory outside of what was allowed,
 misaligned addresses, data races, lanes that never come to a warp instruction or are read though they aren't there,
-division by zero. Races: no two threads may touch a byte that either writes within a launch, whatever orders them,
-unless both add atomically.
+threads that never come to their block's barrier, division by zero. Races: no two threads may touch a byte that either
+writes within a launch, whatever orders them, unless both add atomically; in shared memory, between two barriers.
 
 Arithmetic is bit exact. NaNs, where PTX leaves them open, are those of ptxas's code for sm_90: 0x7fffffff from float32
 arithmetic, ``neg`` and ``abs`` included, while bfloat16 widens by a shift. float64 has the host's. ptxas may contract
 ``mul`` and ``add`` that lack ``.rn``; here they never are.
 
-Not there: local, shared and constant memory, atomics but 64-bit addition, block barriers, calls, approximate
-functions, roundings other than to nearest: `Unsupported` names the line. Nor do lanes meet at two different warp
-instructions, as GPUs let them.
+Not there: local and constant memory, generic addresses, atomics but 64-bit addition, barriers but ``bar.sync 0``,
+calls, approximate functions, roundings other than to nearest: `Unsupported` names the line. Nor do lanes meet at two
+different warp instructions, or threads at two different barriers, as GPUs let them.
 """
 
 from __future__ import annotations
@@ -119,6 +119,12 @@ class _Window:
             *offsets, total = accumulate(sizes, initial=0)
             self.shifts = firsts - np.array(offsets, np.uint64)
             self.writer, self.reader = np.zeros((2, total // granule), np.int32)  # thread + 1
+
+    def forget(self, interval: int) -> None:
+        """What was accessed there: a barrier is between that and what follows."""
+        if self.races:
+            first, end = (int(at[interval] - self.shifts[interval]) // self.granule for at in (self.starts, self.ends))
+            self.writer[first:end] = self.reader[first:end] = 0
 
     def load(self, t: _Threads, at: Selection, address: Any, dtype: np.dtype[Any], count: int) -> list[NDArray[Any]]:
         units, index = self._units(t, at, address, dtype, count, writes=False)
@@ -524,6 +530,7 @@ PARAMETER = re.compile(
 TOKEN = re.compile(r"\s*(?:(?P<open>\{)|(?P<close>\})|(?P<label>[\w$%.]+)\s*:(?!:)|(?P<statement>[^;]+);)", re.S)
 STATEMENT = re.compile(r"(?:@(?P<guard>!?\s*[\w$%]+)\s+)?(?P<opcode>[\w.:]+)\s*(?P<operands>.*);")
 DECLARATION = re.compile(r"\.reg\s*\.(?P<type>\w+) (?P<names>.*);")
+SHARED = re.compile(r"\.shared \.align (?P<align>\d+) \.b8 (?P<name>[\w$]+)\[(?P<size>\d+)\];")
 COMMA = re.compile(r"\s*,\s*(?![^{\[]*[}\]])")
 ADDRESS = re.compile(r"\[\s*(?P<base>[\w$%.]+)\s*(?:\+\s*(?P<offset>-?\w+))?\s*\]")
 NUMBER = re.compile(r"-?\d[\w.+-]*|WARP_SZ")
@@ -540,7 +547,7 @@ class Register(NamedTuple):
 class Instruction:
     text: str
     opcode: str
-    kind: str = "plain"  # or "branch", "exit", "warp"
+    kind: str = "plain"  # or "branch", "exit", "warp", "block"
     guard: Read | None = None
     run: Run = lambda t, at: None
     members: Read = lambda t, at: None  # membermask
@@ -559,6 +566,8 @@ class Program:
         bounds = re.search(r"\.maxntid\s+(\d+)", entry["bounds"])
         self.most_threads = int(bounds[1]) if bounds else MOST_THREADS_PER_BLOCK
         self.granule = WIDEST
+        self.shared: dict[str, int] = {}  # where variables lie in the block's memory
+        self.shared_bytes = 0
         self.dtypes: list[np.dtype[Any]] = []  # by register
         self.slots: dict[tuple[int, np.dtype[Any]], int] = {}  # views of registers
         self.special = {name: self._register("u32") for name in SPECIAL}
@@ -612,6 +621,9 @@ class Program:
                 stem, _, count = name.rstrip(">").partition("<")
                 for full in [f"{stem}{i}" for i in range(int(count))] if count else [stem]:
                     self.names[full] = self._register(declaration["type"])
+        elif variable := SHARED.fullmatch(line):
+            self.shared[variable["name"]] = _round_up(self.shared_bytes, int(variable["align"]))
+            self.shared_bytes = self.shared[variable["name"]] + int(variable["size"])
         elif match := STATEMENT.fullmatch(line):
             self.current = Instruction(line, match["opcode"])
             if match["guard"]:
@@ -640,6 +652,9 @@ class Program:
         if NUMBER.fullmatch(operand):
             constant = _constant(operand, dtype)
             return lambda t, at: constant
+        if operand in self.shared and type in ("u64", "b64"):
+            place = np.uint64(self.shared[operand])
+            return lambda t, at: place
         register = self.names[operand]
         if _alike(register.dtype, dtype):
             slot = self._slot(register, dtype)
@@ -772,9 +787,11 @@ class Program:
     def _load(self, form: Form, result: str, source: str) -> Run:
         type, dtype, names = self._accessed(form, result)
         address, writes = self._address(source), [self._write(name, type, wide="f" not in form["t"]) for name in names]
+        space = form["space"]
 
         def load(t: _Threads, at: Selection) -> None:
-            for write, value in zip(writes, t.window.load(t, at, address(t, at), dtype, len(writes)), strict=True):
+            window, where = t.space(space, at, address(t, at))
+            for write, value in zip(writes, window.load(t, at, where, dtype, len(writes)), strict=True):
                 write(t, at, value)
 
         return load
@@ -782,7 +799,13 @@ class Program:
     def _store(self, form: Form, target: str, source: str) -> Run:
         type, dtype, names = self._accessed(form, source)
         address, reads = self._address(target), [self._read(name, type, wide="f" not in form["t"]) for name in names]
-        return lambda t, at: t.window.store(t, at, address(t, at), dtype, [read(t, at) for read in reads])
+        space = form["space"]
+
+        def store(t: _Threads, at: Selection) -> None:
+            window, where = t.space(space, at, address(t, at))
+            window.store(t, at, where, dtype, [read(t, at) for read in reads])
+
+        return store
 
     def _add(self, form: Form, result: str, target: str, source: str) -> Run:
         self.granule = min(self.granule, 8)
@@ -792,6 +815,12 @@ class Program:
     def _synchronise(self, form: Form, members: str) -> Run:
         self.current.kind, self.current.members = "warp", self._read(members, "b32")
         return self.current.run
+
+    def _barrier(self, form: Form, number: str) -> Run:
+        if number != "0":
+            raise KeyError(number)
+        self.current.kind = "block"
+        return lambda t, at: t.meet(at)
 
     def _shuffle(self, form: Form, result: str, source: str, step: str, bounds: str, members: str) -> Run:
         self._synchronise(form, members)
@@ -835,7 +864,8 @@ class Program:
 
 
 CACHE = r"(?:\.(?:ca|cg|cs|lu|cv|nc|wb|wt|L1::\w+|L2::(?:evict_\w+|\d+B)))*"
-ACCESS = rf"(?:\.weak|\.volatile)?(?:\.global)?{CACHE}(?:\.v(?P<count>[24]))?\.(?P<t>[bus](?:8|16|32|64)|f32|f64)"
+SPACE = r"(?:\.(?P<space>global|shared))?"
+ACCESS = rf"(?:\.weak|\.volatile)?{SPACE}{CACHE}(?:\.v(?P<count>[24]))?\.(?P<t>[bus](?:8|16|32|64)|f32|f64)"
 CONVERTED = "[us](?:8|16|32|64)|f16|bf16|f32|f64"
 BUILDERS: list[tuple[str, Callable[..., Run]]] = [
     (r"bra(?:\.uni)?", Program._branch),
@@ -852,6 +882,7 @@ BUILDERS: list[tuple[str, Callable[..., Run]]] = [
     (rf"st{ACCESS}", Program._store),
     (r"atom\.global\.add\.u64", Program._add),
     (r"bar\.warp\.sync", Program._synchronise),
+    (r"bar\.sync", Program._barrier),
     (r"shfl\.sync\.(?P<mode>idx|up|down|bfly)\.b32", Program._shuffle),
     (r"vote\.sync\.(?P<mode>any(?=\.p)|all(?=\.p)|uni(?=\.p)|ballot(?=\.b))\.(?:pred|b32)", Program._vote),
     (r"activemask\.b32", Program._active),
@@ -946,6 +977,25 @@ class _Threads:
         for name, register in program.special.items():
             files[register.number][:] = special.get(name, int(name.startswith(("%nt", "%nc"))))
         self.registers = [files[number].view(dtype) for number, dtype in program.slots]
+        if program.shared_bytes:
+            apart = _round_up(program.shared_bytes, WIDEST) + 4 * WIDEST
+            room = np.full((len(blocks) + 1) * apart, POISON[1], np.uint8)
+            start = -room.ctypes.data % WIDEST
+            self.of_blocks = room[start:][: len(blocks) * apart].reshape(-1, apart)[:, : program.shared_bytes]
+            self.shared = _Window(Memory(self.of_blocks), program.granule, window.races)
+
+    def space(self, name: str, at: Selection, address: Any) -> tuple[_Window, Any]:
+        """The memory of a state space, and where these threads' addresses are there."""
+        if name != "shared":
+            return self.window, address
+        within = np.minimum(address, np.uint64(self.of_blocks.shape[1]))  # there it lies in no array
+        return self.shared, self.shared.starts[self.ids[at] // self.padded] + within
+
+    def meet(self, at: Selection) -> None:
+        """Whole blocks have come to a barrier."""
+        if self.program.shared_bytes:
+            for block in np.unique(self.ids[at] // self.padded).tolist():
+                self.shared.forget(block)
 
     def name(self, thread: int) -> str:
         return f"thread {thread % self.padded} of block {thread // self.padded}"
@@ -982,7 +1032,8 @@ class _Threads:
                 self._arrive(pc, at)
         for pc, at in self.parked.items():
             self.current = instructions[pc]
-            self.fail(Fault, "lanes named in the membermask never come here", at)
+            who = "threads of the block" if self.current.kind == "block" else "lanes named in the membermask"
+            self.fail(Fault, f"{who} never come here", at)
 
     def _control(self, pc: int, at: Selection, executed: NDArray[np.int64]) -> None:
         instruction = self.current
@@ -991,6 +1042,13 @@ class _Threads:
             self._arrive(pc + 1, rest)
         if instruction.kind == "warp" and chosen is not None:
             waiting, chosen = self._split(chosen, self._lacks(chosen, instruction.members(self, chosen)))
+            if waiting is not None:
+                self.parked[pc] = waiting
+        if instruction.kind == "block" and chosen is not None:
+            self.here[:] = False
+            self.here[chosen] = True
+            absent = (self.alive & ~self.here).reshape(-1, self.padded).any(axis=1)
+            waiting, chosen = self._split(chosen, np.take(absent, self.ids[chosen] // self.padded))
             if waiting is not None:
                 self.parked[pc] = waiting
         executed[pc] += self._warps(self._joined(chosen, rest))

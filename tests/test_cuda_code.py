@@ -21,6 +21,7 @@ import pytest
 from bench import cuda_report as report
 from bench.cuda_report import CAPABILITIES, Flow, Instruction
 from fastdrop._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from fastdrop.activations import GELU, RELU, SILU
 from fastdrop.backends._cuda import compile
 from fastdrop.backends._cuda.compile import Capability, Variant
 from fastdrop.stream import threshold
@@ -92,6 +93,56 @@ def assert_packed_as_laid_out(code: report.Code) -> None:
 def test_machine_code(variant: Variant, cc: Capability, tools: None) -> None:
     code = linked(variant, cc)
     assert_fast(code)
+    assert_packed_as_laid_out(code)
+
+
+# Of each kernel on rows what is likely to be called most, and what takes the most registers.
+ROWS = (
+    *(Variant("pointwise_forward", BFLOAT16, sum_dtype=BFLOAT16, activation=code) for code in (RELU, GELU)),
+    Variant("pointwise_backward", BFLOAT16, sum_dtype=BFLOAT16, activation=SILU),
+    Variant("pointwise_columns", BFLOAT16, "wide", sum_dtype=FLOAT32, activation=GELU),
+    *(Variant("norm_forward", *of) for of in ((FLOAT32, "wide"), (BFLOAT16, "wide"))),
+    Variant("norm_backward", BFLOAT16, "wide", sum_dtype=FLOAT32),
+    Variant("norm_backward", FLOAT64, "wide", sum_dtype=FLOAT64),
+    Variant("norm_columns", BFLOAT16, "wide", sum_dtype=BFLOAT16),
+    Variant("add_panels", FLOAT32, "narrow"),
+    Variant("softmax_forward", FLOAT32, "wide"),
+    Variant("softmax_forward", BFLOAT16, "wide", sum_dtype=BFLOAT16),
+    Variant("softmax_backward", FLOAT16, "wide", sum_dtype=FLOAT16),
+)
+MOST_REGISTERS = {FLOAT32: 40, FLOAT64: 64, FLOAT16: 72, BFLOAT16: 72}
+# Functions of the compiler's: for roots, inverses and quotients that aren't normal numbers, and where a block's task
+# begins.
+CALLED = r"__cuda_sm\d+x?_(?:d?sqrt|(?:dbl)?rcp|div)_rn_|__cuda_sm20_(?:div|rem)_u64"
+
+
+def assert_fast_on_rows(code: report.Code) -> None:
+    used = code.resources
+    assert (used.spill_stores, used.spill_loads, used.stack) == (0, 0, 0)
+    assert used.registers <= MOST_REGISTERS[code.variant.dtype]
+    loops = [loop.instructions for loop in code.loops]
+    opcodes = {one.opcode for loop in loops for one in loop}
+    assert not {opcode for opcode in opcodes if opcode.startswith(("LDL", "STL", "BRA.DIV", "WARPSYNC"))}
+    assert not {opcode for opcode in opcodes if "ATOM" in opcode or "RED" in opcode}
+    assert all(re.search(CALLED, one.operands) for loop in code.loops for one in loop.calls)
+    innermost = [loop for loop in Flow(code.listing).loops if not loop.inner]
+    assert innermost
+    assert not [one for loop in innermost for one in loop.calls if "_u64" in one.operands]
+    if code.variant.body != "add_panels":
+        assert (code.load, code.wide) == (16, 16)
+
+
+@pytest.mark.parametrize("variant", ROWS, ids=str)
+def test_machine_code_on_rows(variant: Variant, tools: None) -> None:
+    code = linked(variant, (9, 0))
+    assert_fast_on_rows(code)
+    assert_packed_as_laid_out(code)
+
+
+@pytest.mark.parametrize("cc", [(7, 5), (12, 0)], ids=capability)
+def test_oldest_and_newest_capability_on_rows(cc: Capability, tools: None) -> None:
+    code = linked(Variant("norm_forward", BFLOAT16, "wide"), cc)
+    assert (code.resources.spill_stores, code.resources.stack) == (0, 0)
     assert_packed_as_laid_out(code)
 
 

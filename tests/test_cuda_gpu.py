@@ -13,6 +13,7 @@ import pytest
 
 import fastdrop as fd
 from fastdrop import backends
+from fastdrop.activations import ACTIVATIONS
 from fastdrop.backends import numba_cuda, reference
 from fastdrop.stream import DROP_ALL, threshold_and_scale
 
@@ -25,6 +26,17 @@ if not torch.cuda.is_available():
 import torch.nn.functional as F  # noqa: E402
 
 import fastdrop.torch as fdt  # noqa: E402
+
+from .cuda_cases import (  # noqa: E402
+    NO_MASK,
+    PAIR,
+    ROWS_CASES,
+    assert_activations_as_reference,
+    assert_case_as_reference,
+    assert_fused_as_reference,
+    assert_special_numbers_as_reference,
+    norm_numbers,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SIZES = (1, 31, 32, 33, 1000, 1023, 1024, 1025, 5000, 131_072, 1_000_003)
@@ -126,6 +138,67 @@ def test_dropout_forward_writes_its_output_whole_and_nothing_else(tag, n, shift)
         )
         for area, content in zip(areas, (x, y, words), strict=True):
             area.expect(content)
+
+
+class OnGpu:
+    """Memory and stream for `cuda_cases.fused`."""
+
+    def __init__(self):
+        self.stream = torch.cuda.current_stream().cuda_stream
+        self.forget()
+
+    def forget(self):
+        self._held = {}
+
+    def allow(self, *arrays):
+        pass
+
+    def address(self, guarded):
+        if id(guarded) not in self._held:
+            self._held[id(guarded)] = guarded, torch.from_numpy(guarded._buffer).to("cuda")
+        _, there = self._held[id(guarded)]
+        return there.data_ptr() + guarded._start
+
+    def fetch(self):
+        for guarded, there in self._held.values():
+            guarded.array.flags.writeable = True
+            guarded._buffer[:] = there.cpu().numpy()
+
+
+@pytest.mark.parametrize("pair", PAIR)
+@pytest.mark.parametrize("name", ROWS_CASES)
+def test_fused_primitives(name, pair):
+    assert_case_as_reference(OnGpu(), name, pair)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize(("pair", "columns"), [("float32", 8), ("float64", 9), ("float16", 16), ("bfloat16", 11)])
+def test_fused_activations(activation, pair, columns):
+    assert_activations_as_reference(OnGpu(), activation, pair, columns)
+
+
+@pytest.mark.parametrize("pair", PAIR)
+def test_fused_special_numbers(pair):
+    assert_special_numbers_as_reference(OnGpu(), pair, ACTIVATIONS)
+
+
+@pytest.mark.parametrize("columns", [1000, 1024, 66_000])
+@pytest.mark.parametrize("pair", ["float32", "bfloat16 on float32"])
+def test_fused_primitives_on_many_rows(pair, columns):
+    """More blocks than a GPU takes at once; the same bits each time."""
+    rows = 2**22 // columns
+    cases = (
+        ("norm_forward", {"given": "bias residual weight shift", **norm_numbers(1)}),
+        ("norm_backward", {"given": "dsum weight dx dresidual sums", **norm_numbers(1)}),
+        ("softmax_forward", {"given": "probabilities", "causal": 0, "scale": 0.5, "a": 1.25, **NO_MASK}),
+        ("pointwise_backward", {"given": "x bias sums", "a": 1.25, "activation": ACTIVATIONS["gelu"]}),
+    )
+    for primitive, options in cases:
+        first, again = (
+            assert_fused_as_reference(OnGpu(), primitive, PAIR[pair], rows, columns, **options) for _ in range(2)
+        )
+        for output, (_, y, _) in first.items():
+            assert np.array_equal(y.view(np.uint8), again[output][1].view(np.uint8)), (primitive, output)
 
 
 @pytest.mark.parametrize("shift", [0, 1])

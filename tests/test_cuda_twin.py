@@ -12,6 +12,7 @@ import itertools
 import numpy as np
 import pytest
 
+from fastdrop.activations import ACTIVATIONS
 from fastdrop.backends import numba_cuda, reference
 from fastdrop.backends._cuda import driver
 from fastdrop.mask import word_count
@@ -21,13 +22,17 @@ from .cuda_cases import (
     AXES,
     COUNTS,
     DILATIONS,
+    ROWS_CASES,
+    assert_activations_as_reference,
     assert_as_reference,
+    assert_case_as_reference,
     assert_counted,
     assert_dilated_as_reference,
     assert_forward_as_reference,
     assert_gaussian_as_reference,
     assert_masked_as_reference,
     assert_scaled_by_a_count,
+    assert_special_numbers_as_reference,
     assert_strided_as_reference,
     drawing_noise,
     drawn,
@@ -172,6 +177,59 @@ def test_twin_votes_in_warps():
 
     twin.run(body, 1, 3)
     assert votes == {(thread, turn): thread // 32 == 1 for thread in range(96) for turn in range(1 + thread // 32)}
+
+
+def test_twin_blocks_share_memory_between_barriers():
+    """Warps that come to a barrier by way of different numbers of exchanges."""
+    v, found = twin.RowVocabulary(0, twin.Memory(), 0, False, 2), {}
+
+    def body():
+        warp = int(v.thread()) // 32
+        for _ in range(1 + 2 * warp):
+            v.any_lane(True)
+        v.share_number(warp, np.float32(warp + 1))
+        v.meet()
+        found[int(v.block()), int(v.thread())] = v.shared_number(1 - warp)
+        v.meet()
+
+    def one_writer():
+        if v.lane() == 0:
+            body()
+        else:
+            v.meet()
+            v.meet()
+
+    v.any_lane = lambda flag: None
+    twin.run(one_writer, 2, 2)
+    assert found == {(block, 32 * warp): 2 - warp for block in range(2) for warp in range(2)}
+
+
+def test_twin_stops_at_shared_memory_without_a_barrier():
+    for barriers in (1, 0):
+        v = twin.RowVocabulary(0, twin.Memory(), 0, False, 2)
+
+        def body(v=v, barriers=barriers):
+            if v.thread() == 0:
+                v.share_number(0, np.float32(1))
+            v.meet()
+            v.shared_number(0)
+            for _ in range(barriers):
+                v.meet()
+            if v.thread() == 33:
+                v.share_number(0, np.float32(2))
+
+        if barriers:
+            twin.run(body, 1, 2)
+        else:
+            with pytest.raises(twin.Fault, match="no barrier is before"):
+                twin.run(body, 1, 2)
+
+
+def test_twin_stops_where_threads_miss_a_barrier(monkeypatch):
+    monkeypatch.setattr(twin, "TURNS", 20)
+    v = twin.RowVocabulary(0, twin.Memory(), 0, False, 2)
+    with pytest.raises(twin.Fault, match="never come to the barrier"):
+        twin.run(lambda: v.meet() if v.thread() < 32 else None, 1, 2)
 
 
 # ---- draw_words ----
@@ -440,6 +498,41 @@ def test_bits_and_noise_any_number_of_blocks(gpu, blocks, warps):
 @pytest.mark.parametrize("shape", DILATIONS, ids=str)
 def test_dilate_bits(gpu, shape):
     assert_dilated_as_reference(gpu, *shape)
+
+
+# ---- rows ----
+
+# Each kernel once, with all that it may have.
+FULL = ("bias_dropout_add", "bias's sums, odd", "layer norm", "norm's gradients", "softmax, mask", "softmax's gradient")
+
+
+@pytest.mark.parametrize("name", ROWS_CASES)
+def test_fused_bfloat16_on_float32(gpu, name):
+    assert_case_as_reference(gpu, name, "bfloat16 on float32")
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_fused_float64(gpu, name):
+    assert_case_as_reference(gpu, name, "float64")
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize(("pair", "columns"), [("float32", 8), ("float64", 9), ("float16", 16)])
+def test_fused_activations(gpu, activation, pair, columns):
+    assert_activations_as_reference(gpu, activation, pair, columns)
+
+
+@pytest.mark.parametrize("pair", ["float64", "bfloat16 on float32"])
+def test_fused_special_numbers(gpu, pair):
+    assert_special_numbers_as_reference(gpu, pair, ACTIVATIONS)
+
+
+@pytest.mark.parametrize(("blocks", "warps"), [(1, 1), (3, 1), (1, 2), (2, 4)])
+def test_fused_any_number_of_blocks(gpu, blocks, warps):
+    gpu.blocks, gpu.warps = blocks, warps
+    for name in ("unaligned", "bias's sums", "layer norm, long", "norm's gradients, long"):
+        assert_case_as_reference(gpu, name, "float32")
+    assert max(launch.blocks for launch in gpu.launches) == blocks
 
 
 def test_nothing_to_do_launches_nothing(gpu, dtype):

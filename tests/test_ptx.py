@@ -1154,6 +1154,71 @@ def test_reading_a_lane_that_is_not_there_is_a_fault() -> None:
         launch(entry(WARP_BODY + halves.replace("LANES", "16"), ["u64"]), [np.zeros(32, np.uint32)])
 
 
+# Threads write a word of their block's memory each, and read that of the one as far from the end.
+SHARED_BODY = """
+.shared .align 8 .b8 before[8];
+.shared .align 4 .b8 tile[256];
+.reg .b32 %i, %n, %r; .reg .b64 %a, %at, %w; .reg .pred %p;
+ld.param.u64 %a, [p0];
+mov.u32 %i, %tid.x;
+mov.u32 %n, %ntid.x;
+setp.ge.u32 %p, %i, 32;
+mul.wide.u32 %w, %i, 4;
+mov.u64 %at, tile;
+add.u64 %at, %at, %w;
+st.shared.u32 [%at], %i;
+WAIT
+sub.u32 %r, %n, %i;
+mul.wide.u32 %w, %r, 4;
+mov.u64 %at, tile;
+add.u64 %at, %at, %w;
+ld.shared.u32 %r, [%at+-4];
+mov.u32 %n, %ctaid.x;
+mad.lo.u32 %i, %n, 64, %i;
+mul.wide.u32 %w, %i, 4;
+add.u64 %a, %a, %w;
+st.global.u32 [%a], %r;
+ret;
+"""
+
+
+def shared(wait: str) -> str:
+    return entry(SHARED_BODY.replace("WAIT", wait), ["u64"])
+
+
+def test_blocks_share_memory_of_their_own() -> None:
+    out = np.zeros(3 * 64, np.uint32)
+    executed = launch(shared("bar.sync 0;"), [out], blocks=3, threads=64)
+    assert out.reshape(3, 64).tolist() == [list(range(63, -1, -1))] * 3
+    assert executed["bar.sync"] == 3 * 2
+
+
+@pytest.mark.parametrize("wait", ["", "bar.warp.sync -1;"], ids=["nothing", "a warp"])
+def test_shared_memory_without_a_barrier_is_a_race(wait: str) -> None:
+    with races("which thread .* of block 0 accessed"):
+        launch(shared(wait), [np.zeros(64, np.uint32)], threads=64)
+
+
+def test_what_a_barrier_separates_is_no_race() -> None:
+    again = "bar.sync 0; ld.shared.u32 %r, [tile]; bar.sync 0; st.shared.u32 [%at], %i; bar.sync 0;"
+    out = np.zeros(64, np.uint32)
+    launch(shared(again), [out], threads=64)
+    assert out.tolist() == list(range(63, -1, -1))
+    with races("which several threads accessed"):
+        launch(shared(again.replace("bar.sync 0; st", "st")), [out], threads=64)
+
+
+def test_threads_missing_from_a_barrier_are_a_fault() -> None:
+    with faults("threads of the block never come here, by thread 32 of block 0, at: @%p bar"):
+        launch(shared("@%p bar.sync 0;"), [np.zeros(64, np.uint32)], threads=64, races=False)
+
+
+@pytest.mark.parametrize("offset", [-12, 256], ids=["below", "above"])
+def test_shared_memory_ends(offset: int) -> None:
+    with faults("outside of the memory allowed"):
+        launch(shared(f"ld.shared.u32 %r, [tile+{offset}];"), [np.zeros(32, np.uint32)])
+
+
 def test_division_by_zero_is_a_fault() -> None:
     with faults(r"division by zero, by thread 2 of block 0, at: div\.u32 %d, %a, %b;"):
         evaluate(
@@ -1193,13 +1258,14 @@ def test_trap_is_a_fault() -> None:
         "ld.param.u32 %r0, [somewhere];",
         "ld.global.v4.u64 {%rd0, %rd1, %rd2}, [%rd3];",
         "atom.global.add.u32 %r0, [%rd0], 1;",
-        "bar.sync 0;",
+        "bar.sync 1;",
+        "barrier.sync 0;",
         "mov.u64 %rd0, somewhere;",
         "mov.u32 %tid.x, %r0;",
         "call (%r0), callee, (%r1);",
         "bra nowhere;",
         ".local .align 8 .b8 __local_depot0[16];",
-        ".shared .align 4 .b8 tile[16];",
+        ".shared .align 4 .b32 tile[4];",
     ],
 )
 def test_what_is_not_known_is_named(line: str) -> None:

@@ -18,12 +18,15 @@ from torch.func import functionalize, grad, hessian, jacfwd, jacrev, jvp, vmap  
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastdrop.torch as fdt  # noqa: E402
+from fastdrop.torch import override  # noqa: E402
 
 from .cases import output_of  # noqa: E402
 from .torch_cases import assert_equal, under  # noqa: E402
 
 NAMES = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
-OPERATORS = tuple(f"aten::{name}{inplace}" for name in NAMES for inplace in ("", "_"))
+DROPOUTS = tuple(f"aten::{name}{inplace}" for name in NAMES for inplace in ("", "_"))
+ATTENTION = "aten::scaled_dot_product_attention"
+OPERATORS = (*DROPOUTS, ATTENTION)
 BATCH, LENGTH, WIDTH, HEADS, HIDDEN, MEMORY = 2, 5, 16, 2, 32, 7
 
 
@@ -47,7 +50,7 @@ def x():
 
 
 def kernels():
-    """Dropout's dispatch tables."""
+    """The dispatch tables of dropout and attention."""
     return {operator: torch._C._dispatch_dump_table(operator).splitlines() for operator in OPERATORS}
 
 
@@ -323,6 +326,54 @@ def test_attention_equals_that_by_hand(on):
     torch.testing.assert_close(run(torchs, 3, q), run(by_hand, 3, q))
 
 
+def test_attention_keeps_its_weights_once(on):
+    """Packed bits, and the weights before dropout; torch's keeps those after it too."""
+    q, k, v = (torch.randn(2, 4, 64, 8, requires_grad=True) for _ in range(3))
+    kept = saved(lambda: F.scaled_dot_product_attention(q, k, v, dropout_p=0.4))
+    new = [t.nbytes for t in kept if not any(t is x for x in (q, k, v))]
+    assert sorted(new) == [2 * 4 * 64 * 64 // 8, 2 * 4 * 64 * 64 * 4]
+
+
+def test_attention_without_dropout_is_torchs(on):
+    q, k, v = (torch.randn(2, 3, 5, 8, requires_grad=True) for _ in range(3))
+    y = F.scaled_dot_product_attention(q, k, v)
+    assert "Flash" in y.grad_fn.name()
+    fdt.disable()
+    assert_equal(y, F.scaled_dot_product_attention(q, k, v))
+
+
+def test_attention_of_other_tensors_is_torchs():
+    """Nested tensors, and what torch refuses."""
+    nested = torch.nested.nested_tensor([torch.ones(2, 3, 4), torch.ones(2, 5, 4)], layout=torch.jagged)
+    makes = (lambda: nested.transpose(1, 2), lambda: torch.ones(2, 4, 8, dtype=torch.int64))
+
+    def attend(x, p, training):
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=p)
+
+    expected = [outcome(make, attend, 0.0, True) for make in makes]
+    with fdt.enabled():
+        assert [outcome(make, attend, 0.0, True) for make in makes] == expected
+
+
+@pytest.mark.parametrize("masks", ["none", "padding", "attention", "both", "causal"])
+def test_multihead_attention_is_the_same_with_weights_and_without(on, monkeypatch, masks):
+    """In one piece, or composed by torch's module around dropout."""
+    monkeypatch.setattr(override, "FEWEST_SCORES", 0)
+    module = nn.MultiheadAttention(WIDTH, HEADS, 0.4, batch_first=True)
+    options = {}
+    if masks in ("padding", "both"):
+        options["key_padding_mask"] = torch.arange(LENGTH).expand(BATCH, LENGTH) > torch.tensor([[3], [4]])
+    if masks in ("attention", "both"):
+        options["attn_mask"] = torch.randn(LENGTH, LENGTH) > 1
+    if masks == "causal":
+        options |= {"attn_mask": nn.Transformer.generate_square_subsequent_mask(LENGTH), "is_causal": True}
+    x = torch.randn(BATCH, LENGTH, WIDTH)
+    results = [
+        run(lambda x, need=need: module(x, x, x, need_weights=need, **options)[0], 3, x) for need in (False, True)
+    ]
+    torch.testing.assert_close(*results)
+
+
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU], ids=["LSTM", "GRU"])
 def test_recurrent_layers_equal_those_by_hand(on, kind):
     stack = kind(6, 7, 2, dropout=0.4).double()
@@ -518,7 +569,7 @@ def test_only_dropout_is_touched():
     before = {key: set(dump(key)) for key in keys}
     with fdt.enabled():
         added = {key: set(dump(key)) - before[key] for key in keys}
-    assert all(added[key] == set(OPERATORS) for key in ours)
+    assert all(added[key] == set(OPERATORS if "CPU" in key else DROPOUTS) for key in ours)
     assert not added["XPU"] | added["Meta"] | added["CompositeImplicitAutograd"]
     assert {key: set(dump(key)) for key in keys} == before
 

@@ -11,10 +11,11 @@ written; a warp whose lanes don't meet in a warp operation.
 from __future__ import annotations
 
 import importlib.util
+import math
 import sys
 import threading
 from collections.abc import Callable
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,9 @@ STORAGE = {FLOAT32: np.float32, FLOAT64: np.float64, FLOAT16: np.float16, BFLOAT
 COMPUTED = {FLOAT32: np.float32, FLOAT64: np.float64, FLOAT16: np.float32, BFLOAT16: np.float32}
 
 ADDED, STORED = 1, 2  # what happened to a byte
-VOTE, UNIFORM, TILE, REST, SUM = range(1, 6)  # kinds of exchange within a warp
+VOTE, UNIFORM, TILE, REST, SUM, GATHER, ACROSS = range(1, 8)  # kinds of exchange within a warp
+SHARED_VECTORS, SHARED_NUMBERS = 0, 1  # kinds of memory that a block shares
+TURNS = 10_000  # in which a warp may come to a barrier that others wait at
 
 # The simulator's main thread polls the others without a pause. At Python's 5 ms a turn, each meeting of a warp takes
 # tens of milliseconds.
@@ -63,6 +66,12 @@ scalars.scalar = same
 kernels = interpreted("fastdrop.backends._cuda.kernels")
 scalars.bits_of, scalars.float_of = (lambda v: v.view(np.uint32)), (lambda v: v.view(np.float32))
 kernels.philox, kernels.decide_group, kernels.normal_pair = scalars.philox, scalars.decide_group, scalars.normal_pair
+curves = interpreted("fastdrop.backends._curves")
+curves.scalar, curves.polynomial, curves.multiply_add = same, scalars.polynomial, (lambda a, b, c: a * b + c)
+curves.bits_of, curves.float_of = scalars.bits_of, scalars.float_of
+curves.math = SimpleNamespace(exp=np.exp, tanh=np.tanh, erf=math.erf)
+rows = interpreted("fastdrop.backends._cuda.rows")
+rows.curves = curves.curves
 
 
 class Memory:
@@ -274,6 +283,171 @@ class Vocabulary:
         return np.uint32(int(n) * int(multiplier) >> int(shift))
 
 
+class RowVocabulary(Vocabulary):
+    """The same for `fastdrop.backends._cuda.row_words`. What a thread holds is an array of numbers."""
+
+    def __init__(self, dtype: int, memory: Memory, sum_dtype: int, wide: bool, warps: int) -> None:
+        super().__init__(dtype, True, memory)
+        self.count, self.doubles, self.team_warps = self.vector_items if wide else 1, dtype == FLOAT64, warps
+        self.number = self._computed
+        self.number_bytes, self.sum_bytes = np.dtype(self.number).itemsize, np.dtype(STORAGE[sum_dtype]).itemsize
+        self._sum_dtype, self._plain = sum_dtype, FLOAT64 if self.doubles else FLOAT32
+        self._block = _Block()
+
+    def each(self, function: Callable[..., Any], codes: str) -> Any:
+        def apply(*arguments: Any) -> Any:
+            results = []
+            for j in range(self.count):
+                left = iter(arguments)
+                given = [np.uint64(j) if code == "j" else next(left) for code in codes]
+                results.append(function(*[x[j] if code == "v" else x for x, code in zip(given, codes, strict=True)]))
+            return np.array(results, self.number)
+
+        return apply
+
+    def spread(self, number: Any) -> Any:
+        return np.full(self.count, number, self.number)
+
+    def kept(self, bits: Any, vector: Any) -> Any:
+        keep = np.uint64(bits) >> np.arange(self.count, dtype=np.uint64) & np.uint64(1)
+        return np.where(keep != 0, vector, self.number(0))
+
+    def rounded(self, vector: Any) -> Any:
+        return self._widened(self._sum_dtype, self._narrowed(self._sum_dtype, vector))
+
+    def total(self, vector: Any) -> Any:
+        return vector.sum(dtype=self.number)
+
+    def most(self, vector: Any) -> Any:
+        return np.fmax.reduce(vector)
+
+    def above(self, vector: Any) -> Any:
+        return sum(int(not number <= 0) << i for i, number in enumerate(vector))
+
+    def number_root(self, number: Any) -> Any:
+        return np.sqrt(number)
+
+    # ---- lanes, and the block ----
+
+    def gather(self, bits: Any, lane: Any) -> Any:
+        lanes = LANES // self.count
+        first, own = int(lane) // lanes * lanes, int(bits) & (1 << self.count) - 1
+        parts = self._exchange(GATHER, own)[first : first + lanes]
+        return np.uint64(sum(int(part) << i * self.count for i, part in enumerate(parts)))
+
+    def across(self, number: Any, step: Any) -> Any:
+        others = self._exchange(ACROSS, np.float64(number).view(np.uint64))
+        return self.number(others.view(np.float64)[int(self.lane()) ^ int(step)])
+
+    def share(self, thread: Any, vector: Any) -> None:
+        self._block.put((SHARED_VECTORS, int(thread)), vector)
+
+    def shared(self, thread: Any) -> Any:
+        return self._block.get((SHARED_VECTORS, int(thread)))
+
+    def share_number(self, warp: Any, number: Any) -> None:
+        self._block.put((SHARED_NUMBERS, int(warp)), number)
+
+    def shared_number(self, warp: Any) -> Any:
+        return self._block.get((SHARED_NUMBERS, int(warp)))
+
+    def meet(self) -> None:
+        self._block.meet()
+
+    # ---- memory ----
+
+    def load_data(self, address: Any) -> Any:
+        return self._read(self.dtype, address, self.count)
+
+    def store_data(self, address: Any, vector: Any) -> None:
+        self._write(self.dtype, address, vector)
+
+    def load_sums(self, address: Any) -> Any:
+        return self._read(self._sum_dtype, address, self.count)
+
+    def store_sums(self, address: Any, vector: Any) -> None:
+        self._write(self._sum_dtype, address, vector)
+
+    def load_numbers(self, address: Any) -> Any:
+        return self._read(self._plain, address, self.count)
+
+    def store_numbers(self, address: Any, vector: Any) -> None:
+        self._write(self._plain, address, vector)
+
+    def load_number(self, address: Any) -> Any:
+        return self._read(self._plain, address, 1)[0]
+
+    def store_number(self, address: Any, number: Any) -> None:
+        self._write(self._plain, address, np.array([number], self.number))
+
+    def _read(self, dtype: int, address: Any, count: int) -> np.ndarray:
+        """In accesses of 16 bytes, or of an element."""
+        storage = np.dtype(STORAGE[dtype])
+        at_once = min(count, VECTOR_BYTES // storage.itemsize)
+        starts = [int(address) + i * storage.itemsize for i in range(0, count, at_once)]
+        return self._widened(
+            dtype, np.concatenate([self._memory.load(start, storage.type, at_once) for start in starts])
+        )
+
+    def _write(self, dtype: int, address: Any, vector: np.ndarray) -> None:
+        stored = self._narrowed(dtype, vector)
+        at_once = min(stored.size, VECTOR_BYTES // stored.itemsize)
+        for i in range(0, stored.size, at_once):
+            self._memory.store(int(address) + i * stored.itemsize, stored[i : i + at_once])
+
+    def _widened(self, dtype: int, stored: np.ndarray) -> np.ndarray:
+        return bfloat16_to_float32(stored) if dtype == BFLOAT16 else stored.astype(self.number)
+
+    def _narrowed(self, dtype: int, vector: np.ndarray) -> np.ndarray:
+        return float32_to_bfloat16(vector) if dtype == BFLOAT16 else vector.astype(STORAGE[dtype])
+
+
+class _Block:
+    """Memory that a block's threads share, and their barrier. Between two barriers no thread may touch what another
+    one touched, if either writes."""
+
+    def __init__(self) -> None:
+        self._forming = threading.Lock()
+        self._of: tuple[int, int] = (-1, 0)  # the block that runs, and its threads
+        self._met: dict[int, int] = {}  # barriers, by thread
+        self._held: dict[tuple[int, int], Any] = {}
+        self._touched: dict[tuple[int, int], dict[int, tuple[int, bool]]] = {}  # by thread: after how many barriers
+
+    def _enter(self) -> int:
+        thread, of = int(cuda.threadIdx.x), (int(cuda.blockIdx.x), int(cuda.blockDim.x))
+        with self._forming:  # blocks run one after another
+            if self._of != of:
+                self._of, self._met = of, dict.fromkeys(range(of[1]), 0)
+                self._held, self._touched = {}, {}
+        return thread
+
+    def _touch(self, place: tuple[int, int], writes: bool) -> None:
+        thread = self._enter()
+        with self._forming:
+            now, by = self._met[thread], self._touched.setdefault(place, {})
+            if any(when == now and (writes or wrote) for other, (when, wrote) in by.items() if other != thread):
+                raise Fault(f"thread {thread} touches shared memory that no barrier is before")
+            by[thread] = now, writes or by.get(thread, (-1, False)) == (now, True)
+
+    def put(self, place: tuple[int, int], value: Any) -> None:
+        self._touch(place, True)
+        self._held[place] = value
+
+    def get(self, place: tuple[int, int]) -> Any:
+        self._touch(place, False)
+        return self._held[place]
+
+    def meet(self) -> None:
+        thread = self._enter()
+        self._met[thread] += 1
+        mine = self._met[thread]
+        for _ in range(TURNS):  # the simulator's barrier also holds warps that are at an exchange
+            cuda.syncthreads()
+            if min(self._met.values()) >= mine:
+                return
+        raise Fault("threads of the block never come to the barrier")
+
+
 class Launch(NamedTuple):
     variant: Variant
     blocks: int
@@ -295,8 +469,8 @@ class Device:
     def forget(self) -> None:
         self.memory = Memory()
 
-    def kernel(self, *parts: Any) -> Kernel:
-        return Kernel(self, Variant(*parts))
+    def kernel(self, *parts: Any, **others: Any) -> Kernel:
+        return Kernel(self, Variant(*parts, **others))
 
 
 class Kernel:
@@ -309,12 +483,19 @@ class Kernel:
         layout, of_code = packer(variant), {"Q": np.uint64, "I": np.uint32, "f": np.float32, "d": np.float64}
         packed = layout.unpack(layout.pack(*values))
         typed = [of_code[code](value) for code, value in zip(variant.codes, packed, strict=True)]
-        vocabulary = Vocabulary(variant.dtype, variant.plain, device.memory, variant.counted)
-        body = kernels.build(vocabulary, variant.body, variant.form)
+        if variant.on_rows:
+            body = rows.build(self._row_vocabulary, variant.body, variant.form, variant.activation)
+        else:
+            vocabulary = Vocabulary(variant.dtype, variant.plain, device.memory, variant.counted)
+            body = kernels.build(vocabulary, variant.body, variant.form)
         blocks = min(-(-threads // (LANES * device.warps)), device.blocks)
         device.launches.append(Launch(variant, blocks, packed))
         device.memory.begin()
         run(lambda: body(*typed), blocks, device.warps)
+
+    def _row_vocabulary(self, wide: bool) -> RowVocabulary:
+        variant = self._variant
+        return RowVocabulary(variant.dtype, self._device.memory, variant.sum_dtype, wide, self._device.warps)
 
 
 def run(body: Callable[[], Any], blocks: int, warps: int) -> None:

@@ -183,7 +183,7 @@ def _curves32() -> tuple[Any, Any, Any]:
     @scalar
     def erf(x: Any) -> Any:
         t = abs(x)
-        near = erf_near(t * t) * t
+        near = multiply_add(erf_near(t * t), t, t)
         far = one - within(-erf_far(erf_end if t > erf_end else t))
         magnitude = near if t < erf_seam else far
         return -magnitude if x < zero else magnitude

@@ -1,7 +1,8 @@
 """The CUDA backend: the primitives on a GPU's memory, by kernels written in Numba.
 
 This module chooses the kernel and the path of each call and lays out its parameters. The same words bit for bit as on
-the CPU; values too, but that a NaN that is computed with comes out as the GPU's one NaN.
+the CPU; values too, but that a NaN that is computed with comes out as the GPU's one NaN. The fused primitives agree to
+a tolerance, as on every backend.
 
 Memory comes as addresses on a device and work goes to a stream: ``*_at(device, stream, ...)``, otherwise with the
 parameters that `reference` gives the primitives. A seed may lie on the device: then ``seed_at`` is its address and
@@ -16,9 +17,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from .._checks import FLOAT32, FLOAT64
 from ..stream import NOISE_CELLS, NOISE_COUNTERS, PLANES_PER_GROUP
 from ._cuda import driver
-from ._cuda.tile import COUNTED, ITEM_BYTES, LANES, TILE_CELLS, VECTOR_BYTES
+from ._cuda.tile import COUNTED, ITEM_BYTES, LANES, SHORT_ROW, TILE_CELLS, VECTOR_BYTES
 
 DIMS = 4
 INDEX_END = 1 << 31  # elements that one launch of `strided` numbers
@@ -198,14 +200,262 @@ def dilate_bits_at(device: int, stream: int, to: int, words: int, outer: int, n:
     cells = outer * row
     if cells:
         kernel = driver.device(device).kernel("dilate_bits")
-        multiplier, shift = reciprocal(row, 63)
-        kernel.launch(stream, -(-cells // 32), to, words, cells, row, multiplier, shift - 63, n * inner, inner)
+        kernel.launch(stream, -(-cells // 32), to, words, cells, row, *_division(row), n * inner, inner)
 
 
 def count_bits_at(device: int, stream: int, words: int, count: int, kept: int) -> None:
     """Adds the number of 1s in so many words to the uint64 at an address."""
     if count:
         driver.device(device).kernel("count_bits").launch(stream, -(-count // COUNTED), words, count, kept)
+
+
+def pointwise_forward_at(
+    device: int,
+    stream: int,
+    dtype: int,
+    sum_dtype: int,
+    x: int,
+    bias: int,
+    factor: int,
+    residual: int,
+    words: int,
+    y: int,
+    signs: int,
+    rows: int,
+    columns: int,
+    a: float,
+    activation: int,
+) -> None:
+    """Here and below 0 is in the place of an array that isn't given."""
+    n = rows * columns
+    if n:
+        wide = _in_vectors(dtype, columns if bias else 0, x, bias, factor, residual, y)
+        whole, threads = _whole(dtype, n, wide)
+        kernel = _rows_kernel(device, "pointwise_forward", dtype, sum_dtype, activation=activation)
+        kernel.launch(stream, threads, x, bias, factor, residual, words, y, signs, n, columns, whole, a)
+
+
+def pointwise_backward_at(
+    device: int,
+    stream: int,
+    dtype: int,
+    sum_dtype: int,
+    dy: int,
+    x: int,
+    bias: int,
+    factor: int,
+    words: int,
+    dx: int,
+    dfactor: int,
+    sums: int,
+    rows: int,
+    columns: int,
+    panels: int,
+    a: float,
+    activation: int,
+) -> None:
+    n, arrays = rows * columns, (dy, x, bias, factor, words, dx, dfactor)
+    aligned = dy, x, bias, factor, dx, dfactor
+    if sums:
+        _columns_at(
+            device, stream, dtype, sum_dtype, arrays, aligned, sums, rows, columns, panels, columns, a, activation
+        )
+        _add_panels_at(device, stream, dtype, sums, panels, columns)
+    elif n:
+        whole, threads = _whole(dtype, n, _in_vectors(dtype, columns if bias else 0, *aligned))
+        kernel = _rows_kernel(device, "pointwise_backward", dtype, sum_dtype, activation=activation)
+        kernel.launch(stream, threads, *arrays, n, columns, whole, a)
+
+
+def norm_forward_at(
+    device: int,
+    stream: int,
+    dtype: int,
+    sum_dtype: int,
+    x: int,
+    bias: int,
+    residual: int,
+    words: int,
+    weight: int,
+    shift: int,
+    y: int,
+    sum: int,
+    statistics: int,
+    rows: int,
+    columns: int,
+    a: float,
+    eps: float,
+    centred: int,
+) -> None:
+    if rows:
+        wide = _in_vectors(dtype, columns, x, bias, residual, weight, shift, y, sum)
+        by_block, threads = _teams(rows, columns)
+        kernel = _rows_kernel(device, "norm_forward", dtype, sum_dtype, wide)
+        arrays = x, bias, residual, words, weight, shift, y, sum, statistics
+        kernel.launch(stream, threads, *arrays, rows, columns, by_block, centred, a, eps)
+
+
+def norm_backward_at(
+    device: int,
+    stream: int,
+    dtype: int,
+    sum_dtype: int,
+    dy: int,
+    dsum: int,
+    sum: int,
+    statistics: int,
+    weight: int,
+    words: int,
+    dx: int,
+    dresidual: int,
+    sums: int,
+    rows: int,
+    columns: int,
+    panels: int,
+    a: float,
+    centred: int,
+) -> None:
+    """With sums there must be a dresidual or a dx, which the bias's gradient is the sum of, as it was rounded."""
+    width = 3 * columns
+    if sums:  # first, for dx may lie over dy
+        kernel = _rows_kernel(device, "norm_columns", dtype, sum_dtype, _in_vectors(dtype, columns, dy, sum, sums))
+        threads = _column_threads(dtype, columns, panels)
+        kernel.launch(stream, threads, dy, sum, statistics, sums, rows, columns, panels)
+    if rows:
+        wide = _in_vectors(dtype, columns, dy, dsum, sum, weight, dx, dresidual)
+        by_block, threads = _teams(rows, columns)
+        kernel = _rows_kernel(device, "norm_backward", dtype, sum_dtype, wide)
+        inputs = dy, dsum, sum, statistics, weight, words
+        kernel.launch(stream, threads, *inputs, dx, dresidual, rows, columns, by_block, centred, a)
+    if sums:
+        dropped = dx and (sum_dtype == dtype or not dresidual)
+        g, tag, under, scale = (dx, dtype, 0, 1.0) if dropped else (dresidual, sum_dtype, words, a)
+        of_bias = sums + 2 * columns * ITEM_BYTES[_computed(dtype)]
+        arrays = g, 0, 0, 0, under, 0, 0
+        _columns_at(device, stream, dtype, tag, arrays, (g,), of_bias, rows, columns, panels, width, scale, 0)
+        _add_panels_at(device, stream, dtype, sums, panels, width)
+
+
+def softmax_forward_at(
+    device: int,
+    stream: int,
+    dtype: int,
+    x: int,
+    mask: int,
+    words: int,
+    probabilities: int,
+    y: int,
+    rows: int,
+    columns: int,
+    heads: int,
+    queries: int,
+    outer_stride: int,
+    head_stride: int,
+    query_stride: int,
+    scale: float,
+    a: float,
+    causal: int,
+) -> None:
+    if rows:
+        strides = outer_stride, head_stride, query_stride
+        lines = [stride * ITEM_BYTES[_computed(dtype)] for stride in strides] if mask else []
+        wide = _in_vectors(dtype, columns, x, mask, *lines, probabilities, y)
+        by_block, threads = _teams(rows, columns)
+        divisions = [part for extent in (queries, heads) for part in (extent, *_division(extent))]
+        kernel = _rows_kernel(device, "softmax_forward", dtype, dtype, wide)
+        arrays = x, mask, words, probabilities, y
+        kernel.launch(stream, threads, *arrays, rows, columns, *divisions, *strides, by_block, causal, scale, a)
+
+
+def softmax_backward_at(
+    device: int,
+    stream: int,
+    dtype: int,
+    dy: int,
+    probabilities: int,
+    words: int,
+    dx: int,
+    y: int,
+    rows: int,
+    columns: int,
+    scale: float,
+    a: float,
+) -> None:
+    if rows:
+        wide = _in_vectors(dtype, columns, dy, probabilities, dx, y)
+        by_block, threads = _teams(rows, columns)
+        kernel = _rows_kernel(device, "softmax_backward", dtype, dtype, wide)
+        kernel.launch(stream, threads, dy, probabilities, words, dx, y, rows, columns, by_block, scale, a)
+
+
+def _columns_at(
+    device: int,
+    stream: int,
+    dtype: int,
+    sum_dtype: int,
+    arrays: tuple[int, ...],
+    aligned: tuple[int, ...],
+    sums: int,
+    rows: int,
+    columns: int,
+    panels: int,
+    width: int,
+    a: float,
+    activation: int,
+) -> None:
+    """`pointwise_backward` with a sum for each panel, ``width`` from one to the next."""
+    wide = _in_vectors(dtype, columns, *aligned, sums)
+    kernel = _rows_kernel(device, "pointwise_columns", dtype, sum_dtype, wide, activation)
+    kernel.launch(stream, _column_threads(dtype, columns, panels), *arrays, sums, rows, columns, panels, width, a)
+
+
+def _add_panels_at(device: int, stream: int, dtype: int, sums: int, panels: int, width: int) -> None:
+    if panels > 1:
+        tag = _computed(dtype)
+        _rows_kernel(device, "add_panels", tag, tag, False).launch(stream, width, sums, panels, width)
+
+
+def _rows_kernel(
+    device: int, body: str, dtype: int, sum_dtype: int, wide: bool | None = None, activation: int = 0
+) -> driver.Kernel:
+    """``wide`` None: both ways in one kernel."""
+    form = "" if wide is None else "wide" if wide else "narrow"
+    return driver.device(device).kernel(body, dtype, form, sum_dtype=sum_dtype, activation=activation)
+
+
+def _in_vectors(dtype: int, columns: int, *addresses: int) -> bool:
+    """Whether arrays may be taken 16 bytes of data at a time, from each row's first element on."""
+    together = 0
+    for address in addresses:
+        together |= address
+    return together % VECTOR_BYTES == 0 and columns % (VECTOR_BYTES // ITEM_BYTES[dtype]) == 0
+
+
+def _whole(dtype: int, n: int, wide: bool) -> tuple[int, int]:
+    """(elements to take in vectors, threads that have something to do)."""
+    whole = n // LANES * LANES if wide else 0
+    return whole, max(whole // (VECTOR_BYTES // ITEM_BYTES[dtype]), n - whole)
+
+
+def _teams(rows: int, columns: int) -> tuple[int, int]:
+    """(whether a row is a block's, threads that have something to do)."""
+    return (1, rows * driver.THREADS) if columns > SHORT_ROW else (0, rows * LANES)
+
+
+def _column_threads(dtype: int, columns: int, panels: int) -> int:
+    """Of blocks whose warps' lanes take 16 bytes of data."""
+    return panels * -(-columns // (LANES * VECTOR_BYTES // ITEM_BYTES[dtype])) * driver.THREADS
+
+
+def _computed(dtype: int) -> int:
+    """The type of the arithmetic."""
+    return FLOAT64 if dtype == FLOAT64 else FLOAT32
+
+
+def _division(extent: int) -> tuple[int, int]:
+    """For numbers below 2**63, of which the kernel takes the upper half of a product."""
+    multiplier, shift = reciprocal(extent, 63)
+    return multiplier, shift - 63
 
 
 def fill_at(device: int, stream: int, address: int, word: int, count: int) -> None:

@@ -23,6 +23,15 @@ from numpy.typing import NDArray
 
 from .. import _checks, backends
 from ..backends import reference
+from ..backends._storage import float32_to_bfloat16
+from ..fused import (
+    bias_act_dropout,
+    bias_dropout_add,
+    dropout_add_layer_norm,
+    dropout_add_rms_norm,
+    softmax_dropout,
+    swiglu_dropout,
+)
 from ..mask import word_count
 from ..ops import draw_mask, dropout, dropout_backward
 from ..stream import Stream, keep_scale, threshold
@@ -30,11 +39,13 @@ from ..stream import Stream, keep_scale, threshold
 HELP = "check every backend and instruction set here against the golden vectors"
 DESCRIPTION = (
     "Checks every backend and instruction set of this machine: the generator's published answers, the golden masks, "
-    "and forward and backward of every dtype against the NumPy reference, bit for bit. Exit code 0 if all pass, else 1."
+    "and forward and backward of every dtype against the NumPy reference, bit for bit; of the fused ops to rounding. "
+    "Exit code 0 if all pass, else 1."
 )
 
 Array = NDArray[Any]
 Words = NDArray[np.uint32]
+Results = dict[str, list[Array]]
 Run = tuple[str, str | None]  # backend, instruction set (C only)
 
 ISAS = ("scalar", "avx2", "avx512", "neon")  # the names that FASTDROP_ISA knows
@@ -54,6 +65,10 @@ THREADS = (1, 2)
 POISON = 0xA5
 # A tail alone, a cell over a word and over a block of 512, and enough for two threads to share.
 LENGTHS = (1, 33, 513, 150_001)
+ROWS = (37, 67)  # of the fused ops
+# What their results may differ by from the reference's, of themselves and of the average: the rounding of a result, or
+# of float32 sums and functions.
+NEAR = {"float32": 2.0**-16, "float64": 2.0**-45, "float16": 2.0**-9, "bfloat16": 2.0**-6}
 STREAMED_BYTES = (16 << 20) + 4104  # kernels write around the cache from 16 MiB on
 
 
@@ -86,7 +101,7 @@ def run(print: Callable[[str], object] = print) -> bool:
     vectors = json.loads((importlib.resources.files("fastdrop") / "vectors" / "masks.json").read_text())
     cases, shared = _cases(), _shared_case()
     with backends.use_backend("numpy"):
-        api = _through_the_api()
+        api, fused = _through_the_api(), _fused()
     threads = backends.get_num_threads()
     passed = failed = missing = 0
     for (backend, isa), reason in _runs():
@@ -100,7 +115,10 @@ def run(print: Callable[[str], object] = print) -> bool:
         checks = 0
         try:
             with contextlib.nullcontext() if backend == backends.CUDA else _running(backend, isa) as module:
-                for problem in _check(module, vectors, cases, shared, api) if module else _check_cuda(cases):
+                problems_found = (
+                    _check(module, vectors, cases, shared, api, fused) if module else _check_cuda(cases, fused)
+                )
+                for problem in problems_found:
                     checks += 1
                     problems += [problem] if problem else []
         except Exception as error:  # whatever a broken backend raises is its result
@@ -148,7 +166,7 @@ def _runs() -> Iterator[tuple[Run, str | None]]:
 
 
 def _check(
-    module: ModuleType, vectors: Any, cases: list[Case], shared: Case, api: dict[str, list[Array]]
+    module: ModuleType, vectors: Any, cases: list[Case], shared: Case, api: Results, fused: Results
 ) -> Iterator[str | None]:
     """None for each check that holds, else what is wrong."""
     yield from _philox(module, vectors["philox"])
@@ -164,9 +182,10 @@ def _check(
     for name, results in _through_the_api().items():
         for what, got, expected in zip(("forward", "backward"), results, api[name], strict=True):
             yield _difference(f"{name}, {what} through the API, transposed", got, expected)
+    yield from _near(_fused(), fused)
 
 
-def _check_cuda(cases: list[Case]) -> Iterator[str | None]:
+def _check_cuda(cases: list[Case], fused: Results) -> Iterator[str | None]:
     """The same for arrays on a GPU, whose one NaN stands for all."""
     upload: Any = backends.cuda().upload
     for case in cases:
@@ -188,6 +207,8 @@ def _check_cuda(cases: list[Case]) -> Iterator[str | None]:
         ):
             same = np.array_equal(got.copy_to_host(), expected, equal_nan=True)
             yield None if same else f"{where}: {what} differs"
+    there: Any = _fused(upload, without=("bfloat16",))
+    yield from _near({name: [array.copy_to_host() for array in arrays] for name, arrays in there.items()}, fused)
 
 
 def _philox(module: ModuleType, answers: Any) -> Iterator[str | None]:
@@ -288,15 +309,52 @@ def _shared_case() -> Case:
     return Case("float32", _checks.FLOAT32, P, n, x, words, y)
 
 
-def _through_the_api() -> dict[str, list[Array]]:
+def _through_the_api() -> Results:
     """Forward and backward of a transposed array of every dtype NumPy has here, by the backend that runs."""
     results = {}
-    dtypes: list[np.dtype[Any]] = [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), *_bfloat16()]
-    for dtype in dtypes:
+    for dtype in _dtypes():
         x = np.arange(-600, 600).reshape(40, 30).astype(dtype).T
         y, mask = dropout(x, P, rng=SEED)
         results[dtype.name] = [y, dropout_backward(x, mask)]
     return results
+
+
+def _fused(place: Callable[[Array], Any] = np.asarray, without: tuple[str, ...] = ()) -> Results:
+    """Results and gradients of the fused ops by the backend that runs, of arrays put where ``place`` puts them."""
+    results: Results = {}
+    for dtype in (dtype for dtype in _dtypes() if dtype.name not in without):
+        computed = np.float64 if dtype == np.float64 else np.float32
+        normal = np.random.default_rng(SEED).standard_normal((4, *ROWS))
+        x, residual, other = (place(array.astype(dtype)) for array in normal[:3])
+        mask, columns = place(normal[3].astype(computed)), place(normal[3, 0].astype(computed))
+        again: dict[str, Any] = {"rng": SEED, "p": P}
+        calls: dict[str, Any] = {
+            "bias_dropout_add": bias_dropout_add(x, columns, residual, **again),
+            "swiglu_dropout": swiglu_dropout(x, other, **again),
+            "dropout_add_layer_norm": dropout_add_layer_norm(x, residual, columns, columns, x_bias=columns, **again),
+            "dropout_add_rms_norm": dropout_add_rms_norm(x, None, columns, **again),
+            "softmax_dropout": softmax_dropout(x, scale=0.5, attn_mask=mask, causal=True, **again),
+        }
+        for activation in ("relu", "gelu", "gelu_tanh"):
+            calls[activation] = bias_act_dropout(x, columns, activation=activation, **again)
+        for name, (*outputs, saved) in calls.items():
+            gradients = [gradient for gradient in saved.backward(*[other] * len(outputs)) if gradient is not None]
+            results[f"{name}, {dtype.name}"] = [*outputs, *gradients]
+    return results
+
+
+def _near(results: Results, expected: Results) -> Iterator[str | None]:
+    for name, arrays in results.items():
+        for i, (got, wanted) in enumerate(zip(arrays, expected[name], strict=True)):
+            exact = wanted.astype(np.float64)
+            room = NEAR[name.split(", ")[1]] * (np.abs(exact) + np.abs(exact).mean())
+            same = got.shape == wanted.shape and bool((np.abs(got.astype(np.float64) - exact) <= room).all())
+            yield None if same else f"{name}: {'gradient' if i else 'result'} {i} is not the reference's"
+
+
+def _dtypes() -> list[np.dtype[Any]]:
+    """Those that NumPy has here."""
+    return [np.dtype(np.float32), np.dtype(np.float64), np.dtype(np.float16), *_bfloat16()]
 
 
 def _bfloat16() -> list[np.dtype[Any]]:
@@ -313,7 +371,7 @@ def _data(tag: int, dtype: type, n: int) -> Array:
     for i, special in enumerate((np.inf, -np.inf, np.nan, -0.0, 1e-7, 65504.0)):
         values[i + 7 :: 101] = special
     if tag == _checks.BFLOAT16:
-        return reference.float32_to_bfloat16(values)
+        return float32_to_bfloat16(values)
     with np.errstate(all="ignore"):
         return values.astype(dtype)
 

@@ -8,6 +8,7 @@
 """
 
 try:
+    from .attention import scaled_dot_product_attention
     from .audit import AuditReport, audit
     from .convert import Report, convert, revert
     from .fold import fold_scaling
@@ -24,6 +25,16 @@ try:
         gaussian_dropout,
         stochastic_depth,
         variational_dropout,
+    )
+    from .fuse import fuse, unfuse
+    from .fused import (
+        bias_act_dropout,
+        bias_dropout_add,
+        dropout_add,
+        dropout_add_layer_norm,
+        dropout_add_rms_norm,
+        softmax_dropout,
+        swiglu_dropout,
     )
     from .modules import (
         AlphaDropout,
@@ -70,6 +81,8 @@ __all__ = [
     "VariationalLSTM",
     "alpha_dropout",
     "audit",
+    "bias_act_dropout",
+    "bias_dropout_add",
     "convert",
     "disable",
     "drop_block2d",
@@ -79,14 +92,22 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "dropout_add",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
     "enable",
     "enabled",
     "feature_alpha_dropout",
     "fold_scaling",
+    "fuse",
     "gaussian_dropout",
     "mc_dropout",
     "mc_predict",
     "revert",
+    "scaled_dot_product_attention",
+    "softmax_dropout",
     "stochastic_depth",
+    "swiglu_dropout",
+    "unfuse",
     "variational_dropout",
 ]

@@ -93,6 +93,37 @@ def apply_strided(
     backends.cuda().strided_affine_at(*place(x), tag, *at, 0, in_memory, *affine, kept_at=_address(kept))
 
 
+def pointwise_forward(dtype: int, sum_dtype: int, x: Tensor, *arguments: Tensor | float | None) -> None:
+    """Here and below: the primitive of this name, tensors of one device or None in the place of its arrays."""
+    _launch("pointwise_forward_at", dtype, sum_dtype, x, *arguments)
+
+
+def pointwise_backward(dtype: int, sum_dtype: int, dy: Tensor, *arguments: Tensor | float | None) -> None:
+    _launch("pointwise_backward_at", dtype, sum_dtype, dy, *arguments)
+
+
+def norm_forward(dtype: int, sum_dtype: int, x: Tensor, *arguments: Tensor | float | None) -> None:
+    _launch("norm_forward_at", dtype, sum_dtype, x, *arguments)
+
+
+def norm_backward(dtype: int, sum_dtype: int, dy: Tensor, *arguments: Tensor | float | None) -> None:
+    _launch("norm_backward_at", dtype, sum_dtype, dy, *arguments)
+
+
+def softmax_forward(dtype: int, x: Tensor, *arguments: Tensor | float | None) -> None:
+    _launch("softmax_forward_at", dtype, x, *arguments)
+
+
+def softmax_backward(dtype: int, dy: Tensor, *arguments: Tensor | float | None) -> None:
+    _launch("softmax_backward_at", dtype, dy, *arguments)
+
+
+def _launch(primitive: str, *arguments: Tensor | float | None) -> None:
+    at = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
+    first = next(x for x in arguments if isinstance(x, Tensor))
+    getattr(backends.cuda(), primitive)(*place(first), *at)
+
+
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 

@@ -21,7 +21,8 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import __version__, kinds
 from . import _cuda, _kernels
-from ._route import drop
+from ._route import KEEPS_ALL, drop
+from .attention import attend, compose, is_direct, is_regular
 from .convert import FOREIGN, refusal
 from .modules import Rated
 
@@ -38,6 +39,10 @@ OPS = {
     "alpha_dropout": (False, "alpha"),
     "feature_alpha_dropout": (True, "alpha"),
 }
+# Attention, of tensors on the CPU where it drops; elsewhere it is torch's, and its dropout ours.
+ATTENTION = "scaled_dot_product_attention"
+ATTENTION_KEYS = ("CPU", "AutogradCPU")
+FEWEST_SCORES = 1 << 15  # below, the Python around a call costs more than its kernels save
 CACHE_TAG = f"+fastdrop {__version__}"
 
 _registrations: torch.library.Library | None = None  # torch is as it was when this is None
@@ -80,6 +85,8 @@ def enable() -> None:
                         kernel = _kernel(name + "_" * inplace, features, law, inplace)
                         for key in KEYS:
                             library.impl(name + "_" * inplace, kernel, key)
+                for key in ATTENTION_KEYS:
+                    library.impl(ATTENTION, _attention, key)
             for (module, name), ours in FOREIGN.items():
                 if theirs := getattr(sys.modules.get(module), name, None):
                     _grafted.append((theirs, _graft(theirs, ours)))
@@ -141,6 +148,30 @@ def _kernel(name: str, features: bool, law: str, inplace: bool) -> Any:
     return kernel
 
 
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What attention does while enabled: in one piece where it can, else as torch composes it around our dropout."""
+    arguments = query, key, value, attn_mask
+    options = is_causal, scale, enable_gqa
+    known = all(_ours(x, dropout_p) for x in arguments[:3]) and (attn_mask is None or _is_known(attn_mask))
+    if dropout_p > KEEPS_ALL and known and is_regular(*arguments, *options):
+        if any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in arguments):
+            return compose(*arguments, dropout_p, *options)
+        if query.numel() // query.shape[-1] * key.shape[-2] >= FEWEST_SCORES and is_direct(*arguments):
+            return attend(*arguments, dropout_p, *options)
+    op = torch.ops.aten.scaled_dot_product_attention.default
+    return _torchs(op, *arguments, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
 def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> dict[str, Any]:
     """Gives another's class our way of dropping and what that wants; returns what it had before, None for nothing."""
     forward = theirs.forward
@@ -165,16 +196,20 @@ def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> dict[str, Any]:
 
 def _ours(x: Tensor, p: float) -> bool:
     """Whether fastdrop has it; torch refuses a bad p in its own words."""
-    known = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ or isinstance(x, (FakeTensor, FunctionalTensor))
-    dense = x.layout is torch.strided and not x.is_nested
-    if not known or not dense or x.dtype not in _kernels.DTYPES or not 0.0 <= p <= 1.0:
+    if not _is_known(x) or x.dtype not in _kernels.DTYPES or not 0.0 <= p <= 1.0:
         return False
     return x.is_cpu or (x.is_cuda and _cuda.is_usable(x.get_device()))
 
 
-def _torchs(op: Any, *arguments: Any) -> Tensor:
+def _is_known(x: Tensor) -> bool:
+    """Whether x is dense, and no subclass but a compiler's."""
+    known = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ or isinstance(x, (FakeTensor, FunctionalTensor))
+    return known and x.layout is torch.strided and not x.is_nested
+
+
+def _torchs(op: Any, *arguments: Any, **options: Any) -> Tensor:
     """What torch does when nobody overrides it."""
-    result: Tensor = op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *arguments)
+    result: Tensor = op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *arguments, **options)
     return result
 
 
@@ -185,8 +220,7 @@ def _mark_compiled(ours: bool) -> None:
     """
     config = torch.compiler.config
     config.cache_key_tag = config.cache_key_tag + CACHE_TAG if ours else config.cache_key_tag.replace(CACHE_TAG, "")
-    for name in OPS:
-        for op in (getattr(torch.ops.aten, name).default, getattr(torch.ops.aten, name + "_").default):
-            op._dispatch_cache.clear()  # tracing remembers there which kernel it found
+    for name in (*OPS, *(name + "_" for name in OPS), ATTENTION):
+        getattr(torch.ops.aten, name).default._dispatch_cache.clear()  # tracing remembers there which kernel it found
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

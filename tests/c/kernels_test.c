@@ -1,52 +1,18 @@
 /* Every instruction set of this machine against the scalar one and the golden vectors, without Python: what the
- * sanitizers and the emulator run.  kernels_test GOLDEN, where GOLDEN is what golden.py prints. */
-#include "fastdrop.h"
+ * sanitizers and the emulator run.  kernels_test GOLDEN STRIDE [large], where GOLDEN is what golden.py prints, vector
+ * math is tested at every STRIDE-th float, and "large" asks for the fused kernels' stores around the cache. */
+#include "testing.h"
 
 #include <pthread.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
-enum { MAX_CELLS = 200000, GUARD = 64, CALLERS = 6 };
+enum { MAX_CELLS = 200000, CALLERS = 6 };
 
 static const uint64_t LENGTHS[] = {0, 1, 7, 31, 32, 33, 63, 511, 512, 513, 1000, 8191, 8192, 8193, 8704, 20001};
 static const uint64_t FIRSTS[] = {0, 1, 31, 33, 511, 512, 1000, (1ull << 37) - 4097, (1ull << 63) + 77};
 static const uint64_t THRESHOLDS[] = {1u << 31, 1u << 30, 77u << 24, 429496730u, 4295u, 1u, 0xFFFFFFFFu, 0xE0000001u};
 static const uint64_t SEED = 0x123456789ABCDEF0ull, OFFSET = 0xFEDCBA9876543210ull;
-#define COUNT(a) (sizeof(a) / sizeof *(a))
 
-static int failures;
-static size_t element_bytes(int dtype) { return dtype == FD_FLOAT64 ? 8 : dtype == FD_FLOAT32 ? 4 : 2; }
-
-static void expect(int good, const char *what, int isa, uint64_t a, uint64_t b) {
-    if (good) return;
-    failures++;
-    if (failures < 20)
-        fprintf(stderr, "FAIL %s on %s (%llu, %llu)\n", what, fd_isa_name(isa), (unsigned long long)a,
-                (unsigned long long)b);
-}
-
-/* Sound arrays end where malloc's do, so that the address sanitizer sees one byte too many; shift misaligns the start.
- */
-typedef struct {
-    unsigned char *block, *at;
-} array_t;
-static array_t array(size_t bytes, size_t shift, int fill) {
-    array_t a;
-    a.block = malloc(bytes + shift + 1);
-    a.at = a.block + shift;
-    memset(a.block, fill, bytes + shift + 1);
-    a.block = realloc(a.block, bytes + shift ? bytes + shift : 1);
-    a.at = a.block + shift;
-    return a;
-}
-
-static void fill_random(unsigned char *p, size_t bytes, uint32_t state) {
-    for (size_t i = 0; i < bytes; i++) {
-        state = state * 1664525u + 1013904223u;
-        p[i] = (unsigned char)(state >> 24);
-    }
-}
+int failures;
 
 /* Random bytes hold every kind of NaN; the scalar result says what is right, bit for bit. */
 static void compare(int isa, int dtype, uint64_t n, uint64_t first, uint64_t threshold, size_t shift, double b) {
@@ -74,8 +40,6 @@ static void compare(int isa, int dtype, uint64_t n, uint64_t first, uint64_t thr
         free(back[side].block);
     }
 }
-
-static unsigned bit_of(const unsigned char *words, uint64_t i) { return words[i / 8] >> i % 8 & 1; }
 
 /* Element by element, by the definition. */
 static void compare_grids(int isa) {
@@ -232,6 +196,7 @@ static void *caller(void *unused) {
 }
 
 static void check_threads(void) {
+    const int before = failures;
     pthread_t threads[CALLERS];
     fd_set_num_threads(1);
     for (int i = 0; i < MAX_CELLS; i++) shared_x[i] = (float)i;
@@ -241,7 +206,7 @@ static void check_threads(void) {
     fd_set_num_threads(3);
     for (int i = 0; i < CALLERS; i++) pthread_create(&threads[i], NULL, caller, NULL);
     for (int i = 0; i < CALLERS; i++) pthread_join(threads[i], NULL);
-    expect(failures == 0, "threads", fd_isa_active(), CALLERS, 0);
+    expect(failures == before, "threads", fd_isa_active(), CALLERS, 0);
     fd_set_num_threads(1);
 }
 
@@ -300,8 +265,10 @@ static void check_refusals(void) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 2) {
-        fprintf(stderr, "usage: kernels_test GOLDEN\n");
+    const unsigned long stride = argc > 2 ? strtoul(argv[2], NULL, 10) : 0;
+    const int large = argc == 4 && !strcmp(argv[3], "large");
+    if (!stride || argc > 3 + large) {
+        fprintf(stderr, "usage: kernels_test GOLDEN STRIDE [large]\n");
         return 2;
     }
     fd_set_num_threads(1);
@@ -331,11 +298,14 @@ int main(int argc, char **argv) {
             compare(isa, FD_FLOAT32, (16u << 20) / 4 + 1003, 0, THRESHOLDS[3], shift, 0);
             compare_noise(isa, FD_BFLOAT16, (16u << 20) / 2 + 1003, 9, shift);
         }
+        check_vector_math(isa, (uint32_t)stride);
+        check_fused(isa, large);
         printf("%s: %s\n", fd_isa_name(isa), failures ? "FAIL" : "ok");
     }
     check_threads();
     check_team();
     check_refusals();
+    check_fused_refusals();
     printf("%s: %d instruction sets, %d failures\n", failures ? "FAIL" : "PASS", sets, failures);
     return failures != 0;
 }

@@ -31,12 +31,16 @@ OLDEST: Capability = (7, 5)
 # What machine code hangs on beside the variant.
 SOURCES = (
     "_checks.py",
+    "activations.py",
     "stream.py",
+    "backends/_curves.py",
     "backends/_scalars.py",
     "backends/_cuda/compile.py",
     "backends/_cuda/tile.py",
     "backends/_cuda/words.py",
     "backends/_cuda/kernels.py",
+    "backends/_cuda/row_words.py",
+    "backends/_cuda/rows.py",
 )
 PACKAGES = (
     "numba",
@@ -51,7 +55,8 @@ INSTALL = "pip install 'fastdrop[cuda]'"
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 
-# Parameters of each body as `struct` codes; F is what elements are computed in, A that or a count. The kernels' ABI.
+# Parameters of each body, of `kernels` and of `rows`, as `struct` codes: the kernels' ABI. F is what elements are
+# computed in, A that or a count.
 PARAMETERS = {
     "draw_words": "QQQQQQQII",
     "elementwise": "QQQQQQQQQIIQAFF",
@@ -60,13 +65,25 @@ PARAMETERS = {
     "dilate_bits": "QQQQQQQQ",
     "count_bits": "QQQ",
 }
+ROW_PARAMETERS = {
+    "pointwise_forward": "QQQQQQQQQQF",
+    "pointwise_backward": "QQQQQQQQQQF",
+    "pointwise_columns": "QQQQQQQQQQQQF",
+    "norm_forward": "QQQQQQQQQQQIIFF",
+    "norm_backward": "QQQQQQQQQQIIF",
+    "norm_columns": "QQQQQQQ",
+    "add_panels": "QQQ",
+    "softmax_forward": "QQQQQQQQQQQQQQQQIIFF",
+    "softmax_backward": "QQQQQQQIFF",
+}
 
 
 class Variant(NamedTuple):
     """A kernel: which body, for which storage type, in which form.
 
-    ``form`` is where elementwise's bits come from (drawn, drawn_shifted, stored), how wide strided's accesses are
-    (wide, narrow). ``plain``: b = 0. ``counted``: the scale is a by a count on the device.
+    ``form`` is where elementwise's bits come from (drawn, drawn_shifted, stored), how wide the accesses of strided and
+    of most kernels on rows are (wide, narrow). ``plain``: b = 0. ``counted``: the scale is a by a count on the device.
+    ``sum_dtype``, the residual stream's storage type, and ``activation`` are for kernels on rows.
     """
 
     body: str
@@ -74,15 +91,28 @@ class Variant(NamedTuple):
     form: str = ""
     plain: bool = True
     counted: bool = False
+    sum_dtype: int = 0
+    activation: int = 0
 
     def __str__(self) -> str:
+        if self.on_rows:
+            return f"{self.body}-{self.dtype}-{self.sum_dtype}-{self.form or 'both'}-{self.activation}"
         affine = ("scale" if self.plain else "affine") + "-counted" * self.counted
         return "-".join((self.body, str(self.dtype), self.form or "only", affine))
 
     @property
+    def on_rows(self) -> bool:
+        """Whether it is one of `rows`."""
+        return self.body in ROW_PARAMETERS
+
+    @property
     def codes(self) -> str:
         computed = "d" if self.dtype == FLOAT64 else "f"
-        return PARAMETERS[self.body].replace("F", computed).replace("A", "d" if self.counted else computed)
+        return (
+            (PARAMETERS | ROW_PARAMETERS)[self.body]
+            .replace("F", computed)
+            .replace("A", "d" if self.counted else computed)
+        )
 
 
 def packer(variant: Variant) -> struct.Struct:
@@ -104,11 +134,17 @@ def _translated(variant: Variant, cc: Capability, output: str) -> Any:
     _ready_numba_cuda()
     from numba import cuda, types
 
-    from . import kernels, words
+    from . import kernels, row_words, rows, words
+
+    def row_vocabulary(wide: bool) -> Any:
+        return row_words.RowVocabulary(variant.dtype, cc, variant.sum_dtype, wide)
 
     of_code = {"Q": types.uint64, "I": types.uint32, "f": types.float32, "d": types.float64}
-    vocabulary = words.Vocabulary(variant.dtype, cc, variant.plain, variant.counted)
-    function = kernels.build(vocabulary, variant.body, variant.form)
+    if variant.on_rows:
+        function = rows.build(row_vocabulary, variant.body, variant.form, variant.activation)
+    else:
+        vocabulary = words.Vocabulary(variant.dtype, cc, variant.plain, variant.counted)
+        function = kernels.build(vocabulary, variant.body, variant.form)
     signature = types.void(*(of_code[c] for c in variant.codes))
     return cuda.compile(function, signature, device=False, cc=cc, output=output, abi="numba")[0]  # type: ignore
 

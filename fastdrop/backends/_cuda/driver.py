@@ -15,8 +15,9 @@ from typing import Any
 
 from . import compile
 from .compile import INSTALL, OLDEST, Capability, Variant
+from .tile import LANES, TEAM_WARPS
 
-THREADS = 128  # per block: four warps
+THREADS = LANES * TEAM_WARPS  # per block
 BLOCKS_PER_SM = 32  # at most; beyond, a thread takes several turns
 
 REFUSALS = (200, 209, 222)  # invalid image, none for this GPU, PTX too new: machine code and driver don't fit
@@ -140,7 +141,7 @@ class Device:
         self._context = check(*driver.cuDevicePrimaryCtxRetain(handle))
         self._address = int(self._context)
         self._get_current, self.launch = driver.cuCtxGetCurrent, driver.cuLaunchKernel
-        self._kernels: dict[tuple[str, int, str, bool, bool], Kernel] = {}
+        self._kernels: dict[tuple[Any, ...], Kernel] = {}
 
     def is_current(self) -> bool:
         """Whether this thread's context is the device's."""
@@ -153,10 +154,21 @@ class Device:
     def __exit__(self, *_: Any) -> None:
         check(*self.driver.cuCtxPopCurrent())
 
-    def kernel(self, body: str, dtype: int = 0, form: str = "", plain: bool = True, counted: bool = False) -> Kernel:
+    def kernel(
+        self,
+        body: str,
+        dtype: int = 0,
+        form: str = "",
+        plain: bool = True,
+        counted: bool = False,
+        sum_dtype: int = 0,
+        activation: int = 0,
+    ) -> Kernel:
         """A `Variant` by its parts."""
-        found = self._kernels.get((body, dtype, form, plain, counted))
-        return found if found is not None else self._load(Variant(body, dtype, form, plain, counted))
+        found = self._kernels.get((body, dtype, form, plain, counted, sum_dtype, activation))
+        if found is not None:
+            return found
+        return self._load(Variant(body, dtype, form, plain, counted, sum_dtype, activation))
 
     def _load(self, variant: Variant) -> Kernel:
         driver = self.driver

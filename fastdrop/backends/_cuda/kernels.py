@@ -74,7 +74,7 @@ def _indices(v: Any) -> Any:
     return v.lane, v.thread, v.block, v.blocks, v.block_threads
 
 
-def _threads(v: Any) -> Any:
+def thread_counter(v: Any) -> Any:
     _, thread_index, block_index, blocks, block_threads = _indices(v)
 
     @v.inline
@@ -85,7 +85,7 @@ def _threads(v: Any) -> Any:
     return threads
 
 
-def _warps(v: Any) -> Any:
+def warp_counter(v: Any) -> Any:
     _, thread_index, block_index, blocks, block_threads = _indices(v)
     uniform = v.uniform
 
@@ -99,7 +99,7 @@ def _warps(v: Any) -> Any:
 
 
 def draw_words(v: Any) -> Any:
-    draw, seed_of, warps = _drawing(v), _seeds(v), _warps(v)
+    draw, seed_of, warps = _drawing(v), _seeds(v), warp_counter(v)
     lane_index, load_word, store_word = v.lane, v.load_word, v.store_word
 
     def kernel(words, position, first, n, seed, seed_at, offset, threshold, groups):
@@ -202,7 +202,7 @@ def strided(v: Any, wide: bool) -> Any:
 
     ``wide``: 16 bytes at a time; addresses and the innermost extent must be multiples of them.
     """
-    threads_of, load_word, divide, scale_of = _threads(v), v.load_word, v.divide, v.scale
+    threads_of, load_word, divide, scale_of = thread_counter(v), v.load_word, v.divide, v.scale
     load_vector, store_vector, load_item, store_item = v.load_vector, v.store_vector, v.load_item, v.store_item
     step, vector_bytes = v.vector_items, VECTOR_BYTES
     item = U(v.item_bytes)
@@ -254,7 +254,7 @@ def strided(v: Any, wide: bool) -> Any:
 
 
 def gaussian_multiply(v: Any) -> Any:
-    threads_of, seed_of = _threads(v), _seeds(v)
+    threads_of, seed_of = thread_counter(v), _seeds(v)
     philox_planes, normals = philox(v.multiply), normal_pair(v.plus, v.times, v.root)
     load_four, store_four, plus, times = v.load_four, v.store_four, v.plus, v.times
     item, one, three = U(v.item_bytes), np.float32(1), U(3)
@@ -285,7 +285,7 @@ def gaussian_multiply(v: Any) -> Any:
 
 
 def dilate_bits(v: Any) -> Any:
-    threads_of, multiply_high = _threads(v), v.multiply_high
+    threads_of, multiply_high = thread_counter(v), v.multiply_high
     load_word, store_word = v.load_word, v.store_word
 
     def kernel(to, words, cells, row, multiplier, shift, length, inner):
@@ -321,7 +321,7 @@ def dilate_bits(v: Any) -> Any:
 
 
 def count_bits(v: Any) -> Any:
-    warps, lane_index, load_word = _warps(v), v.lane, v.load_word
+    warps, lane_index, load_word = warp_counter(v), v.lane, v.load_word
     ones, sum_lanes, add_long = v.ones, v.sum_lanes, v.add_long
 
     def kernel(words, count, kept):

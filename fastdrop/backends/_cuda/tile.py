@@ -10,3 +10,5 @@ VECTOR_BYTES = 16  # one access of a lane
 BATCH = 8  # elements a lane has under way where it takes them one by one
 COUNTED = 16  # words of a thread, at the least, before it adds what it counted to what all did
 ITEM_BYTES = {FLOAT32: 4, FLOAT64: 8, FLOAT16: 2, BFLOAT16: 2}
+TEAM_WARPS = 4  # of a block
+SHORT_ROW = 512  # columns that a warp takes; longer rows are a block's

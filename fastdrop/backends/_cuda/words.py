@@ -53,40 +53,40 @@ class Vocabulary:
         self.lane = _special("laneid")
         self.thread, self.block = _special("tid.x"), _special("ctaid.x")
         self.block_threads, self.blocks = _special("ntid.x"), _special("nctaid.x")
-        self.multiply = _define(types.uint64, (types.uint64, types.uint64), self._multiply)
-        self.multiply_high = _define(types.uint64, (types.uint64, types.uint64), self._multiply_high)
-        self.divide = _define(types.uint32, (types.uint32, types.uint32, types.uint32), self._divide)
-        self.plane_mask = _define(types.uint32, (types.uint32, types.uint32), self._plane_mask)
-        self.uniform = _define(types.uint32, (types.uint32,), self._uniform)
-        self.any_lane = _define(types.boolean, (types.boolean,), self._any_lane)
-        self.ones = _define(types.uint32, (types.uint32,), _operation("ctpop.i32"))
-        self.sum_lanes = _define(types.uint32, (types.uint32,), self._sum_lanes)
-        self.add_long = _define(types.void, (types.uint64, types.uint64), self._add_long)
+        self.multiply = define(types.uint64, (types.uint64, types.uint64), self._multiply)
+        self.multiply_high = define(types.uint64, (types.uint64, types.uint64), self._multiply_high)
+        self.divide = define(types.uint32, (types.uint32, types.uint32, types.uint32), self._divide)
+        self.plane_mask = define(types.uint32, (types.uint32, types.uint32), self._plane_mask)
+        self.uniform = define(types.uint32, (types.uint32,), self._uniform)
+        self.any_lane = define(types.boolean, (types.boolean,), self._any_lane)
+        self.ones = define(types.uint32, (types.uint32,), operation("ctpop.i32"))
+        self.sum_lanes = define(types.uint32, (types.uint32,), self._sum_lanes)
+        self.add_long = define(types.void, (types.uint64, types.uint64), self._add_long)
         f32 = types.float32
-        self.plus = _define(f32, (f32, f32), _operation("nvvm.add.rn.f"))
-        self.times = _define(f32, (f32, f32), _operation("nvvm.mul.rn.f"))
-        self.root = _define(f32, (f32,), _operation("nvvm.sqrt.rn.f"))
-        self.scale = _define(a, (types.float64 if counted else a, types.uint64), self._scale)
-        self.load_word = _define(types.uint32, (types.uint64,), _load(I32))
-        self.store_word = _define(types.void, (types.uint64, types.uint32), _store)
-        self.load_long = _define(types.uint64, (types.uint64,), _load(I64))
+        self.plus = define(f32, (f32, f32), operation("nvvm.add.rn.f"))
+        self.times = define(f32, (f32, f32), operation("nvvm.mul.rn.f"))
+        self.root = define(f32, (f32,), operation("nvvm.sqrt.rn.f"))
+        self.scale = define(a, (types.float64 if counted else a, types.uint64), self._scale)
+        self.load_word = define(types.uint32, (types.uint64,), _load(I32))
+        self.store_word = define(types.void, (types.uint64, types.uint32), _store)
+        self.load_long = define(types.uint64, (types.uint64,), _load(I64))
         tile = types.UniTuple(held, self.sweeps * self._registers)
-        self.load_tile = _define(tile, (types.uint64,), self._load_tile)
-        self.store_tile = _define(
+        self.load_tile = define(tile, (types.uint64,), self._load_tile)
+        self.store_tile = define(
             types.void, (types.uint64, tile, types.uint32, types.uint32, a, a, a), self._store_tile
         )
         rest = types.UniTuple(item_type, BATCH)
         u32 = types.uint32
-        self.load_rest = _define(rest, (types.uint64, u32, u32), self._load_rest)
-        self.store_rest = _define(types.void, (types.uint64, u32, u32, rest, u32, u32, u32, a, a, a), self._store_rest)
+        self.load_rest = define(rest, (types.uint64, u32, u32), self._load_rest)
+        self.store_rest = define(types.void, (types.uint64, u32, u32, rest, u32, u32, u32, a, a, a), self._store_rest)
         four, u64 = types.UniTuple(item_type, 4), types.uint64
-        self.load_four = _define(four, (u64, u64, u64), self._load_four)
-        self.store_four = _define(types.void, (u64, u64, u64, four, types.UniTuple(f32, 4)), self._store_four)
+        self.load_four = define(four, (u64, u64, u64), self._load_four)
+        self.store_four = define(types.void, (u64, u64, u64, four, types.UniTuple(f32, 4)), self._store_four)
         vector = types.UniTuple(held, self._registers)
-        self.load_vector = _define(vector, (types.uint64,), self._load_vector)
-        self.store_vector = _define(types.void, (types.uint64, vector, types.uint32, a, a, a), self._store_vector)
-        self.load_item = _define(item_type, (types.uint64,), self._load_item)
-        self.store_item = _define(types.void, (types.uint64, item_type, types.uint32, a, a, a), self._store_item)
+        self.load_vector = define(vector, (types.uint64,), self._load_vector)
+        self.store_vector = define(types.void, (types.uint64, vector, types.uint32, a, a, a), self._store_vector)
+        self.load_item = define(item_type, (types.uint64,), self._load_item)
+        self.store_item = define(types.void, (types.uint64, item_type, types.uint32, a, a, a), self._store_item)
 
     # ---- a tile, in vectors ----
 
@@ -100,7 +100,7 @@ class Vocabulary:
         first = builder.mul(lane, constant(self.vector_items))  # cell, within a sweep
         owner, shift = builder.lshr(first, constant(5)), builder.and_(first, constant(31))
         for sweep, at in enumerate(self._sweep_addresses(builder, address)):
-            bits = _shuffle(builder, word, builder.add(owner, constant(sweep * self.vector_items)))
+            bits = shuffle(builder, word, builder.add(owner, constant(sweep * self.vector_items)))
             registers = [builder.extract_value(tile, sweep * per + i) for i in range(per)]
             self._put_vector(builder, at, registers, builder.lshr(bits, shift), (a, b, c))
 
@@ -116,7 +116,7 @@ class Vocabulary:
     def _store_rest(self, context, builder, address, first, end, rest, word, owner, lane, a, b, c):
         """``owner``: the lane that has the bits of the first."""
         for i in range(BATCH):
-            bits = builder.lshr(_shuffle(builder, word, builder.add(owner, constant(i))), lane)
+            bits = builder.lshr(shuffle(builder, word, builder.add(owner, constant(i))), lane)
             at, inside = self._rest(builder, address, first, i, end)
             with builder.if_then(inside):
                 self._put_item(builder, at, builder.extract_value(rest, i), bits, (a, b, c))
@@ -176,21 +176,9 @@ class Vocabulary:
 
     def _put_vector(self, builder, address, registers, bits, affine):
         """Elements under the low bits of ``bits``, each register holding one element or two."""
-        result = ir.Constant(ir.VectorType(self._register, self._registers), ir.Undefined)
-        per = self.vector_items // self._registers
-        for i, register in enumerate(registers):
-            keep = [self._bit(builder, bits, i * per + j) for j in range(per)]
-            if per == 2:
-                low, high = (
-                    self._affine(builder, self._widen(builder, half), kept, affine)
-                    for half, kept in zip(_halves(builder, register), keep, strict=True)
-                )
-                value = self._narrow_pair(builder, low, high)
-            else:
-                value = self._affine(builder, builder.bitcast(register, self._computed), keep[0], affine)
-                value = builder.bitcast(value, self._register)
-            result = builder.insert_element(result, value, constant(i))
-        builder.store(result, _pointer(builder, address, result.type), align=VECTOR_BYTES)
+        numbers = [number for register in registers for number in self._numbers(builder, register)]
+        kept = [self._affine(builder, n, self._bit(builder, bits, i), affine) for i, n in enumerate(numbers)]
+        self._write_vector(builder, address, kept)
 
     def _load_item(self, context, builder, address):
         return builder.load(_pointer(builder, address, self._item), align=self.item_bytes)
@@ -199,13 +187,50 @@ class Vocabulary:
         self._put_item(builder, address, item, bits, (a, b, c))
 
     def _put_item(self, builder, address, item, bits, affine):
+        kept = self._affine(builder, self.number_of(builder, item), self._bit(builder, bits, 0), affine)
+        self.write(builder, address, [kept])
+
+    # ---- numbers ----
+
+    def read(self, builder, address, count):
+        """The numbers that lie at an address: one, or so many in whole vectors."""
+        if count == 1:
+            return [self.number_of(builder, self._load_item(None, builder, address))]
+        starts = [builder.add(address, constant(at, I64)) for at in range(0, count * self.item_bytes, VECTOR_BYTES)]
+        registers = [register for at in starts for register in self._load_vector(None, builder, at)]
+        return [number for register in registers for number in self._numbers(builder, register)]
+
+    def write(self, builder, address, numbers):
+        """Likewise."""
+        if len(numbers) == 1:
+            item = self.item_of(builder, numbers[0])
+            builder.store(item, _pointer(builder, address, self._item), align=self.item_bytes)
+            return
+        for i in range(0, len(numbers), self.vector_items):
+            at = builder.add(address, constant(i * self.item_bytes, I64))
+            self._write_vector(builder, at, numbers[i : i + self.vector_items])
+
+    def number_of(self, builder, item):
+        """A stored element as it is computed in."""
+        return self._widen(builder, item) if self.item_bytes == 2 else builder.bitcast(item, self._computed)
+
+    def item_of(self, builder, number):
+        """A number as it is stored."""
+        return self._narrow(builder, number) if self.item_bytes == 2 else builder.bitcast(number, self._item)
+
+    def _numbers(self, builder, register):
         if self.item_bytes == 2:
-            value = self._affine(builder, self._widen(builder, item), self._bit(builder, bits, 0), affine)
-            stored = self._narrow(builder, value)
-        else:
-            value = builder.bitcast(item, self._computed)
-            stored = builder.bitcast(self._affine(builder, value, self._bit(builder, bits, 0), affine), self._item)
-        builder.store(stored, _pointer(builder, address, self._item), align=self.item_bytes)
+            return [self._widen(builder, half) for half in _halves(builder, register)]
+        return [builder.bitcast(register, self._computed)]
+
+    def _write_vector(self, builder, address, numbers):
+        result = ir.Constant(ir.VectorType(self._register, self._registers), ir.Undefined)
+        per = self.vector_items // self._registers
+        for i in range(self._registers):
+            own = numbers[i * per : (i + 1) * per]
+            register = self._narrow_pair(builder, *own) if per == 2 else builder.bitcast(own[0], self._register)
+            result = builder.insert_element(result, register, constant(i))
+        builder.store(result, _pointer(builder, address, result.type), align=VECTOR_BYTES)
 
     # ---- arithmetic ----
 
@@ -220,9 +245,9 @@ class Vocabulary:
         """Two roundings, as everywhere: nothing may contract them to one."""
         a, b, c = affine
         suffix = "d" if self.dtype == FLOAT64 else "f"
-        kept = _call(builder, f"llvm.nvvm.mul.rn.{suffix}", value.type, value, a)
+        kept = call(builder, f"llvm.nvvm.mul.rn.{suffix}", value.type, value, a)
         if not self.plain:
-            kept = _call(builder, f"llvm.nvvm.add.rn.{suffix}", value.type, kept, b)
+            kept = call(builder, f"llvm.nvvm.add.rn.{suffix}", value.type, kept, b)
         return builder.select(keep, kept, c)
 
     def _widen(self, builder, half):
@@ -277,14 +302,14 @@ class Vocabulary:
 
     def _uniform(self, context, builder, value):
         """A number that all lanes share, in a form that tells the compiler so."""
-        return _shuffle(builder, value, constant(0))
+        return shuffle(builder, value, constant(0))
 
     def _any_lane(self, context, builder, flag):
-        return _call(builder, "llvm.nvvm.vote.any.sync", I1, constant(-1), flag)
+        return call(builder, "llvm.nvvm.vote.any.sync", I1, constant(-1), flag)
 
     def _sum_lanes(self, context, builder, value):
         for step in (16, 8, 4, 2, 1):
-            value = builder.add(value, _shuffle(builder, value, constant(step), "bfly"))
+            value = builder.add(value, shuffle(builder, value, constant(step), "bfly"))
         return value
 
     def _add_long(self, context, builder, address, value):
@@ -292,7 +317,7 @@ class Vocabulary:
         builder.atomic_rmw("add", _pointer(builder, address, I64), value, "monotonic")
 
 
-def _define(returns: Any, parameters: tuple[Any, ...], body: Callable[..., Any]) -> Any:
+def define(returns: Any, parameters: tuple[Any, ...], body: Callable[..., Any]) -> Any:
     """An intrinsic; ``body(context, builder, *values)`` emits it and returns its value, a list for a tuple."""
 
     def codegen(context, builder, signature, arguments):
@@ -314,12 +339,12 @@ def _define(returns: Any, parameters: tuple[Any, ...], body: Callable[..., Any])
 
 def _special(name: str) -> Any:
     """A special register, as uint32."""
-    return _define(types.uint32, (), lambda context, builder: _call(builder, f"llvm.nvvm.read.ptx.sreg.{name}", I32))
+    return define(types.uint32, (), lambda context, builder: call(builder, f"llvm.nvvm.read.ptx.sreg.{name}", I32))
 
 
-def _operation(name: str) -> Callable[..., Any]:
+def operation(name: str) -> Callable[..., Any]:
     """An intrinsic of LLVM's whose result and arguments are of one type."""
-    return lambda context, builder, *values: _call(builder, f"llvm.{name}", values[0].type, *values)
+    return lambda context, builder, *values: call(builder, f"llvm.{name}", values[0].type, *values)
 
 
 def _load(type: Any) -> Callable[..., Any]:
@@ -341,12 +366,12 @@ def _halves(builder, register):
     return builder.trunc(register, I16), builder.trunc(builder.lshr(register, constant(16)), I16)
 
 
-def _shuffle(builder, word, lane, mode="idx"):
+def shuffle(builder, word, lane, mode="idx"):
     """The word that another lane holds: ``lane`` is its number, or, "bfly", what it differs in."""
-    return _call(builder, f"llvm.nvvm.shfl.sync.{mode}.i32", I32, constant(-1), word, lane, constant(LANES - 1))
+    return call(builder, f"llvm.nvvm.shfl.sync.{mode}.i32", I32, constant(-1), word, lane, constant(LANES - 1))
 
 
-def _call(builder, name, returns, *arguments):
+def call(builder, name, returns, *arguments):
     function = cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(returns, [argument.type for argument in arguments]), name
     )

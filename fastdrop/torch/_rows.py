@@ -1,0 +1,252 @@
+"""Plain tensors in, plain tensors out: the fused primitives as torch's side of the package calls them.
+
+Data is ``[..., columns]`` of one dtype, the residual stream of the same or of float32; bias, weight and shift are
+``[columns]`` and a mask broadcasts to the scores, of any float dtype, and their gradients come in the type that kernels
+compute in: float64 for float64, else float32. Words are those of `_kernels.draw`, or None where everything is kept.
+
+As in `_kernels` there is no autograd here, no generator, and of checks only those without which kernels would read past
+the end of what hooks on saved tensors gave back. Strides may be any; results are contiguous.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, kinds
+from ..backends import native
+from ..mask import word_count
+from . import _cuda, _kernels
+from ._plain import hide_from_dynamo
+
+TAGS = _kernels.TAGS
+
+
+def computed(dtype: torch.dtype) -> torch.dtype:
+    """What kernels compute in, and what vectors, statistics and sums are stored as."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def pointwise_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    residual: Tensor | None,
+    words: Tensor | None,
+    a: float,
+    activation: int,
+    signs: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """y and, if asked for and only of a relu, the bits of elements that are kept and positive."""
+    n, x = x.numel(), x.contiguous()
+    stream = x if residual is None else residual.contiguous()
+    y = _kernels._new_like(stream, n)
+    kept = x.new_empty(word_count(n), dtype=torch.int32) if signs else None
+    if n:
+        residual = None if residual is None else _same(stream, x, stream.dtype)
+        inputs, outputs = (x, _vector(bias, x), _same(factor, x), residual, _checked(words, x)), (y, kept)
+        _run("pointwise_forward", TAGS[x.dtype], TAGS[y.dtype], *inputs, *outputs, *_extents(x), a, activation)
+    return y, kept
+
+
+def pointwise_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    words: Tensor | None,
+    a: float,
+    activation: int,
+    dtype: torch.dtype,
+    bias_gradient: bool,
+    factor_gradient: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """dx, dfactor and dbias; ``dtype`` is x's, which is None where the gradient needs none."""
+    dy, (rows, columns) = dy.contiguous(), _extents(dy)
+    dx = _kernels._new_like(dy, dy.numel()) if dy.dtype is dtype else dy.new_empty(dy.shape, dtype=dtype)
+    dfactor = torch.empty_like(dx) if factor_gradient else None
+    panels = kinds.panels(rows)
+    sums = dy.new_empty((panels, columns), dtype=computed(dtype)) if bias_gradient else None
+    if dy.numel():
+        x, bias, factor, words = _same(x, dx), _vector(bias, dx), _same(factor, dx), _checked(words, dx)
+        tags, sizes = (TAGS[dtype], TAGS[dy.dtype]), (rows, columns, panels)
+        _run("pointwise_backward", *tags, dy, x, bias, factor, words, dx, dfactor, sums, *sizes, a, activation)
+    return dx, dfactor, _total(sums, dy)
+
+
+def norm_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    words: Tensor | None,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    a: float,
+    eps: float,
+    centred: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, the new residual stream that it is the norm of, and ``statistics[rows, 2]``."""
+    x, (rows, columns) = x.contiguous(), _extents(x)
+    stream = x if residual is None else residual.contiguous()
+    y, sum = _kernels._new_like(x, x.numel()), _kernels._new_like(stream, x.numel())
+    statistics = x.new_empty((rows, 2), dtype=computed(x.dtype))
+    if x.numel():
+        bias, weight, shift = _vector(bias, x), _vector(weight, x), _vector(shift, x)
+        residual, words = None if residual is None else _same(stream, x, stream.dtype), _checked(words, x)
+        inputs, outputs = (x, bias, residual, words, weight, shift), (y, sum, statistics)
+        _run("norm_forward", TAGS[x.dtype], TAGS[sum.dtype], *inputs, *outputs, rows, columns, a, eps, int(centred))
+    return y, sum, statistics
+
+
+def norm_backward(
+    dy: Tensor,
+    dsum: Tensor | None,
+    sum: Tensor,
+    statistics: Tensor,
+    weight: Tensor | None,
+    words: Tensor | None,
+    a: float,
+    centred: bool,
+    dtype: torch.dtype,
+    sums: bool,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dresidual and, if asked for, dweight, dshift and dbias; ``dtype`` is x's and dy's.
+
+    dresidual is dx itself where both have one dtype, nothing was dropped and so nothing tells them apart.
+    """
+    dy, (rows, columns) = dy.contiguous(), _extents(dy)
+    dresidual = _kernels._new_like(sum.contiguous(), sum.numel())
+    alike = words is None and a == 1.0 and dtype is sum.dtype
+    dx = None if alike else _kernels._new_like(dy, dy.numel())
+    panels = kinds.panels(rows)
+    totals = dy.new_empty((panels, 3, columns), dtype=computed(dtype)) if sums else None
+    if dy.numel():
+        sum, dsum = _kept(sum, dy.shape, sum.dtype, dy), _same(dsum, dy, sum.dtype)
+        statistics = _kept(statistics, (rows, 2), computed(dtype), dy)
+        tags, words, sizes = (TAGS[dtype], TAGS[sum.dtype]), _checked(words, dy), (rows, columns, panels)
+        inputs, outputs = (dy, dsum, sum, statistics, _vector(weight, dy), words), (dx, dresidual, totals)
+        _run("norm_backward", *tags, *inputs, *outputs, *sizes, a, int(centred))
+    of_columns = (None, None, None) if totals is None else (_total(totals[:, i], dy) for i in range(3))
+    return dresidual if dx is None else dx, dresidual, *of_columns
+
+
+def softmax_forward(
+    scores: Tensor, mask: Tensor | None, words: Tensor | None, a: float, scale: float, causal: bool, keep: bool
+) -> tuple[Tensor, Tensor | None]:
+    """y and, if they are to be kept, the probabilities: y itself where nothing was dropped.
+
+    Scores are ``[..., queries, keys]``.
+    """
+    scores = scores.contiguous()
+    n, (rows, columns) = scores.numel(), _extents(scores)
+    y = _kernels._new_like(scores, n)
+    apart = keep and (words is not None or a != 1.0)
+    probabilities = _kernels._new_like(scores, n) if apart else None
+    if n:
+        flat, heads, queries, strides = _mask(mask, scores)
+        words, tag = _checked(words, scores), TAGS[scores.dtype]
+        inputs, sizes = (scores, flat, words), (rows, columns, heads, queries, *strides)
+        _run("softmax_forward", tag, *inputs, probabilities, y, *sizes, scale, a, int(causal))
+    return y, probabilities if apart else y if keep else None
+
+
+def softmax_backward(
+    dy: Tensor, probabilities: Tensor, words: Tensor | None, a: float, scale: float, again: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The scores' gradient and, if asked for, forward's y once more."""
+    dy = dy.contiguous()
+    n, (rows, columns) = dy.numel(), _extents(dy)
+    dx, y = _kernels._new_like(dy, n), _kernels._new_like(dy, n) if again else None
+    if n:
+        probabilities = _kept(probabilities, dy.shape, dy.dtype, dy)
+        words, tag = _checked(words, dy), TAGS[dy.dtype]
+        _run("softmax_backward", tag, dy, probabilities, words, dx, y, rows, columns, scale, a)
+    return dx, y
+
+
+# ---- memory ----
+
+
+def _run(primitive: str, *arguments: Any) -> None:
+    """A primitive where its first tensor is; tensors or None stand in the place of arrays."""
+    if next(x for x in arguments if isinstance(x, Tensor)).is_cuda:
+        getattr(_cuda, primitive)(*arguments)
+        return
+    backend = backends.active()
+    if backend is native:
+        at = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
+        if getattr(native, f"{primitive}_at")(torch.get_num_threads(), *at):
+            raise _kernels._refusal()
+    else:
+        arrays = [_array(x) if isinstance(x, Tensor) else x for x in arguments]
+        _kernels._call(backend, getattr(backend, primitive), *arrays)
+
+
+def _array(x: Tensor) -> Any:
+    return _kernels._words(x) if x.dtype is torch.int32 else _kernels._array(x)
+
+
+def _extents(x: Tensor) -> tuple[int, int]:
+    """Rows and columns; a number without axes is one of each."""
+    return math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1
+
+
+def _vector(x: Tensor | None, data: Tensor) -> Tensor | None:
+    """As kernels for this data take it."""
+    if x is None:
+        return None
+    wide = computed(data.dtype)
+    return _kept(x if x.dtype is wide else x.to(wide), data.shape[-1:], wide, data)
+
+
+def _same(x: Tensor | None, data: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+    """An array of the data's shape, and dtype unless one is named."""
+    return None if x is None else _kept(x, data.shape, dtype or data.dtype, data)
+
+
+def _kept(x: Tensor, shape: Any, dtype: torch.dtype, data: Tensor) -> Tensor:
+    """x in C order, if it is what was kept: kernels would read past the end of less."""
+    if x.shape != shape or x.dtype is not dtype or x.device != data.device:
+        raise ValueError(
+            f"kept for backward was {dtype} of shape {tuple(shape)} on {data.device}, but what came back is {x.dtype} "
+            f"of shape {tuple(x.shape)} on {x.device}"
+        )
+    return x.contiguous()
+
+
+def _checked(words: Tensor | None, data: Tensor) -> Tensor | None:
+    return None if words is None else _kernels._checked(words, data.numel(), data.device)
+
+
+def _total(sums: Tensor | None, data: Tensor) -> Tensor | None:
+    """The sum over all panels, in memory of its own: gradients live longer than panels should."""
+    if sums is None:
+        return None
+    return sums[0].clone() if data.numel() else sums.new_zeros(sums.shape[1:])
+
+
+def _mask(mask: Tensor | None, scores: Tensor) -> tuple[Tensor | None, int, int, tuple[int, int, int]]:
+    """The mask's memory, a row's keys side by side; heads, queries, and strides of what is before heads, of both."""
+    shape = scores.shape if scores.dim() > 2 else (1,) * (3 - scores.dim()) + tuple(scores.shape)
+    heads, queries, keys = shape[-3:]
+    if mask is None:
+        return None, heads, queries, (0, 0, 0)
+    mask = mask.to(computed(scores.dtype))
+    if mask.dim() and (mask.shape[-1] != keys or (keys > 1 and mask.stride(-1) != 1)):
+        mask = mask.expand(*mask.shape[:-1], keys).contiguous()
+    mask = mask.expand(shape)
+    if mask.stride(-1) != 1 and keys > 1:
+        mask = mask.contiguous()
+    try:
+        mask = mask.view(-1, heads, queries, keys)
+    except RuntimeError:  # its outer axes are not one
+        mask = mask.contiguous().view(-1, heads, queries, keys)
+    outer, head, query, _ = mask.stride()
+    end = (mask.shape[0] - 1) * outer + (heads - 1) * head + (queries - 1) * query + keys
+    return mask.as_strided((end,), (1,)), heads, queries, (outer, head, query)
+
+
+hide_from_dynamo(pointwise_forward, pointwise_backward, norm_forward, norm_backward, softmax_forward, softmax_backward)

@@ -1,0 +1,629 @@
+"""Dropout with what stands before and after it in a network, in one pass over memory.
+
+Plain eager tensors take an `autograd.Function` that calls the kernel at once, compilers the ops of `_fused_ops`;
+transforms, forward-mode AD, tracers, modes, subclasses and complex numbers take the same formula composed of torch's
+ops. The mask is `dropout`'s with the same seed on every way.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from .. import _checks
+from ..activations import ACTIVATIONS
+from ..stream import threshold
+from . import _fused_ops, _kernels, _ops, _random, _route, _rows
+from ._ops import overload
+from ._plain import is_plain
+
+__all__ = [
+    "bias_act_dropout",
+    "bias_dropout_add",
+    "dropout_add",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
+    "softmax_dropout",
+    "swiglu_dropout",
+]
+
+Seed = int | Tensor | None
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+HALVES = (torch.float16, torch.bfloat16)
+
+_is_compiling = torch.compiler.is_compiling
+
+
+def _for_subclasses(function: Function) -> Function:
+    """Lets tensor subclasses have their way with a function, as torch's own do."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        if has_torch_function(given):
+            return handle_torch_function(called, given, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return called  # type: ignore[return-value]
+
+
+@_for_subclasses
+def dropout_add(
+    input: Tensor,
+    residual: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns ``residual + dropout(input, p)``: the end of a residual branch.
+
+    Parameters
+    ----------
+    input : Tensor of float32, float64, float16, bfloat16, complex64 or complex128, any shape ``(*)``, any strides
+    residual : Tensor of input's shape
+        Of input's dtype, or float32 beside a 16-bit one; under autocast also of others, which then are promoted.
+    p : float or Tensor of one number
+        Drop probability, 0 to 1. As a tensor, on the CPU, it may change from call to call of a compiled function
+        without compiling anew.
+    training : bool
+        False drops nothing, and draws nothing; so does p = 0.
+    generator, seed
+        As in `dropout`, whose mask it is: of a call of this shape with the same seed.
+    store : {"bits", "seed"}
+        What is kept for backward: 1/8 byte per element, or 8 bytes in all, from which backward draws the mask again.
+
+    Returns
+    -------
+    Tensor with residual's dtype, contiguous
+        Computed in float32, or float64 for float64, and rounded once. What is dropped adds +0, whatever input holds.
+
+    Raises
+    ------
+    ValueError
+        p or seed out of range; a residual of another shape or on another device; unknown store; both seed and
+        generator.
+    TypeError
+        input or residual that is no Tensor; residual's dtype; p or seed of another type.
+    RuntimeError
+        input of an integer dtype; what `dropout` refuses under ``torch.compile`` and ``vmap``.
+
+    The residual's gradient is that of the result itself, and not a copy. Like the other fused functions it has a
+    gradient of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``, autocast
+    and checkpointing. Sources: Srivastava et al., JMLR 15, 2014; Vaswani et al., NeurIPS 2017, section 5.4.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.dropout_add(torch.ones(6), torch.arange(6.0), 0.5, seed=4)
+    tensor([0., 1., 4., 5., 4., 7.])
+    """
+    _tensor("residual", residual)
+    return _pointwise(input, None, None, residual, p, training, None, generator, seed, store)
+
+
+@_for_subclasses
+def bias_dropout_add(
+    input: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns ``residual + dropout(input + bias, p)``: `dropout_add` after a linear layer without its bias.
+
+    Parameters
+    ----------
+    input : Tensor, ``(*, columns)``, of the dtypes of `dropout_add`
+    bias : Tensor of any float dtype, ``(columns,)``
+    residual, p, training, generator, seed, store
+        As in `dropout_add`, and so are the result and the errors; ValueError for a bias of another shape.
+
+    Kept for backward: a bit per element, or a seed. The bias's gradient is summed in float32 (float64 for float64) in
+    an order that input's shape decides.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> input, bias, residual = torch.ones(2, 3), torch.tensor([0.0, 1.0, 2.0]), torch.zeros(2, 3)
+    >>> fdt.bias_dropout_add(input, bias, residual, 0.5, seed=4)
+    tensor([[0., 0., 6.],
+            [2., 0., 6.]])
+    """
+    _tensor("bias", bias)
+    _tensor("residual", residual)
+    return _pointwise(input, bias, None, residual, p, training, None, generator, seed, store)
+
+
+@_for_subclasses
+def bias_act_dropout(
+    input: Tensor,
+    bias: Tensor | None,
+    p: float | Tensor = 0.5,
+    activation: str | None = "gelu",
+    training: bool = True,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns ``dropout(activation(input + bias), p)``: the middle of a feed-forward block.
+
+    Parameters
+    ----------
+    input : Tensor, ``(*, columns)``, of a float dtype; complex without an activation
+    bias : Tensor of any float dtype, ``(columns,)``, or None
+    activation : {"relu", "gelu", "gelu_tanh", "silu", None}
+        "gelu_tanh" is ``F.gelu(x, approximate="tanh")``; ValueError for another.
+    p, training, generator, seed, store
+        As in `dropout_add`, and so are the errors; ValueError for a bias of another shape.
+
+    Returns
+    -------
+    Tensor with input's dtype, contiguous
+
+    Kept for backward: with "relu" one bit per element and nothing else, whatever ``store`` is; with None that bit or
+    a seed; with the others input too.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.bias_act_dropout(torch.arange(-2.0, 4.0), None, 0.5, "relu", seed=4)
+    tensor([0., 0., 0., 2., 0., 6.])
+    """
+    return _pointwise(input, bias, None, None, p, training, activation, generator, seed, store)
+
+
+@_for_subclasses
+def swiglu_dropout(
+    gate: Tensor,
+    up: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns ``dropout(silu(gate) * up, p)``: the middle of a gated feed-forward block.
+
+    Parameters
+    ----------
+    gate : Tensor of float32, float64, float16 or bfloat16, any shape ``(*)``
+    up : Tensor of gate's shape and dtype
+        Under autocast also of others, which then are promoted.
+    p, training, generator, seed, store
+        As in `dropout_add`, and so are the errors.
+
+    Returns
+    -------
+    Tensor with gate's dtype, contiguous
+
+    Kept for backward: gate, up and a bit per element, or a seed. Source: Shazeer, "GLU variants improve Transformer",
+    2020.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.swiglu_dropout(torch.arange(4.0), torch.ones(4), 0.5, seed=4)
+    tensor([0.0000, 0.0000, 3.5232, 5.7154])
+    """
+    _tensor("up", up)
+    return _pointwise(gate, None, up, None, p, training, "silu", generator, seed, store, "gate")
+
+
+@_for_subclasses
+def dropout_add_layer_norm(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    p: float | Tensor = 0.5,
+    eps: float = 1e-5,
+    training: bool = True,
+    *,
+    input_bias: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> tuple[Tensor, Tensor]:
+    """Returns ``(layer_norm(sum, weight, bias), sum)`` with ``sum = residual + dropout(input + input_bias, p)``.
+
+    After attention and feed-forward layers that normalise their result take the first, those that normalise their
+    input both: the second is the residual stream that goes on.
+
+    Parameters
+    ----------
+    input : Tensor of float32, float64, float16 or bfloat16, ``(*, columns)``
+    residual : Tensor of input's shape, or None
+        Of input's dtype, or float32 beside a 16-bit one; under autocast also of others, which then are promoted.
+    weight, bias, input_bias : Tensor of any float dtype, ``(columns,)``, or None
+        Of the norm, and what is added to input.
+    eps : float
+        Added to the variance.
+    p, training, generator, seed, store
+        As in `dropout_add`, and so are the errors; ValueError for other shapes or input without axes.
+
+    Returns
+    -------
+    normed : Tensor with input's dtype, contiguous
+    sum : Tensor with residual's dtype, contiguous
+        Kept for backward, as results of torch's own ops are: it must not be written to before that.
+
+    Kept for backward: sum, a bit per element or a seed, and mean and deviation of each row in float32 (float64 for
+    float64). Sources: Ba, Kiros, Hinton, "Layer normalization", 2016; Xiong et al., ICML 2020, of pre-norm.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> normed, sum = fdt.dropout_add_layer_norm(torch.ones(2, 3), torch.zeros(2, 3), p=0.5, seed=4)
+    >>> sum
+    tensor([[0., 0., 2.],
+            [2., 0., 2.]])
+    >>> normed
+    tensor([[-0.7071, -0.7071,  1.4142],
+            [ 0.7071, -1.4142,  0.7071]])
+    """
+    return _norm(input, residual, weight, bias, input_bias, p, eps, training, True, generator, seed, store)
+
+
+@_for_subclasses
+def dropout_add_rms_norm(
+    input: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None = None,
+    p: float | Tensor = 0.5,
+    eps: float | None = None,
+    training: bool = True,
+    *,
+    input_bias: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> tuple[Tensor, Tensor]:
+    """Returns ``(rms_norm(sum, weight), sum)`` with ``sum = residual + dropout(input + input_bias, p)``.
+
+    Parameters
+    ----------
+    eps : float, optional
+        Added to the mean square; None is that of float32, or of float64 for float64, as in ``F.rms_norm``.
+    input, residual, weight, p, training, input_bias, generator, seed, store
+        As in `dropout_add_layer_norm`, and so are the results, the errors and what is kept.
+
+    Source: Zhang and Sennrich, "Root mean square layer normalization", NeurIPS 2019.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> normed, sum = fdt.dropout_add_rms_norm(torch.ones(2, 3), torch.zeros(2, 3), p=0.5, seed=4)
+    >>> normed
+    tensor([[0.0000, 0.0000, 1.7321],
+            [1.2247, 0.0000, 1.2247]])
+    """
+    return _norm(input, residual, weight, None, input_bias, p, eps, training, False, generator, seed, store)
+
+
+@_for_subclasses
+def softmax_dropout(
+    scores: Tensor,
+    p: float | Tensor = 0.5,
+    scale: float = 1.0,
+    attn_mask: Tensor | None = None,
+    causal: bool = False,
+    training: bool = True,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns ``dropout(softmax(scale * scores + attn_mask), p)`` along the last axis: the weights of attention.
+
+    Parameters
+    ----------
+    scores : Tensor of float32, float64, float16 or bfloat16, ``(*, keys)`` or ``(*, queries, keys)``
+    scale : float
+    attn_mask : Tensor of bool or any float dtype, broadcastable to scores, optional
+        Added to the scores; of bool, False excludes a key. A row in which nothing is left is 0.
+    causal : bool
+        A query sees the keys up to its own number; together with attn_mask, what both leave.
+    p, training, generator, seed, store
+        As in `dropout_add`, and so are the errors; ValueError for an attn_mask that does not broadcast, for a scale
+        that is not finite, and for scores without axes, or with one under ``causal``.
+
+    Returns
+    -------
+    Tensor with scores' shape and dtype, contiguous
+
+    Kept for backward: the softmax in scores' dtype, and a bit per element or a seed. attn_mask has a gradient where it
+    wants one. Source: Vaswani et al., NeurIPS 2017.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.softmax_dropout(torch.zeros(2, 4), 0.5, causal=True, seed=4)
+    tensor([[0., 0., 0., 0.],
+            [0., 1., 0., 0.]])
+    """
+    _real(scores, "scores", "softmax")
+    _checks.at_least("scores", scores.dim(), 2 if causal else 1, "queries and keys" if causal else "keys")
+    scale = scale + 0.0 if _is_compiling() else _checks.finite("scale", scale)
+    if attn_mask is not None:
+        _beside("attn_mask", attn_mask, "scores", scores)
+        _checks.broadcasts("attn_mask", tuple(attn_mask.shape), "scores", tuple(scores.shape))
+        if attn_mask.dtype is torch.bool:
+            excluded = torch.zeros_like(attn_mask, dtype=_rows.computed(scores.dtype))
+            attn_mask = excluded.masked_fill(attn_mask.logical_not(), -torch.inf)
+        elif attn_mask.dtype not in _kernels.TAGS:
+            raise TypeError(f"attn_mask must be of bool or a float dtype, but got {attn_mask.dtype}")
+    call = _Call(scores, (attn_mask,), p, training, generator, seed, store)
+    options = scale, bool(causal)
+    if call.compiles:
+        y: Tensor = overload(torch.ops.fastdrop.softmax, call.p)(
+            scores, attn_mask, call.seed, call.p, *options, call.bits, call.wanted
+        )[0]
+    elif not call.plain:
+        y = call.drop(_fused_ops.softmax_of(scores, attn_mask, *options)).to(scores.dtype)
+    elif call.wanted:
+        y = _apply_softmax(scores, attn_mask, (call.seed, call.p, *options, call.bits))[0]
+    else:
+        y = _fused_ops.softmax(scores, attn_mask, call.seed, call.p, *options, False, False)[0]
+    return y
+
+
+# ---- calls ----
+
+
+class _Call:
+    """What a call's way is, and its random state: drawn when the arguments have been found good.
+
+    p is 0 and seed None where nothing is dropped; ``bits`` tells whether words are to be kept.
+    """
+
+    __slots__ = ("bits", "compiles", "p", "plain", "seed", "wanted")
+
+    def __init__(
+        self,
+        x: Tensor,
+        others: tuple[Tensor | None, ...],
+        p: Any,
+        training: bool,
+        generator: torch.Generator | None,
+        seed: Seed,
+        store: str,
+    ) -> None:
+        self.compiles = _is_compiling()
+        p = _route.traced_probability(p) if self.compiles else _route.eager_probability(p)
+        _checks.choice("store", store, _checks.STORES)
+        given = [x, *(tensor for tensor in others if tensor is not None)]
+        self.wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
+        self.bits = store == "bits" and self.wanted
+        self.plain = not self.compiles and all(is_plain(tensor) for tensor in given) and not x.is_complex()
+        drops = training and (isinstance(p, Tensor) or (p > _route.KEEPS_ALL if self.compiles else threshold(p) > 0))
+        self.p: Any = p if drops else 0.0
+        self.seed: Any = None
+        if not drops:
+            _route._check_unused(seed, generator)
+        elif self.plain:
+            self.seed = _route._number_of_seed(x, generator, seed, False)
+        else:
+            self.seed = _route._tensor_of_seed(x, generator, seed)
+
+    def drop(self, x: Tensor, law: str = "inverted") -> Tensor:
+        """x under the mask, by ops that everyone knows; "standard" does not scale."""
+        if self.seed is None:
+            return x
+        return _route._by_ops(x, self.p, False, None, self.seed, None, self.bits, law)
+
+
+def _pointwise(
+    x: Tensor,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    residual: Tensor | None,
+    p: Any,
+    training: bool,
+    activation: str | None,
+    generator: torch.Generator | None,
+    seed: Seed,
+    store: str,
+    name: str = "input",
+) -> Tensor:
+    _checks.choice("activation", activation, tuple(ACTIVATIONS))
+    if activation is None:
+        _tensor(name, x)
+        _kernels.check_dtype(x)
+    else:
+        _real(x, name, activation)
+    _vector("bias", bias, name, x)
+    if factor is not None:
+        x, factor = _promoted(x, "up", factor, name, False)
+    if residual is not None:
+        x, residual = _promoted(x, "residual", residual, name, True)
+    tensors = (x, bias, factor, residual)
+    call = _Call(x, tensors[1:], p, training, generator, seed, store)
+    bits = call.bits or (call.wanted and activation == "relu")
+    if call.compiles:
+        y: Tensor = overload(torch.ops.fastdrop.pointwise, call.p)(*tensors, call.seed, call.p, activation, bits)[0]
+    elif not call.plain:
+        y = _composed(call, *tensors, activation)
+    elif call.wanted:
+        y = _apply_pointwise(*tensors, (call.seed, call.p, activation, bits))
+    else:
+        y = _fused_ops.pointwise(*tensors, call.seed, call.p, activation, False)[0]
+    return y
+
+
+def _composed(
+    call: _Call,
+    x: Tensor,
+    bias: Tensor | None,
+    factor: Tensor | None,
+    residual: Tensor | None,
+    activation: str | None,
+) -> Tensor:
+    """An activation's argument is dropped too, and a factor: their gradients are then 0 whatever they hold."""
+    wide = _fused_ops.wide
+    h = wide(x) if bias is None else wide(x) + wide(bias)
+    if activation is not None:
+        h = _fused_ops.activated(call.drop(h, "standard"), activation)
+        h = h if factor is None else h * call.drop(wide(factor), "standard")
+    h = call.drop(h)
+    return h.to(x.dtype) if residual is None else (wide(residual) + h).to(residual.dtype)
+
+
+class _Pointwise(torch.autograd.Function):
+    """In the old style, which costs a quarter of ``setup_context``'s."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        factor: Tensor | None,
+        residual: Tensor | None,
+        call: tuple[Any, ...],
+    ) -> Tensor:
+        seed, p, activation, bits = call
+        y, words = _fused_ops.pointwise(x, bias, factor, residual, seed, p, activation, bits)
+        _fused_ops.keep_pointwise(ctx, x, bias, factor, _stored(words, seed), p, activation, bits)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        return *_fused_ops.pointwise_gradients(ctx.needs_input_grad[:4], dy, *_ops._kept(ctx)), None
+
+
+def _norm(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    shift: Tensor | None,
+    bias: Tensor | None,
+    p: Any,
+    eps: Any,
+    training: bool,
+    centred: bool,
+    generator: torch.Generator | None,
+    seed: Seed,
+    store: str,
+) -> tuple[Tensor, Tensor]:
+    _real(x, "input", "a norm")
+    _checks.at_least("input", x.dim(), 1, "an axis of columns")
+    for name, vector in (("weight", weight), ("bias", shift), ("input_bias", bias)):
+        _vector(name, vector, "input", x)
+    if residual is not None:
+        x, residual = _promoted(x, "residual", residual, "input", True)
+    if eps is None:
+        eps = torch.finfo(_rows.computed(x.dtype)).eps
+    eps = eps + 0.0 if _is_compiling() else _checks.number_from("eps", eps, 0)
+    tensors = (x, bias, residual, weight, shift)
+    call = _Call(x, tensors[1:], p, training, generator, seed, store)
+    if call.compiles:
+        op = overload(torch.ops.fastdrop.norm, call.p)
+        y, sum, *_ = op(*tensors, call.seed, call.p, eps, centred, call.bits)
+    elif not call.plain:
+        sum = _composed(call, x, bias, None, residual, None)
+        y = _fused_ops.normalised(sum, weight, shift, eps, centred).to(x.dtype)
+    elif call.wanted:
+        y, sum = _apply_norm(*tensors, (call.seed, call.p, eps, centred, call.bits))
+    else:
+        y, sum, *_ = _fused_ops.norm(*tensors, call.seed, call.p, eps, centred, False)
+    return y, sum
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        shift: Tensor | None,
+        call: tuple[Any, ...],
+    ) -> tuple[Tensor, Tensor]:
+        seed, p, eps, centred, bits = call
+        y, sum, statistics, words = _fused_ops.norm(x, bias, residual, weight, shift, *call)
+        kept = _stored(words, seed)
+        _fused_ops.keep_norm(ctx, x, bias, weight, shift, sum, statistics, kept, p, eps, centred, bits)
+        return y, sum
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dsum: Tensor | None) -> tuple[Any, ...]:
+        return *_fused_ops.norm_gradients(ctx.needs_input_grad[:5], dy, dsum, *_ops._kept(ctx)), None
+
+
+class _Softmax(torch.autograd.Function):
+    """Its second output, the probabilities, is there for gradients of second order."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, scores: Tensor, mask: Tensor | None, call: tuple[Any, ...]
+    ) -> tuple[Tensor, Tensor] | tuple[Tensor]:
+        seed, p, scale, causal, bits = call
+        y, probabilities, words = _fused_ops.softmax(scores, mask, seed, p, scale, causal, bits, True)
+        normal = y if probabilities is None else probabilities
+        _fused_ops.keep_softmax(ctx, scores, mask, normal, _stored(words, seed), p, scale, causal, bits)
+        return (y,) if probabilities is None else (y, probabilities)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dprobabilities: Tensor | None = None) -> tuple[Any, ...]:
+        return *_fused_ops.softmax_gradients(ctx.needs_input_grad[:2], dy, dprobabilities, *_ops._kept(ctx)), None
+
+
+def _direct(function: type[torch.autograd.Function]) -> Any:
+    """Its ``apply``, and backward's, past the Python that looks for functorch, which `is_plain` has ruled out."""
+    function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
+    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+
+_apply_pointwise, _apply_norm, _apply_softmax = _direct(_Pointwise), _direct(_Norm), _direct(_Softmax)
+
+
+def _stored(words: Tensor | None, seed: Any) -> Tensor | None:
+    """What backward has the mask from."""
+    return words if words is not None or seed is None else _random.as_tensor(seed)
+
+
+# ---- arguments ----
+
+
+def _tensor(name: str, x: Any) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, but got {type(x).__name__}")
+
+
+def _real(x: Any, name: str, what: str) -> None:
+    _tensor(name, x)
+    _kernels.check_real(x, what)
+
+
+def _beside(name: str, x: Any, of: str, data: Tensor) -> None:
+    _tensor(name, x)
+    if x.device != data.device:
+        raise ValueError(f"{name} must be on {data.device}, as {of} is, but got one on {x.device}")
+
+
+def _vector(name: str, x: Any, of: str, data: Tensor) -> None:
+    if x is None:
+        return
+    _beside(name, x, of, data)
+    if x.dtype not in _kernels.TAGS and x.dtype is not data.dtype:
+        raise TypeError(f"{name} must be of a float dtype, but got {x.dtype}")
+    _checks.at_least(of, data.dim(), 1, "an axis of columns")
+    _checks.per_column(name, tuple(x.shape), of, data.shape[-1])
+
+
+def _promoted(x: Tensor, name: str, other: Any, of: str, wider: bool) -> tuple[Tensor, Tensor]:
+    """Two tensors of one shape, and of dtypes that go together: one and the same or, if it may be, float32 beside 16
+    bits. Autocast promotes others as it does for torch's own sums and products."""
+    _beside(name, other, of, x)
+    allowed = (x.dtype, torch.float32) if wider and x.dtype in HALVES else (x.dtype,)
+    mixed = other.dtype not in allowed and other.dtype in _kernels.TAGS and x.dtype in _kernels.TAGS
+    device = x.device.type
+    if mixed and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        common = torch.promote_types(x.dtype, other.dtype)
+        other = other.to(common)
+        if not (wider and x.dtype in HALVES and common is torch.float32):
+            x = x.to(common)
+        allowed = (common,)
+    _checks.fits(name, other, of, tuple(x.shape), *allowed)
+    return x, other

@@ -1,0 +1,857 @@
+"""`fuse`: the unfused model's outputs and gradients under the same masks, and what it leaves, with the reason.
+
+transformers' blocks are stand-ins of those names and attributes.
+"""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import types
+from functools import partial
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import torch.nn.functional as F  # noqa: E402
+from torch import nn  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
+from torch.nn.utils import prune  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
+
+import fastdrop.torch as fdt  # noqa: E402
+from fastdrop.torch.fuse import fuse, unfuse  # noqa: E402
+
+from .cases import ROOT, output_of  # noqa: E402
+from .torch_cases import assert_equal, saved_tensors, under  # noqa: E402
+
+WIDTH, HEADS, HIDDEN, BATCH, LENGTH, MEMORY = 16, 4, 24, 2, 5, 7
+ENCODER, DECODER = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+
+
+@pytest.fixture(autouse=True)
+def torch_state():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+    fdt.disable()
+
+
+def step(model, *inputs, **options):
+    """Output and gradients of the inputs and of all parameters, under one seed."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    model.zero_grad()
+    y = under(3, model, *inputs, **options)
+    y.sin().sum().backward()
+    return y.detach(), *(x.grad for x in inputs), *(parameter.grad for parameter in model.parameters())
+
+
+def pair(make):
+    """A fused model, and one with the same parameters that is only converted."""
+    model, plain = make(), make()
+    plain.load_state_dict(model.state_dict())
+    fdt.convert(plain)
+    assert fuse(model).changed
+    return model, plain
+
+
+def shaken(model):
+    """Biases are not 0, nor are weights of norms 1."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, dtype=parameter.dtype), alpha=0.1)
+    return model
+
+
+def assert_same(model, plain, *inputs, **options):
+    """Outputs, gradients and the generator's state after them."""
+    actual = step(model, *inputs, **options)
+    after = torch.get_rng_state()
+    with fdt.enabled():
+        expected = step(plain, *inputs, **options)
+    assert torch.equal(torch.get_rng_state(), after)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+    for a, e in zip(under(4, model, *inputs, **options), actual[0], strict=True):
+        assert not torch.equal(a, e)  # something is dropped
+
+
+def assert_left(model, *expected):
+    """Nothing is changed, and the report says why: (path, reason)."""
+    before = [type(module) for module in model.modules()]
+    report = fuse(model)
+    assert not report.changed
+    assert [(row.path, row.reason) for row in report.left] == list(expected)
+    assert [type(module) for module in model.modules()] == before
+
+
+# ---- nn.Sequential ----
+
+
+def perceptron(activation=nn.ReLU, p=0.3, dtype=None, bias=True):
+    layers = nn.Linear(WIDTH, HIDDEN, bias, dtype=dtype), activation(), nn.Dropout(p)
+    return nn.Sequential(*layers, nn.Linear(HIDDEN, WIDTH, bias, dtype=dtype), nn.Dropout(p))
+
+
+ACTIVATIONS = {
+    "ReLU": nn.ReLU,
+    "ReLU in place": partial(nn.ReLU, inplace=True),
+    "GELU": nn.GELU,
+    "GELU tanh": partial(nn.GELU, "tanh"),
+    "SiLU": nn.SiLU,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_sequential(name, dtype):
+    model, plain = pair(lambda: perceptron(ACTIVATIONS[name], dtype=dtype, bias=name != "GELU"))
+    x = torch.randn(3, 5, WIDTH, dtype=dtype)
+    assert_same(model, plain, x)
+    model.eval(), plain.eval()
+    assert_equal(model(x), plain(x))
+
+
+def test_sequential_among_other_modules():
+    """Runs at any position, parts that aren't any, dropouts of ours and of either store, one that serves twice."""
+
+    def make():
+        torch.manual_seed(1)
+        shared = fdt.Dropout(0.2, store="seed")
+        return nn.Sequential(
+            nn.Dropout(0.1),
+            nn.Linear(WIDTH, HIDDEN),
+            shared,
+            nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.SiLU(), nn.Dropout(0.5, inplace=True), nn.Tanh()),
+            nn.Linear(HIDDEN, WIDTH),
+            nn.GELU(),
+            shared,
+            nn.Linear(WIDTH, WIDTH),
+        ).double()
+
+    model, plain = make(), make()
+    fdt.convert(plain)
+    assert str(fuse(model)).splitlines() == [
+        "module       before                         after",
+        "(the model)  Sequential                     FusedSequential: 1 + 2, 4 + 5 + 6",
+        "0            Dropout(p=0.1, inplace=False)  left: no Linear, or Linear and activation, right before it",
+        "3            Sequential                     FusedSequential: 0 + 1 + 2",
+    ]
+    fdt.convert(model)
+    assert_same(model, plain, torch.randn(4, WIDTH, dtype=torch.float64))
+    x = torch.randn(4, HIDDEN, dtype=torch.float64)
+    torch.testing.assert_close(under(2, model[3:], x), under(2, plain[3:], x))
+    assert type(model[3:]) is type(model)
+
+
+class Named(nn.Linear):
+    pass
+
+
+LEFT = {
+    "nothing to fuse": (lambda: nn.Sequential(nn.Tanh(), nn.Dropout()), "1", "no Linear"),
+    "an unknown activation": (lambda: nn.Sequential(nn.Linear(2, 2), nn.ELU(), nn.Dropout()), "2", "no Linear"),
+    "a subclass": (lambda: nn.Sequential(Named(2, 2), nn.Dropout()), "1", "0 is a Named, not nn.Linear"),
+    "whole channels": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Dropout1d()), "1", "1 is a Dropout1d, not nn.Dropout"),
+    "complex numbers": (
+        lambda: nn.Sequential(nn.Linear(2, 2, dtype=torch.complex64), nn.Dropout()),
+        "1",
+        "0 is not of real numbers",
+    ),
+    "standard scaling": (
+        lambda: nn.Sequential(nn.Linear(2, 2), fdt.Dropout(scaling="standard")),
+        "1",
+        "1 doesn't scale what it keeps",
+    ),
+    "a parametrised layer": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), nn.Dropout()),
+        "1",
+        "0 is a ParametrizedLinear, not nn.Linear",
+    ),
+    "pruning's hook": (
+        lambda: nn.Sequential(prune.random_unstructured(nn.Linear(2, 2), "weight", 1), nn.Dropout()),
+        "1",
+        "0 has hooks",
+    ),
+    "a subclass of Sequential": (
+        lambda: type("Block", (nn.Sequential,), {})(nn.Linear(2, 2), nn.Dropout()),
+        "1",
+        "in a Block: its forward may be its own",
+    ),
+    "by itself": (lambda: nn.ModuleList([nn.Dropout()]), "0", "not in a part that is known"),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_fuse_leaves_what_it_may_not_skip_and_says_why(name):
+    make, path, reason = LEFT[name]
+    report = fuse(model := make())
+    assert not report.changed
+    (row,) = report.left
+    assert row.path == path
+    assert row.reason.startswith(reason)
+    assert not any(type(module).__name__.startswith("Fused") for module in model.modules())
+
+
+def test_fuse_leaves_what_was_replaced_on_the_object():
+    model = perceptron()
+    model[1].forward = model[1].forward
+    model[4].forward = model[4].forward
+    reason = "forward was replaced on the object itself"
+    assert_left(model, ("2", f"1's {reason}"), ("4", f"4's {reason}"))
+    model = perceptron()
+    model.forward = model.forward
+    assert_left(model, ("2", f"in a Sequential: its {reason}"), ("4", f"in a Sequential: its {reason}"))
+
+
+HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook")
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("inner", [0, 1, 2])
+def test_hooks_inside_are_called_whenever_they_come(hook, inner):
+    model, calls = perceptron(), []
+    handle = getattr(model[inner], hook)(lambda *_: calls.append(1))
+    (changed,), (left,) = fuse(model).changed, fuse(model).left
+    assert changed.after == "FusedSequential: 3 + 4"
+    assert (left.path, left.reason) == ("2", f"{inner} has hooks")
+    x = torch.randn(4, WIDTH)
+    step(model, x)
+    assert len(calls) == 1
+    handle.remove()
+    step(model, x)
+    assert len(calls) == 1
+    handle = getattr(model[inner], hook)(lambda *_: calls.append(1))
+    step(model, x)
+    assert len(calls) == 2
+    handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module))
+    try:
+        step(model, x)
+    finally:
+        handle.remove()
+    assert calls[2:] == [*model, model]
+
+
+# ---- torch's transformer layers ----
+
+LAYERS = {
+    "post-norm relu": {},
+    "post-norm gelu, batch first": {"activation": F.gelu, "batch_first": True},
+    "pre-norm relu, batch first": {"norm_first": True, "batch_first": True},
+    "pre-norm gelu module": {"norm_first": True, "activation": nn.GELU("tanh")},
+    "post-norm without bias": {"bias": False, "activation": nn.ReLU()},
+    "pre-norm without bias": {"bias": False, "norm_first": True, "activation": "gelu", "batch_first": True},
+}
+
+
+def layer(of, p=0.3, **options):
+    """With rates, parameters and norms that tell its modules apart."""
+    made = shaken(of(WIDTH, HEADS, HIDDEN, p, layer_norm_eps=0.01, **options))
+    for i, module in enumerate(module for module in made.modules() if isinstance(module, nn.Dropout)):
+        module.p = p ** (1 + i)
+    return made
+
+
+def inputs_of(of, dtype=torch.float64, batch_first=False, batch=BATCH):
+    shapes = [(batch, length, WIDTH) for length in (LENGTH, MEMORY)[: 1 + (of is DECODER)]]
+    return [torch.randn(s if batch_first else (s[1], s[0], s[2]), dtype=dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("of", [ENCODER, DECODER], ids=["encoder", "decoder"])
+def test_layer(of, name, dtype):
+    options = LAYERS[name]
+    model, plain = pair(lambda: layer(of, dtype=dtype, **options))
+    inputs = inputs_of(of, dtype, options.get("batch_first", False))
+    assert_same(model, plain, *inputs)
+    model.eval(), plain.eval()
+    assert_equal(model(*inputs), plain(*inputs))
+    with torch.no_grad():  # the encoder's fast path
+        assert_equal(model(*inputs), plain(*inputs))
+
+
+def masks(dtype):
+    causal = nn.Transformer.generate_square_subsequent_mask(LENGTH, dtype=dtype)
+    padding = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [3]])
+    each = torch.randn(BATCH * HEADS, LENGTH, LENGTH, dtype=dtype)
+    return {
+        "causal": {"mask": causal},
+        "causal by hint": {"mask": causal, "is_causal": True},
+        "bool": {"mask": torch.eye(LENGTH) > 0},
+        "of each head": {"mask": each},
+        "padding": {"key_padding_mask": padding},
+        "float padding and causal by hint": {
+            "mask": causal,
+            "key_padding_mask": padding.to(dtype) * -9,
+            "is_causal": True,
+        },
+        "padding and of each head": {"mask": each > 0.5, "key_padding_mask": padding},
+        "nothing to see": {"mask": torch.ones(LENGTH, LENGTH) > 0},
+    }
+
+
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
+@pytest.mark.parametrize("name", masks(torch.float64))
+def test_encoder_layer_masks(name, batch_first):
+    model, plain = pair(lambda: layer(ENCODER, batch_first=batch_first, dtype=torch.float64))
+    options = {n if n == "is_causal" else f"src_{n}": value for n, value in masks(torch.float64)[name].items()}
+    inputs = inputs_of(ENCODER, batch_first=batch_first)
+    assert_same(model, plain, *inputs, **options)
+    model.eval(), plain.eval()
+    assert_equal(model(*inputs, **options), plain(*inputs, **options))
+
+
+def test_decoder_layer_masks():
+    model, plain = pair(lambda: layer(DECODER, norm_first=True, dtype=torch.float64))
+    given = {f"tgt_{name}": value for name, value in masks(torch.float64)["float padding and causal by hint"].items()}
+    given["memory_mask"] = torch.randn(LENGTH, MEMORY, dtype=torch.float64)
+    given["memory_key_padding_mask"] = torch.zeros(BATCH, MEMORY, dtype=torch.float64).index_fill_(
+        1, torch.tensor(2), -4.0
+    )
+    assert_same(model, plain, *inputs_of(DECODER), **given)
+
+
+def test_layer_mask_with_a_gradient():
+    model, plain = pair(lambda: layer(ENCODER, dtype=torch.float64))
+    (x,) = inputs_of(ENCODER)
+    mask = torch.randn(LENGTH, LENGTH, dtype=torch.float64, requires_grad=True)
+    step(model, x, src_mask=mask)
+    (actual, mask.grad) = mask.grad, None
+    with fdt.enabled():
+        step(plain, x, src_mask=mask)
+    torch.testing.assert_close(actual, mask.grad)
+
+
+@pytest.mark.parametrize("of", [ENCODER, DECODER], ids=["encoder", "decoder"])
+def test_layer_unbatched_and_empty(of):
+    model, plain = pair(lambda: layer(of, batch_first=True, norm_first=True, dtype=torch.float64))
+    inputs = [x[0] for x in inputs_of(of, batch_first=True)]
+    assert_same(model, plain, *inputs)
+    empty = inputs_of(of, batch_first=True, batch=0)
+    assert_equal(model(*empty), empty[0])
+
+
+WRONG = {
+    "hint without a mask": {"is_causal": True},
+    "mask of another shape": {"src_mask": torch.zeros(1, LENGTH)},
+    "mask of integers": {"src_mask": torch.zeros(LENGTH, LENGTH, dtype=torch.int64)},
+    "padding of another shape": {"src_key_padding_mask": torch.zeros(LENGTH, BATCH) > 0},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_layer_refuses_masks_as_torch_does(name):
+    model, plain = layer(ENCODER), layer(ENCODER)
+    fuse(model)
+    (x,) = inputs_of(ENCODER, torch.float32)
+    with pytest.raises((RuntimeError, AssertionError)) as expected:
+        plain(x, **WRONG[name])
+    with pytest.raises(type(expected.value)) as actual:
+        model(x, **WRONG[name])
+    assert str(actual.value) == str(expected.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_encoder_of_layers_in_evaluation_takes_torchs_fast_path():
+    encoder = nn.TransformerEncoder(layer(ENCODER, batch_first=True), 2)
+    plain = copy.deepcopy(encoder)
+    assert [row.path for row in fuse(encoder)] == ["layers.0", "layers.1"]
+    (x,) = inputs_of(ENCODER, torch.float32, batch_first=True)
+    padding = masks(torch.float32)["padding"]["key_padding_mask"]
+    with torch.no_grad():
+        for model in (encoder, plain):
+            model.eval()
+        assert_equal(encoder(x, src_key_padding_mask=padding), plain(x, src_key_padding_mask=padding))
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_layer_with_nothing_or_all_dropped(p):
+    model, plain = pair(lambda: layer(ENCODER, p, dtype=torch.float64))
+    (x,) = inputs_of(ENCODER)
+    with fdt.enabled():
+        expected = step(plain, x)
+    for a, e in zip(step(model, x), expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_layer_keeps_little_for_backward():
+    """Six tenths of what torch keeps, of the shape of the benchmark."""
+    model = ENCODER(64, 4, 256, 0.1, batch_first=True)
+    x = torch.randn(8, 128, 64)
+
+    def kept():
+        with saved_tensors() as tensors:
+            model(x)
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(size for at, size in storages.items() if at not in parameters)
+
+    before = kept()
+    fuse(model)
+    assert kept() < 0.6 * before
+
+
+def stub(name, module, **options):
+    """A layer of which one module is another."""
+    changed = layer(ENCODER, **options)
+    setattr(changed, name, module)
+    return changed
+
+
+REFUSED = {
+    "a subclass": (
+        lambda: layer(type("Own", (ENCODER,), {})),
+        "a subclass of torch's layer; its forward may be its own",
+    ),
+    "an activation": (lambda: layer(ENCODER, activation=torch.tanh), "activation is tanh, not a known one"),
+    "an activation module": (lambda: layer(ENCODER, activation=nn.ELU()), "activation is ELU, not a known one"),
+    "a layer": (lambda: stub("linear1", Named(WIDTH, HIDDEN)), "linear1 is a Named, not nn.Linear"),
+    "a norm": (lambda: stub("norm2", nn.RMSNorm(WIDTH)), "norm2 is a RMSNorm, not nn.LayerNorm"),
+    "a norm of two axes": (lambda: stub("norm2", nn.LayerNorm((5, WIDTH))), "norm2 is of more than one axis"),
+    "a dropout": (lambda: stub("dropout1", nn.Identity()), "dropout1 is a Identity, not nn.Dropout"),
+    "attention": (
+        lambda: stub("self_attn", nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True)),
+        "self_attn has keys and values of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_fuse_leaves_layers_with_modules_of_others(name):
+    make, reason = REFUSED[name]
+    assert_left(make(), ("", reason))
+
+
+@pytest.mark.parametrize("name", ["self_attn", "linear2", "dropout", "norm1"])
+def test_hooks_inside_a_layer_are_called_whenever_they_come(name):
+    model, plain = pair(lambda: layer(ENCODER, dtype=torch.float64))
+    fdt.convert(model)
+    calls = []
+    handle = getattr(model, name).register_forward_hook(lambda *_: calls.append(1))
+    with fdt.enabled():
+        assert_same(model, plain, *inputs_of(ENCODER))
+    assert len(calls) == 2
+    unfuse(model)
+    assert_left(model, ("", f"{name} has hooks"))
+    handle.remove()
+    assert fuse(model).changed
+
+
+def test_a_norm_that_is_called_may_have_hooks():
+    model = layer(ENCODER, norm_first=True)
+    calls = []
+    model.norm1.register_forward_hook(lambda *_: calls.append(1))
+    assert fuse(model).changed
+    model(*inputs_of(ENCODER, torch.float32))
+    assert calls
+
+
+# ---- the model stays what it was ----
+
+
+def some_model():
+    return nn.ModuleDict(
+        {
+            "sequence": perceptron(),
+            "encoder": nn.TransformerEncoder(layer(ENCODER), 2, enable_nested_tensor=False),
+            "decoder": layer(DECODER),
+        }
+    )
+
+
+def test_fuse_and_unfuse_change_classes_alone():
+    model = some_model().eval()
+    called = []
+    model["decoder"].register_forward_hook(lambda *_: called.append(1))
+    modules = list(model.modules())
+    before = [(type(module), {name: copy.copy(value) for name, value in vars(module).items()}) for module in modules]
+    state = model.state_dict()
+    report = fuse(model)
+    assert [row.path for row in report.changed] == ["sequence", "encoder.layers.0", "encoder.layers.1", "decoder"]
+    assert not report.left
+    assert len(fuse(model)) == 0
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert [vars(module) for module in modules] == [own for _, own in before]
+    assert list(model.state_dict()) == list(state)
+    assert all(isinstance(module, cls) for module, (cls, _) in zip(modules, before, strict=True))
+    model["decoder"](*inputs_of(DECODER, torch.float32))
+    assert called
+    report = unfuse(model)
+    assert (report.rows[0].before, report.rows[0].after) == ("FusedSequential", "Sequential")
+    assert len(report) == 4
+    assert [type(module) for module in modules] == [cls for cls, _ in before]
+    assert len(unfuse(model)) == 0
+
+
+def test_unfuse_leaves_what_another_has_changed_since():
+    """As fully_shard does: a subclass of ours, fused still."""
+    model = perceptron()
+    fuse(model)
+    model.__class__ = type("Sharded", (type(model),), {})
+    (row,) = unfuse(model)
+    assert (row.before, row.after, row.reason) == ("Sharded", None, "its class was changed since")
+    assert len(fuse(model)) == 0
+
+
+def test_copies_of_a_fused_model_are_fused():
+    model = some_model()
+    fuse(model)
+    inputs = inputs_of(DECODER, torch.float32)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+        assert_equal(under(3, twin["decoder"], *inputs), under(3, model["decoder"], *inputs))
+        assert len(unfuse(twin)) == 4
+    assert len(unfuse(model)) == 4
+
+
+def test_convert_before_and_after_is_the_same():
+    first, second = perceptron(), perceptron()
+    second.load_state_dict(first.state_dict())
+    fdt.convert(first, store="seed")
+    fuse(first), fuse(second)
+    fdt.convert(second, store="seed")
+    x = torch.randn(4, WIDTH)
+    assert_equal(step(first, x), step(second, x))
+    with saved_tensors() as kept:
+        first[3:](torch.randn(4, HIDDEN))
+    assert torch.int32 not in [tensor.dtype for tensor in kept]  # a seed, and no bits
+    unfuse(first), fdt.revert(second)
+    assert type(first[2]) is fdt.Dropout
+    assert type(second[2]) is nn.Dropout
+
+
+def test_fused_modules_follow_a_scheduler():
+    model, plain = pair(lambda: layer(ENCODER, dtype=torch.float64))
+    (x,) = inputs_of(ENCODER)
+    for m in (model, plain):
+        fdt.DropoutScheduler(m, lambda step: 0.6)
+    assert_same(model, plain, x)
+    for m in (model, plain):
+        fdt.DropoutScheduler(m, lambda step: 0.0)
+    torch.testing.assert_close(step(model, x), step(plain, x))
+
+
+def test_fused_models_are_sampled_and_audited_as_before():
+    """Monte Carlo turns on dropout alone, and maps; the audit looks inside."""
+    encoder = nn.TransformerEncoder(layer(ENCODER, batch_first=True), 2, enable_nested_tensor=False)
+    model = nn.Sequential(perceptron(), encoder).eval()
+    plain = copy.deepcopy(model)
+    fdt.convert(plain)
+    fuse(model)
+    x = torch.randn(BATCH, LENGTH, WIDTH)
+    expected, actual = (fdt.mc_predict(m, x, samples=6, seed=1, keep_samples=True) for m in (plain, model))
+    assert expected.std.min() > 0
+    torch.testing.assert_close(actual.samples, expected.samples)
+    assert str(fdt.audit(model, x)) == str(fdt.audit(copy.deepcopy(unfused(model)), x))
+
+
+def unfused(model):
+    unfuse(model)
+    return model
+
+
+def test_fx_sees_the_modules_inside():
+    model = perceptron()
+    fuse(model)
+    graph = torch.fx.symbolic_trace(model).graph
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3", "4"]
+    model = nn.Sequential(layer(ENCODER))
+    fuse(model)
+    graph = torch.fx.symbolic_trace(model).graph
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["0"]
+
+
+# ---- around a fused model ----
+
+MODELS = {  # with smooth activations: a relu would make steps of 16-bit roundings
+    "sequence": (partial(perceptron, nn.SiLU), ENCODER),
+    "post-norm encoder": (partial(layer, ENCODER, activation="gelu"), ENCODER),
+    "pre-norm encoder": (partial(layer, ENCODER, activation="gelu", norm_first=True), ENCODER),
+    "decoder": (partial(layer, DECODER, activation="gelu"), DECODER),
+}
+
+
+@pytest.fixture(params=MODELS)
+def case(request):
+    """(how to make the model, inputs)"""
+    make, of = MODELS[request.param]
+    return make, inputs_of(of, torch.float32)
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpoint(case, reentrant):
+    make, inputs = case
+    fuse(model := make())
+    expected = step(model, *inputs)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, *inputs):
+            return checkpoint(self.inner, *inputs, use_reentrant=reentrant)
+
+    assert_equal(step(Checkpointed(), *inputs), expected)
+
+
+def test_autocast(case):
+    """The residual stream keeps its dtype, and 16-bit products lie beside it."""
+    make, inputs = case
+    model, plain = pair(make)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        actual = step(model, *inputs)
+        with fdt.enabled():
+            expected = step(plain, *inputs)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=0.1, atol=0.05)
+
+
+def test_16_bit_models(case):
+    make, inputs = case
+    model, plain = pair(lambda: make().bfloat16())
+    inputs = [x.bfloat16() for x in inputs]
+    actual = step(model, *inputs)
+    with fdt.enabled():
+        expected = step(plain, *inputs)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_compile(case):
+    """In one graph, which takes p as a scheduler sets it and isn't made again."""
+    make, inputs = case
+    model = make()
+    fdt.convert(model)
+    fuse(model)
+    scheduler = fdt.DropoutScheduler(model, lambda step: 0.1 + 0.2 * step, lambda _, m: isinstance(m, fdt.Dropout))
+    torch.compiler.reset()
+    counters.clear()
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for _ in range(2):
+            torch.testing.assert_close(step(compiled, *inputs), step(model, *inputs))
+            scheduler.step()
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.compiler.reset()
+
+
+def data_parallel(file):
+    """A step of a fused model in a group of one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(perceptron(), layer(ENCODER))
+        fuse(model)
+        (x,) = inputs_of(ENCODER, torch.float32)
+        expected = step(model, x)
+        assert_equal(step(nn.parallel.DistributedDataParallel(model), x), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+    print("done")
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this torch has no gloo to connect processes with",
+)
+def test_data_parallel(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom {__name__} import data_parallel\n"
+    assert output_of(f"{code}data_parallel({str(tmp_path / 'rendezvous')!r})") == "done"
+
+
+# ---- transformers ----
+
+BERT, GPT2 = "transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2"
+PARTS, FUNCTIONS = "transformers.pytorch_utils", "transformers.activations"
+
+
+class Conv1D(nn.Module):
+    def __init__(self, nf, nx):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / nx**0.5), nn.Parameter(torch.randn(nf))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
+
+
+class GELUActivation(nn.Module):
+    def forward(self, x):
+        return F.gelu(x)
+
+
+class NewGELUActivation(nn.Module):
+    def forward(self, x):
+        return F.gelu(x, approximate="tanh")
+
+
+class BertIntermediate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.dense, self.intermediate_act_fn = nn.Linear(WIDTH, HIDDEN), GELUActivation()
+
+    def forward(self, hidden_states):
+        return self.intermediate_act_fn(self.dense(hidden_states))
+
+
+class BertOutput(nn.Module):
+    def __init__(self, width=HIDDEN):
+        super().__init__()
+        self.dense, self.LayerNorm, self.dropout = nn.Linear(width, WIDTH), nn.LayerNorm(WIDTH, 1e-12), nn.Dropout(0.3)
+
+    def forward(self, hidden_states, input_tensor):
+        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + input_tensor)
+
+
+class BertSelfOutput(BertOutput):
+    pass
+
+
+class BertLayer(nn.Module):
+    """As theirs, but for attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention, self.intermediate, self.output = BertSelfOutput(WIDTH), BertIntermediate(), BertOutput()
+
+    def forward(self, x):
+        x = self.attention(x.sin(), x)
+        return self.output(self.intermediate(x), x)
+
+
+class GPT2Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c_proj, self.resid_dropout = Conv1D(WIDTH, WIDTH), nn.Dropout(0.3)
+
+    def forward(self, hidden_states, past_key_values=None, attention_mask=None, use_cache=False, **kwargs):
+        assert (past_key_values, use_cache, kwargs) == (None, True, {"position_ids": 1})
+        return self.resid_dropout(self.c_proj(hidden_states * attention_mask)), None
+
+
+class GPT2MLP(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.c_fc, self.c_proj = Conv1D(HIDDEN, WIDTH), Conv1D(WIDTH, HIDDEN)
+        self.act, self.dropout = NewGELUActivation(), nn.Dropout(0.3)
+
+    def forward(self, hidden_states):
+        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
+
+
+class GPT2Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ln_1, self.ln_2, self.attn, self.mlp = (
+            nn.LayerNorm(WIDTH),
+            nn.LayerNorm(WIDTH, 0.01),
+            GPT2Attention(),
+            GPT2MLP(),
+        )
+
+    def forward(
+        self,
+        hidden_states,
+        past_key_values=None,
+        attention_mask=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        use_cache=False,
+        **kwargs,
+    ):
+        options = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+        x = self.attn(self.ln_1(hidden_states), **options, **kwargs)[0] + hidden_states
+        if encoder_hidden_states is not None:
+            x = x + encoder_hidden_states
+        return x + self.mlp(self.ln_2(x))
+
+
+class Model(nn.Module):
+    """Calls blocks as their model does."""
+
+    def __init__(self, options):
+        super().__init__()
+        self.h, self.options = GPT2Block(), options
+
+    def forward(self, x):
+        mask = torch.full((), 0.5, dtype=x.dtype)
+        return self.h(x, None, mask, use_cache=True, position_ids=1, **self.options)
+
+
+PLACED = {
+    PARTS: (Conv1D,),
+    FUNCTIONS: (GELUActivation, NewGELUActivation),
+    BERT: (BertIntermediate, BertOutput, BertSelfOutput),
+    GPT2: (GPT2MLP, GPT2Block),
+}
+
+
+@pytest.fixture
+def transformers(monkeypatch):
+    """The stand-ins, where the package would have them."""
+    for name, classes in PLACED.items():
+        parts = name.split(".")
+        for i in range(len(parts)):
+            package = ".".join(parts[: i + 1])
+            monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+        for cls in classes:
+            monkeypatch.setattr(cls, "__module__", name)
+            setattr(sys.modules[name], cls.__name__, cls)
+
+
+BLOCKS = {
+    "BERT": (BertLayer, {"attention": "BertSelfOutput", "intermediate": "BertIntermediate", "output": "BertOutput"}),
+    "GPT-2": (partial(Model, {}), {"h": "GPT2Block", "h.mlp": "GPT2MLP"}),
+    "GPT-2 beside an encoder": (
+        partial(Model, {"encoder_hidden_states": torch.ones(WIDTH)}),
+        {"h": "GPT2Block", "h.mlp": "GPT2MLP"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_transformers_blocks(transformers, name):
+    make, classes = BLOCKS[name]
+    model, plain = shaken(make()).double(), make().double()
+    plain.load_state_dict(model.state_dict())
+    fdt.convert(plain)
+    report = fuse(model)
+    assert {row.path: row.before for row in report.changed} == classes
+    assert {row.path: row.after for row in report.changed} == {path: f"Fused{cls}" for path, cls in classes.items()}
+    assert [row.path for row in report.left] == [] if name == "BERT" else ["h.attn.resid_dropout"]
+    fdt.convert(model)
+    x = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64)
+    assert_same(model, plain, x)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_equal(step(twin, x), step(model, x))
+    model.eval(), plain.eval()
+    assert_equal(step(model, x), step(plain, x))
+    assert len(unfuse(model)) == len(classes)
+    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+
+
+def test_transformers_blocks_that_are_left(transformers, monkeypatch):
+    model = Model({})
+    model.h.mlp.act = nn.Tanh()
+    reason = "act is Tanh, not a known one"
+    unknown = "not in a part that is known"
+    assert_left(model, ("h", reason), ("h.attn.resid_dropout", unknown), ("h.mlp", reason))
+    model = BertLayer()
+    model.output.dense = Named(HIDDEN, WIDTH)
+    assert [row.path for row in fuse(model).left] == ["output"]
+    monkeypatch.setattr(GPT2Block, "forward", lambda self, hidden_states, layer_past=None: hidden_states)
+    model = Model({})
+    report = fuse(model)
+    assert [row.path for row in report.changed] == ["h.mlp"]
+    assert report.left[0].reason == "its forward is that of an unknown version of transformers"
+
+
+def test_fused_class_of_a_name_that_is_none():
+    with pytest.raises(AttributeError, match="has no attribute 'FusedThing'"):
+        sys.modules[fuse.__module__].FusedThing  # noqa: B018
