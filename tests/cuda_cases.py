@@ -303,7 +303,6 @@ FUSED = {  # arrays of each primitive: those it must have, those it may have, th
 # Relative, of a result as it is stored; and of numbers of the size of 1 in the arithmetic that leads to it.
 STORED = {"float32": 4e-6, "float64": 1e-13, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 COMPUTED = {np.float32: 4e-6, np.float64: 1e-13}
-PAIRS = {f"{a}, {b}": (a, b) for a in DTYPES for b in dict.fromkeys((a, DTYPES[0])) if a.name != "float64" or b is a}
 
 
 def stored(dtype, values):

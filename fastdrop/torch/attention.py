@@ -23,8 +23,8 @@ from .fused import softmax_dropout
 
 __all__ = ["scaled_dot_product_attention"]
 
-# How many scores are worked on at once, unless one head has more: two arrays of them stay in the cache, and the calls
-# that it takes cost little beside them.
+# How many scores a thread has at once, one head's at least: two arrays of them stay in the cache, and the calls that it
+# takes, at each of which threads wait for one another, cost little beside them.
 BLOCK = 1 << 20
 
 
@@ -83,7 +83,7 @@ def scaled_dot_product_attention(
     >>> value = torch.eye(4)[None]
     >>> fdt.scaled_dot_product_attention(query, torch.ones(1, 4, 3), value, dropout_p=0.5, seed=4)
     tensor([[[0.0000, 0.0000, 0.5000, 0.5000],
-             [0.0000, 0.5000, 0.0000, 0.5000]]])
+             [0.0000, 0.5000, 0.0000, 0.0000]]])
     """
     tensors = (query, key, value, attn_mask)
     if has_torch_function(tensors):
@@ -219,7 +219,7 @@ class _Call(NamedTuple):
 
     def blocks(self) -> list[_Block]:
         """The largest first."""
-        count = max(1, BLOCK // (self.rows * self.keys))
+        count = max(1, BLOCK * torch.get_num_threads() // (self.rows * self.keys))
         heads, outer = min(count, self.heads), min(max(1, count // self.heads), self.outer)
         return [
             _Block(self, o, h, min(outer, self.outer - o), min(heads, self.heads - h))
