@@ -513,10 +513,13 @@ static void C(norm_look)(const C(t) * dy, const C(t) * x, const C(t) * weight, C
     *of_gx += C(total)(gx_sum);
 }
 
+/* The second look: the row's gradient. Meanwhile the next row is on its way: a quarter of the time. */
 static void C(norm_slope)(const C(t) * dy, const C(t) * x, const C(t) * weight, const C(t) * dsum, C(t) * to,
-                          uint64_t n, const C(moments_t) * m) {
+                          uint64_t n, const C(moments_t) * m, const char *next_dy, const char *next_x) {
 #define BODY(left)                                                                                                     \
     {                                                                                                                  \
+        prefetch(next_dy + i * sizeof *dy, 0);                                                                         \
+        prefetch(next_x + i * sizeof *x, 0);                                                                           \
         C(v) g = C(few)(dy + i, left), normal = (C(few)(x + i, left) - m->mean) * m->rstd;                             \
         if (weight) g = g * C(few)(weight + i, left);                                                                  \
         g = (g - m->of_g - normal * m->of_gx) * m->rstd;                                                               \
@@ -558,7 +561,9 @@ static void C(norm_backward)(const norm_backward_args *args, uint64_t begin, uin
                 C(t) *to = args->dresidual ? C(place)(sum_type, args->dresidual, at, slope, args->stream) : slope;
                 C(norm_slope)(C(view)(type, args->dy, at, n, room_dy), C(view)(sum_type, args->sum, at, n, room_x),
                               args->weight ? (const C(t) *)args->weight + j : NULL,
-                              C(view)(sum_type, args->dsum, at, n, room_dsum), to, n, &m);
+                              C(view)(sum_type, args->dsum, at, n, room_dsum), to, n, &m,
+                              (const char *)args->dy + (at + columns) * C(size)(type),
+                              (const char *)args->sum + (at + columns) * C(size)(sum_type));
                 if (args->dresidual) C(deliver)(sum_type, args->dresidual, at, n, to, args->stream);
                 if (!args->dx && !sums) continue;
                 C(t) *dx = args->dx ? C(place)(type, args->dx, at, room_dx, args->stream) : room_dx;
