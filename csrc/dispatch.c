@@ -110,19 +110,35 @@ typedef struct {
     int wide; /* they are float64 */
 } work_t;
 
+static work_t by_cells(uint64_t n, int dtype) {
+    return (work_t){.units = n, .cells = 1, .bytes = n * element_bytes(dtype)};
+}
+
+static work_t by_rows(uint64_t rows, uint64_t columns, int dtype) {
+    return (work_t){.units = rows, .cells = columns, .bytes = rows * columns * element_bytes(dtype)};
+}
+
+static work_t by_panels(uint64_t n, int dtype, void *sums, uint64_t panels, uint64_t width) {
+    return (work_t){.units = panels,
+                    .cells = n / panels,
+                    .bytes = n * element_bytes(dtype),
+                    .sums = sums,
+                    .panels = panels,
+                    .width = width,
+                    .wide = dtype == FD_FLOAT64};
+}
+
 static int draw_bits_good(const draw_bits_args *a) {
     return a->words && good_draw(a->first, a->n, a->threshold) && a->n <= UINT64_MAX - a->position;
 }
 static work_t draw_bits_work(const draw_bits_args *a) {
-    return (work_t){a->position, a->n, 1, a->n / 8, NULL, 0, 0, 0};
+    return (work_t){.begin = a->position, .units = a->n, .cells = 1, .bytes = a->n / 8};
 }
 
 static int dropout_forward_good(const dropout_forward_args *a) {
     return a->x && a->y && good_dtype(a->dtype) && good_draw(a->first, a->n, a->threshold);
 }
-static work_t dropout_forward_work(const dropout_forward_args *a) {
-    return (work_t){0, a->n, 1, a->n * element_bytes(a->dtype), NULL, 0, 0, 0};
-}
+static work_t dropout_forward_work(const dropout_forward_args *a) { return by_cells(a->n, a->dtype); }
 
 static int masked_affine_good(const masked_affine_args *a) {
     uint64_t n;
@@ -130,17 +146,14 @@ static int masked_affine_good(const masked_affine_args *a) {
            !__builtin_mul_overflow(n, a->inner, &n) && a->outer * a->inner <= UINT64_MAX - a->position;
 }
 static work_t masked_affine_work(const masked_affine_args *a) {
-    uint64_t n = a->outer * a->repeat * a->inner;
-    return (work_t){0, n, 1, n * element_bytes(a->dtype), NULL, 0, 0, 0};
+    return by_cells(a->outer * a->repeat * a->inner, a->dtype);
 }
 
 static int gaussian_multiply_good(const gaussian_multiply_args *a) {
     const uint64_t cells = (uint64_t)1 << 61; /* their counters' numbers must leave the domain's bits alone */
     return a->x && a->y && good_dtype(a->dtype) && a->first <= cells && a->n <= cells - a->first;
 }
-static work_t gaussian_multiply_work(const gaussian_multiply_args *a) {
-    return (work_t){0, a->n, 1, a->n * element_bytes(a->dtype), NULL, 0, 0, 0};
-}
+static work_t gaussian_multiply_work(const gaussian_multiply_args *a) { return by_cells(a->n, a->dtype); }
 
 static int dilate_bits_good(const dilate_bits_args *a) {
     uint64_t n;
@@ -149,7 +162,7 @@ static int dilate_bits_good(const dilate_bits_args *a) {
 }
 static work_t dilate_bits_work(const dilate_bits_args *a) {
     uint64_t n = a->outer * (a->n + a->block - 1) * a->inner;
-    return (work_t){0, n, 1, n / 8, NULL, 0, 0, 0};
+    return (work_t){.units = n, .cells = 1, .bytes = n / 8};
 }
 
 static int good_dtypes(int dtype, int sum_dtype) {
@@ -170,8 +183,7 @@ static int pointwise_forward_good(const pointwise_forward_args *a) {
            good_activation(a->activation) && (!a->signs || (a->activation == FD_RELU && a->signs != a->words));
 }
 static work_t pointwise_forward_work(const pointwise_forward_args *a) {
-    uint64_t n = a->rows * a->columns;
-    return (work_t){0, n, 1, n * element_bytes(a->sum_dtype), NULL, 0, 0, 0};
+    return by_cells(a->rows * a->columns, a->sum_dtype);
 }
 
 static int pointwise_backward_good(const pointwise_backward_args *a) {
@@ -180,43 +192,33 @@ static int pointwise_backward_good(const pointwise_backward_args *a) {
            good_rows(a->rows, a->columns) && good_activation(a->activation) && (!a->sums || a->panels);
 }
 static work_t pointwise_backward_work(const pointwise_backward_args *a) {
-    uint64_t n = a->rows * a->columns, bytes = n * element_bytes(a->dtype);
-    int wide = a->dtype == FD_FLOAT64;
-    if (!a->sums) return (work_t){0, n, 1, bytes, NULL, 0, 0, 0};
-    return (work_t){0, a->panels, n / a->panels, bytes, a->sums, a->panels, a->columns, wide};
+    uint64_t n = a->rows * a->columns;
+    return a->sums ? by_panels(n, a->dtype, a->sums, a->panels, a->columns) : by_cells(n, a->dtype);
 }
 
 static int norm_forward_good(const norm_forward_args *a) {
     return a->x && a->y && a->sum && a->statistics && good_dtypes(a->dtype, a->sum_dtype) &&
            good_rows(a->rows, a->columns);
 }
-static work_t norm_forward_work(const norm_forward_args *a) {
-    return (work_t){0, a->rows, a->columns, a->rows * a->columns * element_bytes(a->dtype), NULL, 0, 0, 0};
-}
+static work_t norm_forward_work(const norm_forward_args *a) { return by_rows(a->rows, a->columns, a->dtype); }
 
 static int norm_backward_good(const norm_backward_args *a) {
     return a->dy && a->sum && a->statistics && (a->dx || a->dresidual) && good_dtypes(a->dtype, a->sum_dtype) &&
            good_rows(a->rows, a->columns) && a->panels;
 }
 static work_t norm_backward_work(const norm_backward_args *a) {
-    uint64_t n = a->rows * a->columns;
-    int wide = a->dtype == FD_FLOAT64;
-    return (work_t){0, a->panels, n / a->panels, n * element_bytes(a->dtype), a->sums, a->panels, 3 * a->columns, wide};
+    return by_panels(a->rows * a->columns, a->dtype, a->sums, a->panels, 3 * a->columns);
 }
 
 static int softmax_forward_good(const softmax_forward_args *a) {
     return a->x && a->y && good_dtype(a->dtype) && good_rows(a->rows, a->columns) && a->heads && a->queries;
 }
-static work_t softmax_forward_work(const softmax_forward_args *a) {
-    return (work_t){0, a->rows, a->columns, a->rows * a->columns * element_bytes(a->dtype), NULL, 0, 0, 0};
-}
+static work_t softmax_forward_work(const softmax_forward_args *a) { return by_rows(a->rows, a->columns, a->dtype); }
 
 static int softmax_backward_good(const softmax_backward_args *a) {
     return a->dy && a->probabilities && a->dx && good_dtype(a->dtype) && good_rows(a->rows, a->columns);
 }
-static work_t softmax_backward_work(const softmax_backward_args *a) {
-    return (work_t){0, a->rows, a->columns, a->rows * a->columns * element_bytes(a->dtype), NULL, 0, 0, 0};
-}
+static work_t softmax_backward_work(const softmax_backward_args *a) { return by_rows(a->rows, a->columns, a->dtype); }
 
 /* to += from, wherever they lie. */
 #define DEFINE_ADD(type)                                                                                               \

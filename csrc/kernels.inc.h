@@ -442,6 +442,9 @@ INLINE uint64_t panel_row(uint64_t rows, uint64_t panels, uint64_t panel) {
 DEFINE_STORAGE(f16)
 DEFINE_STORAGE(bf16)
 
+/* How far a strip goes: to where a line of the output begins, then by whole strips. */
+INLINE uint64_t strip_after(uint64_t lead) { return lead && lead < STRIP_CELLS ? lead : STRIP_CELLS; }
+
 #define CTYPE f32
 #include "rows.inc.h"
 #define CTYPE f64

@@ -311,7 +311,7 @@ static void C(pointwise_forward)(const pointwise_forward_args *args, uint64_t be
     C(columns_open)(&bias, args->bias, args->columns);
     for (uint64_t at = begin, n; at < end; at += n) {
         uint64_t lead = args->stream ? C(to_line)(args->sum_dtype, args->y, at) : 0;
-        n = min_u64(end - at, lead && lead < STRIP_CELLS ? lead : STRIP_CELLS);
+        n = min_u64(end - at, strip_after(lead));
         const C(t) *part = C(columns_at)(&bias, at, &n);
         C(point)(args, &bits, &rooms, part, at, n, a, args->stream && !lead);
     }
@@ -473,7 +473,7 @@ static void C(norm_forward)(const norm_forward_args *args, uint64_t begin, uint6
         C(put_one)(statistics + 2 * r + 1, rstd);
         for (uint64_t j = 0, n; j < columns; j += n) {
             const uint64_t at = first + j, lead = stream ? C(to_line)(type, args->y, at) : 0;
-            n = min_u64(columns - j, lead && lead < STRIP_CELLS ? lead : STRIP_CELLS);
+            n = min_u64(columns - j, strip_after(lead));
             C(t) *y = C(place)(type, args->y, at, x, 0);
             C(normalise)(row ? row + j : C(view)(sum_type, args->sum, at, n, other), y,
                          args->weight ? (const C(t) *)args->weight + j : NULL,
@@ -643,7 +643,7 @@ static void C(softmax_forward)(const softmax_forward_args *args, uint64_t begin,
         const C(t) share = total == 0 ? 0 : (C(t))(1 / total); /* nothing left: 0 */
         for (uint64_t j = 0, n; j < columns; j += n) {
             const uint64_t at = first + j, lead = args->stream ? C(to_line)(type, args->y, at) : 0;
-            n = min_u64((j < keys ? keys : columns) - j, lead && lead < STRIP_CELLS ? lead : STRIP_CELLS);
+            n = min_u64((j < keys ? keys : columns) - j, strip_after(lead));
             C(t) *from = fits ? row + j : x, *p = room_p, *y = C(place)(type, args->y, at, room_y, 0);
             const int stream = args->stream && !lead;
             if (args->probabilities) p = C(place)(type, args->probabilities, at, room_p, 0);

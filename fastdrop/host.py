@@ -208,7 +208,7 @@ def _bits(x: Array, tag: int) -> Array:
 
 def _flat(x: Array, tag: int) -> Array:
     """x as backends take it: C-contiguous in logical order (a copy where it is not), bfloat16 as its bits."""
-    return _bits(x if x.flags.c_contiguous else np.ascontiguousarray(x), tag)
+    return _bits(contiguous(x), tag)
 
 
 def _flat_output(y: Array, tag: int) -> Array:
