@@ -9,8 +9,10 @@ found in the control flow of the machine code (an edge back to an instruction th
 instructions those count that one pass executes: the cheapest way from its head back to it that stores what a full
 pass stores and draws as often as the form does. So tails, code after the loop, and side paths for warps whose lanes
 are apart (``BRA.DIV`` is taken to fall through) don't count. Instructions under a false predicate do: they are issued.
-What works on bits alone, a word for 32 cells, has no such number.
-``most`` is the dearest way instead, every branch taken for the worst: bits at any position, cells at any strides.
+What works on bits alone, a word for 32 cells, has no such number. Nor have fused kernels on rows and columns: they go
+over their data several times, in loops that the compiler unrolls and doubles for what may not be given.
+``most`` is the dearest way instead, every branch taken for the worst: bits at any position, cells at any strides, and
+all that may be given to a fused kernel.
 
 A draw is a loop within. It counts as often as it is expected to run until 1,024 cells are decided (`expected_groups`),
 each time as a whole, although the last pass leaves at the vote, a few instructions early. Elements are the bytes that
@@ -37,7 +39,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fastdrop._checks import BFLOAT16, FLOAT32
+from fastdrop._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from fastdrop.activations import ACTIVATIONS, GELU, NONE, RELU, SILU
 from fastdrop.backends._cuda import compile
 from fastdrop.backends._cuda.compile import Capability, Variant
 from fastdrop.backends._cuda.tile import ITEM_BYTES, LANES, TILE_CELLS
@@ -61,6 +64,23 @@ VARIANTS = (
     Variant("count_bits"),
 )
 BITS_ALONE = ("dilate_bits", "count_bits")
+
+# Of each kernel on rows what is likely to be called most, and what takes the most registers.
+ROWS = (
+    *(Variant("pointwise_forward", BFLOAT16, sum_dtype=BFLOAT16, activation=code) for code in (NONE, RELU, GELU)),
+    Variant("pointwise_forward", FLOAT32, sum_dtype=FLOAT32, activation=GELU),
+    *(Variant("pointwise_backward", dtype, sum_dtype=dtype, activation=SILU) for dtype in (FLOAT32, BFLOAT16)),
+    Variant("pointwise_columns", BFLOAT16, "wide", sum_dtype=FLOAT32, activation=GELU),
+    *(Variant("norm_forward", dtype, "wide", sum_dtype=FLOAT32) for dtype in (FLOAT32, BFLOAT16)),
+    *(Variant("norm_backward", dtype, "wide", sum_dtype=FLOAT32) for dtype in (FLOAT32, BFLOAT16)),
+    Variant("norm_backward", FLOAT64, "wide", sum_dtype=FLOAT64),
+    Variant("norm_columns", BFLOAT16, "wide", sum_dtype=BFLOAT16),
+    Variant("add_panels", FLOAT32, "narrow"),
+    *(Variant("softmax_forward", dtype, "wide", sum_dtype=dtype) for dtype in (FLOAT32, BFLOAT16)),
+    Variant("softmax_backward", FLOAT16, "wide", sum_dtype=FLOAT16),
+)
+FLAT = ("pointwise_forward", "pointwise_backward")
+CURVES = {code: name for name, code in ACTIVATIONS.items()}
 
 
 # ---- the chip ----
@@ -92,9 +112,9 @@ MULTIPLIER = {"IMAD"}
 LOGIC = {"LOP3", "PLOP3", "SHF", "IADD3", "LEA", "ISETP", "FSETP", "SEL", "FSEL", "PRMT", "R2P", "P2R", "VIADD", "F2FP"}
 
 
-def bytes_per_element(item_bytes: int, bits: int = 1) -> float:
+def bytes_per_element(item_bytes: int, bits: int = 1, arrays: int = 2) -> float:
     """Forward: an element read, one written, a bit written. Backward: the same, the bit read. Noise has no bits."""
-    return 2 * item_bytes + bits / 8
+    return arrays * item_bytes + bits / 8
 
 
 @dataclass(frozen=True)
@@ -128,9 +148,9 @@ class Budget:
     pipe_share: float
 
 
-def budget(item_bytes: int, per_element: Work, chip: Chip = H100, bits: int = 1) -> Budget:
+def budget(item_bytes: int, per_element: Work, chip: Chip = H100, bits: int = 1, arrays: int = 2) -> Budget:
     """At the chip's full bandwidth."""
-    moved = bytes_per_element(item_bytes, bits)
+    moved = bytes_per_element(item_bytes, bits, arrays)
     rate = chip.bandwidth / moved
     warps = rate / LANES / chip.issue
     pipe = HALF_RATE_CYCLES * max(per_element.multiplier, per_element.logic)
@@ -562,13 +582,30 @@ class Code:
         if not most:
             raise ValueError(f"no pass of {self.variant} draws and stores what it should")
         best = (max if dearest else min)((cost for cost in found if cost.stored == most), key=_instructions)
-        # A word holds 32 cells, whatever their type.
-        elements = best.stored * 8 if self.variant.body == "draw_words" else best.stored / item_bytes(self.variant)
-        return best.work * (1 / elements)
+        return best.work * (stored_bytes(self.variant) / best.stored)
 
 
 def item_bytes(variant: Variant) -> int:
     return ITEM_BYTES[variant.dtype]
+
+
+def stored_bytes(variant: Variant) -> float:
+    """Per element, by a pass that stores all it may."""
+    if variant.body == "draw_words":
+        return 1 / 8
+    if variant.body == "pointwise_forward":
+        return ITEM_BYTES[variant.sum_dtype]
+    return item_bytes(variant) * (2 if variant.body == "pointwise_backward" else 1)
+
+
+def fused_arrays(variant: Variant) -> int:
+    """What a flat kernel reads and writes: of swiglu's gradients, an activation, a residual sum."""
+    return 5 if variant.body == "pointwise_backward" else 2 if variant.activation else 3
+
+
+def is_counted(variant: Variant) -> bool:
+    """Whether it has a number of instructions per element."""
+    return variant.body not in BITS_ALONE and (variant.body in FLAT or not variant.on_rows)
 
 
 def draws(variant: Variant) -> int:
@@ -653,16 +690,19 @@ def name(variant: Variant) -> str:
     """As the table has it."""
     if variant.body in ("draw_words", *BITS_ALONE):
         return variant.body
-    affine = "" if variant.plain else ", affine"
-    counted = ", scale of a count" if variant.counted else ""
     form = f" {variant.form.replace('_', ' ')}" if variant.form else ""
-    return f"{variant.body}{form}, {DTYPES[variant.dtype]}{affine}{counted}"
+    if variant.on_rows:
+        stream = f" on {DTYPES[variant.sum_dtype]}" if variant.sum_dtype != variant.dtype else ""
+        last = f"{stream}, {CURVES[variant.activation]}" if variant.activation else stream
+    else:
+        last = ", affine" * (not variant.plain) + ", scale of a count" * variant.counted
+    return f"{variant.body}{form}, {DTYPES[variant.dtype]}{last}"
 
 
 def row(assembler: str, code: Code) -> dict[str, Any]:
     variant = code.variant
     shown = P if draws(variant) else P[:1]
-    passes = {p: expected_groups(threshold(p)) for p in shown if variant.body not in BITS_ALONE}
+    passes = {p: expected_groups(threshold(p)) for p in shown if is_counted(variant)}
     per_element = {str(p): round(code.per_element(n).instructions, 3) for p, n in passes.items()}
     most = [round(code.per_element(n, dearest=True).instructions, 3) for n in passes.values()]
     return {
@@ -681,7 +721,8 @@ def row(assembler: str, code: Code) -> dict[str, Any]:
 
 
 def budgets(codes: Iterable[Code], p: float = 0.1, chip: Chip = H100) -> dict[str, Budget]:
-    """Forward and backward of what ``codes`` has, element-wise and unshifted, and noise, at full bandwidth."""
+    """Forward and backward of what ``codes`` has, element-wise and unshifted, noise, and flat fused kernels with all
+    that may be given, at full bandwidth."""
     direction = {"drawn": "forward", "stored": "backward", "": "Gaussian"}
     result = {}
     for code in codes:
@@ -693,20 +734,23 @@ def budgets(codes: Iterable[Code], p: float = 0.1, chip: Chip = H100) -> dict[st
             work = code.per_element(expected_groups(threshold(p)))
             what = f"{direction[variant.form]}, {DTYPES[variant.dtype]}"
             result[what] = budget(item_bytes(variant), work, chip, bits=not noise)
+        elif variant.body in FLAT:
+            work = code.per_element(0, dearest=True)
+            result[name(variant)] = budget(item_bytes(variant), work, chip, arrays=fused_arrays(variant))
     return result
 
 
 def table(rows: Iterable[dict[str, Any]]) -> list[str]:
     lines = [
-        "| kernel | registers | spilled | stack | load | store | per element, p = 0.1 | p = 0.5 | most |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| kernel | registers | spilled | stack | load | store | length | per element, p = 0.1 | p = 0.5 | most |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
         numbers = (*(r["instructions_per_element"].get(str(p)) for p in P), r["most_instructions_per_element"])
         costs = " | ".join("" if number is None else f"{number:.1f}" for number in numbers)
         lines.append(
             f"| {r['kernel']} | {r['registers']} | {r['spill_stores'] + r['spill_loads']} | {r['stack']} | "
-            f"{r['load_bytes']} | {r['store_bytes']} | {costs} |"
+            f"{r['load_bytes']} | {r['store_bytes']} | {r['instructions']} | {costs} |"
         )
     return lines
 
@@ -729,9 +773,9 @@ def report(rows: list[dict[str, Any]], found: dict[str, dict[str, Budget]], vers
     lines = [
         "# CUDA kernels, as compiled",
         "",
-        "Compiled without a GPU: nothing here is a time. Widths and spills are in bytes. Instructions are those that a "
-        "thread executes per element on the fast path (draw_words: per cell); most: with every branch the dear way, "
-        "p = 0.1. How they are counted is written in `bench/cuda_report.py`.",
+        "Compiled without a GPU: nothing here is a time. Widths and spills are in bytes, length is that of the code in "
+        "instructions. Per element: those that a thread executes on the fast path (draw_words: per cell); most: with "
+        "every branch the dear way, p = 0.1. How they are counted is written in `bench/cuda_report.py`.",
         "",
     ]
     for assembler, of_version in versions.items():
@@ -747,8 +791,9 @@ def report(rows: list[dict[str, Any]], found: dict[str, dict[str, Budget]], vers
         "",
         f"{H100.sms} SMs x {H100.schedulers} schedulers x {H100.hertz / 1e9:g} GHz issue {H100.issue:.3g} warp "
         f"instructions per second; full bandwidth is {H100.bandwidth / 1e12:g} TB/s (data sheet). The budget is half "
-        "of the issue rate, but for Gaussian noise. Integer multiplication has a pipe of half that rate, logic, shifts "
-        "and comparisons have another: the last column is the share of the busier one.",
+        "of the issue rate, but for Gaussian noise and for fused kernels (here the flat ones), before whose forward "
+        "draw_words runs. Integer multiplication has a pipe of half that rate, logic, shifts and comparisons have "
+        "another: the last column is the share of the busier one.",
         "",
     ]
     for assembler, of_assembler in found.items():
@@ -773,7 +818,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows, found = [], {}
     for kind in list(versions):
         try:
-            codes = [ASSEMBLERS[kind](variant, cc) for cc in CAPABILITIES for variant in VARIANTS]
+            codes = [ASSEMBLERS[kind](variant, cc) for cc in CAPABILITIES for variant in (*VARIANTS, *ROWS)]
         except Unreadable as error:
             print(f"left out: {error}")
             del versions[kind]

@@ -4,6 +4,9 @@ It runs the tests that need GPU 0, and times fastdrop there beside a copy of mem
 and a seeded one in Triton: under eight minutes, a table last, everything in gpu-NAME.json and gpu-NAME.md of the
 folder. It needs torch with CUDA, numba-cuda and pytest, and no build of this package.
 
+The fused kernels have a run of their own, as long: ``--sections build,suite,fused`` tests and times each, forward and
+backward, beside a copy of memory and torch's formula, eager and compiled, into gpu-NAME-build-suite-fused.json and .md.
+
 ``--dry-run`` goes the same ways on the CPU, with tiny tensors and the reference in the kernels' place: it says that the
 script runs, and nothing else. Without ``--output`` it leaves no files.
 """
@@ -37,6 +40,11 @@ if str(ROOT) not in sys.path:
 
 from bench import gpu_report, gpu_timing  # noqa: E402
 from bench.gpu_guard import Item, Lines, Skip, Task, failed, one_line, run_for, run_items, run_section  # noqa: E402
+from fastdrop._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64  # noqa: E402
+from fastdrop.activations import ACTIVATIONS  # noqa: E402
+from fastdrop.backends._cuda import compile  # noqa: E402
+from fastdrop.backends._cuda.compile import Variant  # noqa: E402
+from fastdrop.backends._cuda.tile import ITEM_BYTES  # noqa: E402
 
 TOTAL_SECONDS, QUICK_SECONDS = 450.0, 200.0
 NO_GPU = 2  # exit code
@@ -68,12 +76,7 @@ def build(quick: bool) -> dict[str, Item]:
         if importlib.util.find_spec("numba_cuda") is None:
             raise Skip("numba-cuda is not installed")
         cc = tuple(task.machine.describe()["compute_capability"])
-        variants: list[tuple[Any, ...]] = [("draw_words",), ("dilate_bits",), ("count_bits",)]
-        variants += [("gaussian_multiply", tag) for tag in range(4)]
-        counted = ("elementwise", "stored"), ("strided", "wide"), ("strided", "narrow")
-        variants += [(body, tag, form, True, True) for tag in range(4) for body, form in counted]
-        for body, forms in (("elementwise", ("drawn", "drawn_shifted", "stored")), ("strided", ("wide", "narrow"))):
-            variants += [(body, tag, form, plain) for tag in range(4) for form in forms for plain in (True, False)]
+        variants = every_variant()
         if task.dry_run:
             variants = variants[:1]
         workers = min(len(variants), os.cpu_count() or 1, 16)
@@ -84,10 +87,30 @@ def build(quick: bool) -> dict[str, Item]:
     return {"kernels": compile_all}
 
 
-def compile_one(cc: tuple[int, int], variant: tuple[Any, ...]) -> None:
-    from fastdrop.backends._cuda import compile
+def every_variant() -> list[Variant]:
+    """All that is timed or tested: nothing is compiled while the clock runs."""
+    tags = range(len(ITEM_BYTES))
+    found = [Variant(body) for body in ("draw_words", "dilate_bits", "count_bits")]
+    found += [Variant("gaussian_multiply", tag) for tag in tags]
+    counted = ("elementwise", "stored"), ("strided", "wide"), ("strided", "narrow")
+    found += [Variant(body, tag, form, counted=True) for tag in tags for body, form in counted]
+    for body, forms in (("elementwise", ("drawn", "drawn_shifted", "stored")), ("strided", ("wide", "narrow"))):
+        found += [Variant(body, tag, form, plain) for tag in tags for form in forms for plain in (True, False)]
+    found += [Variant("add_panels", tag, "narrow", sum_dtype=tag) for tag in (FLOAT32, FLOAT64)]
+    forms = "wide", "narrow"
+    for tag, of_sum in (*zip(tags, tags, strict=True), (FLOAT16, FLOAT32), (BFLOAT16, FLOAT32)):
+        of = partial(Variant, dtype=tag, sum_dtype=of_sum)
+        for code in ACTIVATIONS.values():
+            found += [of(body, activation=code) for body in ("pointwise_forward", "pointwise_backward")]
+            found += [of("pointwise_columns", form=form, activation=code) for form in forms]
+        norms = "norm_forward", "norm_backward", "norm_columns"
+        bodies = (*norms, "softmax_forward", "softmax_backward") if tag == of_sum else norms
+        found += [of(body, form=form) for body in bodies for form in forms]
+    return found
 
-    compile.image(compile.Variant(*variant), cc)
+
+def compile_one(cc: tuple[int, int], variant: Variant) -> None:
+    compile.image(variant, cc)
 
 
 def pytest_command(*arguments: str) -> list[str]:
@@ -153,6 +176,7 @@ class Section:
     seconds: float  # at most, all items together
     limit: float  # of one item
     quick: bool = True  # also in a quick run
+    asked: bool = False  # only where it is asked for by name
 
 
 SECTIONS = {
@@ -162,9 +186,13 @@ SECTIONS = {
     "kernels": Section("times of kernels", gpu_timing.kernels, 140, 60),
     "host": Section("time on the host", gpu_timing.host, 25, 30),
     "channels": Section("a decision per channel", gpu_timing.channels, 20, 30),
+    "fused": Section("times of fused kernels", gpu_timing.fused, 400, 60, asked=True),
     "sanitizer": Section(SANITIZER, sanitizer, 80, 60, quick=False),
     "tune": Section("launch shapes", gpu_timing.tune, 90, 60, quick=False),
 }
+
+
+ALL = ",".join(name for name, section in SECTIONS.items() if not section.asked)
 
 
 def run_sections(
@@ -215,7 +243,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="about three minutes: fewer sizes, no launch shapes")
     parser.add_argument("--no-tune", dest="tune", action="store_false", help="don't try other launch shapes")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU: shows that the script runs")
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them (default: all): %(default)s")
+    parser.add_argument(
+        "--sections", default=ALL, help=f"some of {','.join(SECTIONS)} (default: %(default)s); the files are named so"
+    )
     # What `run_section` starts: a section's name, the file of its lines, the seconds that are left.
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
@@ -245,6 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     data: dict[str, Any] = {
         "options": {"quick": chosen.quick, "tune": chosen.tune, "dry_run": chosen.dry_run},
+        "part": "" if chosen.sections == ALL else chosen.sections.replace(",", "-"),
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "sections": {},
     }

@@ -26,6 +26,7 @@ Call = Callable[[], object]
 
 class Cuda:
     sizes = {"256M": 1 << 28, "16M": 1 << 24, "1M": 1 << 20}  # noqa: RUF012
+    matrices = {"16384 x 4096": (16384, 4096), "8192 x 1024": (8192, 1024), "2048 x 2048": (2048, 2048)}  # noqa: RUF012
     image = (64, 256, 56, 56)
     sample_seconds = 1.5e-3  # events resolve half a microsecond
     host_calls = 100  # between two synchronisations: the queue of launches must not fill up
@@ -108,6 +109,7 @@ class Cuda:
 
 class Host:
     sizes = {"256M": 5001, "16M": 3000, "1M": 1000}  # noqa: RUF012
+    matrices = {"16384 x 4096": (48, 32), "8192 x 1024": (33, 16), "2048 x 2048": (32, 16)}  # noqa: RUF012
     image = (2, 3, 4, 5)
     sample_seconds, host_calls = 1e-5, 3
     l2_bytes = 2 << 10

@@ -16,7 +16,7 @@ from bench.gpu_timing import BACKWARD, BOTH, COPY, FORWARD, OURS, THEIRS
 
 PRINTED = 11_500  # characters
 SHOWN = 14  # items that did not end well
-SHARE_OF_COPY = 0.9
+SHARE_OF_COPY, FUSED_SHARE_OF_COPY = 0.9, 0.85
 HOST_RATIO = 1.5
 Data = dict[str, Any]
 
@@ -27,18 +27,30 @@ def results(data: Data, section: str) -> list[Any]:
     return [row["result"] for row in items.values() if row["status"] == "ok" and row["result"]]
 
 
+def timed(data: Data, section: str) -> list[Any]:
+    return [result for result in results(data, section) if "rows" in result]
+
+
+def shares(result: Any, least: float) -> list[tuple[str, str, str, str, bool]]:
+    """Forward and backward beside a copy."""
+    found = []
+    for operation in (FORWARD, BACKWARD):
+        share = result["rows"].get(f"{OURS} {operation}", {}).get("share")
+        if share is not None:
+            must = f"at least {least:.0%} of the copy's bandwidth"
+            found.append((operation, result["case"], must, f"{share:.1%}", share >= least))
+    return found
+
+
 def targets(data: Data) -> list[tuple[str, str, str, str, bool]]:
     """(what, case, must be, measured, met), misses first."""
     found = []
-    for result in results(data, "kernels"):
-        if "rows" not in result:
-            continue
+    for result in timed(data, "fused"):
+        found += shares(result, FUSED_SHARE_OF_COPY)
+    for result in timed(data, "kernels"):
         rows, case = result["rows"], result["case"]
-        for operation in (FORWARD, BACKWARD):
-            share = rows.get(f"{OURS} {operation}", {}).get("share")
-            if share is not None and case.startswith("256M"):
-                must = f"at least {SHARE_OF_COPY:.0%} of the copy's bandwidth"
-                found.append((operation, case, must, f"{share:.1%}", share >= SHARE_OF_COPY))
+        if case.startswith("256M"):
+            found += shares(result, SHARE_OF_COPY)
         for other in (timing.NATIVE, timing.COMPILED):
             ratio = rows.get(f"{other} {BOTH}", {}).get("ratios", {}).get(f"{OURS} {BOTH}")
             if ratio is not None:
@@ -60,7 +72,8 @@ def targets(data: Data) -> list[tuple[str, str, str, str, bool]]:
 
 def report(data: Data) -> str:
     """Markdown."""
-    parts = heading(data), correctness(data), judged(data), kernel_table(data), smaller_tables(data), shape_table(data)
+    tables = kernel_table(data), fused_table(data), smaller_tables(data), shape_table(data)
+    parts = heading(data), correctness(data), judged(data), *tables
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
@@ -125,17 +138,31 @@ def microseconds(row: dict[str, Any] | None) -> str:
 
 
 def kernel_table(data: Data) -> list[str]:
-    found = [result for result in results(data, "kernels") if "rows" in result]
-    if not found:
-        return []
     columns = [f"{OURS} {operation}" for operation in (FORWARD, BACKWARD, timing.REGENERATE)]
     columns += [f"{timing.NATIVE} {FORWARD}", f"{timing.NATIVE} {BACKWARD}", f"{timing.TRITON} {FORWARD}"]
     columns += [f"{who} {BOTH}" for who in (OURS, timing.SEEDED, timing.NATIVE, timing.COMPILED, timing.TRITON)]
+    text = 'f, b: forward, backward; regenerate: forward and backward of store="seed", which are one kernel.'
+    return table(timed(data, "kernels"), "Kernels", text, columns)
+
+
+def fused_table(data: Data) -> list[str]:
+    columns = [f"{who} {what}" for what in (FORWARD, BACKWARD, BOTH) for who in (OURS, timing.EAGER, timing.COMPILED)]
+    columns.remove(f"{timing.COMPILED} {BACKWARD}")
+    text = (
+        "f, b: forward, backward, draw of the mask and autograd's kernels included; torch and torch.compile: the "
+        "formula. Bytes are those of the arrays that must be read and written once, and of the mask's bits."
+    )
+    return table(timed(data, "fused"), "Fused kernels", text, columns)
+
+
+def table(found: list[Any], title: str, text: str, columns: list[str]) -> list[str]:
+    if not found:
+        return []
     names = [column.replace(BOTH, "f+b").replace(FORWARD, "f").replace(BACKWARD, "b") for column in columns]
     lines = [
-        "", "## Kernels", "",
+        "", f"## {title}", "",
         "us, medians of alternating rounds; in brackets the share of the copy's bandwidth, by the bytes each moves.",
-        'f, b: forward, backward; regenerate: forward and backward of store="seed", which are one kernel.', "",
+        text, "",
         "| case | copy, us | copy, GB/s | " + " | ".join(names) + " |", "|---" * (3 + len(columns)) + "|",
     ]  # fmt: skip
     for result in found:
@@ -196,7 +223,8 @@ def save(data: Data, folder: Path) -> list[Path]:
     """Writes the JSON and the report, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     about = next(iter(results(data, "machine")), {})
-    stem = "gpu-" + re.sub(r"[^a-z0-9]+", "-", about.get("device", "unknown").lower()).strip("-")
+    of = f"{about.get('device', 'unknown')} {data.get('part', '')}"
+    stem = "gpu-" + re.sub(r"[^a-z0-9]+", "-", of.lower()).strip("-")
     written = []
     for suffix, text in ((".json", json.dumps(data, indent=1) + "\n"), (".md", report(data))):
         file = folder / f"{stem}{suffix}"

@@ -27,6 +27,8 @@ from fastdrop.backends._cuda import driver
 from fastdrop.stream import threshold_and_scale
 
 DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+FUSED_SIZES = ("16384 x 4096", "8192 x 1024", "2048 x 2048")
+FUSED_DTYPES = ("bfloat16", "float32", "float16")
 L2_TURNS = 4
 MIN_ROUNDS, MAX_ROUNDS = 5, 101
 HOST_ELEMENTS = 1000
@@ -34,6 +36,7 @@ SEED = 0x9E3779B97F4A7C15
 
 COPY = "copy"
 OURS, SEEDED, NATIVE, COMPILED, TRITON = "fastdrop", 'fastdrop, store="seed"', "native", "torch.compile", "triton"
+EAGER = "torch"
 FORWARD, BACKWARD, REGENERATE, BOTH = "forward", "backward", "regenerate", "forward+backward"
 NO_GRAD, THEIRS = "no grad", "F.dropout"
 COMPILE_WORKS, TRITON_CHOICE = "torch.compile works", "triton's block"
@@ -154,6 +157,30 @@ def for_each(buffers: Sequence[Any], *steps: Callable[[int], object]) -> Callabl
     return call
 
 
+Operations = dict[str, tuple[int | None, tuple[Callable[[int], object], ...]]]  # bytes, steps as for `for_each`
+
+
+def captured(task: Task, buffers: Sequence[Any], operations: Operations, notes: dict[str, str]) -> list[Contender]:
+    """Each as a graph, or launched one by one where none could be captured; in ``notes`` what went wrong."""
+    machine, contenders = task.machine, []
+    for name, (nbytes, steps) in operations.items():
+        call = for_each(buffers, *steps)
+        try:
+            enqueue = machine.capture(call)
+        except Exception as error:
+            task.is_spoiled = True  # torch's allocator and generator may stay in the capture
+            notes[name] = f"launched one by one, since no graph could be captured: {one_line(error)}"
+            try:
+                call()
+                machine.synchronize()
+            except Exception as again:
+                notes[name] = one_line(again)
+                continue
+            enqueue = call
+        contenders.append(Contender(name, enqueue, len(buffers), nbytes))
+    return contenders
+
+
 def fdt() -> Any:
     import fastdrop.torch
 
@@ -253,7 +280,7 @@ def time_kernels(task: Task, size: str, dtype_name: str, p: float) -> dict[str, 
         assert torch.equal(y[0][:width].cpu(), expected), f"{step.__name__} is wrong"
 
     one, mask = moved(n, itemsize, 1), moved(n, itemsize, 0, 1)
-    operations: dict[str, tuple[int | None, tuple[Callable[[int], object], ...]]] = {
+    operations: Operations = {
         COPY: (one, (copy,)),
         f"{OURS} {FORWARD}": (one + mask, (forward,)),
         f"{OURS} {BACKWARD}": (one + mask, (backward,)),
@@ -296,24 +323,68 @@ def time_kernels(task: Task, size: str, dtype_name: str, p: float) -> dict[str, 
             f"{COMPILED} {BOTH}": (None, (compiled_forward, compiled_backward)),
         }
 
-    contenders = []
-    for name, (nbytes, steps) in operations.items():
-        call = for_each(x, *steps)
-        try:
-            enqueue = machine.capture(call)
-        except Exception as error:
-            task.is_spoiled = True  # torch's allocator and generator may stay in the capture
-            notes[name] = f"launched one by one, since no graph could be captured: {one_line(error)}"
-            try:
-                call()
-                machine.synchronize()
-            except Exception as again:
-                notes[name] = one_line(again)
-                continue
-            enqueue = call
-        contenders.append(Contender(name, enqueue, len(x), nbytes))
+    contenders = captured(task, x, operations, notes)
     rows = race(machine, contenders, task.share(3.0), COPY, f"{OURS} {BOTH}")
     return {"case": f"{size} {dtype_name} p={p}", "elements": n, "buffers": len(x), "rows": rows, "notes": notes}
+
+
+# ---- fused kernels ----
+
+
+def fused(quick: bool) -> dict[str, Item]:
+    from bench import gpu_fused
+
+    items: dict[str, Item] = {COMPILE_WORKS: try_compile}
+    sizes, dtypes = (FUSED_SIZES[:1], FUSED_DTYPES[:2]) if quick else (FUSED_SIZES, FUSED_DTYPES)
+    for size, dtype, name in itertools.product(sizes, dtypes, gpu_fused.FUSED):
+        items[f"{name}, {size} {dtype}"] = lambda task, case=(name, size, dtype): time_fused(task, *case)
+    return items
+
+
+def time_fused(task: Task, name: str, size: str, dtype_name: str) -> dict[str, Any]:
+    """Whole calls and their gradients, beside torch's formula, eager and compiled."""
+    from bench import gpu_fused
+
+    machine, torch, ours = task.machine, task.machine.torch, gpu_fused.FUSED[name]
+    x = rotation(machine, machine.matrices[size], dtype_name)
+    y = [torch.empty_like(each) for each in x]
+    tensors = [ours.tensors(each) for each in x]
+    count = len(gpu_fused.results(ours.ours, tensors[0]))
+    upstream = [tuple(torch.randn_like(each) for _ in range(count)) for each in x]
+    gpu_fused.assert_right(ours, tensors[0], upstream[0])
+
+    def steps(function: Callable[..., Any]) -> dict[str, tuple[Callable[[int], object], ...]]:
+        held: dict[str, list[Any]] = {what: [None] * len(x) for what in (FORWARD, BACKWARD, "lasting")}
+
+        def forward(i: int) -> None:
+            held[FORWARD][i] = gpu_fused.results(function, tensors[i])
+
+        def backward(i: int) -> None:
+            held[BACKWARD][i] = gpu_fused.gradients(held[FORWARD][i], tensors[i], upstream[i])
+
+        def backward_alone(i: int) -> None:
+            if held["lasting"][i] is None:  # not before: it goes to the stream that forward went to
+                held["lasting"][i] = gpu_fused.results(function, tensors[i])
+            held[BACKWARD][i] = gpu_fused.gradients(held["lasting"][i], tensors[i], upstream[i], again=True)
+
+        return {FORWARD: (forward,), BACKWARD: (backward_alone,), BOTH: (forward, backward)}
+
+    of_forward, of_backward = ours.moved(x[0])
+    nbytes = {FORWARD: of_forward, BACKWARD: of_backward, BOTH: of_forward + of_backward}
+    operations: Operations = {COPY: (moved(x[0].numel(), x[0].element_size(), 1), (lambda i: y[i].copy_(x[i]),))}
+    operations |= {f"{OURS} {what}": (nbytes[what], calls) for what, calls in steps(ours.ours).items()}
+    operations |= {f"{EAGER} {what}": (None, calls) for what, calls in steps(ours.formula).items()}
+    notes: dict[str, str] = {}
+    compile_row = task.found.get(COMPILE_WORKS, {})
+    if compile_row.get("status") != "ok":
+        notes[COMPILED] = compile_row.get("error", "not tried")
+    elif size != FUSED_SIZES[0]:
+        notes[COMPILED] = f"timed at {FUSED_SIZES[0]} alone, since compiling takes long"
+    else:  # backward alone would need what compiled code frees
+        compiled = steps(machine.compile(ours.formula))
+        operations |= {f"{COMPILED} {what}": (None, compiled[what]) for what in (FORWARD, BOTH)}
+    rows = race(machine, captured(task, x, operations, notes), task.share(1.5), COPY, f"{OURS} {BOTH}")
+    return {"case": f"{name}, {size} {dtype_name}", "elements": x[0].numel(), "rows": rows, "notes": notes}
 
 
 # ---- the host ----

@@ -104,10 +104,8 @@ static int good_dtype(int dtype) { return dtype >= FD_FLOAT32 && dtype <= FD_BFL
 typedef struct {
     uint64_t begin, units; /* cells begin .. begin+units-1, or rows or panels of rows */
     uint64_t cells;        /* in a unit */
-    uint64_t bytes;        /* written */
-    void *sums;            /* [panels, width], to be added up over the panels */
-    uint64_t panels, width;
-    int wide; /* they are float64 */
+    uint64_t bytes;        /* of the largest output */
+    fd_panels panels;      /* to be added up afterwards, unless they have no sums */
 } work_t;
 
 static work_t by_cells(uint64_t n, int dtype) {
@@ -118,14 +116,12 @@ static work_t by_rows(uint64_t rows, uint64_t columns, int dtype) {
     return (work_t){.units = rows, .cells = columns, .bytes = rows * columns * element_bytes(dtype)};
 }
 
+/* Of n elements. */
 static work_t by_panels(uint64_t n, int dtype, void *sums, uint64_t panels, uint64_t width) {
     return (work_t){.units = panels,
                     .cells = n / panels,
                     .bytes = n * element_bytes(dtype),
-                    .sums = sums,
-                    .panels = panels,
-                    .width = width,
-                    .wide = dtype == FD_FLOAT64};
+                    .panels = {sums, panels, width, dtype == FD_FLOAT64}};
 }
 
 static int draw_bits_good(const draw_bits_args *a) {
@@ -200,13 +196,14 @@ static int norm_forward_good(const norm_forward_args *a) {
     return a->x && a->y && a->sum && a->statistics && good_dtypes(a->dtype, a->sum_dtype) &&
            good_rows(a->rows, a->columns);
 }
-static work_t norm_forward_work(const norm_forward_args *a) { return by_rows(a->rows, a->columns, a->dtype); }
+static work_t norm_forward_work(const norm_forward_args *a) { return by_rows(a->rows, a->columns, a->sum_dtype); }
 
 static int norm_backward_good(const norm_backward_args *a) {
     return a->dy && a->sum && a->statistics && (a->dx || a->dresidual) && good_dtypes(a->dtype, a->sum_dtype) &&
            good_rows(a->rows, a->columns) && a->panels;
 }
 static work_t norm_backward_work(const norm_backward_args *a) {
+    if (!a->sums) return by_rows(a->rows, a->columns, a->dtype);
     return by_panels(a->rows * a->columns, a->dtype, a->sums, a->panels, 3 * a->columns);
 }
 
@@ -220,39 +217,38 @@ static int softmax_backward_good(const softmax_backward_args *a) {
 }
 static work_t softmax_backward_work(const softmax_backward_args *a) { return by_rows(a->rows, a->columns, a->dtype); }
 
-/* to += from, wherever they lie. */
-#define DEFINE_ADD(type)                                                                                               \
-    static void add_##type(char *to, const char *from) {                                                               \
-        type a, b;                                                                                                     \
-        memcpy(&a, to, sizeof a);                                                                                      \
-        memcpy(&b, from, sizeof b);                                                                                    \
-        a += b;                                                                                                        \
-        memcpy(to, &a, sizeof a);                                                                                      \
-    }
-DEFINE_ADD(float)
-DEFINE_ADD(double)
-#undef DEFINE_ADD
-
-/* The panels' sums into the first panel's, one after the other: the order in which they are added is the shape's. */
-static void add_panels(const work_t *work) {
-    const uint64_t size = work->wide ? sizeof(double) : sizeof(float), bytes = work->width * size;
-    char *total = work->sums;
-    for (uint64_t panel = 1; panel < work->panels; panel++)
-        for (uint64_t at = 0; at < bytes; at += size)
-            (work->wide ? add_double : add_float)(total + at, total + panel * bytes + at);
-}
-
 /* The public entry points. */
 #define FD_VALUE(type, name) .name = name,
 #define FD_OP(op, PARAMETERS)                                                                                          \
+    static int run_##op(op##_args *args) {                                                                             \
+        if (!op##_good(args)) return FD_BAD_ARGUMENT;                                                                  \
+        const fd_table *table = isas[fd_isa_active()].table;                                                           \
+        const work_t work = op##_work(args);                                                                           \
+        args->stream = work.bytes >= FD_STREAM_BYTES;                                                                  \
+        fd_parallel_for(table->op, args, work.begin, work.begin + work.units, work.cells);                             \
+        if (work.panels.sums)                                                                                          \
+            fd_parallel_for(table->add_panels, &work.panels, 0, work.panels.width, work.panels.panels);                \
+        return FD_OK;                                                                                                  \
+    }                                                                                                                  \
     int fd_##op(PARAMETERS(FD_PARAMETER, FD_NEXT_PARAMETER)) {                                                         \
         op##_args args = {PARAMETERS(FD_VALUE, FD_VALUE)};                                                             \
-        if (!op##_good(&args)) return FD_BAD_ARGUMENT;                                                                 \
-        work_t work = op##_work(&args);                                                                                \
-        args.stream = work.bytes >= FD_STREAM_BYTES;                                                                   \
-        fd_parallel_for(isas[fd_isa_active()].table->op, &args, work.begin, work.begin + work.units, work.cells);      \
-        if (work.sums) add_panels(&work);                                                                              \
-        return FD_OK;                                                                                                  \
+        return run_##op(&args);                                                                                        \
+    }
+/* Threads draw for themselves, unless they would write into the same word. */
+#define FD_DRAWING_OP(op, PARAMETERS)                                                                                  \
+    FD_OP(op, PARAMETERS)                                                                                              \
+    int fd_##op##_drawn(uint64_t seed, uint64_t offset,                                                                \
+                        uint64_t threshold PARAMETERS(FD_NEXT_PARAMETER, FD_NEXT_PARAMETER)) {                         \
+        op##_args args = {PARAMETERS(FD_VALUE, FD_VALUE)};                                                             \
+        draw_bits_args draw = {                                                                                        \
+            .words = (void *)words, .n = rows * columns, .seed = seed, .offset = offset, .threshold = threshold};      \
+        if (!op##_good(&args) || !draw_bits_good(&draw)) return FD_BAD_ARGUMENT;                                       \
+        const work_t work = op##_work(&args);                                                                          \
+        if (work.cells % 32 && work.cells > 1)                                                                         \
+            run_draw_bits(&draw);                                                                                      \
+        else                                                                                                           \
+            args.draw = &draw;                                                                                         \
+        return run_##op(&args);                                                                                        \
     }
 #include "ops.def"
 #undef FD_OP

@@ -30,6 +30,11 @@ enum { FD_STREAM_BYTES = 16 << 20 };
 #define FD_PARAMETER(type, name) type name
 #define FD_NEXT_PARAMETER(type, name) , type name
 #define FD_OP(name, PARAMETERS) int fd_##name(PARAMETERS(FD_PARAMETER, FD_NEXT_PARAMETER));
+/* Drawn: cell i's bit is bit i of words, which are written as by draw_bits of cells 0 .. rows columns - 1. */
+#define FD_DRAWING_OP(name, PARAMETERS)                                                                                \
+    FD_OP(name, PARAMETERS)                                                                                            \
+    int fd_##name##_drawn(uint64_t seed, uint64_t offset,                                                              \
+                          uint64_t threshold PARAMETERS(FD_NEXT_PARAMETER, FD_NEXT_PARAMETER));
 #include "ops.def"
 #undef FD_OP
 

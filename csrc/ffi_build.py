@@ -21,20 +21,30 @@ HEADERS = sorted(path.name for pattern in ("*.h", "*.def") for path in HERE.glob
 COMPILE_ARGS = ["-std=c11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread", "-g0"]
 
 COMMENT = re.compile(r"/\*.*?\*/", re.S)
-ROW = re.compile(r"#define (\w+)_PARAMETERS\(FIRST, NEXT\)((?:.*\\\n)*.*)\nFD_OP\((\w+), \1_PARAMETERS\)")
+ROW = re.compile(r"#define (\w+)_PARAMETERS\(FIRST, NEXT\)((?:.*\\\n)*.*)\nFD_(DRAWING_)?OP\((\w+), \1_PARAMETERS\)")
+DRAW = [("uint64_t", "seed"), ("uint64_t", "offset"), ("uint64_t", "threshold")]
 PARAMETER = re.compile(r"(?:FIRST|NEXT)\(([^,]+), (\w+)\)")
 
 
 def primitives() -> dict[str, list[tuple[str, str]]]:
     """Each primitive's (C type, name) parameters, as ops.def lists them."""
-    text = COMMENT.sub("", (HERE / "ops.def").read_text())
-    return {name: PARAMETER.findall(body) for _, body, name in ROW.findall(text)}
+    return {name: PARAMETER.findall(body) for _, body, _, name in _rows()}
+
+
+def entry_points() -> dict[str, list[tuple[str, str]]]:
+    """The primitives, and ``<name>_drawn`` of those that can draw their words."""
+    drawn = {f"{name}_drawn": DRAW + PARAMETER.findall(body) for _, body, draws, name in _rows() if draws}
+    return primitives() | drawn
+
+
+def _rows() -> list[tuple[str, ...]]:
+    return ROW.findall(COMMENT.sub("", (HERE / "ops.def").read_text()))
 
 
 def addressed() -> dict[str, tuple[str, str]]:
     """The prototype of each ``fd_<name>_at`` and its body."""
     forms = {}
-    for name, parameters in primitives().items():
+    for name, parameters in entry_points().items():
         declared = ", ".join(f"{'uintptr_t' if '*' in type_ else type_} {parameter}" for type_, parameter in parameters)
         passed = ", ".join(f"({type_}){parameter}" for type_, parameter in parameters)
         prototype = f"int fd_{name}_at(int threads, {declared})"
@@ -47,7 +57,7 @@ def cdef() -> str:
     """Every prototype of the ABI, for cffi."""
     prototypes = [
         f"int fd_{name}({', '.join(f'{type_} {parameter}' for type_, parameter in parameters)});"
-        for name, parameters in primitives().items()
+        for name, parameters in entry_points().items()
     ]
     prototypes += [f"{prototype};" for prototype, _ in addressed().values()]
     header = COMMENT.sub("", (HERE / "fastdrop.h").read_text())

@@ -8,19 +8,28 @@
 #define FD_OP(name, PARAMETERS)                                                                                        \
     typedef struct {                                                                                                   \
         PARAMETERS(FD_FIELD, FD_FIELD)                                                                                 \
-        int stream; /* output too large for the cache to keep: write around it */                                      \
+        int stream;       /* output too large for the cache to keep: write around it */                                \
+        const void *draw; /* draw_bits_args of the words, which are drawn while at it; NULL: they are there */         \
     } name##_args;
 #include "ops.def"
 #undef FD_OP
 
-/* A kernel does cells begin .. end-1 of its call; both are multiples of FD_BLOCK_CELLS except at the ends of the whole.
- */
+/* A kernel does units begin .. end-1 of its call: cells, rows or panels of rows. Cells are split at multiples of
+ * FD_BLOCK_CELLS. */
 typedef void (*fd_kernel)(const void *args, uint64_t begin, uint64_t end);
+
+/* Sums by panels, [panels, width], to be added up into the first. */
+typedef struct {
+    void *sums;
+    uint64_t panels, width;
+    int wide; /* float64, else float32 */
+} fd_panels;
 
 typedef struct {
 #define FD_OP(name, PARAMETERS) fd_kernel name;
 #include "ops.def"
 #undef FD_OP
+    fd_kernel add_panels; /* of an fd_panels; units are columns */
     void (*scale_float32)(const float *x, float *y, uint64_t n, float a, int stream);
 } fd_table;
 

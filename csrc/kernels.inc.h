@@ -1,6 +1,6 @@
 /* Every kernel body, once. An isa_<name>.c file includes a lane vocabulary and then this; it defines FD_TABLE first.
  * Here is the draw of mask bits; how bits meet data is in apply.inc.h, noise in gaussian.inc.h, dilation in
- * dilate.inc.h.
+ * dilate.inc.h, fused kernels in rows.inc.h and their curves in vector_math.inc.h.
  *
  * How the draw works. A vector holds LANES mask words; one Philox group gives each of them four bit planes, most
  * significant first. All words of a mask share key and offset, and a word's groups differ in one counter word only, so
@@ -372,15 +372,59 @@ DEFINE_BY_DTYPE(gaussian_multiply)
 
 /* ---- fused kernels ---- */
 
-enum {
-    STRIP_CELLS = 512, /* of a fused kernel's data that go through its stages at a time, in the nearest cache */
-    SUM_CELLS = 1024   /* of a row, summed in lanes; those sums are summed in double */
-};
+enum { STRIP_CELLS = 1024 }; /* of a fused kernel's data that go through its stages at a time, in the nearest cache */
 
 typedef struct {
     const uint32_t *words; /* NULL: all kept */
     uint64_t cells;
 } bits_t;
+
+/* Words that are drawn while the data they meet is on its way, a chunk ahead of it as in dropout_forward. */
+typedef struct {
+    bits_t bits;
+    const draw_bits_args *args;
+    uint64_t at, n, end;          /* cells at .. at+n-1 are being drawn; those below are there */
+    unsigned lead, blocks, begun; /* of them: of the first cell in its block, and blocks in all and drawn */
+    draw_t draw;
+    chunk_t chunk;
+} drawing_t;
+
+static void drawing_next(drawing_t *d) {
+    uint64_t cell = d->args->first + d->at;
+    d->n = min_u64(d->end - d->at, CHUNK_CELLS);
+    d->lead = (unsigned)(cell % FD_BLOCK_CELLS);
+    d->blocks = d->n ? (unsigned)blocks_for(d->lead + d->n) : 0;
+    d->begun = 0;
+    if (d->n) chunk_open(&d->draw, &d->chunk, cell / FD_BLOCK_CELLS);
+}
+
+/* Of cells begin .. end-1 of so many, whose words a call has; draw is NULL where those are there. */
+static void drawing_open(drawing_t *d, const uint32_t *words, uint64_t cells, const draw_bits_args *draw,
+                         uint64_t begin, uint64_t end) {
+    d->bits.words = words;
+    d->bits.cells = cells;
+    d->at = UINT64_MAX;
+    d->begun = d->blocks = 0;
+    if (!draw) return;
+    d->args = draw;
+    d->at = begin;
+    d->end = end;
+    draw_prepare(&d->draw, draw->seed, draw->offset, draw->threshold, draw->first + begin);
+    drawing_next(d);
+}
+
+/* Called once for each strip, with its end: until there words have to be there; and the next chunk's next block. */
+static OUTLINE void draw_until(drawing_t *d, uint64_t until) {
+    while (d->at < until) {
+        for (; d->begun < d->blocks; d->begun++) draw_block(&d->draw, &d->chunk, d->begun);
+        draw_pending(&d->draw, &d->chunk);
+        copy_bits(d->args->words, d->at, d->chunk.words, d->lead, d->n);
+        d->at += d->n;
+        drawing_next(d);
+    }
+    for (int more = STRIP_CELLS / FD_BLOCK_CELLS; more && d->begun < d->blocks; more--)
+        draw_block(&d->draw, &d->chunk, d->begun++);
+}
 
 /* n <= RUN bits from a position on; those above may be anything. */
 INLINE uint32_t run_at(const bits_t *bits, uint64_t position, unsigned n) {
@@ -465,6 +509,23 @@ DEFINE_BY_WIDTH(norm_backward)
 DEFINE_BY_WIDTH(softmax_forward)
 DEFINE_BY_WIDTH(softmax_backward)
 
+/* The panels' sums into the first panel's, one after the other: the order in which they are added is the shape's. */
+static void add_panels(const void *arguments, uint64_t begin, uint64_t end) {
+    const fd_panels *args = arguments;
+    for (uint64_t at = begin, n; at < end; at += n) {
+        n = min_u64(end - at, STRIP_CELLS);
+        for (uint64_t panel = 1; panel < args->panels; panel++) {
+            if (args->wide) {
+                double *total = (double *)args->sums + at;
+                f64_add(total, total + panel * args->width, total, n);
+            } else {
+                float *total = (float *)args->sums + at;
+                f32_add(total, total + panel * args->width, total, n);
+            }
+        }
+    }
+}
+
 static void scale_float32(const float *x, float *y, uint64_t n, float a, int stream) {
     uint64_t i = 0;
     f32_v scale = f32_set1(a);
@@ -491,6 +552,7 @@ static void scale_float32(const float *x, float *y, uint64_t n, float a, int str
 }
 
 const fd_table FD_TABLE = {
+    .add_panels = add_panels,
     .scale_float32 = scale_float32,
 #define FD_OP(name, PARAMETERS) .name = name,
 #include "ops.def"

@@ -124,26 +124,106 @@ static void C(times)(const C(t) * x, const C(t) * factor, C(t) * to, uint64_t n)
 #undef BODY
 }
 
-INLINE C(v) C(gate)(C(v) h) { return C(set1)(1) / (C(set1)(1) + C(exp)(C(set1)(0) - h)); }
-/* The probability of a standard normal number to be below h. */
-INLINE C(v) C(below)(C(v) h) { return C(fma)(C(set1)(0.5), C(erf)(h * C(set1)(0.70710678118654752)), C(set1)(0.5)); }
-INLINE C(v) C(tanh_of_cubic)(C(v) h) {
-    const C(v) scale = C(set1)(0.79788456080286536);
-    return C(tanh)(h * C(fma)(scale * C(set1)(0.044715) * h, h, scale));
-}
-INLINE C(v) C(same)(C(v) h) { return h; }
-INLINE C(v) C(relu)(C(v) h) { return C(select)(C(not_above)(h, C(set1)(0)), C(set1)(0), h); }
-INLINE C(v) C(gelu)(C(v) h) { return h * C(below)(h); }
-INLINE C(v) C(gelu_tanh)(C(v) h) { return C(set1)(0.5) * h * (C(set1)(1) + C(tanh_of_cubic)(h)); }
-INLINE C(v) C(silu)(C(v) h) { return h * C(gate)(h); }
+/* ---- activations ---- */
 
-static void C(activate)(const C(t) * x, C(t) * to, uint64_t n, int activation) {
+INLINE C(vs) C(gate)(C(vs) h) {
+    const C(v) one = C(set1)(1);
+    EACH h.v[k] = C(set1)(0) - h.v[k];
+    h = C(exp)(h);
+    EACH h.v[k] = one / (one + h.v[k]);
+    return h;
+}
+
+INLINE C(vs) C(tanh_of_cubic)(C(vs) h) {
+    const C(v) scale = C(set1)(TANH_SCALE), cubic = C(set1)(TANH_SCALE * TANH_CUBIC);
+    EACH h.v[k] = h.v[k] * C(fma)(cubic * h.v[k], h.v[k], scale);
+    return C(tanh)(h);
+}
+
+INLINE C(vs) C(same)(C(vs) h) { return h; }
+
+INLINE C(vs) C(relu)(C(vs) h) {
+    EACH h.v[k] = C(select)(C(not_above)(h.v[k], C(set1)(0)), C(set1)(0), h.v[k]);
+    return h;
+}
+
+INLINE C(vs) C(gelu)(C(vs) h) {
+    const C(vs) below = C(below)(h);
+    EACH h.v[k] = h.v[k] * below.v[k];
+    return h;
+}
+
+INLINE C(vs) C(gelu_tanh)(C(vs) h) {
+    const C(vs) t = C(tanh_of_cubic)(h);
+    EACH h.v[k] = C(set1)(0.5) * h.v[k] * (C(set1)(1) + t.v[k]);
+    return h;
+}
+
+INLINE C(vs) C(silu)(C(vs) h) {
+    const C(vs) gate = C(gate)(h);
+    EACH h.v[k] = h.v[k] * gate.v[k];
+    return h;
+}
+
+INLINE C(vs) C(relu_slope)(C(vs) h) {
+    EACH h.v[k] = C(select)(C(not_above)(h.v[k], C(set1)(0)), C(set1)(0), C(set1)(1));
+    return h;
+}
+
+INLINE C(vs) C(gelu_slope)(C(vs) h) {
+    const C(vs) below = C(below)(h);
+    C(vs) density;
+    EACH density.v[k] = C(set1)(-0.5) * h.v[k] * h.v[k];
+    density = C(exp)(density);
+    EACH h.v[k] = C(fma)(h.v[k], C(set1)(NORMAL_DENSITY) * density.v[k], below.v[k]);
+    return h;
+}
+
+INLINE C(vs) C(gelu_tanh_slope)(C(vs) h) {
+    const C(v) one = C(set1)(1), scale = C(set1)(TANH_SCALE), cubic = C(set1)(3 * TANH_SCALE * TANH_CUBIC);
+    const C(vs) t = C(tanh_of_cubic)(h);
+    EACH {
+        C(v) g = h.v[k] * (one - t.v[k] * t.v[k]); /* 0 where h^2 may be infinite */
+        h.v[k] = C(set1)(0.5) * (one + t.v[k] + C(fma)(g * h.v[k], cubic * h.v[k], g * scale));
+    }
+    return h;
+}
+
+INLINE C(vs) C(silu_slope)(C(vs) h) {
+    const C(v) one = C(set1)(1);
+    const C(vs) gate = C(gate)(h);
+    EACH h.v[k] = gate.v[k] * C(fma)(h.v[k], one - gate.v[k], one);
+    return h;
+}
+
+enum { C(bunch) = ABREAST * C(lanes) };
+
+INLINE C(vs) C(several)(const C(t) * p) {
+    C(vs) several;
+    EACH several.v[k] = C(load)(p + k * C(lanes));
+    return several;
+}
+
+INLINE void C(put_several)(C(t) * p, C(vs) several) { EACH C(store)(p + k * C(lanes), several.v[k]); }
+
+/* to = act(x + bias). */
+static void C(activate)(const C(t) * x, const C(t) * bias, C(t) * to, uint64_t n, int activation) {
+    C(t) room[C(bunch)] = {0};
+    if (bias) {
+        C(add)(x, bias, to, n);
+        x = to;
+    }
 #define CURVED(curve)                                                                                                  \
-    for (uint64_t i = 0; i < n; i += C(lanes)) {                                                                       \
+    for (; i + C(bunch) <= n; i += C(bunch)) {                                                                         \
         AHEAD(x + i, 0);                                                                                               \
-        C(put)(to + i, curve(C(few)(x + i, n - i)), n - i, 0);                                                         \
+        C(put_several)(to + i, curve(C(several)(x + i)));                                                              \
     }                                                                                                                  \
+    if (i == n) break;                                                                                                 \
+    memcpy(room, x + i, (n - i) * sizeof *x);                                                                          \
+    C(put_several)(room, curve(C(several)(room)));                                                                     \
+    memcpy(to + i, room, (n - i) * sizeof *x);                                                                         \
     break;
+    uint64_t i = 0;
     switch (activation) {
     case FD_RELU: CURVED(C(relu))
     case FD_GELU: CURVED(C(gelu))
@@ -154,32 +234,22 @@ static void C(activate)(const C(t) * x, C(t) * to, uint64_t n, int activation) {
 #undef CURVED
 }
 
-INLINE C(v) C(gelu_slope)(C(v) h) {
-    C(v) density = C(set1)(0.39894228040143268) * C(exp)(C(set1)(-0.5) * h * h);
-    return C(fma)(h, density, C(below)(h));
-}
-INLINE C(v) C(gelu_tanh_slope)(C(v) h) {
-    const C(v) one = C(set1)(1), scale = C(set1)(0.79788456080286536);
-    C(v) t = C(tanh_of_cubic)(h), inner = C(fma)(scale * C(set1)(3 * 0.044715) * h, h, scale);
-    return C(set1)(0.5) * C(fma)(h * (one - t * t), inner, one + t);
-}
-INLINE C(v) C(silu_slope)(C(v) h) {
-    const C(v) one = C(set1)(1);
-    C(v) gate = C(gate)(h);
-    return gate * C(fma)(h, one - gate, one);
-}
-
-INLINE C(v) C(relu_slope)(C(v) h) { return C(select)(C(not_above)(h, C(set1)(0)), C(set1)(0), C(set1)(1)); }
-
 /* g times the activation's derivative at h. */
 static void C(activate_back)(const C(t) * g, const C(t) * h, C(t) * to, uint64_t n, int activation) {
+    C(t) room[C(bunch)] = {0};
 #define CURVED(slope)                                                                                                  \
-    for (uint64_t i = 0; i < n; i += C(lanes)) {                                                                       \
+    for (; i + C(bunch) <= n; i += C(bunch)) {                                                                         \
         AHEAD(g + i, 0);                                                                                               \
         AHEAD(h + i, 0);                                                                                               \
-        C(put)(to + i, C(few)(g + i, n - i) * slope(C(few)(h + i, n - i)), n - i, 0);                                  \
+        C(vs) s = slope(C(several)(h + i));                                                                            \
+        EACH C(store)(to + i + k * C(lanes), C(load)(g + i + k * C(lanes)) * s.v[k]);                                  \
     }                                                                                                                  \
+    if (i == n) break;                                                                                                 \
+    memcpy(room, h + i, (n - i) * sizeof *h);                                                                          \
+    C(put_several)(room, slope(C(several)(room)));                                                                     \
+    C(times)(g + i, room, to + i, n - i);                                                                              \
     break;
+    uint64_t i = 0;
     switch (activation) {
     case FD_RELU: CURVED(C(relu_slope))
     case FD_GELU: CURVED(C(gelu_slope))
@@ -189,55 +259,98 @@ static void C(activate_back)(const C(t) * g, const C(t) * h, C(t) * to, uint64_t
 #undef CURVED
 }
 
-/* The bits of a strip's elements that are kept and that relu leaves as they are. */
-static void C(sign_bits)(const C(t) * h, const bits_t *bits, uint64_t position, uint64_t n, uint32_t *alive) {
-    for (uint64_t i = 0, step; i < n; i += step) {
-        uint32_t above = 0;
-        step = min_u64(n - i, RUN);
-#pragma GCC unroll 4
-        for (unsigned k = 0; k < RUN; k += C(lanes)) {
-            if (k >= step) break;
-            above |= (~C(bits)(C(not_above)(C(few)(h + i + k, step - k), C(set1)(0))) & low_bits(C(lanes))) << k;
-        }
-        *alive++ = above & run_at(bits, position + i, (unsigned)step);
-    }
-}
+/* ---- bits ---- */
 
-/* y = residual + (bit ? a h : 0). */
-INLINE void C(drop_as)(const C(t) * h, const C(t) * residual, C(t) * y, const bits_t *bits, uint64_t position,
-                       uint64_t n, C(v) a, const int adds, const int stream) {
-    uint64_t i = 0;
-    for (; i + RUN <= n; i += RUN) {
-        uint32_t run = run_at(bits, position + i, RUN);
+/* y = residual + (bit ? a act(h + bias) : 0), n in whole runs. What relu makes 0 is dropped as well, and alive takes
+ * the bits of what is left. */
+INLINE void C(drop_as)(const C(t) * h, const C(t) * bias, const C(t) * residual, C(t) * y, const bits_t *bits,
+                       uint64_t position, uint64_t n, C(v) a, uint32_t *alive, const int activation, const int biased,
+                       const int adds, const int stream) {
+    for (uint64_t i = 0; i < n; i += RUN) {
+        uint32_t run = run_at(bits, position + i, RUN), left = 0;
         for (unsigned byte = 0; byte < RUN * sizeof *h; byte += LINE_BYTES) {
             AHEAD((const char *)(h + i) + byte, stream);
             if (adds) AHEAD((const char *)(residual + i) + byte, stream);
         }
-#pragma GCC unroll 4
-        for (unsigned k = 0; k < RUN; k += C(lanes)) {
-            C(v) v = C(scale)(C(mask)(run, (int)k), C(load)(h + i + k), a);
-            if (adds) v = v + C(load)(residual + i + k);
-            C(put)(y + i + k, v, C(lanes), stream);
+#pragma GCC unroll 2
+        for (unsigned j = 0; j < RUN; j += C(bunch)) {
+            C(vs) v = C(several)(h + i + j);
+            if (biased) EACH v.v[k] = v.v[k] + C(load)(bias + i + j + k * C(lanes));
+            switch (activation) {
+            case FD_GELU: v = C(gelu)(v); break;
+            case FD_GELU_TANH: v = C(gelu_tanh)(v); break;
+            case FD_SILU: v = C(silu)(v);
+            }
+            EACH {
+                const unsigned at = j + k * C(lanes);
+                C(keep) keep = C(mask)(run, (int)at);
+                if (activation == FD_RELU) {
+                    keep = C(except)(keep, C(not_above)(v.v[k], C(set1)(0)));
+                    left |= C(bits)(keep) << at;
+                }
+                C(v) kept = C(scale)(keep, v.v[k], a);
+                if (adds) kept = kept + C(load)(residual + i + at);
+                C(put)(y + i + at, kept, C(lanes), stream);
+            }
         }
-    }
-    for (unsigned step; i < n; i += step) {
-        step = (unsigned)min_u64(n - i, C(lanes));
-        C(v) v = C(scale)(C(mask)(run_at(bits, position + i, step), 0), C(few)(h + i, step), a);
-        if (adds) v = v + C(few)(residual + i, step);
-        C(put)(y + i, v, step, 0);
+        if (activation == FD_RELU) alive[i / RUN] = left;
     }
 }
 
-static void C(drop)(const C(t) * h, const C(t) * residual, C(t) * y, const bits_t *bits, uint64_t position, uint64_t n,
-                    C(v) a, int stream) {
-    if (residual && stream)
-        C(drop_as)(h, residual, y, bits, position, n, a, 1, 1);
-    else if (residual)
-        C(drop_as)(h, residual, y, bits, position, n, a, 1, 0);
+INLINE void C(drop_some)(const C(t) * h, const C(t) * bias, C(t) * y, const bits_t *bits, uint64_t position, uint64_t n,
+                         C(v) a, uint32_t *alive, int stream, const int activation) {
+    if (bias && stream)
+        C(drop_as)(h, bias, NULL, y, bits, position, n, a, alive, activation, 1, 0, 1);
+    else if (bias)
+        C(drop_as)(h, bias, NULL, y, bits, position, n, a, alive, activation, 1, 0, 0);
     else if (stream)
-        C(drop_as)(h, NULL, y, bits, position, n, a, 0, 1);
+        C(drop_as)(h, NULL, NULL, y, bits, position, n, a, alive, activation, 0, 0, 1);
     else
-        C(drop_as)(h, NULL, y, bits, position, n, a, 0, 0);
+        C(drop_as)(h, NULL, NULL, y, bits, position, n, a, alive, activation, 0, 0, 0);
+}
+
+/* A residual only where there is no activation. */
+static OUTLINE void C(drop_runs)(const C(t) * h, const C(t) * bias, const C(t) * residual, C(t) * y, const bits_t *bits,
+                                 uint64_t position, uint64_t n, C(v) a, int activation, uint32_t *alive, int stream) {
+    switch (activation) {
+    case FD_RELU: C(drop_some)(h, bias, y, bits, position, n, a, alive, stream, FD_RELU); return;
+    case FD_GELU: C(drop_some)(h, bias, y, bits, position, n, a, NULL, stream, FD_GELU); return;
+    case FD_GELU_TANH: C(drop_some)(h, bias, y, bits, position, n, a, NULL, stream, FD_GELU_TANH); return;
+    case FD_SILU: C(drop_some)(h, bias, y, bits, position, n, a, NULL, stream, FD_SILU); return;
+    }
+    if (!residual)
+        C(drop_some)(h, bias, y, bits, position, n, a, NULL, stream, FD_NO_ACTIVATION);
+    else if (bias && stream)
+        C(drop_as)(h, bias, residual, y, bits, position, n, a, NULL, FD_NO_ACTIVATION, 1, 1, 1);
+    else if (bias)
+        C(drop_as)(h, bias, residual, y, bits, position, n, a, NULL, FD_NO_ACTIVATION, 1, 1, 0);
+    else if (stream)
+        C(drop_as)(h, NULL, residual, y, bits, position, n, a, NULL, FD_NO_ACTIVATION, 0, 1, 1);
+    else
+        C(drop_as)(h, NULL, residual, y, bits, position, n, a, NULL, FD_NO_ACTIVATION, 0, 1, 0);
+}
+
+/* Of any n; what is no whole run goes through rooms. */
+static void C(drop)(const C(t) * h, const C(t) * bias, const C(t) * residual, C(t) * y, const bits_t *bits,
+                    uint64_t position, uint64_t n, C(v) a, int activation, uint32_t *alive, int stream) {
+    const uint64_t rest = n % RUN, whole = n - rest, size = rest * sizeof *h;
+    if (whole) C(drop_runs)(h, bias, residual, y, bits, position, whole, a, activation, alive, stream);
+    if (!rest) return;
+    C(t) room_h[RUN] = {0}, room_bias[RUN] = {0}, room_residual[RUN] = {0}, room_y[RUN];
+    const uint32_t run = run_at(bits, position + whole, (unsigned)rest) & low_bits((unsigned)rest);
+    const bits_t last = {&run, RUN};
+    memcpy(room_h, h + whole, size);
+    if (bias) memcpy(room_bias, bias + whole, size);
+    if (residual) memcpy(room_residual, residual + whole, size);
+    C(drop_runs)(room_h, bias ? room_bias : NULL, residual ? room_residual : NULL, room_y, &last, 0, RUN, a, activation,
+                 alive ? alive + whole / RUN : NULL, 0);
+    memcpy(y + whole, room_y, size);
+}
+
+/* Where nothing comes before or after: to = bit ? a x : 0. */
+INLINE void C(mask_strip)(const C(t) * x, C(t) * to, const bits_t *bits, uint64_t position, uint64_t n, C(v) a,
+                          int stream) {
+    C(drop)(x, NULL, NULL, to, bits, position, n, a, FD_NO_ACTIVATION, NULL, stream);
 }
 
 /* ---- bias, activation, dropout, residual ---- */
@@ -245,26 +358,33 @@ static void C(drop)(const C(t) * h, const C(t) * residual, C(t) * y, const bits_
 /* A row of columns, repeated where it is short, so that a strip may begin at any column and go on past the end. */
 typedef struct {
     const C(t) * row; /* NULL: none */
-    uint64_t columns, reach;
+    uint64_t columns, reach, column;
     C(t) room[2 * STRIP_CELLS];
 } C(columns_t);
 
-static void C(columns_open)(C(columns_t) * c, const void *row, uint64_t columns) {
+static void C(columns_open)(C(columns_t) * c, const void *row, uint64_t columns, uint64_t at) {
     c->row = row;
     c->columns = columns;
     c->reach = columns;
+    c->column = at % columns;
     if (!row || columns > STRIP_CELLS) return;
     c->reach = 2 * STRIP_CELLS;
-    for (uint64_t i = 0; i < 2 * STRIP_CELLS; i++)
-        memcpy(c->room + i, (const C(t) *)row + i % columns, sizeof *c->room);
+    memcpy(c->room, row, columns * sizeof *c->room);
+    for (uint64_t have = columns, n; have < c->reach; have += n) { /* whole rows, but for the last copy */
+        n = min_u64(have, c->reach - have);
+        memcpy(c->room + have, c->room, n * sizeof *c->room);
+    }
     c->row = c->room;
 }
 
-/* Of elements from `at` on; *n of them at most, less where a long row ends. */
-INLINE const C(t) * C(columns_at)(const C(columns_t) * c, uint64_t at, uint64_t *n) {
+/* Of the next elements; *n of them at most, less where a long row ends. */
+INLINE const C(t) * C(columns_next)(C(columns_t) * c, uint64_t *n) {
     if (!c->row) return NULL;
-    *n = min_u64(*n, c->reach - at % c->columns);
-    return c->row + at % c->columns;
+    const C(t) *next = c->row + c->column;
+    *n = min_u64(*n, c->reach - c->column);
+    c->column += *n;
+    if (c->column >= c->columns) c->column %= c->columns;
+    return next;
 }
 
 typedef struct {
@@ -278,42 +398,42 @@ INLINE void C(point)(const pointwise_forward_args *args, const bits_t *bits, C(r
     const C(t) *h = C(view)(type, args->x, at, n, rooms->x);
     const C(t) *factor = C(view)(type, args->factor, at, n, rooms->factor);
     const C(t) *residual = C(view)(sum_type, args->residual, at, n, rooms->residual);
-    uint32_t alive[STRIP_CELLS / 32 + SLACK_WORDS];
-    const bits_t above = {alive, n + SLACK_CELLS};
-    uint64_t position = at;
-    if (bias) {
-        C(add)(h, bias, rooms->x, n);
-        h = rooms->x;
-    }
-    if (args->activation == FD_RELU) { /* what it makes 0 is dropped as well */
-        C(sign_bits)(h, bits, at, n, alive);
-        if (args->signs) copy_bits(args->signs, at, alive, 0, n);
-        bits = &above;
-        position = 0;
-    } else if (args->activation != FD_NO_ACTIVATION) {
-        C(activate)(h, rooms->x, n, args->activation);
-        h = rooms->x;
-    }
-    if (factor) {
-        C(times)(h, factor, rooms->x, n);
-        h = rooms->x;
-    }
     C(t) *y = C(place)(sum_type, args->y, at, rooms->y, 0);
-    C(drop)(h, residual, y, bits, position, n, a, stream && y != rooms->y);
+    uint32_t alive[STRIP_CELLS / 32];
+    int activation = args->activation, goes_around = stream && y != rooms->y;
+    if (factor) {
+        if (activation == FD_RELU)
+            C(drop)(h, bias, NULL, rooms->x, bits, at, n, C(set1)(1), FD_RELU, alive, 0);
+        else
+            C(activate)(h, bias, rooms->x, n, activation);
+        C(times)(rooms->x, factor, rooms->x, n);
+        h = rooms->x;
+        bias = NULL;
+        activation = FD_NO_ACTIVATION;
+    } else if (residual && activation != FD_NO_ACTIVATION) {
+        C(drop)(h, bias, NULL, rooms->x, bits, at, n, a, activation, alive, 0);
+        C(add)(rooms->x, residual, y, n);
+        goes_around = 0;
+    }
+    if (factor || !residual || activation == FD_NO_ACTIVATION)
+        C(drop)(h, bias, residual, y, bits, at, n, a, activation, alive, goes_around);
     C(deliver)(sum_type, args->y, at, n, y, stream);
+    if (args->signs) copy_bits(args->signs, at, alive, 0, n);
 }
 
 static void C(pointwise_forward)(const pointwise_forward_args *args, uint64_t begin, uint64_t end) {
-    const bits_t bits = {args->words, args->rows * args->columns};
     const C(v) a = C(set1)(args->a);
+    drawing_t drawing;
     C(columns_t) bias;
     C(rooms_t) rooms;
-    C(columns_open)(&bias, args->bias, args->columns);
+    drawing_open(&drawing, args->words, args->rows * args->columns, args->draw, begin, end);
+    C(columns_open)(&bias, args->bias, args->columns, begin);
     for (uint64_t at = begin, n; at < end; at += n) {
         uint64_t lead = args->stream ? C(to_line)(args->sum_dtype, args->y, at) : 0;
         n = min_u64(end - at, strip_after(lead));
-        const C(t) *part = C(columns_at)(&bias, at, &n);
-        C(point)(args, &bits, &rooms, part, at, n, a, args->stream && !lead);
+        const C(t) *part = C(columns_next)(&bias, &n);
+        draw_until(&drawing, at + n);
+        C(point)(args, &drawing.bits, &rooms, part, at, n, a, args->stream && !lead);
     }
     if (args->stream) stream_fence();
 }
@@ -332,10 +452,10 @@ static void C(backward_cells)(const pointwise_backward_args *args, uint64_t begi
     const C(v) a = C(set1)(args->a);
     C(columns_t) biases;
     C(t) room_g[STRIP_CELLS], room_h[STRIP_CELLS], room_factor[STRIP_CELLS], room_dx[STRIP_CELLS], other[STRIP_CELLS];
-    C(columns_open)(&biases, args->bias, args->columns);
+    C(columns_open)(&biases, args->bias, args->columns, begin);
     for (uint64_t at = begin, n; at < end; at += n) {
         n = min_u64(end - at, STRIP_CELLS);
-        const C(t) *bias = C(columns_at)(&biases, at, &n);
+        const C(t) *bias = C(columns_next)(&biases, &n);
         const C(t) *g = C(view)(sum_type, args->dy, at, n, room_g), *h = C(view)(type, args->x, at, n, room_h);
         const C(t) *factor = C(view)(type, args->factor, at, n, room_factor);
         if (h && bias) {
@@ -343,7 +463,7 @@ static void C(backward_cells)(const pointwise_backward_args *args, uint64_t begi
             h = room_h;
         }
         if (args->dfactor) {
-            C(activate)(h, other, n, args->activation);
+            C(activate)(h, NULL, other, n, args->activation);
             C(times)(g, other, other, n);
         }
         if (args->activation != FD_NO_ACTIVATION) {
@@ -355,11 +475,11 @@ static void C(backward_cells)(const pointwise_backward_args *args, uint64_t begi
             g = room_g;
         }
         C(t) *dx = C(place)(type, args->dx, at, room_dx, args->stream);
-        C(drop)(g, NULL, dx, &bits, at, n, a, 0);
+        C(mask_strip)(g, dx, &bits, at, n, a, 0);
         C(deliver)(type, args->dx, at, n, dx, args->stream);
         if (sums) C(add_to_columns)(dx, sums, args->columns, at % args->columns, n);
         if (args->dfactor) { /* last: it may lie over factor */
-            C(drop)(other, NULL, other, &bits, at, n, a, 0);
+            C(mask_strip)(other, other, &bits, at, n, a, 0);
             C(deliver)(type, args->dfactor, at, n, other, args->stream);
         }
     }
@@ -431,17 +551,18 @@ static void C(normalise)(const C(t) * x, C(t) * y, const C(t) * weight, const C(
 #undef BODY
 }
 
-/* What a row is while a kernel goes over it again: numbers as they were stored, in the row's own room if they fit. */
+/* Elements of a row that a kernel keeps beside it from one look to the next; a longer row is read again, by strips. */
 enum { C(row_cells) = 4096 };
 
 static void C(norm_forward)(const norm_forward_args *args, uint64_t begin, uint64_t end) {
-    const bits_t bits = {args->words, args->rows * args->columns};
     const int type = args->dtype, sum_type = args->sum_dtype, narrow = C(size)(sum_type) < sizeof(C(t));
     const uint64_t columns = args->columns;
     const int fits = columns <= C(row_cells), stream = args->stream && fits;
     const C(v) a = C(set1)(args->a);
     C(t) *statistics = args->statistics;
     C(t) room[C(row_cells)], x[STRIP_CELLS], residual[STRIP_CELLS], other[STRIP_CELLS];
+    drawing_t drawing;
+    drawing_open(&drawing, args->words, args->rows * columns, args->draw, begin * columns, end * columns);
     for (uint64_t r = begin; r < end; r++) {
         const uint64_t first = r * columns;
         C(t) *row = fits && (stream || narrow) ? room : narrow ? NULL : (C(t) *)args->sum + first; /* NULL: by strips */
@@ -449,13 +570,11 @@ static void C(norm_forward)(const norm_forward_args *args, uint64_t begin, uint6
         for (uint64_t j = 0, n; j < columns; j += n) {
             const uint64_t at = first + j;
             n = min_u64(columns - j, STRIP_CELLS);
-            const C(t) *h = C(view)(type, args->x, at, n, x);
-            if (args->bias) {
-                C(add)(h, (const C(t) *)args->bias + j, x, n);
-                h = x;
-            }
+            const C(t) *h = C(view)(type, args->x, at, n, x), *bias = args->bias;
             C(t) *to = row ? row + j : other;
-            C(drop)(h, C(view)(sum_type, args->residual, at, n, residual), to, &bits, at, n, a, 0);
+            draw_until(&drawing, at + n);
+            C(drop)(h, bias ? bias + j : NULL, C(view)(sum_type, args->residual, at, n, residual), to, &drawing.bits,
+                    at, n, a, FD_NO_ACTIVATION, NULL, 0);
             if (narrow) { /* statistics are those of what is stored */
                 C(deliver)(sum_type, args->sum, at, n, to, 0);
                 C(view)(sum_type, args->sum, at, n, to);
@@ -499,6 +618,7 @@ static void C(norm_look)(const C(t) * dy, const C(t) * x, const C(t) * weight, C
         AHEAD(dy + i, 0);                                                                                              \
         AHEAD(x + i, 0);                                                                                               \
         C(v) g = C(few)(dy + i, left), normal = (C(few)(x + i, left) - m->mean) * m->rstd;                             \
+        if (left < C(lanes)) normal = C(scale)(C(mask)(low_bits((unsigned)(left)), 0), normal, C(set1)(1));            \
         if (of_weight) {                                                                                               \
             C(put)(of_weight + i, C(fma)(g, normal, C(few)(of_weight + i, left)), left, 0);                            \
             C(put)(of_shift + i, C(few)(of_shift + i, left) + g, left, 0);                                             \
@@ -515,11 +635,12 @@ static void C(norm_look)(const C(t) * dy, const C(t) * x, const C(t) * weight, C
 
 /* The second look: the row's gradient. Meanwhile the next row is on its way: a quarter of the time. */
 static void C(norm_slope)(const C(t) * dy, const C(t) * x, const C(t) * weight, const C(t) * dsum, C(t) * to,
-                          uint64_t n, const C(moments_t) * m, const char *next_dy, const char *next_x) {
+                          uint64_t n, const C(moments_t) * m, const void *next_dy, uint64_t dy_size, const void *next_x,
+                          uint64_t x_size) {
 #define BODY(left)                                                                                                     \
     {                                                                                                                  \
-        prefetch(next_dy + i * sizeof *dy, 0);                                                                         \
-        prefetch(next_x + i * sizeof *x, 0);                                                                           \
+        prefetch((const char *)next_dy + i * dy_size, 0);                                                              \
+        prefetch((const char *)next_x + i * x_size, 0);                                                                \
         C(v) g = C(few)(dy + i, left), normal = (C(few)(x + i, left) - m->mean) * m->rstd;                             \
         if (weight) g = g * C(few)(weight + i, left);                                                                  \
         g = (g - m->of_g - normal * m->of_gx) * m->rstd;                                                               \
@@ -530,50 +651,60 @@ static void C(norm_slope)(const C(t) * dy, const C(t) * x, const C(t) * weight, 
 #undef BODY
 }
 
-static void C(norm_backward)(const norm_backward_args *args, uint64_t begin, uint64_t end) {
+/* Rows begin .. end-1, and their part of the sums unless that is NULL. */
+static void C(norm_back)(const norm_backward_args *args, uint64_t begin, uint64_t end, C(t) * sums) {
     const bits_t bits = {args->words, args->rows * args->columns};
     const int type = args->dtype, sum_type = args->sum_dtype;
-    const uint64_t columns = args->columns;
+    const uint64_t columns = args->columns, dy_size = C(size)(type), x_size = C(size)(sum_type);
     const C(t) *statistics = args->statistics;
     const C(v) a = C(set1)(args->a);
     C(t) room_dy[STRIP_CELLS], room_x[STRIP_CELLS], room_dsum[STRIP_CELLS], slope[STRIP_CELLS], room_dx[STRIP_CELLS];
-    for (uint64_t panel = begin; panel < end; panel++) {
-        C(t) *sums = args->sums ? (C(t) *)args->sums + panel * 3 * columns : NULL;
-        if (sums) memset(sums, 0, 3 * columns * sizeof *sums);
-        const uint64_t stop = panel_row(args->rows, args->panels, panel + 1);
-        for (uint64_t r = panel_row(args->rows, args->panels, panel); r < stop; r++) {
-            double of_g = 0, of_gx = 0;
-            C(moments_t) m;
-            m.mean = C(set1)(C(one)(statistics + 2 * r));
-            m.rstd = C(set1)(C(one)(statistics + 2 * r + 1));
-            for (uint64_t j = 0, n; j < columns; j += n) {
-                const uint64_t at = r * columns + j;
-                n = min_u64(columns - j, STRIP_CELLS);
-                C(norm_look)(C(view)(type, args->dy, at, n, room_dy), C(view)(sum_type, args->sum, at, n, room_x),
-                             args->weight ? (const C(t) *)args->weight + j : NULL, sums ? sums + j : NULL,
-                             sums ? sums + columns + j : NULL, n, &m, &of_g, &of_gx);
-            }
-            m.of_g = C(set1)(args->centred ? of_g / (double)columns : 0);
-            m.of_gx = C(set1)(of_gx / (double)columns);
-            for (uint64_t j = 0, n; j < columns; j += n) {
-                const uint64_t at = r * columns + j;
-                n = min_u64(columns - j, STRIP_CELLS);
-                C(t) *to = args->dresidual ? C(place)(sum_type, args->dresidual, at, slope, args->stream) : slope;
-                C(norm_slope)(C(view)(type, args->dy, at, n, room_dy), C(view)(sum_type, args->sum, at, n, room_x),
-                              args->weight ? (const C(t) *)args->weight + j : NULL,
-                              C(view)(sum_type, args->dsum, at, n, room_dsum), to, n, &m,
-                              (const char *)args->dy + (at + columns) * C(size)(type),
-                              (const char *)args->sum + (at + columns) * C(size)(sum_type));
-                if (args->dresidual) C(deliver)(sum_type, args->dresidual, at, n, to, args->stream);
-                if (!args->dx && !sums) continue;
-                C(t) *dx = args->dx ? C(place)(type, args->dx, at, room_dx, args->stream) : room_dx;
-                C(drop)(to, NULL, dx, &bits, at, n, a, 0);
-                if (args->dx) C(deliver)(type, args->dx, at, n, dx, args->stream);
-                if (sums) C(add)(dx, sums + 2 * columns + j, sums + 2 * columns + j, n);
-            }
+    for (uint64_t r = begin; r < end; r++) {
+        double of_g = 0, of_gx = 0;
+        C(moments_t) m;
+        m.mean = C(set1)(C(one)(statistics + 2 * r));
+        m.rstd = C(set1)(C(one)(statistics + 2 * r + 1));
+        for (uint64_t j = 0, n; j < columns; j += n) {
+            const uint64_t at = r * columns + j;
+            n = min_u64(columns - j, STRIP_CELLS);
+            C(norm_look)(C(view)(type, args->dy, at, n, room_dy), C(view)(sum_type, args->sum, at, n, room_x),
+                         args->weight ? (const C(t) *)args->weight + j : NULL, sums ? sums + j : NULL,
+                         sums ? sums + columns + j : NULL, n, &m, &of_g, &of_gx);
+        }
+        m.of_g = C(set1)(args->centred ? of_g / (double)columns : 0);
+        m.of_gx = C(set1)(of_gx / (double)columns);
+        for (uint64_t j = 0, n; j < columns; j += n) {
+            const uint64_t at = r * columns + j;
+            n = min_u64(columns - j, STRIP_CELLS);
+            C(t) *to = args->dresidual ? C(place)(sum_type, args->dresidual, at, slope, args->stream) : slope;
+            C(norm_slope)(C(view)(type, args->dy, at, n, room_dy), C(view)(sum_type, args->sum, at, n, room_x),
+                          args->weight ? (const C(t) *)args->weight + j : NULL,
+                          C(view)(sum_type, args->dsum, at, n, room_dsum), to, n, &m,
+                          (const char *)args->dy + (at + columns) * dy_size, dy_size,
+                          (const char *)args->sum + (at + columns) * x_size, x_size);
+            if (args->dresidual) C(deliver)(sum_type, args->dresidual, at, n, to, args->stream);
+            if (!args->dx && !sums) continue;
+            C(t) *dx = args->dx ? C(place)(type, args->dx, at, room_dx, args->stream) : room_dx;
+            C(mask_strip)(to, dx, &bits, at, n, a, 0);
+            if (args->dx) C(deliver)(type, args->dx, at, n, dx, args->stream);
+            if (sums) C(add)(dx, sums + 2 * columns + j, sums + 2 * columns + j, n);
         }
     }
     if (args->stream) stream_fence();
+}
+
+/* Over rows or, with sums, over panels. */
+static void C(norm_backward)(const norm_backward_args *args, uint64_t begin, uint64_t end) {
+    if (!args->sums) {
+        C(norm_back)(args, begin, end, NULL);
+        return;
+    }
+    for (uint64_t panel = begin; panel < end; panel++) {
+        C(t) *sums = (C(t) *)args->sums + panel * 3 * args->columns;
+        memset(sums, 0, 3 * args->columns * sizeof *sums);
+        C(norm_back)(args, panel_row(args->rows, args->panels, panel), panel_row(args->rows, args->panels, panel + 1),
+                     sums);
+    }
 }
 
 /* ---- softmax ---- */
@@ -596,26 +727,39 @@ static C(v) C(scores)(const C(t) * x, const C(t) * mask, C(t) * to, uint64_t n, 
 
 /* exp(x - top), and the sum of that. */
 static double C(exponentials)(const C(t) * x, C(t) * to, uint64_t n, C(v) top) {
-    C(v) sum = C(set1)(0);
-#define BODY(left)                                                                                                     \
-    {                                                                                                                  \
-        C(v) v = C(exp)(C(few)(x + i, left) - top);                                                                    \
-        C(put)(to + i, v, left, 0);                                                                                    \
-        if (left < C(lanes)) v = C(scale)(C(mask)(low_bits((unsigned)(left)), 0), v, C(set1)(1));                      \
-        sum = sum + v;                                                                                                 \
+    C(vs) v, sum;
+    C(t) room[C(bunch)];
+    uint64_t i = 0;
+    EACH sum.v[k] = C(set1)(0);
+    for (; i + C(bunch) <= n; i += C(bunch)) {
+        v = C(several)(x + i);
+        EACH v.v[k] = v.v[k] - top;
+        v = C(exp)(v);
+        C(put_several)(to + i, v);
+        EACH sum.v[k] = sum.v[k] + v.v[k];
     }
-    FOR_LANES(n, BODY);
-#undef BODY
-    return C(total)(sum);
+    if (i < n) {
+        memcpy(room, x + i, (n - i) * sizeof *x);
+        for (uint64_t j = n - i; j < C(bunch); j++) room[j] = -INFINITY;
+        v = C(several)(room);
+        EACH v.v[k] = v.v[k] - top;
+        v = C(exp)(v);
+        C(put_several)(room, v);
+        memcpy(to + i, room, (n - i) * sizeof *x);
+        EACH sum.v[k] = sum.v[k] + v.v[k];
+    }
+    for (int k = 1; k < ABREAST; k++) sum.v[0] = sum.v[0] + sum.v[k];
+    return C(total)(sum.v[0]);
 }
 
 static void C(softmax_forward)(const softmax_forward_args *args, uint64_t begin, uint64_t end) {
-    const bits_t bits = {args->words, args->rows * args->columns};
     const int type = args->dtype;
     const uint64_t columns = args->columns;
     const int fits = columns <= C(row_cells);
     const C(v) a = C(set1)(args->a), scale = C(set1)(args->scale);
     C(t) row[C(row_cells)], x[STRIP_CELLS], room_p[STRIP_CELLS], room_y[STRIP_CELLS];
+    drawing_t drawing;
+    drawing_open(&drawing, args->words, args->rows * columns, args->draw, begin * columns, end * columns);
     for (uint64_t r = begin; r < end; r++) {
         const uint64_t first = r * columns, query = r % args->queries, head = r / args->queries % args->heads;
         const uint64_t outer = r / args->queries / args->heads,
@@ -626,6 +770,7 @@ static void C(softmax_forward)(const softmax_forward_args *args, uint64_t begin,
         for (uint64_t j = 0, n; j < keys; j += n) {
             n = min_u64(keys - j, STRIP_CELLS);
             const C(t) *part = C(view)(type, args->x, first + j, n, x);
+            draw_until(&drawing, first + j + n);
             most = C(scores)(part, mask ? mask + j : NULL, fits ? row + j : x, n, scale, most);
         }
         C(t) lanes[C(lanes)], largest;
@@ -655,9 +800,10 @@ static void C(softmax_forward)(const softmax_forward_args *args, uint64_t begin,
                     C(exponentials)(x, x, n, top);
                 }
                 const bits_t all = {NULL, 0};
-                C(drop)(from, NULL, p, &all, 0, n, C(set1)(share), 0);
+                C(mask_strip)(from, p, &all, 0, n, C(set1)(share), 0);
             }
-            C(drop)(p, NULL, y, &bits, at, n, a, stream && y != room_y);
+            if (j >= keys) draw_until(&drawing, at + n);
+            C(mask_strip)(p, y, &drawing.bits, at, n, a, stream && y != room_y);
             if (args->probabilities) C(deliver)(type, args->probabilities, at, n, p, 0);
             C(deliver)(type, args->y, at, n, y, stream && y == room_y);
         }
@@ -698,20 +844,20 @@ static void C(softmax_backward)(const softmax_backward_args *args, uint64_t begi
             const uint64_t at = first + j;
             n = min_u64(columns - j, STRIP_CELLS);
             C(t) *g = fits ? row + j : room_g;
-            C(drop)(C(view)(type, args->dy, at, n, room_g), NULL, g, &bits, at, n, a, 0);
+            C(mask_strip)(C(view)(type, args->dy, at, n, room_g), g, &bits, at, n, a, 0);
             dot += C(dot)(g, C(view)(type, args->probabilities, at, n, room_p), n);
         }
         for (uint64_t j = 0, n; j < columns; j += n) {
             const uint64_t at = first + j;
             n = min_u64(columns - j, STRIP_CELLS);
             C(t) *g = fits ? row + j : room_g;
-            if (!fits) C(drop)(C(view)(type, args->dy, at, n, room_g), NULL, g, &bits, at, n, a, 0);
+            if (!fits) C(mask_strip)(C(view)(type, args->dy, at, n, room_g), g, &bits, at, n, a, 0);
             const C(t) *p = C(view)(type, args->probabilities, at, n, room_p);
             C(t) *dx = C(place)(type, args->dx, at, other, args->y || args->stream);
             C(softmax_slope)(g, p, dx, n, C(set1)(dot), scale);
             if (args->y) { /* before dx is written: that may lie over the probabilities */
                 C(t) *y = C(place)(type, args->y, at, dropped, args->stream);
-                C(drop)(p, NULL, y, &bits, at, n, a, 0);
+                C(mask_strip)(p, y, &bits, at, n, a, 0);
                 C(deliver)(type, args->y, at, n, y, args->stream);
             }
             C(deliver)(type, args->dx, at, n, dx, args->stream);

@@ -117,6 +117,7 @@ static inline f32_v f32_round(f32_v v) {
 static inline f32_v f32_times_power(f32_v v, f32_v n) { return _mm512_scalef_ps(v, n); }
 static inline f32_keep f32_less(f32_v a, f32_v b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 static inline f32_keep f32_not_above(f32_v a, f32_v b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
+static inline f32_keep f32_except(f32_keep keep, f32_keep drop) { return _kandn_mask16(drop, keep); }
 static inline f32_v f32_select(f32_keep keep, f32_v yes, f32_v no) { return _mm512_mask_blend_ps(keep, no, yes); }
 static inline uint32_t f32_bits(f32_keep keep) { return keep; }
 
@@ -140,6 +141,7 @@ static inline f64_v f64_affine(f64_keep keep, f64_v x, f64_v a, f64_v b, f64_v c
 static inline f64_v f64_fma(f64_v a, f64_v b, f64_v c) { return _mm512_fmadd_pd(a, b, c); }
 static inline f64_v f64_max(f64_v a, f64_v b) { return _mm512_max_pd(a, b); }
 static inline f64_keep f64_not_above(f64_v a, f64_v b) { return _mm512_cmp_pd_mask(a, b, _CMP_LE_OQ); }
+static inline f64_keep f64_except(f64_keep keep, f64_keep drop) { return _kandn_mask8(drop, keep); }
 static inline f64_v f64_select(f64_keep keep, f64_v yes, f64_v no) { return _mm512_mask_blend_pd(keep, no, yes); }
 static inline uint32_t f64_bits(f64_keep keep) { return keep; }
 

@@ -109,6 +109,7 @@ static inline f32_v f32_times_power(f32_v v, f32_v n) {
 }
 static inline f32_keep f32_less(f32_v a, f32_v b) { return vcltq_f32(a, b); }
 static inline f32_keep f32_not_above(f32_v a, f32_v b) { return vcleq_f32(a, b); }
+static inline f32_keep f32_except(f32_keep keep, f32_keep drop) { return vbicq_u32(keep, drop); }
 static inline f32_v f32_select(f32_keep keep, f32_v yes, f32_v no) { return vbslq_f32(keep, yes, no); }
 static inline uint32_t f32_bits(f32_keep keep) {
     const uint32_t lane[LANES] = {1, 2, 4, 8};
@@ -138,6 +139,7 @@ static inline f64_v f64_affine(f64_keep keep, f64_v x, f64_v a, f64_v b, f64_v c
 static inline f64_v f64_fma(f64_v a, f64_v b, f64_v c) { return vfmaq_f64(c, a, b); }
 static inline f64_v f64_max(f64_v a, f64_v b) { return vbslq_f64(vcgtq_f64(a, b), a, b); }
 static inline f64_keep f64_not_above(f64_v a, f64_v b) { return vcleq_f64(a, b); }
+static inline f64_keep f64_except(f64_keep keep, f64_keep drop) { return vbicq_u64(keep, drop); }
 static inline f64_v f64_select(f64_keep keep, f64_v yes, f64_v no) { return vbslq_f64(keep, yes, no); }
 static inline uint32_t f64_bits(f64_keep keep) {
     const uint64_t lane[2] = {1, 2};

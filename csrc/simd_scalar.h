@@ -5,7 +5,7 @@
  *   wide_t     the same words as multiplication wants them; product_t the 64-bit products
  *   f32_t ...  storage types; f32_v ... what is computed with, f32_lanes of them at a time; f32_keep a lane mask
  *
- * An f32_v has as many lanes as a words_t, and + - * of its own in every vocabulary.
+ * An f32_v has as many lanes as a words_t; it and f64_v have + - * / of their own in every vocabulary.
  */
 #ifndef FASTDROP_SIMD_SCALAR_H
 #define FASTDROP_SIMD_SCALAR_H
@@ -121,6 +121,7 @@ static inline f32_v f32_times_power(f32_v v, f32_v n) {
 }
 static inline f32_keep f32_less(f32_v a, f32_v b) { return a < b; }
 static inline f32_keep f32_not_above(f32_v a, f32_v b) { return a <= b; }
+static inline f32_keep f32_except(f32_keep keep, f32_keep drop) { return keep && !drop; }
 static inline f32_v f32_select(f32_keep keep, f32_v yes, f32_v no) { return keep ? yes : no; }
 static inline uint32_t f32_bits(f32_keep keep) { return (uint32_t)keep; }
 
@@ -146,6 +147,7 @@ static inline f64_v f64_affine(f64_keep keep, f64_v x, f64_v a, f64_v b, f64_v c
 static inline f64_v f64_fma(f64_v a, f64_v b, f64_v c) { return a * b + c; }
 static inline f64_v f64_max(f64_v a, f64_v b) { return a > b ? a : b; }
 static inline f64_keep f64_not_above(f64_v a, f64_v b) { return a <= b; }
+static inline f64_keep f64_except(f64_keep keep, f64_keep drop) { return keep && !drop; }
 static inline f64_v f64_select(f64_keep keep, f64_v yes, f64_v no) { return keep ? yes : no; }
 static inline uint32_t f64_bits(f64_keep keep) { return (uint32_t)keep; }
 

@@ -1,4 +1,4 @@
-/* Worker pool: a few threads that share one loop over cells at a time.
+/* Worker pool: a few threads that share one loop over cells, rows or panels at a time.
  *
  * Not OpenMP: a child forked after libgomp ran hangs in its first parallel region, and its threads take milliseconds to
  * wake after an idle spell. Here the caller works too and waits only for those who joined in, and a forked child starts
@@ -36,7 +36,7 @@ enum { GRAIN_CELLS = 128 * FD_BLOCK_CELLS, TEAM_GRAIN_CELLS = 64 * FD_BLOCK_CELL
 typedef struct {
     fd_kernel kernel;
     const void *args;
-    uint64_t end, grain;
+    uint64_t end, grain; /* in units */
     _Atomic uint64_t next;
 } job_t;
 
@@ -70,7 +70,7 @@ static void relax(void) {
 
 static void work(job_t *j) {
     for (;;) {
-        /* Seams lie on multiples of the grain, itself one of FD_BLOCK_CELLS. */
+        /* Seams lie on multiples of the grain, of cells itself one of FD_BLOCK_CELLS. */
         uint64_t begin = atomic_load_explicit(&j->next, memory_order_relaxed), end;
         do {
             if (begin >= j->end) return;

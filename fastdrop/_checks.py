@@ -1,4 +1,4 @@
-"""The only place where user input is validated and outputs are allocated.
+"""The only place where user input is validated.
 
 Every message names the argument, what came and what is allowed. Nothing is written before everything is checked.
 """
@@ -107,7 +107,7 @@ def uint64(name: str, value: Any) -> int:
 
 
 def choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
-    if value not in allowed:
+    if not (value is None or isinstance(value, str)) or value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, but got {value!r}")
 
 

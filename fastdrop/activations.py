@@ -1,6 +1,7 @@
 """Activations that the fused kernels know, and the coefficients of their float32 arithmetic.
 
-This module owns the polynomials that every backend evaluates, highest power first; csrc/vector_math.inc.h has the same.
+This module owns the polynomials that compiled backends evaluate, highest power first; csrc/vector_math.inc.h has them
+too, and a test compares.
 They were fitted by Remez's algorithm to the relative error of the result; what each is of is written beside it.
 """
 
@@ -8,9 +9,20 @@ from __future__ import annotations
 
 __all__ = ["ACTIVATIONS"]
 
-# Names as users give them, and the codes of csrc/fastdrop.h. "relu" keeps bits alone for backward, others their input.
+# Names as users give them, and the codes of csrc/fastdrop.h.
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 NONE, RELU, GELU, GELU_TANH, SILU = ACTIVATIONS.values()
+
+
+def keeps_signs(activation: int, factor: bool = False) -> bool:
+    """Whether bits alone can tell the gradient: those of what is kept and positive. ``factor``: it has a second one."""
+    return activation == RELU and not factor
+
+
+def keeps_input(activation: int, factor: bool = False) -> bool:
+    """Whether the gradient asks for the data, as a curve's slope and a factor's gradient do."""
+    return factor or activation not in (NONE, RELU)
+
 
 # exp(r) for |r| <= ln 2 / 2.
 EXP = (
@@ -22,20 +34,43 @@ EXP = (
     1.00000003853,
     1.0,
 )
+# 2**r for |r| <= 1 / 2.
+EXP2 = (
+    1.53457891094e-4,
+    1.3399957587e-3,
+    9.61848924371e-3,
+    5.55032871194e-2,
+    2.40226468861e-1,
+    6.93147205767e-1,
+    1.0,
+)
 EXP_LOWEST, EXP_HIGHEST = -104.0, 89.0  # beyond: 0 and infinity
 LOG2_E = 1.44269504088896341
-# erf(t) / t - 1 of t**2 for t < 0.6, and -ln(1 - erf(t)) up to 4, from where on erf rounds to 1.
+# erf(t) / t - 1 of t**2 for t < 0.6, and log2(1 - erf(t)) up to 4, from where on erf rounds to 1.
 ERF_NEAR = (4.51235798907e-3, -2.66469863602e-2, 1.12809917263e-1, -3.76125126092e-1, 1.283791579e-1)
 ERF_FAR = (
-    -2.22470671764e-4,
-    3.2871615016e-3,
-    -2.31347473276e-2,
-    1.05683466521e-1,
-    6.35331245612e-1,
-    1.12869238343,
-    -3.15452024931e-5,
+    3.20957334897e-4,
+    -4.74237159696e-3,
+    3.33763852417e-2,
+    -1.52469013054e-1,
+    -9.16589237366e-1,
+    -1.62835890427,
+    4.55101072006e-5,
 )
 ERF_SEAM, ERF_END = 0.6, 4.0
+# log2 of the probability of a standard normal number to be above t, up to 6; from there on it is taken for 0.
+TAIL = (
+    -9.93506565309e-7,
+    1.73076391383e-5,
+    -8.36138771077e-5,
+    -3.73801107022e-4,
+    7.35248590299e-3,
+    -5.26788466017e-2,
+    -4.59154094879e-1,
+    -1.15111107757,
+    -9.99999890982e-1,
+)
+TAIL_END = 6.0
 # (tanh(t) / t - 1) / t**2 of t**2 for t < 0.8; 1 - 2 / (exp(2 t) + 1) from there on.
 TANH_NEAR = (
     1.58475578222e-3,

@@ -41,6 +41,7 @@ __all__ = [
     "run",
     "taken",
     "taken_mask",
+    "target",
     "zeros",
 ]
 
@@ -201,6 +202,11 @@ def contiguous(x: Any) -> Any:
     return x
 
 
+def target(y: Any) -> Any:
+    """y, for `output` refuses what isn't contiguous."""
+    return y
+
+
 def detached(x: Any, y: Any) -> Any:
     """x, or a copy if writing y might change it."""
     if not _meet(x, y):
@@ -226,10 +232,9 @@ def additive(name: str, mask: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     if given == shape and mask.dtype == dtype:
         return mask
     if _kind(name, mask) != "cupy":
-        raise TypeError(
-            f"{name} must have dtype {np.dtype(dtype)} and shape {shape} as an array of Numba, but got {mask.dtype} "
-            f"and {given}"
-        )
+        if mask.dtype != dtype:
+            raise TypeError(f"{name} must have dtype {np.dtype(dtype)} as an array of Numba, but got {mask.dtype}")
+        raise ValueError(f"{name} must have shape {shape} as an array of Numba, but got {given}")
     cupy = sys.modules["cupy"]
     with mask.device:
         if mask.dtype == np.bool_:

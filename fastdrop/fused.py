@@ -4,7 +4,8 @@ The mask is drawn first, as `dropout` draws it, and one primitive does the rest 
 of plain `dropout` with the same random state. This module owns what each op hands to its primitive and what it keeps
 for backward; `host` and `device` know how arrays in memory and on a GPU get there.
 
-Data is ``(*, columns)``, any axes before the last, any strides. Results are C-contiguous.
+Data is ``(*, columns)``, any axes before the last, any strides. Results are C-contiguous, and so are gradients but for
+one that is dy itself.
 """
 
 from __future__ import annotations
@@ -19,16 +20,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from . import _checks, device, kinds
-from .activations import ACTIVATIONS, NONE, RELU, SILU
+from .activations import ACTIVATIONS, NONE, SILU, keeps_input, keeps_signs
 from .mask import PackedMask, SeededMask
 from .ops import Array, BitMask, RandomState, Shape, _masked, _memory
 from .stream import check_random_state, random_state, threshold_and_scale
 
 __all__ = [
     "Saved",
-    "SavedNorm",
-    "SavedPointwise",
-    "SavedSoftmax",
     "bias_act_dropout",
     "bias_dropout_add",
     "dropout_add",
@@ -125,7 +123,7 @@ def dropout_add(
     y : ndarray like residual
     saved : Saved
         ``saved.backward(dy)`` is ``(x, residual)``: the residual's gradient is dy itself, and x's is too where nothing
-        was dropped and dtypes are the same.
+        was dropped and dtypes are the same. Nothing of x or residual is kept.
 
     Raises
     ------
@@ -146,8 +144,8 @@ def dropout_add(
     >>> saved.backward(np.ones_like(y)).x
     array([0., 0., 2., 2., 0., 2.], dtype=float32)
     """
-    call = _Call("dropout_add", x, "x", p, store)
-    return call.pointwise(DropoutAddGradients, training, rng, out, stream=call.stream(residual))
+    call = _Call("dropout_add", x, "x", p, training, store, rng)
+    return call.pointwise(DropoutAddGradients, out, residual=call.residual(residual))
 
 
 def bias_dropout_add(
@@ -167,6 +165,7 @@ def bias_dropout_add(
     ----------
     x : array_like of a float dtype, ``(*, columns)``
     bias : array_like of any float dtype, ``(columns,)``
+        A Numba array on a GPU must be float32, or float64 beside float64 x, here and in the ops below.
     residual : array_like of x's shape
         Of x's dtype, or float32 beside 16-bit x. The result has its dtype.
     p, training, store, rng, out
@@ -192,9 +191,10 @@ def bias_dropout_add(
     >>> saved.backward(np.ones_like(y)).bias
     array([2., 0., 4.])
     """
-    call = _Call("bias_dropout_add", x, "x", p, store)
-    vector, stream = call.vector("bias", bias), call.stream(residual)
-    return call.pointwise(BiasDropoutAddGradients, training, rng, out, vector=vector, stream=stream)
+    call = _Call("bias_dropout_add", x, "x", p, training, store, rng)
+    return call.pointwise(
+        BiasDropoutAddGradients, out, vector=call.vector("bias", bias), residual=call.residual(residual)
+    )
 
 
 def bias_act_dropout(
@@ -232,8 +232,8 @@ def bias_act_dropout(
 
     Kept for backward: with "relu" **bits alone**, 1/8 byte per element, under either store and out of training too:
     ``saved.mask`` has the elements that were kept and positive, or NaN. With None the mask as in `dropout_add`. With
-    the others that and x: x itself, not a copy unless the result is written over it. Sources: Hendrycks and Gimpel,
-    arXiv 1606.08415, 2016 (GELU, and SiLU); Vaswani et al., NeurIPS 2017.
+    the others that, a copy of bias, and x: itself where it is C-contiguous and the result isn't written over it, else
+    a copy. Sources: Hendrycks and Gimpel, arXiv 1606.08415, 2016 (GELU, and SiLU); Vaswani et al., NeurIPS 2017.
 
     >>> import fastdrop as fd, numpy as np
     >>> x = np.array([[-2.0, 1.0, 2.0], [3.0, -1.0, -3.0]], np.float32)
@@ -245,10 +245,11 @@ def bias_act_dropout(
     (array([[0., 0., 2.],
            [2., 0., 0.]], dtype=float32), 4)
     """
-    call = _Call("bias_act_dropout", x, "x", p, store)
+    call = _Call("bias_act_dropout", x, "x", p, training, store, rng)
     _checks.choice("activation", activation, tuple(ACTIVATIONS))
-    vector = NO_VECTOR if bias is None else call.vector("bias", bias)
-    return call.pointwise(BiasActGradients, training, rng, out, vector=vector, activation=ACTIVATIONS[activation])
+    code = ACTIVATIONS[activation]
+    vector = NO_VECTOR if bias is None else call.vector("bias", bias, kept=keeps_input(code))
+    return call.pointwise(BiasActGradients, out, vector=vector, activation=code)
 
 
 def swiglu_dropout(
@@ -278,8 +279,8 @@ def swiglu_dropout(
     saved : Saved
         ``saved.backward(dy)`` is ``(gate, up)``.
 
-    Kept for backward: gate and up themselves (a copy of one that the result is written over), and a bit per element, or
-    nothing beside them. Source: Shazeer, arXiv 2002.05202, 2020.
+    Kept for backward: gate and up, each itself where it is C-contiguous and the result isn't written over it, else a
+    copy; and a bit per element, or nothing beside them. Source: Shazeer, arXiv 2002.05202, 2020.
 
     >>> import fastdrop as fd, numpy as np
     >>> gate, up = np.array([1.0, -1.0, 2.0, 0.0]), np.ones(4)
@@ -289,8 +290,8 @@ def swiglu_dropout(
     >>> saved.backward(np.ones(4)).gate.round(3)
     array([0.   , 0.   , 2.182, 1.   ])
     """
-    call = _Call("swiglu_dropout", gate, "gate", p, store)
-    return call.pointwise(SwigluGradients, training, rng, out, factor=call.alike("up", up), activation=SILU)
+    call = _Call("swiglu_dropout", gate, "gate", p, training, store, rng)
+    return call.pointwise(SwigluGradients, out, factor=call.alike("up", up), activation=SILU)
 
 
 def dropout_add_layer_norm(
@@ -333,17 +334,18 @@ def dropout_add_layer_norm(
     y : ndarray of x's shape and dtype
     residual_out : ndarray of x's shape, and of the residual's dtype
         It is rounded first; the norm is that of its stored values, with statistics in float32 (float64 for float64).
-    saved : SavedNorm
+        Backward reads it: don't give it to a later op as out.
+    saved : Saved
         ``saved.backward(dy, dresidual=None)``, given the gradients of y and residual_out, is ``(x, residual, weight,
         bias, x_bias)``, with None for what was not given.
 
-    Kept for backward: residual_out itself, two numbers per row, and a bit per element, or nothing. Sources: Ba et al.,
-    arXiv 1607.06450, 2016; Vaswani et al., NeurIPS 2017.
+    Kept for backward: residual_out itself, two numbers per row, a copy of weight, and a bit per element, or nothing.
+    Sources: Ba et al., arXiv 1607.06450, 2016; Vaswani et al., NeurIPS 2017.
 
     >>> import fastdrop as fd, numpy as np
     >>> x, residual = np.ones((2, 4)), np.arange(8.0).reshape(2, 4)
-    >>> y, stream, saved = fd.dropout_add_layer_norm(x, residual, p=0.5, rng=4)
-    >>> stream
+    >>> y, residual_out, saved = fd.dropout_add_layer_norm(x, residual, p=0.5, rng=4)
+    >>> residual_out
     array([[0., 1., 4., 5.],
            [4., 7., 6., 7.]])
     >>> y.round(3)
@@ -354,9 +356,9 @@ def dropout_add_layer_norm(
     (array([[0.   , 0.   , 1.971, 2.114],
            [0.   , 2.953, 0.   , 0.   ]]), True)
     """
-    call = _Call("dropout_add_layer_norm", x, "x", p, store)
+    call = _Call("dropout_add_layer_norm", x, "x", p, training, store, rng)
     vectors = {"weight": weight, "bias": bias, "x_bias": x_bias}
-    return call.norm(LayerNormGradients, training, rng, residual, vectors, eps, centred=True)
+    return call.norm(LayerNormGradients, residual, vectors, eps, centred=True)
 
 
 def dropout_add_rms_norm(
@@ -364,7 +366,7 @@ def dropout_add_rms_norm(
     residual: ArrayLike | None,
     weight: ArrayLike | None = None,
     p: float = 0.5,
-    eps: float = 1e-6,
+    eps: float | None = None,
     *,
     x_bias: ArrayLike | None = None,
     training: bool = True,
@@ -378,25 +380,28 @@ def dropout_add_rms_norm(
 
     Parameters
     ----------
-    x, residual, weight, p, eps, x_bias, training, store, rng
+    eps : float, optional
+        At least 0. None is that of the arithmetic, ``numpy.finfo(numpy.float32).eps`` or float64's, as in torch.
+    x, residual, weight, p, x_bias, training, store, rng
         As in `dropout_add_layer_norm`, and so are results, what is kept and errors.
 
     Returns
     -------
     y, residual_out : ndarray
-    saved : SavedNorm
+    saved : Saved
         ``saved.backward(dy, dresidual=None)`` is ``(x, residual, weight, x_bias)``.
 
     Source: Zhang and Sennrich, NeurIPS 2019.
 
     >>> import fastdrop as fd, numpy as np
-    >>> y, stream, saved = fd.dropout_add_rms_norm(np.ones((1, 4)), np.ones((1, 4)), p=0.5, rng=4)
-    >>> stream, y.round(3)
+    >>> y, residual_out, saved = fd.dropout_add_rms_norm(np.ones((1, 4)), np.ones((1, 4)), p=0.5, rng=4)
+    >>> residual_out, y.round(3)
     (array([[1., 1., 3., 3.]]), array([[0.447, 0.447, 1.342, 1.342]]))
     """
-    call = _Call("dropout_add_rms_norm", x, "x", p, store)
+    call = _Call("dropout_add_rms_norm", x, "x", p, training, store, rng)
     vectors = {"weight": weight, "x_bias": x_bias}
-    return call.norm(RmsNormGradients, training, rng, residual, vectors, eps, centred=False)
+    eps = np.finfo(computed(call.dtype)).eps if eps is None else eps
+    return call.norm(RmsNormGradients, residual, vectors, eps, centred=False)
 
 
 def softmax_dropout(
@@ -422,7 +427,8 @@ def softmax_dropout(
         Finite; ``1 / sqrt(width)`` in attention.
     attn_mask : array_like that broadcasts to scores' shape, or None
         Booleans, True = takes part, or floats of any dtype that are added. It is a constant: it gets no gradient. Axes
-        of queries and heads along which it is the same take no memory.
+        of queries and heads along which it is the same take no memory. A Numba array on a GPU must be of the dtype that
+        is computed in, with all of the keys.
     causal : bool
         Key j takes part for query i where ``j <= i``, as torch's ``is_causal`` has it: aligned at the upper left.
     training, store, rng, out
@@ -436,8 +442,8 @@ def softmax_dropout(
     saved : Saved
         ``saved.backward(dy)`` is ``(scores,)``.
 
-    Kept for backward: probabilities in scores' dtype (y itself where nothing was dropped) and a bit per element, or
-    nothing. Source: Vaswani et al., NeurIPS 2017, sections 3.2.1 and 5.4.
+    Kept for backward: probabilities in scores' dtype (y itself where nothing was dropped: leave it unchanged then) and
+    a bit per element, or nothing. Source: Vaswani et al., NeurIPS 2017, sections 3.2.1 and 5.4.
 
     >>> import fastdrop as fd, numpy as np
     >>> scores = np.log([[1.0, 1.0, 2.0], [1.0, 3.0, 4.0]])
@@ -449,8 +455,8 @@ def softmax_dropout(
     array([[ 0.375, -0.125, -0.25 ],
            [-0.094,  0.469, -0.375]])
     """
-    call = _Call("softmax_dropout", scores, "scores", p, store)
-    return call.softmax(scale, attn_mask, causal, training, rng, out)
+    call = _Call("softmax_dropout", scores, "scores", p, training, store, rng)
+    return call.softmax(scale, attn_mask, causal, out)
 
 
 # ---- what is kept ----
@@ -460,13 +466,14 @@ def softmax_dropout(
 class Saved(Generic[Gradients]):
     """What a fused op keeps for its backward pass.
 
-    ``mask`` is a `PackedMask`, a `SeededMask` or, where nothing was dropped, None. Arrays are kept themselves and not
-    copied: leave those that an op's documentation names unchanged until ``backward`` has run, which may be more than
-    once.
+    ``mask`` is a `PackedMask`, a `SeededMask` or, where nothing was dropped, None; ``nbytes`` is how many bytes are
+    kept. Arrays of data are kept themselves where they can be: leave those that an op's documentation names unchanged
+    until ``backward`` has run, which may be more than once. Of weights and biases copies are kept: they may change.
 
     ``backward(dy)`` returns a named tuple with the gradient of each array that the op was given, by the argument's
-    name, and None for what was not given. It raises TypeError or ValueError for dy that does not have the result's
-    dtype and shape.
+    name, and None for what was not given. That of a norm is ``backward(dy, dresidual=None)``: dresidual is the gradient
+    of residual_out, None where nothing but the norm went on. TypeError or ValueError is raised for one that does not
+    have the dtype and shape of its result.
 
     >>> import fastdrop as fd, numpy as np
     >>> y, saved = fd.dropout_add(np.ones((2, 3)), np.zeros((2, 3)), 0.5, rng=4)
@@ -485,7 +492,7 @@ class Saved(Generic[Gradients]):
 
     @property
     def nbytes(self) -> int:
-        """Bytes kept for backward; weights and biases, which live on anyway, are not counted."""
+        """Bytes kept for backward."""
         bits = 0 if self.mask is None else self.mask.nbytes
         return bits + sum(int(array.nbytes) for array in self._arrays().values())
 
@@ -498,7 +505,7 @@ class Saved(Generic[Gradients]):
         return {}
 
     def _taken(self, name: str, given: Any, of: str, dtype: np.dtype[Any]) -> tuple[ModuleType, Any]:
-        """A gradient that fits, contiguous, and who knows its memory."""
+        """A gradient that fits, and who knows its memory."""
         memory, kept = _memory(given), self._arrays()
         if isinstance(self.mask, PackedMask):
             kept["mask"] = self.mask._words
@@ -506,7 +513,7 @@ class Saved(Generic[Gradients]):
             _checks.beside(name, memory is device, of_kept, _memory(array) is device)
         gradient, _ = memory.taken(name, given)
         _checks.fits(name, gradient, of, self._shape, dtype)
-        return memory, memory.contiguous(gradient)
+        return memory, gradient
 
     def _words(self, memory: ModuleType, dy: Any) -> Any:
         """The mask's words, drawn again if need be."""
@@ -525,15 +532,17 @@ class SavedPointwise(Saved[Gradients]):
 
     _sum_dtype: np.dtype[Any]
     _activation: int  # none after a relu, whose mask has its signs
-    _x: Any  # this and what it was computed with: None where only bits are kept
+    _x: Any  # this and what it was computed with: None where bits alone are kept
     _up: Any
     _bias: Any
     _bias_dtype: np.dtype[Any] | None  # None: there was none
 
     def backward(self, dy: ArrayLike) -> Gradients:
-        memory, g = self._taken("dy", dy, "the result", self._sum_dtype)
+        memory, given = self._taken("dy", dy, "the result", self._sum_dtype)
         if self._x is None and self._bias_dtype is None and self._dtype == self._sum_dtype:  # plain dropout's
-            return self._named({"x": _masked("dy", g, self.mask, None), "residual": g})
+            dx = given if self.mask is None else _masked("dy", memory.contiguous(given), self.mask, None)
+            return self._named({"x": dx, "residual": given})
+        g = memory.contiguous(given)
         rows, columns = _extents(self._shape)
         dx = memory.empty(g, self._shape, self._dtype)
         dup = None if self._up is None else memory.empty(g, self._shape, self._dtype)
@@ -543,12 +552,11 @@ class SavedPointwise(Saved[Gradients]):
             numbers = rows, columns, kinds.panels(rows), _scale(self.mask), self._activation
             memory.run("pointwise_backward", _tags(self._dtype, self._sum_dtype), arrays, numbers)
         dbias = None if sums is None else _line(memory, sums, sums[0], self._bias_dtype)
-        return self._named({"x": dx, "gate": dx, "up": dup, "bias": dbias, "residual": g})
+        return self._named({"x": dx, "gate": dx, "up": dup, "bias": dbias, "residual": given})
 
     def _arrays(self) -> dict[str, Any]:
-        if self._up is not None:
-            return {"gate": self._x, "up": self._up}
-        return {} if self._x is None else {"x": self._x}
+        arrays = {"x" if self._up is None else "gate": self._x, "up": self._up, "bias": self._bias}
+        return {name: array for name, array in arrays.items() if array is not None}
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -565,25 +573,28 @@ class SavedNorm(Saved[Gradients]):
     def backward(self, dy: ArrayLike, dresidual: ArrayLike | None = None) -> Gradients:
         """Gradients, given those of y and, unless it is None, of residual_out."""
         memory, g = self._taken("dy", dy, "y", self._dtype)
-        stream = np.dtype(self._sum.dtype)
-        dsum = None if dresidual is None else self._taken("dresidual", dresidual, "residual_out", stream)[1]
+        sum_dtype, dsum = np.dtype(self._sum.dtype), None
+        if dresidual is not None:
+            dsum = memory.contiguous(self._taken("dresidual", dresidual, "residual_out", sum_dtype)[1])
+        g = memory.contiguous(g)
         rows, columns = _extents(self._shape)
         gradients = {"x": memory.empty(g, self._shape, self._dtype)}
         if self._has_residual:
-            gradients["residual"] = memory.empty(g, self._shape, stream)
+            gradients["residual"] = memory.empty(g, self._shape, sum_dtype)
         sums: Any = _sums(memory, g, (3, columns), rows, self._dtype) if self._vector_dtypes else None
         if rows * columns:
             inputs = g, dsum, self._sum, self._statistics, self._weight, self._words(memory, g)
             outputs = gradients["x"], gradients.get("residual"), sums
             numbers = rows, columns, kinds.panels(rows), _scale(self.mask), int(self._centred)
-            memory.run("norm_backward", _tags(self._dtype, stream), (*inputs, *outputs), numbers)
+            memory.run("norm_backward", _tags(self._dtype, sum_dtype), (*inputs, *outputs), numbers)
         for line, name in enumerate(("weight", "bias", "x_bias")):
             if name in self._vector_dtypes:
                 gradients[name] = _line(memory, sums, sums[0][line], self._vector_dtypes[name])
         return self._named(gradients)
 
     def _arrays(self) -> dict[str, Any]:
-        return {"residual_out": self._sum, "statistics": self._statistics}
+        weight = {} if self._weight is None else {"weight": self._weight}
+        return {"residual_out": self._sum, "statistics": self._statistics, **weight}
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -598,9 +609,9 @@ class SavedSoftmax(Saved[SoftmaxGradients]):
         rows, columns = _extents(self._shape)
         dx = memory.empty(g, self._shape, self._dtype)
         if rows * columns:
-            arrays = g, memory.contiguous(self._probabilities), self._words(memory, g), dx, None
+            inputs = memory.contiguous(g), memory.contiguous(self._probabilities), self._words(memory, g)
             numbers = rows, columns, self._factor, _scale(self.mask)
-            memory.run("softmax_backward", _tags(self._dtype), arrays, numbers)
+            memory.run("softmax_backward", _tags(self._dtype), (*inputs, dx, None), numbers)
         return self._named({"scores": dx})
 
     def _arrays(self) -> dict[str, Any]:
@@ -616,12 +627,13 @@ class _Call:
     Everything is checked before a random number is taken, and nothing is written before that.
     """
 
-    def __init__(self, op: str, given: Any, name: str, p: Any, store: str) -> None:
-        self.op, self.name, self.store = op, name, store
+    def __init__(self, op: str, given: Any, name: str, p: Any, training: bool, store: str, rng: RandomState) -> None:
+        self.op, self.name, self.store, self.rng = op, name, store, rng
         self.memory = _memory(given)
         self.x, _ = self.memory.taken(name, given)
         self.p = _checks.probability(p)
         _checks.choice("store", store, _checks.STORES)
+        self.cut, self.scale = threshold_and_scale(self.p if training else 0.0)
         self.shape: Shape = tuple(self.x.shape)
         self.dtype = np.dtype(self.x.dtype)
         self.rows, self.columns = _extents(self.shape)
@@ -629,32 +641,28 @@ class _Call:
     def pointwise(
         self,
         gradients: Callable[..., Gradients],
-        training: bool,
-        rng: RandomState,
         out: Any,
         *,
         vector: Vector = NO_VECTOR,
         factor: Any = None,
-        stream: Any = None,
+        residual: Any = None,
         activation: int = NONE,
     ) -> tuple[Array, SavedPointwise[Gradients]]:
         memory = self.memory
-        y = self.output(out, {"residual": stream, self.name: self.x, "up": factor})
-        words, mask = self.drawn(training, rng)
-        x, factor, stream, target = (None if v is None else memory.contiguous(v) for v in (self.x, factor, stream, y))
+        y = self.output(out, {"residual": residual, self.name: self.x, "up": factor})
+        x, factor, residual = (None if v is None else memory.contiguous(v) for v in (self.x, factor, residual))
         bias, bias_dtype = vector
         bias = None if bias is None else memory.detached(bias, y)
-        keeps = (x, factor, bias) if activation not in (NONE, RELU) else (None, None, None)
+        keeps = (x, factor, bias) if keeps_input(activation) else (None, None, None)
         kept_x, kept_up, kept_bias = (None if v is None else memory.detached(v, y) for v in keeps)
-        signs = memory.empty_words_like(x, self.cells) if activation == RELU else None
-        if self.cells:
-            arrays = x, bias, factor, stream, words, target, signs
-            numbers = self.rows, self.columns, _scale(mask), activation
-            memory.run("pointwise_forward", _tags(self.dtype, y.dtype), arrays, numbers)
-            if target is not y:
-                memory.copy(y, target)
+        target = memory.target(y)
+        signs = memory.empty_words_like(x, self.cells) if keeps_signs(activation) else None
+        inputs, outputs = (x, bias, factor, residual), (target, signs)
+        mask = self.forward("pointwise_forward", (self.dtype, y.dtype), inputs, outputs, self.scale, activation)
+        if target is not y:
+            memory.copy(y, target)
         if signs is not None:
-            mask = PackedMask._of(signs, self.shape, 0.0 if mask is None else mask.p, _scale(mask))
+            mask = PackedMask._of(signs, self.shape, self.p if self.cut else 0.0, self.scale)
             activation = NONE
         common = self.op, mask, gradients, self.shape, self.dtype
         return y, SavedPointwise(*common, np.dtype(y.dtype), activation, kept_x, kept_up, kept_bias, bias_dtype)
@@ -662,8 +670,6 @@ class _Call:
     def norm(
         self,
         gradients: Callable[..., Gradients],
-        training: bool,
-        rng: RandomState,
         residual: Any,
         vectors: dict[str, Any],
         eps: Any,
@@ -671,41 +677,39 @@ class _Call:
     ) -> tuple[Array, Array, SavedNorm[Gradients]]:
         memory = self.memory
         _checks.at_least(self.name, len(self.shape), 1, "an axis of columns")
-        taken = {name: self.vector(name, value) for name, value in vectors.items() if value is not None}
-        stream = None if residual is None else self.stream(residual)
+        taken = {
+            name: self.vector(name, value, kept=name == "weight")
+            for name, value in vectors.items()
+            if value is not None
+        }
+        residual = None if residual is None else memory.contiguous(self.residual(residual))
         eps = _checks.number_from("eps", eps, 0)
-        words, mask = self.drawn(training, rng)
-        x, stream = (None if v is None else memory.contiguous(v) for v in (self.x, stream))
+        x = memory.contiguous(self.x)
         y = memory.empty(x, self.shape, self.dtype)
-        total = memory.empty(x, self.shape, self.dtype if stream is None else stream.dtype)
-        statistics = memory.empty(x, (self.rows, 2), _computed(self.dtype))
+        total = memory.empty(x, self.shape, self.dtype if residual is None else residual.dtype)
+        statistics = memory.empty(x, (self.rows, 2), computed(self.dtype))
         weight, shift, x_bias = (taken.get(name, NO_VECTOR)[0] for name in ("weight", "bias", "x_bias"))
-        if self.cells:
-            arrays = x, x_bias, stream, words, weight, shift, y, total, statistics
-            numbers = self.rows, self.columns, _scale(mask), eps, int(centred)
-            memory.run("norm_forward", _tags(self.dtype, total.dtype), arrays, numbers)
+        inputs, outputs = (x, x_bias, residual), (weight, shift, y, total, statistics)
+        mask = self.forward("norm_forward", (self.dtype, total.dtype), inputs, outputs, self.scale, eps, int(centred))
         common = self.op, mask, gradients, self.shape, self.dtype
         dtypes = {name: dtype for name, (_, dtype) in taken.items()}
         return y, total, SavedNorm(*common, total, statistics, weight, centred, dtypes, residual is not None)
 
-    def softmax(
-        self, factor: Any, attn_mask: Any, causal: bool, training: bool, rng: RandomState, out: Any
-    ) -> tuple[Array, SavedSoftmax]:
+    def softmax(self, factor: Any, attn_mask: Any, causal: bool, out: Any) -> tuple[Array, SavedSoftmax]:
         memory = self.memory
         _checks.at_least(self.name, len(self.shape), 1 + bool(causal), "queries and keys" if causal else "keys")
         factor = _checks.finite("scale", factor)
         additive, strides = self.additive(attn_mask)
         y = self.output(out, {self.name: self.x})
-        words, mask = self.drawn(training, rng)
-        x, target = memory.contiguous(self.x), memory.contiguous(y)
-        probabilities = None if mask is None else memory.empty(x, self.shape, self.dtype)
-        if self.cells:
-            heads, queries = (1, 1, *self.shape)[-3:-1]
-            arrays = x, None if additive is None else memory.detached(additive, y), words, probabilities, target
-            numbers = self.rows, self.columns, heads, queries, *strides, factor, _scale(mask), int(bool(causal))
-            memory.run("softmax_forward", _tags(self.dtype), arrays, numbers)
-            if target is not y:
-                memory.copy(y, target)
+        x = memory.contiguous(self.x)
+        additive = None if additive is None else memory.detached(additive, y)
+        target = memory.target(y)
+        probabilities = memory.empty(x, self.shape, self.dtype) if self.cut else None
+        heads, queries = (1, 1, *self.shape)[-3:-1]
+        numbers = heads, queries, *strides, factor, self.scale, int(bool(causal))
+        mask = self.forward("softmax_forward", (self.dtype,), (x, additive), (probabilities, target), *numbers)
+        if target is not y:
+            memory.copy(y, target)
         common = self.op, mask, SoftmaxGradients, self.shape, self.dtype
         return y, SavedSoftmax(*common, y if probabilities is None else probabilities, factor)
 
@@ -713,17 +717,32 @@ class _Call:
     def cells(self) -> int:
         return self.rows * self.columns
 
-    def drawn(self, training: bool, rng: RandomState) -> tuple[Any, BitMask | None]:
-        """The words and the mask of plain dropout; None where it would drop nothing."""
-        cut, scale = threshold_and_scale(self.p)
-        if not training or cut == 0:
-            check_random_state(rng)
-            return None, None
-        seed, offset = random_state(rng)
-        words = self.memory.draw_words(self.x, self.cells, 0, seed, offset, cut)
-        if self.store == "seed":
-            return words, SeededMask._of(seed, offset, self.shape, self.p, scale, cut)
-        return words, PackedMask._of(words, self.shape, self.p, scale)
+    def forward(
+        self,
+        primitive: str,
+        dtypes: tuple[Any, ...],
+        before: tuple[Any, ...],
+        after: tuple[Any, ...],
+        *numbers: float,
+    ) -> BitMask | None:
+        """Draws plain dropout's mask and runs a primitive, which takes its words between these arrays.
+
+        The mask is None where it would drop nothing; no random number is taken then.
+        """
+        words: Any = None
+        mask: BitMask | None = None
+        if self.cut == 0:
+            check_random_state(self.rng)
+        else:
+            seed, offset = random_state(self.rng)
+            words = self.memory.draw_words(self.x, self.cells, 0, seed, offset, self.cut)
+            if self.store == "seed":
+                mask = SeededMask._of(seed, offset, self.shape, self.p, self.scale, self.cut)
+            else:
+                mask = PackedMask._of(words, self.shape, self.p, self.scale)
+        if self.cells:
+            self.memory.run(primitive, _tags(*dtypes), (*before, words, *after), (self.rows, self.columns, *numbers))
+        return mask
 
     def taken(self, name: str, value: Any) -> Any:
         """Another array, that lies where x does."""
@@ -736,16 +755,18 @@ class _Call:
         _checks.fits(name, array, self.name, self.shape, self.dtype, *wider)
         return array
 
-    def stream(self, value: Any) -> Any:
-        """The residual stream, which may be float32 beside 16 bits."""
+    def residual(self, value: Any) -> Any:
+        """The residual, which may be float32 beside 16 bits."""
         return self.alike("residual", value, *((FLOAT32,) if self.dtype.itemsize == 2 else ()))
 
-    def vector(self, name: str, value: Any) -> Vector:
-        """An element per column as kernels take it, and the dtype that its gradient will have."""
+    def vector(self, name: str, value: Any, kept: bool = False) -> Vector:
+        """An element per column as kernels take it, and the dtype that its gradient will have. What is kept is a copy,
+        as weights and biases are written to between steps."""
         array = self.taken(name, value)
         _checks.at_least(self.name, len(self.shape), 1, "an axis of columns")
         _checks.per_column(name, tuple(array.shape), self.name, self.columns)
-        return self.memory.cast(name, array, _computed(self.dtype)), np.dtype(array.dtype)
+        vector = self.memory.cast(name, array, computed(self.dtype))
+        return self.memory.detached(vector, array) if kept else vector, np.dtype(array.dtype)
 
     def output(self, out: Any, inputs: dict[str, Any]) -> Any:
         """out, or a new array, for a result like the first of these inputs that there is."""
@@ -778,7 +799,7 @@ class _Call:
         for extent in (given[-2], given[-3], math.prod(lead)):
             strides.append(step if extent > 1 else 0)
             step *= extent
-        return self.memory.additive(name, mask, shape, _computed(self.dtype)), (strides[2], strides[1], strides[0])
+        return self.memory.additive(name, mask, shape, computed(self.dtype)), (strides[2], strides[1], strides[0])
 
 
 def _extents(shape: Shape) -> tuple[int, int]:
@@ -787,7 +808,7 @@ def _extents(shape: Shape) -> tuple[int, int]:
     return math.prod(shape[:-1]), columns
 
 
-def _computed(dtype: np.dtype[Any]) -> np.dtype[Any]:
+def computed(dtype: np.dtype[Any]) -> np.dtype[Any]:
     """What kernels compute in, and what vectors, statistics and sums are stored as."""
     return FLOAT64 if dtype == FLOAT64 else FLOAT32
 
@@ -803,7 +824,7 @@ def _scale(mask: BitMask | None) -> float:
 def _sums(memory: ModuleType, like: Any, line: Shape, rows: int, dtype: np.dtype[Any]) -> Any:
     """A line for each panel of rows."""
     make = memory.empty if rows * line[-1] else memory.zeros
-    return make(like, (kinds.panels(rows), *line), _computed(dtype))
+    return make(like, (kinds.panels(rows), *line), computed(dtype))
 
 
 def _line(memory: ModuleType, sums: Any, line: Any, dtype: Any) -> Any:

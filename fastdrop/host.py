@@ -37,6 +37,7 @@ __all__ = [
     "run",
     "taken",
     "taken_mask",
+    "target",
     "zeros",
 ]
 
@@ -102,16 +103,16 @@ def forward(
     if tag != BFLOAT16 and x.flags.c_contiguous and y.flags.c_contiguous:  # all that counts for a small array
         backends.active().dropout_forward(tag, x, y, words, 0, x.size, seed, offset, cut, a, b, c)
         return
-    source, target = _flat(x, tag), _flat_output(y, tag)
+    source, target = _flat(x), _flat_output(y)
     backends.active().dropout_forward(tag, source, target, words, 0, x.size, seed, offset, cut, a, b, c)
-    _deliver(target, y, tag)
+    _deliver(target, y)
 
 
 def gaussian(tag: int, x: Array, y: Array, seed: int, offset: int, sigma: float) -> None:
     """y = x times its Gaussian factors."""
-    source, target = _flat(x, tag), _flat_output(y, tag)
+    source, target = _flat(x), _flat_output(y)
     backends.active().gaussian_multiply(tag, source, target, 0, x.size, seed, offset, sigma)
-    _deliver(target, y, tag)
+    _deliver(target, y)
 
 
 def apply(
@@ -122,23 +123,23 @@ def apply(
         return
     masked_affine = backends.active().masked_affine
     if cells_shape == x.shape:
-        source, target = _flat(x, tag), _flat_output(y, tag)
+        source, target = _flat(x), _flat_output(y)
         masked_affine(tag, source, target, words, 0, 1, 1, x.size, a, b, c)
-        _deliver(target, y, tag)
+        _deliver(target, y)
         return
     as_it_lies = _grid_in_memory(x, y, cells_shape)
     if as_it_lies is None:
         grid = Grid.of(x.shape, cells_shape)
-        source, target = _flat(x, tag), _flat_output(y, tag)
+        source, target = _flat(x), _flat_output(y)
     else:
         grid = as_it_lies
-        source, target = (_bits(array.ravel("K"), tag) for array in (x, y))
+        source, target = (_bits(array.ravel("K")) for array in (x, y))
     elements, results = source.reshape(-1), target.reshape(-1)
     for start, cell in grid.pieces():
         part = slice(start, start + grid.size)
         masked_affine(tag, elements[part], results[part], words, cell, grid.outer, grid.repeat, grid.inner, a, b, c)
     if as_it_lies is None:
-        _deliver(target, y, tag)
+        _deliver(target, y)
 
 
 # ---- rows, for the fused ops ----
@@ -165,6 +166,11 @@ def contiguous(x: Array) -> Array:
     return x if x.flags.c_contiguous else x.copy("C")
 
 
+def target(y: Array) -> Array:
+    """What takes y's result: y, or an array in its stead where it is not in C order, to be copied over."""
+    return y if y.flags.c_contiguous else np.empty(y.shape, y.dtype)
+
+
 def detached(x: Array, y: Array) -> Array:
     """x, or a copy if writing y might change it."""
     return x.copy() if np.may_share_memory(x, y) else x
@@ -185,7 +191,7 @@ def additive(name: str, mask: Array, shape: tuple[int, ...], dtype: Any) -> Arra
 
 def run(primitive: str, dtypes: tuple[int, ...], arrays: tuple[Array | None, ...], numbers: tuple[float, ...]) -> None:
     """A fused primitive on contiguous arrays."""
-    stored = [x if x is None or x.dtype.kind != "V" else x.view(np.uint16) for x in arrays]
+    stored = [None if x is None else _bits(x) for x in arrays]
     getattr(backends.active(), primitive)(*dtypes, *stored, *numbers)
 
 
@@ -202,20 +208,21 @@ def _grid_in_memory(x: Array, y: Array, cells_shape: tuple[int, ...]) -> Grid | 
     return Grid.in_memory(x.shape, tuple(stride // x.itemsize for stride in x.strides), cells_shape)
 
 
-def _bits(x: Array, tag: int) -> Array:
-    return x.view(np.uint16) if tag == BFLOAT16 else x
+def _bits(x: Array) -> Array:
+    """x as backends take it: of bfloat16, the one dtype that NumPy does not know itself, the bits."""
+    return x.view(np.uint16) if x.dtype.kind == "V" else x
 
 
-def _flat(x: Array, tag: int) -> Array:
-    """x as backends take it: C-contiguous in logical order (a copy where it is not), bfloat16 as its bits."""
-    return _bits(contiguous(x), tag)
+def _flat(x: Array) -> Array:
+    """x as backends take it, C-contiguous in logical order: a copy where it is not."""
+    return _bits(contiguous(x))
 
 
-def _flat_output(y: Array, tag: int) -> Array:
+def _flat_output(y: Array) -> Array:
     """y as backends take it, or an array in its stead that `_deliver` copies over."""
-    return _bits(y if y.flags.c_contiguous else np.empty(y.shape, y.dtype), tag)
+    return _bits(target(y))
 
 
-def _deliver(target: Array, y: Array, tag: int) -> None:
-    if target is not y and not y.flags.c_contiguous:
-        np.copyto(y, target.view(y.dtype) if tag == BFLOAT16 else target)
+def _deliver(source: Array, y: Array) -> None:
+    if not y.flags.c_contiguous:
+        np.copyto(y, source.view(y.dtype))

@@ -510,6 +510,7 @@ def assert_activations_as_reference(gpu, activation, pair, columns):
 
 
 SPECIAL = (np.inf, -np.inf, np.nan, 0.0, -0.0, 1e15, -1e15)
+HUGE = (1e20, -1e20, 3e38, -3e38)  # for activations alone: a norm squares
 
 
 def assert_special_numbers_as_reference(gpu, pair, activations):
@@ -519,13 +520,15 @@ def assert_special_numbers_as_reference(gpu, pair, activations):
     for i, value in enumerate(SPECIAL):
         x[2 * i, i] = value
     x[1], x[3] = -np.inf, np.inf
-    content = {"x": x.reshape(-1)}
+    h = x.copy()
+    h[5:12:2, :4] = HUGE
     for activation in activations:
-        given = "residual signs" if activation == "relu" else "residual"
-        numbers = {"a": 1.25, "activation": ACTIVATIONS[activation]}
-        assert_fused_as_reference(
-            gpu, "pointwise_forward", pair, rows, columns, given=given, content=content, **numbers
-        )
+        signs = "signs" if activation == "relu" else ""
+        numbers = {"a": 1.25, "activation": ACTIVATIONS[activation], "content": {"x": h.reshape(-1)}}
+        assert_fused_as_reference(gpu, "pointwise_forward", pair, rows, columns, given=f"residual {signs}", **numbers)
+        if activation:
+            assert_fused_as_reference(gpu, "pointwise_backward", pair, rows, columns, given="x", **numbers)
+    content = {"x": x.reshape(-1)}
     norm = {"given": "residual", "content": content, **norm_numbers(1)}
     assert_fused_as_reference(gpu, "norm_forward", pair, rows, columns, **norm)
     for causal in (0, 1):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import inspect
+import itertools
 import json
 import os
 import re
@@ -19,8 +21,11 @@ import pytest
 from bench import gpu, gpu_device, gpu_guard, gpu_report, gpu_timing
 from bench.gpu_guard import Lines, Skip, Task
 from bench.gpu_timing import Contender
-from fastdrop.backends._cuda import driver
+from fastdrop.backends import numba_cuda
+from fastdrop.backends._cuda import compile, driver
+from fastdrop.backends._cuda.compile import Variant
 
+from . import cuda_cases
 from .cases import ROOT
 
 # ---- figures ----
@@ -43,6 +48,44 @@ def test_buffers_in_rotation_exceed_the_cache(elements):
     assert total >= gpu_timing.L2_TURNS * machine.l2_bytes
     assert len(buffers) == 2 or total - 4 * elements < gpu_timing.L2_TURNS * machine.l2_bytes
     assert len({x.data_ptr() for x in buffers}) == len(buffers) >= 2
+
+
+FUSED = (
+    "dropout_add",
+    "bias_dropout_add",
+    *(f"bias_act_dropout {activation}" for activation in ("relu", "gelu", "gelu_tanh", "silu")),
+    "swiglu_dropout",
+    "dropout_add_layer_norm",
+    "dropout_add_rms_norm",
+    "softmax_dropout",
+)
+
+
+def data_pointers(tensors, n):
+    """Of those of the data's size."""
+    return {tensor.data_ptr() for tensor in tensors if tensor.numel() == n}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FUSED)
+def test_bytes_moved_are_those_of_arguments_results_and_what_is_kept(name, dtype):
+    torch = pytest.importorskip("torch")
+    from bench import gpu_fused
+
+    assert tuple(gpu_fused.FUSED) == FUSED
+    fused, x = gpu_fused.FUSED[name], torch.randn(40, 24, dtype=getattr(torch, dtype))
+    tensors, kept, n, item = fused.tensors(x), [], x.numel(), x.element_size()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        found = gpu_fused.results(fused.ours, tensors)
+    upstream = tuple(torch.randn_like(y) for y in found)
+    gradients = gpu_fused.gradients(found, tensors, upstream)
+    (words,) = [tensor for tensor in kept if tensor.dtype is torch.int32]
+    of_forward = data_pointers([*tensors.values(), *found, *kept], n)
+    of_backward = data_pointers([*upstream, *kept, *gradients], n)
+    assert fused.moved(x) == (len(of_forward) * n * item + words.nbytes, len(of_backward) * n * item + words.nbytes)
+    assert all(tensor.dtype is x.dtype for tensor in kept if tensor.numel() == n)
+    few = [tensor for tensor in [*tensors.values(), *kept, *gradients] if tensor.numel() != n and tensor is not words]
+    assert all(tensor.numel() <= 2 * max(x.shape) for tensor in few)  # what isn't counted is small
 
 
 class Clock:
@@ -270,7 +313,11 @@ def test_the_sanitizer_has_tests_to_run():
 def test_section_runs_dry(name, tmp_path):
     pytest.importorskip("torch")
     lines = Lines(tmp_path / "lines")
-    gpu_guard.run_items(gpu.SECTIONS[name].items(name == "kernels"), lines, Task(dry_run=True))
+    items = gpu.SECTIONS[name].items(name in ("kernels", "fused"))
+    if name == "fused":  # a type is enough here
+        items = {what: item for what, item in items.items() if "float32" not in what}
+        assert len(items) == 1 + len(FUSED)
+    gpu_guard.run_items(items, lines, Task(dry_run=True))
     rows = lines.done()
     assert lines.read()[-1] == {"end": True}
     assert not [row for row in rows.values() if row["status"] not in ("ok", "skipped")], rows
@@ -328,6 +375,112 @@ def test_a_contender_that_fails_is_missing_and_no_more():
     assert "not today" in result["notes"]["native forward"]
     assert "fastdrop forward" in result["rows"]
     assert "native forward" not in result["rows"]
+
+
+def time_fused(name, **found):
+    task = Task(dry_run=True, found={name: {"status": "ok", "result": result} for name, result in found.items()})
+    return gpu_timing.time_fused(task, name, gpu_timing.FUSED_SIZES[0], "float32")
+
+
+def test_every_contender_of_a_fused_function_takes_part():
+    pytest.importorskip("torch")
+    result = time_fused("dropout_add_layer_norm", **{gpu_timing.COMPILE_WORKS: {}})
+    rows, n = result["rows"], result["elements"]
+    assert result["notes"] == {}
+    assert set(rows) == {
+        "copy",
+        *(f"{who} {what}" for who in ("fastdrop", "torch") for what in ("forward", "backward", "forward+backward")),
+        *(f"torch.compile {what}" for what in ("forward", "forward+backward")),
+    }
+    assert all(set(row["ratios"]) == {"copy", "fastdrop forward+backward"} for row in rows.values())
+    assert [rows[f"fastdrop {what}"]["bytes"] for what in ("forward", "backward")] == [16 * n + n // 8, 20 * n + n // 8]
+    assert rows["fastdrop forward+backward"]["bytes"] == 36 * n + n // 4
+    assert [who for who, row in rows.items() if "share" not in row] == [who for who in rows if who.startswith("torch")]
+    assert list(time_fused("dropout_add")["notes"]) == ["torch.compile"]
+
+
+@pytest.mark.parametrize(("part", "step"), [(0, "forward"), (-1, "backward")])
+def test_fused_functions_are_not_timed_while_they_are_wrong(monkeypatch, part, step):
+    pytest.importorskip("torch")
+    from bench import gpu_fused
+
+    monkeypatch.setattr(gpu_fused, "results" if part == 0 else "gradients", wrong_at_first(gpu_fused, step))
+    with pytest.raises(AssertionError, match=f"{step} is wrong"):
+        time_fused("swiglu_dropout")
+
+
+def wrong_at_first(gpu_fused, step):
+    """The first call's outcome, which is the device's, is a hundredth off."""
+    right, calls = getattr(gpu_fused, "results" if step == "forward" else "gradients"), []
+
+    def wrong(*arguments, **options):
+        calls.append(None)
+        found = right(*arguments, **options)
+        return tuple(1.01 * each for each in found) if len(calls) == 2 - (step == "backward") else found
+
+    return wrong
+
+
+class Recorder:
+    """A device of the driver's that notes the kernels asked for, and launches nothing."""
+
+    def __init__(self):
+        self.variants = set()
+
+    def kernel(self, *parts, **others):
+        self.variants.add(Variant(*parts, **others))
+        return SimpleNamespace(launch=lambda *arguments: None)
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    found = Recorder()
+    monkeypatch.setattr(driver, "device", lambda ordinal: found)
+    return found
+
+
+def test_every_fused_kernel_is_compiled_before_it_is_timed(recorder, monkeypatch):
+    torch = pytest.importorskip("torch")
+    from bench import gpu_fused
+    from fastdrop import backends
+    from fastdrop.torch import _cuda
+
+    monkeypatch.setattr(backends, "cuda", lambda: numba_cuda)
+    monkeypatch.setattr(_cuda, "place", lambda x: (0, 0))
+    monkeypatch.setattr(_cuda, "is_usable", lambda device: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+    for name, dtype in itertools.product(gpu_fused.FUSED, gpu_timing.FUSED_DTYPES):
+        fused = gpu_fused.FUSED[name]
+        tensors = fused.tensors(torch.zeros(48, 32, dtype=getattr(torch, dtype)))
+        found = gpu_fused.results(fused.ours, tensors)
+        gpu_fused.gradients(found, tensors, tuple(torch.zeros_like(y) for y in found))
+    bodies = {variant.body for variant in recorder.variants}
+    assert bodies == {*compile.ROW_PARAMETERS, "draw_words", "elementwise"}
+    assert recorder.variants <= set(gpu.every_variant())
+
+
+def test_every_fused_kernel_is_compiled_before_it_is_tested(recorder):
+    """Or the tests would not end in time."""
+
+    class OnNothing:
+        stream = 0
+
+        def forget(self):
+            pass
+
+        def allow(self, *arrays):
+            pass
+
+    for name, pair in itertools.product(cuda_cases.ROWS_CASES, cuda_cases.PAIR):
+        with contextlib.suppress(AssertionError):  # there are no results
+            cuda_cases.assert_case_as_reference(OnNothing(), name, pair)
+    assert {variant.body for variant in recorder.variants} == {*compile.ROW_PARAMETERS}
+    assert recorder.variants <= set(gpu.every_variant())
+
+
+def test_no_variant_is_compiled_twice():
+    variants = gpu.every_variant()
+    assert len(set(variants)) == len(variants) == len({str(variant) for variant in variants})
 
 
 # ---- the part that is a GPU's ----
@@ -459,6 +612,21 @@ def test_targets_at_their_limits():
         assert [what for what, *_, met in judged if not met] == missed
 
 
+def test_targets_of_fused_kernels():
+    for share, met in ((0.85, True), (0.8499, False)):
+        result = kernel_result(share, 0.9) | {"case": "softmax_dropout, 2048 x 2048 float32"}
+        data = run_of(fused={"a": ok(result), "b": ok({})})
+        must = "at least 85% of the copy's bandwidth"
+        targets = sorted(gpu_report.targets(data))
+        assert targets == [
+            ("backward", result["case"], must, "90.0%", True),
+            ("forward", result["case"], must, f"{share:.1%}", met),
+        ]
+        text = gpu_report.report(data)
+        assert f"| {result['case']} | 1,000.0 (100%) | 1,000 | 1,000.0 ({share:.0%}) |" in text
+        assert text.index("## Targets") < text.index("## Fused kernels")
+
+
 def test_report_tells_of_failures_and_of_what_was_not_run():
     suite = {
         "a": ok({"summary": "7 passed"}),
@@ -496,6 +664,12 @@ def test_save_writes_json_and_report(tmp_path):
 # ---- the command ----
 
 
+def test_sections_with_a_run_of_their_own():
+    chosen = gpu.parse([]).sections.split(",")
+    assert set(gpu.SECTIONS) - set(chosen) == {"fused"}
+    assert gpu.parse(["--sections", "build,fused"]).sections == "build,fused"
+
+
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory):
     """A checkout without its C extension."""
@@ -526,10 +700,10 @@ def test_command_from_a_bare_checkout(bare, tmp_path):
     pytest.importorskip("torch")
     result = run_bare(bare, "--dry-run", "--quick", "--sections", "channels", "--output", str(tmp_path))
     assert result.returncode == 0, result.stderr
-    data = json.loads((tmp_path / "gpu-dry-run-on-the-cpu.json").read_text())
+    data = json.loads((tmp_path / "gpu-dry-run-on-the-cpu-channels.json").read_text())
     assert list(data["sections"]) == ["machine", "channels"]
     assert all(section["status"] == "ok" for section in data["sections"].values())
-    assert "A dry run" in (tmp_path / "gpu-dry-run-on-the-cpu.md").read_text()
+    assert "A dry run" in (tmp_path / "gpu-dry-run-on-the-cpu-channels.md").read_text()
     assert result.stdout.index("a decision per channel: ok") < result.stdout.index("# GPU report")
     assert result.stdout.splitlines()[-1].startswith("wrote ")
     assert not (bare / "bench" / "results").exists()

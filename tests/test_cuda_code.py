@@ -21,7 +21,7 @@ import pytest
 from bench import cuda_report as report
 from bench.cuda_report import CAPABILITIES, Flow, Instruction
 from fastdrop._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-from fastdrop.activations import GELU, RELU, SILU
+from fastdrop.activations import SILU
 from fastdrop.backends._cuda import compile
 from fastdrop.backends._cuda.compile import Capability, Variant
 from fastdrop.stream import threshold
@@ -52,6 +52,41 @@ def tools() -> None:
 
 
 linked = functools.cache(report.linked)
+
+
+class Translated(Exception):
+    """Carries what Numba hands to NVVM."""
+
+
+@functools.cache
+def library(variant: Variant, new: bool) -> Any:
+    """What Numba makes of a kernel before NVVM takes it for one capability: the same for all from 8.0 on, or below."""
+    compile._ready_numba_cuda()
+    from numba.cuda import compiler
+
+    def stop(*arguments: Any, **options: Any) -> None:
+        raise Translated(translate(*arguments, **options)[0])
+
+    translate = compiler._compile_pyfunc_with_fixup
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "_compile_pyfunc_with_fixup", stop)
+        with pytest.raises(Translated) as caught:
+            translated(variant, CAPABILITIES[0] if new else compile.OLDEST, "ptx")
+    return caught.value.args[0]
+
+
+translated = compile._translated
+
+
+def translated_once(variant: Variant, cc: Capability, output: str) -> Any:
+    found = library(variant, cc >= (8, 0))
+    return found.get_ltoir(cc=cc) if output == "ltoir" else found.get_asm_strs(cc=cc)[0]
+
+
+@pytest.fixture(autouse=True)
+def one_translation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numba takes seconds for a kernel, NVVM and the linker a fraction of one for each capability."""
+    monkeypatch.setattr(compile, "_translated", translated_once)
 
 
 def capability(cc: Capability) -> str:
@@ -88,28 +123,25 @@ def assert_packed_as_laid_out(code: report.Code) -> None:
     assert compile.packer(code.variant).size == ends[-1]
 
 
-@pytest.mark.parametrize("cc", CAPABILITIES, ids=capability)
 @pytest.mark.parametrize("variant", TESTED, ids=str)
-def test_machine_code(variant: Variant, cc: Capability, tools: None) -> None:
-    code = linked(variant, cc)
-    assert_fast(code)
-    assert_packed_as_laid_out(code)
+def test_machine_code(variant: Variant, tools: None) -> None:
+    for cc in CAPABILITIES:
+        code = linked(variant, cc)
+        assert_fast(code)
+        assert_packed_as_laid_out(code)
 
 
-# Of each kernel on rows what is likely to be called most, and what takes the most registers.
-ROWS = (
-    Variant("pointwise_forward", BFLOAT16, sum_dtype=BFLOAT16, activation=RELU),
-    Variant("pointwise_backward", BFLOAT16, sum_dtype=BFLOAT16, activation=SILU),
-    Variant("pointwise_columns", BFLOAT16, "wide", sum_dtype=FLOAT32, activation=GELU),
-    Variant("norm_forward", BFLOAT16, "wide", sum_dtype=FLOAT32),
-    Variant("norm_backward", BFLOAT16, "wide", sum_dtype=FLOAT32),
-    Variant("norm_backward", FLOAT64, "wide", sum_dtype=FLOAT64),
-    Variant("norm_columns", BFLOAT16, "wide", sum_dtype=BFLOAT16),
-    Variant("add_panels", FLOAT32, "narrow"),
-    Variant("softmax_forward", BFLOAT16, "wide", sum_dtype=BFLOAT16),
-    Variant("softmax_backward", FLOAT16, "wide", sum_dtype=FLOAT16),
-)
-MOST_REGISTERS = {FLOAT32: 40, FLOAT64: 64, FLOAT16: 72, BFLOAT16: 72}
+@pytest.mark.parametrize("cc", [*CAPABILITIES, (12, 0)], ids=capability)
+def test_translation_serves_all_capabilities(cc: Capability, linker: None) -> None:
+    variant = Variant("strided", BFLOAT16, "wide")
+    own, shared = (
+        re.sub(r"\b_ZN[\w$]+?(?=_param_|[^\w$])", "", text)  # names tell the translation's number and capability
+        for text in (translated(variant, cc, "ptx"), translated_once(variant, cc, "ptx"))
+    )
+    assert own == shared
+
+
+MOST_REGISTERS = {FLOAT32: 48, FLOAT64: 64, FLOAT16: 72, BFLOAT16: 72}
 # Functions of the compiler's: for roots, inverses and quotients that aren't normal numbers, and where a block's task
 # begins.
 CALLED = r"__cuda_sm\d+x?_(?:d?sqrt|(?:dbl)?rcp|div)_rn_|__cuda_sm20_(?:div|rem)_u64"
@@ -131,11 +163,37 @@ def assert_fast_on_rows(code: report.Code) -> None:
         assert (code.load, code.wide) == (16, 16)
 
 
-@pytest.mark.parametrize("variant", ROWS, ids=str)
+@pytest.mark.parametrize("variant", report.ROWS, ids=str)
 def test_machine_code_on_rows(variant: Variant, tools: None) -> None:
     code = linked(variant, (9, 0))
     assert_fast_on_rows(code)
     assert_packed_as_laid_out(code)
+    row = report.row("linker", code)
+    assert bool(row["instructions_per_element"]) == (variant.body in report.FLAT)
+    if variant.body in report.FLAT:
+        assert 0 < row["instructions_per_element"]["0.1"] <= row["most_instructions_per_element"]
+        (budget,) = report.budgets([code]).values()
+        assert budget.instructions_per_element == pytest.approx(row["most_instructions_per_element"], abs=1e-3)
+        assert budget.bytes_per_element == report.fused_arrays(variant) * report.item_bytes(variant) + 1 / 8
+
+
+def test_report_has_each_kernel_once() -> None:
+    variants = report.VARIANTS + report.ROWS
+    assert {variant.body for variant in variants} == {*compile.PARAMETERS, *compile.ROW_PARAMETERS}
+    assert len({report.name(variant) for variant in variants}) == len(variants)
+    assert report.name(Variant("norm_forward", BFLOAT16, "wide", sum_dtype=FLOAT32)) == (
+        "norm_forward wide, bfloat16 on float32"
+    )
+    assert report.name(Variant("pointwise_backward", FLOAT16, sum_dtype=FLOAT16, activation=SILU)) == (
+        "pointwise_backward, float16, silu"
+    )
+
+
+def test_bytes_that_a_pass_stores_per_element() -> None:
+    assert report.stored_bytes(Variant("draw_words")) == 1 / 8
+    assert report.stored_bytes(Variant("strided", FLOAT64, "wide")) == 8
+    assert report.stored_bytes(Variant("pointwise_forward", BFLOAT16, sum_dtype=FLOAT32)) == 4
+    assert report.stored_bytes(Variant("pointwise_backward", FLOAT16, sum_dtype=FLOAT32)) == 4  # dx, dfactor
 
 
 @pytest.mark.parametrize("cc", [(7, 5), (12, 0)], ids=capability)

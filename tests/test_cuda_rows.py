@@ -66,7 +66,7 @@ def test_fused_gelu(gpu):
 
 
 def test_fused_special_numbers(gpu):
-    assert_special_numbers_as_reference(gpu, "float32", ["relu"])
+    assert_special_numbers_as_reference(gpu, "float32", ["relu", "gelu_tanh"])
 
 
 def test_pointwise_forward_over_many_tiles(gpu):

@@ -84,6 +84,8 @@ def softmax(keep, scale, scores, factor=1.0, mask=None, causal=False):
     with np.errstate(invalid="ignore"):
         e = np.exp(s - s.max(-1, keepdims=True))
         e = np.where(np.isneginf(s).all(-1, keepdims=True), 0.0, e / e.sum(-1, keepdims=True))
+    if causal:
+        e = np.where(np.tri(*s.shape[-2:]), e, 0.0)  # in a row of NaNs as well
     return (dropped(e, keep, scale),)
 
 
@@ -129,19 +131,21 @@ class Op:
 
 ADD = {"x": "x", "residual": "stream"}
 BIAS = {"x": "x", "bias": "columns"}
+BOTH = ("dropout_add", "bias_dropout_add")
 NORM = {"x": "x", "residual": "stream", "weight": "columns", "bias": "columns", "x_bias": "columns"}
 RMS = {"x": "x", "residual": "stream", "weight": "columns", "x_bias": "columns"}
 TRIANGLE = np.tri(SHAPE[0], SHAPE[1], 20)
 
 
 def act(name, takes=BIAS):
-    keeps = () if name in (None, "relu") else ("x",)
+    keeps = () if name in (None, "relu") else tuple(takes)
     options = {"activation": name} if "bias" in takes else {"activation": name, "bias": None}
     return Op(fd.bias_act_dropout, takes, partial(activated, activation=name), options, keeps)
 
 
-STREAM = ("residual_out", "statistics")
-RMSED = partial(normed, eps=1e-6, centred=False)
+BARE_NORM = ("residual_out", "statistics")
+WEIGHTED_NORM = (*BARE_NORM, "weight")
+RMSED = partial(normed, eps=2.0**-23, centred=False)
 OPS = {
     "dropout_add": Op(fd.dropout_add, ADD, added),
     "bias_dropout_add": Op(fd.bias_dropout_add, {**BIAS, "residual": "stream"}, added),
@@ -153,9 +157,9 @@ OPS = {
     "gelu_tanh": act("gelu_tanh"),
     "silu": act("silu"),
     "swiglu_dropout": Op(fd.swiglu_dropout, {"gate": "x", "up": "x"}, gated, {}, ("gate", "up")),
-    "layer_norm": Op(fd.dropout_add_layer_norm, NORM, normed, {}, STREAM),
-    "layer_norm, bare": Op(fd.dropout_add_layer_norm, {"x": "x"}, normed, {"residual": None}, STREAM),
-    "rms_norm": Op(fd.dropout_add_rms_norm, RMS, RMSED, {}, STREAM),
+    "layer_norm": Op(fd.dropout_add_layer_norm, NORM, normed, {}, WEIGHTED_NORM),
+    "layer_norm, bare": Op(fd.dropout_add_layer_norm, {"x": "x"}, normed, {"residual": None}, BARE_NORM),
+    "rms_norm": Op(fd.dropout_add_rms_norm, RMS, RMSED, {"eps": 2.0**-23}, WEIGHTED_NORM),
     "softmax": Op(fd.softmax_dropout, {"scores": "x"}, softmax, {}, ("probabilities",)),
     "softmax, masked": Op(
         fd.softmax_dropout,
@@ -298,16 +302,17 @@ def test_gradient_of_either_result_alone(backend):
 
 
 def test_residual_gradient_is_dy_itself():
-    for name in ("dropout_add", "bias_dropout_add"):
-        arrays = OPS[name].arrays(KINDS["bfloat16 in float32"])
-        for training in (True, False):
-            (y,), saved = OPS[name](arrays, training=training)
-            gradients = saved.backward(y)
-            assert gradients.residual is y
+    for name, kind, training in itertools.product(BOTH, ("bfloat16 in float32", "float32"), (True, False)):
+        arrays = OPS[name].arrays(KINDS[kind])
+        (y,), saved = OPS[name](arrays, training=training)
+        for how in ("as it is", "Fortran", "every other"):
+            dy = laid_out(y, how)
+            gradients = saved.backward(dy)
+            assert gradients.residual is dy
             assert gradients.x.dtype == arrays["x"].dtype
-    x = np.ones((3, 4))
-    _, saved = fd.dropout_add(x, x, 0.0)
-    assert saved.backward(x).x is x
+            nothing_to_do = name == "dropout_add" and kind == "float32" and not training
+            assert (gradients.x is dy) == nothing_to_do
+            assert nothing_to_do or gradients.x.flags.c_contiguous
 
 
 # ---- modes ----
@@ -374,6 +379,7 @@ def test_what_is_kept(op):
     n = math.prod(SHAPE)
     bytes_of = {"x": 2 * n, "gate": 2 * n, "up": 2 * n, "probabilities": 2 * n, "statistics": 8 * SHAPE[0]}
     bytes_of["residual_out"] = (4 if "residual" in op.takes else 2) * n
+    bytes_of["bias"] = bytes_of["weight"] = 4 * SHAPE[1]
     expected = 4 * ((n + 31) // 32) + sum(bytes_of[name] for name in op.keeps)
     assert saved.nbytes == expected
     assert repr(saved) == (
@@ -395,6 +401,20 @@ def test_backward_may_run_again(backend, op):
     before = [dy.copy() for dy in down]
     assert_all_same(saved.backward(*down)._asdict(), saved.backward(*down)._asdict())
     assert_all_same(down, before)
+
+
+def test_weights_and_biases_may_change_before_backward(op):
+    """As an optimiser changes them, in place."""
+    for kind in ("float32", "float16"):  # the latter's are cast
+        arrays = op.arrays(KINDS[kind])
+        columns = [name for name, of in op.takes.items() if of == "columns"]
+        arrays |= {name: arrays[name].astype(kind) for name in columns}
+        results, saved = op(arrays)
+        down = [np.ones_like(result) for result in results]
+        expected = saved.backward(*down)._asdict()
+        for name in columns:
+            arrays[name] += 1
+        assert_all_same(saved.backward(*down)._asdict(), expected)
 
 
 def test_inputs_stay_as_they_are(backend, op):
@@ -426,21 +446,25 @@ def test_dropped_infinities_and_nans_leave_no_trace(backend, name, kind):
             assert np.isnan(gradients[of][~gone]).any()
 
 
-@pytest.mark.parametrize("name", [*NORMS, "softmax"])
-def test_a_row_of_nans_stays_a_row(backend, name):
+@pytest.mark.parametrize("name", [*NORMS, "softmax", "softmax, masked"])
+def test_a_row_of_nans_or_infinities_stays_a_row(backend, name):
     op = OPS[name]
     arrays = op.arrays(KINDS["float32"])
-    clean, _ = op(arrays)
+    clean, clean_saved = op(arrays)
     down = [np.ones_like(result) for result in clean]
-    for row, special in enumerate((np.nan, np.inf, -np.inf)):
-        arrays[op.first][row, 20:40] = special
+    for row, special in zip((5, 6, 4), (np.nan, np.inf, -np.inf), strict=True):
+        arrays[op.first][row, 3:40] = special
     results, saved = op(arrays)
-    gradient = saved.backward(*down)._asdict()[op.first]
-    for result, before in zip(results, clean, strict=True):
-        assert_same_bits(result[3:], before[3:])
-        assert np.isnan(result[0]).any()
-    assert np.isnan(gradient[0]).any()
-    assert np.isfinite(gradient[3:]).all()
+    with np.errstate(invalid="ignore"):
+        wanted = op.expected(arrays, keep_of(SHAPE), SCALE)
+    for result, expected, before in zip(results, wanted, clean, strict=True):
+        assert not np.isfinite(expected[5:]).all(-1).any()
+        for row in (4, 5, 6):
+            assert_near(result[row], expected[row], "float32", row)
+        assert_same_bits(result[:4], before[:4])
+    gradient, clean_gradient = (s.backward(*down)._asdict()[op.first] for s in (saved, clean_saved))
+    assert np.isnan(gradient[5:]).any(-1).all()
+    assert_same_bits(gradient[:4], clean_gradient[:4])
 
 
 def test_rows_where_no_key_takes_part_are_zero(backend):
@@ -525,6 +549,8 @@ def test_numbers_without_axes_where_no_columns_are_needed(backend):
 
 def laid_out(array, how):
     """The same numbers in another order of memory."""
+    if how == "as it is":
+        return array
     if how == "Fortran":
         return np.asfortranarray(array)
     if how == "reversed":
@@ -575,14 +601,31 @@ def test_out_takes_the_result(backend, name, kind):
             assert_all_same(saved.backward(dy)._asdict(), expected)
 
 
-def test_out_over_columns_changes_nothing(backend):
-    """One row over its own bias, which gelu's gradient needs once more."""
-    x, bias = np.linspace(-2, 2, 9), np.linspace(0, 1, 9)
-    (y, saved), own = fd.bias_act_dropout(x, bias, P, rng=SEED), bias.copy()
-    over, over_saved = fd.bias_act_dropout(x, own, P, rng=SEED, out=own)
-    assert over is own
+@pytest.mark.parametrize("name", ["bias_dropout_add", "gelu", "softmax"])
+def test_out_over_columns_changes_nothing(backend, name):
+    """The first row goes over a bias or an attention mask that the second one needs, as does gelu's gradient."""
+    op, n = OPS[name], 3001  # more than kernels have in hand at once
+    x, columns = op.arrays(KINDS["float64"], (2, n)), np.linspace(0, 1, n)
+    of = "attn_mask" if name == "softmax" else "bias"
+    (y,), saved = op({**x, of: columns})
+    out = np.zeros((2, n))
+    out[0] = columns
+    (over,), over_saved = op({**x, of: out[0]}, out=out)
+    assert over is out
     assert_same_bits(over, y)
-    assert_all_same(saved.backward(x)._asdict(), over_saved.backward(x)._asdict())
+    assert_all_same(saved.backward(y)._asdict(), over_saved.backward(y)._asdict())
+
+
+def test_eps_of_an_rms_norm_is_that_of_the_arithmetic(backend):
+    """What is small shows it."""
+    for kind, eps in (("float32", 2.0**-23), ("float16", 2.0**-23), ("float64", 2.0**-52)):
+        x = np.full((2, 8), math.sqrt(eps), kind)
+        by_default, given = (
+            fd.dropout_add_rms_norm(x, None, p=0.0)[0],
+            fd.dropout_add_rms_norm(x, None, None, 0.0, eps)[0],
+        )
+        assert_same_bits(by_default, given)
+        np.testing.assert_allclose(by_default, math.sqrt(0.5), rtol=1e-2)
 
 
 def test_out_of_the_wider_residual(backend):

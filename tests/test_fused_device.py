@@ -232,9 +232,24 @@ def test_arrays_of_numba_that_would_have_to_be_changed_are_refused(gpu):
     x, bias = gpu.by_numba(X), gpu.by_numba(COLUMNS.astype(np.float16))
     with refused(TypeError, "bias must have dtype float32 as an array of Numba, but got float16"):
         fd.bias_dropout_add(x, bias, x)
-    for mask in (MASK, OTHER[:, :1], OTHER.astype(np.float64)):
-        with refused(TypeError, "attn_mask must have dtype float32 and shape", "as an array of Numba, but got"):
+    for mask in (MASK, OTHER.astype(np.float64)):
+        with refused(TypeError, "attn_mask must have dtype float32 as an array of Numba, but got", mask.dtype):
             fd.softmax_dropout(x, attn_mask=gpu.by_numba(mask))
+    with refused(ValueError, "attn_mask must have shape (1, 6, 33) as an array of Numba, but got (1, 6, 1)"):
+        fd.softmax_dropout(x, attn_mask=gpu.by_numba(OTHER[:, :1]))
+
+
+def test_weights_may_change_before_backward(gpu):
+    for there in (gpu.there, gpu.by_numba):
+        x, weight, ones = there(X), there(COLUMNS), there(np.ones_like(X))
+        for op in (fd.bias_act_dropout, partial(fd.dropout_add_rms_norm, x)):
+            *_, saved = op(x, weight, p=0.3, rng=5)
+            before = saved.backward(ones)
+            weight.own += 1
+            for gradient, other in zip(saved.backward(ones), before, strict=True):
+                assert (gradient is None) == (other is None)
+                if gradient is not None:
+                    assert_same_bits(gradient.own, other.own)
 
 
 def test_bad_input_is_refused(gpu):

@@ -9,11 +9,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import torch._dynamo.compiled_autograd as compiled_autograd  # noqa: E402
 import torch.autograd.forward_ad as fwAD  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
+from torch._dynamo.utils import counters  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 from torch.func import grad, jvp, vmap  # noqa: E402
 from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
+from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastdrop.torch as fdt  # noqa: E402
 from fastdrop.torch import attention, override  # noqa: E402
@@ -120,6 +123,10 @@ def both(case, dtype):
 def block(request, monkeypatch):
     """How much is worked on at once: here everything, or a few heads, whose bits begin anywhere in a word."""
     monkeypatch.setattr(attention, "BLOCK", request.param)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -128,6 +135,16 @@ def test_attention_equals_the_formula(block, case):
     dy = normal(*expected(*tensors).shape, seed=7)
     assert_close(with_gradients(ours, tensors, dy), with_gradients(expected, tensors, dy), torch.float64)
     assert_equal(ours(*tensors), with_gradients(ours, tensors, dy)[0])  # where nothing is kept
+
+
+@pytest.mark.parametrize("case", ["plain", "grouped"])
+def test_heads_side_by_side_in_memory(block, case):
+    """As modules make them of one projection; gradients of the result too."""
+    tensors, ours, expected = both(case, torch.float64)
+    dy = normal(*expected(*tensors).shape, seed=7)
+    tensors, (dy,) = ([x.transpose(1, 2).contiguous().transpose(1, 2) for x in xs] for xs in (tensors, [dy]))
+    assert not any(x.is_contiguous() for x in (*tensors, dy))
+    assert_close(with_gradients(ours, tensors, dy), with_gradients(expected, tensors, dy), torch.float64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -224,6 +241,19 @@ def test_kept_are_the_arguments_the_weights_and_their_bits(dtype):
     assert sorted(t.nbytes for t in new) == sorted([4 * -(-scores // 32), scores * dtype.itemsize])
 
 
+def test_of_value_alone_nothing_else_is_kept():
+    (query, key, value), ours, expected = both("plain", torch.float64)
+    value.requires_grad_()
+    with saved_tensors() as kept:
+        y = ours(query, key, value)
+    assert not [t for t in kept if any(t is x for x in (query, key, value))]
+    assert len(kept) == 2
+    (dvalue,) = torch.autograd.grad(y.sin().sum(), value, create_graph=True)
+    (theirs,) = torch.autograd.grad(expected(query, key, value).sin().sum(), value, create_graph=True)
+    torch.testing.assert_close(dvalue, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(d.square().sum(), value)[0] for d in (dvalue, theirs)))
+
+
 def test_arguments_may_change_but_for_those_kept():
     tensors, mask, _ = tensors_of("bool (L, S)")
     query, mask = tensors[0].requires_grad_(), mask.clone()
@@ -267,6 +297,39 @@ def test_gradients_of_any_order(monkeypatch, grouped):
     assert torch.autograd.gradgradcheck(function, tensors)
 
 
+@pytest.mark.parametrize("create_graph", [False, True], ids=["kernel", "composed"])
+def test_gradients_where_a_score_is_minus_infinity(create_graph):
+    query = torch.tensor([[[1e20, 0.0], [1.0, 0.0]]], requires_grad=True)
+    key = torch.tensor([[[-1e20, 0.0], [1.0, 0.0]]], requires_grad=True)
+    y = scaled_dot_product_attention(query, key, torch.ones(1, 2, 4), dropout_p=P, seed=2)
+    gradients = torch.autograd.grad(y.sum(), (query, key), create_graph=create_graph)
+    assert all(x.isfinite().all() for x in gradients)
+
+
+def test_gradient_that_is_batched_or_compiled_or_checkpointed():
+    tensors, ours, _ = both("plain", torch.float64)
+    leaves = [x.requires_grad_() for x in tensors]
+    y = ours(*leaves)
+    vectors = torch.stack([y.detach().cos(), y.detach().sin()])
+    single = [torch.autograd.grad(y, leaves, v, retain_graph=True) for v in vectors]
+    batched = torch.autograd.grad(y, leaves, vectors, retain_graph=True, is_grads_batched=True)
+    torch.testing.assert_close(batched, tuple(torch.stack(grads) for grads in zip(*single, strict=True)))
+    for use_reentrant in (False, True):
+        again = checkpoint(ours, *leaves, use_reentrant=use_reentrant)
+        if use_reentrant:  # which `torch.autograd.grad` cannot go through
+            again.backward(vectors[0])
+            grads = tuple(x.grad for x in leaves)
+        else:
+            grads = torch.autograd.grad(again, leaves, vectors[0])
+        assert_equal(grads, single[0])
+    for x in leaves:
+        x.grad = None
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        ours(*leaves).backward(vectors[0])
+    torch.testing.assert_close(tuple(x.grad for x in leaves), single[0])
+    torch.compiler.reset()
+
+
 def test_mask_may_want_a_gradient():
     tensors, mask, _ = tensors_of("float (B, 1, 1, S)")
     dy = normal(2, 3, 5, 8, seed=7)
@@ -276,6 +339,23 @@ def test_mask_may_want_a_gradient():
 
     ours = run(lambda *x, **o: scaled_dot_product_attention(*x, **o, dropout_p=P), "attn_mask")
     assert_close(ours, run(formula, "mask"), torch.float64)
+    small = [normal(*shape, seed=i).requires_grad_() for i, shape in enumerate([(2, 3, 2)] * 3 + [(3, 1)])]
+    assert torch.autograd.gradgradcheck(lambda *x: scaled_dot_product_attention(*x, P, seed=SEED), small)
+
+
+def test_gradient_of_a_float32_mask_beside_16_bits():
+    """Summed in float32; nothing more is kept for it."""
+    tensors = [x.half().requires_grad_() for x in tensors_of("plain")[0]]
+    mask = normal(5, 7, dtype=torch.float32).requires_grad_()
+    with saved_tensors() as kept:
+        y = scaled_dot_product_attention(*tensors, mask, P, seed=SEED)
+    new = [t for t in kept if not any(t is x for x in (*tensors, mask))]
+    assert sorted(t.nbytes for t in new) == [4 * 7, 2 * 210]
+    (actual,) = torch.autograd.grad(y, mask, torch.ones_like(y) * 1000)
+    double = mask.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(formula(*tensors, double), double, torch.ones_like(y).double() * 1000)
+    assert_close([actual.half()], [expected], torch.float16)
+    assert not torch.equal(actual, actual.half().float())
 
 
 def test_forward_mode_and_transforms_have_the_same_mask():
@@ -308,6 +388,7 @@ def test_modes_and_subclasses_see_it():
     with FakeTensorMode():
         fakes = [torch.empty(x.shape) for x in tensors]
         assert scaled_dot_product_attention(*fakes, None, P).shape == (2, 3, 5, 4)
+    assert scaled_dot_product_attention(*(x.to("meta") for x in tensors), None, P).shape == (2, 3, 5, 4)
 
 
 def test_autocast_is_torchs():
@@ -357,6 +438,66 @@ def test_compiled_equals_eager(case):
     torch.compiler.reset()
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["ours", "torch's while enabled"])
+def test_compiled_keeps_what_eager_code_does(monkeypatch, case):
+    monkeypatch.setattr(override, "FEWEST_SCORES", 0)
+    tensors = [x.requires_grad_() for x in tensors_of("plain", torch.bfloat16)[0]]
+    mask = normal(5, 7, dtype=torch.float32)
+    attend = scaled_dot_product_attention if case == "ours" else F.scaled_dot_product_attention
+
+    def function(*x):
+        return attend(*x, mask, P)
+
+    def kept(function):
+        with saved_tensors() as saved:
+            function(*tensors)
+        return sum(t.nbytes for t in saved)
+
+    with fdt.enabled() if case == "torch's while enabled" else contextlib.nullcontext():
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        compiled(*tensors)
+        assert kept(compiled) == kept(function)
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_lengths_change_without_a_new_graph():
+    def function(query, key, value):
+        return scaled_dot_product_attention(query, key, value, None, P, True)
+
+    torch.compiler.reset()
+    counters.clear()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
+    for length in (5, 9, 13):
+        tensors = [normal(2, 3, length, 8, seed=i) for i in range(3)]
+        dy = normal(2, 3, length, 8, seed=7)
+        torch.testing.assert_close(
+            *(under(1, with_gradients, f, tensors, dy) for f in (compiled, function)), rtol=1e-6, atol=1e-6
+        )
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("p", [P, torch.tensor(P)], ids=["number", "tensor"])
+def test_ops(p):
+    """Schemas, fake kernels, derivatives, and vmap's rule."""
+    overload = "default" if p is P else "tensor"
+    op, back = (getattr(getattr(torch.ops.fastdrop, name), overload) for name in ("attention", "attention_backward"))
+    tensors, mask, _ = tensors_of("grouped (H, L, S)", torch.float32)
+    seed = torch.tensor(SEED)
+    torch.library.opcheck(op, (*tensors, mask, seed, p, False, 0.3, False))
+    y, words, probabilities = op(*tensors, mask, seed, p, False, 0.3, True)
+    shapes = [list(x.shape) for x in tensors]
+    for data, wanted in ((tensors, [True, False, True]), ([None] * 3, [False, False, True])):
+        torch.library.opcheck(back, (y, words, probabilities, *data, p, False, 0.3, *shapes, wanted))
+    mapped = torch.func.vmap(lambda query: op(query, *tensors[1:], mask, seed, p, False, 0.3, False)[0])
+    assert_equal(mapped(torch.stack([tensors[0]] * 2)), torch.stack([y, y]))
+    leaves, added = [x.requires_grad_() for x in tensors], normal(5, 7, dtype=torch.float32).requires_grad_()
+    torch.library.opcheck(op, (*leaves, added, seed, p, False, 0.3, True))
+
+
 X = torch.ones(2, 4, 5, 8)
 REFUSED = {
     "dtypes": ((X, X.double(), X), {}),
@@ -374,7 +515,12 @@ REFUSED = {
     "mask of float64": ((X, X, X), {"attn_mask": torch.ones(5, 5).double()}),
     "mask of other keys": ((X, X, X), {"attn_mask": torch.ones(5, 6)}),
     "mask of more axes": ((X, X, X), {"attn_mask": torch.ones(3, 2, 4, 5, 5)}),
+    "mask elsewhere": ((X, X, X), {"attn_mask": torch.empty(5, 5, device="meta")}),
+    "key of int64": ((X, X.long(), X), {}),
     "no tensor": ((X, None, X), {}),
+    "mask no tensor": ((X, X, X), {"attn_mask": [1]}),
+    "scale no number": ((X, X, X), {"scale": "2"}),
+    "causal no bool": ((X, X, X), {"is_causal": None}),
 }
 
 
@@ -390,6 +536,30 @@ def test_what_torch_refuses_is_refused_in_its_words(case):
         assert str(ours.value) == str(torchs.value)
 
     assert numbers_drawn(refused) == 0
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("case", ["dtypes", "key of int64", "int64", "complex", "mask of float64", "width", "heads"])
+def test_what_eager_code_refuses_is_not_compiled(case):
+    (query, key, value), options = REFUSED[case]
+    function = torch.compile(
+        lambda *x: scaled_dot_product_attention(*x, **options, dropout_p=P, seed=SEED), backend="eager", fullgraph=True
+    )
+    with pytest.raises(Exception, match=r"(?i)expected|must match|takes real numbers"):
+        function(query, key, value)
+    torch.compiler.reset()
+
+
+def test_infinite_scale_is_refused():
+    with pytest.raises(ValueError, match="scale must be finite, but got inf"):
+        scaled_dot_product_attention(X, X, X, dropout_p=P, scale=math.inf)
+
+
+def test_what_torch_takes_is_not_computed_to_learn_that(monkeypatch):
+    asked, torchs = [], attention._torchs
+    monkeypatch.setattr(attention, "_torchs", lambda *args: asked.append(args[0].device.type) or torchs(*args))
+    assert scaled_dot_product_attention(X, X[:1], X[:1], dropout_p=P).shape == X.shape
+    assert asked == ["meta"]
 
 
 @pytest.mark.parametrize("p", [-0.1, 1.5, math.nan])

@@ -1,14 +1,9 @@
-"""`fuse`: the unfused model's outputs and gradients under the same masks, and what it leaves, with the reason.
-
-transformers' blocks are stand-ins of those names and attributes.
-"""
+"""`fuse`: the unfused model's outputs and gradients under the same masks, and what it leaves, with the reason."""
 
 from __future__ import annotations
 
 import copy
 import pickle
-import sys
-import types
 from functools import partial
 
 import pytest
@@ -26,8 +21,9 @@ from fastdrop.torch.fuse import fuse, unfuse  # noqa: E402
 
 from .cases import ROOT, output_of  # noqa: E402
 from .torch_cases import assert_equal, saved_tensors, under  # noqa: E402
+from .torch_fuse_cases import HEADS, HIDDEN, WIDTH, Backend, BertLayer, BertOutput, GPT2Model, fused_calls, place  # noqa: E402
 
-WIDTH, HEADS, HIDDEN, BATCH, LENGTH, MEMORY = 16, 4, 24, 2, 5, 7
+BATCH, LENGTH, MEMORY = 2, 5, 7
 ENCODER, DECODER = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
 
 
@@ -66,8 +62,9 @@ def shaken(model):
 
 
 def assert_same(model, plain, *inputs, **options):
-    """Outputs, gradients and the generator's state after them."""
-    actual = step(model, *inputs, **options)
+    """Outputs, gradients and the generator's state after them. Returns what fused functions were called, how often."""
+    with fused_calls() as calls:
+        actual = step(model, *inputs, **options)
     after = torch.get_rng_state()
     with fdt.enabled():
         expected = step(plain, *inputs, **options)
@@ -76,6 +73,7 @@ def assert_same(model, plain, *inputs, **options):
         torch.testing.assert_close(a, e)
     for a, e in zip(under(4, model, *inputs, **options), actual[0], strict=True):
         assert not torch.equal(a, e)  # something is dropped
+    return calls
 
 
 def assert_left(model, *expected):
@@ -109,7 +107,7 @@ ACTIVATIONS = {
 def test_sequential(name, dtype):
     model, plain = pair(lambda: perceptron(ACTIVATIONS[name], dtype=dtype, bias=name != "GELU"))
     x = torch.randn(3, 5, WIDTH, dtype=dtype)
-    assert_same(model, plain, x)
+    assert assert_same(model, plain, x) == {"bias_act_dropout": 2}
     model.eval(), plain.eval()
     assert_equal(model(x), plain(x))
 
@@ -140,7 +138,7 @@ def test_sequential_among_other_modules():
         "3            Sequential                     FusedSequential: 0 + 1 + 2",
     ]
     fdt.convert(model)
-    assert_same(model, plain, torch.randn(4, WIDTH, dtype=torch.float64))
+    assert assert_same(model, plain, torch.randn(4, WIDTH, dtype=torch.float64)) == {"bias_act_dropout": 3}
     x = torch.randn(4, HIDDEN, dtype=torch.float64)
     torch.testing.assert_close(under(2, model[3:], x), under(2, plain[3:], x))
     assert type(model[3:]) is type(model)
@@ -175,10 +173,20 @@ LEFT = {
         "1",
         "0 has hooks",
     ),
-    "a subclass of Sequential": (
-        lambda: type("Block", (nn.Sequential,), {})(nn.Linear(2, 2), nn.Dropout()),
+    "a forward of its own": (
+        lambda: type("Block", (nn.Sequential,), {"forward": lambda self, x: x})(nn.Linear(2, 2), nn.Dropout()),
         "1",
-        "in a Block: its forward may be its own",
+        "in a Block: its forward is not Sequential's",
+    ),
+    "attention by itself": (
+        lambda: nn.ModuleList([nn.MultiheadAttention(WIDTH, HEADS, 0.1)]),
+        "0",
+        "drops attention weights inside torch's attention; use fdt.enable()",
+    ),
+    "a recurrent layer": (
+        lambda: nn.Sequential(nn.LSTM(2, 2, 2, dropout=0.1)),
+        "0",
+        "drops between layers inside torch; use fdt.enable()",
     ),
     "by itself": (lambda: nn.ModuleList([nn.Dropout()]), "0", "not in a part that is known"),
 }
@@ -204,6 +212,30 @@ def test_fuse_leaves_what_was_replaced_on_the_object():
     model = perceptron()
     model.forward = model.forward
     assert_left(model, ("2", f"in a Sequential: its {reason}"), ("4", f"in a Sequential: its {reason}"))
+
+
+class Perceptron(nn.Sequential):
+    """A subclass that adds no code to what it is."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Dropout(0.3))
+
+
+def test_subclasses_that_inherit_what_is_replaced_are_fused():
+    model, plain = pair(Perceptron)
+    x = torch.randn(4, WIDTH)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin).__name__ == "FusedPerceptron"
+        assert isinstance(twin, Perceptron)
+        assert assert_same(twin, plain, x) == {"bias_act_dropout": 1}
+        assert [row.after for row in unfuse(twin)] == ["Perceptron"]
+        assert type(twin) is Perceptron
+
+
+def test_report_tells_the_places_of_a_dropout_that_serves_twice():
+    shared = nn.Dropout(0.2)
+    model = nn.Sequential(nn.Linear(4, 4), shared, nn.Tanh(), shared)
+    assert [(row.path, row.after) for row in fuse(model)] == [("", "FusedSequential: 0 + 1"), ("3", None)]
 
 
 HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook")
@@ -240,6 +272,7 @@ def test_hooks_inside_are_called_whenever_they_come(hook, inner):
 LAYERS = {
     "post-norm relu": {},
     "post-norm gelu, batch first": {"activation": F.gelu, "batch_first": True},
+    "post-norm gelu function": {"activation": partial(F.gelu, approximate="tanh")},
     "pre-norm relu, batch first": {"norm_first": True, "batch_first": True},
     "pre-norm gelu module": {"norm_first": True, "activation": nn.GELU("tanh")},
     "post-norm without bias": {"bias": False, "activation": nn.ReLU()},
@@ -267,7 +300,13 @@ def test_layer(of, name, dtype):
     options = LAYERS[name]
     model, plain = pair(lambda: layer(of, dtype=dtype, **options))
     inputs = inputs_of(of, dtype, options.get("batch_first", False))
-    assert_same(model, plain, *inputs)
+    attentions, last = 1 + (of is DECODER), "dropout_add" if "bias" in options else "bias_dropout_add"
+    expected = {"scaled_dot_product_attention": attentions, "bias_act_dropout": 1}
+    if options.get("norm_first"):
+        expected |= {"dropout_add_layer_norm": attentions, last: 1}
+    else:
+        expected |= {"dropout_add_layer_norm": attentions + 1}
+    assert assert_same(model, plain, *inputs) == expected
     model.eval(), plain.eval()
     assert_equal(model(*inputs), plain(*inputs))
     with torch.no_grad():  # the encoder's fast path
@@ -340,6 +379,7 @@ WRONG = {
     "mask of another shape": {"src_mask": torch.zeros(1, LENGTH)},
     "mask of integers": {"src_mask": torch.zeros(LENGTH, LENGTH, dtype=torch.int64)},
     "padding of another shape": {"src_key_padding_mask": torch.zeros(LENGTH, BATCH) > 0},
+    "another width": {"src": torch.ones(LENGTH, BATCH, WIDTH - 1)},
 }
 
 
@@ -348,10 +388,11 @@ def test_layer_refuses_masks_as_torch_does(name):
     model, plain = layer(ENCODER), layer(ENCODER)
     fuse(model)
     (x,) = inputs_of(ENCODER, torch.float32)
+    arguments = {"src": x} | WRONG[name]
     with pytest.raises((RuntimeError, AssertionError)) as expected:
-        plain(x, **WRONG[name])
+        plain(**arguments)
     with pytest.raises(type(expected.value)) as actual:
-        model(x, **WRONG[name])
+        model(**arguments)
     assert str(actual.value) == str(expected.value)
 
 
@@ -368,13 +409,27 @@ def test_encoder_of_layers_in_evaluation_takes_torchs_fast_path():
         assert_equal(encoder(x, src_key_padding_mask=padding), plain(x, src_key_padding_mask=padding))
 
 
+def test_encoder_layer_in_evaluation_drops_where_torchs_would():
+    """Its fast path looks at the layer alone."""
+    model, plain = pair(lambda: layer(ENCODER, batch_first=True).eval())
+    for module in (*model.modules(), *plain.modules()):
+        module.training = isinstance(module, nn.Dropout)
+    (x,) = inputs_of(ENCODER, torch.float32, batch_first=True)
+    with torch.no_grad():
+        assert_equal(under(3, model, x), under(3, plain, x))
+        assert_equal(under(3, model, x), under(4, model, x))
+
+
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_layer_with_nothing_or_all_dropped(p):
     model, plain = pair(lambda: layer(ENCODER, p, dtype=torch.float64))
     (x,) = inputs_of(ENCODER)
     with fdt.enabled():
         expected = step(plain, x)
-    for a, e in zip(step(model, x), expected, strict=True):
+    with fused_calls() as calls:
+        actual = step(model, x)
+    assert calls == MODELS["post-norm encoder"][2]
+    for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
 
 
@@ -402,11 +457,19 @@ def stub(name, module, **options):
     return changed
 
 
+def method(name):
+    """A layer of which one method is another."""
+    changed = layer(ENCODER)
+    setattr(changed, name, lambda x, *_: x)
+    return changed
+
+
 REFUSED = {
     "a subclass": (
-        lambda: layer(type("Own", (ENCODER,), {})),
-        "a subclass of torch's layer; its forward may be its own",
+        lambda: layer(type("Own", (ENCODER,), {"_ff_block": lambda self, x: x})),
+        "its _ff_block is not TransformerEncoderLayer's",
     ),
+    "a method": (lambda: method("_sa_block"), "its _sa_block was replaced on the object itself"),
     "an activation": (lambda: layer(ENCODER, activation=torch.tanh), "activation is tanh, not a known one"),
     "an activation module": (lambda: layer(ENCODER, activation=nn.ELU()), "activation is ELU, not a known one"),
     "a layer": (lambda: stub("linear1", Named(WIDTH, HIDDEN)), "linear1 is a Named, not nn.Linear"),
@@ -432,13 +495,27 @@ def test_hooks_inside_a_layer_are_called_whenever_they_come(name):
     fdt.convert(model)
     calls = []
     handle = getattr(model, name).register_forward_hook(lambda *_: calls.append(1))
+    assert [(row.path, row.reason) for row in fuse(model)] == [("", f"{name} has hooks")]
     with fdt.enabled():
-        assert_same(model, plain, *inputs_of(ENCODER))
+        assert not assert_same(model, plain, *inputs_of(ENCODER))
     assert len(calls) == 2
     unfuse(model)
     assert_left(model, ("", f"{name} has hooks"))
     handle.remove()
     assert fuse(model).changed
+
+
+def test_methods_replaced_since_are_called():
+    model = layer(ENCODER)
+    assert fuse(model).changed
+    model._ff_block = lambda x: x * 0
+    (x,) = inputs_of(ENCODER, torch.float32)
+    with fused_calls() as calls:
+        model(x)
+    assert not calls
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DECODER, "forward", lambda self, *_: None)
+        assert_left(layer(DECODER), ("", "its forward is not TransformerDecoderLayer's"))
 
 
 def test_a_norm_that_is_called_may_have_hooks():
@@ -508,6 +585,13 @@ def test_copies_of_a_fused_model_are_fused():
     assert len(unfuse(model)) == 4
 
 
+def test_convert_knows_that_a_fused_layer_has_its_attention():
+    fuse(model := layer(ENCODER))
+    report = fdt.convert(model)
+    assert [row.path for row in report.changed] == ["dropout", "dropout1", "dropout2"]
+    assert not report.left
+
+
 def test_convert_before_and_after_is_the_same():
     first, second = perceptron(), perceptron()
     second.load_state_dict(first.state_dict())
@@ -515,7 +599,9 @@ def test_convert_before_and_after_is_the_same():
     fuse(first), fuse(second)
     fdt.convert(second, store="seed")
     x = torch.randn(4, WIDTH)
-    assert_equal(step(first, x), step(second, x))
+    with fused_calls() as calls:
+        assert_equal(step(first, x), step(second, x))
+    assert calls == {"bias_act_dropout": 4}
     with saved_tensors() as kept:
         first[3:](torch.randn(4, HIDDEN))
     assert torch.int32 not in [tensor.dtype for tensor in kept]  # a seed, and no bits
@@ -543,7 +629,10 @@ def test_fused_models_are_sampled_and_audited_as_before():
     fdt.convert(plain)
     fuse(model)
     x = torch.randn(BATCH, LENGTH, WIDTH)
-    expected, actual = (fdt.mc_predict(m, x, samples=6, seed=1, keep_samples=True) for m in (plain, model))
+    expected = fdt.mc_predict(plain, x, samples=6, seed=1, keep_samples=True)
+    with fused_calls() as calls:
+        actual = fdt.mc_predict(model, x, samples=6, seed=1, keep_samples=True)
+    assert set(calls) == {"bias_act_dropout", "dropout_add_layer_norm", "scaled_dot_product_attention"}
     assert expected.std.min() > 0
     torch.testing.assert_close(actual.samples, expected.samples)
     assert str(fdt.audit(model, x)) == str(fdt.audit(copy.deepcopy(unfused(model)), x))
@@ -567,24 +656,54 @@ def test_fx_sees_the_modules_inside():
 
 # ---- around a fused model ----
 
-MODELS = {  # with smooth activations: a relu would make steps of 16-bit roundings
-    "sequence": (partial(perceptron, nn.SiLU), ENCODER),
-    "post-norm encoder": (partial(layer, ENCODER, activation="gelu"), ENCODER),
-    "pre-norm encoder": (partial(layer, ENCODER, activation="gelu", norm_first=True), ENCODER),
-    "decoder": (partial(layer, DECODER, activation="gelu"), DECODER),
+SHAPE = (BATCH, LENGTH, WIDTH)
+MODELS = {  # how to make it, shapes of inputs, calls, ops; with smooth activations: a relu's steps show in 16 bits
+    "sequence": (partial(perceptron, nn.SiLU), [SHAPE], {"bias_act_dropout": 2}, (2, 0, 0)),
+    "post-norm encoder": (
+        partial(layer, ENCODER, activation="gelu", batch_first=True),
+        [SHAPE],
+        {"bias_act_dropout": 1, "dropout_add_layer_norm": 2, "scaled_dot_product_attention": 1},
+        (1, 2, 1),
+    ),
+    "pre-norm encoder": (
+        partial(layer, ENCODER, activation="gelu", batch_first=True, norm_first=True),
+        [SHAPE],
+        {"bias_act_dropout": 1, "bias_dropout_add": 1, "dropout_add_layer_norm": 1, "scaled_dot_product_attention": 1},
+        (2, 1, 1),
+    ),
+    "decoder": (
+        partial(layer, DECODER, activation="gelu", batch_first=True),
+        [SHAPE, (BATCH, MEMORY, WIDTH)],
+        {"bias_act_dropout": 1, "dropout_add_layer_norm": 3, "scaled_dot_product_attention": 2},
+        (1, 3, 2),
+    ),
+    "BERT": (
+        BertLayer,
+        [SHAPE],
+        {"bias_act_dropout": 1, "dropout_add_layer_norm": 2, "scaled_dot_product_attention": 1},
+        (1, 2, 1),
+    ),
+    "GPT-2": (
+        GPT2Model,
+        [SHAPE],
+        {"bias_act_dropout": 1, "bias_dropout_add": 1, "dropout_add_layer_norm": 1, "scaled_dot_product_attention": 1},
+        (2, 1, 1),
+    ),
 }
 
 
 @pytest.fixture(params=MODELS)
-def case(request):
-    """(how to make the model, inputs)"""
-    make, of = MODELS[request.param]
-    return make, inputs_of(of, torch.float32)
+def case(request, monkeypatch):
+    """(how to make the model, inputs, calls of fused functions, fused ops in a graph)"""
+    make, shapes, calls, ops = MODELS[request.param]
+    if request.param in ("BERT", "GPT-2"):
+        place(monkeypatch)
+    return make, [torch.randn(shape) for shape in shapes], calls, ops
 
 
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
 def test_checkpoint(case, reentrant):
-    make, inputs = case
+    make, inputs, expected_calls, _ = case
     fuse(model := make())
     expected = step(model, *inputs)
 
@@ -596,15 +715,19 @@ def test_checkpoint(case, reentrant):
         def forward(self, *inputs):
             return checkpoint(self.inner, *inputs, use_reentrant=reentrant)
 
-    assert_equal(step(Checkpointed(), *inputs), expected)
+    with fused_calls() as calls:
+        assert_equal(step(Checkpointed(), *inputs), expected)
+    assert calls == {name: 2 * count for name, count in expected_calls.items()}
 
 
 def test_autocast(case):
     """The residual stream keeps its dtype, and 16-bit products lie beside it."""
-    make, inputs = case
+    make, inputs, expected_calls, _ = case
     model, plain = pair(make)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = step(model, *inputs)
+        with fused_calls() as calls:
+            actual = step(model, *inputs)
+        assert calls == expected_calls
         with fdt.enabled():
             expected = step(plain, *inputs)
     for a, e in zip(actual, expected, strict=True):
@@ -612,8 +735,23 @@ def test_autocast(case):
         torch.testing.assert_close(a, e, rtol=0.1, atol=0.05)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+def test_autocast_on_a_gpu(norm_first):
+    """Where norms are float32, and so is what follows them, of 16-bit inputs too."""
+    model, plain = pair(lambda: layer(ENCODER, activation="gelu", norm_first=norm_first).cuda().eval())
+    for module in (*model.modules(), *plain.modules()):
+        module.train(not isinstance(module, nn.MultiheadAttention))
+    (x,) = (x.cuda().bfloat16() for x in inputs_of(ENCODER, torch.float32))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        actual, expected = step(model, x), step(plain, x)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=0.1, atol=0.05)
+
+
 def test_16_bit_models(case):
-    make, inputs = case
+    make, inputs, _, _ = case
     model, plain = pair(lambda: make().bfloat16())
     inputs = [x.bfloat16() for x in inputs]
     actual = step(model, *inputs)
@@ -627,20 +765,27 @@ def test_16_bit_models(case):
 @pytest.mark.filterwarnings("ignore")  # torch's own
 def test_compile(case):
     """In one graph, which takes p as a scheduler sets it and isn't made again."""
-    make, inputs = case
+    make, inputs, _, ops = case
     model = make()
     fdt.convert(model)
     fuse(model)
-    scheduler = fdt.DropoutScheduler(model, lambda step: 0.1 + 0.2 * step, lambda _, m: isinstance(m, fdt.Dropout))
+    scheduler = fdt.DropoutScheduler(model, lambda step: 0.1 + 0.2 * step, is_driven)
     torch.compiler.reset()
     counters.clear()
+    backend = Backend()
     with torch._functorch.config.patch(enable_autograd_cache=False):
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
         for _ in range(2):
             torch.testing.assert_close(step(compiled, *inputs), step(model, *inputs))
             scheduler.step()
     assert counters["stats"]["unique_graphs"] == 1
+    assert backend.ops == ops
     torch.compiler.reset()
+
+
+def is_driven(path, module):
+    """Attention has its p as a number, for which another graph is made."""
+    return isinstance(module, fdt.Dropout) and path not in ("attention.dropout", "h.attn.attn_dropout")
 
 
 def data_parallel(file):
@@ -668,190 +813,206 @@ def test_data_parallel(tmp_path):
 
 # ---- transformers ----
 
-BERT, GPT2 = "transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2"
-PARTS, FUNCTIONS = "transformers.pytorch_utils", "transformers.activations"
-
-
-class Conv1D(nn.Module):
-    def __init__(self, nf, nx):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(nx, nf) / nx**0.5), nn.Parameter(torch.randn(nf))
-
-    def forward(self, x):
-        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], -1)
-
-
-class GELUActivation(nn.Module):
-    def forward(self, x):
-        return F.gelu(x)
-
-
-class NewGELUActivation(nn.Module):
-    def forward(self, x):
-        return F.gelu(x, approximate="tanh")
-
-
-class BertIntermediate(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.dense, self.intermediate_act_fn = nn.Linear(WIDTH, HIDDEN), GELUActivation()
-
-    def forward(self, hidden_states):
-        return self.intermediate_act_fn(self.dense(hidden_states))
-
-
-class BertOutput(nn.Module):
-    def __init__(self, width=HIDDEN):
-        super().__init__()
-        self.dense, self.LayerNorm, self.dropout = nn.Linear(width, WIDTH), nn.LayerNorm(WIDTH, 1e-12), nn.Dropout(0.3)
-
-    def forward(self, hidden_states, input_tensor):
-        return self.LayerNorm(self.dropout(self.dense(hidden_states)) + input_tensor)
-
-
-class BertSelfOutput(BertOutput):
-    pass
-
-
-class BertLayer(nn.Module):
-    """As theirs, but for attention."""
-
-    def __init__(self):
-        super().__init__()
-        self.attention, self.intermediate, self.output = BertSelfOutput(WIDTH), BertIntermediate(), BertOutput()
-
-    def forward(self, x):
-        x = self.attention(x.sin(), x)
-        return self.output(self.intermediate(x), x)
-
-
-class GPT2Attention(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.c_proj, self.resid_dropout = Conv1D(WIDTH, WIDTH), nn.Dropout(0.3)
-
-    def forward(self, hidden_states, past_key_values=None, attention_mask=None, use_cache=False, **kwargs):
-        assert (past_key_values, use_cache, kwargs) == (None, True, {"position_ids": 1})
-        return self.resid_dropout(self.c_proj(hidden_states * attention_mask)), None
-
-
-class GPT2MLP(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.c_fc, self.c_proj = Conv1D(HIDDEN, WIDTH), Conv1D(WIDTH, HIDDEN)
-        self.act, self.dropout = NewGELUActivation(), nn.Dropout(0.3)
-
-    def forward(self, hidden_states):
-        return self.dropout(self.c_proj(self.act(self.c_fc(hidden_states))))
-
-
-class GPT2Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.ln_1, self.ln_2, self.attn, self.mlp = (
-            nn.LayerNorm(WIDTH),
-            nn.LayerNorm(WIDTH, 0.01),
-            GPT2Attention(),
-            GPT2MLP(),
-        )
-
-    def forward(
-        self,
-        hidden_states,
-        past_key_values=None,
-        attention_mask=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        use_cache=False,
-        **kwargs,
-    ):
-        options = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
-        x = self.attn(self.ln_1(hidden_states), **options, **kwargs)[0] + hidden_states
-        if encoder_hidden_states is not None:
-            x = x + encoder_hidden_states
-        return x + self.mlp(self.ln_2(x))
-
-
-class Model(nn.Module):
-    """Calls blocks as their model does."""
-
-    def __init__(self, options):
-        super().__init__()
-        self.h, self.options = GPT2Block(), options
-
-    def forward(self, x):
-        mask = torch.full((), 0.5, dtype=x.dtype)
-        return self.h(x, None, mask, use_cache=True, position_ids=1, **self.options)
-
-
-PLACED = {
-    PARTS: (Conv1D,),
-    FUNCTIONS: (GELUActivation, NewGELUActivation),
-    BERT: (BertIntermediate, BertOutput, BertSelfOutput),
-    GPT2: (GPT2MLP, GPT2Block),
-}
-
 
 @pytest.fixture
-def transformers(monkeypatch):
-    """The stand-ins, where the package would have them."""
-    for name, classes in PLACED.items():
-        parts = name.split(".")
-        for i in range(len(parts)):
-            package = ".".join(parts[: i + 1])
-            monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
-        for cls in classes:
-            monkeypatch.setattr(cls, "__module__", name)
-            setattr(sys.modules[name], cls.__name__, cls)
+def stand_ins(monkeypatch):
+    place(monkeypatch)
 
 
+BERT_PARTS = {
+    "attention": "BertSelfAttention",
+    "attention_output": "BertSelfOutput",
+    "intermediate": "BertIntermediate",
+    "output": "BertOutput",
+}
+GPT2_PARTS = {"h": "GPT2Block", "h.attn": "GPT2Attention", "h.mlp": "GPT2MLP"}
+GPT2_EAGER_CALLS = {"bias_act_dropout": 1, "bias_dropout_add": 1, "dropout_add_layer_norm": 1, "softmax_dropout": 1}
 BLOCKS = {
-    "BERT": (BertLayer, {"attention": "BertSelfOutput", "intermediate": "BertIntermediate", "output": "BertOutput"}),
-    "GPT-2": (partial(Model, {}), {"h": "GPT2Block", "h.mlp": "GPT2MLP"}),
+    "BERT": (BertLayer, BERT_PARTS, MODELS["BERT"][2]),
+    "BERT, eager": (
+        partial(BertLayer, "eager"),
+        BERT_PARTS,
+        {"softmax_dropout": 1, "bias_act_dropout": 1, "dropout_add_layer_norm": 2},
+    ),
+    "GPT-2": (GPT2Model, GPT2_PARTS, MODELS["GPT-2"][2]),
+    "GPT-2, eager": (partial(GPT2Model, "eager"), GPT2_PARTS, GPT2_EAGER_CALLS),
+    "GPT-2 without a mask": (partial(GPT2Model, masked=False), GPT2_PARTS, MODELS["GPT-2"][2]),
     "GPT-2 beside an encoder": (
-        partial(Model, {"encoder_hidden_states": torch.ones(WIDTH)}),
-        {"h": "GPT2Block", "h.mlp": "GPT2MLP"},
+        partial(GPT2Model, encoder_hidden_states=torch.ones(WIDTH)),
+        GPT2_PARTS,
+        {"scaled_dot_product_attention": 1, "bias_act_dropout": 3},
     ),
 }
 
 
 @pytest.mark.parametrize("name", BLOCKS)
-def test_transformers_blocks(transformers, name):
-    make, classes = BLOCKS[name]
+def test_transformers_blocks(stand_ins, name):
+    make, classes, calls = BLOCKS[name]
     model, plain = shaken(make()).double(), make().double()
     plain.load_state_dict(model.state_dict())
     fdt.convert(plain)
     report = fuse(model)
-    assert {row.path: row.before for row in report.changed} == classes
-    assert {row.path: row.after for row in report.changed} == {path: f"Fused{cls}" for path, cls in classes.items()}
-    assert [row.path for row in report.left] == [] if name == "BERT" else ["h.attn.resid_dropout"]
-    fdt.convert(model)
+    assert {row.path: row.before for row in report} == classes
+    assert {row.path: row.after for row in report} == {path: f"Fused{cls}" for path, cls in classes.items()}
     x = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64)
-    assert_same(model, plain, x)
+    assert assert_same(model, plain, x) == calls
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
         assert_equal(step(twin, x), step(model, x))
     model.eval(), plain.eval()
     assert_equal(step(model, x), step(plain, x))
     assert len(unfuse(model)) == len(classes)
-    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
+    assert [cls.__name__ for cls in map(type, model.modules())] == [cls.__name__ for cls in map(type, make().modules())]
 
 
-def test_transformers_blocks_that_are_left(transformers, monkeypatch):
-    model = Model({})
+@pytest.mark.parametrize("name", ["attn", "attn.c_proj", "attn.resid_dropout", "mlp"])
+def test_hooks_inside_a_transformers_block_are_called(stand_ins, name):
+    """With what the original module returns, as by those of ``output_attentions``."""
+    model, plain = pair(lambda: GPT2Model().double())
+    fdt.convert(model)
+    seen = []
+    for block in (model.h, plain.h):
+        block.get_submodule(name).register_forward_hook(lambda module, given, result: seen.append(result))
+    calls = assert_same(model, plain, torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64))
+    assert "dropout_add_layer_norm" not in calls
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_transformers_blocks_that_are_left(stand_ins, monkeypatch):
+    model = GPT2Model("flash_attention_2")
     model.h.mlp.act = nn.Tanh()
-    reason = "act is Tanh, not a known one"
-    unknown = "not in a part that is known"
-    assert_left(model, ("h", reason), ("h.attn.resid_dropout", unknown), ("h.mlp", reason))
+    flash, tanh = "its attention is 'flash_attention_2', neither 'sdpa' nor 'eager'", "act is Tanh, not a known one"
+    assert_left(model, ("h", tanh), ("h.attn", flash), ("h.mlp", tanh))
+    model = GPT2Model("eager")
+    model.h.attn.reorder_and_upcast_attn = True
+    assert [(row.path, row.reason) for row in fuse(model).left] == [("h.attn", "its attention is reordered and upcast")]
     model = BertLayer()
     model.output.dense = Named(HIDDEN, WIDTH)
     assert [row.path for row in fuse(model).left] == ["output"]
-    monkeypatch.setattr(GPT2Block, "forward", lambda self, hidden_states, layer_past=None: hidden_states)
-    model = Model({})
+    monkeypatch.setattr(BertOutput, "forward", lambda self, hidden_states, input_tensor: hidden_states)
+    reasons = [(row.path, row.reason) for row in fuse(BertLayer()).left]
+    assert reasons == [("output", "its forward is not BertOutput's")]
+    model = GPT2Model()
+
+    def forward(self, hidden_states, layer_past=None):
+        return hidden_states
+
+    block = type(model.h)
+    for name, of in (("__module__", block.forward.__module__), ("__qualname__", block.forward.__qualname__)):
+        setattr(forward, name, of)
+    monkeypatch.setattr(block, "forward", forward)
     report = fuse(model)
-    assert [row.path for row in report.changed] == ["h.mlp"]
+    assert [row.path for row in report.changed] == ["h.attn", "h.mlp"]
     assert report.left[0].reason == "its forward is that of an unknown version of transformers"
 
 
-def test_fused_class_of_a_name_that_is_none():
-    with pytest.raises(AttributeError, match="has no attribute 'FusedThing'"):
-        sys.modules[fuse.__module__].FusedThing  # noqa: B018
+def test_transformers_attention_that_was_replaced(stand_ins):
+    interface = {"sdpa": lambda *_, **__: None}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.torch_fuse_cases.AttentionInterface.functions", interface)
+        report = fuse(BertLayer())
+    assert [(row.path, row.reason) for row in report.left] == [("attention", "its 'sdpa' attention was replaced")]
+
+
+def test_bert_output_with_a_residual_that_broadcasts(stand_ins):
+    model, plain = pair(lambda: BertOutput(HIDDEN).double())
+    fdt.convert(model)
+    h, x = torch.randn(2, 3, HIDDEN, dtype=torch.float64), torch.randn(1, 3, WIDTH, dtype=torch.float64)
+    assert not assert_same(model, plain, h, x)
+
+
+def real_model(transformers, kind, implementation):
+    """A tiny model of two layers, of another rate at each kind of place."""
+    torch.manual_seed(0)
+    options = {"vocab_size": 50, "attn_implementation": implementation}
+    if kind == "BERT":
+        config = transformers.BertConfig(
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=HIDDEN,
+            hidden_dropout_prob=0.2,
+            attention_probs_dropout_prob=0.3,
+            hidden_act="gelu_new" if implementation == "eager" else "gelu",
+            **options,
+        )
+        return shaken(transformers.BertModel(config, add_pooling_layer=False)).train()
+    config = transformers.GPT2Config(
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.2,
+        embd_pdrop=0.1,
+        attn_pdrop=0.3,
+        activation_function="gelu_fast" if implementation == "eager" else "gelu_new",
+        **options,
+    )
+    return shaken(transformers.GPT2LMHeadModel(config)).train()
+
+
+REAL_CALLS = {
+    "BERT": {"bias_act_dropout": 2, "dropout_add_layer_norm": 4},
+    "GPT-2": {"bias_act_dropout": 2, "bias_dropout_add": 2, "dropout_add_layer_norm": 2},
+}
+
+
+@pytest.fixture
+def tokens():
+    """Of two sequences, one of which is shorter."""
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 5:] = 0
+    return {"input_ids": torch.randint(50, (2, 7)), "attention_mask": mask}
+
+
+def result_of(model, tokens, **options):
+    """First output, attentions and gradients."""
+    model.zero_grad()
+    result = under(3, model, **tokens, **options)
+    result[0].sin().sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [result[0].detach(), *(result.get("attentions") or ()), *gradients]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["BERT", "GPT-2"])
+def test_models_of_transformers(kind, implementation, tokens):
+    transformers = pytest.importorskip("transformers")
+    model, plain = pair(lambda: real_model(transformers, kind, implementation).double())
+    assert len(fuse(model).left) == 1  # the embeddings'
+    fdt.convert(model)
+    attention = "scaled_dot_product_attention" if implementation == "sdpa" else "softmax_dropout"
+    expected_calls = {attention: 2, **REAL_CALLS[kind]}
+    with fused_calls() as calls:
+        actual = result_of(model, tokens)
+    assert calls == expected_calls
+    with fdt.enabled():
+        expected = result_of(plain, tokens)
+    torch.testing.assert_close(actual, expected)
+    model.gradient_checkpointing_enable()
+    with fused_calls() as calls:
+        torch.testing.assert_close(result_of(model, tokens), expected)
+    assert calls == {name: 2 * count for name, count in expected_calls.items()}
+    model.gradient_checkpointing_disable()
+    if implementation == "eager":
+        with fdt.enabled():
+            expected = result_of(plain, tokens, output_attentions=True)
+        torch.testing.assert_close(result_of(model, tokens, output_attentions=True), expected)
+    model.eval(), plain.eval()
+    torch.testing.assert_close(result_of(model, tokens), result_of(plain, tokens))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["BERT", "GPT-2"])
+def test_compiled_model_of_transformers(kind, tokens):
+    transformers = pytest.importorskip("transformers")
+    model = real_model(transformers, kind, "sdpa")
+    fdt.convert(model)
+    fuse(model)
+    torch.compiler.reset()
+    backend = Backend()
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        torch.testing.assert_close(result_of(compiled, tokens), result_of(model, tokens))
+    assert backend.ops == ((2, 4, 2) if kind == "BERT" else (4, 2, 2))
+    torch.compiler.reset()

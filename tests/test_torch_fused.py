@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,7 +19,10 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastdrop as fd  # noqa: E402
 import fastdrop.torch as fdt  # noqa: E402
-from fastdrop.torch import _rows  # noqa: E402
+from fastdrop import backends  # noqa: E402
+from fastdrop.backends import native  # noqa: E402
+from fastdrop.stream import keep_scale, threshold  # noqa: E402
+from fastdrop.torch import _cuda, _fused_ops, _rows  # noqa: E402
 
 from .torch_cases import Log, Named, Wrapped, assert_equal, numbers_drawn, saved_tensors, under, untouched  # noqa: E402
 from .torch_fused_cases import FUSED, SEED, Fused, P, mask_of  # noqa: E402
@@ -58,10 +64,11 @@ def gradients(function, tensors):
     return [y.detach() for y in results], {name: x.grad for name, x in tensors.items()}
 
 
-def assert_near(actual, expected, dtype, what=""):
-    """Within a few roundings of the largest number: sums and norms spread their error over a row."""
+def assert_near(actual, expected, dtype, what="", rounded=None):
+    """Within a few roundings, to another dtype if one is named, of the largest number: sums and norms spread their
+    error over a row."""
     assert actual.dtype == dtype, what
-    bound = 24 * torch.finfo(dtype).eps * max(1.0, float(expected.abs().max()) if expected.numel() else 0.0)
+    bound = 24 * torch.finfo(rounded or dtype).eps * max(1.0, float(expected.abs().max()) if expected.numel() else 0.0)
     torch.testing.assert_close(
         actual.double(), expected.double(), rtol=0, atol=bound, msg=lambda text: f"{what}: {text}"
     )
@@ -93,13 +100,59 @@ def test_wide_residual_beside_16_bits(name, half):
     results, grads = gradients(fused.reference, tensors)
     ours, our_grads = gradients(fused, tensors)
     assert_near(ours[-1], results[-1], torch.float32)
-    for actual, expected in zip(ours, results, strict=True):
-        assert_near(actual.to(half), expected, half)
-    if len(ours) == 2:
-        assert ours[0].dtype == half
+    norm = len(ours) == 2
+    if norm:
+        assert_near(ours[0], results[0], half)
     for key, expected in grads.items():
-        assert our_grads[key].dtype == tensors[key].dtype
-        assert_near(our_grads[key].to(half), expected, half, key)
+        dtype = tensors[key].dtype
+        # Of a norm's result a gradient comes in 16 bits. Sums are float32's.
+        rounded = half if norm else torch.promote_types(half, torch.float32) if dtype is not half else half
+        assert_near(our_grads[key], expected, dtype, key, rounded)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_composed_gradients_of_16_bits(fused, half):
+    """Those that have gradients themselves."""
+    tensors = fused.tensors(half)
+    _, grads = gradients(fused.reference, tensors)
+    inputs = leaves(tensors)
+    composed = torch.autograd.grad(loss(fused(inputs)), list(inputs.values()), create_graph=True)
+    for (name, expected), actual in zip(grads.items(), composed, strict=True):
+        assert_near(actual.detach(), expected, half, name)
+
+
+@pytest.mark.parametrize("create_graph", [False, True], ids=["kernel", "composed"])
+def test_sums_over_16_bits_are_float32s(create_graph):
+    """Past what float16 holds, and of more digits."""
+    x, parameter = torch.zeros(8192, 4, dtype=torch.float16), torch.zeros(4, requires_grad=True)
+    x[:, 0] = 1
+    kept = mask_of((8192, 4)).sum(0) * keep_scale(threshold(P)) * 20
+    for y, expected in (
+        (fdt.bias_dropout_add(x, parameter, x, P, seed=SEED), kept),
+        (fdt.bias_dropout_add(x, parameter, x.float(), P, seed=SEED), kept),
+        (fdt.dropout_add_layer_norm(x, x, bias=parameter, p=P, seed=SEED)[0], torch.full((4,), 8192 * 20.0)),
+        (fdt.dropout_add_layer_norm(x, x, input_bias=parameter, p=P, seed=SEED)[1], kept),
+    ):
+        dy = torch.full_like(y, 20.0)
+        (actual,) = torch.autograd.grad(y, parameter, dy, create_graph=create_graph)
+        torch.testing.assert_close(actual.detach(), expected.to(torch.float32), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_gradient_of_a_float32_mask_beside_16_bits(half):
+    """Summed over many rows in float32, and rounded once, as the scores' own is."""
+    scores = torch.linspace(-1, 1, 32768).view(16384, 2).to(half).requires_grad_()
+    mask = torch.zeros(2, requires_grad=True)
+    dy = torch.tensor([40.0, -40.0], dtype=half).expand(16384, 2)
+    doubles = [x.detach().double().requires_grad_() for x in (scores, mask)]
+    ours, expected = (
+        torch.autograd.grad(fdt.softmax_dropout(s, P, 0.3, m, seed=SEED), (s, m), g)
+        for s, m, g in ((scores, mask, dy), (*doubles, dy.double()))
+    )
+    torch.testing.assert_close(ours[1].double(), expected[1], rtol=1e-4, atol=0)
+    assert not torch.equal(ours[1], ours[1].to(half).float())
+    alone = torch.autograd.grad(fdt.softmax_dropout(scores, P, 0.3, mask.detach(), seed=SEED), scores, dy)
+    assert_equal(ours[:1], alone)
 
 
 def test_results_are_the_same_with_and_without_gradient(fused):
@@ -168,6 +221,49 @@ def test_unneeded_gradients_are_not_computed(monkeypatch):
     gate, up = (x.requires_grad_(name == "gate") for name, x in FUSED["swiglu_dropout"].tensors().items())
     fdt.swiglu_dropout(gate, up).sum().backward()
     assert asked == [(False, False)]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "made"),
+    [
+        ("input", ["words", "dx"]),
+        ("residual", ["dresidual"]),
+        ("weight", ["dx", "sums"]),
+        ("residual weight bias", ["dresidual", "sums"]),
+        ("input residual", ["words", "dx", "dresidual"]),
+        ("input_bias", ["words", "dx", "sums"]),
+    ],
+)
+def test_norm_makes_what_is_wanted(monkeypatch, wanted, made):
+    """And one of dx and dresidual, which its kernel asks for."""
+    fused = FUSED["dropout_add_layer_norm"]
+    tensors = fused.tensors()
+    for name in wanted.split():
+        tensors[name].requires_grad_()
+    normed, _ = fused(tensors)
+    run, seen = _rows._run, []
+    monkeypatch.setattr(_rows, "_run", lambda name, *args: seen.append((name, args)) or run(name, *args))
+    normed.sum().backward()
+    ((_, arguments),) = (call for call in seen if call[0] == "norm_backward")
+    given = dict(zip(("words", "dx", "dresidual", "sums"), arguments[7:11], strict=True))
+    assert [name for name, x in given.items() if x is not None] == made
+
+
+@pytest.mark.parametrize("name", [name for name in FUSED if "residual" in FUSED[name].axes])
+def test_nothing_is_kept_of_a_mask_for_what_is_not_dropped(name):
+    tensors = FUSED[name].tensors()
+    beside = {
+        key: x.requires_grad_()
+        for key, x in tensors.items()
+        if key == "residual" or ("norm" in name and key in ("weight", "bias"))
+    }
+    with saved_tensors() as kept:
+        results = FUSED[name](tensors)
+    assert not [x for x in kept if x.dtype is torch.int32]
+    loss(results).backward()
+    _, expected = gradients(FUSED[name], {key: x.detach() for key, x in tensors.items()})
+    for key, x in beside.items():
+        assert_equal(x.grad, expected[key])
 
 
 @pytest.mark.parametrize("name", ["dropout_add", "bias_dropout_add"])
@@ -307,7 +403,15 @@ def test_bytes_kept(fused, dtype):
 
 
 def test_no_bits_without_gradient(fused, monkeypatch):
-    """In a call that nobody differentiates nothing is kept, not even by the graph."""
+    """In a call that nobody differentiates nothing is kept, not even by the graph, nor made to be."""
+    for primitive, options in (("pointwise", 1), ("norm", 1), ("softmax", 2)):
+        kernel = getattr(_fused_ops, primitive)
+
+        def watched(*args, kernel=kernel, options=options):
+            assert not any(args[-options:])
+            return kernel(*args)
+
+        monkeypatch.setattr(_fused_ops, primitive, watched)
     with torch.no_grad(), saved_tensors() as kept:
         results = fused(leaves(fused.tensors()))
     assert not kept
@@ -326,7 +430,7 @@ def test_saved_tensor_hooks(fused):
     inputs = leaves(tensors)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.detach().reshape(-1)[:1].clone()):
         results = fused(inputs)
-        with pytest.raises(ValueError, match=r"words must be|kept for backward was"):
+        with pytest.raises(ValueError, match=r"(words|x|sum|probabilities) must be .* but got"):
             loss(results).backward()
 
 
@@ -414,6 +518,9 @@ def test_shapes(fused, shape):
     if 0 in shape[-1:]:
         assert [y.shape for y in ours] == [torch.Size(shape)] * len(ours)
         assert all(grads[name].shape == x.shape for name, x in tensors.items())
+        inputs = leaves(tensors)
+        composed = torch.autograd.grad(loss(fused(inputs)), list(inputs.values()), create_graph=True)
+        assert [x.shape for x in composed] == [x.shape for x in tensors.values()]
         return
     results, expected = gradients(fused.reference, tensors)
     for actual, reference in zip(ours, results, strict=True):
@@ -479,6 +586,16 @@ def test_attention_masks(shape, dtype):
     torch.testing.assert_close(inputs[0].grad.nan_to_num(0.0), references[0].grad.nan_to_num(0.0))
     if dtype != torch.bool:
         torch.testing.assert_close(inputs[1].grad, references[1].grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16], ids=str)
+def test_an_expanded_mask_is_taken_as_it_was(monkeypatch, dtype):
+    scores, mask = torch.randn(3, 4, 5, 33), (torch.randn(3, 1, 1, 33) > -1).to(dtype)
+    run, seen = _rows._run, []
+    monkeypatch.setattr(_rows, "_run", lambda name, *args: seen.append(args[2].numel()) or run(name, *args))
+    results = [fdt.softmax_dropout(scores, P, 1.0, x, seed=SEED) for x in (mask, mask.expand(3, 4, 5, 33))]
+    assert_equal(*results)
+    assert seen == [3 * 33, 3 * 33]
 
 
 def test_mask_over_two_outer_axes():
@@ -598,6 +715,65 @@ def test_parameters_and_modules(name):
     tensors = fused.tensors()
     parameters = {key: torch.nn.Parameter(x) for key, x in tensors.items()}
     assert_equal(tuple(y.detach() for y in fused(parameters)), fused(tensors))
+
+
+# ---- CUDA ----
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """``with cuda():`` makes all tensors CUDA's, and the C kernels its backend, of the same arguments."""
+    called = []
+
+    def entry(name):
+        def call(device, stream, *arguments, seed_at=0, kept_at=0):
+            assert (device, stream, kept_at) == (0, 5, 0)
+            called.append(name)
+            if seed_at:
+                at = {"draw_bits_at": 4, "dropout_forward_at": 6}[name]
+                arguments = (*arguments[:at], ctypes.c_uint64.from_address(seed_at).value, *arguments[at + 1 :])
+            assert getattr(native, name)(1, *arguments) == 0
+
+        return call
+
+    primitives = [f"{what}_{way}_at" for what in ("pointwise", "norm", "softmax") for way in ("forward", "backward")]
+    names = ("draw_bits_at", "masked_affine_at", "dropout_forward_at", *primitives)
+    backend = SimpleNamespace(**{name: entry(name) for name in names})
+
+    @contextlib.contextmanager
+    def playing():
+        with monkeypatch.context() as patch:
+            patch.setattr(backends, "cuda", lambda: backend)
+            patch.setattr(_cuda, "place", lambda x: (0, 5))
+            patch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
+            patch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
+            yield called
+
+    return playing
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="the C kernels stand in for the GPU's")
+@pytest.mark.parametrize("store", ["bits", "seed"])
+def test_cuda_tensors_have_the_same_results(fused, cuda, store):
+    tensors = fused.tensors()
+    expected = gradients(lambda x: fused(x, store=store), tensors)
+    with cuda() as called:
+        actual = gradients(lambda x: fused(x, store=store), tensors)
+    assert_equal((*actual[0], *actual[1].values()), (*expected[0], *expected[1].values()))
+    assert any(name.endswith("_forward_at") and name != "dropout_forward_at" for name in called)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason="the C kernels stand in for the GPU's")
+def test_attention_on_cuda_is_composed(cuda):
+    tensors = {name: torch.randn(2, 3, 5, 8) for name in ("query", "key", "value")}
+
+    def attention(x):
+        return (fdt.scaled_dot_product_attention(**x, dropout_p=P, seed=SEED),)
+
+    expected = gradients(attention, tensors)
+    with cuda() as called:
+        torch.testing.assert_close(gradients(attention, tensors), expected)
+    assert called == ["draw_bits_at", "softmax_forward_at", "softmax_backward_at"]
 
 
 # ---- autocast ----

@@ -69,7 +69,7 @@ kernels.philox, kernels.decide_group, kernels.normal_pair = scalars.philox, scal
 curves = interpreted("fastdrop.backends._curves")
 curves.scalar, curves.polynomial, curves.multiply_add = same, scalars.polynomial, (lambda a, b, c: a * b + c)
 curves.bits_of, curves.float_of = scalars.bits_of, scalars.float_of
-curves.math = SimpleNamespace(exp=np.exp, tanh=np.tanh, erf=math.erf)
+curves.math = SimpleNamespace(exp=np.exp, tanh=np.tanh, erf=math.erf, erfc=math.erfc, copysign=np.copysign)
 rows = interpreted("fastdrop.backends._cuda.rows")
 rows.curves = curves.curves
 

@@ -1,6 +1,6 @@
 """exp, erf, tanh and the activations made of them, as scalars of the Numba backends: for CPU and CUDA.
 
-float32 by the polynomials of `fastdrop.activations`, exp, erf and tanh at most 3 ulp from the true value, subnormal
+float32 by the polynomials of `fastdrop.activations`, exp, erf and tanh at most 2 ulp from the true value, subnormal
 results included; without branches, so that loops over them are vectorised. float64 by Numba's math: it is there to be
 right. NaN stays NaN.
 """
@@ -52,17 +52,12 @@ class Curves(NamedTuple):
 @cache
 def curves(double: bool) -> Curves:
     """Of float64 or of float32."""
-    exponential, erf, tanh = (_exponential64, _erf64, _tanh64) if double else _curves32()
+    exponential, erf, tanh, below = (_exponential64, _erf64, _tanh64, _below64) if double else _curves32()
     real: Any = np.float64 if double else np.float32
     zero, half, one, minus_half = real(0), real(0.5), real(1), real(-0.5)
-    sqrt_half, density = real(at.SQRT_HALF), real(at.NORMAL_DENSITY)
+    density = real(at.NORMAL_DENSITY)
     tanh_scale, tanh_cubic = real(at.TANH_SCALE), real(at.TANH_SCALE * at.TANH_CUBIC)
     tanh_slope = real(3 * at.TANH_SCALE * at.TANH_CUBIC)
-
-    @scalar
-    def below(h: Any) -> Any:
-        """The probability of a standard normal number to be below h."""
-        return multiply_add(half, erf(h * sqrt_half), half)
 
     @scalar
     def tanh_of_cubic(h: Any) -> Any:
@@ -107,7 +102,8 @@ def curves(double: bool) -> Curves:
     @scalar
     def gelu_tanh_slope(h: Any) -> Any:
         t = tanh_of_cubic(h)
-        return half * multiply_add(h * (one - t * t), multiply_add(tanh_slope * h, h, tanh_scale), one + t)
+        g = h * (one - t * t)  # 0 where h**2 may be infinite
+        return half * (one + t + multiply_add(g * h, tanh_slope * h, g * tanh_scale))
 
     @scalar
     def silu_slope(h: Any) -> Any:
@@ -143,27 +139,38 @@ def curves(double: bool) -> Curves:
     return Curves(exponential, erf, tanh, values, slopes, activated, activation_slope)
 
 
-def _curves32() -> tuple[Any, Any, Any]:
-    exp_of, erf_near, erf_far, tanh_near = (
-        polynomial(coefficients, multiply_add) for coefficients in (at.EXP, at.ERF_NEAR, at.ERF_FAR, at.TANH_NEAR)
+def _curves32() -> tuple[Any, Any, Any, Any]:
+    exp_of, exp2_of, erf_near, erf_far, tail_of, tanh_near = (
+        polynomial(coefficients, multiply_add)
+        for coefficients in (at.EXP, at.EXP2, at.ERF_NEAR, at.ERF_FAR, at.TAIL, at.TANH_NEAR)
     )
     log2_e, minus_ln2_high, minus_ln2_low = F(at.LOG2_E), F(-LN2_HIGH), F(-LN2_LOW)
     lowest, highest = F(at.EXP_LOWEST), F(at.EXP_HIGHEST)
     erf_seam, erf_end, tanh_seam, tanh_end = F(at.ERF_SEAM), F(at.ERF_END), F(at.TANH_SEAM), F(at.TANH_END)
+    tail_end = F(at.TAIL_END)
     zero, one, two = F(0), F(1), F(2)
     whole, whole_bits = F(1.5 * 2**23), S(0x4B400000)  # adding it leaves a whole number, in the lowest bits
     bias, mantissa_bits = S(127), S(23)
 
     @scalar
+    def scaled(value: Any, rounded: Any) -> Any:
+        """value 2**n of `rounded`, n + whole; in two steps, as 2**n may be out of range."""
+        power = S(S(bits_of(rounded)) - whole_bits)
+        part = S(power >> S(1))
+        value = value * float_of(np.uint32(S(part + bias) << mantissa_bits))
+        return value * float_of(np.uint32(S(S(power - part) + bias) << mantissa_bits))
+
+    @scalar
     def within(x: Any) -> Any:
-        """Of x from EXP_LOWEST to EXP_HIGHEST: e**x = 2**n e**r, by 2**n in two steps as it may be out of range."""
+        """Of x from EXP_LOWEST to EXP_HIGHEST: e**x = 2**n e**r."""
         rounded = x * log2_e + whole
         n = rounded - whole
-        power = S(S(bits_of(rounded)) - whole_bits)
-        r = multiply_add(n, minus_ln2_low, multiply_add(n, minus_ln2_high, x))
-        part = S(power >> S(1))
-        value = exp_of(r) * float_of(np.uint32(S(part + bias) << mantissa_bits))
-        return value * float_of(np.uint32(S(S(power - part) + bias) << mantissa_bits))
+        return scaled(exp_of(multiply_add(n, minus_ln2_low, multiply_add(n, minus_ln2_high, x))), rounded)
+
+    @scalar
+    def exp2_within(x: Any) -> Any:
+        rounded = x + whole
+        return scaled(exp2_of(x - (rounded - whole)), rounded)
 
     @scalar
     def exponential(x: Any) -> Any:
@@ -178,17 +185,26 @@ def _curves32() -> tuple[Any, Any, Any]:
         capped = tanh_end if t > tanh_end else t
         far = one - two / (within(capped + capped) + one)
         magnitude = near if t < tanh_seam else far
-        return -magnitude if x < zero else magnitude
+        return math.copysign(magnitude, x)
 
     @scalar
     def erf(x: Any) -> Any:
         t = abs(x)
         near = multiply_add(erf_near(t * t), t, t)
-        far = one - within(-erf_far(erf_end if t > erf_end else t))
+        far = one - exp2_within(erf_far(erf_end if t > erf_end else t))
         magnitude = near if t < erf_seam else far
-        return -magnitude if x < zero else magnitude
+        return math.copysign(magnitude, x)
 
-    return exponential, erf, tanh
+    @scalar
+    def below(h: Any) -> Any:
+        """The probability of a standard normal number to be below h: not by erf, of which only rounding is left for
+        low h."""
+        t = abs(h)
+        tail = exp2_within(tail_of(tail_end if t > tail_end else t))
+        tail = zero if t > tail_end else tail
+        return tail if h < zero else one - tail
+
+    return exponential, erf, tanh, below
 
 
 @scalar
@@ -204,3 +220,8 @@ def _erf64(x: Any) -> Any:
 @scalar
 def _tanh64(x: Any) -> Any:
     return math.tanh(x)
+
+
+@scalar
+def _below64(h: Any) -> Any:
+    return np.float64(0.5) * math.erfc(np.float64(-at.SQRT_HALF) * h)

@@ -15,7 +15,7 @@ import contextlib
 import functools
 import math
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .. import _checks
 from ..activations import ACTIVATIONS
 from ..mask import word_count
 from ..stream import keep_scale, threshold
@@ -45,7 +46,7 @@ NORM = (
 )
 NORM_BACKWARD = (
     "(Tensor dy, Tensor? dsum, Tensor sum, Tensor statistics, Tensor? weight, Tensor? kept, {p} p, bool bits, "
-    "bool centred, ScalarType dtype, bool sums) -> "
+    "bool centred, ScalarType dtype, bool[5] wanted) -> "
     "(Tensor dx, Tensor dresidual, Tensor dweight, Tensor dshift, Tensor dbias)"
 )
 SOFTMAX = (
@@ -63,9 +64,10 @@ Maybe = Tensor | None
 def pointwise(
     x: Tensor, bias: Maybe, factor: Maybe, residual: Maybe, seed: Any, p: P, activation: str | None, bits: bool
 ) -> tuple[Tensor, Maybe]:
+    code = _code(activation)
     words, a = _drawn(x, seed, p)
     signs = bits and _by_signs(activation, factor)
-    y, kept = _rows.pointwise_forward(x, bias, factor, residual, words, a, ACTIVATIONS[activation], signs)
+    y, kept = _rows.pointwise_forward(x, bias, factor, residual, words, a, code, signs)
     return y, kept if signs else words if bits else None
 
 
@@ -86,8 +88,8 @@ def pointwise_backward(
         if kept is None:
             return dy, None, None
         return _ops._backward(dy, kept, p, None) if bits else _ops._forward(dy, kept, p, None, False)[0], None, None
+    code, gradients = _code(activation), (bias_gradient, factor_gradient)
     words, a = _again(dy, kept, p, bits)
-    code, gradients = ACTIVATIONS[activation], (bias_gradient, factor_gradient)
     return _rows.pointwise_backward(dy, x, bias, factor, words, a, code, dtype, *gradients)
 
 
@@ -119,10 +121,10 @@ def norm_backward(
     bits: bool,
     centred: bool,
     dtype: torch.dtype,
-    sums: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Maybe, ...]:
     words, a = _again(dy, kept, p, bits)
-    return _rows.norm_backward(dy, dsum, sum, statistics, weight, words, a, centred, dtype, sums)
+    return _rows.norm_backward(dy, dsum, sum, statistics, weight, words, a, centred, dtype, wanted)
 
 
 def softmax(
@@ -136,7 +138,7 @@ def softmax(
 
 def softmax_backward(dy: Tensor, probabilities: Tensor, kept: Maybe, p: P, bits: bool, scale: float) -> tuple[Tensor]:
     words, a = _again(dy, kept, p, bits)
-    return (_rows.softmax_backward(dy, probabilities, words, a, scale, False)[0],)
+    return (_rows.softmax_backward(dy, probabilities, words, a, scale),)
 
 
 def _drawn(x: Tensor, seed: Any, p: P) -> tuple[Maybe, float]:
@@ -153,6 +155,11 @@ def _again(dy: Tensor, kept: Maybe, p: P, bits: bool) -> tuple[Maybe, float]:
     return (kept, keep_scale(threshold(_ops.probability(p)))) if bits and kept is not None else _drawn(dy, kept, p)
 
 
+def _code(activation: str | None) -> int:
+    _checks.choice("activation", activation, tuple(ACTIVATIONS))
+    return ACTIVATIONS[activation]
+
+
 def _by_signs(activation: str | None, factor: Maybe) -> bool:
     """Whether bits alone can tell the gradient."""
     return activation == "relu" and factor is None
@@ -164,6 +171,7 @@ def _by_signs(activation: str | None, factor: Maybe) -> bool:
 def _pointwise_fake(
     x: Tensor, bias: Maybe, factor: Maybe, residual: Maybe, seed: Maybe, p: P, activation: str | None, bits: bool
 ) -> tuple[Tensor, Maybe]:
+    _code(activation)
     kept = bits and (seed is not None or _by_signs(activation, factor))
     return _empty(x if residual is None else residual), _words(x) if kept else None
 
@@ -181,6 +189,7 @@ def _pointwise_backward_fake(
     bias_gradient: bool,
     factor_gradient: bool,
 ) -> tuple[Tensor, Maybe, Maybe]:
+    _code(activation)
     dbias = dy.new_empty(dy.shape[-1:], dtype=_rows.computed(dtype)) if bias_gradient else None
     return _empty(dy, dtype), _empty(dy, dtype) if factor_gradient else None, dbias
 
@@ -213,10 +222,11 @@ def _norm_backward_fake(
     bits: bool,
     centred: bool,
     dtype: torch.dtype,
-    sums: bool,
+    wanted: Sequence[bool],
 ) -> tuple[Maybe, ...]:
-    totals = [dy.new_empty(dy.shape[-1:], dtype=_rows.computed(dtype)) if sums else None for _ in range(3)]
-    return _empty(dy, dtype), _empty(sum), *totals
+    shape = dy.shape[-1:]
+    results = [_empty(dy, dtype), _empty(sum), *(dy.new_empty(shape, dtype=_rows.computed(dtype)) for _ in range(3))]
+    return tuple(result if needed else None for result, needed in zip(results, wanted, strict=True))
 
 
 def _softmax_fake(
@@ -314,7 +324,7 @@ def _cast(x: Maybe, dtype: torch.dtype | None, wanted: bool = True) -> Maybe:
 
 
 def _of_columns(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).sum(0)
+    return wide(x).sum_to_size(x.shape[-1:])
 
 
 def keep_pointwise(
@@ -358,17 +368,18 @@ def pointwise_gradients(
         data, wanted = (x, bias, factor, kept), (needs_bias, needs_factor)
         dx, dfactor, dbias = backward(dy, *data, p, bits, activation, dtype, *wanted)
     else:
-        dx, dfactor = dy, None
+        dx, dfactor = wide(dy), None
         if x is not None:  # then the mask, so that what it drops is 0 whatever the slope is there
             with _differentiating() as lasting:
                 h = wide(x) if bias is None else wide(x) + wide(bias)
-                h, factor = _alias(h), None if factor is None else _alias(factor)
-                y = activated(h, activation) if factor is None else activated(h, activation) * wide(factor)
+                h, factor = _alias(h), None if factor is None else _alias(wide(factor))
+                y = activated(h, activation) if factor is None else activated(h, activation) * factor
                 dx, *others = torch.autograd.grad(y, [h] if factor is None else [h, factor], dy.to(y.dtype), **lasting)
             dfactor = _masked(others[0], kept, p, bits) if others else None
         dx = _masked(dx, kept, p, bits)
         dbias = _of_columns(dx) if needs_bias else None
-    return _cast(dx, dtype, needs_x), _cast(dbias, bias_dtype, needs_bias), dfactor if needs_factor else None, dresidual
+    dfactor = _cast(dfactor, dtype, needs_factor)
+    return _cast(dx, dtype, needs_x), _cast(dbias, bias_dtype, needs_bias), dfactor, dresidual
 
 
 def _alias(x: Tensor) -> Tensor:
@@ -412,6 +423,8 @@ def norm_gradients(
 ) -> tuple[Maybe, ...]:
     """dx, dbias, dresidual, dweight and dshift, of those that are needed."""
     needs_x, needs_bias, needs_residual, needs_weight, needs_shift = needs
+    if not (needs_x or needs_bias):
+        kept = None
     of_stream = (needs_x, needs_bias, False, needs_residual), (None, None, None, kept, p, bits, None, dtype, bias_dtype)
     if dy is None:
         dx, dbias, _, dresidual = pointwise_gradients(of_stream[0], dsum, *of_stream[1])
@@ -419,20 +432,21 @@ def norm_gradients(
     weight_dtype = None if weight is None else weight.dtype
     if not _composes():
         backward = _gradient_of("norm_backward", dy, p)
-        sums = needs_bias or needs_weight or needs_shift
+        wanted = needs_x, needs_residual, needs_weight, needs_shift, needs_bias
         data = (dy, dsum, sum, statistics, weight, kept)
-        dx, dresidual, dweight, dshift, dbias = backward(*data, p, bits, centred, dtype, sums)
+        dx, dresidual, dweight, dshift, dbias = backward(*data, p, bits, centred, dtype, wanted)
         dx, dresidual = dx if needs_x else None, dresidual if needs_residual else None
         dbias = _cast(dbias, bias_dtype, needs_bias)
     else:
         with _differentiating() as lasting:
-            inputs = [_alias(sum)] if weight is None else [_alias(sum), _alias(weight)]
+            inputs = [_alias(wide(x)) for x in (sum, weight) if x is not None]
             y = normalised(inputs[0], None if weight is None else inputs[1], None, eps, centred)
             dresidual, *others = torch.autograd.grad(y, inputs, dy.to(y.dtype), **lasting)
-        dweight, dshift = next(iter(others), None), _of_columns(wide(dy))
+        dweight, dshift = next(iter(others), None), _of_columns(dy)
         if dsum is not None:
-            dresidual = dresidual + dsum
+            dresidual = dresidual + wide(dsum)
         dx, dbias, _, dresidual = pointwise_gradients(of_stream[0], dresidual, *of_stream[1])
+        dresidual = _cast(dresidual, sum.dtype)
     return dx, dbias, dresidual, _cast(dweight, weight_dtype, needs_weight), _cast(dshift, shift_dtype, needs_shift)
 
 
@@ -476,7 +490,9 @@ def softmax_gradients(
     if probabilities is None:
         probabilities = overload(torch.ops.fastdrop.softmax, p)(scores, mask, None, p, scale, causal, False, False)[0]
     if dy is not None and dprobabilities is None and not _composes():
-        once = 1.0 if needs_mask else scale
+        once = scale
+        if needs_mask:  # which is summed, and then multiplied, before anything is rounded
+            dy, probabilities, once = wide(dy), wide(probabilities), 1.0
         (slope,) = _results(_gradient_of("softmax_backward", dy, p)(dy, probabilities, kept, p, bits, once))
     else:
         normal = wide(probabilities)
@@ -565,6 +581,7 @@ def _whole(kernel: Any) -> Any:
     """A kernel as an op must have it: every result is a tensor, and none is another or an argument."""
 
     def called(first: Tensor, *rest: Any) -> Any:
+        _kernels.check_real(first, "a fused function")
         seen, results = {id(value) for value in (first, *rest)}, []
         for result in kernel(first, *rest):
             if result is None:
@@ -602,9 +619,15 @@ KERNELS: dict[str, tuple[Any, Any, str, Any]] = {
     "softmax": (softmax, _softmax_fake, SOFTMAX, _Softmax),
     "softmax_backward": (softmax_backward, _softmax_backward_fake, SOFTMAX_BACKWARD, _Op),
 }
-for _name, (_kernel, _fake, _schema, _function) in KERNELS.items():
-    hide_from_dynamo(_kernel)
-    for _suffix, _type in _ops.P_TYPES.items():
-        _vmap = functools.partial(_by_sample, _name + (_suffix or ".default"))
-        _parts = _whole(_kernel), _whole(_fake), _vmap, _function
-        _ops._register(_name + _suffix, _schema.format(p=_type), *_parts)
+
+
+def register(name: str, kernel: Any, fake: Any, schema: str, function: type[_Op]) -> None:
+    """An op, with p as a number and as a tensor."""
+    hide_from_dynamo(kernel)
+    for suffix, p in _ops.P_TYPES.items():
+        vmap = functools.partial(_by_sample, name + (suffix or ".default"))
+        _ops._register(name + suffix, schema.format(p=p), _whole(kernel), _whole(fake), vmap, function)
+
+
+for _name, _parts in KERNELS.items():
+    register(_name, *_parts)

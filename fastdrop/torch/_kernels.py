@@ -52,7 +52,7 @@ _advise = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_HUG
 def _new_like(x: Tensor, n: int) -> Tensor:
     """An output for x's n elements, not yet written."""
     y = torch.empty_like(x)
-    if n >= FRESH_BYTES // 8 and _advise is not None and (size := n * x.element_size()) >= FRESH_BYTES:
+    if n >= FRESH_BYTES // 8 and x.is_cpu and _advise is not None and (size := n * x.element_size()) >= FRESH_BYTES:
         first, end = (y.data_ptr() + mmap.PAGESIZE - 1) & -mmap.PAGESIZE, (y.data_ptr() + size) & -mmap.PAGESIZE
         _advise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_HUGEPAGE)  # a wish: no harm if refused
     return y

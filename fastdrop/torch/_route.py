@@ -7,23 +7,40 @@ offer is `drop` with cells and a law of its own, `drop_block` or `gaussian`.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _checks, kinds
 from ..stream import DROP_ALL, threshold
 from . import _kernels, _ops, _random
-from ._plain import is_plain
+from ._plain import is_plain, is_transformed
 
-__all__ = ["check_tensor", "drop", "drop_block", "eager_probability", "gaussian"]
+__all__ = ["autocast_dtype", "check_tensor", "drop", "drop_block", "eager_probability", "for_subclasses", "gaussian"]
 
 KEEPS_ALL = 2.0**-33  # p up to here rounds to a threshold of 0
 
 _is_compiling = torch.compiler.is_compiling
 
 Shape = tuple[int, ...]
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def for_subclasses(function: Function) -> Function:
+    """Lets tensor subclasses, in the place of any argument, have their way with a function, as torch's own do."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values())
+        if has_torch_function(given):
+            return handle_torch_function(called, given, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 def drop(
@@ -307,6 +324,21 @@ def traced_probability(p: Any) -> Any:
     if not isinstance(p, Tensor):
         p = _checks.dropout_probability(p + 0.0)
     return p
+
+
+def is_transformed_there() -> bool:
+    """`is_transformed` of a call that is being compiled: asked while it is traced, not by the graph."""
+    return is_transformed()
+
+
+is_transformed_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast has ops compute in where x is, if it is on."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
 
 
 def check_tensor(x: Any) -> None:

@@ -5,12 +5,14 @@ Data is ``[..., columns]`` of one dtype, the residual stream of the same or of f
 compute in: float64 for float64, else float32. Words are those of `_kernels.draw`, or None where everything is kept.
 
 As in `_kernels` there is no autograd here, no generator, and of checks only those without which kernels would read past
-the end of what hooks on saved tensors gave back. Strides may be any; results are contiguous.
+the end of what an op was called with, or of what hooks on saved tensors gave back. Strides may be any; results are
+contiguous.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -46,8 +48,9 @@ def pointwise_forward(
     y = _kernels._new_like(stream, n)
     kept = x.new_empty(word_count(n), dtype=torch.int32) if signs else None
     if n:
-        residual = None if residual is None else _same(stream, x, stream.dtype)
-        inputs, outputs = (x, _vector(bias, x), _same(factor, x), residual, _checked(words, x)), (y, kept)
+        residual = None if residual is None else _same("residual", stream, x, stream.dtype)
+        bias, factor, words = _vector("bias", bias, x), _same("factor", factor, x), _checked(words, x)
+        inputs, outputs = (x, bias, factor, residual, words), (y, kept)
         _run("pointwise_forward", TAGS[x.dtype], TAGS[y.dtype], *inputs, *outputs, *_extents(x), a, activation)
     return y, kept
 
@@ -71,8 +74,8 @@ def pointwise_backward(
     panels = kinds.panels(rows)
     sums = dy.new_empty((panels, columns), dtype=computed(dtype)) if bias_gradient else None
     if dy.numel():
-        x, bias, factor, words = _same(x, dx), _vector(bias, dx), _same(factor, dx), _checked(words, dx)
-        tags, sizes = (TAGS[dtype], TAGS[dy.dtype]), (rows, columns, panels)
+        x, bias, factor = _same("x", x, dx), _vector("bias", bias, dx), _same("factor", factor, dx)
+        tags, sizes, words = (TAGS[dtype], TAGS[dy.dtype]), (rows, columns, panels), _checked(words, dx)
         _run("pointwise_backward", *tags, dy, x, bias, factor, words, dx, dfactor, sums, *sizes, a, activation)
     return dx, dfactor, _total(sums, dy)
 
@@ -94,8 +97,9 @@ def norm_forward(
     y, sum = _kernels._new_like(x, x.numel()), _kernels._new_like(stream, x.numel())
     statistics = x.new_empty((rows, 2), dtype=computed(x.dtype))
     if x.numel():
-        bias, weight, shift = _vector(bias, x), _vector(weight, x), _vector(shift, x)
-        residual, words = None if residual is None else _same(stream, x, stream.dtype), _checked(words, x)
+        bias, weight, shift = _vector("bias", bias, x), _vector("weight", weight, x), _vector("shift", shift, x)
+        residual = None if residual is None else _same("residual", stream, x, stream.dtype)
+        words = _checked(words, x)
         inputs, outputs = (x, bias, residual, words, weight, shift), (y, sum, statistics)
         _run("norm_forward", TAGS[x.dtype], TAGS[sum.dtype], *inputs, *outputs, rows, columns, a, eps, int(centred))
     return y, sum, statistics
@@ -111,26 +115,28 @@ def norm_backward(
     a: float,
     centred: bool,
     dtype: torch.dtype,
-    sums: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dresidual and, if asked for, dweight, dshift and dbias; ``dtype`` is x's and dy's.
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """dx, dresidual, dweight, dshift and dbias, of those that are wanted; ``dtype`` is x's and dy's.
 
-    dresidual is dx itself where both have one dtype, nothing was dropped and so nothing tells them apart.
+    dx and dresidual are one tensor where both have one dtype, nothing was dropped and so nothing tells them apart.
     """
     dy, (rows, columns) = dy.contiguous(), _extents(dy)
-    dresidual = _kernels._new_like(sum.contiguous(), sum.numel())
+    needs_x, needs_residual, *needs_totals = wanted
     alike = words is None and a == 1.0 and dtype is sum.dtype
-    dx = None if alike else _kernels._new_like(dy, dy.numel())
+    dresidual = _kernels._new_like(sum.contiguous(), sum.numel()) if needs_residual else None
+    # The kernel writes one of them at least.
+    dx = _kernels._new_like(dy, dy.numel()) if not needs_residual or (needs_x and not alike) else None
     panels = kinds.panels(rows)
-    totals = dy.new_empty((panels, 3, columns), dtype=computed(dtype)) if sums else None
+    sums = dy.new_empty((panels, 3, columns), dtype=computed(dtype)) if any(needs_totals) else None
     if dy.numel():
-        sum, dsum = _kept(sum, dy.shape, sum.dtype, dy), _same(dsum, dy, sum.dtype)
-        statistics = _kept(statistics, (rows, 2), computed(dtype), dy)
+        sum, dsum = _kept("sum", sum, dy.shape, sum.dtype, dy), _same("dsum", dsum, dy, sum.dtype)
+        statistics = _kept("statistics", statistics, (rows, 2), computed(dtype), dy)
         tags, words, sizes = (TAGS[dtype], TAGS[sum.dtype]), _checked(words, dy), (rows, columns, panels)
-        inputs, outputs = (dy, dsum, sum, statistics, _vector(weight, dy), words), (dx, dresidual, totals)
+        inputs, outputs = (dy, dsum, sum, statistics, _vector("weight", weight, dy), words), (dx, dresidual, sums)
         _run("norm_backward", *tags, *inputs, *outputs, *sizes, a, int(centred))
-    of_columns = (None, None, None) if totals is None else (_total(totals[:, i], dy) for i in range(3))
-    return dresidual if dx is None else dx, dresidual, *of_columns
+    totals = [_total(sums[:, i], dy) if sums is not None and needs else None for i, needs in enumerate(needs_totals)]
+    return (dresidual if dx is None else dx) if needs_x else None, dresidual, *totals
 
 
 def softmax_forward(
@@ -141,30 +147,50 @@ def softmax_forward(
     Scores are ``[..., queries, keys]``.
     """
     scores = scores.contiguous()
-    n, (rows, columns) = scores.numel(), _extents(scores)
+    n = scores.numel()
     y = _kernels._new_like(scores, n)
     apart = keep and (words is not None or a != 1.0)
     probabilities = _kernels._new_like(scores, n) if apart else None
     if n:
         flat, heads, queries, strides = _mask(mask, scores)
-        words, tag = _checked(words, scores), TAGS[scores.dtype]
-        inputs, sizes = (scores, flat, words), (rows, columns, heads, queries, *strides)
-        _run("softmax_forward", tag, *inputs, probabilities, y, *sizes, scale, a, int(causal))
+        words = _checked(words, scores)
+        softmax_into(y, probabilities, scores, flat, strides, words, heads, queries, a, scale, causal)
     return y, probabilities if apart else y if keep else None
 
 
-def softmax_backward(
-    dy: Tensor, probabilities: Tensor, words: Tensor | None, a: float, scale: float, again: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The scores' gradient and, if asked for, forward's y once more."""
+def softmax_into(
+    y: Tensor,
+    probabilities: Tensor | None,
+    scores: Tensor,
+    mask: Tensor | None,
+    strides: tuple[int, int, int],
+    words: Tensor | None,
+    heads: int,
+    queries: int,
+    a: float,
+    scale: float,
+    causal: bool,
+) -> None:
+    """The same of tensors as kernels take them, the mask as `_mask` gives it; a result may lie over scores."""
+    inputs, sizes = (scores, mask, words), (*_extents(scores), heads, queries, *strides)
+    _run("softmax_forward", TAGS[scores.dtype], *inputs, probabilities, y, *sizes, scale, a, int(causal))
+
+
+def softmax_backward(dy: Tensor, probabilities: Tensor, words: Tensor | None, a: float, scale: float) -> Tensor:
+    """The scores' gradient."""
     dy = dy.contiguous()
-    n, (rows, columns) = dy.numel(), _extents(dy)
-    dx, y = _kernels._new_like(dy, n), _kernels._new_like(dy, n) if again else None
-    if n:
-        probabilities = _kept(probabilities, dy.shape, dy.dtype, dy)
-        words, tag = _checked(words, dy), TAGS[dy.dtype]
-        _run("softmax_backward", tag, dy, probabilities, words, dx, y, rows, columns, scale, a)
-    return dx, y
+    dx = _kernels._new_like(dy, dy.numel())
+    if dy.numel():
+        probabilities = _kept("probabilities", probabilities, dy.shape, dy.dtype, dy)
+        softmax_backward_into(dx, None, dy, probabilities, _checked(words, dy), a, scale)
+    return dx
+
+
+def softmax_backward_into(
+    dx: Tensor, y: Tensor | None, dy: Tensor, probabilities: Tensor, words: Tensor | None, a: float, scale: float
+) -> None:
+    """The same of tensors as kernels take them; dx may lie over dy, and y is forward's once more."""
+    _run("softmax_backward", TAGS[dy.dtype], dy, probabilities, words, dx, y, *_extents(dy), scale, a)
 
 
 # ---- memory ----
@@ -194,25 +220,25 @@ def _extents(x: Tensor) -> tuple[int, int]:
     return math.prod(x.shape[:-1]), x.shape[-1] if x.dim() else 1
 
 
-def _vector(x: Tensor | None, data: Tensor) -> Tensor | None:
+def _vector(name: str, x: Tensor | None, data: Tensor) -> Tensor | None:
     """As kernels for this data take it."""
     if x is None:
         return None
     wide = computed(data.dtype)
-    return _kept(x if x.dtype is wide else x.to(wide), data.shape[-1:], wide, data)
+    return _kept(name, x if x.dtype is wide else x.to(wide), data.shape[-1:], wide, data)
 
 
-def _same(x: Tensor | None, data: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
+def _same(name: str, x: Tensor | None, data: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
     """An array of the data's shape, and dtype unless one is named."""
-    return None if x is None else _kept(x, data.shape, dtype or data.dtype, data)
+    return None if x is None else _kept(name, x, data.shape, dtype or data.dtype, data)
 
 
-def _kept(x: Tensor, shape: Any, dtype: torch.dtype, data: Tensor) -> Tensor:
-    """x in C order, if it is what was kept: kernels would read past the end of less."""
+def _kept(name: str, x: Tensor, shape: Any, dtype: torch.dtype, data: Tensor) -> Tensor:
+    """x in C order, if it is what it must be: kernels would read past the end of less."""
     if x.shape != shape or x.dtype is not dtype or x.device != data.device:
         raise ValueError(
-            f"kept for backward was {dtype} of shape {tuple(shape)} on {data.device}, but what came back is {x.dtype} "
-            f"of shape {tuple(x.shape)} on {x.device}"
+            f"{name} must be {dtype} of shape {tuple(shape)} on {data.device}, but got {x.dtype} of shape "
+            f"{tuple(x.shape)} on {x.device}"
         )
     return x.contiguous()
 
@@ -228,13 +254,24 @@ def _total(sums: Tensor | None, data: Tensor) -> Tensor | None:
     return sums[0].clone() if data.numel() else sums.new_zeros(sums.shape[1:])
 
 
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """What a mask of bool adds to scores; expanded axes have one element."""
+    mask = _once(mask)
+    return torch.zeros_like(mask, dtype=dtype).masked_fill(mask.logical_not(), -math.inf)
+
+
+def _once(mask: Tensor) -> Tensor:
+    """A mask as it was before it was expanded."""
+    return mask[tuple(slice(1 if stride == 0 else None) for stride in mask.stride())]
+
+
 def _mask(mask: Tensor | None, scores: Tensor) -> tuple[Tensor | None, int, int, tuple[int, int, int]]:
     """The mask's memory, a row's keys side by side; heads, queries, and strides of what is before heads, of both."""
     shape = scores.shape if scores.dim() > 2 else (1,) * (3 - scores.dim()) + tuple(scores.shape)
     heads, queries, keys = shape[-3:]
     if mask is None:
         return None, heads, queries, (0, 0, 0)
-    mask = mask.to(computed(scores.dtype))
+    mask = _once(mask).to(computed(scores.dtype))
     if mask.dim() and (mask.shape[-1] != keys or (keys > 1 and mask.stride(-1) != 1)):
         mask = mask.expand(*mask.shape[:-1], keys).contiguous()
     mask = mask.expand(shape)

@@ -1,24 +1,27 @@
-"""Attention with dropout on the CPU: two matrix products around `softmax_dropout`, a few heads at a time.
+"""Attention with dropout: two matrix products around `softmax_dropout`.
 
-Scores are by far the largest tensors of attention. Those of the heads at hand are made, used and overwritten while they
-lie in the cache; of all of them only the probabilities are ever in memory, once, and none where no gradient is wanted.
-Arithmetic on 16-bit data is float32's, as in torch, except that the probabilities kept for backward are 16-bit.
+`attend` takes plain tensors on the CPU, a few heads at a time. Scores are by far the largest tensors of attention;
+those of the heads at hand are made, used and overwritten while they lie in the cache. Of all of them only the
+probabilities are ever in memory, once, and none where no gradient is wanted. Arithmetic on 16-bit data is float32's, as
+in torch, except that the probabilities kept for backward are 16-bit. Compilers see it as one op, by `trace`. `compose`
+takes the rest, whole: what is transformed, modes and subclasses, other devices, and shapes that broadcast.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from ..mask import word_count
 from ..stream import keep_scale, threshold
-from . import _fused_ops, _kernels, _ops, _route, _rows
+from . import _fused_ops, _kernels, _ops, _random, _route, _rows
 from ._plain import hide_from_dynamo, is_plain
+from ._route import for_subclasses
 from .fused import softmax_dropout
 
 __all__ = ["scaled_dot_product_attention"]
@@ -27,7 +30,18 @@ __all__ = ["scaled_dot_product_attention"]
 # takes, at each of which threads wait for one another, cost little beside them.
 BLOCK = 1 << 20
 
+ATTENTION = (
+    "(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor seed, {p} p, bool causal, float scale, bool keep)"
+    " -> (Tensor y, Tensor words, Tensor probabilities)"
+)
+ATTENTION_BACKWARD = (
+    "(Tensor dy, Tensor words, Tensor probabilities, Tensor? query, Tensor? key, Tensor? value, {p} p, bool causal, "
+    "float scale, SymInt[] query_shape, SymInt[] key_shape, SymInt[] value_shape, bool[3] wanted)"
+    " -> (Tensor dquery, Tensor dkey, Tensor dvalue)"
+)
 
+
+@for_subclasses
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -75,8 +89,11 @@ def scaled_dot_product_attention(
 
     Kept for backward: the weights before dropout, in query's dtype, and a bit for each. Where nothing is dropped, and
     on a GPU without a seed or generator, it is torch's own. It has a gradient of any order and a forward-mode
-    derivative; in those of higher order, and for an attn_mask that wants a gradient, it is composed of torch's ops
-    around `dropout`, under the same mask. Sources: Vaswani et al., NeurIPS 2017; Srivastava et al., JMLR 15, 2014.
+    derivative, and works under ``torch.compile``, ``torch.func``, autocast and checkpointing. Gradients of an attn_mask
+    and of higher order are composed of torch's ops around `dropout`, under the same mask. So is all of it under a
+    transform, on a GPU, and where heads or batches broadcast; it then keeps 8 1/8 bytes for a weight (16 1/8 for
+    float64), and query, key and value in float32. Sources: Vaswani et al., NeurIPS 2017; Srivastava et al., JMLR 15,
+    2014.
 
     >>> import torch, fastdrop.torch as fdt
     >>> query = torch.ones(1, 2, 3)
@@ -85,25 +102,9 @@ def scaled_dot_product_attention(
     tensor([[[0.0000, 0.0000, 0.5000, 0.5000],
              [0.0000, 0.5000, 0.0000, 0.0000]]])
     """
-    tensors = (query, key, value, attn_mask)
-    if has_torch_function(tensors):
-        return handle_torch_function(
-            scaled_dot_product_attention,
-            tensors,
-            query,
-            key,
-            value,
-            attn_mask,
-            dropout_p,
-            is_causal,
-            scale,
-            enable_gqa,
-            generator=generator,
-            seed=seed,
-        )
     options = is_causal, scale, enable_gqa
-    if not all(isinstance(x, Tensor) for x in (query, key, value)):
-        return _torchs(query, key, value, attn_mask, 0.0, *options)
+    if not _are_parsed(query, key, value, attn_mask, *options):
+        _torchs(query, key, value, attn_mask, 0.0, *options)  # says what is wrong
     tracing = torch.compiler.is_compiling()
     p = _route.traced_probability(dropout_p) if tracing else _route.eager_probability(dropout_p)
     if p <= _route.KEEPS_ALL:
@@ -111,28 +112,58 @@ def scaled_dot_product_attention(
         return _torchs(query, key, value, attn_mask, 0.0, *options)
     if query.is_cuda and seed is None and generator is None:
         return _torchs(query, key, value, attn_mask, p, *options)
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    if (dtype := _route.autocast_dtype(query)) is not None:
         query, key, value, attn_mask = (_autocast(x, dtype) for x in (query, key, value, attn_mask))
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(query.device.type, enabled=False):
             return scaled_dot_product_attention(
                 query, key, value, attn_mask, p, *options, generator=generator, seed=seed
             )
     arguments = query, key, value, attn_mask
-    if not tracing and not is_regular(*arguments, *options):  # torch refuses it, or takes it
-        _torchs(*arguments, 0.0, *options)
-        math_path = torch.ops.aten._scaled_dot_product_attention_math
-        math_path(*arguments, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
+    if not is_regular(*arguments, *options):
+        _refuse(*arguments, *options)
+    elif tracing and query.is_cpu and not _route.is_transformed_there():
+        return trace(*arguments, p, *options, generator, seed)
     elif not tracing and is_direct(*arguments):
         return attend(*arguments, p, *options, generator, seed)
     return compose(*arguments, p, *options, generator, seed)
 
 
-def _torchs(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, p: float, causal: bool, scale: Any, gqa: bool
-) -> Tensor:
-    return F.scaled_dot_product_attention(query, key, value, mask, p, causal, scale=scale, enable_gqa=gqa)
+def _are_parsed(query: Any, key: Any, value: Any, mask: Any, causal: Any, scale: Any, gqa: Any) -> bool:
+    """Whether arguments are of the types that torch's would be called with."""
+    tensors = isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+    masked = mask is None or isinstance(mask, Tensor)
+    scaled = scale is None or isinstance(scale, (float, int))
+    return tensors and masked and scaled and isinstance(causal, bool) and isinstance(gqa, bool)
+
+
+def _refuse(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None, gqa: bool
+) -> None:
+    """Raises torch's words for what torch refuses. It is asked of tensors without memory where those can tell, and of
+    the others if it refuses these: what it takes is not computed twice."""
+    tensors, options = (query, key, value, mask), (causal, scale, gqa)
+    known = _has_known_dtypes(*tensors)
+    if torch.compiler.is_compiling():
+        if not known:
+            _torchs(*tensors, 0.0, *options)
+        return  # the ops that it is composed of refuse other shapes
+    if known:
+        q, k, v, m = (None if x is None else x.to("meta") for x in tensors)
+        try:
+            with torch.no_grad():
+                _torchs(q, k, v, m, 0.0, *options)
+            if mask is None or mask.dim() <= max(query.dim(), key.dim()):
+                return
+        except Exception:  # whatever it is: in other words
+            pass
+    with torch.no_grad():
+        _torchs(*tensors, 0.0, *options)
+        torch.ops.aten._scaled_dot_product_attention_math(*tensors, 0.0, causal, scale=scale, enable_gqa=gqa)
+
+
+def _torchs(query: Any, key: Any, value: Any, mask: Any, p: float, causal: bool, scale: Any, gqa: bool) -> Tensor:
+    options: dict[str, Any] = {"dropout_p": p, "is_causal": causal, "scale": scale, "enable_gqa": gqa}
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, **options)
 
 
 def _autocast(x: Any, dtype: torch.dtype) -> Any:
@@ -152,7 +183,8 @@ def compose(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
 ) -> Tensor:
-    """What compilers, transforms and modes see, and all that `attend` does not take."""
+    """What transforms and modes see, and all that `attend` and `trace` do not take."""
+    _kernels.check_real(query, "attention")
     if mask is not None and causal:
         raise RuntimeError("_scaled_dot_product_attention: Explicit attn_mask should not be set when is_causal=True")
     dtype, wide = query.dtype, _rows.computed(query.dtype)
@@ -176,9 +208,9 @@ def is_regular(
 ) -> bool:
     """Whether shapes and dtypes are those of the docstring above, with something in them. Torch's own broadcasts more,
     and knows what to say of others."""
-    if not query.dim() == key.dim() == value.dim() >= 2 + gqa or query.dtype not in _rows.TAGS:
+    if not query.dim() == key.dim() == value.dim() >= 2 + gqa or not _has_known_dtypes(query, key, value, mask):
         return False
-    if not query.dtype is key.dtype is value.dtype or not query.device == key.device == value.device:
+    if scale is not None and not abs(scale) < math.inf:
         return False
     *outer, _, width = query.shape
     if outer and gqa and key.shape[-3] and outer[-1] % key.shape[-3] == 0:
@@ -191,31 +223,44 @@ def is_regular(
         extents = zip(reversed(mask.shape), reversed(scores), strict=False)
         if causal or mask.dim() > len(scores) or any(extent not in (1, full) for extent, full in extents):
             return False
-        if mask.dtype not in (torch.bool, torch.float32, query.dtype):
-            return False
     return math.prod(query.shape) > 0 and math.prod(value.shape) > 0
+
+
+def _has_known_dtypes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
+    """Whether dtypes are those of the docstring above, on one device."""
+    known = query.dtype in _rows.TAGS and query.dtype is key.dtype is value.dtype
+    if mask is not None:
+        known = known and mask.dtype in (torch.bool, torch.float32, query.dtype) and mask.device == query.device
+    return known and query.device == key.device == value.device
 
 
 def is_direct(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether kernels may read all of it, here and now, and nothing else wants to see what they do."""
-    tensors = (query, key, value) if mask is None else (query, key, value, mask)
-    of_mask = mask is not None and mask.requires_grad and torch.is_grad_enabled()
-    return not of_mask and all(x.is_cpu and is_plain(x) for x in tensors)
+    return all(x is None or (x.is_cpu and is_plain(x)) for x in (query, key, value, mask))
 
 
 class _Call(NamedTuple):
     """A call's options, and its extents: scores are ``[outer, heads, rows, keys]``, of as many heads as key has."""
 
-    p: float
     a: float
-    scale: float
     causal: bool
-    gqa: bool
+    scale: float
     outer: int
     heads: int
     rows: int  # queries of all the heads that a key serves
     queries: int
     keys: int
+
+    @classmethod
+    def of(cls, query_shape: Any, key_shape: Any, a: float, causal: bool, scale: float) -> _Call:
+        *outer, queries, _ = query_shape
+        heads = key_shape[-3] if outer else 1
+        rows = math.prod(outer[-1:]) // heads * queries
+        return cls(a, causal, scale, math.prod(outer[:-1]), heads, rows, queries, key_shape[-2])
+
+    @property
+    def scores(self) -> int:
+        return self.outer * self.heads * self.rows * self.keys
 
     def blocks(self) -> list[_Block]:
         """The largest first."""
@@ -279,39 +324,182 @@ def attend(
     seed: int | Tensor | None = None,
 ) -> Tensor:
     """Attention of arguments that are regular and direct."""
-    cut = threshold(p)
     number = _route._number_of_seed(query, generator, seed, False)
-    *outer, queries, width = query.shape
-    keys = key.shape[-2]
-    heads = key.shape[-3] if outer else 1
-    words = _kernels.draw(query, math.prod(outer) * queries * keys, number, cut)
-    scale = 1.0 / math.sqrt(width) if scale is None else float(scale)
-    extents = math.prod(outer[:-1]), heads, math.prod(outer[-1:]) // heads * queries, queries, keys
-    call = _Call(p, keep_scale(cut), scale, causal, gqa, *extents)
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        result: Tensor = _Attention.apply(query, key, value, mask, words, call)
+    tensors, call = (query, key, value, mask), (number, p, causal, _scale(query, scale))
+    if _is_wanted(*tensors):
+        result: Tensor = _Attention.apply(*tensors, call)
         return result
-    return _forward(query, key, value, mask, words, call, False)[0]
+    return _attention(*tensors, *call, False)[0]
+
+
+def trace(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    p: float,
+    causal: bool,
+    scale: float | None,
+    gqa: bool,
+    generator: torch.Generator | None = None,
+    seed: int | Tensor | None = None,
+) -> Tensor:
+    """The same as an op, for compilers; arguments are regular, and will be direct."""
+    number = _route._tensor_of_seed(query, generator, seed)
+    op, tensors = _ops.overload(torch.ops.fastdrop.attention, p), (query, key, value, mask)
+    y: Tensor = op(*tensors, number, p, causal, _scale(query, scale), _is_wanted(*tensors))[0]
+    return y
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    return 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale + 0.0
+
+
+def _is_wanted(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, words: Tensor, call: _Call
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, call: tuple[Any, Any, bool, float]
     ) -> Tensor:
-        y, probabilities = _forward(query, key, value, mask, words, call, True)
-        ctx.save_for_backward(query, key, value, words, probabilities)
-        ctx.call = call
+        y, words, probabilities = _attention(query, key, value, mask, *call, True)
+        _keep(ctx, ctx.needs_input_grad[:4], words, probabilities, query, key, value, mask, *call[1:])
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        query, key, value, words, probabilities = ctx.saved_tensors
-        if _route._straight(dy):
-            gradients = _backward(dy, query, key, value, words, probabilities, ctx.call, ctx.needs_input_grad)
-        else:
-            gradients = _composed_backward(dy, query, key, value, words, probabilities, ctx.call)
-        return *gradients, None, None, None
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, ...]:
+        return *_gradients(ctx.needs_input_grad[:4], dy, *_ops._kept(ctx)), None
+
+
+class _Op(_fused_ops._Op):
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _, _, query, key, value, mask, _, p, causal, scale, _ = inputs
+        _, words, probabilities = output
+        ctx.mark_non_differentiable(words, probabilities)
+        _keep(ctx, ctx.needs_input_grad[2:6], words, probabilities, query, key, value, mask, p, causal, scale)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+        gradients = _gradients(ctx.needs_input_grad[2:6], dy, *_ops._kept(ctx))
+        return None, None, *gradients, None, None, None, None, None
+
+
+def _keep(
+    ctx: Any,
+    needs: Any,
+    words: Tensor | None,
+    probabilities: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    p: Any,
+    causal: bool,
+    scale: float,
+) -> None:
+    """Value's own gradient wants none of the arguments; mask is kept for derivatives of its gradient."""
+    of_scores = needs[0] or needs[1] or needs[3]
+    data = (query, key, value, mask if needs[3] else None) if of_scores else (None, None, None, None)
+    shapes = tuple(query.shape), tuple(key.shape), tuple(value.shape)
+    _fused_ops._keep(ctx, words, probabilities, *data, p, causal, scale, shapes)
+
+
+def _gradients(
+    needs: Any,
+    dy: Tensor | None,
+    words: Tensor,
+    probabilities: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    mask: Tensor | None,
+    p: Any,
+    causal: bool,
+    scale: float,
+    shapes: tuple[Any, Any, Any],
+) -> tuple[Tensor | None, ...]:
+    """Of query, key, value and mask, of those that are needed."""
+    if dy is None:
+        return None, None, None, None
+    *wanted, needs_mask = needs
+    data = dy, words, probabilities, query, key, value
+    gradients: Sequence[Tensor | None]
+    dmask = None
+    if needs_mask or _fused_ops._composes():
+        *gradients, dmask = _composed_backward(*data, mask, p, scale, *shapes)
+    else:
+        op = _ops.overload(torch.ops.fastdrop.attention_backward, p)
+        backward = _attention_backward if _route._straight(dy) else op
+        gradients = backward(*data, p, causal, scale, *shapes, wanted)
+    return *(x if want else None for x, want in zip(gradients, wanted, strict=True)), dmask
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Any,
+    p: Any,
+    causal: bool,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The result and, if they are to be kept, the mask's words and the probabilities before dropout."""
+    cut = threshold(_ops.probability(p))
+    number = _random.for_kernel(seed, query) if isinstance(seed, Tensor) else seed
+    call = _Call.of(query.shape, key.shape, keep_scale(cut), causal, scale)
+    words = _kernels.draw(query, call.scores, number, cut)
+    y, probabilities = _forward(query, key, value, mask, words, call, keep)
+    return y, words if keep else None, probabilities
+
+
+def _attention_fake(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Any,
+    p: Any,
+    causal: bool,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    y = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    if not keep:
+        return y, None, None
+    call = _Call.of(query.shape, key.shape, 1.0, causal, scale)
+    words = query.new_empty(word_count(call.scores), dtype=torch.int32)
+    return y, words, query.new_empty((call.outer * call.heads, call.rows, call.keys))
+
+
+def _attention_backward(
+    dy: Tensor,
+    words: Tensor,
+    probabilities: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    p: Any,
+    causal: bool,
+    scale: float,
+    query_shape: Any,
+    key_shape: Any,
+    value_shape: Any,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    a = keep_scale(threshold(_ops.probability(p)))
+    call = _Call.of(query_shape, key_shape, a, causal, scale)
+    shapes = query_shape, key_shape, value_shape
+    return _backward(dy, words, probabilities, query, key, value, call, shapes, wanted)
+
+
+def _attention_backward_fake(dy: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    *shapes, wanted = rest[-4:]
+    return tuple(dy.new_empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True))
 
 
 def _forward(
@@ -333,23 +521,11 @@ def _forward(
         group = call.rows // call.queries
         if flat is not None:
             start = block.first_outer * strides[0] + block.first_head * group * strides[1]
-        _rows._run(
-            "softmax_forward",
-            _rows.TAGS[wide],
-            scores,
-            None if flat is None else flat[start:],
-            block.words(words),
-            None if kept is None else scores,
-            to,
-            block.matrices * call.rows,
-            call.keys,
-            block.heads * group,
-            call.queries,
-            *strides,
-            call.scale,
-            call.a,
-            int(call.causal),
-        )
+        added = None if flat is None else flat[start:]
+        extents = block.heads * group, call.queries
+        probable = None if kept is None else scores
+        kernel = _rows.softmax_into
+        kernel(to, probable, scores, added, strides, block.words(words), *extents, call.a, call.scale, call.causal)
         if kept is not None and apart is not None:
             kept.copy_(scores)
         torch.bmm(to, block.of(v), out=block.of(y))
@@ -358,65 +534,83 @@ def _forward(
 
 def _backward(
     dy: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
     words: Tensor,
     probabilities: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
     call: _Call,
-    wanted: tuple[bool, ...],
+    shapes: tuple[Any, ...],
+    wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key and value."""
-    wide, blocks = _rows.computed(query.dtype), call.blocks()
-    q, k, v, g = (_by_heads(x, wide, blocks) for x in (query, key, value, dy))
+    dtype, wide, blocks = dy.dtype, _rows.computed(dy.dtype), call.blocks()
+    g = _by_heads(dy, wide, blocks)
+    q, k, v = (None if x is None else _by_heads(x, wide, blocks) for x in (query, key, value))
     scores = call.outer * call.heads, call.rows, call.keys
-    probabilities = _rows._kept(probabilities, scores, query.dtype, query)
-    words = _kernels._checked(words, math.prod(scores), query.device)
+    probabilities = _rows._kept("probabilities", probabilities, scores, dtype, dy)
+    words = _kernels._checked(words, math.prod(scores), dy.device)
     dq, dk, dv = (
-        q.new_empty((scores[0], *x.shape[-2:])) if want else None for x, want in zip((q, k, v), wanted, strict=False)
+        g.new_empty(shape).view(scores[0], -1, shape[-1]) if want else None
+        for shape, want in zip(shapes, wanted, strict=True)
     )
-    dscores = _scratch(q, blocks)
-    dropped = None if dv is None else _scratch(q, blocks)
+    dscores, dropped = _scratch(g, blocks), None if dv is None else _scratch(g, blocks)
     for block in blocks:
-        d, again, of_y = dscores[: block.matrices], None if dropped is None else dropped[: block.matrices], block.of(g)
-        torch.bmm(of_y, block.of(v).mT, out=d)
-        kept = block.of(probabilities).to(wide)
-        sizes = block.matrices * call.rows, call.keys
-        _rows._run(
-            "softmax_backward", _rows.TAGS[wide], d, kept, block.words(words), d, again, *sizes, call.scale, call.a
-        )
-        if dq is not None:
-            torch.bmm(d, block.of(k), out=block.of(dq))
-        if dk is not None:
-            torch.bmm(d.mT, block.of(q), out=block.of(dk))
+        of_y, kept, bits = block.of(g), block.of(probabilities).to(wide), block.words(words)
+        again = None if dropped is None else dropped[: block.matrices]
+        if q is None or k is None or v is None:
+            again = _kernels.apply(kept, bits, (call.a, 0.0, 0.0), None)
+        else:
+            d = dscores[: block.matrices]
+            torch.bmm(of_y, block.of(v).mT, out=d)
+            _rows.softmax_backward_into(d, again, d, kept, bits, call.a, call.scale)
+            if dq is not None:
+                torch.bmm(d, block.of(k), out=block.of(dq))
+            if dk is not None:
+                torch.bmm(d.mT, block.of(q), out=block.of(dk))
         if dv is not None and again is not None:
             torch.bmm(again.mT, of_y, out=block.of(dv))
-    return tuple(
-        None if d is None else d.view(x.shape).to(x.dtype)
-        for d, x in zip((dq, dk, dv), (query, key, value), strict=True)
-    )
+    return tuple(None if d is None else d.view(shape).to(dtype) for d, shape in zip((dq, dk, dv), shapes, strict=True))
 
 
 def _composed_backward(
-    dy: Tensor, query: Tensor, key: Tensor, value: Tensor, words: Tensor, probabilities: Tensor, call: _Call
-) -> tuple[Tensor, ...]:
-    """The same in ops that have derivatives themselves."""
-    wide = _rows.computed(query.dtype)
-    q, k, v, g = (x.to(wide) for x in (query, key, value, dy))
-    # A softmax of their logarithms, which hold what was masked: what the scores add is 0, but has derivatives.
-    scores = q @ _repeated(k, q, call.gqa).mT * call.scale
-    scores = scores - scores.detach() + probabilities.to(wide).log().view(scores.shape)
-    probabilities = _fused_ops.softmax_of(scores, None, 1.0, False)
-    dropped = _ops.masked(probabilities, words, call.p, None, True)
-    d = _ops.masked(g @ _repeated(v, q, call.gqa).mT, words, call.p, None, True)
-    d = probabilities * (d - (d * probabilities).sum(-1, keepdim=True)) * call.scale
-    dq, dk, dv = d @ _repeated(k, q, call.gqa), _gathered(d.mT @ q, key), _gathered(dropped.mT @ g, value)
-    return dq.to(query.dtype), dk.to(key.dtype), dv.to(value.dtype)
+    dy: Tensor,
+    words: Tensor,
+    probabilities: Tensor,
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    mask: Tensor | None,
+    p: Any,
+    scale: float,
+    query_shape: Any,
+    key_shape: Any,
+    value_shape: Any,
+) -> tuple[Tensor | None, ...]:
+    """The same in ops that have derivatives themselves, and the mask's."""
+    dtype, wide, grouped = dy.dtype, _rows.computed(dy.dtype), len(query_shape) > 2
+    g, normal = dy.to(wide), probabilities.to(wide).view(*query_shape[:-1], key_shape[-2])
+    dq = dk = dmask = None
+    if query is not None and key is not None and value is not None:
+        q, k, v = query.to(wide), key.to(wide), value.to(wide)
+        if _fused_ops._composes():
+            # A softmax of their logarithms, which hold what was masked: what the scores add is 0, but has derivatives.
+            scores = q @ _repeated(k, q, grouped).mT * scale
+            scores = scores if mask is None else scores + mask.to(wide)
+            scores = (scores - scores.detach()).masked_fill(normal == 0, 0.0)  # of infinities no NaN
+            normal = _fused_ops.softmax_of(scores + normal.log(), None, 1.0, False)
+        d = _ops.masked(g @ _repeated(v, q, grouped).mT, words, p, None, True)
+        d = normal * (d - (d * normal).sum(-1, keepdim=True))
+        dmask = None if mask is None else d.sum_to_size(mask.shape).to(mask.dtype)
+        d = d * scale
+        dq, dk = (d @ _repeated(k, q, grouped)).to(dtype), _gathered(d.mT @ q, key_shape).to(dtype)
+    dropped = _ops.masked(normal, words, p, None, True)
+    return dq, dk, _gathered(dropped.mT @ g, value_shape).to(dtype), dmask
 
 
-def _gathered(x: Tensor, like: Tensor) -> Tensor:
+def _gathered(x: Tensor, shape: Any) -> Tensor:
     """Sums over the heads that each of fewer serves."""
-    return x if x.shape == like.shape else x.unflatten(-3, (like.shape[-3], -1)).sum(-3)
+    return x if tuple(x.shape) == tuple(shape) else x.unflatten(-3, (shape[-3], -1)).sum(-3)
 
 
 def _by_heads(x: Tensor, dtype: torch.dtype, blocks: list[_Block]) -> Tensor:
@@ -442,12 +636,17 @@ def _additive(mask: Tensor | None, query: Tensor, call: _Call) -> tuple[Tensor |
     if mask is None:
         return None, (0, 0, 0)
     wide = _rows.computed(query.dtype)
-    mask = mask.detach()[tuple(slice(1 if stride == 0 else None) for stride in mask.stride())]  # expanded: once
-    if mask.dtype is torch.bool:
-        mask = torch.zeros_like(mask, dtype=wide).masked_fill_(~mask, -math.inf)
+    mask = _rows.additive(mask, wide) if mask.dtype is torch.bool else mask.detach()
     scores = query.new_empty((), dtype=wide).expand(*query.shape[:-1], call.keys)
     flat, _, _, strides = _rows._mask(mask, scores)
     return flat, strides
 
 
-hide_from_dynamo(attend, _forward, _backward)
+hide_from_dynamo(attend, _attention, _attention_backward, _forward, _backward)
+
+
+for _name, _parts in {
+    "attention": (_attention, _attention_fake, ATTENTION, _Op),
+    "attention_backward": (_attention_backward, _attention_backward_fake, ATTENTION_BACKWARD, _fused_ops._Op),
+}.items():
+    _fused_ops.register(_name, *_parts)

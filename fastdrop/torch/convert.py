@@ -16,7 +16,7 @@ from .. import _checks
 from . import modules as ours
 from .modules import Rated
 
-__all__ = ["FOREIGN", "Report", "convert", "refusal", "revert"]
+__all__ = ["FOREIGN", "Report", "convert", "refusal", "revert", "why_left"]
 
 BEFORE = "_fastdrop_before"  # on a converted module: the class it had
 CLASSES: dict[type[nn.Module], type[Rated]] = {
@@ -126,10 +126,12 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
     """
     _checks.choice("store", store, _checks.STORES)
     rows = []
+    routed: set[int] = set()  # attention in layers that `fuse` has changed, which drops by ours
     for path, module in model.named_modules():
+        routed.update(id(getattr(module, name)) for name in getattr(type(module), "ATTENTIONS", ()))
         become = class_for(type(module))
         before = repr(module) if become or isinstance(module, (_DropoutNd, Rated)) else type(module).__name__
-        reason = _why_left(module)
+        reason = "" if id(module) in routed else why_left(module)
         if become is not None and not reason:
             setattr(module, BEFORE, type(module))
             module.__class__ = become
@@ -166,7 +168,7 @@ def revert(model: nn.Module) -> Report:
     return Report(rows)
 
 
-def _why_left(module: nn.Module) -> str:
+def why_left(module: nn.Module) -> str:
     """Why a module that draws dropout is not changed; nothing for one that draws none, is ours or can be."""
     if isinstance(module, Rated):
         return ""

@@ -7,13 +7,10 @@ ops. The mask is `dropout`'s with the same seed on every way.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _checks
 from ..activations import ACTIVATIONS
@@ -21,6 +18,7 @@ from ..stream import threshold
 from . import _fused_ops, _kernels, _ops, _random, _route, _rows
 from ._ops import overload
 from ._plain import is_plain
+from ._route import for_subclasses
 
 __all__ = [
     "bias_act_dropout",
@@ -33,27 +31,12 @@ __all__ = [
 ]
 
 Seed = int | Tensor | None
-Function = TypeVar("Function", bound=Callable[..., Any])
-
 HALVES = (torch.float16, torch.bfloat16)
 
 _is_compiling = torch.compiler.is_compiling
 
 
-def _for_subclasses(function: Function) -> Function:
-    """Lets tensor subclasses have their way with a function, as torch's own do."""
-
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        if has_torch_function(given):
-            return handle_torch_function(called, given, *args, **kwargs)
-        return function(*args, **kwargs)
-
-    return called  # type: ignore[return-value]
-
-
-@_for_subclasses
+@for_subclasses
 def dropout_add(
     input: Tensor,
     residual: Tensor,
@@ -108,7 +91,7 @@ def dropout_add(
     return _pointwise(input, None, None, residual, p, training, None, generator, seed, store)
 
 
-@_for_subclasses
+@for_subclasses
 def bias_dropout_add(
     input: Tensor,
     bias: Tensor,
@@ -143,7 +126,7 @@ def bias_dropout_add(
     return _pointwise(input, bias, None, residual, p, training, None, generator, seed, store)
 
 
-@_for_subclasses
+@for_subclasses
 def bias_act_dropout(
     input: Tensor,
     bias: Tensor | None,
@@ -180,7 +163,7 @@ def bias_act_dropout(
     return _pointwise(input, bias, None, None, p, training, activation, generator, seed, store)
 
 
-@_for_subclasses
+@for_subclasses
 def swiglu_dropout(
     gate: Tensor,
     up: Tensor,
@@ -216,7 +199,7 @@ def swiglu_dropout(
     return _pointwise(gate, None, up, None, p, training, "silu", generator, seed, store, "gate")
 
 
-@_for_subclasses
+@for_subclasses
 def dropout_add_layer_norm(
     input: Tensor,
     residual: Tensor | None,
@@ -269,7 +252,7 @@ def dropout_add_layer_norm(
     return _norm(input, residual, weight, bias, input_bias, p, eps, training, True, generator, seed, store)
 
 
-@_for_subclasses
+@for_subclasses
 def dropout_add_rms_norm(
     input: Tensor,
     residual: Tensor | None,
@@ -303,7 +286,7 @@ def dropout_add_rms_norm(
     return _norm(input, residual, weight, None, input_bias, p, eps, training, False, generator, seed, store)
 
 
-@_for_subclasses
+@for_subclasses
 def softmax_dropout(
     scores: Tensor,
     p: float | Tensor = 0.5,
@@ -349,11 +332,10 @@ def softmax_dropout(
         _beside("attn_mask", attn_mask, "scores", scores)
         _checks.broadcasts("attn_mask", tuple(attn_mask.shape), "scores", tuple(scores.shape))
         if attn_mask.dtype is torch.bool:
-            excluded = torch.zeros_like(attn_mask, dtype=_rows.computed(scores.dtype))
-            attn_mask = excluded.masked_fill(attn_mask.logical_not(), -torch.inf)
+            attn_mask = _rows.additive(attn_mask, _rows.computed(scores.dtype))
         elif attn_mask.dtype not in _kernels.TAGS:
             raise TypeError(f"attn_mask must be of bool or a float dtype, but got {attn_mask.dtype}")
-    call = _Call(scores, (attn_mask,), p, training, generator, seed, store)
+    call = _Call((scores, attn_mask), (), p, training, generator, seed, store)
     options = scale, bool(causal)
     if call.compiles:
         y: Tensor = overload(torch.ops.fastdrop.softmax, call.p)(
@@ -374,14 +356,15 @@ def softmax_dropout(
 class _Call:
     """What a call's way is, and its random state: drawn when the arguments have been found good.
 
-    p is 0 and seed None where nothing is dropped; ``bits`` tells whether words are to be kept.
+    Gradients of what is ``dropped``, the first of it the data, want the mask; those of ``others`` don't. p is 0 and
+    seed None where nothing is dropped; ``bits`` tells whether words are to be kept.
     """
 
     __slots__ = ("bits", "compiles", "p", "plain", "seed", "wanted")
 
     def __init__(
         self,
-        x: Tensor,
+        dropped: tuple[Tensor | None, ...],
         others: tuple[Tensor | None, ...],
         p: Any,
         training: bool,
@@ -389,14 +372,18 @@ class _Call:
         seed: Seed,
         store: str,
     ) -> None:
-        self.compiles = _is_compiling()
-        p = _route.traced_probability(p) if self.compiles else _route.eager_probability(p)
+        tracing = _is_compiling()
+        p = _route.traced_probability(p) if tracing else _route.eager_probability(p)
         _checks.choice("store", store, _checks.STORES)
-        given = [x, *(tensor for tensor in others if tensor is not None)]
-        self.wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
-        self.bits = store == "bits" and self.wanted
-        self.plain = not self.compiles and all(is_plain(tensor) for tensor in given) and not x.is_complex()
-        drops = training and (isinstance(p, Tensor) or (p > _route.KEEPS_ALL if self.compiles else threshold(p) > 0))
+        masked = [tensor for tensor in dropped if tensor is not None]
+        given = masked + [tensor for tensor in others if tensor is not None]
+        x = given[0]
+        recording = torch.is_grad_enabled()
+        self.wanted = recording and any(tensor.requires_grad for tensor in given)
+        self.bits = store == "bits" and recording and any(tensor.requires_grad for tensor in masked)
+        self.compiles = tracing and not x.is_complex() and not _route.is_transformed_there()
+        self.plain = not tracing and all(is_plain(tensor) for tensor in given) and not x.is_complex()
+        drops = training and (isinstance(p, Tensor) or (p > _route.KEEPS_ALL if tracing else threshold(p) > 0))
         self.p: Any = p if drops else 0.0
         self.seed: Any = None
         if not drops:
@@ -438,7 +425,7 @@ def _pointwise(
     if residual is not None:
         x, residual = _promoted(x, "residual", residual, name, True)
     tensors = (x, bias, factor, residual)
-    call = _Call(x, tensors[1:], p, training, generator, seed, store)
+    call = _Call(tensors[:3], (residual,), p, training, generator, seed, store)
     bits = call.bits or (call.wanted and activation == "relu")
     if call.compiles:
         y: Tensor = overload(torch.ops.fastdrop.pointwise, call.p)(*tensors, call.seed, call.p, activation, bits)[0]
@@ -515,7 +502,7 @@ def _norm(
         eps = torch.finfo(_rows.computed(x.dtype)).eps
     eps = eps + 0.0 if _is_compiling() else _checks.number_from("eps", eps, 0)
     tensors = (x, bias, residual, weight, shift)
-    call = _Call(x, tensors[1:], p, training, generator, seed, store)
+    call = _Call(tensors[:2], tensors[2:], p, training, generator, seed, store)
     if call.compiles:
         op = overload(torch.ops.fastdrop.norm, call.p)
         y, sum, *_ = op(*tensors, call.seed, call.p, eps, centred, call.bits)
@@ -618,8 +605,7 @@ def _promoted(x: Tensor, name: str, other: Any, of: str, wider: bool) -> tuple[T
     _beside(name, other, of, x)
     allowed = (x.dtype, torch.float32) if wider and x.dtype in HALVES else (x.dtype,)
     mixed = other.dtype not in allowed and other.dtype in _kernels.TAGS and x.dtype in _kernels.TAGS
-    device = x.device.type
-    if mixed and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if mixed and _route.autocast_dtype(x) is not None:
         common = torch.promote_types(x.dtype, other.dtype)
         other = other.to(common)
         if not (wider and x.dtype in HALVES and common is torch.float32):

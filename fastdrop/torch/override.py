@@ -21,8 +21,9 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import __version__, kinds
 from . import _cuda, _kernels
+from ._plain import is_transformed
 from ._route import KEEPS_ALL, drop
-from .attention import attend, compose, is_direct, is_regular
+from .attention import attend, compose, is_direct, is_regular, trace
 from .convert import FOREIGN, refusal
 from .modules import Rated
 
@@ -162,10 +163,12 @@ def _attention(
     """What attention does while enabled: in one piece where it can, else as torch composes it around our dropout."""
     arguments = query, key, value, attn_mask
     options = is_causal, scale, enable_gqa
-    known = all(_ours(x, dropout_p) for x in arguments[:3]) and (attn_mask is None or _is_known(attn_mask))
-    if dropout_p > KEEPS_ALL and known and is_regular(*arguments, *options):
+    drops = dropout_p > KEEPS_ALL  # most calls end here
+    known = drops and all(_ours(x, dropout_p) for x in arguments[:3]) and (attn_mask is None or _is_known(attn_mask))
+    if known and is_regular(*arguments, *options):
         if any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in arguments):
-            return compose(*arguments, dropout_p, *options)
+            traced = compose if is_transformed() or not query.is_cpu else trace
+            return traced(*arguments, dropout_p, *options)
         if query.numel() // query.shape[-1] * key.shape[-2] >= FEWEST_SCORES and is_direct(*arguments):
             return attend(*arguments, dropout_p, *options)
     op = torch.ops.aten.scaled_dot_product_attention.default

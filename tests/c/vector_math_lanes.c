@@ -18,7 +18,7 @@
 
 #define DEFINE_(isa, function)                                                                                         \
     TARGET void test_##function##_##isa(const float *x, float *y, unsigned n) {                                        \
-        for (unsigned i = 0; i < n; i += f32_lanes) f32_store(y + i, f32_##function(f32_load(x + i)));                 \
+        for (unsigned i = 0; i < n; i += f32_bunch) f32_put_several(y + i, f32_##function(f32_several(x + i)));        \
     }
 #define DEFINE(isa, function) DEFINE_(isa, function)
 DEFINE(ISA, exp)
