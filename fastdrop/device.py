@@ -42,6 +42,7 @@ __all__ = [
     "taken",
     "taken_mask",
     "target",
+    "words_for",
     "zeros",
 ]
 
@@ -118,6 +119,11 @@ def draw_words(like: Any, cells: int, first: int, seed: int, offset: int, cut: i
         else:
             cuda().fill_at(at.device, stream, at.address, 0 if cut == DROP_ALL else 0xFFFFFFFF, word_count(cells))
     return words
+
+
+def words_for(like: Any, cells: int, seed: int, offset: int, cut: int) -> tuple[Any, None]:
+    """The words for `run`, drawn."""
+    return draw_words(like, cells, 0, seed, offset, cut), None
 
 
 def dilated(words: Any, passes: tuple[tuple[int, int, int, int], ...]) -> Any:
@@ -242,7 +248,9 @@ def additive(name: str, mask: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         return cupy.ascontiguousarray(cupy.broadcast_to(mask, shape), dtype)
 
 
-def run(primitive: str, dtypes: tuple[int, ...], arrays: tuple[Any, ...], numbers: tuple[float, ...]) -> None:
+def run(
+    primitive: str, dtypes: tuple[int, ...], arrays: tuple[Any, ...], numbers: tuple[float, ...], draw: None = None
+) -> None:
     """A fused primitive on arrays, of which the first names the stream."""
     at = iter(_same_device(*(x for x in arrays if x is not None)))
     places = [Memory(0, -1, 0) if x is None else next(at) for x in arrays]

@@ -730,18 +730,20 @@ class _Call:
         The mask is None where it would drop nothing; no random number is taken then.
         """
         words: Any = None
+        draw: Any = None
         mask: BitMask | None = None
         if self.cut == 0:
             check_random_state(self.rng)
         else:
             seed, offset = random_state(self.rng)
-            words = self.memory.draw_words(self.x, self.cells, 0, seed, offset, self.cut)
+            words, draw = self.memory.words_for(self.x, self.cells, seed, offset, self.cut)
             if self.store == "seed":
                 mask = SeededMask._of(seed, offset, self.shape, self.p, self.scale, self.cut)
             else:
                 mask = PackedMask._of(words, self.shape, self.p, self.scale)
         if self.cells:
-            self.memory.run(primitive, _tags(*dtypes), (*before, words, *after), (self.rows, self.columns, *numbers))
+            arrays, numbers = (*before, words, *after), (self.rows, self.columns, *numbers)
+            self.memory.run(primitive, _tags(*dtypes), arrays, numbers, draw)
         return mask
 
     def taken(self, name: str, value: Any) -> Any:

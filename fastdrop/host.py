@@ -38,11 +38,13 @@ __all__ = [
     "taken",
     "taken_mask",
     "target",
+    "words_for",
     "zeros",
 ]
 
 Array = NDArray[Any]
 Words = NDArray[np.uint32]
+Draw = tuple[int, int, int]  # seed, offset, threshold
 
 taken = _checks.data
 output = _checks.output
@@ -71,6 +73,13 @@ def draw_words(like: Array | None, cells: int, first: int, seed: int, offset: in
     else:
         fill_words(words, cells, cut)
     return words
+
+
+def words_for(like: Array, cells: int, seed: int, offset: int, cut: int) -> tuple[Words, Draw | None]:
+    """The words for `run`, and what it needs if it is to draw them: C does so while data is on its way."""
+    if 0 < cut < DROP_ALL and hasattr(backends.active(), "drawn"):
+        return empty_words(cells), (seed, offset, cut)
+    return draw_words(like, cells, 0, seed, offset, cut), None
 
 
 def dilated(words: Words, passes: tuple[tuple[int, int, int, int], ...]) -> Words:
@@ -189,10 +198,19 @@ def additive(name: str, mask: Array, shape: tuple[int, ...], dtype: Any) -> Arra
     return cast(name, np.broadcast_to(mask, shape), dtype)
 
 
-def run(primitive: str, dtypes: tuple[int, ...], arrays: tuple[Array | None, ...], numbers: tuple[float, ...]) -> None:
-    """A fused primitive on contiguous arrays."""
+def run(
+    primitive: str,
+    dtypes: tuple[int, ...],
+    arrays: tuple[Array | None, ...],
+    numbers: tuple[float, ...],
+    draw: Draw | None = None,
+) -> None:
+    """A fused primitive on contiguous arrays; it draws its words where `words_for` has left that to it."""
     stored = [None if x is None else _bits(x) for x in arrays]
-    getattr(backends.active(), primitive)(*dtypes, *stored, *numbers)
+    if draw is not None:
+        backends.active().drawn(primitive, *draw, *dtypes, *stored, *numbers)
+    else:
+        getattr(backends.active(), primitive)(*dtypes, *stored, *numbers)
 
 
 # ---- memory ----

@@ -40,6 +40,11 @@ if _native is not None:
     norm_backward_at: Any = _lib.fd_norm_backward_at
     softmax_forward_at: Any = _lib.fd_softmax_forward_at
     softmax_backward_at: Any = _lib.fd_softmax_backward_at
+    # Those that write the words they work under, as `draw_bits` of cells from 0 on: seed, offset and threshold follow
+    # the threads. Their time goes by while data is on its way.
+    pointwise_forward_drawn_at: Any = _lib.fd_pointwise_forward_drawn_at
+    norm_forward_drawn_at: Any = _lib.fd_norm_forward_drawn_at
+    softmax_forward_drawn_at: Any = _lib.fd_softmax_forward_drawn_at
 
 
 def unavailable() -> str | None:
@@ -349,6 +354,13 @@ def softmax_backward(
     if _lib.fd_softmax_backward(
         dtype, _address(dy), _address(probabilities), _at(words), _address(dx), _at(y), rows, columns, scale, a
     ):
+        raise _refusal()
+
+
+def drawn(primitive: str, seed: int, offset: int, threshold: int, *arguments: Any) -> None:
+    """A fused forward primitive that writes the words it works under."""
+    given = [_at(x) if x is None or isinstance(x, np.ndarray) else x for x in arguments]
+    if getattr(_lib, f"fd_{primitive}_drawn")(seed, offset, threshold, *given):
         raise _refusal()
 
 

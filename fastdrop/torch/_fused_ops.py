@@ -65,9 +65,9 @@ def pointwise(
     x: Tensor, bias: Maybe, factor: Maybe, residual: Maybe, seed: Any, p: P, activation: str | None, bits: bool
 ) -> tuple[Tensor, Maybe]:
     code = _code(activation)
-    words, a = _drawn(x, seed, p)
+    words, a, draw = _to_draw(x, seed, p)
     signs = bits and _by_signs(activation, factor)
-    y, kept = _rows.pointwise_forward(x, bias, factor, residual, words, a, code, signs)
+    y, kept = _rows.pointwise_forward(x, bias, factor, residual, words, a, code, signs, draw)
     return y, kept if signs else words if bits else None
 
 
@@ -105,8 +105,8 @@ def norm(
     centred: bool,
     bits: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Maybe]:
-    words, a = _drawn(x, seed, p)
-    y, sum, statistics = _rows.norm_forward(x, bias, residual, words, weight, shift, a, eps, centred)
+    words, a, draw = _to_draw(x, seed, p)
+    y, sum, statistics = _rows.norm_forward(x, bias, residual, words, weight, shift, a, eps, centred, draw)
     return y, sum, statistics, words if bits else None
 
 
@@ -131,8 +131,9 @@ def softmax(
     scores: Tensor, mask: Maybe, seed: Any, p: P, scale: float, causal: bool, bits: bool, keep: bool
 ) -> tuple[Tensor, Maybe, Maybe]:
     """Probabilities are None too where y is what they are: where nothing can be dropped."""
-    words, a = _drawn(scores, seed, p)
-    y, probabilities = _rows.softmax_forward(scores, mask, words, a, scale, causal, keep and words is not None)
+    words, a, draw = _to_draw(scores, seed, p)
+    keep = keep and words is not None
+    y, probabilities = _rows.softmax_forward(scores, mask, words, a, scale, causal, keep, draw)
     return y, probabilities, words if bits else None
 
 
@@ -141,18 +142,25 @@ def softmax_backward(dy: Tensor, probabilities: Tensor, kept: Maybe, p: P, bits:
     return (_rows.softmax_backward(dy, probabilities, words, a, scale),)
 
 
-def _drawn(x: Tensor, seed: Any, p: P) -> tuple[Maybe, float]:
-    """The words of a mask of x, and the scale of what is kept."""
+def _to_draw(x: Tensor, seed: Any, p: P) -> tuple[Maybe, float, _rows.Draw | None]:
+    """The words of a mask of x, the scale of what is kept, and what forward needs if it is to draw the words."""
     if seed is None:
-        return None, 1.0
+        return None, 1.0, None
     cut = threshold(_ops.probability(p))
-    number = _random.for_kernel(seed, x) if isinstance(seed, Tensor) else seed
-    return _kernels.draw(x, x.numel(), number, cut), keep_scale(cut)
+    words, draw = _rows.words_for(x, _number(seed, x), cut)
+    return words, keep_scale(cut), draw
 
 
 def _again(dy: Tensor, kept: Maybe, p: P, bits: bool) -> tuple[Maybe, float]:
-    """The same for backward."""
-    return (kept, keep_scale(threshold(_ops.probability(p)))) if bits and kept is not None else _drawn(dy, kept, p)
+    """Words and scale for backward, of what was kept: words, or the seed to draw them by once more."""
+    if kept is None:
+        return None, 1.0
+    cut = threshold(_ops.probability(p))
+    return kept if bits else _kernels.draw(dy, dy.numel(), _number(kept, dy), cut), keep_scale(cut)
+
+
+def _number(seed: Any, x: Tensor) -> Any:
+    return _random.for_kernel(seed, x) if isinstance(seed, Tensor) else seed
 
 
 def _code(activation: str | None) -> int:

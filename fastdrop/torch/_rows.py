@@ -2,7 +2,8 @@
 
 Data is ``[..., columns]`` of one dtype, the residual stream of the same or of float32; bias, weight and shift are
 ``[columns]`` and a mask broadcasts to the scores, of any float dtype, and their gradients come in the type that kernels
-compute in: float64 for float64, else float32. Words are those of `_kernels.draw`, or None where everything is kept.
+compute in: float64 for float64, else float32. Words are those of `_kernels.draw`, or None where everything is kept;
+forward functions may be asked to draw them first, as `words_for` says.
 
 As in `_kernels` there is no autograd here, no generator, and of checks only those without which kernels would read past
 the end of what an op was called with, or of what hooks on saved tensors gave back. Strides may be any; results are
@@ -21,10 +22,13 @@ from torch import Tensor
 from .. import backends, kinds
 from ..backends import native
 from ..mask import word_count
+from ..stream import DROP_ALL
 from . import _cuda, _kernels
 from ._plain import hide_from_dynamo
 
 TAGS = _kernels.TAGS
+
+Draw = tuple[int, int, int]  # seed, offset, threshold
 
 
 def computed(dtype: torch.dtype) -> torch.dtype:
@@ -41,6 +45,7 @@ def pointwise_forward(
     a: float,
     activation: int,
     signs: bool,
+    draw: Draw | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y and, if asked for and only of a relu, the bits of elements that are kept and positive."""
     n, x = x.numel(), x.contiguous()
@@ -50,8 +55,8 @@ def pointwise_forward(
     if n:
         residual = None if residual is None else _same("residual", stream, x, stream.dtype)
         bias, factor, words = _vector("bias", bias, x), _same("factor", factor, x), _checked(words, x)
-        inputs, outputs = (x, bias, factor, residual, words), (y, kept)
-        _run("pointwise_forward", TAGS[x.dtype], TAGS[y.dtype], *inputs, *outputs, *_extents(x), a, activation)
+        arrays, tags = (x, bias, factor, residual, words, y, kept), (TAGS[x.dtype], TAGS[y.dtype])
+        _run("pointwise_forward", *tags, *arrays, *_extents(x), a, activation, draw=draw)
     return y, kept
 
 
@@ -90,6 +95,7 @@ def norm_forward(
     a: float,
     eps: float,
     centred: bool,
+    draw: Draw | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the new residual stream that it is the norm of, and ``statistics[rows, 2]``."""
     x, (rows, columns) = x.contiguous(), _extents(x)
@@ -100,8 +106,8 @@ def norm_forward(
         bias, weight, shift = _vector("bias", bias, x), _vector("weight", weight, x), _vector("shift", shift, x)
         residual = None if residual is None else _same("residual", stream, x, stream.dtype)
         words = _checked(words, x)
-        inputs, outputs = (x, bias, residual, words, weight, shift), (y, sum, statistics)
-        _run("norm_forward", TAGS[x.dtype], TAGS[sum.dtype], *inputs, *outputs, rows, columns, a, eps, int(centred))
+        arrays, tags = (x, bias, residual, words, weight, shift, y, sum, statistics), (TAGS[x.dtype], TAGS[sum.dtype])
+        _run("norm_forward", *tags, *arrays, rows, columns, a, eps, int(centred), draw=draw)
     return y, sum, statistics
 
 
@@ -140,7 +146,14 @@ def norm_backward(
 
 
 def softmax_forward(
-    scores: Tensor, mask: Tensor | None, words: Tensor | None, a: float, scale: float, causal: bool, keep: bool
+    scores: Tensor,
+    mask: Tensor | None,
+    words: Tensor | None,
+    a: float,
+    scale: float,
+    causal: bool,
+    keep: bool,
+    draw: Draw | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y and, if they are to be kept, the probabilities: y itself where nothing was dropped.
 
@@ -154,7 +167,7 @@ def softmax_forward(
     if n:
         flat, heads, queries, strides = _mask(mask, scores)
         words = _checked(words, scores)
-        softmax_into(y, probabilities, scores, flat, strides, words, heads, queries, a, scale, causal)
+        softmax_into(y, probabilities, scores, flat, strides, words, heads, queries, a, scale, causal, draw)
     return y, probabilities if apart else y if keep else None
 
 
@@ -170,10 +183,11 @@ def softmax_into(
     a: float,
     scale: float,
     causal: bool,
+    draw: Draw | None = None,
 ) -> None:
     """The same of tensors as kernels take them, the mask as `_mask` gives it; a result may lie over scores."""
-    inputs, sizes = (scores, mask, words), (*_extents(scores), heads, queries, *strides)
-    _run("softmax_forward", TAGS[scores.dtype], *inputs, probabilities, y, *sizes, scale, a, int(causal))
+    arrays, sizes = (scores, mask, words, probabilities, y), (*_extents(scores), heads, queries, *strides)
+    _run("softmax_forward", TAGS[scores.dtype], *arrays, *sizes, scale, a, int(causal), draw=draw)
 
 
 def softmax_backward(dy: Tensor, probabilities: Tensor, words: Tensor | None, a: float, scale: float) -> Tensor:
@@ -196,7 +210,16 @@ def softmax_backward_into(
 # ---- memory ----
 
 
-def _run(primitive: str, *arguments: Any) -> None:
+def words_for(x: Tensor, seed: Any, cut: int) -> tuple[Tensor, Draw | None]:
+    """The words of a mask of x for a forward function here, and what it needs if it is to draw them: C does so while
+    data is on its way."""
+    n = x.numel()
+    if x.is_cpu and 0 < cut < DROP_ALL and n and backends.active() is native:
+        return _kernels._NO_WORDS.new_empty(word_count(n)), (seed, 0, cut)
+    return _kernels.draw(x, n, seed, cut), None
+
+
+def _run(primitive: str, *arguments: Any, draw: Draw | None = None) -> None:
     """A primitive where its first tensor is; tensors or None stand in the place of arrays."""
     if next(x for x in arguments if isinstance(x, Tensor)).is_cuda:
         getattr(_cuda, primitive)(*arguments)
@@ -204,7 +227,8 @@ def _run(primitive: str, *arguments: Any) -> None:
     backend = backends.active()
     if backend is native:
         at = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
-        if getattr(native, f"{primitive}_at")(torch.get_num_threads(), *at):
+        kernel = getattr(native, f"{primitive}_at" if draw is None else f"{primitive}_drawn_at")
+        if kernel(torch.get_num_threads(), *(draw or ()), *at):
             raise _kernels._refusal()
     else:
         arrays = [_array(x) if isinstance(x, Tensor) else x for x in arguments]

@@ -17,7 +17,7 @@ typedef struct {
 } operand_t;
 
 typedef struct {
-    int dtype, sum_dtype, activation, flag; /* flag: centred or causal */
+    int dtype, sum_dtype, activation, flag, drawn; /* flag: centred or causal; drawn: a forward that draws its words */
     uint64_t rows, columns, panels, heads, queries, strides[3];
 } case_t;
 
@@ -32,25 +32,29 @@ typedef struct {
 
 static const double SCALE = 1.25, EPS = 1e-5, SOFTMAX_SCALE = 0.7;
 
+static const uint64_t SEED = 0x0123456789ABCDEF, OFFSET = 7, THRESHOLD = 0x40000001;
+
+#define MAYBE_DRAWN(op, ...) (c->drawn ? fd_##op##_drawn(SEED, OFFSET, THRESHOLD, __VA_ARGS__) : fd_##op(__VA_ARGS__))
+
 static int pointwise_forward(const case_t *c, void *const *p) {
-    return fd_pointwise_forward(c->dtype, c->sum_dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], c->rows, c->columns,
-                                SCALE, c->activation);
+    return MAYBE_DRAWN(pointwise_forward, c->dtype, c->sum_dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], c->rows,
+                       c->columns, SCALE, c->activation);
 }
 static int pointwise_backward(const case_t *c, void *const *p) {
     return fd_pointwise_backward(c->dtype, c->sum_dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], c->rows,
                                  c->columns, c->panels, SCALE, c->activation);
 }
 static int norm_forward(const case_t *c, void *const *p) {
-    return fd_norm_forward(c->dtype, c->sum_dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], c->rows,
-                           c->columns, SCALE, EPS, c->flag);
+    return MAYBE_DRAWN(norm_forward, c->dtype, c->sum_dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8],
+                       c->rows, c->columns, SCALE, EPS, c->flag);
 }
 static int norm_backward(const case_t *c, void *const *p) {
     return fd_norm_backward(c->dtype, c->sum_dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], c->rows,
                             c->columns, c->panels, SCALE, c->flag);
 }
 static int softmax_forward(const case_t *c, void *const *p) {
-    return fd_softmax_forward(c->dtype, p[0], p[1], p[2], p[3], p[4], c->rows, c->columns, c->heads, c->queries,
-                              c->strides[0], c->strides[1], c->strides[2], SOFTMAX_SCALE, SCALE, c->flag);
+    return MAYBE_DRAWN(softmax_forward, c->dtype, p[0], p[1], p[2], p[3], p[4], c->rows, c->columns, c->heads,
+                       c->queries, c->strides[0], c->strides[1], c->strides[2], SOFTMAX_SCALE, SCALE, c->flag);
 }
 static int softmax_backward(const case_t *c, void *const *p) {
     return fd_softmax_backward(c->dtype, p[0], p[1], p[2], p[3], p[4], c->rows, c->columns, SOFTMAX_SCALE, SCALE);
@@ -305,6 +309,28 @@ static void check_in_place(const test_t *t, size_t shift, const array_t *expecte
     }
 }
 
+/* A forward that draws its words beside one under words drawn before. */
+static void check_drawn(const test_t *t, size_t shift) {
+    int words = 0;
+    while (words < t->op->count && t->op->operands[words].kind != BITS) words++;
+    if (!strstr(t->op->name, "forward") || !has(t, words)) return;
+    array_t right[OPERANDS] = {{NULL, NULL}}, drawn[OPERANDS] = {{NULL, NULL}};
+    const uint64_t cells = t->c.rows * t->c.columns;
+    test_t draws = *t;
+    draws.c.drawn = 1;
+    open_inputs(t, shift, right);
+    open_outputs(t, shift, right);
+    expect(fd_draw_bits(right[words].at, 0, 0, cells, SEED, OFFSET, THRESHOLD) == FD_OK, "draw", t->isa, cells, 0);
+    run(t, t->isa, 1, right);
+    open_inputs(t, shift, drawn);
+    open_outputs(t, shift, drawn);
+    run(&draws, t->isa, THREADS, drawn);
+    expect_same(t, "drawn", drawn, right);
+    expect(!memcmp(drawn[words].at, right[words].at, (cells + 31) / 32 * 4), "drawn words", t->isa, cells, 0);
+    close_arrays(right, 0, t->op);
+    close_arrays(drawn, 0, t->op);
+}
+
 static void check_call(const test_t *t, size_t shift) {
     array_t right[OPERANDS] = {{NULL, NULL}}, one[OPERANDS] = {{NULL, NULL}}, several[OPERANDS];
     open_inputs(t, 0, right);
@@ -324,6 +350,7 @@ static void check_call(const test_t *t, size_t shift) {
     expect_same(t, "threads", several, one);
     close_arrays(several, 1, t->op);
     check_in_place(t, shift, one);
+    check_drawn(t, shift);
     close_arrays(right, 0, t->op);
     close_arrays(one, 0, t->op);
 }
@@ -392,7 +419,7 @@ static void check_large(int op, int isa) {
 void check_fused(int isa, int large) {
     static const uint64_t SHAPES[][2] = {{0, 5}, {1, 1}, {3, 1}, {1, 31}, {5, 7}, {7, 33}, {37, 64}, {2, 513}};
     static const uint64_t LONG[][2] = {{3, 4096}, {2, 4097}, {1, 9001}};       /* a row fits a kernel's room, or not */
-    static const uint64_t SHARED[][2] = {{131, 1201}, {601, 300}, {40001, 5}}; /* among threads */
+    static const uint64_t SHARED[][2] = {{131, 1201}, {601, 320}, {40001, 5}}; /* among threads */
     uint32_t state = 1;
     for (int op = 0; op < (int)COUNT(OPS); op++) {
         for (size_t d = 0; d < COUNT(DTYPES); d++) {
@@ -406,6 +433,7 @@ void check_fused(int isa, int large) {
         check_next(op, DTYPES[(op + isa) % 4], SHARED[op % 3], 0, &state, isa);
         if (op == POINTWISE_BACKWARD) /* without sums threads share cells, not panels */
             check_next(op, DTYPES[isa % 4], SHARED[op % 3], 1u << 7, &state, isa);
+        if (op == NORM_FORWARD) check_next(op, DTYPES[isa % 4], SHARED[1], 0, &state, isa); /* whole words a row */
         if (large && isa) check_large(op, isa); /* the scalar stores all go to the cache */
     }
 }
@@ -434,6 +462,9 @@ void check_fused_refusals(void) {
         {"no panels", fd_norm_backward(0, 0, x, NULL, x, x, NULL, words, y, NULL, NULL, 2, 4, 0, 1, 1)},
         {"no heads", fd_softmax_forward(0, x, NULL, NULL, NULL, y, 2, 4, 0, 2, 0, 0, 0, 1, 1, 0)},
         {"no queries", fd_softmax_forward(0, x, NULL, NULL, NULL, y, 2, 4, 1, 0, 0, 0, 0, 1, 1, 0)},
+        {"nothing to draw",
+         fd_softmax_forward_drawn(1, 0, 0, 0, x, NULL, words, NULL, y, 2, 4, 1, 2, 0, 0, 0, 1, 1, 0)},
+        {"no words", fd_softmax_forward_drawn(1, 0, 9, 0, x, NULL, NULL, NULL, y, 2, 4, 1, 2, 0, 0, 0, 1, 1, 0)},
         {"dtype", fd_softmax_backward(4, x, x, words, y, NULL, 2, 4, 1, 1)},
     };
     for (size_t i = 0; i < COUNT(calls); i++) expect(calls[i].status == FD_BAD_ARGUMENT, calls[i].what, 0, i, 0);
