@@ -332,40 +332,40 @@ def time_kernels(task: Task, size: str, dtype_name: str, p: float) -> dict[str, 
 
 
 def fused(quick: bool) -> dict[str, Item]:
-    from bench import gpu_fused
+    from bench import fused_cases
 
     items: dict[str, Item] = {COMPILE_WORKS: try_compile}
     sizes, dtypes = (FUSED_SIZES[:1], FUSED_DTYPES[:2]) if quick else (FUSED_SIZES, FUSED_DTYPES)
-    for size, dtype, name in itertools.product(sizes, dtypes, gpu_fused.FUSED):
+    for size, dtype, name in itertools.product(sizes, dtypes, fused_cases.FUSED):
         items[f"{name}, {size} {dtype}"] = lambda task, case=(name, size, dtype): time_fused(task, *case)
     return items
 
 
 def time_fused(task: Task, name: str, size: str, dtype_name: str) -> dict[str, Any]:
     """Whole calls and their gradients, beside torch's formula, eager and compiled."""
-    from bench import gpu_fused
+    from bench import fused_cases
 
-    machine, torch, ours = task.machine, task.machine.torch, gpu_fused.FUSED[name]
+    machine, torch, ours = task.machine, task.machine.torch, fused_cases.FUSED[name]
     x = rotation(machine, machine.matrices[size], dtype_name)
     y = [torch.empty_like(each) for each in x]
     tensors = [ours.tensors(each) for each in x]
-    count = len(gpu_fused.results(ours.ours, tensors[0]))
+    count = len(fused_cases.results(ours.ours, tensors[0]))
     upstream = [tuple(torch.randn_like(each) for _ in range(count)) for each in x]
-    gpu_fused.assert_right(ours, tensors[0], upstream[0])
+    fused_cases.assert_right(ours, tensors[0], upstream[0])
 
     def steps(function: Callable[..., Any]) -> dict[str, tuple[Callable[[int], object], ...]]:
         held: dict[str, list[Any]] = {what: [None] * len(x) for what in (FORWARD, BACKWARD, "lasting")}
 
         def forward(i: int) -> None:
-            held[FORWARD][i] = gpu_fused.results(function, tensors[i])
+            held[FORWARD][i] = fused_cases.results(function, tensors[i])
 
         def backward(i: int) -> None:
-            held[BACKWARD][i] = gpu_fused.gradients(held[FORWARD][i], tensors[i], upstream[i])
+            held[BACKWARD][i] = fused_cases.gradients(held[FORWARD][i], tensors[i], upstream[i])
 
         def backward_alone(i: int) -> None:
             if held["lasting"][i] is None:  # not before: it goes to the stream that forward went to
-                held["lasting"][i] = gpu_fused.results(function, tensors[i])
-            held[BACKWARD][i] = gpu_fused.gradients(held["lasting"][i], tensors[i], upstream[i], again=True)
+                held["lasting"][i] = fused_cases.results(function, tensors[i])
+            held[BACKWARD][i] = fused_cases.gradients(held["lasting"][i], tensors[i], upstream[i], again=True)
 
         return {FORWARD: (forward,), BACKWARD: (backward_alone,), BOTH: (forward, backward)}
 

@@ -45,9 +45,8 @@ class Suite:
             if "bytes" in theirs:
                 continue
             lines.append(
-                f"| {row['kind']} | {case(row)} | {1e3 * row['seconds']:.3f} | "
-                f"{1e9 * row['seconds'] / row['elements']:.3f} | {peer} | {1e3 * theirs['seconds']:.3f} | "
-                f"{theirs['ratio']:.3f} |"
+                f"| {row['kind']} | {case(row)} | {1e3 * row['seconds']:.3f} | {per_element(row)} | {peer} | "
+                f"{1e3 * theirs['seconds']:.3f} | {theirs['ratio']:.3f} |"
             )
         return "\n".join(lines) + "\n"
 
@@ -59,7 +58,7 @@ class Suite:
         import matplotlib.pyplot as plt
 
         one_thread = [row for row in rows if row["threads"] == 1]
-        shown = [(row, peer) for row, peer in pairs(one_thread) if row["peers"][peer].get("shown", True)][::-1]
+        shown = pairs(one_thread)[::-1]
         limits = [self.limit(row, peer) for row, peer in shown]
         figure, axis = plt.subplots(figsize=(10, 0.32 * len(shown) + 1.2), layout="constrained")
         colors = [
@@ -89,6 +88,11 @@ def pairs(rows: list[Row]) -> list[tuple[Row, str]]:
 
 def ratio(row: Row, peer: str) -> float:
     return float(row["peers"][peer]["ratio"])
+
+
+def per_element(row: Row) -> str:
+    """Nanoseconds, where elements say something."""
+    return f"{1e9 * row['seconds'] / row['elements']:.3f}" if "elements" in row else ""
 
 
 def case(row: Row) -> str:

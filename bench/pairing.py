@@ -32,15 +32,14 @@ def alternate(
 
     ``around`` gives the context that ``measured`` alone runs in, entered and left outside of the time taken.
     """
-    repeats, cached, cost = {}, set(), 0.0
+    repeats, seconds_once = {}, {}
     for name, call in {"": measured, **peers}.items():
         with around() if name == "" else contextlib.nullcontext():
             call()
-            once = min(sample(call, 1) for _ in range(3))
+            once = seconds_once[name] = min(sample(call, 1) for _ in range(3))
         repeats[name] = max(1, round(SAMPLE_SECONDS / once))
-        if once < UNCACHED_SECONDS:
-            cached.add(name)
-        cost += once * repeats[name] + (max(once, settle) if name in cached else 0.0)
+    cached = min(seconds_once.values()) < UNCACHED_SECONDS  # of all or of none: none is to be the only one prepared
+    cost = sum(once * repeats[name] + cached * max(once, settle) for name, once in seconds_once.items())
     rounds = min(max(int(seconds / cost), MIN_ROUNDS), MAX_ROUNDS)
     samples: dict[str, list[float]] = {name: [] for name in peers}
     order = list(peers)
@@ -51,11 +50,11 @@ def alternate(
         surroundings.close()
         shuffle(order)
         for name in order:
-            if name in cached:
+            if cached:
                 _run_for(peers[name], settle)  # brings back into the caches what neighbours have used, wakes threads
             samples[name].append(sample(peers[name], repeats[name]))
         surroundings.enter_context(around())
-        if "" in cached:
+        if cached:
             _run_for(measured, settle)
 
     def run() -> None:

@@ -12,18 +12,27 @@ import pytest
 import fastdrop as fd
 from fastdrop.cli import contenders
 
+from . import memory
 from .pairing import SETTLE_SECONDS, alternate
-from .report_fused import ADD, COMPILED, GELU, KEPT, LAYER_NORM, MUL, P_ZERO, SOFTMAX
+from .report_fused import ADD, ADD_AND_NORM, ATTENTION, COMPILED, GELU, KEPT, LAYER_NORM, MUL, P_ZERO, SOFTMAX
 
 torch = pytest.importorskip("torch")
 fdt = pytest.importorskip("fastdrop.torch")
 models = pytest.importorskip("bench.models")
+cases = pytest.importorskip("bench.fused_cases")
+FEWEST_SCORES = pytest.importorskip("fastdrop.torch.override").FEWEST_SCORES
 F = torch.nn.functional
 
 SECONDS, STEP_SECONDS = 3.0, 15.0
 P = 0.1
 SCALE = 1.25
 SHAPES = {"2048 x 2048": (2048, 2048), "8192 x 1024": (8192, 1024)}
+# Batch, heads, queries and keys, width of a head: in a training step, and on both sides of what `enable` routes.
+ATTENTIONS = {
+    "8 x 4 x 128 x 64": (8, 4, 128, 64),
+    "1 x 2 x 160 x 64": (1, 2, 160, 64),
+    "1 x 2 x 96 x 64": (1, 2, 96, 64),
+}
 
 
 @pytest.fixture(params=(1, 2), ids=lambda n: f"t{n}")
@@ -33,11 +42,16 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 shapes = pytest.mark.parametrize("shape", SHAPES)
+results = pytest.mark.parametrize("results", memory.KINDS)
 
 
-def compare(benchmark: Any, threads: int, ours: Any, peers: dict[str, Any], shape: str, **case: Any) -> None:
+def compare(
+    benchmark: Any, threads: int, ours: Any, peers: dict[str, Any], shape: str, results: str = "reused", **case: Any
+) -> None:
+    case["operation"] += ", fresh memory" * (results == "fresh")
     benchmark.extra_info.update(threads=threads, layout=shape, elements=math.prod(SHAPES[shape]), **case)
-    alternate(benchmark, ours, peers, SECONDS, SETTLE_SECONDS if threads > 1 else 0.0)
+    with memory.results(results):
+        alternate(benchmark, ours, peers, SECONDS, SETTLE_SECONDS if threads > 1 else 0.0)
 
 
 @shapes
@@ -53,108 +67,93 @@ def test_relu(shape: str, threads: int, benchmark: Any) -> None:
     x, _, y, bias, _ = arrays(shape)
     peers = {MUL: lambda: torch.mul(x, SCALE, out=y)}
     ours = lambda: fd.bias_act_dropout(x.numpy(), bias.numpy(), P, "relu", out=y.numpy())  # noqa: E731
-    compare(benchmark, threads, ours, peers, shape, kind="bias_act_dropout, relu", operation="forward")
+    compare(benchmark, threads, ours, peers, shape, kind="bias_act_dropout relu", operation="forward")
 
 
 @shapes
-def test_gelu(shape: str, threads: int, benchmark: Any) -> None:
+@results
+def test_gelu(results: str, shape: str, threads: int, benchmark: Any) -> None:
     x, bias = (leaf(t) for t in arrays(shape)[:4:3])
     compare(
-        benchmark, threads, lambda: fdt.bias_act_dropout(x, bias, P, "gelu"), {GELU: lambda: F.gelu(x)}, shape,
-        kind="bias_act_dropout, gelu", operation="forward",
+        benchmark, threads, lambda: fdt.bias_act_dropout(x, bias, P, "gelu"), {GELU: lambda: F.gelu(x)}, shape, results,
+        kind="bias_act_dropout gelu", operation="forward",
     )  # fmt: skip
 
 
 @shapes
+@results
 @pytest.mark.parametrize("operation", ["forward", "backward"])
-def test_layer_norm(operation: str, shape: str, threads: int, benchmark: Any) -> None:
+def test_layer_norm(operation: str, results: str, shape: str, threads: int, benchmark: Any) -> None:
     x, residual, dy, shift, weight = (leaf(t) for t in arrays(shape))
     ours: Callable[[], Any] = lambda: fdt.dropout_add_layer_norm(x, residual, weight, shift, P)  # noqa: E731
     theirs: Callable[[], Any] = lambda: F.layer_norm(x, x.shape[-1:], weight, shift)  # noqa: E731
+    peers = {LAYER_NORM: theirs, ADD_AND_NORM: lambda: F.layer_norm(residual + x, x.shape[-1:], weight, shift)}
     if operation == "backward":
         normed, normed_alone = ours()[0], theirs()
         ours = gradient(normed, (x, residual, weight, shift), dy)
-        theirs = gradient(normed_alone, (x, weight, shift), dy)
+        peers = {LAYER_NORM: gradient(normed_alone, (x, weight, shift), dy)}
     compare(
-        benchmark, threads, ours, {LAYER_NORM: theirs}, shape, kind="dropout_add_layer_norm", operation=operation,
+        benchmark, threads, ours, peers, shape, results, kind="dropout_add_layer_norm", operation=operation,
     )  # fmt: skip
 
 
 @shapes
-def test_softmax(shape: str, threads: int, benchmark: Any) -> None:
+@results
+def test_softmax(results: str, shape: str, threads: int, benchmark: Any) -> None:
     x = leaf(arrays(shape)[0])
     peers = {SOFTMAX: lambda: F.softmax(x, -1)}
     compare(
-        benchmark, threads, lambda: fdt.softmax_dropout(x, P), peers, shape,
+        benchmark, threads, lambda: fdt.softmax_dropout(x, P), peers, shape, results,
         kind="softmax_dropout", operation="forward",
     )  # fmt: skip
 
 
-# Ours, and the formula that torch.compile is given.
-FORMULAS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "dropout_add": (
-        lambda x, r, b, w: fdt.dropout_add(x, r, P),
-        lambda x, r, b, w: r + F.dropout(x, P),
-    ),
-    "bias_dropout_add": (
-        lambda x, r, b, w: fdt.bias_dropout_add(x, b, r, P),
-        lambda x, r, b, w: r + F.dropout(x + b, P),
-    ),
-    "bias_act_dropout, relu": (
-        lambda x, r, b, w: fdt.bias_act_dropout(x, b, P, "relu"),
-        lambda x, r, b, w: F.dropout(F.relu(x + b), P),
-    ),
-    "bias_act_dropout, gelu": (
-        lambda x, r, b, w: fdt.bias_act_dropout(x, b, P, "gelu"),
-        lambda x, r, b, w: F.dropout(F.gelu(x + b), P),
-    ),
-    "swiglu_dropout": (
-        lambda x, r, b, w: fdt.swiglu_dropout(x, r, P),
-        lambda x, r, b, w: F.dropout(F.silu(x) * r, P),
-    ),
-    "dropout_add_layer_norm": (
-        lambda x, r, b, w: fdt.dropout_add_layer_norm(x, r, w, b, P)[0],
-        lambda x, r, b, w: F.layer_norm(r + F.dropout(x, P), x.shape[-1:], w, b),
-    ),
-    "dropout_add_rms_norm": (
-        lambda x, r, b, w: fdt.dropout_add_rms_norm(x, r, w, P)[0],
-        lambda x, r, b, w: F.rms_norm(r + F.dropout(x, P), x.shape[-1:], w),
-    ),
-    "softmax_dropout": (
-        lambda x, r, b, w: fdt.softmax_dropout(x, P),
-        lambda x, r, b, w: F.dropout(F.softmax(x, -1), P),
-    ),
-}
+@pytest.mark.parametrize("shape", ATTENTIONS)
+def test_attention(shape: str, threads: int, benchmark: Any) -> None:
+    """Forward and backward, dropout in both."""
+    torch.manual_seed(0)
+    inputs = tuple(torch.randn(ATTENTIONS[shape], requires_grad=True) for _ in range(3))
+    dy = torch.randn(ATTENTIONS[shape])
+    ours = step(lambda q, k, v: fdt.scaled_dot_product_attention(q, k, v, dropout_p=P), inputs, dy)
+    peers = {ATTENTION: step(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=P), inputs, dy)}
+    batch, heads, length, _ = ATTENTIONS[shape]
+    benchmark.extra_info.update(
+        kind="scaled_dot_product_attention", operation="forward+backward", layout=shape, threads=threads,
+        elements=batch * heads * length * length, small=batch * heads * length * length < FEWEST_SCORES,
+    )  # fmt: skip
+    alternate(benchmark, ours, peers, SECONDS, SETTLE_SECONDS if threads > 1 else 0.0)
 
 
 @shapes
-@pytest.mark.parametrize("kind", FORMULAS)
+@pytest.mark.parametrize("kind", cases.FUSED)
 def test_compiled(kind: str, shape: str, threads: int, benchmark: Any) -> None:
     """Forward and backward, against what torch.compile makes of the formula."""
-    x, residual, dy, bias, weight = (leaf(t) for t in arrays(shape))
-    ours, formula = FORMULAS[kind]
     torch.compiler.reset()
-    compiled = torch.compile(formula)
-    inputs = (x, residual, bias, weight)
+    fused = cases.FUSED[kind]
+    tensors = fused.tensors(arrays(shape)[0])
+    upstream = tuple(torch.randn_like(y) for y in cases.results(fused.ours, tensors))
+    compiled = torch.compile(fused.formula)
+    ours, theirs = (
+        lambda function=function: cases.gradients(cases.results(function, tensors), tensors, upstream)
+        for function in (fused.ours, compiled)
+    )
     compare(
-        benchmark, threads, step(ours, inputs, dy), {COMPILED: step(compiled, inputs, dy)}, shape,
-        kind=kind, operation="forward+backward",
+        benchmark, threads, ours, {COMPILED: theirs}, shape, kind=kind, operation="forward+backward",
     )  # fmt: skip
 
 
 def test_training_step(threads: int, benchmark: Any) -> None:
     """TransformerEncoder, 4 layers, fused at p = 0.1 against torch's own at p = 0; and the bytes that forward keeps."""
     name = "TransformerEncoder"
-    fused = models.training_step(name, P, fdt.fuse)
-    with fdt.enabled():
-        kept = models.bytes_kept(name, P, fdt.fuse)
-    plain = models.bytes_kept(name, P)
-    tokens = models.BATCH * models.LENGTH
+    kept, plain = models.bytes_kept(name, P, fdt.fuse), models.bytes_kept(name, P)
     benchmark.extra_info.update(
-        kind="training step", operation=name, layout="8 x 128 tokens, 256 wide", threads=threads, elements=tokens
+        kind="training step", operation=name, layout="8 x 128 tokens, 256 wide", threads=threads
+    )  # fmt: skip
+    alternate(
+        benchmark, models.training_step(name, P, fdt.fuse), {P_ZERO: models.training_step(name, 0.0)}, STEP_SECONDS
     )
-    alternate(benchmark, fused, {P_ZERO: models.training_step(name, 0.0)}, STEP_SECONDS, around=fdt.enabled)
-    benchmark.extra_info["peers"][KEPT] = {"ratio": kept / plain, "bytes": plain}
+    if threads == 1:  # they don't depend on it
+        benchmark.extra_info["peers"][KEPT] = {"ratio": kept / plain, "bytes": plain}
 
 
 @lru_cache(maxsize=1)

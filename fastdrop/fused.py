@@ -1,8 +1,8 @@
 """The NumPy API of the fused ops: dropout with what stands before and after it in a network, in one pass over memory.
 
-The mask is drawn first, as `dropout` draws it, and one primitive does the rest under its words: a fused op has the mask
-of plain `dropout` with the same random state. This module owns what each op hands to its primitive and what it keeps
-for backward; `host` and `device` know how arrays in memory and on a GPU get there.
+The mask is `dropout`'s, and one primitive does the rest under its words, which it may draw itself: a fused op has the
+mask of plain `dropout` with the same random state. This module owns what each op hands to its primitive and what it
+keeps for backward; `host` and `device` know how arrays in memory and on a GPU get there.
 
 Data is ``(*, columns)``, any axes before the last, any strides. Results are C-contiguous, and so are gradients but for
 one that is dy itself.

@@ -70,15 +70,15 @@ def data_pointers(tensors, n):
 @pytest.mark.parametrize("name", FUSED)
 def test_bytes_moved_are_those_of_arguments_results_and_what_is_kept(name, dtype):
     torch = pytest.importorskip("torch")
-    from bench import gpu_fused
+    from bench import fused_cases
 
-    assert tuple(gpu_fused.FUSED) == FUSED
-    fused, x = gpu_fused.FUSED[name], torch.randn(40, 24, dtype=getattr(torch, dtype))
+    assert tuple(fused_cases.FUSED) == FUSED
+    fused, x = fused_cases.FUSED[name], torch.randn(40, 24, dtype=getattr(torch, dtype))
     tensors, kept, n, item = fused.tensors(x), [], x.numel(), x.element_size()
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        found = gpu_fused.results(fused.ours, tensors)
+        found = fused_cases.results(fused.ours, tensors)
     upstream = tuple(torch.randn_like(y) for y in found)
-    gradients = gpu_fused.gradients(found, tensors, upstream)
+    gradients = fused_cases.gradients(found, tensors, upstream)
     (words,) = [tensor for tensor in kept if tensor.dtype is torch.int32]
     of_forward = data_pointers([*tensors.values(), *found, *kept], n)
     of_backward = data_pointers([*upstream, *kept, *gradients], n)
@@ -402,16 +402,16 @@ def test_every_contender_of_a_fused_function_takes_part():
 @pytest.mark.parametrize(("part", "step"), [(0, "forward"), (-1, "backward")])
 def test_fused_functions_are_not_timed_while_they_are_wrong(monkeypatch, part, step):
     pytest.importorskip("torch")
-    from bench import gpu_fused
+    from bench import fused_cases
 
-    monkeypatch.setattr(gpu_fused, "results" if part == 0 else "gradients", wrong_at_first(gpu_fused, step))
+    monkeypatch.setattr(fused_cases, "results" if part == 0 else "gradients", wrong_at_first(fused_cases, step))
     with pytest.raises(AssertionError, match=f"{step} is wrong"):
         time_fused("swiglu_dropout")
 
 
-def wrong_at_first(gpu_fused, step):
+def wrong_at_first(fused_cases, step):
     """The first call's outcome, which is the device's, is a hundredth off."""
-    right, calls = getattr(gpu_fused, "results" if step == "forward" else "gradients"), []
+    right, calls = getattr(fused_cases, "results" if step == "forward" else "gradients"), []
 
     def wrong(*arguments, **options):
         calls.append(None)
@@ -441,7 +441,7 @@ def recorder(monkeypatch):
 
 def test_every_fused_kernel_is_compiled_before_it_is_timed(recorder, monkeypatch):
     torch = pytest.importorskip("torch")
-    from bench import gpu_fused
+    from bench import fused_cases
     from fastdrop import backends
     from fastdrop.torch import _cuda
 
@@ -449,11 +449,11 @@ def test_every_fused_kernel_is_compiled_before_it_is_timed(recorder, monkeypatch
     monkeypatch.setattr(_cuda, "place", lambda x: (0, 0))
     monkeypatch.setattr(_cuda, "is_usable", lambda device: True)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
-    for name, dtype in itertools.product(gpu_fused.FUSED, gpu_timing.FUSED_DTYPES):
-        fused = gpu_fused.FUSED[name]
+    for name, dtype in itertools.product(fused_cases.FUSED, gpu_timing.FUSED_DTYPES):
+        fused = fused_cases.FUSED[name]
         tensors = fused.tensors(torch.zeros(48, 32, dtype=getattr(torch, dtype)))
-        found = gpu_fused.results(fused.ours, tensors)
-        gpu_fused.gradients(found, tensors, tuple(torch.zeros_like(y) for y in found))
+        found = fused_cases.results(fused.ours, tensors)
+        fused_cases.gradients(found, tensors, tuple(torch.zeros_like(y) for y in found))
     bodies = {variant.body for variant in recorder.variants}
     assert bodies == {*compile.ROW_PARAMETERS, "draw_words", "elementwise"}
     assert recorder.variants <= set(gpu.every_variant())

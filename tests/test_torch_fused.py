@@ -592,7 +592,9 @@ def test_attention_masks(shape, dtype):
 def test_an_expanded_mask_is_taken_as_it_was(monkeypatch, dtype):
     scores, mask = torch.randn(3, 4, 5, 33), (torch.randn(3, 1, 1, 33) > -1).to(dtype)
     run, seen = _rows._run, []
-    monkeypatch.setattr(_rows, "_run", lambda name, *args, **rest: seen.append(args[2].numel()) or run(name, *args, **rest))
+    monkeypatch.setattr(
+        _rows, "_run", lambda name, *args, **rest: seen.append(args[2].numel()) or run(name, *args, **rest)
+    )
     results = [fdt.softmax_dropout(scores, P, 1.0, x, seed=SEED) for x in (mask, mask.expand(3, 4, 5, 33))]
     assert_equal(*results)
     assert seen == [3 * 33, 3 * 33]

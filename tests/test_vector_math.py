@@ -1,5 +1,6 @@
-"""exp, erf and tanh in float32: those of the Numba backends beside double precision, and their coefficients, which
-stand in Python and in C. tests/c/vector_math_test.c measures those of C.
+"""exp, erf, tanh and gelu in float32 beside double precision, and their coefficients, which stand in Python and in C.
+
+tests/c/vector_math_test.c measures C's exp, erf and tanh.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from fastdrop import activations
+from fastdrop._checks import FLOAT32
+from fastdrop.activations import GELU
 
 from .cases import ROOT
 
@@ -61,6 +64,19 @@ def test_curves_to_the_true_value(name):
     errors = ulps(got, exact)
     worst = np.argmax(errors)
     assert errors[worst] <= MOST, f"{errors[worst]:.3g} ulp at {x[worst]}"
+
+
+def test_gelu_keeps_its_digits(compiled):
+    """Where a difference of near numbers would lose them, as by erf: far below 0."""
+    h = np.concatenate([np.linspace(-8, 8, 40_001), np.geomspace(1e-30, 1, 997), -np.geomspace(1e-30, 1, 997)])
+    h = h.astype(np.float32)
+    y = np.empty_like(h)
+    compiled.pointwise_forward(FLOAT32, FLOAT32, h, None, None, None, None, y, None, 1, h.size, 1.0, GELU)
+    exact = np.array([0.5 * v * math.erfc(-v / math.sqrt(2)) for v in h.tolist()])
+    assert ulps(y, exact)[h >= -1].max() <= 5
+    tail = (h < -1) & (h > -6)
+    assert (np.abs(y - exact)[tail] / np.abs(exact)[tail]).max() <= 1e-3
+    assert np.abs(y - exact)[h <= -6].max() <= 1e-8
 
 
 def in_c(name: str) -> str:

@@ -1,4 +1,4 @@
-"""exp, erf, tanh and the activations made of them, as scalars of the Numba backends: for CPU and CUDA.
+"""exp, erf, tanh, the normal distribution and activations, as scalars of the Numba backends: for CPU and CUDA.
 
 float32 by the polynomials of `fastdrop.activations`, exp, erf and tanh at most 2 ulp from the true value, subnormal
 results included; without branches, so that loops over them are vectorised. float64 by Numba's math: it is there to be
