@@ -9,24 +9,45 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Iterator
+import resource
+from collections.abc import Callable, Iterator
 
 TRIM_THRESHOLD, MMAP_THRESHOLD, MMAP_MAX = -1, -3, -4  # mallopt's
 KINDS = ("reused", "fresh")
+FROM_BYTES = 1 << 20
+OPTIONS = {"reused": {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}, "fresh": {MMAP_MAX: 65536, MMAP_THRESHOLD: FROM_BYTES}}
 
 
 @contextlib.contextmanager
 def results(kind: str) -> Iterator[None]:
-    """``reused``: from the heap, which keeps what is freed; ``fresh``: mapped anew from 1 MiB on."""
-    options = {"reused": {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1}, "fresh": {MMAP_MAX: 65536, MMAP_THRESHOLD: 1 << 20}}
-    _set(options[kind])
+    """``reused``: from the heap, which keeps what is freed; ``fresh``: mapped anew from 1 MiB on.
+
+    Once asked for, glibc's own way, a threshold that moves with what is freed, does not come back: let no case of a
+    suite do without.
+    """
+    c = ctypes.CDLL(None)
+    if not all(c.mallopt(option, value) for option, value in OPTIONS[kind].items()):
+        raise RuntimeError("these benchmarks ask glibc for memory, but it refused")
+    c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    taken = list(_free_chunks(c.malloc)) if kind == "fresh" else []
     try:
         yield
     finally:
-        _set({MMAP_MAX: 65536, MMAP_THRESHOLD: 128 << 10, TRIM_THRESHOLD: 128 << 10})  # glibc's defaults
+        for chunk in taken:
+            c.free(chunk)
 
 
-def _set(options: dict[int, int]) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None or not all(mallopt(option, value) for option, value in options.items()):
-        raise RuntimeError("these benchmarks ask glibc for memory, but this C library has no mallopt or refused it")
+def _free_chunks(malloc: Callable[[int], int]) -> Iterator[int]:
+    """What the heap has left of large chunks, which it would give before it maps any."""
+    while True:
+        chunk = malloc(FROM_BYTES)
+        yield chunk
+        if ctypes.c_size_t.from_address(chunk - ctypes.sizeof(ctypes.c_size_t)).value & 2:  # it is mapped
+            return
+
+
+def faults(call: Callable[[], object]) -> int:
+    """Pages that the system has to provide for a call."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before

@@ -105,7 +105,7 @@ typedef struct {
     uint64_t begin, units; /* cells begin .. begin+units-1, or rows or panels of rows */
     uint64_t cells;        /* in a unit */
     uint64_t bytes;        /* of the largest output */
-    fd_panels panels;      /* to be added up afterwards, unless they have no sums */
+    add_panels_args sums;  /* to be added up afterwards, where there is more than one panel */
 } work_t;
 
 static work_t by_cells(uint64_t n, int dtype) {
@@ -121,7 +121,7 @@ static work_t by_panels(uint64_t n, int dtype, void *sums, uint64_t panels, uint
     return (work_t){.units = panels,
                     .cells = n / panels,
                     .bytes = n * element_bytes(dtype),
-                    .panels = {sums, panels, width, dtype == FD_FLOAT64}};
+                    .sums = {sums, panels, width, dtype == FD_FLOAT64}};
 }
 
 static int draw_bits_good(const draw_bits_args *a) {
@@ -200,11 +200,12 @@ static work_t norm_forward_work(const norm_forward_args *a) { return by_rows(a->
 
 static int norm_backward_good(const norm_backward_args *a) {
     return a->dy && a->sum && a->statistics && (a->dx || a->dresidual) && good_dtypes(a->dtype, a->sum_dtype) &&
-           good_rows(a->rows, a->columns) && a->panels;
+           good_rows(a->rows, a->columns) && (!a->sums || a->panels);
 }
 static work_t norm_backward_work(const norm_backward_args *a) {
-    if (!a->sums) return by_rows(a->rows, a->columns, a->dtype);
-    return by_panels(a->rows * a->columns, a->dtype, a->sums, a->panels, 3 * a->columns);
+    const int type = a->dresidual ? a->sum_dtype : a->dtype;
+    if (!a->sums) return by_rows(a->rows, a->columns, type);
+    return by_panels(a->rows * a->columns, type, a->sums, a->panels, 3 * a->columns);
 }
 
 static int softmax_forward_good(const softmax_forward_args *a) {
@@ -220,31 +221,30 @@ static work_t softmax_backward_work(const softmax_backward_args *a) { return by_
 /* The public entry points. */
 #define FD_VALUE(type, name) .name = name,
 #define FD_OP(op, PARAMETERS)                                                                                          \
-    static int run_##op(op##_args *args) {                                                                             \
-        if (!op##_good(args)) return FD_BAD_ARGUMENT;                                                                  \
+    static int run_##op(op##_args *args) { /* a sound call */                                                          \
         const fd_table *table = isas[fd_isa_active()].table;                                                           \
         const work_t work = op##_work(args);                                                                           \
         args->stream = work.bytes >= FD_STREAM_BYTES;                                                                  \
         fd_parallel_for(table->op, args, work.begin, work.begin + work.units, work.cells);                             \
-        if (work.panels.sums)                                                                                          \
-            fd_parallel_for(table->add_panels, &work.panels, 0, work.panels.width, work.panels.panels);                \
+        if (work.sums.panels > 1)                                                                                      \
+            fd_parallel_for(table->add_panels, &work.sums, 0, work.sums.width, work.sums.panels);                      \
         return FD_OK;                                                                                                  \
     }                                                                                                                  \
     int fd_##op(PARAMETERS(FD_PARAMETER, FD_NEXT_PARAMETER)) {                                                         \
         op##_args args = {PARAMETERS(FD_VALUE, FD_VALUE)};                                                             \
-        return run_##op(&args);                                                                                        \
+        return op##_good(&args) ? run_##op(&args) : FD_BAD_ARGUMENT;                                                   \
     }
-/* Threads draw for themselves, unless they would write into the same word. */
+/* Words are drawn first where rows end inside of words, as two threads may then share one. Cells are split at whole
+ * blocks. */
 #define FD_DRAWING_OP(op, PARAMETERS)                                                                                  \
     FD_OP(op, PARAMETERS)                                                                                              \
-    int fd_##op##_drawn(uint64_t seed, uint64_t offset,                                                                \
-                        uint64_t threshold PARAMETERS(FD_NEXT_PARAMETER, FD_NEXT_PARAMETER)) {                         \
+    int fd_##op##_drawn(DRAW_PARAMETERS(FD_PARAMETER, FD_NEXT_PARAMETER)                                               \
+                            PARAMETERS(FD_NEXT_PARAMETER, FD_NEXT_PARAMETER)) {                                        \
         op##_args args = {PARAMETERS(FD_VALUE, FD_VALUE)};                                                             \
-        draw_bits_args draw = {                                                                                        \
-            .words = (void *)words, .n = rows * columns, .seed = seed, .offset = offset, .threshold = threshold};      \
+        draw_bits_args draw = {.words = (void *)words, .n = rows * columns, DRAW_PARAMETERS(FD_VALUE, FD_VALUE)};      \
         if (!op##_good(&args) || !draw_bits_good(&draw)) return FD_BAD_ARGUMENT;                                       \
         const work_t work = op##_work(&args);                                                                          \
-        if (work.cells % 32 && work.cells > 1)                                                                         \
+        if (work.cells > 1 && work.cells % 32)                                                                         \
             run_draw_bits(&draw);                                                                                      \
         else                                                                                                           \
             args.draw = &draw;                                                                                         \

@@ -20,7 +20,7 @@ enum { FD_OK = 0, FD_BAD_ARGUMENT = -1, FD_BAD_ISA = -2 };
 enum { FD_FLOAT32 = 0, FD_FLOAT64 = 1, FD_FLOAT16 = 2, FD_BFLOAT16 = 3 };
 enum { FD_NO_ACTIVATION = 0, FD_RELU = 1, FD_GELU = 2, FD_GELU_TANH = 3, FD_SILU = 4 };
 
-/* Work is split at multiples of this many cells: one AVX-512 vector of 16 words. */
+/* Work on cells is split at multiples of so many: one AVX-512 vector of 16 words. */
 enum { FD_BLOCK_CELLS = 512, FD_BLOCK_WORDS = FD_BLOCK_CELLS / 32 };
 
 /* Outputs at least this large are written with streaming stores: they do not survive in the cache until the next pass
@@ -33,8 +33,8 @@ enum { FD_STREAM_BYTES = 16 << 20 };
 /* Drawn: cell i's bit is bit i of words, which are written as by draw_bits of cells 0 .. rows columns - 1. */
 #define FD_DRAWING_OP(name, PARAMETERS)                                                                                \
     FD_OP(name, PARAMETERS)                                                                                            \
-    int fd_##name##_drawn(uint64_t seed, uint64_t offset,                                                              \
-                          uint64_t threshold PARAMETERS(FD_NEXT_PARAMETER, FD_NEXT_PARAMETER));
+    int fd_##name##_drawn(DRAW_PARAMETERS(FD_PARAMETER, FD_NEXT_PARAMETER)                                             \
+                              PARAMETERS(FD_NEXT_PARAMETER, FD_NEXT_PARAMETER));
 #include "ops.def"
 #undef FD_OP
 

@@ -22,23 +22,24 @@ COMPILE_ARGS = ["-std=c11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fvi
 
 COMMENT = re.compile(r"/\*.*?\*/", re.S)
 ROW = re.compile(r"#define (\w+)_PARAMETERS\(FIRST, NEXT\)((?:.*\\\n)*.*)\nFD_(DRAWING_)?OP\((\w+), \1_PARAMETERS\)")
-DRAW = [("uint64_t", "seed"), ("uint64_t", "offset"), ("uint64_t", "threshold")]
+DRAW = re.compile(r"#define DRAW_PARAMETERS\(FIRST, NEXT\)((?:.*\\\n)*.*)\n")
 PARAMETER = re.compile(r"(?:FIRST|NEXT)\(([^,]+), (\w+)\)")
 
 
 def primitives() -> dict[str, list[tuple[str, str]]]:
     """Each primitive's (C type, name) parameters, as ops.def lists them."""
-    return {name: PARAMETER.findall(body) for _, body, _, name in _rows()}
+    return {name: PARAMETER.findall(body) for _, body, _, name in ROW.findall(_list())}
 
 
 def entry_points() -> dict[str, list[tuple[str, str]]]:
     """The primitives, and ``<name>_drawn`` of those that can draw their words."""
-    drawn = {f"{name}_drawn": DRAW + PARAMETER.findall(body) for _, body, draws, name in _rows() if draws}
+    draw = PARAMETER.findall("".join(DRAW.findall(_list())))
+    drawn = {f"{name}_drawn": draw + PARAMETER.findall(body) for _, body, draws, name in ROW.findall(_list()) if draws}
     return primitives() | drawn
 
 
-def _rows() -> list[tuple[str, ...]]:
-    return ROW.findall(COMMENT.sub("", (HERE / "ops.def").read_text()))
+def _list() -> str:
+    return COMMENT.sub("", (HERE / "ops.def").read_text())
 
 
 def addressed() -> dict[str, tuple[str, str]]:

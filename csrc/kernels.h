@@ -23,13 +23,13 @@ typedef struct {
     void *sums;
     uint64_t panels, width;
     int wide; /* float64, else float32 */
-} fd_panels;
+} add_panels_args;
 
 typedef struct {
 #define FD_OP(name, PARAMETERS) fd_kernel name;
 #include "ops.def"
 #undef FD_OP
-    fd_kernel add_panels; /* of an fd_panels; units are columns */
+    fd_kernel add_panels; /* of add_panels_args; units are columns */
     void (*scale_float32)(const float *x, float *y, uint64_t n, float a, int stream);
 } fd_table;
 

@@ -383,8 +383,9 @@ typedef struct {
 typedef struct {
     bits_t bits;
     const draw_bits_args *args;
-    uint64_t at, n, end;          /* cells at .. at+n-1 are being drawn; those below are there */
-    unsigned lead, blocks, begun; /* of them: of the first cell in its block, and blocks in all and drawn */
+    uint64_t at, n, end; /* cells at .. at+n-1 are being drawn, of a thread's part up to end; those below are there */
+    unsigned lead;       /* of cell `at` in its block */
+    unsigned blocks, begun; /* of the chunk, and of those drawn so far */
     draw_t draw;
     chunk_t chunk;
 } drawing_t;
@@ -398,11 +399,12 @@ static void drawing_next(drawing_t *d) {
     if (d->n) chunk_open(&d->draw, &d->chunk, cell / FD_BLOCK_CELLS);
 }
 
-/* Of cells begin .. end-1 of so many, whose words a call has; draw is NULL where those are there. */
+/* A thread's part, begin .. end-1, of so many cells; draw is NULL where the words are there. Where they are not, what
+ * comes after the end is another thread's, who may be writing it. */
 static void drawing_open(drawing_t *d, const uint32_t *words, uint64_t cells, const draw_bits_args *draw,
                          uint64_t begin, uint64_t end) {
     d->bits.words = words;
-    d->bits.cells = cells;
+    d->bits.cells = draw ? end : cells;
     d->at = UINT64_MAX;
     d->begun = d->blocks = 0;
     if (!draw) return;
@@ -413,7 +415,7 @@ static void drawing_open(drawing_t *d, const uint32_t *words, uint64_t cells, co
     drawing_next(d);
 }
 
-/* Called once for each strip, with its end: until there words have to be there; and the next chunk's next block. */
+/* Before each strip: draws what it still lacks up to its end, and of the next chunk as many blocks as a strip has. */
 static OUTLINE void draw_until(drawing_t *d, uint64_t until) {
     while (d->at < until) {
         for (; d->begun < d->blocks; d->begun++) draw_block(&d->draw, &d->chunk, d->begun);
@@ -431,17 +433,6 @@ INLINE uint32_t run_at(const bits_t *bits, uint64_t position, unsigned n) {
     if (!bits->words) return ~0u;
     if (bits->cells - position >= SLACK_CELLS) return bits_at(bits->words, position, 0);
     return read_bits(bits->words, position, n);
-}
-
-/* write_bits for up to 32 bits anywhere. */
-INLINE void put_bits(uint32_t *words, uint64_t position, unsigned n, uint32_t bits) {
-    unsigned room = 32 - (unsigned)(position & 31);
-    if (n <= room) {
-        write_bits(words, position, n, bits);
-    } else {
-        write_bits(words, position, room, bits);
-        write_bits(words, position + room, n - room, bits >> room);
-    }
 }
 
 /* The first row of a panel: the first of them have one more than the last, where they don't come out even. */
@@ -511,7 +502,7 @@ DEFINE_BY_WIDTH(softmax_backward)
 
 /* The panels' sums into the first panel's, one after the other: the order in which they are added is the shape's. */
 static void add_panels(const void *arguments, uint64_t begin, uint64_t end) {
-    const fd_panels *args = arguments;
+    const add_panels_args *args = arguments;
     for (uint64_t at = begin, n; at < end; at += n) {
         n = min_u64(end - at, STRIP_CELLS);
         for (uint64_t panel = 1; panel < args->panels; panel++) {

@@ -2,8 +2,9 @@
  *
  * Data goes through a kernel's stages (bias, activation, bits, residual) a strip at a time, each stage a loop over
  * numbers of CTYPE in the nearest cache. What is stored as CTYPE is read and written where it lies; what is stored in
- * 16 bits passes through a strip's room. So a stage exists once, and storage types, activations and ops need not be
- * multiplied with one another. Norms and softmax go over a row again while it is in the cache.
+ * 16 bits passes through a strip's room. So a stage exists once for all storage types. One loop is composed at build
+ * time, `drop_as`, of bias, activation, bits and residual: it is all that most forward calls do. Norms and softmax go
+ * over a row again while it is in the cache.
  *
  * Sums over a row are taken in lanes and then in double, sums over a column by panels of rows and then over the panels:
  * in orders that the shape decides, whatever the threads.
@@ -400,7 +401,7 @@ INLINE void C(point)(const pointwise_forward_args *args, const bits_t *bits, C(r
     const C(t) *residual = C(view)(sum_type, args->residual, at, n, rooms->residual);
     C(t) *y = C(place)(sum_type, args->y, at, rooms->y, 0);
     uint32_t alive[STRIP_CELLS / 32];
-    int activation = args->activation, goes_around = stream && y != rooms->y;
+    int activation = args->activation;
     if (factor) {
         if (activation == FD_RELU)
             C(drop)(h, bias, NULL, rooms->x, bits, at, n, C(set1)(1), FD_RELU, alive, 0);
@@ -410,13 +411,13 @@ INLINE void C(point)(const pointwise_forward_args *args, const bits_t *bits, C(r
         h = rooms->x;
         bias = NULL;
         activation = FD_NO_ACTIVATION;
-    } else if (residual && activation != FD_NO_ACTIVATION) {
+    }
+    if (residual && activation != FD_NO_ACTIVATION) {
         C(drop)(h, bias, NULL, rooms->x, bits, at, n, a, activation, alive, 0);
         C(add)(rooms->x, residual, y, n);
-        goes_around = 0;
+    } else {
+        C(drop)(h, bias, residual, y, bits, at, n, a, activation, alive, stream && y != rooms->y);
     }
-    if (factor || !residual || activation == FD_NO_ACTIVATION)
-        C(drop)(h, bias, residual, y, bits, at, n, a, activation, alive, goes_around);
     C(deliver)(sum_type, args->y, at, n, y, stream);
     if (args->signs) copy_bits(args->signs, at, alive, 0, n);
 }

@@ -653,10 +653,10 @@ class _Call:
         x, factor, residual = (None if v is None else memory.contiguous(v) for v in (self.x, factor, residual))
         bias, bias_dtype = vector
         bias = None if bias is None else memory.detached(bias, y)
-        keeps = (x, factor, bias) if keeps_input(activation) else (None, None, None)
+        keeps = (x, factor, bias) if keeps_input(activation, factor is not None) else (None, None, None)
         kept_x, kept_up, kept_bias = (None if v is None else memory.detached(v, y) for v in keeps)
         target = memory.target(y)
-        signs = memory.empty_words_like(x, self.cells) if keeps_signs(activation) else None
+        signs = memory.empty_words_like(x, self.cells) if keeps_signs(activation, factor is not None) else None
         inputs, outputs = (x, bias, factor, residual), (target, signs)
         mask = self.forward("pointwise_forward", (self.dtype, y.dtype), inputs, outputs, self.scale, activation)
         if target is not y:

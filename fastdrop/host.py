@@ -77,7 +77,7 @@ def draw_words(like: Array | None, cells: int, first: int, seed: int, offset: in
 
 def words_for(like: Array, cells: int, seed: int, offset: int, cut: int) -> tuple[Words, Draw | None]:
     """The words for `run`, and what it needs if it is to draw them: C does so while data is on its way."""
-    if 0 < cut < DROP_ALL and hasattr(backends.active(), "drawn"):
+    if 0 < cut < DROP_ALL and backends.active_name() == "c":
         return empty_words(cells), (seed, offset, cut)
     return draw_words(like, cells, 0, seed, offset, cut), None
 
@@ -208,7 +208,9 @@ def run(
     """A fused primitive on contiguous arrays; it draws its words where `words_for` has left that to it."""
     stored = [None if x is None else _bits(x) for x in arrays]
     if draw is not None:
-        backends.active().drawn(primitive, *draw, *dtypes, *stored, *numbers)
+        from .backends import native  # asked by name: it need not be there
+
+        native.drawn(primitive, *draw, *dtypes, *stored, *numbers)
     else:
         getattr(backends.active(), primitive)(*dtypes, *stored, *numbers)
 

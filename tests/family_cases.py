@@ -13,7 +13,7 @@ import numpy as np
 
 import fastdrop as fd
 from fastdrop import kinds
-from fastdrop.stream import threshold
+from fastdrop.stream import DROP_ALL, threshold
 
 STORES = ("bits", "seed")
 SCALINGS = ("inverted", "standard")
@@ -56,7 +56,7 @@ def in_blocks(shape: tuple[int, ...], sizes: tuple[int, ...]) -> Callable[[float
         lead, extents = shape[:2], shape[2:]
         fitting = [min(size, extent) for size, extent in zip(sizes, extents, strict=True)]
         free = [extent - size + 1 for extent, size in zip(extents, fitting, strict=True)]
-        gamma = p * math.prod(extents) / (math.prod(fitting) * math.prod(free)) if p < 1 else 1.0
+        gamma = p * math.prod(extents) / (math.prod(fitting) * math.prod(free)) if threshold(p) < DROP_ALL else 1.0
         seeds = fd.draw_mask((*lead, *free), gamma, rng=rng).to_bool()
         kept = np.ones(shape, np.bool_)
         for n, c, *at in np.argwhere(~seeds):

@@ -141,7 +141,7 @@ def test_translation_serves_all_capabilities(cc: Capability, linker: None) -> No
     assert own == shared
 
 
-MOST_REGISTERS = {FLOAT32: 48, FLOAT64: 64, FLOAT16: 72, BFLOAT16: 72}
+MOST_REGISTERS = {FLOAT32: 48, FLOAT64: 64, FLOAT16: 80, BFLOAT16: 80}
 # Functions of the compiler's: for roots, inverses and quotients that aren't normal numbers, and where a block's task
 # begins.
 CALLED = r"__cuda_sm\d+x?_(?:d?sqrt|(?:dbl)?rcp|div)_rn_|__cuda_sm20_(?:div|rem)_u64"

@@ -40,7 +40,7 @@ SHAPE = (7, 53)
 
 
 def phi(h):
-    return 0.5 * (1 + np.vectorize(math.erf, otypes=[np.float64])(h / math.sqrt(2)))
+    return 0.5 * np.vectorize(math.erfc, otypes=[np.float64])(-h / math.sqrt(2))
 
 
 ACTIVATIONS = {

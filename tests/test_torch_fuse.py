@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 from functools import partial
 
@@ -17,11 +18,24 @@ from torch.nn.utils import prune  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 import fastdrop.torch as fdt  # noqa: E402
+from fastdrop.torch import _transformers  # noqa: E402
 from fastdrop.torch.fuse import fuse, unfuse  # noqa: E402
 
 from .cases import ROOT, output_of  # noqa: E402
 from .torch_cases import assert_equal, saved_tensors, under  # noqa: E402
-from .torch_fuse_cases import HEADS, HIDDEN, WIDTH, Backend, BertLayer, BertOutput, GPT2Model, fused_calls, place  # noqa: E402
+from .torch_fuse_cases import (  # noqa: E402
+    HEADS,
+    HIDDEN,
+    WIDTH,
+    AttentionInterface,
+    Backend,
+    BertLayer,
+    BertOutput,
+    GPT2Model,
+    fused_calls,
+    place,
+    sdpa,
+)
 
 BATCH, LENGTH, MEMORY = 2, 5, 7
 ENCODER, DECODER = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
@@ -514,8 +528,9 @@ def test_methods_replaced_since_are_called():
         model(x)
     assert not calls
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DECODER, "forward", lambda self, *_: None)
-        assert_left(layer(DECODER), ("", "its forward is not TransformerDecoderLayer's"))
+        for method in (lambda self, *_: None, functools.wraps(DECODER.forward)(lambda self, *_: None)):
+            patch.setattr(DECODER, "forward", method)
+            assert_left(layer(DECODER), ("", "its forward is not TransformerDecoderLayer's"))
 
 
 def test_a_norm_that_is_called_may_have_hooks():
@@ -643,7 +658,7 @@ def unfused(model):
     return model
 
 
-def test_fx_sees_the_modules_inside():
+def test_fx_sees_the_modules_inside(stand_ins):
     model = perceptron()
     fuse(model)
     graph = torch.fx.symbolic_trace(model).graph
@@ -652,6 +667,10 @@ def test_fx_sees_the_modules_inside():
     fuse(model)
     graph = torch.fx.symbolic_trace(model).graph
     assert [node.target for node in graph.nodes if node.op == "call_module"] == ["0"]
+    model = BertOutput(HIDDEN)
+    fuse(model)
+    graph = torch.fx.symbolic_trace(model).graph
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["dense", "dropout", "LayerNorm"]
 
 
 # ---- around a fused model ----
@@ -906,12 +925,83 @@ def test_transformers_blocks_that_are_left(stand_ins, monkeypatch):
     assert report.left[0].reason == "its forward is that of an unknown version of transformers"
 
 
-def test_transformers_attention_that_was_replaced(stand_ins):
-    interface = {"sdpa": lambda *_, **__: None}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.torch_fuse_cases.AttentionInterface.functions", interface)
-        report = fuse(BertLayer())
-    assert [(row.path, row.reason) for row in report.left] == [("attention", "its 'sdpa' attention was replaced")]
+class Replacement(nn.Module):
+    """Around a module, with what it returns."""
+
+    def __init__(self, inner, calls):
+        super().__init__()
+        self.inner, self.calls = inner, calls
+
+    def forward(self, *args, **kwargs):
+        self.calls.append(1)
+        return self.inner(*args, **kwargs)
+
+
+class Proxying(Replacement):
+    """Has the attributes of what it is around too."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+@pytest.mark.parametrize("kind", [Replacement, Proxying])
+@pytest.mark.parametrize("name", ["attn", "mlp"])
+def test_modules_put_into_a_transformers_block_since_are_called(stand_ins, name, kind):
+    model, plain = pair(lambda: GPT2Model().double())
+    fdt.convert(model)
+    calls = []
+    for block in (model.h, plain.h):
+        setattr(block, name, kind(getattr(block, name), calls))
+    fused = assert_same(model, plain, torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64))
+    assert "dropout_add_layer_norm" not in fused
+    assert len(calls) == 3
+    reason = f"{name} is a {kind.__name__}, not transformers' {'GPT2Attention' if name == 'attn' else 'GPT2MLP'}"
+    assert ("h", reason) in [(row.path, row.reason) for row in fuse(model).left]
+
+
+@pytest.mark.parametrize(("make", "path"), [(BertLayer, "attention"), (GPT2Model, "h.attn")], ids=["BERT", "GPT-2"])
+def test_transformers_attention_that_was_replaced(stand_ins, monkeypatch, make, path):
+    """Before or since."""
+    used = []
+
+    def mine(*args, **kwargs):
+        used.append(1)
+        return sdpa(*args, **kwargs)
+
+    fuse(model := make())
+    monkeypatch.setitem(AttentionInterface.functions, "sdpa", mine)
+    with fused_calls() as calls:
+        model(torch.randn(BATCH, LENGTH, WIDTH))
+    assert len(used) == 1
+    assert "scaled_dot_product_attention" not in calls
+    assert [(row.path, row.reason) for row in fuse(make()).left] == [(path, "its 'sdpa' attention was replaced")]
+
+
+def test_transformers_attention_sees_no_keys_beyond_causal_queries(stand_ins):
+    """As theirs, which crops them first: the mask is of what is left."""
+    attention = GPT2Model().h.attn
+    q, k, v = (torch.randn(2, 3, length, 8) for length in (5, 7, 7))
+    actual, _ = under(3, _transformers.sdpa, attention, q, k, v, None, 0.4)
+    cropped = k[:, :, :5].contiguous(), v[:, :, :5].contiguous()
+    expected, _ = under(3, _transformers.sdpa, attention, q, *cropped, None, 0.4)
+    assert_equal(actual, expected)
+    actual, _ = under(3, _transformers.sdpa, attention, q, k, v, torch.zeros(5, 7), 0.4)
+    assert not torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["position_bias", "cache", "softcap"])
+def test_transformers_attention_with_options_of_its_own_is_transformers(stand_ins, monkeypatch, name):
+    def given(module, *args, **kwargs):
+        return args, kwargs
+
+    monkeypatch.setitem(AttentionInterface.functions, "sdpa", given)
+    attention, tensors = GPT2Model().h.attn, [torch.randn(2, 3, 5, 8) for _ in range(3)]
+    args, kwargs = _transformers.sdpa(attention, *tensors, None, 0.4, 0.5, **{name: 2.0})
+    assert all(a is b for a, b in zip(args, (*tensors, None), strict=True))
+    assert kwargs == {"dropout": 0.4, "scaling": 0.5, "is_causal": None, name: 2.0}
 
 
 def test_bert_output_with_a_residual_that_broadcasts(stand_ins):

@@ -343,22 +343,46 @@ def test_attention_without_dropout_is_torchs(on):
 
 
 def test_attention_of_other_tensors_is_torchs():
-    """Nested tensors, and what torch refuses."""
-    nested = torch.nested.nested_tensor([torch.ones(2, 3, 4), torch.ones(2, 5, 4)], layout=torch.jagged)
-    calls = ((lambda: nested.transpose(1, 2), 0.0), (lambda: torch.ones(2, 4, 8, dtype=torch.int64), 0.4))
+    """Nested tensors, whose mask may be ours, and what torch refuses."""
+    nested = torch.nested.nested_tensor([torch.ones(3, 2, 4), torch.ones(5, 2, 4)], layout=torch.jagged)
 
-    def attend(x, p, training):
-        return F.scaled_dot_product_attention(x, x, x, dropout_p=p)
+    def outcomes():
+        x = nested.transpose(1, 2)
+        y = F.scaled_dot_product_attention(x, x, x, dropout_p=0.4)
+        x = torch.ones(2, 4, 8, dtype=torch.int64)
+        refused = outcome(
+            lambda: x, lambda x, p, training: F.scaled_dot_product_attention(x, x, x, dropout_p=p), 0.4, True
+        )
+        return type(y), [part.shape for part in y.unbind()], refused[0]
 
-    expected = [outcome(make, attend, p, True)[0] for make, p in calls]
+    expected = outcomes()
+    assert expected[1] == [(2, 3, 4), (2, 5, 4)]
     with fdt.enabled():
-        assert [outcome(make, attend, p, True)[0] for make, p in calls] == expected
+        assert outcomes() == expected
+
+
+ATTENTION_ROUTES = {  # what has it in one piece; elsewhere torch composes it
+    "autocast": {"attend"},
+    "vmap": set(),
+    "grad": set(),
+    "compile": {"trace"},
+    "mask with a gradient": {"attend"},
+    "few scores": set(),
+}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("case", ["autocast", "vmap", "grad", "compile", "mask with a gradient", "few scores"])
+@pytest.mark.parametrize("case", ATTENTION_ROUTES)
 def test_attention_among_torchs_other_features(on, monkeypatch, case):
     """Under the mask of `fdt.dropout`, in one piece or as torch composes it."""
+    routes = set()
+    for name in ("attend", "trace"):
+
+        def call(*args, name=name, function=getattr(override, name)):
+            routes.add(name)
+            return function(*args)
+
+        monkeypatch.setattr(override, name, call)
     scores = 2 * 3 * 5 * 5
     monkeypatch.setattr(override, "FEWEST_SCORES", scores + (case == "few scores"))
     x, mask = torch.randn(2, 3, 5, 8), torch.randn(5, 5, requires_grad=case == "mask with a gradient")
@@ -384,6 +408,7 @@ def test_attention_among_torchs_other_features(on, monkeypatch, case):
         function = torch.compile(attend, backend="aot_eager", fullgraph=True) if case == "compile" else attend
         theirs, ours = both_gradients(function), both_gradients(by_hand)
         torch.compiler.reset()
+    assert routes == ATTENTION_ROUTES[case]
     tolerance = {"rtol": 0.02, "atol": 0.06} if case == "autocast" else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(theirs, ours, **tolerance)
 

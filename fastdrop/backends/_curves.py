@@ -41,7 +41,7 @@ class Curves(NamedTuple):
     is known only at run time."""
 
     exponential: Any  # (x)
-    erf: Any
+    erf: Any  # no kernel needs it: gelu takes the normal distribution
     tanh: Any
     activations: dict[int, Any]  # each (h)
     slopes: dict[int, Any]

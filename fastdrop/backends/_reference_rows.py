@@ -294,12 +294,12 @@ def activation_slope(h: Doubles, activation: int) -> Doubles:
     return np.ones_like(h)
 
 
-_erf: Any = np.frompyfunc(math.erf, 1, 1)
+_erfc: Any = np.frompyfunc(math.erfc, 1, 1)
 
 
 def _below(h: Doubles) -> Doubles:
     """The probability of a standard normal number to be below h."""
-    below: Doubles = 0.5 * (1.0 + _erf(h * SQRT_HALF).astype(np.float64))
+    below: Doubles = 0.5 * _erfc(-SQRT_HALF * h).astype(np.float64)
     return below
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _checks
-from ..activations import ACTIVATIONS
+from ..activations import ACTIVATIONS, keeps_signs
 from ..mask import word_count
 from ..stream import keep_scale, threshold
 from . import _kernels, _ops, _random, _rows
@@ -169,8 +169,7 @@ def _code(activation: str | None) -> int:
 
 
 def _by_signs(activation: str | None, factor: Maybe) -> bool:
-    """Whether bits alone can tell the gradient."""
-    return activation == "relu" and factor is None
+    return keeps_signs(ACTIVATIONS[activation], factor is not None)
 
 
 # ---- shapes alone ----

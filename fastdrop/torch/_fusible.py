@@ -53,7 +53,8 @@ class Fused(nn.Module):
     """A module that `fuse` changed: a subclass of what it was, without attributes of its own."""
 
     original: ClassVar[type[nn.Module]]
-    METHODS: ClassVar[tuple[str, ...]] = ("forward",)  # of the original class, which are not called
+    # The original class's methods which are not called: torch's own, transformers' by name alone.
+    METHODS: ClassVar[dict[str, Any]] = {"forward": None}
     ARGUMENTS: ClassVar[str] = ""  # of its forward, where that differs from version to version
 
     @classmethod
@@ -102,9 +103,12 @@ def change(module: nn.Module, known: type[Fused]) -> str:
         return reason
     kind = original_class(module)
     base = getattr(known, "original", kind)
-    for name in known.METHODS:
-        method = inspect.unwrap(getattr(kind, name))
-        if (method.__module__, method.__qualname__) != (base.__module__, f"{base.__qualname__}.{name}"):
+    for name, torchs in known.METHODS.items():
+        method = getattr(kind, name)
+        if torchs is None:  # transformers decorates its own
+            method = inspect.unwrap(method)
+        named = (method.__module__, method.__qualname__) == (base.__module__, f"{base.__qualname__}.{name}")
+        if not named or torchs not in (None, method):
             return f"its {name} is not {base.__name__}'s"
     if known.ARGUMENTS and " ".join(inspect.signature(kind.forward).parameters) != known.ARGUMENTS:
         return "its forward is that of an unknown version of transformers"

@@ -155,20 +155,19 @@ def softmax_forward(
     keep: bool,
     draw: Draw | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y and, if they are to be kept, the probabilities: y itself where nothing was dropped.
+    """y and, if they are to be kept, the probabilities.
 
     Scores are ``[..., queries, keys]``.
     """
     scores = scores.contiguous()
     n = scores.numel()
     y = _kernels._new_like(scores, n)
-    apart = keep and (words is not None or a != 1.0)
-    probabilities = _kernels._new_like(scores, n) if apart else None
+    probabilities = _kernels._new_like(scores, n) if keep else None
     if n:
         flat, heads, queries, strides = _mask(mask, scores)
         words = _checked(words, scores)
         softmax_into(y, probabilities, scores, flat, strides, words, heads, queries, a, scale, causal, draw)
-    return y, probabilities if apart else y if keep else None
+    return y, probabilities
 
 
 def softmax_into(
@@ -214,7 +213,7 @@ def words_for(x: Tensor, seed: Any, cut: int) -> tuple[Tensor, Draw | None]:
     """The words of a mask of x for a forward function here, and what it needs if it is to draw them: C does so while
     data is on its way."""
     n = x.numel()
-    if x.is_cpu and 0 < cut < DROP_ALL and n and backends.active() is native:
+    if not x.is_cuda and 0 < cut < DROP_ALL and n and backends.active() is native:
         return _kernels._NO_WORDS.new_empty(word_count(n)), (seed, 0, cut)
     return _kernels.draw(x, n, seed, cut), None
 
@@ -225,7 +224,7 @@ def _run(primitive: str, *arguments: Any, draw: Draw | None = None) -> None:
         getattr(_cuda, primitive)(*arguments)
         return
     backend = backends.active()
-    if backend is native:
+    if draw is not None or backend is native:
         at = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
         kernel = getattr(native, f"{primitive}_at" if draw is None else f"{primitive}_drawn_at")
         if kernel(torch.get_num_threads(), *(draw or ()), *at):

@@ -7,7 +7,7 @@ in one pass, or left to the block.
 
 from __future__ import annotations
 
-import importlib
+import sys
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
@@ -63,7 +63,10 @@ def eager(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax and dropout in one pass, and the weights after it, which models return."""
+    """Softmax and dropout in one pass, and the weights after it, which models return.
+
+    They are of the scores' dtype; under CUDA's autocast BERT's own are float32, as softmax is there.
+    """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = fused.softmax_dropout(query @ key.mT, dropout, scale, attention_mask)
     return (weights @ value).transpose(1, 2).contiguous(), weights
@@ -81,12 +84,19 @@ def sdpa(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Causal as transformers' own: without a mask, and not for a single query, which sees all that was cached."""
+    if any(kwargs.get(name) is not None for name in SDPA_OPTIONS):
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+        function = _interface().ALL_ATTENTION_FUNCTIONS.get("sdpa")
+        return function(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = query.shape[2] > 1 and attention_mask is None and causal
+    if causal and key.shape[2] > query.shape[2]:  # an empty cache of a fixed length: no query sees beyond
+        key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     y = scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scaling)
     return y.transpose(1, 2).contiguous(), None
 
 
+SDPA_OPTIONS = ("position_bias", "cache", "softcap")  # of transformers', not of ours
 OURS = {"eager": ("fastdrop_eager", eager), "sdpa": ("fastdrop_sdpa", sdpa)}  # by the name of what it stands for
 THEIRS = (None, "transformers.integrations.sdpa_attention")  # where that is; None is the model's own
 
@@ -104,30 +114,26 @@ class _Attention(Fused):
 
     @classmethod
     def refusal(cls, module: Any) -> str:
-        if reason := cls._obstacle(module):
-            return reason
         name = module.config._attn_implementation
+        if name not in OURS:
+            return f"its attention is {name!r}, neither 'sdpa' nor 'eager'"
+        if getattr(module, "reorder_and_upcast_attn", False):
+            return "its attention is reordered and upcast"
         function = _interface().ALL_ATTENTION_FUNCTIONS.get(name)
         return "" if getattr(function, "__module__", None) in THEIRS else f"its {name!r} attention was replaced"
-
-    @classmethod
-    def _obstacle(cls, module: Any) -> str:
-        if module.config._attn_implementation not in OURS:
-            return f"its attention is {module.config._attn_implementation!r}, neither 'sdpa' nor 'eager'"
-        return "its attention is reordered and upcast" if getattr(module, "reorder_and_upcast_attn", False) else ""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return _attend(self, {}, hidden_states, *args, **kwargs)
 
 
 def _interface() -> Any:
-    return importlib.import_module("transformers.modeling_utils")
+    return sys.modules["transformers.modeling_utils"]
 
 
 def _attend(attention: Any, parts: dict[str, Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The original forward of an attention, some of whose parts are others."""
     drops = attention.training and isinstance(attention, _Attention) and getattr(attention, attention.DROP).p > 0.0
-    if drops and is_taken(x) and not attention._obstacle(attention):
+    if drops and is_taken(x) and not _Attention.refusal(attention):
         name, _ = OURS[attention.config._attn_implementation]
         parts = {"config": View(attention.config, _attn_implementation=name), **parts}
     return original_class(attention).forward(View(attention, **parts) if parts else attention, x, *args, **kwargs)
@@ -208,8 +214,12 @@ class _BertOutput(Fused):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         layer: Any = self
-        alike = input_tensor.shape == (*hidden_states.shape[:-1], layer.dense.out_features)
-        if not (layer.dropout.training and alike and is_taken(hidden_states)) or self.refusal(self):
+        if (
+            not layer.dropout.training
+            or not is_taken(hidden_states)
+            or self.refusal(self)
+            or input_tensor.shape != (*hidden_states.shape[:-1], layer.dense.out_features)
+        ):
             return super().forward(hidden_states, input_tensor)  # type: ignore[no-any-return]
         h = F.linear(hidden_states, layer.dense.weight)
         return norm_of_sum(h, layer.dense.bias, input_tensor, layer.dropout, layer.LayerNorm)
@@ -255,21 +265,30 @@ class _GPT2Block(Fused):
         "self hidden_states past_key_values attention_mask encoder_hidden_states encoder_attention_mask use_cache "
         "kwargs"
     )
+    PARTS: ClassVar[tuple[tuple[str, type[Fused]], ...]] = (("attn", _GPT2Attention), ("mlp", _GPT2MLP))
 
     @classmethod
     def refusal(cls, module: Any) -> str:
-        for name, known in (("attn", _GPT2Attention), ("mlp", _GPT2MLP)):
-            part = getattr(module, name)
-            if known_class(original_class(part)) is not known:
-                return f"{name} is a {type(part).__name__}, not transformers' {known.__name__[1:]}"
-            if reason := change(part, known):
+        if reason := cls._part_obstacle(module):
+            return reason
+        for name, known in cls.PARTS:
+            if reason := change(getattr(module, name), known):
                 return f"{name}: {reason}"
         return cls._obstacle(module)
 
     @classmethod
+    def _part_obstacle(cls, module: Any) -> str:
+        for name, known in cls.PARTS:
+            part = getattr(module, name)
+            if known_class(original_class(part)) is not known:
+                return f"{name} is a {type(part).__name__}, not transformers' {known.__name__[1:]}"
+        return ""
+
+    @classmethod
     def _obstacle(cls, module: Any) -> str:
         return (
-            call_obstacle("attn", module.attn)
+            cls._part_obstacle(module)
+            or call_obstacle("attn", module.attn)
             or _GPT2Attention.end_obstacle(module.attn)
             or norm_obstacle("ln_2", module.ln_2)
             or call_obstacle("mlp", module.mlp)
@@ -288,8 +307,12 @@ class _GPT2Block(Fused):
     ) -> Tensor:
         layer: Any = self
         attention, x = layer.attn, hidden_states
-        drops = attention.resid_dropout.training or layer.mlp.dropout.training
-        if encoder_hidden_states is not None or not drops or not is_taken(x) or self._obstacle(self):
+        if (
+            encoder_hidden_states is not None
+            or not is_taken(x)
+            or self._obstacle(self)
+            or not (attention.resid_dropout.training or layer.mlp.dropout.training)
+        ):
             return super().forward(  # type: ignore[no-any-return]
                 hidden_states,
                 past_key_values,

@@ -58,10 +58,10 @@ def fuse(model: nn.Module) -> Report:
     inside may be torch's `Dropout` or ours, before and after, and is fastdrop's as long as the module is fused. Masks
     are those of the unfused module under `convert` and, for attention, `enable`: each dropout takes its number from
     torch's generator in the same order. In evaluation the original forward runs; so it does where, later on, a module
-    inside gets hooks or another class, which that forward then calls, and in a GPT-2 block once its attention has
-    hooks, as it has after ``output_attentions``.
+    inside gets hooks or another class, which that forward then calls, and in GPT-2's blocks once attentions or hidden
+    states were asked for, for good: transformers puts hooks into them.
 
-    Subclasses that inherit what is replaced are fused too. Those with a forward of their own, modules with a method
+    Subclasses of torch's classes that inherit what is replaced are fused too. Those with a forward of their own, modules with a method
     replaced on the object or on its class, and those around modules with hooks, quantised or parametrised ones stay as
     they are and are listed with the reason, like all other modules that drop. Calling it again fuses what came in
     between, and lists what no longer is. For ``torch.jit.script`` call `unfuse` first. Wrappers that find layers by the
@@ -159,6 +159,11 @@ def unfuse(model: nn.Module) -> Report:
     return Report(rows)
 
 
+def _methods(of: type[nn.Module], *names: str) -> dict[str, Any]:
+    """As they are when this is imported, so that a patch that comes later is seen, however it is named."""
+    return {name: getattr(of, name) for name in names}
+
+
 # ---- nn.Sequential ----
 
 
@@ -195,7 +200,7 @@ def _run_to(sequence: nn.Sequential, last: int) -> _Run | str:
 
 class FusedSequential(Fused, nn.Sequential):
     original = nn.Sequential
-    METHODS = ("forward", "__iter__")
+    METHODS = _methods(nn.Sequential, "forward", "__iter__")
 
     def forward(self, input: Any) -> Any:
         modules: list[Any] = list(self._modules.values())
@@ -260,7 +265,7 @@ class _Layer(Fused):
 
 class FusedTransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     original = nn.TransformerEncoderLayer
-    METHODS = ("forward", "_sa_block", "_ff_block")
+    METHODS = _methods(nn.TransformerEncoderLayer, "forward", "_sa_block", "_ff_block")
     ATTENTIONS = ("self_attn",)
     DROPS = ("dropout", "dropout1", "dropout2")
     NORMS = ("norm1", "norm2")
@@ -292,7 +297,7 @@ class FusedTransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
 
 class FusedTransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     original = nn.TransformerDecoderLayer
-    METHODS = ("forward", "_sa_block", "_mha_block", "_ff_block")
+    METHODS = _methods(nn.TransformerDecoderLayer, "forward", "_sa_block", "_mha_block", "_ff_block")
     ATTENTIONS = ("self_attn", "multihead_attn")
     DROPS = ("dropout", "dropout1", "dropout2", "dropout3")
     NORMS = ("norm1", "norm2", "norm3")
