@@ -346,14 +346,13 @@ def test_attention_of_other_tensors_is_torchs():
     """Nested tensors, whose mask may be ours, and what torch refuses."""
     nested = torch.nested.nested_tensor([torch.ones(3, 2, 4), torch.ones(5, 2, 4)], layout=torch.jagged)
 
+    def attend(x, p, training):
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=p)
+
     def outcomes():
-        x = nested.transpose(1, 2)
-        y = F.scaled_dot_product_attention(x, x, x, dropout_p=0.4)
-        x = torch.ones(2, 4, 8, dtype=torch.int64)
-        refused = outcome(
-            lambda: x, lambda x, p, training: F.scaled_dot_product_attention(x, x, x, dropout_p=p), 0.4, True
-        )
-        return type(y), [part.shape for part in y.unbind()], refused[0]
+        y = attend(nested.transpose(1, 2), 0.4, True)
+        refused, _ = outcome(lambda: torch.ones(2, 4, 8, dtype=torch.int64), attend, 0.4, True)
+        return type(y), [part.shape for part in y.unbind()], refused
 
     expected = outcomes()
     assert expected[1] == [(2, 3, 4), (2, 5, 4)]
@@ -376,13 +375,16 @@ ATTENTION_ROUTES = {  # what has it in one piece; elsewhere torch composes it
 def test_attention_among_torchs_other_features(on, monkeypatch, case):
     """Under the mask of `fdt.dropout`, in one piece or as torch composes it."""
     routes = set()
-    for name in ("attend", "trace"):
 
-        def call(*args, name=name, function=getattr(override, name)):
+    def noted(name, function):
+        def call(*args):
             routes.add(name)
             return function(*args)
 
-        monkeypatch.setattr(override, name, call)
+        return call
+
+    for name in ("attend", "trace"):
+        monkeypatch.setattr(override, name, noted(name, getattr(override, name)))
     scores = 2 * 3 * 5 * 5
     monkeypatch.setattr(override, "FEWEST_SCORES", scores + (case == "few scores"))
     x, mask = torch.randn(2, 3, 5, 8), torch.randn(5, 5, requires_grad=case == "mask with a gradient")

@@ -61,11 +61,11 @@ def fuse(model: nn.Module) -> Report:
     inside gets hooks or another class, which that forward then calls, and in GPT-2's blocks once attentions or hidden
     states were asked for, for good: transformers puts hooks into them.
 
-    Subclasses of torch's classes that inherit what is replaced are fused too. Those with a forward of their own, modules with a method
-    replaced on the object or on its class, and those around modules with hooks, quantised or parametrised ones stay as
-    they are and are listed with the reason, like all other modules that drop. Calling it again fuses what came in
-    between, and lists what no longer is. For ``torch.jit.script`` call `unfuse` first. Wrappers that find layers by the
-    name of their class come before, ``fully_shard`` after.
+    Subclasses of torch's classes that inherit what is replaced are fused too, those of transformers' are not. Those
+    with a forward of their own, modules with a method replaced on the object or on its class, and those around modules
+    with hooks, quantised or parametrised ones stay as they are and are listed with the reason, like all other modules
+    that drop. Calling it again fuses what came in between, and lists what no longer is. For ``torch.jit.script`` call
+    `unfuse` first. Wrappers that find layers by the name of their class come before, ``fully_shard`` after.
 
     Parameters
     ----------
