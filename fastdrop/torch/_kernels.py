@@ -42,9 +42,10 @@ with torch.inference_mode(False):
     _NO_WORDS = torch.empty(0, dtype=torch.int32, device="cpu")  # its `new_empty` costs less than `torch.empty`
 
 
-# Of this size memory is often new: glibc maps it anew for each tensor from 32 MiB on, and gives back its heap's end, where
-# two results of 16 MiB lie, when they are freed. A page at a time the system takes three times as long to provide it as
-# the kernel to fill it: 3.8 ns per element of forward and backward, 0.8 in pages of 2 MiB. NumPy asks for those itself.
+# Of this size memory is often new: glibc maps it anew for each tensor from 32 MiB on, and gives back the end of its
+# heap, where two results of 16 MiB lie, when they are freed. A page at a time the system takes three times as long to
+# provide it as the kernel to fill it: 3.8 ns per element of forward and backward, 0.8 in pages of 2 MiB. NumPy asks for
+# those itself.
 FRESH_BYTES = 8 << 20
 _advise = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_HUGEPAGE") else None
 
