@@ -24,12 +24,12 @@ LIMITS = {
     KEPT: 0.6,
 }
 INTRO = (
-    "Medians of alternating samples, every ratio the median of those taken round by round; p = 0.1. Against "
-    "`torch.add` and `torch.mul` with `out=`, calls are the NumPy API's, whole, into memory that is there; the others "
-    "are `fastdrop.torch`'s on tensors that require gradients, which allocate their results and keep what backward "
-    "needs, as their peers do. That memory is used again by the next call, on both sides; where a case says fresh "
-    "memory, the system provides it anew for each result, on both sides. Backward is `torch.autograd.grad` alone. The "
-    "training step is forward, backward and SGD after `fdt.fuse`, and nothing else."
+    "Medians of alternating samples, every ratio the median of those taken round by round; p = 0.1. Calls are "
+    "`fastdrop.torch`'s, which allocate their results: on tensors that require gradients, so that they keep what "
+    "backward needs, as their peers do, and on tensors that don't beside `torch.add` and `torch.mul`, which write to "
+    "`out=`. Memory is used again by the next call, on both sides; where a case says fresh memory, the system provides "
+    "it anew for each result, on both sides. Backward is `torch.autograd.grad` alone. The training step is forward, "
+    "backward and SGD after `fdt.fuse`, and nothing else."
 )
 
 

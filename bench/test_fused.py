@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-import fastdrop as fd
 from fastdrop.cli import contenders
 
 from . import memory
@@ -58,17 +57,19 @@ def compare(
 @shapes
 def test_bias_dropout_add(shape: str, threads: int, benchmark: Any) -> None:
     x, residual, y, bias, _ = arrays(shape)
-    peers = {ADD: lambda: torch.add(x, residual, out=y)}
-    ours = lambda: fd.bias_dropout_add(x.numpy(), bias.numpy(), residual.numpy(), P, out=y.numpy())  # noqa: E731
-    compare(benchmark, threads, ours, peers, shape, kind="bias_dropout_add", operation="forward")
+    compare(
+        benchmark, threads, lambda: fdt.bias_dropout_add(x, bias, residual, P),
+        {ADD: lambda: torch.add(x, residual, out=y)}, shape, kind="bias_dropout_add", operation="forward",
+    )  # fmt: skip
 
 
 @shapes
 def test_relu(shape: str, threads: int, benchmark: Any) -> None:
     x, _, y, bias, _ = arrays(shape)
-    peers = {MUL: lambda: torch.mul(x, SCALE, out=y)}
-    ours = lambda: fd.bias_act_dropout(x.numpy(), bias.numpy(), P, "relu", out=y.numpy())  # noqa: E731
-    compare(benchmark, threads, ours, peers, shape, kind="bias_act_dropout relu", operation="forward")
+    compare(
+        benchmark, threads, lambda: fdt.bias_act_dropout(x, bias, P, "relu"),
+        {MUL: lambda: torch.mul(x, SCALE, out=y)}, shape, kind="bias_act_dropout relu", operation="forward",
+    )  # fmt: skip
 
 
 @shapes
