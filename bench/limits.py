@@ -66,7 +66,8 @@ class Suite:
             for one, limit in zip(shown, limits, strict=True)
         ]
         bars = axis.barh(range(len(shown)), [ratio(*one) for one in shown], color=colors)
-        axis.bar_label(bars, fmt=" %.2f", fontsize=8)
+        labels = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}
+        axis.bar_label(bars, fmt=" %.2f", fontsize=8, padding=2, bbox=labels, zorder=4)
         for i, limit in enumerate(limits):
             if limit is not None:
                 axis.plot([limit, limit], [i - 0.45, i + 0.45], color="black", linewidth=2)
@@ -77,6 +78,7 @@ class Suite:
         )
         axis.set(xscale="log", xlabel="share of the peer's; black: at most this")
         axis.margins(x=0.08)
+        axis.set_ylim(-0.7, len(shown) - 0.3)
         axis.grid(axis="x", alpha=0.3)
         figure.suptitle(f"{self.picture}, float32, one thread ({run['machine_info']['cpu_name']})")
         figure.savefig(path, dpi=130)

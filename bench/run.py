@@ -22,7 +22,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="the speed table alone, a few minutes")
     parser.add_argument("--torch", action="store_true", help="the torch face and training steps, a few minutes")
     parser.add_argument("--family", action="store_true", help="the other kinds of dropout, a few minutes")
-    parser.add_argument("--fused", action="store_true", help="fused kernels, ten minutes")
+    parser.add_argument("--fused", action="store_true", help="fused kernels, eight minutes")
     parser.add_argument("--name", default=None, help="of the files under bench/results (default: all, or the suite's)")
     args = parser.parse_args()
     cases = next((name for name in REPORTS if getattr(args, name, False)), "all")
