@@ -534,3 +534,7 @@ def assert_special_numbers_as_reference(gpu, pair, activations):
     for causal in (0, 1):
         numbers = NO_MASK | {"a": 1.25, "queries": rows, "causal": causal, "scale": 0.5}
         assert_fused_as_reference(gpu, "softmax_forward", pair, rows, columns, content=content, **numbers)
+    content = {"dy": x.reshape(-1)}
+    norm = {"given": "weight dx dresidual", "content": content, **norm_numbers(1)}
+    assert_fused_as_reference(gpu, "norm_backward", pair, rows, columns, **norm)
+    assert_fused_as_reference(gpu, "softmax_backward", pair, rows, columns, content=content, a=1.25, scale=0.5)

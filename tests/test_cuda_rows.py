@@ -61,6 +61,12 @@ def test_fused_float16_and_float64(gpu):
     assert_case_as_reference(gpu, "softmax, causal", "float64")
 
 
+@pytest.mark.parametrize("pair", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["bias's sums, odd", "norm's gradients, odd", "softmax's gradient"])
+def test_gradients_in_16_bits(gpu, name, pair):
+    assert_case_as_reference(gpu, name, pair)
+
+
 def test_fused_gelu(gpu):
     assert_activations_as_reference(gpu, "gelu", "float32", 40)
 
@@ -85,6 +91,9 @@ def test_rows_of_any_length(gpu, columns):
     assert_fused_as_reference(gpu, "norm_forward", PAIR["float32"], 2, columns, **given)
     softmax = NO_MASK | {"a": 1.25, "scale": 3.0, "causal": 0}
     assert_fused_as_reference(gpu, "softmax_forward", PAIR["float32"], 2, columns, given="probabilities", **softmax)
+    given = {"given": "weight dx sums", **norm_numbers(1)}
+    assert_fused_as_reference(gpu, "norm_backward", PAIR["float32"], 2, columns, **given)
+    assert_fused_as_reference(gpu, "softmax_backward", PAIR["float32"], 2, columns, a=1.25, scale=3.0)
 
 
 # ---- order ----

@@ -202,7 +202,11 @@ LEFT = {
         "0",
         "drops between layers inside torch; use fdt.enable()",
     ),
-    "by itself": (lambda: nn.ModuleList([nn.Dropout()]), "0", "not in a part that is known"),
+    "by itself": (
+        lambda: nn.ModuleList([nn.Dropout()]),
+        "0",
+        "not in a part that is known; fdt.convert or fdt.enable reaches it",
+    ),
 }
 
 
@@ -1011,10 +1015,10 @@ def test_bert_output_with_a_residual_that_broadcasts(stand_ins):
     assert not assert_same(model, plain, h, x)
 
 
-def real_model(transformers, kind, implementation):
+def real_model(transformers, kind, implementation, **options):
     """A tiny model of two layers, of another rate at each kind of place."""
     torch.manual_seed(0)
-    options = {"vocab_size": 50, "attn_implementation": implementation}
+    options |= {"vocab_size": 50, "attn_implementation": implementation}
     if kind == "BERT":
         config = transformers.BertConfig(
             hidden_size=WIDTH,
@@ -1090,6 +1094,26 @@ def test_models_of_transformers(kind, implementation, tokens):
         torch.testing.assert_close(result_of(model, tokens, output_attentions=True), expected)
     model.eval(), plain.eval()
     torch.testing.assert_close(result_of(model, tokens), result_of(plain, tokens))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["BERT", "GPT-2"])
+def test_cross_attention_of_transformers(kind, implementation, tokens):
+    """Queries and keys of different lengths, each with a mask of its own."""
+    transformers = pytest.importorskip("transformers")
+    options = {"add_cross_attention": True, "is_decoder": True}
+    model, plain = pair(lambda: real_model(transformers, kind, implementation, **options).double())
+    fuse(model)
+    fdt.convert(model)
+    seen = torch.ones(2, 5, dtype=torch.int64)
+    seen[0, 3:] = 0
+    tokens |= {"encoder_hidden_states": torch.randn(2, 5, WIDTH, dtype=torch.float64), "encoder_attention_mask": seen}
+    with fused_calls() as calls:
+        actual = result_of(model, tokens)
+    assert calls["scaled_dot_product_attention" if implementation == "sdpa" else "softmax_dropout"] == 4
+    with fdt.enabled():
+        torch.testing.assert_close(actual, result_of(plain, tokens))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -41,7 +41,7 @@ from .modules import Rated, is_traced, traced
 
 __all__ = ["fuse", "unfuse"]
 
-UNKNOWN = "not in a part that is known"
+UNKNOWN = "not in a part that is known; fdt.convert or fdt.enable reaches it"
 
 
 def fuse(model: nn.Module) -> Report:
