@@ -77,7 +77,7 @@ def draw_words(like: Array | None, cells: int, first: int, seed: int, offset: in
 
 def words_for(like: Array, cells: int, seed: int, offset: int, cut: int) -> tuple[Words, Draw | None]:
     """The words for `run`, and what it needs if it is to draw them: C does so while data is on its way."""
-    if 0 < cut < DROP_ALL and backends.active_name() == "c":
+    if 0 < cut < DROP_ALL and backends.draws():
         return empty_words(cells), (seed, offset, cut)
     return draw_words(like, cells, 0, seed, offset, cut), None
 

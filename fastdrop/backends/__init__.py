@@ -32,6 +32,11 @@ def active() -> Any:
     return _module if _module is not None else _resolve()
 
 
+def draws() -> bool:
+    """Whether its fused forward primitives can draw the words that they work under; only C's can, by `drawn`."""
+    return hasattr(active(), "drawn")
+
+
 def active_name() -> str:
     """The name of the backend that runs now."""
     module = active()

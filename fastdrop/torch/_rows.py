@@ -213,7 +213,7 @@ def words_for(x: Tensor, seed: Any, cut: int) -> tuple[Tensor, Draw | None]:
     """The words of a mask of x for a forward function here, and what it needs if it is to draw them: C does so while
     data is on its way."""
     n = x.numel()
-    if not x.is_cuda and 0 < cut < DROP_ALL and n and backends.active() is native:
+    if not x.is_cuda and 0 < cut < DROP_ALL and n and backends.draws():
         return _kernels._NO_WORDS.new_empty(word_count(n)), (seed, 0, cut)
     return _kernels.draw(x, n, seed, cut), None
 
