@@ -13,6 +13,7 @@ and refuse to be transformed.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -24,10 +25,10 @@ from torch.autograd import forward_ad
 from .. import _checks, kinds
 from ..mask import word_count
 from ..stream import threshold
-from . import _kernels, _random
+from . import _kernels, _random, _tracing
 from ._plain import hide_from_dynamo, is_plain, is_transformed
 
-DRAW = "draw(Tensor like, SymInt[] size) -> Tensor"
+DRAW = "draw(Tensor like, SymInt[] size, Tensor? after=None) -> Tensor"
 FORWARD = (
     '(Tensor x, Tensor seed, {p} p, SymInt[]? noise_shape, bool bits, str law="inverted") -> (Tensor y, Tensor words)'
 )
@@ -70,8 +71,9 @@ def cells_shape(noise_shape: Any, x: Tensor) -> tuple[int, ...] | None:
 # ---- CPU and CUDA ----
 
 
-def _draw(like: Tensor, size: list[int]) -> Tensor:
-    """``like`` is for the dispatcher: a fake or wrapped tensor gets a fake or wrapped seed."""
+def _draw(like: Tensor, size: list[int], after: Tensor | None = None) -> Tensor:
+    """``like`` is for the dispatcher: a fake or wrapped tensor gets a fake or wrapped seed. ``after`` is for compilers:
+    see `_tracing`."""
     if (seeds := _random.sample_seeds()) is not None:
         return seeds.draw(size, _random.device_for(like))
     if size or not like.is_cuda:
@@ -116,7 +118,7 @@ def _keep_blocks(x: Tensor, words: Tensor, kept: Tensor, noise_shape: list[int])
 # ---- shapes alone ----
 
 
-def _draw_fake(like: Tensor, size: list[int]) -> Tensor:
+def _draw_fake(like: Tensor, size: list[int], after: Tensor | None = None) -> Tensor:
     return torch.empty(size, dtype=torch.int64, device=_random.device_for(like))
 
 
@@ -281,7 +283,7 @@ def _batched(op: Any, rule: Any) -> Any:
     return kernel
 
 
-def _draw_vmap(like: Tensor, size: list[int]) -> Tensor:
+def _draw_vmap(like: Tensor, size: list[int], after: Tensor | None = None) -> Tensor:
     """On the key of the mode and not of batched tensors: under "different" each sample draws, batched or not."""
     interpreter = _interpreter()
     randomness = interpreter.randomness()
@@ -294,9 +296,9 @@ def _draw_vmap(like: Tensor, size: list[int]) -> Tensor:
     like, _ = torch._C._functorch._unwrap_batched(like, level)
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)):
         if randomness == "same":
-            seed: Tensor = torch.ops.fastdrop.draw(like, size)
+            seed: Tensor = torch.ops.fastdrop.draw(like, size, after)
             return seed
-        seeds = torch.ops.fastdrop.draw(like, [interpreter.batch_size(), *size])
+        seeds = torch.ops.fastdrop.draw(like, [interpreter.batch_size(), *size], after)
         return torch._C._functorch._add_batch_dim(seeds, 0, level)
 
 
@@ -411,9 +413,23 @@ def _no_batch(batch_axis: int | None, p: float | Tensor) -> None:
 
 # ---- registration ----
 
+
+def _called_by_inductor(name: str, fake: Any) -> Any:
+    """A fake kernel, which any compiler runs first."""
+    own = f"fastdrop::{name.partition('.')[0]}"
+
+    @functools.wraps(fake)
+    def called(*arguments: Any) -> Any:
+        _tracing.let_inductor_call(own)
+        return fake(*arguments)
+
+    return called
+
+
 library.define(DRAW, tags=(torch.Tag.nondeterministic_seeded, torch.Tag.pt2_compliant_tag))
 library.impl("draw", _draw, "CompositeExplicitAutograd")
-torch.library.register_fake("fastdrop::draw", _draw_fake, lib=library)
+torch.library.register_fake("fastdrop::draw", _called_by_inductor("draw", _draw_fake), lib=library)
+torch.library.register_torch_dispatch("fastdrop::draw", _tracing.ProxyTorchDispatchMode, _tracing.in_order, lib=library)
 library.impl("draw", _draw_vmap, "FuncTorchVmapMode")
 hide_from_dynamo(_draw, _draw_vmap)
 
@@ -424,7 +440,7 @@ def _register(name: str, schema: str, kernel: Any, fake: Any, vmap: Any, functio
     hide_from_dynamo(kernel)
     for device in ("CPU", "CUDA"):
         library.impl(name, kernel, device)
-    torch.library.register_fake(f"fastdrop::{name}", fake, lib=library)
+    torch.library.register_fake(f"fastdrop::{name}", _called_by_inductor(name, fake), lib=library)
     packet, _, suffix = name.partition(".")
     own = getattr(getattr(torch.ops.fastdrop, packet), suffix or "default")
     if function is None:

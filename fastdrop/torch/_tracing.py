@@ -1,0 +1,61 @@
+"""The place of a draw in a compiled program.
+
+A draw takes the next number of torch's generator. Compilers merge calls with equal arguments, run them in another
+order, and run them again in backward. A draw must stay as it was written: one call, in its place, once. So each draw
+that is traced names the draw before it as an argument, ``after``: no two draws then have equal arguments, and data
+flows from each to the next. Its result, 8 bytes, is marked as one to keep for backward.
+
+`_ops` registers `in_order` with the mode by which ``make_fx`` and AOTAutograd trace. So it holds for draws of
+functions and modules, and for those that torch's own dropout comes to while it is enabled.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_slot
+from torch.fx.traceback import MEMORY_BUDGET_ANNOTATION_KEY
+from torch.utils.checkpoint import CheckpointPolicy
+
+__all__ = ["ProxyTorchDispatchMode", "in_order", "let_inductor_call"]
+
+# With a budget of 0 the partitioner keeps nothing at all, not even what it was told to keep. With this one it keeps
+# just that.
+LEAST_BUDGET = 1e-9
+
+_last: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()  # the last draw of each graph, by tracer
+
+
+def in_order(mode: Any, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    """Traces ``draw(like, size)`` as ``draw(like, size, after)``, whose result is kept for backward."""
+    like, size, *given = args
+    after = given[0] if given else _last.get(mode.tracer)
+    seed = mode.__torch_dispatch__(op, types, (like, size, after), kwargs)
+    traced = get_proxy_slot(seed, mode.tracer, None) if isinstance(seed, Tensor) else None
+    if traced is not None:
+        _last[mode.tracer] = seed
+        _keep(traced.proxy.node.meta)
+    return seed
+
+
+def _keep(meta: dict[str, Any]) -> None:
+    """Has the partitioner keep a node's result: drawn again in backward, it would be another."""
+    meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    if torch._functorch.config.activation_memory_budget == 0:
+        meta["memory_budget"] = LEAST_BUDGET
+    if meta.get("custom", {}).get(MEMORY_BUDGET_ANNOTATION_KEY) == 0:  # which overrides that for the whole graph
+        raise RuntimeError(
+            "region_activation_memory_budget(0) would draw dropout's mask anew in backward: give a budget above 0, "
+            f"such as {LEAST_BUDGET}, or the dropout a seed"
+        )
+
+
+def let_inductor_call(name: str) -> None:
+    """Has inductor call an op as it is, also where it is told not to do so with ops that it doesn't know."""
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is not None:
+        lowering.FALLBACK_ALLOW_LIST.add(name)
