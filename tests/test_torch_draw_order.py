@@ -234,6 +234,17 @@ def test_subgraphs_that_are_called_again(x):
     assert_as_eager(lambda x: block(block(x)), x, compiled=compiled)
 
 
+def test_jit_trace(x):
+    traced = torch.jit.trace(chains, x, check_trace=False)
+    pair = torch.jit.trace(lambda x: (fdt.dropout(x, 0.5), fdt.dropout(x, 0.5)), x, check_trace=False)
+    for function, jitted in ((chains, traced), (lambda x: (fdt.dropout(x, 0.5), fdt.dropout(x, 0.5)), pair)):
+        for _ in range(3):  # compiled at the second
+            torch.manual_seed(3)
+            expected = function(x)
+            torch.manual_seed(3)
+            assert all(map(torch.equal, jitted(x), expected))
+
+
 def test_exported_training_program(x):
     class Model(nn.Module):
         def forward(self, x):

@@ -294,6 +294,7 @@ def _draw_vmap(like: Tensor, size: list[int], after: Tensor | None = None) -> Te
         )
     level = interpreter.level()
     like, _ = torch._C._functorch._unwrap_batched(like, level)
+    after = None if after is None else torch._C._functorch._unwrap_batched(after, level)[0]
     with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)):
         if randomness == "same":
             seed: Tensor = torch.ops.fastdrop.draw(like, size, after)

@@ -17,7 +17,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _checks, kinds
 from ..stream import DROP_ALL, threshold
-from . import _kernels, _ops, _random
+from . import _kernels, _ops, _random, _tracing
 from ._plain import is_plain, is_transformed
 
 __all__ = ["autocast_dtype", "check_tensor", "drop", "drop_block", "eager_probability", "for_subclasses", "gaussian"]
@@ -308,8 +308,7 @@ def _tensor_of_seed(x: Tensor, generator: torch.Generator | None, seed: int | Te
     if seed is not None:
         return _random.as_tensor(seed, generator, like=x)
     if generator is None:
-        drawn: Tensor = torch.ops.fastdrop.draw(x, [])
-        return drawn
+        return _tracing.draw(x)
     if _is_compiling():
         raise RuntimeError("generator can't be compiled: give seed, an int or a tensor, in its place")
     return _random.draw_tensor(generator, x)

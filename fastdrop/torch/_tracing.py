@@ -6,7 +6,8 @@ that is traced names the draw before it as an argument, ``after``: no two draws 
 flows from each to the next. Its result, 8 bytes, is marked as one to keep for backward.
 
 `_ops` registers `in_order` with the mode by which ``make_fx`` and AOTAutograd trace. So it holds for draws of
-functions and modules, and for those that torch's own dropout comes to while it is enabled.
+functions and modules, and for those that torch's own dropout comes to while it is enabled. `torch.jit.trace` has no
+such mode: there `draw` does it.
 """
 
 from __future__ import annotations
@@ -21,13 +22,26 @@ from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy
 from torch.fx.traceback import MEMORY_BUDGET_ANNOTATION_KEY
 from torch.utils.checkpoint import CheckpointPolicy
 
-__all__ = ["ProxyTorchDispatchMode", "in_order", "let_inductor_call"]
+__all__ = ["ProxyTorchDispatchMode", "draw", "in_order", "let_inductor_call"]
 
 # With a budget of 0 the partitioner keeps nothing at all, not even what it was told to keep. With this one it keeps
 # just that.
 LEAST_BUDGET = 1e-9
 
 _last: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()  # the last draw of each graph, by tracer
+_last_jit: dict[Any, Tensor] = {}  # the last draw of the newest trace, by its state, which weak references don't hold
+
+
+def draw(x: Tensor) -> Tensor:
+    """The next seed for x, by the op."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        seed: Tensor = torch.ops.fastdrop.draw(x, [])
+        return seed
+    seed = torch.ops.fastdrop.draw(x, [], _last_jit.get(state))
+    _last_jit.clear()
+    _last_jit[state] = seed
+    return seed
 
 
 def in_order(mode: Any, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from .. import _checks
-from . import _ops
+from . import _ops, _tracing
 from ._plain import hide_from_dynamo, is_transformed
 from .functional import dropout
 from .modules import Rated, is_traced, traced
@@ -173,7 +173,7 @@ class DropConnect(Rated):
             weight = getattr(self.module.get_submodule(path), own)
             if any(weight is other for _, other, _ in dropped):
                 continue
-            seed = torch.ops.fastdrop.draw(weight, [])
+            seed = _tracing.draw(weight)
             value, words = _ops.overload(torch.ops.fastdrop.forward, p)(weight, seed, p, None, True)
             dropped.append((name, weight, value))
             if hooked and not weight.is_inference():
