@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch import config
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_slot
 from torch.fx.traceback import MEMORY_BUDGET_ANNOTATION_KEY
 from torch.utils.checkpoint import CheckpointPolicy
@@ -59,7 +60,7 @@ def in_order(mode: Any, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs:
 def _keep(meta: dict[str, Any]) -> None:
     """Has the partitioner keep a node's result: drawn again in backward, it would be another."""
     meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    if torch._functorch.config.activation_memory_budget == 0:
+    if config.activation_memory_budget == 0:
         meta["memory_budget"] = LEAST_BUDGET
     if meta.get("custom", {}).get(MEMORY_BUDGET_ANNOTATION_KEY) == 0:  # which overrides that for the whole graph
         raise RuntimeError(
