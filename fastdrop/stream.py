@@ -85,7 +85,9 @@ def keep_scale(threshold: int) -> float:
     >>> keep_scale(2**31)
     2.0
     """
-    return 1.0 / (1.0 - threshold / 4294967296.0) if threshold < DROP_ALL else 0.0
+    # A quotient of ints as long as these is rounded to nearest whatever the CPU's mode: what is remembered must not
+    # depend on who asked first.
+    return (DROP_ALL << 64) / ((DROP_ALL - threshold) << 64) if threshold < DROP_ALL else 0.0
 
 
 def philox4x32_10(

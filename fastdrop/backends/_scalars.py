@@ -227,7 +227,7 @@ def _widen(v: Any) -> Any:
             return float_of(np.uint32(np.uint32(v) << np.uint32(16)))
 
         return bfloat16
-    if v == types.int16:  # float16: the exponent rebias is a multiplication by 2**112, exact for subnormals too
+    if v == types.int16:  # float16: no float is subnormal on the way, as it would be 0 under flush-to-zero
 
         def float16(v: Any) -> Any:
             bits = np.uint32(np.uint16(v))
@@ -236,7 +236,8 @@ def _widen(v: Any) -> Any:
             shifted = np.uint32(magnitude << np.uint32(13))
             quiet = np.uint32(0x400000) if magnitude > np.uint32(0x7C00) else np.uint32(0)
             special = np.uint32(np.uint32(0x7F800000) | shifted | quiet)
-            finite = bits_of(np.float32(float_of(shifted) * np.float32(2.0**112)))
+            small = bits_of(np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24)))
+            finite = small if magnitude < np.uint32(0x400) else np.uint32(shifted + np.uint32(0x38000000))
             return float_of(np.uint32(sign | (special if magnitude >= np.uint32(0x7C00) else finite)))
 
         return float16
