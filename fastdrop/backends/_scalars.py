@@ -8,7 +8,9 @@ with one instruction and never masks, and nothing mixes signed with unsigned, wh
 
 from __future__ import annotations
 
+import mmap
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,35 @@ scalar = njit(inline="always")
 # The CPU's functions: those that Python calls, whose compiled code is kept on disk; those that only they call; and
 # those put into their callers, as arrays for arguments cost more than the work of a block.
 OPTIONS: Any = {"nogil": True, "error_model": "numpy"}
-kernel = njit(cache=True, **OPTIONS)
 stage = njit(**OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True})
 inner = njit(forceinline=True, error_model="numpy")
+COMPILE_BYTES = 256 << 20  # of addresses; the first compile takes 180 MB, later ones some 10 MB each
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """A function that Python calls. It raises MemoryError where there is no room to compile it: LLVM would abort."""
+    dispatcher = njit(cache=True, **OPTIONS)(function)
+    compile_for = getattr(dispatcher, "_compile_for_args", None)  # what Numba calls for new types of arguments
+
+    def checked(*arguments: Any, **named: Any) -> Any:
+        _require_room()
+        return compile_for(*arguments, **named)  # type: ignore[misc]
+
+    if compile_for is not None:
+        dispatcher._compile_for_args = checked
+    return dispatcher
+
+
+def _require_room() -> None:
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return
+    try:
+        mmap.mmap(-1, COMPILE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        raise MemoryError(
+            f"Numba must compile a kernel, for which it may need {COMPILE_BYTES >> 20} MB of addresses, and they are "
+            "not there"
+        ) from None
 
 
 def philox(multiply: Any) -> Any:
