@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[Any]
 
 UINT64_END = 1 << 64
+CHILDREN_END = 1 << 59  # a child's number has the bits that the domain leaves of a counter
 
 # Tags by which kernels know a dtype; csrc/fastdrop.h has the same.
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
@@ -117,6 +118,14 @@ def uint64(name: str, value: Any) -> int:
     if not 0 <= value < UINT64_END:
         raise ValueError(f"{name} must be from 0 to 2**64 - 1, but got {value}")
     return int(value)
+
+
+def child_count(name: str, value: Any, before: int = 0) -> int:
+    """How many children of a stream there are, with so many before."""
+    count = uint64(name, value)
+    if before + count > CHILDREN_END:
+        raise ValueError(f"{name} must be at most {CHILDREN_END - before}, as children are numbered, but got {count}")
+    return before + count
 
 
 def choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
