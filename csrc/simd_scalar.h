@@ -157,8 +157,9 @@ static inline float f32_of_f16(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7FFFu;
     if (magnitude >= 0x7C00u)
         return f32_of_bits(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13 | (magnitude > 0x7C00u ? 0x400000u : 0u));
-    /* The exponent rebias is a multiplication by 2^112, exact for subnormals too. */
-    return f32_of_bits(sign | bits_of_f32(f32_of_bits(magnitude << 13) * 0x1p112f));
+    /* No float here is subnormal: under flush-to-zero it would be 0, where the instructions keep it. */
+    if (magnitude < 0x400u) return f32_of_bits(sign | bits_of_f32((float)(int32_t)magnitude * 0x1p-24f));
+    return f32_of_bits(sign | ((magnitude << 13) + 0x38000000u));
 }
 static inline uint16_t f16_of_f32(float v) {
     uint32_t u = bits_of_f32(v), sign = u >> 16 & 0x8000u, magnitude = u & 0x7FFFFFFFu;

@@ -15,6 +15,9 @@
  * number would end some and start others), and not in a forked child, where they are gone.
  *
  * Ranges are handed out a grain at a time, so that a thread the system has put aside holds up no more than one grain.
+ *
+ * A job is computed under its caller's floating-point modes on every thread, so that rounding upward or flushing
+ * subnormals to zero in the caller gives the same bits on any number of threads.
  */
 #define _GNU_SOURCE /* sched_getaffinity */
 
@@ -33,11 +36,32 @@ enum { MAX_THREADS = 256, SPIN_NANOSECONDS = 20000 };
  * torch begins to share its. */
 enum { GRAIN_CELLS = 128 * FD_BLOCK_CELLS, TEAM_GRAIN_CELLS = 64 * FD_BLOCK_CELLS };
 
+/* How this thread rounds, whether subnormals are flushed, and which exceptions trap: MXCSR on x86 without its flags,
+ * which say what has happened, and FPCR on Arm. */
+#if defined(__x86_64__)
+enum { MXCSR_FLAGS = 0x3F };
+static uint64_t float_modes(void) { return __builtin_ia32_stmxcsr() & ~(unsigned)MXCSR_FLAGS; }
+static void set_float_modes(uint64_t modes) {
+    __builtin_ia32_ldmxcsr((unsigned)modes | (__builtin_ia32_stmxcsr() & (unsigned)MXCSR_FLAGS));
+}
+#elif defined(__aarch64__)
+static uint64_t float_modes(void) {
+    uint64_t modes;
+    __asm__ volatile("mrs %0, fpcr" : "=r"(modes));
+    return modes;
+}
+static void set_float_modes(uint64_t modes) { __asm__ volatile("msr fpcr, %0" : : "r"(modes) : "memory"); }
+#else
+static uint64_t float_modes(void) { return 0; }
+static void set_float_modes(uint64_t modes) { (void)modes; }
+#endif
+
 typedef struct {
     fd_kernel kernel;
     const void *args;
     uint64_t end, grain; /* in units */
     _Atomic uint64_t next;
+    uint64_t modes; /* of the caller */
 } job_t;
 
 /* busy: held by the caller whose job the pool runs; others try it and never wait. lock: guards what follows it. The
@@ -81,7 +105,13 @@ static void work(job_t *j) {
     }
 }
 
-static void work_in_team(void *j) { work(j); }
+/* On a thread that is not the caller's, whose modes it leaves as they were. */
+static void work_elsewhere(void *j) {
+    const uint64_t own = float_modes(), wanted = ((job_t *)j)->modes;
+    if (own != wanted) set_float_modes(wanted);
+    work(j);
+    if (own != wanted) set_float_modes(own);
+}
 
 static void *worker(void *unused) {
     unsigned seen = 0;
@@ -102,7 +132,7 @@ static void *worker(void *unused) {
         job_t *j = job;
         pthread_mutex_unlock(&lock);
         spin = now() - idle_since < SPIN_NANOSECONDS;
-        work(j);
+        work_elsewhere(j);
         pthread_mutex_lock(&lock);
         if (atomic_fetch_sub(&working, 1) == 1) pthread_cond_signal(&done);
         pthread_mutex_unlock(&lock);
@@ -150,8 +180,8 @@ void fd_parallel_for(fd_kernel kernel, const void *args, uint64_t begin, uint64_
     uint64_t grain = units_in(TEAM_GRAIN_CELLS, unit);
     team_t run = limit > 1 && limit < MAX_THREADS && end - begin >= 2 * grain ? atomic_load(&team) : NULL;
     if (run) {
-        job_t j = {kernel, args, end, grain, begin};
-        run(work_in_team, &j, (unsigned)limit, 0);
+        job_t j = {kernel, args, end, grain, begin, float_modes()};
+        run(work_elsewhere, &j, (unsigned)limit, 0);
         return;
     }
     int threads = limit ? limit : fd_get_num_threads();
@@ -162,7 +192,7 @@ void fd_parallel_for(fd_kernel kernel, const void *args, uint64_t begin, uint64_
         if (end > begin) kernel(args, begin, end);
         return;
     }
-    job_t j = {kernel, args, end, grain, begin};
+    job_t j = {kernel, args, end, grain, begin, float_modes()};
     pthread_mutex_lock(&lock);
     start_workers(threads - 1);
     job = &j;

@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[Any]
 
 UINT64_END = 1 << 64
+CHILDREN_END = 1 << 59  # a child's number has the bits that the domain leaves of a counter
 
 # Tags by which kernels know a dtype; csrc/fastdrop.h has the same.
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
@@ -37,9 +38,22 @@ _tags: dict[np.dtype[Any], int] = {
 
 def data(name: str, value: Any) -> tuple[Array, int]:
     """The value as a plain ndarray, and its dtype's tag."""
-    array: Array = value if type(value) is np.ndarray else np.asarray(value)
+    array: Array = value if type(value) is np.ndarray else plain(name, value)
     tag = _tags.get(array.dtype)
     return array, dtype_tag(name, array.dtype) if tag is None else tag
+
+
+def plain(name: str, value: Any) -> Array:
+    """The value as an ndarray of that very class: of an instance of a subclass a view.
+
+    Subclasses may keep other shapes, indices or meanings of their own: np.matrix has two axes whatever is asked for.
+    """
+    # By name, because an import would fail at the interpreter's exit; a masked array's class comes from nowhere else.
+    if any(kind.__name__ == "MaskedArray" and kind.__module__.startswith("numpy.ma") for kind in type(value).__mro__):
+        raise TypeError(f"{name} must not be a masked array, whose mask would be lost: give its data or filled() array")
+    if hasattr(value, "todense") and not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a dense array, but got a sparse {type(value).__name__}: make it dense first")
+    return np.asarray(value)
 
 
 def dtype_tag(name: str, dtype: np.dtype[Any]) -> int:
@@ -104,6 +118,14 @@ def uint64(name: str, value: Any) -> int:
     if not 0 <= value < UINT64_END:
         raise ValueError(f"{name} must be from 0 to 2**64 - 1, but got {value}")
     return int(value)
+
+
+def child_count(name: str, value: Any, before: int = 0) -> int:
+    """How many children of a stream there are, with so many before."""
+    count = uint64(name, value)
+    if before + count > CHILDREN_END:
+        raise ValueError(f"{name} must be at most {CHILDREN_END - before}, as children are numbered, but got {count}")
+    return before + count
 
 
 def choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
@@ -242,7 +264,7 @@ def first_cell(value: Any, cells: int) -> int:
 def words(value: Any, cells: int, count: int) -> NDArray[np.uint32]:
     if not isinstance(value, np.ndarray) or value.dtype != np.uint32:
         raise TypeError(f"words must be an array of uint32, but got {getattr(value, 'dtype', type(value).__name__)}")
-    array: NDArray[np.uint32] = value
+    array: NDArray[np.uint32] = plain("words", value)
     if array.shape != (count,) or not array.flags.c_contiguous:
         raise ValueError(f"words must be {count} contiguous words for {cells} cells, but got shape {array.shape}")
     if cells & 31 and int(array[-1]) >> (cells & 31):
@@ -251,7 +273,7 @@ def words(value: Any, cells: int, count: int) -> NDArray[np.uint32]:
 
 
 def keep_flags(keep: ArrayLike) -> NDArray[np.bool_]:
-    flags = np.asarray(keep)
+    flags = plain("keep", keep)
     if flags.dtype != np.bool_:
         raise TypeError(f"keep must be boolean, True = keep, but got dtype {flags.dtype}")
     return flags
@@ -264,7 +286,7 @@ def nothing_kept(name: str, bits: Array, scale: float) -> None:
 
 
 def output(out: Any, x: Array, name: str) -> Array:
-    """out if it may take the result for x, a new array like x if it is None."""
+    """A plain view of out if it may take the result for x, a new array like x if it is None."""
     if out is None:
         return np.empty_like(x)
     in_place: bool = out is x
@@ -272,11 +294,14 @@ def output(out: Any, x: Array, name: str) -> Array:
         return x
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an ndarray, but got {type(out).__name__}")
-    takes_result(out, x, name, out.flags.writeable)
-    apart(out, x, name)
-    result: Array = out
-    if not result.flags.forc and any(s == 0 and e > 1 for s, e in zip(result.strides, result.shape, strict=True)):
-        raise ValueError(f"out must not hold one address twice, but got strides {out.strides} for shape {out.shape}")
+    result = plain("out", out)
+    takes_result(result, x, name, result.flags.writeable)
+    apart(result, x, name)
+    if not result.flags.forc and _overlaps_itself(result):
+        raise ValueError(
+            f"out must not have elements that overlap one another, but got strides {result.strides} for shape "
+            f"{result.shape}"
+        )
     return result
 
 
@@ -303,7 +328,31 @@ def overlaps(name: str) -> ValueError:
 
 def _same_elements(a: Array, b: Array) -> bool:
     same_start: bool = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-    return same_start and a.strides == b.strides and a.dtype == b.dtype
+    return same_start and a.dtype == b.dtype and a.shape == b.shape and _steps(a) == _steps(b)
+
+
+def _steps(array: Array) -> list[int]:
+    """The strides that lead to another element."""
+    return [stride for stride, extent in zip(array.strides, array.shape, strict=True) if extent > 1]
+
+
+def _overlaps_itself(array: Array) -> bool:
+    """Whether any two elements share a byte."""
+    if not array.size:
+        return False
+    axes = sorted((abs(s), e) for s, e in zip(array.strides, array.shape, strict=True) if e > 1)
+    reach = array.itemsize  # bytes from the first to the last that are reached along the axes so far
+    nested = True
+    for step, extent in axes:
+        nested = nested and step >= reach
+        reach += step * (extent - 1)
+    if nested or array.nbytes > reach:
+        return not nested
+    starts = np.zeros(1, np.intp)
+    for step, extent in axes:
+        starts = np.add.outer(starts, step * np.arange(extent)).reshape(-1)
+    starts.sort()
+    return bool((np.diff(starts) < array.itemsize).any())
 
 
 def _overlap(a: Array, b: Array) -> bool:

@@ -30,11 +30,14 @@ __all__ = [
     "copy",
     "detached",
     "dilated",
+    "draw_into",
+    "draw_or_defer",
     "draw_words",
     "empty",
     "empty_words_like",
     "forward",
     "gaussian",
+    "in_order",
     "is_on_device",
     "kept",
     "output",
@@ -42,7 +45,6 @@ __all__ = [
     "taken",
     "taken_mask",
     "target",
-    "words_for",
     "zeros",
 ]
 
@@ -112,24 +114,28 @@ def empty_words_like(x: Any, cells: int) -> Any:
 def draw_words(like: Any, cells: int, first: int, seed: int, offset: int, cut: int) -> Any:
     """The words of a mask of so many cells, any threshold; bits past the last are not 0 where it keeps all."""
     words = empty_words_like(like, cells)
+    draw_into(words, like, cells, first, seed, offset, cut)
+    return words
+
+
+def draw_into(words: Any, like: Any, cells: int, first: int, seed: int, offset: int, cut: int) -> None:
+    """The same into words that are there, on the stream of like."""
     if cells:
         at, stream = _memory(words), _memory(like).stream
         if 0 < cut < DROP_ALL:
             cuda().draw_bits_at(at.device, stream, at.address, 0, first, cells, seed, offset, cut)
         else:
             cuda().fill_at(at.device, stream, at.address, 0 if cut == DROP_ALL else 0xFFFFFFFF, word_count(cells))
-    return words
 
 
-def words_for(like: Any, cells: int, seed: int, offset: int, cut: int) -> tuple[Any, None]:
-    """The words for `run`, drawn."""
-    return draw_words(like, cells, 0, seed, offset, cut), None
+def draw_or_defer(words: Any, like: Any, cells: int, seed: int, offset: int, cut: int) -> None:
+    """Draws words; nothing is left to `run`."""
+    draw_into(words, like, cells, 0, seed, offset, cut)
 
 
-def dilated(words: Any, passes: tuple[tuple[int, int, int, int], ...]) -> Any:
-    """Words after each of DropBlock's passes."""
-    for outer, n, inner, block in passes:
-        to = empty_words_like(words, outer * (n + block - 1) * inner)
+def dilated(words: Any, rooms: list[Any], passes: tuple[tuple[int, int, int, int], ...]) -> Any:
+    """Words after each of DropBlock's passes, which have a room each."""
+    for to, (outer, n, inner, block) in zip(rooms, passes, strict=True):
         target, source = _memory(to), _memory(words)
         cuda().dilate_bits_at(target.device, source.stream, target.address, source.address, outer, n, inner, block)
         words = to
@@ -143,6 +149,11 @@ def kept(words: Any) -> int:
     cuda().fill_at(at.device, stream, at.address, 0, 2)
     cuda().count_bits_at(at.device, stream, _memory(words).address, math.prod(words.shape), at.address)
     return int(in_memory(total)[0])
+
+
+def in_order(x: Any, y: Any, cells_shape: tuple[int, ...]) -> tuple[Any, Any]:
+    """x and y, which are contiguous."""
+    return x, y
 
 
 def forward(
@@ -241,7 +252,7 @@ def additive(name: str, mask: Any, shape: tuple[int, ...], dtype: Any) -> Any:
         if mask.dtype != dtype:
             raise TypeError(f"{name} must have dtype {np.dtype(dtype)} as an array of Numba, but got {mask.dtype}")
         raise ValueError(f"{name} must have shape {shape} as an array of Numba, but got {given}")
-    cupy = sys.modules["cupy"]
+    cupy = _cupy()
     with mask.device:
         if mask.dtype == np.bool_:
             mask = cupy.where(mask, 0.0, -np.inf)
@@ -294,6 +305,16 @@ def _kind(name: str, x: Any) -> str:
     )
 
 
+_cupy_held: Any = None  # at the interpreter's exit sys.modules has it no more
+
+
+def _cupy() -> Any:
+    """CuPy, which is there wherever one of its arrays is."""
+    global _cupy_held
+    _cupy_held = sys.modules.get("cupy") or _cupy_held
+    return _cupy_held
+
+
 def _root(x: Any) -> str:
     """The top-level package of x's type."""
     return type(x).__module__.partition(".")[0]
@@ -340,6 +361,6 @@ def _empty(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     """An array of the kind and on the GPU of another, not yet written."""
     if _kind("x", like) == "cupy":
         with like.device:
-            return sys.modules["cupy"].empty(shape, dtype)
+            return _cupy().empty(shape, dtype)
     at = _memory(like)
     return cuda().empty(shape, dtype, at.device, like.stream)

@@ -22,7 +22,7 @@ from numpy.typing import ArrayLike
 from . import _checks, device, kinds
 from .activations import ACTIVATIONS, NONE, SILU, keeps_input, keeps_signs
 from .mask import PackedMask, SeededMask
-from .ops import Array, BitMask, RandomState, Shape, _masked, _memory
+from .ops import Array, BitMask, RandomState, Shape, _delivered, _masked, _memory
 from .stream import check_random_state, random_state, threshold_and_scale
 
 __all__ = [
@@ -659,13 +659,12 @@ class _Call:
         signs = memory.empty_words_like(x, self.cells) if keeps_signs(activation, factor is not None) else None
         inputs, outputs = (x, bias, factor, residual), (target, signs)
         mask = self.forward("pointwise_forward", (self.dtype, y.dtype), inputs, outputs, self.scale, activation)
-        if target is not y:
-            memory.copy(y, target)
+        result = _delivered(memory, target, y, out)
         if signs is not None:
             mask = PackedMask._of(signs, self.shape, self.p if self.cut else 0.0, self.scale)
             activation = NONE
         common = self.op, mask, gradients, self.shape, self.dtype
-        return y, SavedPointwise(*common, np.dtype(y.dtype), activation, kept_x, kept_up, kept_bias, bias_dtype)
+        return result, SavedPointwise(*common, np.dtype(y.dtype), activation, kept_x, kept_up, kept_bias, bias_dtype)
 
     def norm(
         self,
@@ -708,10 +707,9 @@ class _Call:
         heads, queries = (1, 1, *self.shape)[-3:-1]
         numbers = heads, queries, *strides, factor, self.scale, int(bool(causal))
         mask = self.forward("softmax_forward", (self.dtype,), (x, additive), (probabilities, target), *numbers)
-        if target is not y:
-            memory.copy(y, target)
+        result = _delivered(memory, target, y, out)
         common = self.op, mask, SoftmaxGradients, self.shape, self.dtype
-        return y, SavedSoftmax(*common, y if probabilities is None else probabilities, factor)
+        return result, SavedSoftmax(*common, y if probabilities is None else probabilities, factor)
 
     @property
     def cells(self) -> int:
@@ -735,8 +733,9 @@ class _Call:
         if self.cut == 0:
             check_random_state(self.rng)
         else:
+            words = self.memory.empty_words_like(self.x, self.cells)  # before a random number is taken
             seed, offset = random_state(self.rng)
-            words, draw = self.memory.words_for(self.x, self.cells, seed, offset, self.cut)
+            draw = self.memory.draw_or_defer(words, self.x, self.cells, seed, offset, self.cut)
             if self.store == "seed":
                 mask = SeededMask._of(seed, offset, self.shape, self.p, self.scale, self.cut)
             else:

@@ -1,7 +1,8 @@
 """Arrays in memory, as the NumPy API's flow (`ops`, `fused`) asks for them; `device` answers the same for a GPU's.
 
 This module owns how an ndarray's memory reaches a backend: where it lies if its cells come side by side in it, in any
-order of its axes, through a C-contiguous copy elsewhere; bfloat16 as its bits.
+order of its axes, through a C-contiguous copy elsewhere; bfloat16 as its bits. Backends see instances of ndarray alone,
+never of a subclass.
 """
 
 from __future__ import annotations
@@ -27,24 +28,26 @@ __all__ = [
     "copy",
     "detached",
     "dilated",
+    "draw_into",
+    "draw_or_defer",
     "draw_words",
     "empty",
     "empty_words_like",
     "forward",
     "gaussian",
+    "in_order",
     "kept",
     "output",
     "run",
     "taken",
     "taken_mask",
     "target",
-    "words_for",
     "zeros",
 ]
 
 Array = NDArray[Any]
 Words = NDArray[np.uint32]
-Draw = tuple[int, int, int]  # seed, offset, threshold
+Draw = tuple[Any, int, int, int]  # C's function that draws and runs a primitive; seed, offset, threshold
 
 taken = _checks.data
 output = _checks.output
@@ -68,24 +71,30 @@ def empty_words_like(x: Array, cells: int) -> Words:
 def draw_words(like: Array | None, cells: int, first: int, seed: int, offset: int, cut: int) -> Words:
     """The words of a mask of so many cells, any threshold."""
     words = empty_words(cells)
+    draw_into(words, like, cells, first, seed, offset, cut)
+    return words
+
+
+def draw_into(words: Words, like: Array | None, cells: int, first: int, seed: int, offset: int, cut: int) -> None:
+    """The same into words that are there: whoever takes a random state has them before."""
     if 0 < cut < DROP_ALL and cells:
         backends.active().draw_bits(words, 0, first, cells, seed, offset, cut)
     else:
         fill_words(words, cells, cut)
-    return words
 
 
-def words_for(like: Array, cells: int, seed: int, offset: int, cut: int) -> tuple[Words, Draw | None]:
-    """The words for `run`, and what it needs if it is to draw them: C does so while data is on its way."""
-    if 0 < cut < DROP_ALL and backends.draws():
-        return empty_words(cells), (seed, offset, cut)
-    return draw_words(like, cells, 0, seed, offset, cut), None
+def draw_or_defer(words: Words, like: Array, cells: int, seed: int, offset: int, cut: int) -> Draw | None:
+    """Draws words, or returns what `run` needs if it is to draw them: C does so while data is on its way."""
+    drawn = backends.drawn()
+    if 0 < cut < DROP_ALL and drawn is not None:
+        return drawn, seed, offset, cut
+    draw_into(words, like, cells, 0, seed, offset, cut)
+    return None
 
 
-def dilated(words: Words, passes: tuple[tuple[int, int, int, int], ...]) -> Words:
-    """Words after each of DropBlock's passes."""
-    for outer, n, inner, block in passes:
-        to = empty_words(outer * (n + block - 1) * inner)
+def dilated(words: Words, rooms: list[Words], passes: tuple[tuple[int, int, int, int], ...]) -> Words:
+    """Words after each of DropBlock's passes, which have a room each."""
+    for to, (outer, n, inner, block) in zip(rooms, passes, strict=True):
         backends.active().dilate_bits(to, words, outer, n, inner, block)
         words = to
     return words
@@ -94,6 +103,13 @@ def dilated(words: Words, passes: tuple[tuple[int, int, int, int], ...]) -> Word
 def kept(words: Words) -> int:
     """How many cells words keep."""
     return popcount(words)
+
+
+def in_order(x: Array, y: Array, cells_shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """x and y, or arrays in their stead where `apply` can't take them as they lie; y's is then to be copied over."""
+    if cells_shape != x.shape and _grid_in_memory(x, y, cells_shape) is not None:
+        return x, y
+    return contiguous(x), target(y)
 
 
 def forward(
@@ -108,47 +124,32 @@ def forward(
     b: float,
     c: float,
 ) -> None:
-    """y = x under a mask of its shape that is drawn and, unless words is None, kept."""
-    if tag != BFLOAT16 and x.flags.c_contiguous and y.flags.c_contiguous:  # all that counts for a small array
-        backends.active().dropout_forward(tag, x, y, words, 0, x.size, seed, offset, cut, a, b, c)
-        return
-    source, target = _flat(x), _flat_output(y)
-    backends.active().dropout_forward(tag, source, target, words, 0, x.size, seed, offset, cut, a, b, c)
-    _deliver(target, y)
+    """y = x, both contiguous, under a mask of its shape that is drawn and, unless words is None, kept."""
+    if tag == BFLOAT16:
+        x, y = _bits(x), _bits(y)
+    backends.active().dropout_forward(tag, x, y, words, 0, x.size, seed, offset, cut, a, b, c)
 
 
 def gaussian(tag: int, x: Array, y: Array, seed: int, offset: int, sigma: float) -> None:
-    """y = x times its Gaussian factors."""
-    source, target = _flat(x), _flat_output(y)
-    backends.active().gaussian_multiply(tag, source, target, 0, x.size, seed, offset, sigma)
-    _deliver(target, y)
+    """y = x times its Gaussian factors, both contiguous."""
+    backends.active().gaussian_multiply(tag, _bits(x), _bits(y), 0, x.size, seed, offset, sigma)
 
 
 def apply(
     tag: int, x: Array, y: Array, words: Words, cells_shape: tuple[int, ...], a: float, b: float, c: float
 ) -> None:
-    """y = x under stored bits of a mask that fits."""
+    """y = x, as they come from `in_order`, under stored bits of a mask that fits."""
     if not x.size:
         return
     masked_affine = backends.active().masked_affine
     if cells_shape == x.shape:
-        source, target = _flat(x), _flat_output(y)
-        masked_affine(tag, source, target, words, 0, 1, 1, x.size, a, b, c)
-        _deliver(target, y)
+        masked_affine(tag, _bits(x), _bits(y), words, 0, 1, 1, x.size, a, b, c)
         return
-    as_it_lies = _grid_in_memory(x, y, cells_shape)
-    if as_it_lies is None:
-        grid = Grid.of(x.shape, cells_shape)
-        source, target = _flat(x), _flat_output(y)
-    else:
-        grid = as_it_lies
-        source, target = (_bits(array.ravel("K")) for array in (x, y))
-    elements, results = source.reshape(-1), target.reshape(-1)
+    grid = _grid_in_memory(x, y, cells_shape) or Grid.of(x.shape, cells_shape)
+    elements, results = (_bits(array.ravel("K")) for array in (x, y))
     for start, cell in grid.pieces():
         part = slice(start, start + grid.size)
         masked_affine(tag, elements[part], results[part], words, cell, grid.outer, grid.repeat, grid.inner, a, b, c)
-    if as_it_lies is None:
-        _deliver(target, y)
 
 
 # ---- rows, for the fused ops ----
@@ -156,7 +157,7 @@ def apply(
 
 def taken_mask(name: str, value: Any) -> Array:
     """A mask of booleans or floats as an ndarray, extents 1 where it says one thing for all of an axis."""
-    mask = np.asarray(value)
+    mask = _checks.plain(name, value)
     if mask.dtype != np.bool_:
         _checks.dtype_tag(f"{name}, unless boolean,", mask.dtype)
     return mask[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in mask.strides)]
@@ -205,12 +206,11 @@ def run(
     numbers: tuple[float, ...],
     draw: Draw | None = None,
 ) -> None:
-    """A fused primitive on contiguous arrays; it draws its words where `words_for` has left that to it."""
+    """A fused primitive on contiguous arrays; it draws its words where `draw_or_defer` has left that to it."""
     stored = [None if x is None else _bits(x) for x in arrays]
     if draw is not None:
-        from .backends import native  # asked by name: it need not be there
-
-        native.drawn(primitive, *draw, *dtypes, *stored, *numbers)
+        drawn, *state = draw  # the function that was asked then: another thread may have switched backends
+        drawn(primitive, *state, *dtypes, *stored, *numbers)
     else:
         getattr(backends.active(), primitive)(*dtypes, *stored, *numbers)
 
@@ -231,18 +231,3 @@ def _grid_in_memory(x: Array, y: Array, cells_shape: tuple[int, ...]) -> Grid | 
 def _bits(x: Array) -> Array:
     """x as backends take it: of bfloat16, the one dtype that NumPy does not know itself, the bits."""
     return x.view(np.uint16) if x.dtype.kind == "V" else x
-
-
-def _flat(x: Array) -> Array:
-    """x as backends take it, C-contiguous in logical order: a copy where it is not."""
-    return _bits(contiguous(x))
-
-
-def _flat_output(y: Array) -> Array:
-    """y as backends take it, or an array in its stead that `_deliver` copies over."""
-    return _bits(target(y))
-
-
-def _deliver(source: Array, y: Array) -> None:
-    if not y.flags.c_contiguous:
-        np.copyto(y, source.view(y.dtype))

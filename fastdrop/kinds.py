@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from . import _checks
-from .stream import DROP_ALL, keep_scale, threshold
+from .stream import DROP_ALL, keep_scale, nearest, threshold
 
 __all__ = [
     "Blocks",
@@ -117,9 +117,13 @@ def blocks(cells: Shape, p: float, block_size: Shape) -> Blocks:
         outer, inner = math.prod(lead) * math.prod(free[:axis]), math.prod(extents[axis + 1 :])
         passes.append((outer, free[axis], inner, sizes[axis]))
     room = math.prod(sizes) * math.prod(free)
-    gamma = (
-        p if threshold(p) == DROP_ALL or not room else p * (math.prod(extents) / room)
-    )  # exactly p where blocks are cells
+    if threshold(p) == DROP_ALL or not room:
+        gamma = p
+    else:  # p * (cells / room), in two roundings; exactly p where blocks are cells
+        (top, bottom), (cells_top, cells_bottom) = (
+            number.as_integer_ratio() for number in (p, nearest(math.prod(extents), room))
+        )
+        gamma = nearest(top * cells_top, bottom * cells_bottom)
     return Blocks((*lead, *free), gamma, tuple(passes))
 
 

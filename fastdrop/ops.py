@@ -182,9 +182,10 @@ def draw_mask(shape: int | tuple[int, ...], p: float, *, rng: RandomState = None
     p = _checks.probability(p)
     cells = math.prod(extents)
     first = _checks.first_cell(first_cell, cells)
-    seed, offset = random_state(rng)
     cut, scale = threshold_and_scale(p)
-    return PackedMask._of(host.draw_words(None, cells, first, seed, offset, cut), extents, p, scale)
+    words = host.empty_words_like(None, cells)
+    host.draw_into(words, None, cells, first, *random_state(rng), cut)
+    return PackedMask._of(words, extents, p, scale)
 
 
 def feature_dropout(
@@ -437,15 +438,17 @@ def drop_block(
         check_random_state(rng)
         return _masked("x", x, None, out), None
     y = memory.output(out, source, "x")
-    seed, offset = random_state(rng)
-    cells = math.prod(shape)
-    words = memory.draw_words(source, math.prod(plan.seeds) if cells else 0, 0, seed, offset, cut)
+    elements, results = memory.in_order(source, y, shape)
+    cells, seeds = math.prod(shape), math.prod(plan.seeds)
+    words = memory.empty_words_like(source, seeds if cells else 0)
+    rooms = [memory.empty_words_like(source, outer * (n + b - 1) * inner) for outer, n, inner, b in plan.passes if cells]
+    memory.draw_into(words, source, seeds if cells else 0, 0, *random_state(rng), cut)
     if cells:
-        words = memory.dilated(words, plan.passes)
+        words = memory.dilated(words, rooms, plan.passes)
     kept = memory.kept(words) if cells else 0
     mask = PackedMask._of(words, shape, p, cells / kept if kept else 0.0)
-    memory.apply(tag, source, y, words, shape, mask.scale, 0.0, 0.0)
-    return y, mask
+    memory.apply(tag, elements, results, words, shape, mask.scale, 0.0, 0.0)
+    return _delivered(memory, results, y, out), mask
 
 
 def gaussian_dropout(
@@ -484,9 +487,11 @@ def gaussian_dropout(
         check_random_state(rng)
         return _masked("x", x, None, out), None
     y = memory.output(out, source, "x")
-    noise = GaussianNoise._of(*random_state(rng), tuple(source.shape), p)
-    _multiply(memory, tag, source, y, noise)
-    return y, noise
+    shape = tuple(source.shape)
+    elements, results = memory.in_order(source, y, shape)
+    noise = GaussianNoise._of(*random_state(rng), shape, p)
+    _multiply(memory, tag, elements, results, noise)
+    return _delivered(memory, results, y, out), noise
 
 
 def _memory(x: Any) -> ModuleType:
@@ -527,21 +532,30 @@ def _drop(
         if law == "standard" and cut:
             return _masked(name, given, _every_element(memory, x, 1.0 - cut / DROP_ALL), out), None
         return _masked(name, given, None, out), None
+    # The random state is taken when all memory is there: a call that fails for want of it has drawn nothing.
     y = memory.output(out, x, name)
-    seed, offset = random_state(rng)
     a, b, c = kinds.affine(law, cut)
-    if store == "seed":
-        seeded = SeededMask._of(seed, offset, cells_shape, p, a, cut)
-        _apply(memory, tag, x, y, seeded, a, b, c)
-        return y, seeded
     cells = math.prod(cells_shape)
-    if cells_shape == shape and cut < DROP_ALL and cells:
-        words = memory.empty_words_like(x, cells)
-        memory.forward(tag, x, y, words, seed, offset, cut, a, b, c)
+    while_drawing = cells_shape == shape and cut < DROP_ALL and cells
+    words = memory.empty_words_like(x, cells) if store == "bits" or not while_drawing else None
+    elements, results = memory.in_order(x, y, cells_shape)
+    seed, offset = random_state(rng)
+    if while_drawing:
+        memory.forward(tag, elements, results, words, seed, offset, cut, a, b, c)
     else:
-        words = memory.draw_words(x, cells, 0, seed, offset, cut)
-        memory.apply(tag, x, y, words, cells_shape, a, b, c)
+        memory.draw_into(words, x, cells, 0, seed, offset, cut)
+        memory.apply(tag, elements, results, words, cells_shape, a, b, c)
+    y = _delivered(memory, results, y, out)
+    if store == "seed":
+        return y, SeededMask._of(seed, offset, cells_shape, p, a, cut)
     return y, PackedMask._of(words, cells_shape, p, a)
+
+
+def _delivered(memory: ModuleType, results: Any, y: Any, out: Any) -> Any:
+    """The result where the caller expects it, as the very object that was given for it."""
+    if results is not y:
+        memory.copy(y, results)
+    return y if out is None else out
 
 
 def _masked(name: str, given: Any, mask: Mask | None, out: Array | None) -> Any:
@@ -552,9 +566,7 @@ def _masked(name: str, given: Any, mask: Mask | None, out: Array | None) -> Any:
         if out is None:
             return given if memory is device or isinstance(given, np.ndarray) else x
         y = memory.output(out, x, name)
-        if y is not x:
-            memory.copy(y, x)
-        return y
+        return _delivered(memory, x, y, out)
     if not isinstance(mask, (PackedMask, SeededMask, GaussianNoise)):
         raise TypeError(
             f"mask must be a PackedMask, a SeededMask, a GaussianNoise or None, but got {type(mask).__name__}"
@@ -564,15 +576,18 @@ def _masked(name: str, given: Any, mask: Mask | None, out: Array | None) -> Any:
     if mask.shape != x.shape:
         _checks.mask_grid(name, tuple(x.shape), mask.shape, shared=not isinstance(mask, GaussianNoise))
     y = memory.output(out, x, name)
+    if out is not None and isinstance(mask, PackedMask):
+        memory.apart(y, mask._words, "mask")
+    elements, results = memory.in_order(x, y, mask.shape)
     if isinstance(mask, GaussianNoise):
-        _multiply(memory, tag, x, y, mask)
+        _multiply(memory, tag, elements, results, mask)
     else:
-        _apply(memory, tag, x, y, mask, mask._scale, 0.0, 0.0)
-    return y
+        _apply(memory, tag, elements, results, mask, mask._scale, 0.0, 0.0)
+    return _delivered(memory, results, y, out)
 
 
 def _apply(memory: ModuleType, tag: int, x: Any, y: Any, mask: BitMask, a: float, b: float, c: float) -> None:
-    """y = x under the mask, which fits."""
+    """y = x under the mask, which fits; both as they come from `in_order`."""
     cells_shape = mask._shape
     if isinstance(mask, PackedMask):
         words = mask._words

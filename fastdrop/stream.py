@@ -23,6 +23,7 @@ __all__ = [
     "check_random_state",
     "keep_scale",
     "manual_seed",
+    "nearest",
     "philox4x32_10",
     "random_state",
     "threshold",
@@ -36,6 +37,7 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # key increments: golden ratio, sqrt(3) - 1
 MASK_DOMAIN = 1 << 27  # bits 27-28 of counter word 1: 1 = mask bits; 0 is left to torch and cuRAND
 NOISE_DOMAIN = 2 << 27  # Gaussian noise
+CHILD_DOMAIN = 3 << 27  # seeds and offsets of streams that a stream spawns
 GROUP_SHIFT = 29
 PLANES_PER_GROUP = 4
 GROUPS = 8
@@ -85,7 +87,18 @@ def keep_scale(threshold: int) -> float:
     >>> keep_scale(2**31)
     2.0
     """
-    return 1.0 / (1.0 - threshold / 4294967296.0) if threshold < DROP_ALL else 0.0
+    return nearest(DROP_ALL, DROP_ALL - threshold) if threshold < DROP_ALL else 0.0
+
+
+def nearest(numerator: int, denominator: int) -> float:
+    """A quotient rounded to nearest whatever the CPU's mode: what is remembered must not depend on who asked first.
+
+    Python divides ints of more than 53 bits by integer arithmetic.
+
+    >>> nearest(1, 3) == 1 / 3
+    True
+    """
+    return (numerator << 64) / (denominator << 64)
 
 
 def philox4x32_10(
@@ -121,8 +134,14 @@ class Stream:
     ----------
     seed, offset : int
         From 0 to 2**64 - 1. The offset wraps.
+    spawned : int
+        How many children the stream has had; see `spawn`.
 
-    Taking is thread-safe. Streams compare by value and pickle; a copy goes on from where the original stands.
+    Taking is thread-safe. Streams compare by value and pickle. A copy goes on from where the original stands, and so
+    does a stream in a forked process: it repeats what the original draws next. Give each worker a stream of its own,
+    by `spawn`.
+
+    Raises TypeError or ValueError for anything else.
 
     >>> import fastdrop as fd, numpy as np
     >>> s = fd.Stream(7)
@@ -133,11 +152,12 @@ class Stream:
     True
     """
 
-    __slots__ = ("__weakref__", "_lock", "_offset", "_seed")
+    __slots__ = ("__weakref__", "_lock", "_offset", "_seed", "_spawned")
 
-    def __init__(self, seed: int, offset: int = 0) -> None:
+    def __init__(self, seed: int, offset: int = 0, spawned: int = 0) -> None:
         self._seed = _checks.uint64("seed", seed)
         self._offset = _checks.uint64("offset", offset)
+        self._spawned = _checks.child_count("spawned", spawned)
         self._lock = threading.Lock()
         _streams[id(self)] = self
 
@@ -150,6 +170,11 @@ class Stream:
         """The offset that the next draw will take."""
         return self._offset
 
+    @property
+    def spawned(self) -> int:
+        """How many children the stream has had."""
+        return self._spawned
+
     def take(self) -> tuple[int, int]:
         """``(seed, offset)`` for one draw; the offset is then used up."""
         with self._lock:
@@ -157,18 +182,58 @@ class Stream:
             self._offset = offset + 1 if offset < _checks.UINT64_END - 1 else 0
         return self._seed, offset
 
+    def spawn(self, n_children: int) -> list[Stream]:
+        """Returns independent child streams, one for each worker, as `numpy.random.Generator.spawn` does.
+
+        Child ``i`` of a seed is the same wherever and whenever it is spawned. Another call goes on with the next
+        children. What the stream itself draws does not change. A child's seed and offset are a Philox block of this
+        stream's seed (docs/design.md, section 1), so children of children are independent as well.
+
+        Parameters
+        ----------
+        n_children : int
+            At least 0.
+
+        Raises
+        ------
+        TypeError, ValueError
+            n_children is not an int, or below 0, or more than the children that are left of 2**59.
+
+        >>> import fastdrop as fd
+        >>> stream = fd.Stream(7)
+        >>> workers = stream.spawn(3)
+        >>> masks = [fd.draw_mask(1000, 0.5, rng=worker) for worker in workers]
+        >>> masks[0] == masks[1], stream
+        (False, Stream(seed=7, offset=0, spawned=3))
+        >>> fd.Stream(7).spawn(3) == fd.Stream(7).spawn(1) + fd.Stream(7, spawned=1).spawn(2)
+        True
+        """
+        with self._lock:
+            first = self._spawned
+            end = _checks.child_count("n_children", n_children, first)
+            children = [self._child(number) for number in range(first, end)]
+            self._spawned = end
+        return children
+
+    def _child(self, number: int) -> Stream:
+        counter = number & LOW, number >> 32 | CHILD_DOMAIN, 0, 0
+        block = philox4x32_10(counter, (self._seed & LOW, self._seed >> 32))
+        a, b, c, d = (int(word) for word in block)
+        return Stream(a | b << 32, c | d << 32)
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Stream):
             return NotImplemented
-        return (self._seed, self._offset) == (other._seed, other._offset)
+        return bool(self.__reduce__() == other.__reduce__())
 
     __hash__ = None  # type: ignore[assignment]
 
-    def __reduce__(self) -> tuple[type[Stream], tuple[int, int]]:
-        return Stream, (self._seed, self._offset)
+    def __reduce__(self) -> tuple[type[Stream], tuple[int, int, int]]:
+        return Stream, (self._seed, self._offset, self._spawned)
 
     def __repr__(self) -> str:
-        return f"Stream(seed={self._seed}, offset={self._offset})"
+        spawned = f", spawned={self._spawned}" if self._spawned else ""
+        return f"Stream(seed={self._seed}, offset={self._offset}{spawned})"
 
 
 # All there are, for their locks' sake: a child forked while a thread held one would never get it.
@@ -207,8 +272,9 @@ def random_state(rng: Any) -> tuple[int, int]:
 def manual_seed(seed: int) -> Stream:
     """Restarts the process-wide stream at ``seed`` and returns it.
 
-    A forked child goes on with its parent's seeded stream, as with `numpy.random.seed`; left unseeded, a child gets a
-    seed of its own.
+    A forked child goes on with its parent's seeded stream, as with `numpy.random.seed`, and so repeats what the parent
+    and its other children draw; `Stream.spawn` gives each a stream of its own. Left unseeded, a child gets a seed of its
+    own.
 
     >>> import fastdrop as fd
     >>> fd.manual_seed(0)

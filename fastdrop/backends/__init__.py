@@ -32,9 +32,14 @@ def active() -> Any:
     return _module if _module is not None else _resolve()
 
 
+def drawn() -> Any:
+    """The running backend's fused forward primitives that draw the words they work under: C's `drawn`; else None."""
+    return getattr(active(), "drawn", None)
+
+
 def draws() -> bool:
-    """Whether its fused forward primitives can draw the words that they work under; only C's can, by `drawn`."""
-    return hasattr(active(), "drawn")
+    """Whether there is one."""
+    return drawn() is not None
 
 
 def active_name() -> str:
@@ -68,6 +73,7 @@ def reasons() -> dict[str, str | None]:
     return {name: reason(name) for name in FILES}
 
 
+@functools.cache  # held: at the interpreter's exit nothing can be imported any more, not even again
 def _module_of(file: str) -> ModuleType:
     return importlib.import_module(f".{file}", __name__)
 

@@ -8,7 +8,9 @@ with one instruction and never masks, and nothing mixes signed with unsigned, wh
 
 from __future__ import annotations
 
+import mmap
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -27,9 +29,35 @@ scalar = njit(inline="always")
 # The CPU's functions: those that Python calls, whose compiled code is kept on disk; those that only they call; and
 # those put into their callers, as arrays for arguments cost more than the work of a block.
 OPTIONS: Any = {"nogil": True, "error_model": "numpy"}
-kernel = njit(cache=True, **OPTIONS)
 stage = njit(**OPTIONS | {"no_cpython_wrapper": True, "no_cfunc_wrapper": True})
 inner = njit(forceinline=True, error_model="numpy")
+COMPILE_BYTES = 256 << 20  # of addresses; the first compile takes 180 MB, later ones some 10 MB each
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """A function that Python calls. It raises MemoryError where there is no room to compile it: LLVM would abort."""
+    dispatcher = njit(cache=True, **OPTIONS)(function)
+    compile_for = getattr(dispatcher, "_compile_for_args", None)  # what Numba calls for new types of arguments
+
+    def checked(*arguments: Any, **named: Any) -> Any:
+        _require_room()
+        return compile_for(*arguments, **named)  # type: ignore[misc]
+
+    if compile_for is not None:
+        dispatcher._compile_for_args = checked
+    return dispatcher
+
+
+def _require_room() -> None:
+    if not hasattr(mmap, "MAP_PRIVATE"):
+        return
+    try:
+        mmap.mmap(-1, COMPILE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS).close()
+    except OSError:
+        raise MemoryError(
+            f"Numba must compile a kernel, for which it may need {COMPILE_BYTES >> 20} MB of addresses, and they are "
+            "not there"
+        ) from None
 
 
 def philox(multiply: Any) -> Any:
@@ -227,7 +255,7 @@ def _widen(v: Any) -> Any:
             return float_of(np.uint32(np.uint32(v) << np.uint32(16)))
 
         return bfloat16
-    if v == types.int16:  # float16: the exponent rebias is a multiplication by 2**112, exact for subnormals too
+    if v == types.int16:  # float16: no float is subnormal on the way, as it would be 0 under flush-to-zero
 
         def float16(v: Any) -> Any:
             bits = np.uint32(np.uint16(v))
@@ -236,7 +264,8 @@ def _widen(v: Any) -> Any:
             shifted = np.uint32(magnitude << np.uint32(13))
             quiet = np.uint32(0x400000) if magnitude > np.uint32(0x7C00) else np.uint32(0)
             special = np.uint32(np.uint32(0x7F800000) | shifted | quiet)
-            finite = bits_of(np.float32(float_of(shifted) * np.float32(2.0**112)))
+            small = bits_of(np.float32(np.float32(np.int32(magnitude)) * np.float32(2.0**-24)))
+            finite = small if magnitude < np.uint32(0x400) else np.uint32(shifted + np.uint32(0x38000000))
             return float_of(np.uint32(sign | (special if magnitude >= np.uint32(0x7C00) else finite)))
 
         return float16

@@ -18,8 +18,10 @@ import importlib
 import itertools
 import os
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -36,6 +38,7 @@ try:
     from numba import types
 
     from . import _numba_rows
+    from ._numba_modes import float_modes, set_float_modes
     from ._scalars import (
         OPTIONS,
         affine,
@@ -333,10 +336,54 @@ def _over_ranges(
     seam = BLOCK_CELLS if cells == 1 else 1
     step = n // parts // seam * seam
     seams = [0, *(i * step - lead % seam for i in range(1, parts)), n]
-    futures = [_workers().submit(kernel, *part, *arguments) for part in itertools.pairwise(seams[1:])]
-    kernel(seams[0], seams[1], *arguments)
-    for future in futures:
-        future.result()
+    # Over no range, to compile: where memory is short that fails, and must in the caller and not in a pool's thread.
+    kernel(0, 0, *arguments)
+    _Job(kernel, arguments, itertools.pairwise(seams)).run(parts)
+
+
+class _Job:
+    """One call's ranges. Whoever is free takes the next, under the modes of floating-point arithmetic of the caller."""
+
+    def __init__(self, kernel: Callable[..., None], arguments: tuple[Any, ...], ranges: Iterable[Any]) -> None:
+        self._kernel, self._arguments = kernel, arguments
+        self._ranges = deque(ranges)
+        self._left = len(self._ranges)
+        self._ended: SimpleQueue[BaseException | None] = SimpleQueue()  # None, or what was raised, for each range
+        self._modes = float_modes()
+
+    def run(self, threads: int) -> None:
+        """Everything, by so many threads, or fewer where the system gives no more."""
+        for _ in range(threads - 1):
+            try:
+                _workers().submit(self._help)
+            except RuntimeError:  # no thread can be started: memory is short, or the interpreter is about to end
+                break
+        self._work()
+        ended = [self._ended.get() for _ in range(self._left)]
+        for error in ended:
+            if error is not None:
+                raise error
+
+    def _help(self) -> None:
+        own = float_modes()
+        set_float_modes(self._modes)
+        try:
+            self._work()
+        finally:
+            set_float_modes(own)
+
+    def _work(self) -> None:
+        while True:
+            try:
+                part = self._ranges.popleft()
+            except IndexError:
+                return
+            error: BaseException | None = None
+            try:
+                self._kernel(*part, *self._arguments)
+            except BaseException as raised:
+                error = raised
+            self._ended.put(error)
 
 
 def _workers() -> ThreadPoolExecutor:

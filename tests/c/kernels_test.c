@@ -3,6 +3,7 @@
  * math is tested at every STRIDE-th float, and "large" asks for the fused kernels' stores around the cache. */
 #include "testing.h"
 
+#include <fenv.h>
 #include <pthread.h>
 
 enum { MAX_CELLS = 200000, CALLERS = 6 };
@@ -249,6 +250,41 @@ static void check_team(void) {
     fd_use_team(0);
 }
 
+/* Another rounding mode, and subnormals flushed where we know how: the pool and a team give one thread's bits, and have
+ * their own modes back afterwards. */
+static void check_float_modes(void) {
+    static float tiny[MAX_CELLS], y[4][MAX_CELLS];
+    for (int i = 0; i < MAX_CELLS; i++) tiny[i] = i % 2 ? 0x1p-130f : (float)i;
+    for (int flush = 0; flush < 2; flush++) {
+        if (flush) {
+#if defined(__x86_64__)
+            __builtin_ia32_ldmxcsr(__builtin_ia32_stmxcsr() | 0x8040); /* flush results, take operands for 0 */
+#elif defined(__aarch64__)
+            uint64_t fpcr;
+            __asm__ volatile("mrs %0, fpcr" : "=r"(fpcr));
+            __asm__ volatile("msr fpcr, %0" : : "r"(fpcr | 1 << 24));
+#endif
+        } else {
+            fesetround(FE_UPWARD);
+        }
+        for (int way = 0; way < 4; way++) { /* one thread, pool, team, pool under default modes */
+            if (way == 3) fesetenv(FE_DFL_ENV);
+            if (way == 2) fd_use_team((uintptr_t)parallel);
+            fd_set_num_threads(way ? 4 : 1);
+            fd_limit_threads(way == 2 ? TEAM : 0);
+            fd_dropout_forward(FD_FLOAT32, tiny, y[way], NULL, 3, MAX_CELLS, SEED, OFFSET, 429496730u, 1.1, 0, 0);
+            fd_limit_threads(0);
+            fd_use_team(0);
+        }
+        expect(!memcmp(y[0], y[1], sizeof *y), "the pool's modes", fd_isa_active(), flush, 0);
+        expect(!memcmp(y[0], y[2], sizeof *y), "a team's modes", fd_isa_active(), flush, 0);
+        fd_set_num_threads(1);
+        fd_dropout_forward(FD_FLOAT32, tiny, y[0], NULL, 3, MAX_CELLS, SEED, OFFSET, 429496730u, 1.1, 0, 0);
+        expect(!memcmp(y[0], y[3], sizeof *y), "modes left behind", fd_isa_active(), flush, 0);
+        expect(memcmp(y[1], y[3], sizeof *y), "modes that change nothing", fd_isa_active(), flush, 0);
+    }
+}
+
 static void check_refusals(void) {
     uint32_t words[2] = {1, 2};
     float x[4] = {1, 2, 3, 4};
@@ -304,6 +340,7 @@ int main(int argc, char **argv) {
     }
     check_threads();
     check_team();
+    check_float_modes();
     check_refusals();
     check_fused_refusals();
     printf("%s: %d instruction sets, %d failures\n", failures ? "FAIL" : "PASS", sets, failures);
