@@ -206,9 +206,11 @@ def draw_blocks(like: Tensor, seed: Any, cut: int, plan: Blocks) -> tuple[Tensor
 def keep_blocks(x: Tensor, words: Tensor, kept: Tensor, cells_shape: Shape | None, inplace: bool = False) -> Tensor:
     """x under DropBlock's mask: what is kept times cells / cells kept."""
     cells = x.numel() if cells_shape is None else math.prod(cells_shape)
+    if kept.dtype is not torch.int64 or kept.numel() != 1 or kept.device != x.device:  # a GPU reads it, unseen from here
+        raise ValueError(
+            f"kept must be one int64 on {x.device}, but got {kept.dtype} of shape {tuple(kept.shape)} on {kept.device}"
+        )
     if x.is_cuda:
-        if kept.dtype != torch.int64 or kept.numel() != 1 or kept.device != x.device:  # read there, unseen from here
-            raise ValueError(f"kept must be one int64 on {x.device}, but got {kept.dtype} on {kept.device}")
         return apply(x, words, (float(cells), 0.0, 0.0), cells_shape, inplace=inplace, kept=kept)
     count = int(kept.item())
     return apply(x, words, (cells / count if count else 0.0, 0.0, 0.0), cells_shape, inplace=inplace)
