@@ -24,7 +24,7 @@ from ..backends import native
 from ..mask import word_count
 from ..stream import DROP_ALL
 from . import _cuda, _kernels
-from ._plain import hide_from_dynamo
+from ._plain import hide_from_dynamo, read_address
 
 TAGS = _kernels.TAGS
 
@@ -236,7 +236,7 @@ def _run(primitive: str, *arguments: Any, draw: Draw | None = None) -> None:
         return
     backend = backends.active()
     if draw is not None or backend is native:
-        at = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
+        at = [read_address(x) if isinstance(x, Tensor) else x or 0 for x in arguments]  # results are new
         kernel = getattr(native, f"{primitive}_at" if draw is None else f"{primitive}_drawn_at")
         if kernel(torch.get_num_threads(), *(draw or ()), *at):
             raise _kernels._refusal()
@@ -246,7 +246,7 @@ def _run(primitive: str, *arguments: Any, draw: Draw | None = None) -> None:
 
 
 def _array(x: Tensor) -> Any:
-    return _kernels._words(x) if x.dtype is torch.int32 else _kernels._array(x)
+    return _kernels._words(x) if x.dtype is torch.int32 else _kernels._read_array(x)
 
 
 def _extents(x: Tensor) -> tuple[int, int]:
