@@ -43,7 +43,7 @@ ALLOWED = (ValueError, TypeError, RuntimeError)
 WILD_INTS = (-(2**63), -(2**31), -2, -1, 0, 1, 2, 31, 33, 2**20, 2**31, 2**32 + 1, 2**62, 2**63 - 1)
 WILD_FLOATS = (0.0, 1.0, 0.5, 1e-30, -1.0, 2.0, math.inf, -math.inf, math.nan)
 FILL = b"\xa5" * 8  # guard_alloc's: of a result that nobody wrote
-MEMORY = 6 << 30
+MEMORY = 3 << 30
 
 # ---- arguments ----
 
@@ -437,6 +437,8 @@ def _wrong_results(op: Any, given: list[Any], results: tuple[Tensor, ...]) -> st
         try:
             fakes = op(*(_fake(x) for x in given))
         except Exception as error:
+            if "can't allocate memory" in str(error):
+                return None
             return f"went well, but its fake kernel raised {type(error).__name__}: {error}"
         fakes = (fakes,) if isinstance(fakes, Tensor) else fakes
         for result, fake in zip(results, fakes, strict=True):

@@ -377,7 +377,7 @@ def _read_array(x: Tensor) -> Any:
 
 
 def _words(words: Tensor) -> Any:
-    return _read_array(words).view(np.uint32)
+    return _read_array(words).view(np.uint32).reshape(-1)
 
 
 def _refusal() -> RuntimeError:
