@@ -1,7 +1,7 @@
 """Calls the ops ``torch.ops.fastdrop.*`` with arguments that mostly don't fit: none may touch memory it was not given.
 
-    python tests/fuzz_ops.py --seconds 60 --seed 0        # make fuzz
-    python tests/fuzz_ops.py --seed 0 --call 1234         # one call of it again
+    make fuzz SECONDS=600                            # with seeds of its own, which it prints
+    python tests/fuzz_ops.py --seed 5 --call 1234    # one call again
 
 Ops and the types of their arguments are read from their schemas, so that new ops are covered as they are. An argument
 gets what its name calls for (`RECIPES`), or something of its type, and some arguments are then changed. A call must
@@ -207,7 +207,9 @@ RECIPES: dict[str, Callable[[Plan], Any]] = {
     **{f"{name}_shape": lambda plan, name=name: list(getattr(plan, name)) for name in ("query", "key", "value")},
     "noise_shape": lambda plan: list(plan.noise),
     "size": lambda plan: list(plan.shape[:1]),
-    "block_size": lambda plan: [plan.rng.randint(1, 4) for _ in range(plan.rng.randint(1, max(1, len(plan.shape) - 1)))],
+    "block_size": lambda plan: [
+        plan.rng.randint(1, 4) for _ in range(plan.rng.randint(1, max(1, len(plan.shape) - 1)))
+    ],
     "activation": lambda plan: plan.rng.choice((None, "relu", "gelu", "gelu_tanh", "silu")),
     "law": lambda plan: plan.rng.choice(("inverted", "standard", "alpha", "alpha_slope")),
     "dtype": lambda plan: plan.dtype,
@@ -249,7 +251,9 @@ def _of_type(rng: random.Random, plan: Plan, kind: str, count: int | None) -> An
         some = (plan.data, plan.words, plan.columns, lambda: Spec((), torch.int64), lambda: _wild_tensor(rng))
         return rng.choice(some)()
     if kind.startswith("List["):
-        length = rng.choice((count, count, rng.randint(0, 6))) if count else rng.choice((len(plan.shape), rng.randint(0, 5)))
+        length = (
+            rng.choice((count, count, rng.randint(0, 6))) if count else rng.choice((len(plan.shape), rng.randint(0, 5)))
+        )
         return [_of_type(rng, plan, kind[5:-1], None) for _ in range(length)]
     if kind == "ScalarType":
         return rng.choice(DTYPES)
@@ -332,7 +336,9 @@ def a_call(seed: int, number: int, using: tuple[str, ...]) -> Call:
         i = rng.randrange(len(arguments))
         argument = schema.arguments[i]
         arguments[i] = _changed(rng, plan, arguments[i], *_type_of(argument), argument.N)
-    return Call(f"torch.ops.fastdrop.{op}.{schema.overload_name or 'default'}", tuple(arguments), backend, threads, unpack)
+    return Call(
+        f"torch.ops.fastdrop.{op}.{schema.overload_name or 'default'}", tuple(arguments), backend, threads, unpack
+    )
 
 
 FUNCTIONS: dict[str, tuple[Callable[[Plan], tuple[Spec, ...]], Callable[..., Any]]] = {
@@ -514,14 +520,17 @@ def watch(seed: int, seconds: float, using: tuple[str, ...], first: int, faults:
             at.write_bytes(struct.pack("=qq", number, 0))
             arguments = ["--child", at, "--seed", seed, "--seconds", 0.001 if only else left, "--call", number]
             command = [sys.executable, __file__, *map(str, arguments), "--backends", ",".join(using)]
-            child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left + 300)
+            try:
+                child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left + 300)
+                what, said = _ending(child.returncode), child.stderr.strip()[-2000:]
+            except subprocess.TimeoutExpired:
+                what, said = "went on for minutes", ""
             number, done = struct.unpack("=qq", at.read_bytes())
             if done:
                 break
             bad += 1
             print(f"call {number} of seed {seed}: {a_call(seed, number, using)}")
-            what = f"ended by signal {-child.returncode}" if child.returncode < 0 else f"exit status {child.returncode}"
-            print(f"  {what}: {child.stderr.strip()[-2000:]}", flush=True)
+            print(f"  {what}: {said}", flush=True)
             if only or bad >= faults:
                 break
             number += 1
@@ -529,10 +538,14 @@ def watch(seed: int, seconds: float, using: tuple[str, ...], first: int, faults:
     return 1 if bad else 0
 
 
+def _ending(status: int) -> str:
+    return f"ended by signal {-status}" if status < 0 else f"exit status {status}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="by default the time")
     parser.add_argument("--call", type=int, help="this call alone")
     parser.add_argument("--faults", type=int, default=10, help="ends after so many bad calls")
     parser.add_argument("--backends", default=",".join(n for n in backends.MODULES if backends.reason(n) is None))
@@ -542,6 +555,7 @@ def main() -> int:
     if options.child is not None:
         return work(options.seed, options.call, options.seconds, using, options.child)
     only = options.call is not None
+    print(f"seed {options.seed}, backends {options.backends}", flush=True)
     return watch(options.seed, 600 if only else options.seconds, using, options.call or 0, options.faults, only)
 
 

@@ -41,19 +41,17 @@ REFUSED = {
     " [2, 3], [7, 1], [4, 3], [False, False, True])": "query_shape, key_shape and value_shape must be",
     "attention_backward(t(2, 3), words(8), t(1, 2, 4).to('meta'), None, None, None, 0.5, False, 1.0,"
     " [2, 3], [4, 3], [4, 3], [False, False, True])": "probabilities must be on cpu",
-    "norm_backward(t(9, 64, dtype=f16), None, t(9, 64, dtype=f16), t(9, 2), None, None, 0.5, True, True, f64, [True] * 5)":
-    "dy must have the dtype",
-    "norm_backward(t(9, 64), None, t(9, 64, dtype=i32), t(9, 2), None, None, 0.5, True, True, f32, [True] * 5)":
-    "sum must be torch.float32",
-    "norm_backward(t(9, 64), None, t(9, 64), t(9, 2), None, None, 0.5, True, True, f32, [True] * 6)": "have 5 entries",
-    "norm(t(9, 64), None, t(9, 64, dtype=i32), None, None, seed, 0.5, 1e-5, True, True)": "residual must be torch.float32",
-    "norm(t(9, 64), None, t(9, 64, dtype=f16), None, None, seed, 0.5, 1e-5, True, True)": "residual must be torch.float32",
-    "pointwise(t(9, 64), t(64, dtype=c64), None, None, seed, 0.5, 'gelu', True)": "bias must be of a float dtype",
-    "pointwise_backward(t(9, 64), None, None, None, words(576), 0.5, True, 'gelu', f32, True, False)": "x must be a tensor",
-    "pointwise_backward(t(9, 64), None, None, None, words(576), 0.5, True, 'gelu', f32, False, False)": "x must be a tensor",
-    "pointwise_backward(t(9, 64), t(9, 64), None, None, None, 0.5, True, None, f32, True, True)": "factor must be a tensor",
-    "pointwise_backward(t(9, 64), t(9, 64), None, None, None, 0.5, True, 'gelu', i32, True, False)": "dtype must be float32",
-    "pointwise_backward(t(9, 64), t(9, 64), None, None, None, 0.5, True, 'gelu', f64, True, False)": "dy must be",
+    "norm_backward(half, None, half, statistics, None, None, 0.5, True, True, f64, [True] * 5)": "dy must have",
+    "norm_backward(x, None, x.int(), statistics, None, None, 0.5, True, True, f32, [True] * 5)": "sum must be",
+    "norm_backward(x, None, x, statistics, None, None, 0.5, True, True, f32, [True] * 6)": "wanted must have 5 entries",
+    "norm(x, None, x.int(), None, None, seed, 0.5, 1e-5, True, True)": "residual must be torch.float32",
+    "norm(x, None, half, None, None, seed, 0.5, 1e-5, True, True)": "residual must be torch.float32",
+    "pointwise(x, t(64, dtype=c64), None, None, seed, 0.5, 'gelu', True)": "bias must be of a float dtype",
+    "pointwise_backward(x, None, None, None, words(576), 0.5, True, 'gelu', f32, True, False)": "x must be a tensor",
+    "pointwise_backward(x, None, None, None, words(576), 0.5, True, 'gelu', f32, False, False)": "x must be a tensor",
+    "pointwise_backward(x, x, None, None, None, 0.5, True, None, f32, True, True)": "factor must be a tensor",
+    "pointwise_backward(x, x, None, None, None, 0.5, True, 'gelu', i32, True, False)": "dtype must be float32",
+    "pointwise_backward(x, x, None, None, None, 0.5, True, 'gelu', f64, True, False)": "dy must be",
     "softmax(t(2, 5, 7), t(5, 7, dtype=c64), seed, 0.5, 1.0, False, True, True)": "mask must be of a float dtype",
     "draw_blocks(t(2, 3, 8, 8), seed, 0.5, [2, 3, 8, 8], [])": "block_size must be",
     "draw_blocks(t(2, 3, 8, 8), seed, 0.5, [2, 3, 8, 8], [-(2**31), 2**62])": "block_size must",
@@ -74,6 +72,7 @@ f16, f32, f64, i32, c64 = torch.float16, torch.float32, torch.float64, torch.int
 t = lambda *shape, dtype=f32: torch.ones(shape, dtype=dtype)
 words = lambda cells: torch.full(((cells + 31) // 32,), -1, dtype=i32)
 seed = torch.tensor(1)
+x, half, statistics = t(9, 64), t(9, 64, dtype=f16), t(9, 2)
 
 def cut(x):
     x.untyped_storage().resize_(x.element_size())
@@ -113,7 +112,9 @@ def test_fake_kernels_refuse_shapes_too() -> None:
     with pytest.raises(ValueError, match="query, key, value and mask must be"):
         ops.attention(query, key, value, None, torch.tensor(1), 0.5, False, 1.0, True)
     with pytest.raises(ValueError, match="dy must have shape"):
-        ops.attention_backward(dy, words, probabilities, None, None, None, 0.5, False, 1.0, *shapes, [False, False, True])
+        ops.attention_backward(
+            dy, words, probabilities, None, None, None, 0.5, False, 1.0, *shapes, [False, False, True]
+        )
 
 
 def test_random_calls_of_all_ops() -> None:

@@ -74,7 +74,9 @@ def gaussian(tag: int, x: Tensor, y: Tensor, n: int, seed: int | Tensor, sigma: 
 def apply(tag: int, x: Tensor, y: Tensor, words: Tensor, n: int, affine: Affine, kept: Tensor | None) -> None:
     """y = x under stored bits, both contiguous. ``kept`` divides the scale."""
     to, from_ = y.data_ptr(), read_address(x)
-    backends.cuda().masked_affine_at(*place(x), tag, from_, to, read_address(words), 0, 1, 1, n, *affine, kept_at=_address(kept))
+    backends.cuda().masked_affine_at(
+        *place(x), tag, from_, to, read_address(words), 0, 1, 1, n, *affine, kept_at=_address(kept)
+    )
 
 
 def apply_strided(

@@ -210,7 +210,7 @@ def draw_blocks(like: Tensor, seed: Any, cut: int, plan: Blocks) -> tuple[Tensor
 def keep_blocks(x: Tensor, words: Tensor, kept: Tensor, cells_shape: Shape | None, inplace: bool = False) -> Tensor:
     """x under DropBlock's mask: what is kept times cells / cells kept."""
     cells = x.numel() if cells_shape is None else math.prod(cells_shape)
-    if kept.dtype is not torch.int64 or kept.numel() != 1 or kept.device != x.device:  # a GPU reads it, unseen from here
+    if kept.dtype is not torch.int64 or kept.numel() != 1 or kept.device != x.device:  # read on a GPU unseen from here
         raise ValueError(
             f"kept must be one int64 on {x.device}, but got {kept.dtype} of shape {tuple(kept.shape)} on {kept.device}"
         )
@@ -372,7 +372,7 @@ def _read_array(x: Tensor) -> Any:
         return _array(x)
     size, dtype = x.element_size(), _array(x.new_empty(0)).dtype
     reach = 1 + sum((extent - 1) * stride for extent, stride in zip(x.shape, x.stride(), strict=True))
-    memory = (ctypes.c_char * (reach * size if x.numel() else 0)).from_address(read_address(x))
+    memory: Any = (ctypes.c_char * (reach * size if x.numel() else 0)).from_address(read_address(x))
     return np.ndarray(tuple(x.shape), dtype, memory, strides=[stride * size for stride in x.stride()])
 
 

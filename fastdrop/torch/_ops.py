@@ -454,7 +454,7 @@ def _guarded(op: Any, kernel: Any, fake: bool = False) -> Any:
 
 
 def _check_memory(name: str, x: Tensor) -> None:
-    """Raises if x's storage was cut below what its shape and strides reach: `Tensor.data_ptr` gives its address still."""
+    """Raises if x's storage was cut below what its shape and strides reach: its address is given out all the same."""
     size = x.element_size()
     bytes = x.untyped_storage().nbytes()
     if bytes >= (x.storage_offset() + x.numel()) * size and x.is_contiguous():

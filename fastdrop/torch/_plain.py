@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
+from torch._C import (  # type: ignore[attr-defined]
     DispatchKey,
     DispatchKeySet,
     _data_address,
@@ -66,8 +66,8 @@ def read_address(x: Tensor) -> int:
     Of one tensor that is read and written the address for writing must be asked for first: it may be a new one."""
     if not is_lazy(x):
         return x.data_ptr()
-    start: int = _data_address(x)
-    return start + x.storage_offset() * x.element_size()
+    address: int = _data_address(x) + x.storage_offset() * x.element_size()
+    return address
 
 
 def is_transformed() -> bool:

@@ -230,7 +230,7 @@ def _are_regular_shapes(query: Any, key: Any, value: Any, gqa: bool) -> bool:
     keys = value[-2]
     if list(key) != [*outer, keys, width] or list(value[:-2]) != outer:
         return False
-    return math.prod(query) > 0 and math.prod(value) > 0
+    return bool(math.prod(query) > 0 and math.prod(value) > 0)
 
 
 def _has_known_dtypes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -540,7 +540,7 @@ def _check_gradients(
 ) -> None:
     """Raises unless what backward has is what forward had: hooks on saved tensors may change it."""
     query_shape, key_shape, value_shape = shapes
-    if not _are_regular_shapes(*shapes, len(query_shape) > 2):
+    if not _are_regular_shapes(query_shape, key_shape, value_shape, len(query_shape) > 2):
         raise ValueError(
             "query_shape, key_shape and value_shape must be (*, H, L, E), (*, H, S, E) and (*, H, S, Ev), and not "
             f"empty, but got {tuple(query_shape)}, {tuple(key_shape)} and {tuple(value_shape)}"
@@ -559,8 +559,9 @@ def _check_gradients(
 
 
 def _attention_backward_fake(dy: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    _, _, query, key, value, *_ = rest
     *shapes, wanted = rest[-4:]
-    _check_gradients(dy, *rest[2:5], shapes, wanted)
+    _check_gradients(dy, query, key, value, shapes, wanted)
     return tuple(dy.new_empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True))
 
 
