@@ -39,7 +39,7 @@ from fastdrop import backends
 
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DTYPES = (*FLOATS, torch.complex64, torch.complex128, torch.int32, torch.int64, torch.uint8, torch.bool)
-ALLOWED = (ValueError, TypeError, RuntimeError)
+ALLOWED = (ValueError, TypeError, RuntimeError, MemoryError)
 WILD_INTS = (-(2**63), -(2**31), -2, -1, 0, 1, 2, 31, 33, 2**20, 2**31, 2**32 + 1, 2**62, 2**63 - 1)
 WILD_FLOATS = (0.0, 1.0, 0.5, 1e-30, -1.0, 2.0, math.inf, -math.inf, math.nan)
 FILL = b"\xa5" * 8  # guard_alloc's: of a result that nobody wrote
