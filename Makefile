@@ -16,7 +16,7 @@ C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-err
 C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST_DEPENDS))
 OUT := build/c
 
-.PHONY: help demo test bench bench-quick bench-torch bench-family bench-fused cuda-report report lint format sanitize test-c test-neon package clean
+.PHONY: help demo test bench bench-quick bench-torch bench-family bench-fused cuda-report fuzz report lint format sanitize test-c test-neon package clean
 
 help:
 	@echo "make demo       train a network in NumPy and a transformer in torch, beside what is used today; two pictures"
@@ -25,6 +25,7 @@ help:
 	@echo "                bench-quick: the speed table alone; bench-torch: torch's function and training steps"
 	@echo "                bench-family: the other kinds of dropout; bench-fused: fused kernels"
 	@echo "make cuda-report  the CUDA kernels compiled for three GPUs, none needed: registers, widths, instructions"
+	@echo "make fuzz       calls of the raw torch ops with arguments that don't fit, for SECONDS=60, from SEED"
 	@echo "make lint       ruff, mypy, clang-format; make format applies the formatters"
 	@echo "make sanitize   the C kernels under the address, undefined-behaviour and thread sanitizers"
 	@echo "make test-neon  the Arm kernels, cross-compiled and emulated"
@@ -51,6 +52,12 @@ demo: $(VENV)/.built
 test: $(VENV)/.built
 	@echo "== test suite and doctests"
 	$(BIN)/python -m pytest -q -n 2
+
+SECONDS := 60
+
+fuzz: $(VENV)/.built
+	@echo "== random calls of the raw ops"
+	$(BIN)/python tests/fuzz_ops.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/.built
 	@echo "== benchmarks"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import backends
 from ..grid import cell_axes
+from ._plain import read_address
 
 Shape = tuple[int, ...]
 Affine = tuple[float, float, float]
@@ -43,7 +44,7 @@ def forward(
     """y = x under a mask that is drawn and, unless words is None, kept. x and y are contiguous."""
     at = 0 if words is None else words.data_ptr()
     number, seed_at = _by_value_or_address(seed)
-    from_, to = x.data_ptr(), y.data_ptr()
+    to, from_ = y.data_ptr(), read_address(x)
     backends.cuda().dropout_forward_at(*place(x), tag, from_, to, at, 0, n, number, 0, cut, *affine, seed_at=seed_at)
 
 
@@ -53,27 +54,29 @@ def draw(words: Tensor, cells: int, seed: int | Tensor, cut: int) -> None:
 
 
 def dilate(to: Tensor, words: Tensor, outer: int, n: int, inner: int, block: int) -> None:
-    backends.cuda().dilate_bits_at(*place(to), to.data_ptr(), words.data_ptr(), outer, n, inner, block)
+    backends.cuda().dilate_bits_at(*place(to), to.data_ptr(), read_address(words), outer, n, inner, block)
 
 
 def count(words: Tensor) -> Tensor:
     """The number of 1 bits, int64 on the device."""
     kept = torch.zeros((), dtype=torch.int64, device=words.device)
-    backends.cuda().count_bits_at(*place(words), words.data_ptr(), words.numel(), kept.data_ptr())
+    backends.cuda().count_bits_at(*place(words), read_address(words), words.numel(), kept.data_ptr())
     return kept
 
 
 def gaussian(tag: int, x: Tensor, y: Tensor, n: int, seed: int | Tensor, sigma: float) -> None:
     """y = x times its Gaussian factors, both contiguous."""
     number, seed_at = _by_value_or_address(seed)
-    at = x.data_ptr(), y.data_ptr()
-    backends.cuda().gaussian_multiply_at(*place(x), tag, *at, 0, n, number, 0, sigma, seed_at=seed_at)
+    to, from_ = y.data_ptr(), read_address(x)
+    backends.cuda().gaussian_multiply_at(*place(x), tag, from_, to, 0, n, number, 0, sigma, seed_at=seed_at)
 
 
 def apply(tag: int, x: Tensor, y: Tensor, words: Tensor, n: int, affine: Affine, kept: Tensor | None) -> None:
     """y = x under stored bits, both contiguous. ``kept`` divides the scale."""
-    at = x.data_ptr(), y.data_ptr(), words.data_ptr()
-    backends.cuda().masked_affine_at(*place(x), tag, *at, 0, 1, 1, n, *affine, kept_at=_address(kept))
+    to, from_ = y.data_ptr(), read_address(x)
+    backends.cuda().masked_affine_at(
+        *place(x), tag, from_, to, read_address(words), 0, 1, 1, n, *affine, kept_at=_address(kept)
+    )
 
 
 def apply_strided(
@@ -89,7 +92,8 @@ def apply_strided(
     """The same for shared cells, and for data in another order; ``order`` is `grid.memory_order` of both."""
     axes = cell_axes(tuple(x.shape), tuple(x.shape) if cells_shape is None else cells_shape)
     in_memory = [axes[axis] for axis in order]
-    at = x.data_ptr(), y.data_ptr(), words.data_ptr()
+    to, from_ = y.data_ptr(), read_address(x)
+    at = from_, to, read_address(words)
     backends.cuda().strided_affine_at(*place(x), tag, *at, 0, in_memory, *affine, kept_at=_address(kept))
 
 
@@ -119,14 +123,14 @@ def softmax_backward(dtype: int, dy: Tensor, *arguments: Tensor | float | None) 
 
 
 def _launch(primitive: str, *arguments: Tensor | float | None) -> None:
-    at = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
+    at = [read_address(x) if isinstance(x, Tensor) else x or 0 for x in arguments]  # results are new
     first = next(x for x in arguments if isinstance(x, Tensor))
     getattr(backends.cuda(), primitive)(*place(first), *at)
 
 
 def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+    return 0 if x is None else read_address(x)
 
 
 def _by_value_or_address(seed: int | Tensor) -> tuple[int, int]:
-    return (0, seed.data_ptr()) if isinstance(seed, Tensor) else (seed, 0)
+    return (0, read_address(seed)) if isinstance(seed, Tensor) else (seed, 0)

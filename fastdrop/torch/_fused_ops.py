@@ -84,7 +84,8 @@ def pointwise_backward(
     bias_gradient: bool,
     factor_gradient: bool,
 ) -> tuple[Tensor, Maybe, Maybe]:
-    if x is None and not bias_gradient and dy.dtype is dtype:  # dropout's own
+    own = x is None and factor is None and activation is None and dy.dtype is dtype
+    if own and not bias_gradient and not factor_gradient:  # dropout's
         if kept is None:
             return dy, None, None
         return _ops._backward(dy, kept, p, None) if bits else _ops._forward(dy, kept, p, None, False)[0], None, None

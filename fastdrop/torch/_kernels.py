@@ -25,7 +25,7 @@ from ..kinds import Blocks
 from ..mask import fill_words, popcount, word_count
 from ..stream import DROP_ALL
 from . import _cuda
-from ._plain import hide_from_dynamo
+from ._plain import hide_from_dynamo, is_lazy, read_address
 
 TAGS = {
     torch.float32: FLOAT32,
@@ -88,18 +88,22 @@ def forward(
                 return y, words
             return _forward_by_words(x, seed, cut, affine, None, bits, inplace)
         words = _NO_WORDS.new_empty((n + 31) >> 5) if bits else None
-        source, y = _source_and_target(x, n, inplace)
+        if x.is_contiguous():
+            source, y = x, x if inplace else _new_like(x, n)
+        else:
+            source = y = x.contiguous()
         backend = backends.active()
         if backend is native:
             at = 0 if words is None else words.data_ptr()
-            threads, from_, to = torch.get_num_threads(), source.data_ptr(), y.data_ptr()
+            threads, to = torch.get_num_threads(), y.data_ptr()
+            from_ = read_address(source) if is_lazy(source) else source.data_ptr()
             if native.dropout_forward_at(threads, tag, from_, to, at, 0, n, seed, 0, cut, *affine):
                 raise _refusal()
         else:
             keep = None if words is None else _words(words)
-            arrays = _array(source), _array(y)
-            _call(backend, backend.dropout_forward, tag, *arrays, keep, 0, n, seed, 0, cut, *affine)
-        return _delivered(y, x, source, inplace), words
+            to, from_ = _array(y), _read_array(source)
+            _call(backend, backend.dropout_forward, tag, from_, to, keep, 0, n, seed, 0, cut, *affine)
+        return y if source is x else _delivered(y, x, source, inplace), words
     check_dtype(x)
     return _forward_by_words(x, seed, cut, affine, cells_shape, bits, inplace)
 
@@ -117,7 +121,7 @@ def forward_each(
         return torch.stack([y for y, _ in results]), torch.stack(kept) if bits else None
     y, size, count = x.new_empty(x.shape), x.element_size(), word_count(n)
     words = _NO_WORDS.new_empty((len(seeds), count)) if bits else None
-    from_, to, at = x.data_ptr(), y.data_ptr(), 0 if words is None else words.data_ptr()
+    from_, to, at = read_address(x), y.data_ptr(), 0 if words is None else words.data_ptr()
     threads, step = torch.get_num_threads(), x.stride(0) * size
     for seed in seeds:
         if native.dropout_forward_at(threads, tag, from_, to, at, 0, n, seed, 0, cut, *affine):
@@ -206,9 +210,11 @@ def draw_blocks(like: Tensor, seed: Any, cut: int, plan: Blocks) -> tuple[Tensor
 def keep_blocks(x: Tensor, words: Tensor, kept: Tensor, cells_shape: Shape | None, inplace: bool = False) -> Tensor:
     """x under DropBlock's mask: what is kept times cells / cells kept."""
     cells = x.numel() if cells_shape is None else math.prod(cells_shape)
+    if kept.dtype is not torch.int64 or kept.numel() != 1 or kept.device != x.device:  # read on a GPU unseen from here
+        raise ValueError(
+            f"kept must be one int64 on {x.device}, but got {kept.dtype} of shape {tuple(kept.shape)} on {kept.device}"
+        )
     if x.is_cuda:
-        if kept.dtype != torch.int64 or kept.numel() != 1 or kept.device != x.device:  # read there, unseen from here
-            raise ValueError(f"kept must be one int64 on {x.device}, but got {kept.dtype} on {kept.device}")
         return apply(x, words, (float(cells), 0.0, 0.0), cells_shape, inplace=inplace, kept=kept)
     count = int(kept.item())
     return apply(x, words, (cells / count if count else 0.0, 0.0, 0.0), cells_shape, inplace=inplace)
@@ -227,11 +233,12 @@ def gaussian(x: Tensor, seed: Any, sigma: float, inplace: bool = False) -> Tenso
         return _delivered(y, x, source, inplace)
     backend = backends.active()
     if backend is native:
-        at = source.data_ptr(), y.data_ptr()
-        if native.gaussian_multiply_at(torch.get_num_threads(), tag, *at, 0, n, seed, 0, sigma):
+        to, from_ = y.data_ptr(), read_address(source)
+        if native.gaussian_multiply_at(torch.get_num_threads(), tag, from_, to, 0, n, seed, 0, sigma):
             raise _refusal()
     else:
-        _call(backend, backend.gaussian_multiply, tag, _array(source), _array(y), 0, n, seed, 0, sigma)
+        to, from_ = _array(y), _read_array(source)
+        _call(backend, backend.gaussian_multiply, tag, from_, to, 0, n, seed, 0, sigma)
     return _delivered(y, x, source, inplace)
 
 
@@ -265,12 +272,12 @@ def apply(
         return x.copy_(y) if inplace else y
     n = x.numel()
     cells = n if cells_shape is None else math.prod(cells_shape)
-    whole = words.dtype is torch.int32 and words.numel() == (cells + 31) >> 5 and words.is_contiguous()
-    if not whole or not (words.is_cpu if x.is_cpu else words.device == x.device):
+    whole, on_cuda = words.dtype is torch.int32 and words.numel() == (cells + 31) >> 5, x.is_cuda
+    if not whole or not words.is_contiguous() or not (words.device == x.device if on_cuda else words.is_cpu):
         words = _checked(words, cells, x.device)
     if not n:
         return x if inplace else torch.empty_like(x)
-    if x.is_cuda:
+    if on_cuda:
         if cells_shape is None and x.is_contiguous():
             y = x if inplace else torch.empty_like(x)
             _cuda.apply(tag, x, y, words, n, affine, kept)
@@ -330,7 +337,9 @@ def _masked_affine(
     """Elements from ``start`` on, in the order of memory."""
     backend = backends.active()
     if backend is native:
-        from_, to, at = x.data_ptr(), y.data_ptr(), words.data_ptr()
+        to = y.data_ptr()
+        from_ = read_address(x) if is_lazy(x) else x.data_ptr()
+        at = read_address(words) if is_lazy(words) else words.data_ptr()
         if start:
             from_, to = from_ + start * x.element_size(), to + start * x.element_size()
         threads = torch.get_num_threads()
@@ -338,8 +347,9 @@ def _masked_affine(
             raise _refusal()
     else:
         n = outer * repeat * inner
-        flat = (_array(tensor.as_strided((n,), (1,), tensor.storage_offset() + start)) for tensor in (x, y))
-        _call(backend, backend.masked_affine, tag, *flat, _words(words), position, outer, repeat, inner, *affine)
+        flat_x, flat_y = (tensor.as_strided((n,), (1,), tensor.storage_offset() + start) for tensor in (x, y))
+        to, from_, bits = _array(flat_y), _read_array(flat_x), _words(words)
+        _call(backend, backend.masked_affine, tag, from_, to, bits, position, outer, repeat, inner, *affine)
 
 
 def _call(backend: Any, primitive: Any, *arguments: Any) -> None:
@@ -356,8 +366,18 @@ def _array(x: Tensor) -> Any:
     return x.view(torch.int16).numpy().view(np.uint16) if x.dtype is torch.bfloat16 else x.numpy()
 
 
+def _read_array(x: Tensor) -> Any:
+    """The same for who only reads."""
+    if not is_lazy(x):
+        return _array(x)
+    size, dtype = x.element_size(), _array(x.new_empty(0)).dtype
+    reach = 1 + sum((extent - 1) * stride for extent, stride in zip(x.shape, x.stride(), strict=True))
+    memory: Any = (ctypes.c_char * (reach * size if x.numel() else 0)).from_address(read_address(x))
+    return np.ndarray(tuple(x.shape), dtype, memory, strides=[stride * size for stride in x.stride()])
+
+
 def _words(words: Tensor) -> Any:
-    return words.numpy().view(np.uint32)
+    return _read_array(words).view(np.uint32).reshape(-1)
 
 
 def _refusal() -> RuntimeError:

@@ -107,7 +107,9 @@ def _gaussian(x: Tensor, seed: Tensor, p: float | Tensor) -> Tensor:
 def _draw_blocks(
     like: Tensor, seed: Tensor, p: float | Tensor, noise_shape: list[int], block_size: list[int]
 ) -> tuple[Tensor, Tensor]:
-    plan = kinds.blocks(tuple(noise_shape), probability(p), tuple(block_size))
+    cells = _checks.shape("noise_shape", noise_shape)
+    sizes = _checks.block_size(block_size, max(1, min(len(block_size), len(cells))))
+    plan = kinds.blocks(cells, probability(p), sizes)
     return _kernels.draw_blocks(like, _random.for_kernel(seed, like), threshold(plan.gamma), plan)
 
 
@@ -435,15 +437,62 @@ library.impl("draw", _draw_vmap, "FuncTorchVmapMode")
 hide_from_dynamo(_draw, _draw_vmap)
 
 
+ELSEWHERE = ("seed", "p")  # tensors that may lie on another device than the data
+
+
+def _guarded(op: Any, kernel: Any, fake: bool = False) -> Any:
+    """A kernel behind what is asked of every op's arguments, whatever they mean: the public functions have made sure of
+    it, but ops are called by hand, from saved graphs and with what hooks gave back. What an argument must be beside
+    others is asked where kernels are called, as that is what they rely on."""
+    arguments = op._schema.arguments
+    tensors = [(i, x.name, x.name in ELSEWHERE) for i, x in enumerate(arguments) if i and "Tensor" in str(x.type)]
+    lists = [(i, x.name, x.N) for i, x in enumerate(arguments) if x.N]
+    of = arguments[0].name
+
+    def called(data: Tensor, *rest: Any) -> Any:
+        device = data.device
+        if not fake:
+            _check_memory(of, data)
+        for i, name, elsewhere in tensors:
+            x = rest[i - 1]
+            if x is None:
+                continue
+            # Beside a tensor without memory the fake kernel is called, whose results nobody writes.
+            if x.device != device and (x.is_meta or not elsewhere):
+                raise ValueError(f"{name} must be on {device}, as {of} is, but got one on {x.device}")
+            if not fake:
+                _check_memory(name, x)
+        for i, name, count in lists:
+            if len(rest[i - 1]) != count:
+                raise ValueError(f"{name} must have {count} entries, but got {len(rest[i - 1])}")
+        return kernel(data, *rest)
+
+    return called
+
+
+def _check_memory(name: str, x: Tensor) -> None:
+    """Raises if x's storage was cut below what its shape and strides reach: its address is given out all the same."""
+    size = x.element_size()
+    bytes = x.untyped_storage().nbytes()
+    if bytes >= (x.storage_offset() + x.numel()) * size and x.is_contiguous():
+        return
+    last = sum((extent - 1) * stride for extent, stride in zip(x.shape, x.stride(), strict=True))
+    if x.numel() and bytes < (x.storage_offset() + last + 1) * size:
+        raise ValueError(f"{name} must have memory for its shape, {tuple(x.shape)}, but its storage has {bytes} bytes")
+
+
 def _register(name: str, schema: str, kernel: Any, fake: Any, vmap: Any, function: Any = None) -> None:
     """One overload of an op; ``function`` makes its derivatives."""
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     hide_from_dynamo(kernel)
-    for device in ("CPU", "CUDA"):
-        library.impl(name, kernel, device)
-    torch.library.register_fake(f"fastdrop::{name}", _called_by_inductor(name, fake), lib=library)
     packet, _, suffix = name.partition(".")
     own = getattr(getattr(torch.ops.fastdrop, packet), suffix or "default")
+    guarded = _guarded(own, kernel)
+    hide_from_dynamo(guarded)
+    for device in ("CPU", "CUDA"):
+        library.impl(name, guarded, device)
+    fake = _called_by_inductor(name, _guarded(own, fake, fake=True))
+    torch.library.register_fake(f"fastdrop::{name}", fake, lib=library)
     if function is None:
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:

@@ -7,18 +7,20 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import (
+from torch._C import (  # type: ignore[attr-defined]
     DispatchKey,
     DispatchKeySet,
+    _data_address,
     _dispatch_keys,
     _get_tracing_state,
+    _is_cow_tensor,
     _len_torch_dispatch_stack,
 )
 from torch._C._dynamo import eval_frame
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-__all__ = ["hide_from_dynamo", "is_plain", "is_transformed"]
+__all__ = ["hide_from_dynamo", "is_lazy", "is_plain", "is_transformed", "read_address"]
 
 
 def _plain_keys() -> frozenset[int]:
@@ -53,6 +55,19 @@ def is_plain(x: Tensor) -> bool:
         and forward_ad._current_level < 0
         and _get_tracing_state() is None
     )
+
+
+is_lazy: Callable[[Tensor], bool] = _is_cow_tensor  # whether x shares memory until either is written to: `_lazy_clone`
+
+
+def read_address(x: Tensor) -> int:
+    """Where x's elements begin, for who only reads: `Tensor.data_ptr` would give a lazy clone memory of its own.
+
+    Of one tensor that is read and written the address for writing must be asked for first: it may be a new one."""
+    if not is_lazy(x):
+        return x.data_ptr()
+    address: int = _data_address(x) + x.storage_offset() * x.element_size()
+    return address
 
 
 def is_transformed() -> bool:

@@ -24,7 +24,7 @@ from ..backends import native
 from ..mask import word_count
 from ..stream import DROP_ALL
 from . import _cuda, _kernels
-from ._plain import hide_from_dynamo
+from ._plain import hide_from_dynamo, read_address
 
 TAGS = _kernels.TAGS
 
@@ -49,11 +49,11 @@ def pointwise_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """y and, if asked for and only of a relu, the bits of elements that are kept and positive."""
     n, x = x.numel(), x.contiguous()
-    stream = x if residual is None else residual.contiguous()
+    stream = x if residual is None else _stream("residual", residual, x)
     y = _kernels._new_like(stream, n)
     kept = x.new_empty(word_count(n), dtype=torch.int32) if signs else None
     if n:
-        residual = None if residual is None else _same("residual", stream, x, stream.dtype)
+        residual = None if residual is None else stream
         bias, factor, words = _vector("bias", bias, x), _same("factor", factor, x), _checked(words, x)
         arrays, tags = (x, bias, factor, residual, words, y, kept), (TAGS[x.dtype], TAGS[y.dtype])
         _run("pointwise_forward", *tags, *arrays, *_extents(x), a, activation, draw=draw)
@@ -73,6 +73,12 @@ def pointwise_backward(
     factor_gradient: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """dx, dfactor and dbias; ``dtype`` is x's, which is None where the gradient needs none."""
+    if dy.dtype is not dtype:
+        _check_dtypes("dy", dy.dtype, dtype)
+    if (activation or factor_gradient) and x is None:
+        raise ValueError("x must be a tensor for an activation's and for factor's gradient, but got None")
+    if factor_gradient and factor is None:
+        raise ValueError("factor must be a tensor for its gradient, but got None")
     dy, (rows, columns) = dy.contiguous(), _extents(dy)
     dx = _kernels._new_like(dy, dy.numel()) if dy.dtype is dtype else dy.new_empty(dy.shape, dtype=dtype)
     dfactor = torch.empty_like(dx) if factor_gradient else None
@@ -99,15 +105,17 @@ def norm_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y, the new residual stream that it is the norm of, and ``statistics[rows, 2]``."""
     x, (rows, columns) = x.contiguous(), _extents(x)
-    stream = x if residual is None else residual.contiguous()
+    stream = x if residual is None else _stream("residual", residual, x)
     y, sum = _kernels._new_like(x, x.numel()), _kernels._new_like(stream, x.numel())
     statistics = x.new_empty((rows, 2), dtype=computed(x.dtype))
     if x.numel():
         bias, weight, shift = _vector("bias", bias, x), _vector("weight", weight, x), _vector("shift", shift, x)
-        residual = None if residual is None else _same("residual", stream, x, stream.dtype)
+        residual = None if residual is None else stream
         words = _checked(words, x)
         arrays, tags = (x, bias, residual, words, weight, shift, y, sum, statistics), (TAGS[x.dtype], TAGS[sum.dtype])
         _run("norm_forward", *tags, *arrays, rows, columns, a, eps, int(centred), draw=draw)
+    else:
+        statistics.zero_()
     return y, sum, statistics
 
 
@@ -127,6 +135,9 @@ def norm_backward(
 
     dx and dresidual are one tensor where both have one dtype, nothing was dropped and so nothing tells them apart.
     """
+    if dy.dtype is not dtype:
+        raise ValueError(f"dy must have the dtype of the norm's input, {dtype}, but got {dy.dtype}")
+    sum = _stream("sum", sum, dy)
     dy, (rows, columns) = dy.contiguous(), _extents(dy)
     needs_x, needs_residual, *needs_totals = wanted
     alike = words is None and a == 1.0 and dtype is sum.dtype
@@ -136,7 +147,7 @@ def norm_backward(
     panels = kinds.panels(rows)
     sums = dy.new_empty((panels, 3, columns), dtype=computed(dtype)) if any(needs_totals) else None
     if dy.numel():
-        sum, dsum = _kept("sum", sum, dy.shape, sum.dtype, dy), _same("dsum", dsum, dy, sum.dtype)
+        dsum = _same("dsum", dsum, dy, sum.dtype)
         statistics = _kept("statistics", statistics, (rows, 2), computed(dtype), dy)
         tags, words, sizes = (TAGS[dtype], TAGS[sum.dtype]), _checked(words, dy), (rows, columns, panels)
         inputs, outputs = (dy, dsum, sum, statistics, _vector("weight", weight, dy), words), (dx, dresidual, sums)
@@ -225,7 +236,7 @@ def _run(primitive: str, *arguments: Any, draw: Draw | None = None) -> None:
         return
     backend = backends.active()
     if draw is not None or backend is native:
-        at = [x.data_ptr() if isinstance(x, Tensor) else x or 0 for x in arguments]
+        at = [read_address(x) if isinstance(x, Tensor) else x or 0 for x in arguments]  # results are new
         kernel = getattr(native, f"{primitive}_at" if draw is None else f"{primitive}_drawn_at")
         if kernel(torch.get_num_threads(), *(draw or ()), *at):
             raise _kernels._refusal()
@@ -235,7 +246,7 @@ def _run(primitive: str, *arguments: Any, draw: Draw | None = None) -> None:
 
 
 def _array(x: Tensor) -> Any:
-    return _kernels._words(x) if x.dtype is torch.int32 else _kernels._array(x)
+    return _kernels._words(x) if x.dtype is torch.int32 else _kernels._read_array(x)
 
 
 def _extents(x: Tensor) -> tuple[int, int]:
@@ -248,12 +259,33 @@ def _vector(name: str, x: Tensor | None, data: Tensor) -> Tensor | None:
     if x is None:
         return None
     wide = computed(data.dtype)
-    return _kept(name, x if x.dtype is wide else x.to(wide), data.shape[-1:], wide, data)
+    return _kept(name, x if x.dtype is wide else _as(name, x, wide), data.shape[-1:], wide, data)
+
+
+def _as(name: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+    if x.dtype not in TAGS:
+        raise TypeError(f"{name} must be of a float dtype, but got {x.dtype}")
+    return x.to(dtype)
 
 
 def _same(name: str, x: Tensor | None, data: Tensor, dtype: torch.dtype | None = None) -> Tensor | None:
     """An array of the data's shape, and dtype unless one is named."""
     return None if x is None else _kept(name, x, data.shape, dtype or data.dtype, data)
+
+
+def _stream(name: str, x: Tensor, data: Tensor) -> Tensor:
+    """A residual stream beside data: of its shape, and of a dtype that goes with it."""
+    if x.dtype is not data.dtype:
+        _check_dtypes(name, x.dtype, data.dtype)
+    return _kept(name, x, data.shape, x.dtype, data)
+
+
+def _check_dtypes(name: str, stream: torch.dtype, dtype: torch.dtype) -> None:
+    """Raises unless a residual stream's dtype is the data's, or float32 beside 16 bits: all that kernels know."""
+    if dtype not in TAGS:
+        raise ValueError(f"dtype must be float32, float64, float16 or bfloat16, but got {dtype}")
+    if stream is not dtype and (stream is not torch.float32 or dtype is torch.float64):
+        raise ValueError(f"{name} must be {dtype}, or float32 beside 16-bit data, but got {stream}")
 
 
 def _kept(name: str, x: Tensor, shape: Any, dtype: torch.dtype, data: Tensor) -> Tensor:
@@ -274,7 +306,7 @@ def _total(sums: Tensor | None, data: Tensor) -> Tensor | None:
     """The sum over all panels, in memory of its own: gradients live longer than panels should."""
     if sums is None:
         return None
-    return sums[0].clone() if data.numel() else sums.new_zeros(sums.shape[1:])
+    return (sums[0].clone() if data.numel() else sums.new_zeros(sums.shape[1:])).view(data.shape[-1:])
 
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
@@ -294,7 +326,7 @@ def _mask(mask: Tensor | None, scores: Tensor) -> tuple[Tensor | None, int, int,
     heads, queries, keys = shape[-3:]
     if mask is None:
         return None, heads, queries, (0, 0, 0)
-    mask = _once(mask).to(computed(scores.dtype))
+    mask = _as("mask", _once(mask), computed(scores.dtype))
     if mask.dim() and (mask.shape[-1] != keys or (keys > 1 and mask.stride(-1) != 1)):
         mask = mask.expand(*mask.shape[:-1], keys).contiguous()
     mask = mask.expand(shape)

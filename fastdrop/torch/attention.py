@@ -208,22 +208,29 @@ def is_regular(
 ) -> bool:
     """Whether shapes and dtypes are those of the docstring above, with something in them. Torch's own broadcasts more,
     and knows what to say of others."""
-    if not query.dim() == key.dim() == value.dim() >= 2 + gqa or not _has_known_dtypes(query, key, value, mask):
+    if not _are_regular_shapes(query.shape, key.shape, value.shape, gqa):
         return False
-    if scale is not None and not abs(scale) < math.inf:
-        return False
-    *outer, _, width = query.shape
-    if outer and gqa and key.shape[-3] and outer[-1] % key.shape[-3] == 0:
-        outer = [*outer[:-1], key.shape[-3]]
-    keys = value.shape[-2]
-    if list(key.shape) != [*outer, keys, width] or list(value.shape[:-2]) != outer:
+    if not _has_known_dtypes(query, key, value, mask) or (scale is not None and not abs(scale) < math.inf):
         return False
     if mask is not None:
-        scores = (*query.shape[:-1], keys)
+        scores = (*query.shape[:-1], value.shape[-2])
         extents = zip(reversed(mask.shape), reversed(scores), strict=False)
         if causal or mask.dim() > len(scores) or any(extent not in (1, full) for extent, full in extents):
             return False
-    return math.prod(query.shape) > 0 and math.prod(value.shape) > 0
+    return True
+
+
+def _are_regular_shapes(query: Any, key: Any, value: Any, gqa: bool) -> bool:
+    """The same of shapes alone."""
+    if not len(query) == len(key) == len(value) >= 2 + gqa:
+        return False
+    *outer, _, width = query
+    if outer and gqa and key[-3] and outer[-1] % key[-3] == 0:
+        outer = [*outer[:-1], key[-3]]
+    keys = value[-2]
+    if list(key) != [*outer, keys, width] or list(value[:-2]) != outer:
+        return False
+    return bool(math.prod(query) > 0 and math.prod(value) > 0)
 
 
 def _has_known_dtypes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
@@ -457,6 +464,35 @@ def _attention(
     return y, words if keep else None, probabilities
 
 
+def _check_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float
+) -> None:
+    """Raises unless the op's arguments are what `attend` and `trace` have made sure of."""
+    if not is_regular(query, key, value, mask, causal, scale, query.dim() > 2):
+        tensors = {"query": query, "key": key, "value": value, "mask": mask}
+        given = ", ".join(f"{name} {tuple(x.shape)} of {x.dtype}" for name, x in tensors.items() if x is not None)
+        raise ValueError(
+            "query, key, value and mask must be (*, H, L, E), (*, H, S, E), (*, H, S, Ev) and broadcastable to (*, H, "
+            "L, S), of one float dtype and not empty, without a mask where causal, and scale must be finite, but got "
+            f"{given}, causal {causal}, scale {scale}"
+        )
+
+
+def _attention_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    seed: Any,
+    p: Any,
+    causal: bool,
+    scale: float,
+    keep: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    _check_attention(query, key, value, mask, causal, scale)
+    return _attention(query, key, value, mask, seed, p, causal, scale, keep)
+
+
 def _attention_fake(
     query: Tensor,
     key: Tensor,
@@ -468,6 +504,7 @@ def _attention_fake(
     scale: float,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    _check_attention(query, key, value, mask, causal, scale)
     y = query.new_empty((*query.shape[:-1], value.shape[-1]))
     if not keep:
         return y, None, None
@@ -492,13 +529,39 @@ def _attention_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     a = keep_scale(threshold(_ops.probability(p)))
-    call = _Call.of(query_shape, key_shape, a, causal, scale)
     shapes = query_shape, key_shape, value_shape
+    _check_gradients(dy, query, key, value, shapes, wanted)
+    call = _Call.of(query_shape, key_shape, a, causal, scale)
     return _backward(dy, words, probabilities, query, key, value, call, shapes, wanted)
 
 
+def _check_gradients(
+    dy: Tensor, query: Tensor | None, key: Tensor | None, value: Tensor | None, shapes: Any, wanted: Sequence[bool]
+) -> None:
+    """Raises unless what backward has is what forward had: hooks on saved tensors may change it."""
+    query_shape, key_shape, value_shape = shapes
+    if not _are_regular_shapes(query_shape, key_shape, value_shape, len(query_shape) > 2):
+        raise ValueError(
+            "query_shape, key_shape and value_shape must be (*, H, L, E), (*, H, S, E) and (*, H, S, Ev), and not "
+            f"empty, but got {tuple(query_shape)}, {tuple(key_shape)} and {tuple(value_shape)}"
+        )
+    if tuple(dy.shape) != (*query_shape[:-1], value_shape[-1]):
+        raise ValueError(f"dy must have shape {(*query_shape[:-1], value_shape[-1])}, but got {tuple(dy.shape)}")
+    for name, x, shape in zip(("query", "key", "value"), (query, key, value), shapes, strict=True):
+        if x is None:
+            if wanted[0] or wanted[1]:
+                raise ValueError(f"{name} must be a tensor for the gradients of query and key, but got None")
+        elif tuple(x.shape) != tuple(shape) or x.dtype is not dy.dtype or x.device != dy.device:
+            raise ValueError(
+                f"{name} must be {dy.dtype} of shape {tuple(shape)} on {dy.device}, but got {x.dtype} of shape "
+                f"{tuple(x.shape)} on {x.device}"
+            )
+
+
 def _attention_backward_fake(dy: Tensor, *rest: Any) -> tuple[Tensor | None, ...]:
+    _, _, query, key, value, *_ = rest
     *shapes, wanted = rest[-4:]
+    _check_gradients(dy, query, key, value, shapes, wanted)
     return tuple(dy.new_empty(shape) if want else None for shape, want in zip(shapes, wanted, strict=True))
 
 
@@ -646,7 +709,7 @@ hide_from_dynamo(attend, _attention, _attention_backward, _forward, _backward)
 
 
 for _name, _parts in {
-    "attention": (_attention, _attention_fake, ATTENTION, _Op),
+    "attention": (_attention_op, _attention_fake, ATTENTION, _Op),
     "attention_backward": (_attention_backward, _attention_backward_fake, ATTENTION_BACKWARD, _fused_ops._Op),
 }.items():
     _fused_ops.register(_name, *_parts)
