@@ -13,11 +13,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _checks, kinds
 from ..stream import DROP_ALL, threshold
-from . import _kernels, _ops, _random
+from . import _kernels, _nested, _ops, _random
 from ._plain import is_plain, is_transformed
 
 __all__ = ["autocast_dtype", "check_tensor", "drop", "drop_block", "eager_probability", "for_subclasses", "gaussian"]
@@ -55,7 +57,7 @@ def drop(
     law: str,
 ) -> Tensor:
     """Everything that keeps or drops: ``cells_shape`` fits x, or is None for every element; ``law`` is the affine's."""
-    if _is_compiling():
+    if _is_compiling() or (type(p) is not float and _is_traced_number(p)):
         return _compiled(x, p, training, inplace, generator, seed, cells_shape, store, law)
     p = eager_probability(p)
     if store != "bits":
@@ -74,7 +76,7 @@ def drop(
         _kernels.check_dtype(x)
     if law == "alpha":
         _kernels.check_real(x, "alpha dropout")
-    if cells_shape is not None and cells_shape == x.shape:
+    if cells_shape is not None and not x.is_nested and cells_shape == x.shape:
         cells_shape = None
     if not is_plain(x):
         return _by_ops(x, p, inplace, generator, seed, cells_shape, store == "bits", law)
@@ -143,7 +145,7 @@ def _compiled(
         return _evaluated(x, 1.0 - cut / DROP_ALL, inplace)
     if not training or (not isinstance(p, Tensor) and p <= KEEPS_ALL):
         return x
-    if noise_shape is not None:
+    if noise_shape is not None and not x.is_nested:
         if len(noise_shape) != x.dim():
             raise ValueError("noise_shape must have one entry per axis of x")
         noise_shape = [x.shape[i] if cells is None else cells for i, cells in enumerate(noise_shape)]
@@ -153,11 +155,23 @@ def _compiled(
 def _by_ops(
     x: Tensor, p: Any, inplace: bool, generator: Any, seed: Any, cells_shape: Any, bits: bool, law: str
 ) -> Tensor:
-    """Compilers, tracers, transforms, forward-mode AD, modes and subclasses: the ops and nothing else."""
+    """Compilers, tracers, transforms, forward-mode AD, modes and subclasses: the ops and nothing else.
+
+    Nested tensors come by here too; what is called on their values then finds its own way.
+    """
+    if x.is_nested:
+        store = "bits" if bits else "seed"
+
+        def dropped(values: Tensor, cells: Any) -> Tensor:
+            return drop(values, p, True, False, generator, seed, cells, store, law)
+
+        y = _nested.drop(x, cells_shape, law, dropped)
+        return _nested.write(x, y) if inplace else y
+    _nested.check_dense(x)
     number = _tensor_of_seed(x, generator, seed)
     if cells_shape is not None:
         cells_shape = _extents(cells_shape)
-    y: Tensor = _ops.overload(torch.ops.fastdrop.forward, p)(x, number, p, cells_shape, bits, law)[0]
+    y = _ops.overload(torch.ops.fastdrop.forward, p)(x, number, p, cells_shape, bits, law)[0]
     return x.copy_(y) if inplace else y
 
 
@@ -169,6 +183,9 @@ def _extents(cells: Any) -> Any:
 def _evaluated(x: Tensor, scale: Any, inplace: bool) -> Tensor:
     """Standard scaling outside of training."""
     _kernels.check_dtype(x)
+    if x.is_nested:
+        y: Tensor = _nested.on_values(lambda values: _evaluated(values, scale, False), x)
+        return _nested.write(x, y) if inplace else y
     if not isinstance(scale, Tensor) and scale == 0.0:  # where infinities and NaNs leave no trace
         all_of_it = x.new_ones((), dtype=torch.bool)
         return x.masked_fill_(all_of_it, 0.0) if inplace else x.masked_fill(all_of_it, 0.0)
@@ -194,6 +211,8 @@ def drop_block(
     if not training or (not isinstance(p, Tensor) and p <= KEEPS_ALL):
         _check_unused(seed, generator)
         return x
+    _nested.refuse(x, "DropBlock")
+    _nested.check_dense(x)
     shape = tuple(x.shape)
     cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
     if _is_compiling() or not is_plain(x):
@@ -242,15 +261,22 @@ def gaussian(
     seed: int | Tensor | None,
 ) -> Tensor:
     check_tensor(x)
-    p = traced_probability(p) if _is_compiling() else _checks.gaussian_probability(eager_probability(p))
+    if not _is_differentiated(p):
+        p = traced_probability(p) if _is_compiling() else eager_probability(p)
+    if not isinstance(p, Tensor) and not _is_compiling():
+        p = _checks.gaussian_probability(p)
     if not training or (not isinstance(p, Tensor) and p == 0.0):
         _check_unused(seed, generator)
         return x
     if not _is_compiling():
         _kernels.check_real(x, "Gaussian dropout")
-    if _is_compiling() or not is_plain(x):
+    if x.is_nested:
+        y: Tensor = _nested.on_values(lambda values: gaussian(values, p, True, False, generator, seed), x)
+        return _nested.write(x, y) if inplace else y
+    if _is_compiling() or isinstance(p, Tensor) or not is_plain(x):
+        _nested.check_dense(x)
         drawn = _tensor_of_seed(x, generator, seed)
-        y: Tensor = _ops.overload(torch.ops.fastdrop.gaussian, p)(x, drawn, p)
+        y = _ops.overload(torch.ops.fastdrop.gaussian, p)(x, drawn, p)
         return x.copy_(y) if inplace else y
     number = _number_of_seed(x, generator, seed, inplace)
     if x.requires_grad and torch.is_grad_enabled():
@@ -315,15 +341,43 @@ def _tensor_of_seed(x: Tensor, generator: torch.Generator | None, seed: int | Te
     return _random.draw_tensor(generator, x)
 
 
-def eager_probability(p: Any, what: str = "dropout probability") -> float:
-    return _checks.dropout_probability(p if type(p) is float else _number(p), p, what)
+def eager_probability(p: Any, what: str = "dropout probability") -> Any:
+    """The number, but a tensor where a tracer has it and nobody reads it yet."""
+    if type(p) is not float:
+        if _is_traced_number(p):
+            return traced_probability(p)
+        return _checks.dropout_probability(_number(p), p, what)
+    return _checks.dropout_probability(p, p, what)
 
 
 def traced_probability(p: Any) -> Any:
     """p as a compiler may see it: a number, perhaps a symbolic one, or a tensor that nobody reads yet."""
     if not isinstance(p, Tensor):
         p = _checks.dropout_probability(p + 0.0)
+    elif p.requires_grad:
+        _refuse_gradient()
     return p
+
+
+def _is_traced_number(p: Any) -> bool:
+    """Whether p is a tensor of which a mode or a subclass, such as `make_fx` has, would not tell the number."""
+    if not isinstance(p, Tensor):
+        return False
+    return bool(_len_torch_dispatch_stack()) or type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def _is_differentiated(p: Any) -> bool:
+    """Whether somebody may want a derivative with respect to p."""
+    if not isinstance(p, Tensor):
+        return False
+    return p.requires_grad or (not _is_compiling() and (forward_ad._current_level >= 0 or is_transformed()))
+
+
+def _refuse_gradient() -> None:
+    raise TypeError(
+        "p, the drop probability, must be a number or a tensor that does not require grad: only gaussian_dropout has a "
+        "gradient with respect to p"
+    )
 
 
 def is_transformed_there() -> bool:
@@ -363,5 +417,7 @@ def _number(p: Any) -> float:
     if isinstance(p, Tensor):
         if p.numel() != 1:
             raise TypeError(f"p must be a number or a tensor of one, but got shape {tuple(p.shape)}")
+        if p.requires_grad:
+            _refuse_gradient()
         return _ops.value_of(p)
     return float(p) if isinstance(p, bool) else _checks.number("p", p)

@@ -107,7 +107,7 @@ def scaled_dot_product_attention(
         _torchs(query, key, value, attn_mask, 0.0, *options)  # says what is wrong
     tracing = torch.compiler.is_compiling()
     p = _route.traced_probability(dropout_p) if tracing else _route.eager_probability(dropout_p)
-    if p <= _route.KEEPS_ALL:
+    if not isinstance(p, Tensor) and p <= _route.KEEPS_ALL:
         _route._check_unused(seed, generator)
         return _torchs(query, key, value, attn_mask, 0.0, *options)
     if query.is_cuda and seed is None and generator is None:

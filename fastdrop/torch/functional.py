@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _checks, kinds
+from ._nested import shape_of
 from ._ops import cells_shape
 from ._route import check_tensor, drop, drop_block, eager_probability, gaussian
 
@@ -139,7 +140,7 @@ def dropout(
         )
     if scaling != "inverted":
         _checks.scaling(scaling)
-    if noise_shape is not None and not torch.compiler.is_compiling():
+    if noise_shape is not None and not torch.compiler.is_compiling() and not getattr(input, "is_nested", False):
         check_tensor(input)
         noise_shape = cells_shape(noise_shape, input)
     return drop(input, p, training, inplace, generator, seed, noise_shape, store, scaling)
@@ -328,7 +329,7 @@ def variational_dropout(
     """
     _checks.scaling(scaling)
     check_tensor(input)
-    cells = kinds.shared_cells(tuple(input.shape), _checks.axis("time_axis", time_axis, input.dim()))
+    cells = kinds.shared_cells(shape_of(input), _checks.axis("time_axis", time_axis, input.dim()))
     return drop(input, p, training, inplace, generator, seed, cells, store, scaling)
 
 
@@ -396,7 +397,7 @@ def stochastic_depth(
     check_tensor(input)
     if not torch.compiler.is_compiling():
         p = eager_probability(p, "drop probability")
-    cells = kinds.sample_cells(tuple(input.shape), mode)
+    cells = kinds.sample_cells(shape_of(input), mode)
     return drop(input, p, training, inplace, generator, seed, cells, store, scaling)
 
 
@@ -512,7 +513,7 @@ def _features(
     if batched is None or rank == batched or not rank:
         cells = _channels(x, p, training)
     else:
-        cells = kinds.feature_cells(tuple(x.shape), 0)
+        cells = kinds.feature_cells(shape_of(x), 0)
     return drop(x, p, training, inplace, generator, seed, cells, store, "inverted")
 
 
@@ -520,4 +521,4 @@ def _channels(x: Tensor, p: float | Tensor, training: bool) -> Shape:
     check_tensor(x)
     if x.dim() < 2 and training and (isinstance(p, Tensor) or p != 0.0):
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
-    return kinds.feature_cells(tuple(x.shape), 1)
+    return kinds.feature_cells(shape_of(x), 1)
