@@ -8,6 +8,7 @@ offer is `drop` with cells and a law of its own, `drop_block` or `gaussian`.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -168,6 +169,9 @@ def _by_ops(
         y = _nested.drop(x, cells_shape, law, dropped)
         return _nested.write(x, y) if inplace else y
     _nested.check_dense(x)
+    if is_exported_to_onnx():
+        y = for_onnx(x, p, cells_shape, law, seed, generator)
+        return x.copy_(y) if inplace else y
     number = _tensor_of_seed(x, generator, seed)
     if cells_shape is not None:
         cells_shape = _extents(cells_shape)
@@ -213,6 +217,8 @@ def drop_block(
         return x
     _nested.refuse(x, "DropBlock")
     _nested.check_dense(x)
+    if is_exported_to_onnx():
+        _refuse_onnx("blocks")
     shape = tuple(x.shape)
     cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
     if _is_compiling() or not is_plain(x):
@@ -275,6 +281,8 @@ def gaussian(
         return _nested.write(x, y) if inplace else y
     if _is_compiling() or isinstance(p, Tensor) or not is_plain(x):
         _nested.check_dense(x)
+        if is_exported_to_onnx():
+            _refuse_onnx("Gaussian noise")
         drawn = _tensor_of_seed(x, generator, seed)
         y = _ops.overload(torch.ops.fastdrop.gaussian, p)(x, drawn, p)
         return x.copy_(y) if inplace else y
@@ -305,6 +313,33 @@ class _FastGaussian(torch.autograd.Function):
         else:
             dx = torch.ops.fastdrop.gaussian(dy, seed, ctx.p)
         return dx, None, None, None
+
+
+# ---- export to ONNX ----
+
+
+def is_exported_to_onnx() -> bool:
+    """Whether `torch.onnx.export` looks at the call; asked while it traces, not by the graph."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
+is_exported_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def for_onnx(
+    x: Tensor, p: Any, cells_shape: Any, law: str, seed: int | Tensor | None, generator: torch.Generator | None
+) -> Tensor:
+    """Dropout as ONNX has it: an operator whose mask is drawn by whoever runs the model."""
+    if cells_shape is not None or law != "inverted":
+        _refuse_onnx("decisions that elements share, and no other scaling than 1 / (1 - p)")
+    if isinstance(p, Tensor) or seed is not None or generator is not None:
+        _refuse_onnx("seed, generator or tensor for p")
+    y: Tensor = torch.ops.aten.native_dropout.default(x, p, True)[0]
+    return y
+
+
+def _refuse_onnx(missing: str) -> None:
+    raise RuntimeError(f"ONNX's Dropout has no {missing}: call model.eval() before torch.onnx.export")
 
 
 # ---- arguments ----

@@ -345,6 +345,8 @@ def trace(
     seed: int | Tensor | None = None,
 ) -> Tensor:
     """The same as an op, for compilers; arguments are regular, and will be direct."""
+    if _route.is_exported_to_onnx():
+        return compose(query, key, value, mask, p, causal, scale, gqa, generator, seed)
     number = _route._tensor_of_seed(query, generator, seed)
     op, tensors = _ops.overload(torch.ops.fastdrop.attention, p), (query, key, value, mask)
     y: Tensor = op(*tensors, number, p, causal, _scale(query, scale), _is_wanted(*tensors))[0]

@@ -33,6 +33,7 @@ from ._fusible import (
     options_of,
     original_class,
     replaced_method,
+    scripted_as,
 )
 from ._rates import rate_name
 from .attention import scaled_dot_product_attention
@@ -202,6 +203,7 @@ class FusedSequential(Fused, nn.Sequential):
     original = nn.Sequential
     METHODS = _methods(nn.Sequential, "forward", "__iter__")
 
+    @scripted_as(nn.Sequential.forward)
     def forward(self, input: Any) -> Any:
         modules: list[Any] = list(self._modules.values())
         runs: dict[int, _Run] = {}
@@ -273,6 +275,7 @@ class FusedTransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     def _is_fused(self, x: Any) -> bool:
         return self.training and super()._is_fused(x)  # else torch's may not call what is inside
 
+    @scripted_as(nn.TransformerEncoderLayer.forward)
     def forward(
         self,
         src: Tensor,
@@ -302,6 +305,7 @@ class FusedTransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     DROPS = ("dropout", "dropout1", "dropout2", "dropout3")
     NORMS = ("norm1", "norm2", "norm3")
 
+    @scripted_as(nn.TransformerDecoderLayer.forward)
     def forward(
         self,
         tgt: Tensor,

@@ -367,7 +367,7 @@ class _Call:
     seed None where nothing is dropped; ``bits`` tells whether words are to be kept.
     """
 
-    __slots__ = ("bits", "compiles", "p", "plain", "seed", "wanted")
+    __slots__ = ("bits", "compiles", "onnx", "p", "plain", "seed", "wanted")
 
     def __init__(
         self,
@@ -390,6 +390,9 @@ class _Call:
         self.bits = store == "bits" and recording and any(tensor.requires_grad for tensor in masked)
         self.compiles = tracing and not x.is_complex() and not _route.is_transformed_there()
         self.plain = not tracing and all(is_plain(tensor) for tensor in given) and not x.is_complex()
+        self.onnx = not self.plain and _route.is_exported_to_onnx()
+        if self.onnx:
+            self.compiles = False
         if not self.plain:
             _nested.check_dense(*given)
         drops = training and (isinstance(p, Tensor) or (p > _route.KEEPS_ALL if tracing else threshold(p) > 0))
@@ -397,6 +400,8 @@ class _Call:
         self.seed: Any = None
         if not drops:
             _route._check_unused(seed, generator)
+        elif self.onnx:
+            self.seed = seed, generator
         elif self.plain:
             self.seed = _route._number_of_seed(x, generator, seed, False)
         else:
@@ -404,8 +409,10 @@ class _Call:
 
     def drop(self, x: Tensor, law: str = "inverted") -> Tensor:
         """x under the mask, by ops that everyone knows; "standard" does not scale."""
-        if self.seed is None:
+        if self.seed is None or (self.onnx and law == "standard"):  # whose use is its gradient
             return x
+        if self.onnx:
+            return _route.for_onnx(x, self.p, None, law, *self.seed)
         return _route._by_ops(x, self.p, False, None, self.seed, None, self.bits, law)
 
 
