@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..mask import word_count
 from ..stream import keep_scale, threshold
-from . import _fused_ops, _kernels, _ops, _random, _route, _rows
+from . import _fused_ops, _kernels, _nested, _ops, _random, _route, _rows
 from ._plain import hide_from_dynamo, is_plain
 from ._route import for_subclasses
 from .fused import softmax_dropout
@@ -119,6 +119,8 @@ def scaled_dot_product_attention(
                 query, key, value, attn_mask, p, *options, generator=generator, seed=seed
             )
     arguments = query, key, value, attn_mask
+    _nested.check_dense(*arguments)
+    _nested.refuse(query, "attention")
     if not is_regular(*arguments, *options):
         _refuse(*arguments, *options)
     elif tracing and query.is_cpu and not _route.is_transformed_there():

@@ -66,7 +66,7 @@ def dropout_add(
 
     Returns
     -------
-    Tensor with residual's dtype, contiguous
+    Tensor with residual's dtype and strides, as of ``residual + input``
         Computed in float32, or float64 for float64, and rounded once. What is dropped adds +0, whatever input holds.
 
     Raises
@@ -151,7 +151,7 @@ def bias_act_dropout(
 
     Returns
     -------
-    Tensor with input's dtype, contiguous
+    Tensor with input's dtype and strides
 
     Kept for backward: with "relu" one bit per element and nothing else, whatever ``store`` is; with None that bit or
     a seed; with the others input too.
@@ -186,7 +186,7 @@ def swiglu_dropout(
 
     Returns
     -------
-    Tensor with gate's dtype, contiguous
+    Tensor with gate's dtype and strides
 
     Kept for backward: gate, up and a bit per element, or a seed. Source: Shazeer, "GLU variants improve Transformer",
     2020.
@@ -315,7 +315,7 @@ def softmax_dropout(
 
     Returns
     -------
-    Tensor with scores' shape and dtype, contiguous
+    Tensor with scores' shape, dtype and strides
 
     Kept for backward: the softmax in scores' dtype, and a bit per element or a seed. attn_mask has a gradient where it
     wants one. Source: Vaswani et al., NeurIPS 2017.
