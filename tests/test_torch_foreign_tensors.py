@@ -98,7 +98,8 @@ def test_layouts_of_ops(mixed):
             (dy, x.detach(), None, None, kept, 0.5, kept is not None, "gelu", dtype, wanted, False),
         )
         torch.library.opcheck(
-            ops.pointwise_backward.default, (dy, None, None, None, kept, 0.5, kept is not None, None, dtype, False, False)
+            ops.pointwise_backward.default,
+            (dy, None, None, None, kept, 0.5, kept is not None, None, dtype, False, False),
         )
     torch.library.opcheck(ops.softmax.default, (x.detach(), None, seed, 0.5, 1.0, False, True, True))
     y, probabilities, words = ops.softmax(x.detach(), None, seed, 0.5, 1.0, False, True, True)
@@ -166,7 +167,9 @@ def test_sparse(kind):
     x = SPARSE[kind]()
     state = torch.get_rng_state()
     for function in DROPS.values():
-        with pytest.raises(RuntimeError, match=r"dropout takes dense tensors, but got one of layout .*: give x.to_dense"):
+        with pytest.raises(
+            RuntimeError, match=r"dropout takes dense tensors, but got one of layout .*: give x.to_dense"
+        ):
             function(x)
     assert torch.equal(torch.get_rng_state(), state)
     assert fdt.dropout(x, 0.5, False) is x

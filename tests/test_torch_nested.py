@@ -119,7 +119,9 @@ def test_ragged_last():
 
 def test_holes():
     """A jagged tensor with lengths has values that are no sample's; they may be dropped, and nobody sees it."""
-    x = torch.nested.nested_tensor_from_jagged(torch.randn(10, COLUMNS), torch.tensor([0, 2, 7, 10]), torch.tensor([1, 3, 3]))
+    x = torch.nested.nested_tensor_from_jagged(
+        torch.randn(10, COLUMNS), torch.tensor([0, 2, 7, 10]), torch.tensor([1, 3, 3])
+    )
     y = fdt.stochastic_depth(x, 0.5, "row", seed=3)
     kept = fdt.stochastic_depth(torch.ones(3, 1), 0.5, "row", seed=3)
     for sample, dropped, factor in zip(x.unbind(), y.unbind(), kept, strict=True):
@@ -159,7 +161,9 @@ def test_training(layout, change):
 
 def test_compiled():
     """Jagged; of strided ones torch.compile makes nothing."""
-    model = nn.Sequential(nn.Linear(COLUMNS, 8), nn.Dropout(0.5), fdt.StochasticDepth(0.5, "row"), fdt.GaussianDropout(0.3))
+    model = nn.Sequential(
+        nn.Linear(COLUMNS, 8), nn.Dropout(0.5), fdt.StochasticDepth(0.5, "row"), fdt.GaussianDropout(0.3)
+    )
     fdt.convert(model)
     x = nested(torch.jagged)
     y = under(1, model, x)
@@ -186,7 +190,10 @@ def test_enabled(layout):
         (lambda x: fdt.drop_block2d(x.unsqueeze(1), 0.5, 2), "DropBlock takes dense tensors"),
         (lambda x: fdt.dropout_add(x, torch.ones(3, 5, COLUMNS)), "must be nested too"),
         (lambda x: fdt.dropout_add(torch.ones(3, 5, COLUMNS), x), "residual is a nested tensor, and input is not"),
-        (lambda x: fdt.dropout_add(x, torch.nested.nested_tensor(list(x.unbind())[::-1], layout=x.layout)), "structure"),
+        (
+            lambda x: fdt.dropout_add(x, torch.nested.nested_tensor(list(x.unbind())[::-1], layout=x.layout)),
+            "structure",
+        ),
         (lambda x: fdt.softmax_dropout(x, causal=True), "takes no attn_mask"),
         (lambda x: fdt.scaled_dot_product_attention(x, x, x, dropout_p=0.5), "attention takes dense tensors"),
     ],

@@ -64,7 +64,9 @@ def on_values(function: Callable[..., Any], *tensors: Tensor | None, columns: bo
     for x in tensors:
         if x is not None and x.is_nested:
             if not _alike(x, first):
-                raise ValueError("nested tensors given together must have one structure and, if jagged, the same offsets")
+                raise ValueError(
+                    "nested tensors given together must have one structure and, if jagged, the same offsets"
+                )
             x = _values(x)
             x = x if width is None or x.dim() > 1 else x.reshape(-1, width)
         elif x is not None and x.dim() > 1:
@@ -91,7 +93,9 @@ def drop(x: Tensor, cells_shape: Sequence[Any] | None, law: str, call: Callable[
         return _nested_like(call(values, None), x)
     shape = shape_of(x)
     if len(cells_shape) != len(shape):
-        raise ValueError(f"noise_shape must have one entry per axis of x, which has {len(shape)}, but got {cells_shape}")
+        raise ValueError(
+            f"noise_shape must have one entry per axis of x, which has {len(shape)}, but got {cells_shape}"
+        )
     full = [is_full(cells, extent) for cells, extent in zip(cells_shape, shape, strict=True)]
     for cells, fits in zip(cells_shape, full, strict=True):
         if not fits and cells != 1:
@@ -115,11 +119,15 @@ def drop(x: Tensor, cells_shape: Sequence[Any] | None, law: str, call: Callable[
     if full[axis]:
         raise RuntimeError("samples of a nested tensor have no positions in common, by which to share a decision")
     if law == "alpha":
-        raise RuntimeError("alpha dropout of nested tensors can't drop a ragged axis whole: call it on each of x.unbind()")
+        raise RuntimeError(
+            "alpha dropout of nested tensors can't drop a ragged axis whole: call it on each of x.unbind()"
+        )
     return _nested_like(_by_sample(x, values, packed, cells, call), x)
 
 
-def _by_sample(x: Tensor, values: Tensor, packed: int, cells: list[Any], call: Callable[[Tensor, Any], Tensor]) -> Tensor:
+def _by_sample(
+    x: Tensor, values: Tensor, packed: int, cells: list[Any], call: Callable[[Tensor, Any], Tensor]
+) -> Tensor:
     """One decision for each sample along the axis where values have samples one after the other."""
     if x.layout is torch.jagged:
         ends = x.offsets()[1:]
