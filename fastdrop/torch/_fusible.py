@@ -205,7 +205,7 @@ def is_taken(x: Any) -> bool:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return False
     if not torch.compiler.is_compiling():
-        return not x.is_nested and _ours(x, 0.0)
+        return _ours(x, 0.0)
     return not x.is_nested and (x.is_cpu or (x.is_cuda and _is_usable(x.get_device())))
 
 

@@ -1,4 +1,4 @@
-"""Nested tensors, jagged and strided: taken apart into the dense tensor that holds their elements, and put together again.
+"""Nested tensors, jagged and strided: taken apart into the dense tensor of their elements, and put together again.
 
 `_route` and `fused` call what they do on dense tensors on ``values()``, so a mask is by position there.
 """
@@ -16,14 +16,14 @@ __all__ = ["check_dense", "drop", "is_full", "on_values", "refuse", "shape_of", 
 RAGGED = -1  # in place of an extent that differs between samples
 
 
-def shape_of(x: Tensor) -> tuple[Any, ...]:
+def shape_of(x: Any) -> tuple[Any, ...]:
     """x's shape, with `RAGGED` where samples differ."""
     if not x.is_nested:
         return tuple(x.shape)
     if x.layout is torch.jagged:
-        ragged: int = x._ragged_idx  # type: ignore[attr-defined]
+        ragged: int = x._ragged_idx
         return tuple(RAGGED if axis == ragged else extent for axis, extent in enumerate(x.shape))
-    sizes = x._nested_tensor_size()  # type: ignore[attr-defined]
+    sizes = x._nested_tensor_size()
     extents = [int(column[0]) if bool((column == column[0]).all()) else RAGGED for column in sizes.unbind(1)]
     return (len(sizes), *extents)
 
@@ -45,7 +45,7 @@ def check_dense(*tensors: Tensor | None) -> None:
     for x in tensors:
         if x is not None and x.layout is not torch.strided and not x.is_nested:
             raise RuntimeError(
-                f"dropout takes dense tensors, but got one of layout {x.layout}: give x.to_dense(), or drop its values()"
+                f"dropout takes dense tensors, but got one of layout {x.layout}: give x.to_dense(), or its values()"
             )
 
 
@@ -125,14 +125,10 @@ def drop(x: Tensor, cells_shape: Sequence[Any] | None, law: str, call: Callable[
     return _nested_like(_by_sample(x, values, packed, cells, call), x)
 
 
-def _by_sample(
-    x: Tensor, values: Tensor, packed: int, cells: list[Any], call: Callable[[Tensor, Any], Tensor]
-) -> Tensor:
+def _by_sample(x: Any, values: Tensor, packed: int, cells: list[Any], call: Callable[[Tensor, Any], Tensor]) -> Tensor:
     """One decision for each sample along the axis where values have samples one after the other."""
-    if x.layout is torch.jagged:
-        ends = x.offsets()[1:]
-    else:
-        ends = x._nested_tensor_size()[:, 0].cumsum(0).to(values.device)  # type: ignore[attr-defined]
+    strided = x.layout is not torch.jagged
+    ends = x._nested_tensor_size()[:, 0].cumsum(0).to(values.device) if strided else x.offsets()[1:]
     wide = torch.float64 if values.dtype in (torch.float64, torch.complex128) else torch.float32
     factors = call(torch.ones((x.size(0), *cells), dtype=wide, device=values.device), None)
     rows = torch.arange(values.shape[packed], device=values.device)
@@ -151,27 +147,27 @@ def _values(x: Tensor) -> Tensor:
     return x.values()
 
 
-def _nested_like(values: Tensor, x: Tensor) -> Tensor:
+def _nested_like(values: Tensor, x: Any) -> Tensor:
     """Values in x's structure."""
     if x.layout is torch.jagged:
         y: Tensor = torch.nested.nested_tensor_from_jagged(
             values,
             x.offsets(),
             x.lengths(),
-            x._ragged_idx,  # type: ignore[attr-defined]
-            x._maybe_min_seqlen,  # type: ignore[attr-defined]
-            x._maybe_max_seqlen,  # type: ignore[attr-defined]
+            x._ragged_idx,
+            x._maybe_min_seqlen,
+            x._maybe_max_seqlen,
         )
         return y
     if not x.is_contiguous():
         x = x.contiguous()
-    structure = x._nested_tensor_size(), x._nested_tensor_strides(), x._nested_tensor_storage_offsets()  # type: ignore
+    structure = x._nested_tensor_size(), x._nested_tensor_strides(), x._nested_tensor_storage_offsets()
     return torch._nested_view_from_buffer(values.reshape(-1), *structure)
 
 
-def _alike(x: Tensor, y: Tensor) -> bool:
+def _alike(x: Any, y: Any) -> bool:
     if x.layout is not y.layout:
         return False
     if x.layout is torch.jagged:
         return bool(x.shape == y.shape)  # a ragged extent is equal to itself alone, by its offsets
-    return torch.equal(x._nested_tensor_size(), y._nested_tensor_size())  # type: ignore[attr-defined]
+    return torch.equal(x._nested_tensor_size(), y._nested_tensor_size())

@@ -225,10 +225,10 @@ class _Linear(torch.autograd.Function):
 
 
 class _Gaussian(_Linear):
-    """Linear in x, with a gradient for p too where p is a tensor: ``y = x (1 + sigma n)``, and sigma is a function of p.
+    """Linear in x, with a gradient for p too where p is a tensor: ``y = x (1 + sigma n)`` with sigma a function of p.
 
-    ``dy/dp = x n dsigma/dp`` is ``(y - x) / (2 p (1 - p))``, since ``sigma**2 = p / (1 - p)``; y is made again, in float32
-    at least.
+    ``dy/dp = x n dsigma/dp`` is ``(y - x) / (2 p (1 - p))``, because ``sigma**2 = p / (1 - p)``. y is computed again,
+    at least in float32.
     """
 
     @staticmethod
@@ -251,7 +251,9 @@ class _Gaussian(_Linear):
         return None, None, dx, None, dp
 
     @staticmethod
-    def jvp(ctx: Any, _op: Any, _keyset: Any, dx: Tensor | None, _seed: Any, dp: Tensor | None) -> Tensor | None:
+    def jvp(  # type: ignore[override]
+        ctx: Any, _op: Any, _keyset: Any, dx: Tensor | None, _seed: Any, dp: Tensor | None
+    ) -> Tensor | None:
         seed, *rest, x = ctx.saved_tensors
         p = rest[0] if ctx.p is None else ctx.p
         dy: Tensor | None = None if dx is None else ctx.op(dx, seed, p)

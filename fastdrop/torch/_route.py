@@ -63,7 +63,7 @@ def drop(
     p = eager_probability(p)
     if store != "bits":
         _checks.choice("store", store, _checks.STORES)
-    cut = threshold(p)
+    cut = threshold(p)  # type: ignore[arg-type]
     if not training or cut == 0:
         check_tensor(x)
         _check_unused(seed, generator)

@@ -331,7 +331,7 @@ def softmax_dropout(
     if scores.is_nested:
         if causal or attn_mask is not None:
             raise RuntimeError("softmax_dropout of nested tensors takes no attn_mask, and causal=False alone")
-        random = {"generator": generator, "seed": seed, "store": store}
+        random: Any = {"generator": generator, "seed": seed, "store": store}
         return _nested.on_values(  # type: ignore[no-any-return]
             lambda values: softmax_dropout(values, p, scale, None, False, training, **random), scores, columns=True
         )
@@ -436,7 +436,7 @@ def _pointwise(
     else:
         _real(x, name, activation)
     if x.is_nested:
-        rest = p, training, activation, generator, seed, store, name
+        rest: Any = (p, training, activation, generator, seed, store, name)
         tensors = x, bias, factor, residual
         return _nested.on_values(lambda *values: _pointwise(*values, *rest), *tensors, columns=bias is not None)  # type: ignore[no-any-return]
     _vector("bias", bias, name, x)
@@ -515,7 +515,7 @@ def _norm(
     _real(x, "input", "a norm")
     _checks.at_least("input", x.dim(), 1, "an axis of columns")
     if x.is_nested:
-        rest = p, eps, training, centred, generator, seed, store
+        rest: Any = (p, eps, training, centred, generator, seed, store)
         tensors = x, residual, weight, shift, bias
         return _nested.on_values(lambda *values: _norm(*values, *rest), *tensors, columns=True)  # type: ignore[no-any-return]
     for name, vector in (("weight", weight), ("bias", shift), ("input_bias", bias)):

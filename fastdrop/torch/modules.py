@@ -63,7 +63,7 @@ class Rated(nn.Module):
         return self.p
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             if self.training:
                 raise RuntimeError(
                     "fastdrop can't be scripted for training: call eval(), or fdt.revert(model) before torch.jit.script"
@@ -139,7 +139,7 @@ class Dropout(_Elementwise, nn.Dropout):
     """
 
     scaling: str = "inverted"
-    __constants__ = ("p", "inplace", "scaling")
+    __constants__ = ["p", "inplace", "scaling"]  # noqa: RUF012
 
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, store: str = "bits", scaling: str = "inverted"

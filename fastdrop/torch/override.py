@@ -32,7 +32,6 @@ __all__ = ["disable", "enable", "enabled"]
 # Calls on CPU and CUDA tensors without and with autograd, and calls inside of torch.func's transforms: from Python, and
 # from torch's own C++ under vmap, where attention drops.
 KEYS = ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA", "FuncTorchDynamicLayerFrontMode", "FuncTorchVmapMode")
-KEYS += ("NestedTensorCPU", "AutogradNestedTensor")
 
 # aten's ops, each with its in-place form: whether whole channels are dropped, and the law.
 OPS = {
@@ -60,8 +59,8 @@ def enable() -> None:
     their in-place forms, and with them torch's modules of these names, `torch.nn.MultiheadAttention`,
     `torch.nn.functional.scaled_dot_product_attention`, `torch.nn.LSTM` and `torch.nn.GRU` between layers, and any model
     built of these; of timm and torchvision, where they were imported before, the modules that `convert` knows. Values
-    and gradients are those of the functions of `fastdrop.torch`; other operators and devices, integer and
-    sparse tensors and DTensors stay as they are. So do, on a GPU, fused attention and cuDNN's recurrent layers, which
+    and gradients are those of the functions of `fastdrop.torch`; other operators and devices, integer, sparse and
+    nested tensors and DTensors stay as they are. So do, on a GPU, fused attention and cuDNN's recurrent layers, which
     drop inside of kernels of their own. timm's and torchvision's modules can't be scripted meanwhile.
 
     Calling it again does nothing. What `torch.compile` has compiled is compiled anew at its next call, so switch once
@@ -206,9 +205,9 @@ def _ours(x: Tensor, p: float) -> bool:
 
 
 def _is_known(x: Tensor) -> bool:
-    """Whether x is dense or nested, and no other subclass but a compiler's."""
+    """Whether x is dense, and no subclass but a compiler's."""
     known = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ or isinstance(x, (FakeTensor, FunctionalTensor))
-    return x.is_nested or (known and x.layout is torch.strided)
+    return known and x.layout is torch.strided and not x.is_nested
 
 
 def _torchs(op: Any, *arguments: Any, **options: Any) -> Tensor:
