@@ -73,7 +73,7 @@ def dropout(
     Parameters
     ----------
     input : Tensor of float32, float64, float16, bfloat16, complex64 or complex128, any shape ``(*)``, any strides
-        Complex numbers are dropped whole.
+        Complex numbers are dropped whole. Of a nested tensor the mask is that of its ``values()``.
     p : float or Tensor of one number
         Drop probability, 0 to 1. p = 1 gives zeros, with zeros for a gradient. As a tensor, on the CPU, it may change
         from call to call of a compiled function without compiling anew.
@@ -104,10 +104,10 @@ def dropout(
         p or seed out of range; noise_shape that does not fit; unknown store or scaling; both seed and generator; a
         seed tensor of more than one number or on another GPU; p on a GPU.
     TypeError
-        input that is no Tensor; p or seed of another type.
+        input that is no Tensor; p or seed of another type; p that requires grad.
     RuntimeError
-        input of an integer dtype; what torch won't have written in place; ``generator`` under ``torch.compile``, or of
-        another kind of device; ``vmap`` without randomness="same" or "different", or over p; input on a GPU without
+        input of an integer dtype, or sparse; what torch won't have written in place; ``generator`` under
+        ``torch.compile``, or of another kind of device; ``vmap`` without randomness="same" or "different", or over p; input on a GPU without
         numba-cuda.
     NotImplementedError
         input that is neither on the CPU nor on an NVIDIA GPU (nor "meta").
@@ -479,12 +479,12 @@ def gaussian_dropout(
     ----------
     input : Tensor of a float dtype, any shape ``(*)``
     p : float or Tensor of one number
-        From 0 to below 1; ValueError elsewhere.
+        From 0 to below 1; ValueError elsewhere. A tensor may require grad, unlike that of the other functions.
     training, inplace, generator, seed
         As in `dropout`, and so are the errors; RuntimeError for complex input.
 
-    Kept for backward: 8 bytes, from which the noise is drawn again. The noise of a seed is that of
-    `fastdrop.gaussian_dropout`. Source: Srivastava et al., JMLR 15, 2014, section 10.
+    Kept for backward: 8 bytes, from which the noise is drawn again, and input where p requires grad. The noise of a
+    seed is that of `fastdrop.gaussian_dropout`. Source: Srivastava et al., JMLR 15, 2014, section 10.
 
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.gaussian_dropout(torch.ones(3), 0.5, seed=4)

@@ -65,8 +65,9 @@ def fuse(model: nn.Module) -> Report:
     Subclasses of torch's classes that inherit what is replaced are fused too, those of transformers' are not. Those
     with a forward of their own, modules with a method replaced on the object or on its class, and those around modules
     with hooks, quantised or parametrised ones stay as they are and are listed with the reason, like all other modules
-    that drop. Calling it again fuses what came in between, and lists what no longer is. For ``torch.jit.script`` call
-    `unfuse` first. Wrappers that find layers by the name of their class come before, ``fully_shard`` after.
+    that drop. Calling it again fuses what came in between, and lists what no longer is. ``torch.jit.script`` takes
+    fused modules of torch as they were before; for those of transformers call `unfuse` first. Wrappers that find layers
+    by the name of their class come before, ``fully_shard`` after.
 
     Parameters
     ----------

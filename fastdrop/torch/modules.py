@@ -426,7 +426,7 @@ class GaussianDropout(Rated):
     Parameters
     ----------
     p : float
-        From 0 to below 1; ValueError elsewhere.
+        From 0 to below 1; ValueError elsewhere. A `torch.nn.Parameter` that is put there later is learned.
     inplace : bool
         Writes the result to the input.
 
