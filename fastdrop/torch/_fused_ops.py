@@ -181,7 +181,8 @@ def _pointwise_fake(
 ) -> tuple[Tensor, Maybe]:
     _code(activation)
     kept = bits and (seed is not None or _by_signs(activation, factor))
-    return _empty(x if residual is None else residual), _words(x) if kept else None
+    dtype = (x if residual is None else residual).dtype
+    return torch.empty_like(_rows.layout_of_sum(x, residual), dtype=dtype), _words(x) if kept else None
 
 
 def _pointwise_backward_fake(
@@ -199,7 +200,8 @@ def _pointwise_backward_fake(
 ) -> tuple[Tensor, Maybe, Maybe]:
     _code(activation)
     dbias = dy.new_empty(dy.shape[-1:], dtype=_rows.computed(dtype)) if bias_gradient else None
-    return _empty(dy, dtype), _empty(dy, dtype) if factor_gradient else None, dbias
+    dx = torch.empty_like(dy, dtype=dtype)
+    return dx, torch.empty_like(dx) if factor_gradient else None, dbias
 
 
 def _norm_fake(
@@ -241,11 +243,12 @@ def _softmax_fake(
     scores: Tensor, mask: Maybe, seed: Maybe, p: P, scale: float, causal: bool, bits: bool, keep: bool
 ) -> tuple[Tensor, Maybe, Maybe]:
     drops = seed is not None
-    return _empty(scores), _empty(scores) if keep and drops else None, _words(scores) if bits and drops else None
+    y = torch.empty_like(scores)
+    return y, _empty(scores) if keep and drops else None, _words(scores) if bits and drops else None
 
 
 def _softmax_backward_fake(dy: Tensor, *rest: Any) -> tuple[Tensor]:
-    return (_empty(dy),)
+    return (torch.empty_like(dy),)
 
 
 def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -595,7 +598,7 @@ def _whole(kernel: Any) -> Any:
             if result is None:
                 result = first.new_empty(0)
             elif id(result) in seen:
-                result = result.clone(memory_format=torch.contiguous_format)
+                result = result.clone()
             seen.add(id(result))
             results.append(result)
         return tuple(results) if len(results) > 1 else results[0]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,10 @@ __all__ = [
     "options_of",
     "original_class",
     "replaced_method",
+    "scripted_as",
 ]
+
+Method = TypeVar("Method", bound=Callable[..., Any])
 
 DROPOUTS = (nn.Dropout, ours.Dropout)
 REPLACED = "was replaced on the object itself"
@@ -62,6 +66,12 @@ class Fused(nn.Module):
         """Why a module of the original class can't be fused; nothing if it can."""
         raise NotImplementedError
 
+    def __prepare_scriptable__(self) -> Any:
+        """`torch.jit.script` asks before it reads a forward: it can read the original's alone."""
+        if not hasattr(type(self).forward, "__wrapped__"):
+            raise RuntimeError(f"a {type(self).__name__} can't be scripted: call fdt.unfuse before torch.jit.script")
+        return self
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As a module of the original class, which `pickle` finds by its name, and what to make of it."""
         reduced: Any = super().__reduce_ex__(protocol)
@@ -89,6 +99,19 @@ def _fused_class(theirs: Any, known: Any) -> type[Fused]:
     if theirs is getattr(known, "original", None):
         return known  # type: ignore[no-any-return]
     return type(f"Fused{theirs.__name__}", (known, theirs), {"original": theirs, "known": known})
+
+
+def scripted_as(method: Callable[..., Any]) -> Callable[[Method], Method]:
+    """Has `torch.jit.script` read torch's method where one of ours stands: what it scripts drops by torch's means.
+
+    TorchScript finds a method's source, as `inspect` does, behind ``__wrapped__``, and the names in it where ours is.
+    """
+
+    def marked(ours: Method) -> Method:
+        ours.__wrapped__ = method  # type: ignore[attr-defined]
+        return ours
+
+    return marked
 
 
 def original_class(module: nn.Module) -> type[nn.Module]:

@@ -228,6 +228,54 @@ class _Linear(torch.autograd.Function):
         return y
 
 
+class _Gaussian(_Linear):
+    """Linear in x, with a gradient for p too where p is a tensor: ``y = x (1 + sigma n)`` with sigma a function of p.
+
+    ``dy/dp = x n dsigma/dp`` is ``(y - x) / (2 p (1 - p))``, because ``sigma**2 = p / (1 - p)``. y is computed again,
+    at least in float32.
+    """
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.op, _, x, seed, p = inputs
+        ctx.of_p = isinstance(p, Tensor) and p.requires_grad
+        ctx.save_for_backward(*([seed, p] if isinstance(p, Tensor) else [seed]), *([x] if ctx.of_p else []))
+        ctx.save_for_forward(*([seed, p] if isinstance(p, Tensor) else [seed]), x)
+        ctx.p = None if isinstance(p, Tensor) else p
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
+        seed, *rest = ctx.saved_tensors
+        p = rest[0] if ctx.p is None else ctx.p
+        dx = ctx.op(dy, seed, p) if ctx.needs_input_grad[2] else None
+        dp = None
+        if ctx.of_p and ctx.needs_input_grad[4]:
+            slope = _slope_in_p(ctx.op, rest[1], seed, p)
+            dp = (dy.to(slope.dtype) * slope).sum().to(p.dtype).reshape(p.shape)
+        return None, None, dx, None, dp
+
+    @staticmethod
+    def jvp(  # type: ignore[override]
+        ctx: Any, _op: Any, _keyset: Any, dx: Tensor | None, _seed: Any, dp: Tensor | None
+    ) -> Tensor | None:
+        seed, *rest, x = ctx.saved_tensors
+        p = rest[0] if ctx.p is None else ctx.p
+        dy: Tensor | None = None if dx is None else ctx.op(dx, seed, p)
+        if dp is not None:
+            of_p = (_slope_in_p(ctx.op, x, seed, p) * dp).to(x.dtype)
+            dy = of_p if dy is None else dy + of_p
+        return dy
+
+
+def _slope_in_p(op: Any, x: Tensor, seed: Tensor, p: Tensor) -> Tensor:
+    """The derivative of Gaussian dropout with respect to p; 0 at p = 0, where it has no bounds."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    at = p.to(wide.dtype)
+    inside = at > 0.0
+    safe = torch.where(inside, at, 0.5)
+    return torch.where(inside, (op(wide, seed, p) - wide) / (2.0 * safe * (1.0 - safe)), 0.0)
+
+
 def _autograd(op: Any, function: type[torch.autograd.Function]) -> Any:
     """A kernel for autograd's key: one level of derivatives, as the dispatcher goes from one transform to the next."""
     # `Function.apply` itself would start again from the outermost transform.
@@ -503,6 +551,6 @@ def _register(name: str, schema: str, kernel: Any, fake: Any, vmap: Any, functio
 for _suffix, _type in P_TYPES.items():
     _register(f"forward{_suffix}", FORWARD.format(p=_type), _forward, _forward_fake, _forward_vmap, _Forward)
     _register(f"backward{_suffix}", BACKWARD.format(p=_type), _backward, _like_fake, _backward_vmap, _Linear)
-    _register(f"gaussian{_suffix}", GAUSSIAN.format(p=_type), _gaussian, _like_fake, _gaussian_vmap, _Linear)
+    _register(f"gaussian{_suffix}", GAUSSIAN.format(p=_type), _gaussian, _like_fake, _gaussian_vmap, _Gaussian)
     _register(f"draw_blocks{_suffix}", DRAW_BLOCKS.format(p=_type), _draw_blocks, _draw_blocks_fake, _draw_blocks_vmap)
 _register("keep_blocks", KEEP_BLOCKS, _keep_blocks, _like_fake, _keep_blocks_vmap, _Linear)

@@ -8,16 +8,19 @@ offer is `drop` with cells and a law of its own, `drop_block` or `gaussian`.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from .. import _checks, kinds
 from ..stream import DROP_ALL, threshold
-from . import _kernels, _ops, _random, _tracing
+from . import _kernels, _nested, _ops, _random, _tracing
 from ._plain import is_plain, is_transformed
 
 __all__ = ["autocast_dtype", "check_tensor", "drop", "drop_block", "eager_probability", "for_subclasses", "gaussian"]
@@ -55,12 +58,12 @@ def drop(
     law: str,
 ) -> Tensor:
     """Everything that keeps or drops: ``cells_shape`` fits x, or is None for every element; ``law`` is the affine's."""
-    if _is_compiling():
+    if _is_compiling() or (type(p) is not float and _is_traced_number(p)):
         return _compiled(x, p, training, inplace, generator, seed, cells_shape, store, law)
     p = eager_probability(p)
     if store != "bits":
         _checks.choice("store", store, _checks.STORES)
-    cut = threshold(p)
+    cut = threshold(p)  # type: ignore[arg-type]
     if not training or cut == 0:
         check_tensor(x)
         _check_unused(seed, generator)
@@ -74,7 +77,7 @@ def drop(
         _kernels.check_dtype(x)
     if law == "alpha":
         _kernels.check_real(x, "alpha dropout")
-    if cells_shape is not None and cells_shape == x.shape:
+    if cells_shape is not None and not x.is_nested and cells_shape == x.shape:
         cells_shape = None
     if not is_plain(x):
         return _by_ops(x, p, inplace, generator, seed, cells_shape, store == "bits", law)
@@ -143,7 +146,7 @@ def _compiled(
         return _evaluated(x, 1.0 - cut / DROP_ALL, inplace)
     if not training or (not isinstance(p, Tensor) and p <= KEEPS_ALL):
         return x
-    if noise_shape is not None:
+    if noise_shape is not None and not x.is_nested:
         if len(noise_shape) != x.dim():
             raise ValueError("noise_shape must have one entry per axis of x")
         noise_shape = [x.shape[i] if cells is None else cells for i, cells in enumerate(noise_shape)]
@@ -153,11 +156,26 @@ def _compiled(
 def _by_ops(
     x: Tensor, p: Any, inplace: bool, generator: Any, seed: Any, cells_shape: Any, bits: bool, law: str
 ) -> Tensor:
-    """Compilers, tracers, transforms, forward-mode AD, modes and subclasses: the ops and nothing else."""
+    """Compilers, tracers, transforms, forward-mode AD, modes and subclasses: the ops and nothing else.
+
+    Nested tensors come by here too; what is called on their values then finds its own way.
+    """
+    if x.is_nested:
+        store = "bits" if bits else "seed"
+
+        def dropped(values: Tensor, cells: Any) -> Tensor:
+            return drop(values, p, True, False, generator, seed, cells, store, law)
+
+        y = _nested.drop(x, cells_shape, law, dropped)
+        return _nested.write(x, y) if inplace else y
+    _nested.check_dense(x)
+    if is_exported_to_onnx():
+        y = for_onnx(x, p, cells_shape, law, seed, generator)
+        return x.copy_(y) if inplace else y
     number = _tensor_of_seed(x, generator, seed)
     if cells_shape is not None:
         cells_shape = _extents(cells_shape)
-    y: Tensor = _ops.overload(torch.ops.fastdrop.forward, p)(x, number, p, cells_shape, bits, law)[0]
+    y = _ops.overload(torch.ops.fastdrop.forward, p)(x, number, p, cells_shape, bits, law)[0]
     return x.copy_(y) if inplace else y
 
 
@@ -169,6 +187,9 @@ def _extents(cells: Any) -> Any:
 def _evaluated(x: Tensor, scale: Any, inplace: bool) -> Tensor:
     """Standard scaling outside of training."""
     _kernels.check_dtype(x)
+    if x.is_nested:
+        y: Tensor = _nested.on_values(lambda values: _evaluated(values, scale, False), x)
+        return _nested.write(x, y) if inplace else y
     if not isinstance(scale, Tensor) and scale == 0.0:  # where infinities and NaNs leave no trace
         all_of_it = x.new_ones((), dtype=torch.bool)
         return x.masked_fill_(all_of_it, 0.0) if inplace else x.masked_fill(all_of_it, 0.0)
@@ -194,6 +215,10 @@ def drop_block(
     if not training or (not isinstance(p, Tensor) and p <= KEEPS_ALL):
         _check_unused(seed, generator)
         return x
+    _nested.refuse(x, "DropBlock")
+    _nested.check_dense(x)
+    if is_exported_to_onnx():
+        _refuse_onnx("blocks")
     shape = tuple(x.shape)
     cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
     if _is_compiling() or not is_plain(x):
@@ -242,15 +267,24 @@ def gaussian(
     seed: int | Tensor | None,
 ) -> Tensor:
     check_tensor(x)
-    p = traced_probability(p) if _is_compiling() else _checks.gaussian_probability(eager_probability(p))
+    if not _is_differentiated(p):
+        p = traced_probability(p) if _is_compiling() else eager_probability(p)
+    if not isinstance(p, Tensor) and not _is_compiling():
+        p = _checks.gaussian_probability(p)
     if not training or (not isinstance(p, Tensor) and p == 0.0):
         _check_unused(seed, generator)
         return x
     if not _is_compiling():
         _kernels.check_real(x, "Gaussian dropout")
-    if _is_compiling() or not is_plain(x):
+    if x.is_nested:
+        y: Tensor = _nested.on_values(lambda values: gaussian(values, p, True, False, generator, seed), x)
+        return _nested.write(x, y) if inplace else y
+    if _is_compiling() or isinstance(p, Tensor) or not is_plain(x):
+        _nested.check_dense(x)
+        if is_exported_to_onnx():
+            _refuse_onnx("Gaussian noise")
         drawn = _tensor_of_seed(x, generator, seed)
-        y: Tensor = _ops.overload(torch.ops.fastdrop.gaussian, p)(x, drawn, p)
+        y = _ops.overload(torch.ops.fastdrop.gaussian, p)(x, drawn, p)
         return x.copy_(y) if inplace else y
     number = _number_of_seed(x, generator, seed, inplace)
     if x.requires_grad and torch.is_grad_enabled():
@@ -279,6 +313,33 @@ class _FastGaussian(torch.autograd.Function):
         else:
             dx = torch.ops.fastdrop.gaussian(dy, seed, ctx.p)
         return dx, None, None, None
+
+
+# ---- export to ONNX ----
+
+
+def is_exported_to_onnx() -> bool:
+    """Whether `torch.onnx.export` looks at the call; asked while it traces, not by the graph."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
+
+
+is_exported_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def for_onnx(
+    x: Tensor, p: Any, cells_shape: Any, law: str, seed: int | Tensor | None, generator: torch.Generator | None
+) -> Tensor:
+    """Dropout as ONNX has it: an operator whose mask is drawn by whoever runs the model."""
+    if cells_shape is not None or law != "inverted":
+        _refuse_onnx("decisions that elements share, and no other scaling than 1 / (1 - p)")
+    if isinstance(p, Tensor) or seed is not None or generator is not None:
+        _refuse_onnx("seed, generator or tensor for p")
+    y: Tensor = torch.ops.aten.native_dropout.default(x, p, True)[0]
+    return y
+
+
+def _refuse_onnx(missing: str) -> None:
+    raise RuntimeError(f"ONNX's Dropout has no {missing}: call model.eval() before torch.onnx.export")
 
 
 # ---- arguments ----
@@ -314,15 +375,43 @@ def _tensor_of_seed(x: Tensor, generator: torch.Generator | None, seed: int | Te
     return _random.draw_tensor(generator, x)
 
 
-def eager_probability(p: Any, what: str = "dropout probability") -> float:
-    return _checks.dropout_probability(p if type(p) is float else _number(p), p, what)
+def eager_probability(p: Any, what: str = "dropout probability") -> Any:
+    """The number, but a tensor where a tracer has it and nobody reads it yet."""
+    if type(p) is not float:
+        if _is_traced_number(p):
+            return traced_probability(p)
+        return _checks.dropout_probability(_number(p), p, what)
+    return _checks.dropout_probability(p, p, what)
 
 
 def traced_probability(p: Any) -> Any:
     """p as a compiler may see it: a number, perhaps a symbolic one, or a tensor that nobody reads yet."""
     if not isinstance(p, Tensor):
         p = _checks.dropout_probability(p + 0.0)
+    elif p.requires_grad:
+        _refuse_gradient()
     return p
+
+
+def _is_traced_number(p: Any) -> bool:
+    """Whether p is a tensor of which a mode or a subclass, such as `make_fx` has, would not tell the number."""
+    if not isinstance(p, Tensor):
+        return False
+    return bool(_len_torch_dispatch_stack()) or type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def _is_differentiated(p: Any) -> bool:
+    """Whether somebody may want a derivative with respect to p."""
+    if not isinstance(p, Tensor):
+        return False
+    return p.requires_grad or (not _is_compiling() and (forward_ad._current_level >= 0 or is_transformed()))
+
+
+def _refuse_gradient() -> None:
+    raise TypeError(
+        "p, the drop probability, must be a number or a tensor that does not require grad: only gaussian_dropout has a "
+        "gradient with respect to p"
+    )
 
 
 def is_transformed_there() -> bool:
@@ -362,5 +451,7 @@ def _number(p: Any) -> float:
     if isinstance(p, Tensor):
         if p.numel() != 1:
             raise TypeError(f"p must be a number or a tensor of one, but got shape {tuple(p.shape)}")
+        if p.requires_grad:
+            _refuse_gradient()
         return _ops.value_of(p)
     return float(p) if isinstance(p, bool) else _checks.number("p", p)

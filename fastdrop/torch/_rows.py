@@ -6,8 +6,9 @@ compute in: float64 for float64, else float32. Words are those of `_kernels.draw
 forward functions may be asked to draw them first, as `words_for` says.
 
 As in `_kernels` there is no autograd here, no generator, and of checks only those without which kernels would read past
-the end of what an op was called with, or of what hooks on saved tensors gave back. Strides may be any; results are
-contiguous.
+the end of what an op was called with, or of what hooks on saved tensors gave back. Strides may be any. Results of
+pointwise functions have the strides that torch gives the result of an element-wise op on x, or on the residual and x,
+those of softmax the strides of one on the scores, and gradients of one on dy. Norms and what is kept are contiguous.
 """
 
 from __future__ import annotations
@@ -48,16 +49,17 @@ def pointwise_forward(
     draw: Draw | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """y and, if asked for and only of a relu, the bits of elements that are kept and positive."""
-    n, x = x.numel(), x.contiguous()
+    n, given = x.numel(), layout_of_sum(x, residual)
+    x, copied = _in_order(x)
     stream = x if residual is None else _stream("residual", residual, x)
-    y = _kernels._new_like(stream, n)
+    y = x if copied and x.dtype is stream.dtype else _kernels._new_like(stream, n)
     kept = x.new_empty(word_count(n), dtype=torch.int32) if signs else None
     if n:
         residual = None if residual is None else stream
         bias, factor, words = _vector("bias", bias, x), _same("factor", factor, x), _checked(words, x)
         arrays, tags = (x, bias, factor, residual, words, y, kept), (TAGS[x.dtype], TAGS[y.dtype])
         _run("pointwise_forward", *tags, *arrays, *_extents(x), a, activation, draw=draw)
-    return y, kept
+    return _laid_out(y, given), kept
 
 
 def pointwise_backward(
@@ -79,8 +81,8 @@ def pointwise_backward(
         raise ValueError("x must be a tensor for an activation's and for factor's gradient, but got None")
     if factor_gradient and factor is None:
         raise ValueError("factor must be a tensor for its gradient, but got None")
-    dy, (rows, columns) = dy.contiguous(), _extents(dy)
-    dx = _kernels._new_like(dy, dy.numel()) if dy.dtype is dtype else dy.new_empty(dy.shape, dtype=dtype)
+    given, dy, (rows, columns) = dy, dy.contiguous(), _extents(dy)
+    dx = _kernels._new_like(dy, dy.numel()) if dy.dtype is dtype else torch.empty_like(dy, dtype=dtype)
     dfactor = torch.empty_like(dx) if factor_gradient else None
     panels = kinds.panels(rows)
     sums = dy.new_empty((panels, columns), dtype=computed(dtype)) if bias_gradient else None
@@ -88,7 +90,7 @@ def pointwise_backward(
         x, bias, factor = _same("x", x, dx), _vector("bias", bias, dx), _same("factor", factor, dx)
         tags, sizes, words = (TAGS[dtype], TAGS[dy.dtype]), (rows, columns, panels), _checked(words, dx)
         _run("pointwise_backward", *tags, dy, x, bias, factor, words, dx, dfactor, sums, *sizes, a, activation)
-    return dx, dfactor, _total(sums, dy)
+    return _laid_out(dx, given), None if dfactor is None else _laid_out(dfactor, given), _total(sums, dy)
 
 
 def norm_forward(
@@ -170,15 +172,15 @@ def softmax_forward(
 
     Scores are ``[..., queries, keys]``.
     """
-    scores = scores.contiguous()
-    n = scores.numel()
-    y = _kernels._new_like(scores, n)
+    given, n = scores, scores.numel()
+    scores, copied = _in_order(scores)
+    y = scores if copied else _kernels._new_like(scores, n)
     probabilities = _kernels._new_like(scores, n) if keep else None
     if n:
         flat, heads, queries, strides = _mask(mask, scores)
         words = _checked(words, scores)
         softmax_into(y, probabilities, scores, flat, strides, words, heads, queries, a, scale, causal, draw)
-    return y, probabilities
+    return _laid_out(y, given), probabilities
 
 
 def softmax_into(
@@ -202,12 +204,13 @@ def softmax_into(
 
 def softmax_backward(dy: Tensor, probabilities: Tensor, words: Tensor | None, a: float, scale: float) -> Tensor:
     """The scores' gradient."""
-    dy = dy.contiguous()
-    dx = _kernels._new_like(dy, dy.numel())
+    given = dy
+    dy, copied = _in_order(dy)
+    dx = dy if copied else _kernels._new_like(dy, dy.numel())
     if dy.numel():
         probabilities = _kept("probabilities", probabilities, dy.shape, dy.dtype, dy)
         softmax_backward_into(dx, None, dy, probabilities, _checked(words, dy), a, scale)
-    return dx
+    return _laid_out(dx, given)
 
 
 def softmax_backward_into(
@@ -218,6 +221,32 @@ def softmax_backward_into(
 
 
 # ---- memory ----
+
+
+def _in_order(x: Tensor) -> tuple[Tensor, bool]:
+    """x in logical order, and whether that is a copy, over which a result may be written."""
+    ordered = x.contiguous()
+    return ordered, ordered is not x
+
+
+def layout_of_sum(x: Tensor, residual: Tensor | None) -> Tensor:
+    """Of which of them torch's sum has the strides: the residual's, which comes first, unless it was expanded."""
+    if residual is None:
+        return x
+    if residual.is_contiguous():
+        return residual
+    # A compiler's symbols are no zeros.
+    strides = zip(residual.shape, residual.stride(), strict=True)
+    expanded = any(isinstance(stride, int) and stride == 0 and extent != 1 for extent, stride in strides)
+    return x if expanded else residual
+
+
+def _laid_out(y: Tensor, given: Tensor) -> Tensor:
+    """y, in logical order, with the strides that an element-wise op of torch's gives its result on what was given."""
+    if given.is_contiguous():
+        return y
+    result = torch.empty_like(given, dtype=y.dtype)
+    return y if result.stride() == y.stride() else result.copy_(y)
 
 
 def words_for(x: Tensor, seed: Any, cut: int) -> tuple[Tensor, Draw | None]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..mask import word_count
 from ..stream import keep_scale, threshold
-from . import _fused_ops, _kernels, _ops, _random, _route, _rows
+from . import _fused_ops, _kernels, _nested, _ops, _random, _route, _rows
 from ._plain import hide_from_dynamo, is_plain
 from ._route import for_subclasses
 from .fused import softmax_dropout
@@ -107,7 +107,7 @@ def scaled_dot_product_attention(
         _torchs(query, key, value, attn_mask, 0.0, *options)  # says what is wrong
     tracing = torch.compiler.is_compiling()
     p = _route.traced_probability(dropout_p) if tracing else _route.eager_probability(dropout_p)
-    if p <= _route.KEEPS_ALL:
+    if not isinstance(p, Tensor) and p <= _route.KEEPS_ALL:
         _route._check_unused(seed, generator)
         return _torchs(query, key, value, attn_mask, 0.0, *options)
     if query.is_cuda and seed is None and generator is None:
@@ -119,6 +119,8 @@ def scaled_dot_product_attention(
                 query, key, value, attn_mask, p, *options, generator=generator, seed=seed
             )
     arguments = query, key, value, attn_mask
+    _nested.check_dense(*arguments)
+    _nested.refuse(query, "attention")
     if not is_regular(*arguments, *options):
         _refuse(*arguments, *options)
     elif tracing and query.is_cpu and not _route.is_transformed_there():
@@ -352,6 +354,8 @@ def trace(
     seed: int | Tensor | None = None,
 ) -> Tensor:
     """The same as an op, for compilers; arguments are regular, and will be direct."""
+    if _route.is_exported_to_onnx():
+        return compose(query, key, value, mask, p, causal, scale, gqa, generator, seed)
     number = _route._tensor_of_seed(query, generator, seed)
     op, tensors = _ops.overload(torch.ops.fastdrop.attention, p), (query, key, value, mask)
     y: Tensor = op(*tensors, number, p, causal, _scale(query, scale), _is_wanted(*tensors))[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .. import _checks, kinds
+from ._nested import shape_of
 from ._ops import cells_shape
 from ._route import check_tensor, drop, drop_block, eager_probability, gaussian
 
@@ -72,7 +73,7 @@ def dropout(
     Parameters
     ----------
     input : Tensor of float32, float64, float16, bfloat16, complex64 or complex128, any shape ``(*)``, any strides
-        Complex numbers are dropped whole.
+        Complex numbers are dropped whole. Of a nested tensor the mask is that of its ``values()``.
     p : float or Tensor of one number
         Drop probability, 0 to 1. p = 1 gives zeros, with zeros for a gradient. As a tensor, on the CPU, it may change
         from call to call of a compiled function without compiling anew.
@@ -103,10 +104,10 @@ def dropout(
         p or seed out of range; noise_shape that does not fit; unknown store or scaling; both seed and generator; a
         seed tensor of more than one number or on another GPU; p on a GPU.
     TypeError
-        input that is no Tensor; p or seed of another type.
+        input that is no Tensor; p or seed of another type; p that requires grad.
     RuntimeError
-        input of an integer dtype; what torch won't have written in place; ``generator`` under ``torch.compile``, or of
-        another kind of device; ``vmap`` without randomness="same" or "different", or over p; input on a GPU without
+        input of an integer dtype, or sparse; what torch won't have written in place; ``generator`` under
+        ``torch.compile``, or of another kind of device; ``vmap`` without randomness="same" or "different", or over p; input on a GPU without
         numba-cuda.
     NotImplementedError
         input that is neither on the CPU nor on an NVIDIA GPU (nor "meta").
@@ -139,7 +140,7 @@ def dropout(
         )
     if scaling != "inverted":
         _checks.scaling(scaling)
-    if noise_shape is not None and not torch.compiler.is_compiling():
+    if noise_shape is not None and not torch.compiler.is_compiling() and not getattr(input, "is_nested", False):
         check_tensor(input)
         noise_shape = cells_shape(noise_shape, input)
     return drop(input, p, training, inplace, generator, seed, noise_shape, store, scaling)
@@ -328,7 +329,7 @@ def variational_dropout(
     """
     _checks.scaling(scaling)
     check_tensor(input)
-    cells = kinds.shared_cells(tuple(input.shape), _checks.axis("time_axis", time_axis, input.dim()))
+    cells = kinds.shared_cells(shape_of(input), _checks.axis("time_axis", time_axis, input.dim()))
     return drop(input, p, training, inplace, generator, seed, cells, store, scaling)
 
 
@@ -396,7 +397,7 @@ def stochastic_depth(
     check_tensor(input)
     if not torch.compiler.is_compiling():
         p = eager_probability(p, "drop probability")
-    cells = kinds.sample_cells(tuple(input.shape), mode)
+    cells = kinds.sample_cells(shape_of(input), mode)
     return drop(input, p, training, inplace, generator, seed, cells, store, scaling)
 
 
@@ -478,12 +479,12 @@ def gaussian_dropout(
     ----------
     input : Tensor of a float dtype, any shape ``(*)``
     p : float or Tensor of one number
-        From 0 to below 1; ValueError elsewhere.
+        From 0 to below 1; ValueError elsewhere. A tensor may require grad, unlike that of the other functions.
     training, inplace, generator, seed
         As in `dropout`, and so are the errors; RuntimeError for complex input.
 
-    Kept for backward: 8 bytes, from which the noise is drawn again. The noise of a seed is that of
-    `fastdrop.gaussian_dropout`. Source: Srivastava et al., JMLR 15, 2014, section 10.
+    Kept for backward: 8 bytes, from which the noise is drawn again, and input where p requires grad. The noise of a
+    seed is that of `fastdrop.gaussian_dropout`. Source: Srivastava et al., JMLR 15, 2014, section 10.
 
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.gaussian_dropout(torch.ones(3), 0.5, seed=4)
@@ -512,7 +513,7 @@ def _features(
     if batched is None or rank == batched or not rank:
         cells = _channels(x, p, training)
     else:
-        cells = kinds.feature_cells(tuple(x.shape), 0)
+        cells = kinds.feature_cells(shape_of(x), 0)
     return drop(x, p, training, inplace, generator, seed, cells, store, "inverted")
 
 
@@ -520,4 +521,4 @@ def _channels(x: Tensor, p: float | Tensor, training: bool) -> Shape:
     check_tensor(x)
     if x.dim() < 2 and training and (isinstance(p, Tensor) or p != 0.0):
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
-    return kinds.feature_cells(tuple(x.shape), 1)
+    return kinds.feature_cells(shape_of(x), 1)

@@ -33,6 +33,7 @@ from ._fusible import (
     options_of,
     original_class,
     replaced_method,
+    scripted_as,
 )
 from ._rates import rate_name
 from .attention import scaled_dot_product_attention
@@ -64,8 +65,9 @@ def fuse(model: nn.Module) -> Report:
     Subclasses of torch's classes that inherit what is replaced are fused too, those of transformers' are not. Those
     with a forward of their own, modules with a method replaced on the object or on its class, and those around modules
     with hooks, quantised or parametrised ones stay as they are and are listed with the reason, like all other modules
-    that drop. Calling it again fuses what came in between, and lists what no longer is. For ``torch.jit.script`` call
-    `unfuse` first. Wrappers that find layers by the name of their class come before, ``fully_shard`` after.
+    that drop. Calling it again fuses what came in between, and lists what no longer is. ``torch.jit.script`` takes
+    fused modules of torch as they were before; for those of transformers call `unfuse` first. Wrappers that find layers
+    by the name of their class come before, ``fully_shard`` after.
 
     Parameters
     ----------
@@ -202,6 +204,7 @@ class FusedSequential(Fused, nn.Sequential):
     original = nn.Sequential
     METHODS = _methods(nn.Sequential, "forward", "__iter__")
 
+    @scripted_as(nn.Sequential.forward)
     def forward(self, input: Any) -> Any:
         modules: list[Any] = list(self._modules.values())
         runs: dict[int, _Run] = {}
@@ -273,6 +276,7 @@ class FusedTransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     def _is_fused(self, x: Any) -> bool:
         return self.training and super()._is_fused(x)  # else torch's may not call what is inside
 
+    @scripted_as(nn.TransformerEncoderLayer.forward)
     def forward(
         self,
         src: Tensor,
@@ -302,6 +306,7 @@ class FusedTransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     DROPS = ("dropout", "dropout1", "dropout2", "dropout3")
     NORMS = ("norm1", "norm2", "norm3")
 
+    @scripted_as(nn.TransformerDecoderLayer.forward)
     def forward(
         self,
         tgt: Tensor,

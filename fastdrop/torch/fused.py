@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import _checks
 from ..activations import ACTIVATIONS
 from ..stream import threshold
-from . import _fused_ops, _kernels, _ops, _random, _route, _rows
+from . import _fused_ops, _kernels, _nested, _ops, _random, _route, _rows
 from ._ops import overload
 from ._plain import is_plain
 from ._route import for_subclasses
@@ -66,7 +66,7 @@ def dropout_add(
 
     Returns
     -------
-    Tensor with residual's dtype, contiguous
+    Tensor with residual's dtype and strides, as of ``residual + input``
         Computed in float32, or float64 for float64, and rounded once. What is dropped adds +0, whatever input holds.
 
     Raises
@@ -151,7 +151,7 @@ def bias_act_dropout(
 
     Returns
     -------
-    Tensor with input's dtype, contiguous
+    Tensor with input's dtype and strides
 
     Kept for backward: with "relu" one bit per element and nothing else, whatever ``store`` is; with None that bit or
     a seed; with the others input too.
@@ -186,7 +186,7 @@ def swiglu_dropout(
 
     Returns
     -------
-    Tensor with gate's dtype, contiguous
+    Tensor with gate's dtype and strides
 
     Kept for backward: gate, up and a bit per element, or a seed. Source: Shazeer, "GLU variants improve Transformer",
     2020.
@@ -315,7 +315,7 @@ def softmax_dropout(
 
     Returns
     -------
-    Tensor with scores' shape and dtype, contiguous
+    Tensor with scores' shape, dtype and strides
 
     Kept for backward: the softmax in scores' dtype, and a bit per element or a seed. attn_mask has a gradient where it
     wants one. Source: Vaswani et al., NeurIPS 2017.
@@ -328,6 +328,13 @@ def softmax_dropout(
     _real(scores, "scores", "softmax")
     _checks.at_least("scores", scores.dim(), 2 if causal else 1, "queries and keys" if causal else "keys")
     scale = scale + 0.0 if _is_compiling() else _checks.finite("scale", scale)
+    if scores.is_nested:
+        if causal or attn_mask is not None:
+            raise RuntimeError("softmax_dropout of nested tensors takes no attn_mask, and causal=False alone")
+        random: Any = {"generator": generator, "seed": seed, "store": store}
+        return _nested.on_values(  # type: ignore[no-any-return]
+            lambda values: softmax_dropout(values, p, scale, None, False, training, **random), scores, columns=True
+        )
     if attn_mask is not None:
         _beside("attn_mask", attn_mask, "scores", scores)
         _checks.broadcasts("attn_mask", tuple(attn_mask.shape), "scores", tuple(scores.shape))
@@ -360,7 +367,7 @@ class _Call:
     seed None where nothing is dropped; ``bits`` tells whether words are to be kept.
     """
 
-    __slots__ = ("bits", "compiles", "p", "plain", "seed", "wanted")
+    __slots__ = ("bits", "compiles", "onnx", "p", "plain", "seed", "wanted")
 
     def __init__(
         self,
@@ -383,11 +390,18 @@ class _Call:
         self.bits = store == "bits" and recording and any(tensor.requires_grad for tensor in masked)
         self.compiles = tracing and not x.is_complex() and not _route.is_transformed_there()
         self.plain = not tracing and all(is_plain(tensor) for tensor in given) and not x.is_complex()
+        self.onnx = not self.plain and _route.is_exported_to_onnx()
+        if self.onnx:
+            self.compiles = False
+        if not self.plain:
+            _nested.check_dense(*given)
         drops = training and (isinstance(p, Tensor) or (p > _route.KEEPS_ALL if tracing else threshold(p) > 0))
         self.p: Any = p if drops else 0.0
         self.seed: Any = None
         if not drops:
             _route._check_unused(seed, generator)
+        elif self.onnx:
+            self.seed = seed, generator
         elif self.plain:
             self.seed = _route._number_of_seed(x, generator, seed, False)
         else:
@@ -395,8 +409,10 @@ class _Call:
 
     def drop(self, x: Tensor, law: str = "inverted") -> Tensor:
         """x under the mask, by ops that everyone knows; "standard" does not scale."""
-        if self.seed is None:
+        if self.seed is None or (self.onnx and law == "standard"):  # whose use is its gradient
             return x
+        if self.onnx:
+            return _route.for_onnx(x, self.p, None, law, *self.seed)
         return _route._by_ops(x, self.p, False, None, self.seed, None, self.bits, law)
 
 
@@ -419,6 +435,10 @@ def _pointwise(
         _kernels.check_dtype(x)
     else:
         _real(x, name, activation)
+    if x.is_nested:
+        rest: Any = (p, training, activation, generator, seed, store, name)
+        tensors = x, bias, factor, residual
+        return _nested.on_values(lambda *values: _pointwise(*values, *rest), *tensors, columns=bias is not None)  # type: ignore[no-any-return]
     _vector("bias", bias, name, x)
     if factor is not None:
         x, factor = _promoted(x, "up", factor, name, False)
@@ -494,6 +514,10 @@ def _norm(
 ) -> tuple[Tensor, Tensor]:
     _real(x, "input", "a norm")
     _checks.at_least("input", x.dim(), 1, "an axis of columns")
+    if x.is_nested:
+        rest: Any = (p, eps, training, centred, generator, seed, store)
+        tensors = x, residual, weight, shift, bias
+        return _nested.on_values(lambda *values: _norm(*values, *rest), *tensors, columns=True)  # type: ignore[no-any-return]
     for name, vector in (("weight", weight), ("bias", shift), ("input_bias", bias)):
         _vector(name, vector, "input", x)
     if residual is not None:
@@ -585,6 +609,8 @@ def _real(x: Any, name: str, what: str) -> None:
 
 def _beside(name: str, x: Any, of: str, data: Tensor) -> None:
     _tensor(name, x)
+    if x.is_nested:
+        raise ValueError(f"{name} is a nested tensor, and {of} is not")
     if x.device != data.device:
         raise ValueError(f"{name} must be on {data.device}, as {of} is, but got one on {x.device}")
 

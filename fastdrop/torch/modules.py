@@ -40,6 +40,10 @@ class Rated(nn.Module):
     p: float
     _rate: Tensor | None = None  # float64 on the CPU, without axes
 
+    # TorchScript knows neither properties that compute nor annotations that are strings.
+    __jit_unused_properties__ = ("p", "rate")
+    __jit_ignored_attributes__ = ("_rate", "couple_channels", "drop_prob", "gamma_scale", "p", "rate", "store")
+
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in ("p", "drop_prob") and self._rate is not None:
@@ -59,10 +63,25 @@ class Rated(nn.Module):
         return self.p
 
     def forward(self, input: Tensor) -> Tensor:
-        return traced(self, input) if is_traced(self, input) else self._drop(input)
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if self.training:
+                raise RuntimeError(
+                    "fastdrop can't be scripted for training: call eval(), or fdt.revert(model) before torch.jit.script"
+                )
+            return self._evaluated(input)
+        else:  # which TorchScript doesn't read
+            if is_traced(self, input):
+                return traced(self, input)  # type: ignore[no-any-return]
+            if getattr(input, "is_quantized", False):
+                return input  # as the module that nn.Dropout becomes in torch's quantised models
+            return self._drop(input)
 
     def _drop(self, input: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _evaluated(self, input: Tensor) -> Tensor:
+        """What scripted modules do, in TorchScript."""
+        return input
 
 
 def is_traced(module: nn.Module, input: Any) -> bool:
@@ -120,6 +139,7 @@ class Dropout(_Elementwise, nn.Dropout):
     """
 
     scaling: str = "inverted"
+    __constants__ = ["p", "inplace", "scaling"]  # noqa: RUF012
 
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, store: str = "bits", scaling: str = "inverted"
@@ -130,6 +150,9 @@ class Dropout(_Elementwise, nn.Dropout):
 
     def _drop(self, input: Tensor) -> Tensor:
         return F.dropout(input, self.rate, self.training, self.inplace, store=self.store, scaling=self.scaling)
+
+    def _evaluated(self, input: Tensor) -> Tensor:
+        return input if self.scaling == "inverted" else input * (1.0 - self.p)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.scaling == "inverted" else f", scaling={self.scaling!r}")
@@ -403,7 +426,7 @@ class GaussianDropout(Rated):
     Parameters
     ----------
     p : float
-        From 0 to below 1; ValueError elsewhere.
+        From 0 to below 1; ValueError elsewhere. A `torch.nn.Parameter` that is put there later is learned.
     inplace : bool
         Writes the result to the input.
 

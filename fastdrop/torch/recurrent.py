@@ -30,6 +30,9 @@ class _Variational(nn.RNNBase):
         self.dropout_recurrent = VariationalDropout(dropout_recurrent, 0)
         self.dropout_output = VariationalDropout(dropout_output, 0)
 
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(f"{type(self).__name__} can't be scripted: in evaluation give it to torch.jit.trace")
+
     def forward(self, input: Any, hx: Any = None) -> Any:
         if is_traced(self, input):
             return traced(self, input, hx)

@@ -68,6 +68,10 @@ class EmbeddingDropout(Rated):
         rows = dropout(y.new_ones(self.embedding.num_embeddings), p)
         return _ops.masked(y, _packed(rows[input] != 0.0), p, [*input.shape, 1], True)
 
+    def _evaluated(self, input: Tensor) -> Tensor:
+        y: Tensor = self.embedding(input)
+        return y
+
     def extra_repr(self) -> str:
         return f"p={self.p}"
 
@@ -135,6 +139,9 @@ class DropConnect(Rated):
                     f"names must not be inside of a recurrent layer, but got {name!r}: wrap {path!r} itself"
                 )
         self.module = module
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError("DropConnect can't be scripted: for evaluation put its submodule `module` in its place")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args and is_traced(self, args[0]):
