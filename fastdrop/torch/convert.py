@@ -6,17 +6,18 @@ with its hooks, its training state and its p.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .. import _checks
 from . import modules as ours
+from ._report import Report, Row, class_name
+from ._source import Owners, functional_drops, is_drop_path, own_random, rate_text, reached_by
 from .modules import Rated
 
-__all__ = ["FOREIGN", "Report", "convert", "refusal", "revert", "why_left"]
+__all__ = ["FOREIGN", "Report", "Row", "convert", "functional_rows", "refusal", "revert", "why_left", "why_lent"]
 
 BEFORE = "_fastdrop_before"  # on a converted module: the class it had
 CLASSES: dict[type[nn.Module], type[Rated]] = {
@@ -48,64 +49,28 @@ def refusal(module: nn.Module) -> str:
     return ""
 
 
-def class_for(theirs: type[nn.Module]) -> type[Rated] | None:
-    """Our class for torch's, timm's or torchvision's."""
-    return CLASSES.get(theirs) or FOREIGN.get((theirs.__module__, theirs.__qualname__))
-
-
-@dataclass(frozen=True)
-class Row:
-    """What became of one module: ``after`` is None where it was left, and ``reason`` says why."""
-
-    path: str
-    before: str
-    after: str | None
-    reason: str = ""
-
-
-class Report:
-    """What `convert` or `revert` did to a model; prints as a table.
-
-    ``rows`` has one `Row` for each module that draws dropout, ``changed`` those that were changed, ``left`` the others.
-    """
-
-    def __init__(self, rows: list[Row]) -> None:
-        self.rows = rows
-
-    @property
-    def changed(self) -> list[Row]:
-        return [row for row in self.rows if row.after is not None]
-
-    @property
-    def left(self) -> list[Row]:
-        return [row for row in self.rows if row.after is None]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __iter__(self) -> Iterator[Row]:
-        return iter(self.rows)
-
-    def __repr__(self) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
-        if not self.rows:
-            return "no module with dropout"
-        lines = [("module", "before", "after")]
-        lines += [(row.path or "(the model)", row.before, row.after or f"left: {row.reason}") for row in self.rows]
-        widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
-        return "\n".join(f"{path:{widths[0]}}  {before:{widths[1]}}  {after}" for path, before, after in lines)
+def class_for(module: nn.Module) -> type[Rated] | None:
+    """Our class for a module of torch's, timm's or torchvision's, or one that is stochastic depth by its forward."""
+    theirs = type(module)
+    known = CLASSES.get(theirs) or FOREIGN.get((theirs.__module__, theirs.__qualname__))
+    if known is None and not isinstance(module, Rated) and "drop_prob" in vars(module) and is_drop_path(theirs):
+        return ours.DropPath
+    return known
 
 
 def convert(model: nn.Module, *, store: str = "bits") -> Report:
     """Makes every dropout module of a model a fastdrop one, in place, and reports what it did.
 
     Each of torch's `Dropout`, `Dropout1d` to `Dropout3d`, `AlphaDropout` and `FeatureAlphaDropout`, timm's ``DropPath``
-    and ``DropBlock2d``, torchvision's ``StochasticDepth``, ``DropBlock2d`` and ``DropBlock3d``, at any depth and the
-    model itself included, becomes the module of `fastdrop.torch` for it: the same object with the same p, training
-    state and hooks, whoever refers to it, listed once. What drops by other means is left and listed with the reason;
-    where that names `enable`, it is reached so.
+    and ``DropBlock2d``, torchvision's ``StochasticDepth``, ``DropBlock2d`` and ``DropBlock3d``, and any class whose
+    forward is that of ``DropPath``, as those of transformers, at any depth and the model itself included, becomes the
+    module of `fastdrop.torch` for it: the same object with the same p, training state and hooks, whoever refers to it,
+    listed once.
+
+    All else that drops is left and listed with the reason and, where there is one, with what reaches it: attention and
+    recurrent layers; modules of which only ``p`` is read, to be given to attention; functions such as
+    ``F.dropout(x, self.p, self.training)`` in the forward of a module. Who calls what is read off the source of the
+    forwards. Where that can't tell whether a module is called, the module is changed, and its row says so.
 
     Parameters
     ----------
@@ -116,7 +81,7 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
     Returns
     -------
     Report
-        Prints as a table: module path, before, after or why left.
+        Prints as a table: module path, before, after or why left. Equal rows of numbered modules are one line.
 
     >>> import torch, fastdrop.torch as fdt
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.1))
@@ -126,24 +91,66 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
     """
     _checks.choice("store", store, _checks.STORES)
     rows = []
+    owners = Owners(model)
     routed: set[int] = set()  # attention in layers that `fuse` has changed, which drops by ours
     for path, module in model.named_modules():
         routed.update(id(getattr(module, name)) for name in getattr(type(module), "ATTENTIONS", ()))
-        become = class_for(type(module))
+        become = class_for(module)
         before = repr(module) if become or isinstance(module, (_DropoutNd, Rated)) else type(module).__name__
-        reason = "" if id(module) in routed else why_left(module)
+        reason = "" if id(module) in routed else why_lent(owners, module) or why_left(module)
         if become is not None and not reason:
             setattr(module, BEFORE, type(module))
             module.__class__ = become
             if hasattr(become, "store"):
                 module.store = store
-            rows.append(Row(path, before, repr(module)))
+            rows.append(Row(path, before, repr(module), UNSEEN if owners.use_of(module) == "unknown" else ""))
         elif BEFORE in vars(module) and getattr(module, "store", store) != store:
             module.store = store
             rows.append(Row(path, before, repr(module)))
         elif reason:
             rows.append(Row(path, before, None, reason))
+        rows += functional_rows(path, module, owners)
     return Report(rows)
+
+
+UNSEEN = "it can't be told whether anything calls it"
+
+
+def why_lent(owners: Owners, module: nn.Module) -> str:
+    """Why it is of no use to change a module that nobody calls; nothing for one that is called, or may be, or is ours."""
+    if isinstance(module, Rated) or not (class_for(module) or isinstance(module, _DropoutNd)):
+        return ""
+    if owners.use_of(module) != "lent":
+        return ""
+    found = owners.borrower(module)
+    if found is None:
+        return "only its p is read; fdt.enable() reaches what drops with it, if that is torch's"
+    owner, drop = found
+    reach = reached_by(owner, drop)
+    if drop.torchs and _is_fusible(owner):
+        reach = f"fdt.fuse() or {reach}" if reach.startswith("fdt.enable") else f"fdt.fuse() reaches it; {reach}"
+    return f"only its p is read, for {drop.call}({drop.name}=...); {reach}"
+
+
+def _is_fusible(owner: nn.Module) -> bool:
+    from ._transformers import known_class  # which imports what imports this
+
+    known = known_class(type(owner))
+    return known is not None and not known.refusal(owner)
+
+
+def functional_rows(path: str, module: nn.Module, owners: Owners) -> list[Row]:
+    """What drops in a module's own forward: torch's functions, and random numbers of its own."""
+    rows = []
+    for drop in functional_drops(module):
+        if not any(why_lent(owners, lender) for lender in owners.lenders(module, drop)):  # each has a row of its own
+            before = f"{drop.call}({drop.name}={rate_text(module, drop)})"
+            rows.append(Row(path, before, None, f"a function, called in {drop.place}; {reached_by(module, drop)}"))
+    known: Any = class_for(module) or why_left(module)
+    if not rows and not known and (name := own_random(module)):
+        before = class_name(type(module), "Dropout", *(cls.__name__ for cls in CLASSES))
+        rows.append(Row(path, before, None, f"drops by {name} in its forward; nothing of fastdrop reaches it"))
+    return rows
 
 
 def revert(model: nn.Module) -> Report:
@@ -172,7 +179,7 @@ def why_left(module: nn.Module) -> str:
     """Why a module that draws dropout is not changed; nothing for one that draws none, is ours or can be."""
     if isinstance(module, Rated):
         return ""
-    if class_for(type(module)):
+    if class_for(module):
         if "forward" in vars(module):
             return "its forward was replaced on the object itself"
         return refusal(module)
