@@ -1,7 +1,8 @@
 """Reports on a model: a row for each module, and how many equal lines are printed as one.
 
-`convert`, `fuse`, `fold` and the scheduler make a `Report`; `audit` folds its own lines by `fold`. For example the 12 rows
-of ``layer.0.dropout`` to ``layer.11.dropout`` that say the same are printed as ``layer.0-11.dropout (12x)``.
+`convert`, `fuse`, `fold_scaling` and the scheduler make a `Report`; `audit` folds its own lines by `fold_and_count`. For
+example, the 12 rows of ``layer.0.dropout`` to ``layer.11.dropout`` that say the same are printed as
+``layer.0-11.dropout (12x)``.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-__all__ = ["Report", "Row", "class_name", "fold"]
+__all__ = ["Report", "Row", "class_name", "fold", "fold_and_count", "table"]
 
 NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
 MODEL = "(the model)"  # the path of the model itself, in print
@@ -89,6 +90,11 @@ def fold(lines: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
     >>> fold([("a.0.b.0", "x"), ("a.0.b.1", "x"), ("a.1.b.0", "x"), ("a.1.b.1", "x"), ("a.2.b.0", "x")])
     [('a.0-1.b.0-1 (4x)', 'x'), ('a.2.b.0', 'x')]
     """
+    return [line for line, _ in fold_and_count(lines)]
+
+
+def fold_and_count(lines: Iterable[tuple[str, ...]]) -> list[tuple[tuple[str, ...], int]]:
+    """As `fold`, with how many lines each stands for."""
     counts: dict[tuple[Key, tuple[str, ...]], int] = {}
     for path, *rest in lines:
         parts = NUMBER.split(path)
@@ -97,7 +103,9 @@ def fold(lines: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
     longest = max((len(key) for key, _ in counts), default=0)
     for position in range(longest - longest % 2 - 1, 0, -2):
         counts = _merged(counts, position)
-    return [(_path(key) + (f" ({count}x)" if count > 1 else ""), *rest) for (key, rest), count in counts.items()]
+    return [
+        ((_path(key) + (f" ({count}x)" if count > 1 else ""), *rest), count) for (key, rest), count in counts.items()
+    ]
 
 
 def _merged(

@@ -17,7 +17,7 @@ from ._report import Report, Row, class_name
 from ._source import Owners, functional_drops, is_drop_path, own_random, rate_text, reached_by
 from .modules import Rated
 
-__all__ = ["FOREIGN", "Report", "Row", "convert", "functional_rows", "refusal", "revert", "why_left", "why_lent"]
+__all__ = ["FOREIGN", "Report", "Row", "convert", "functional_rows", "reach", "refusal", "revert", "why_left", "why_lent"]
 
 BEFORE = "_fastdrop_before"  # on a converted module: the class it had
 CLASSES: dict[type[nn.Module], type[Rated]] = {
@@ -132,6 +132,19 @@ def why_lent(owners: Owners, module: nn.Module) -> str:
     return f"only its p is read, for {drop.call}({drop.name}=...); {reach}"
 
 
+def reach(module: nn.Module) -> str:
+    """What makes a module that drops by itself drop by fastdrop, in words."""
+    if isinstance(module, Rated):
+        return "it is fastdrop's as it is"
+    theirs = type(module)
+    if class_for(module) is not None and not why_left(module):
+        named = theirs in CLASSES or (theirs.__module__, theirs.__qualname__) in FOREIGN
+        return "fdt.convert or fdt.enable reaches it" if named else "fdt.convert reaches it"
+    if isinstance(module, _DropoutNd):
+        return "fdt.enable reaches it if it calls torch's dropout"
+    return "nothing of fastdrop reaches it"
+
+
 def _is_fusible(owner: nn.Module) -> bool:
     from ._transformers import known_class  # which imports what imports this
 
@@ -139,11 +152,14 @@ def _is_fusible(owner: nn.Module) -> bool:
     return known is not None and not known.refusal(owner)
 
 
-def functional_rows(path: str, module: nn.Module, owners: Owners) -> list[Row]:
-    """What drops in a module's own forward: torch's functions, and random numbers of its own."""
+def functional_rows(path: str, module: nn.Module, owners: Owners | None = None) -> list[Row]:
+    """What drops in a module's own forward: torch's functions, and random numbers of its own.
+
+    With owners, without the calls whose rate is that of a module that is lent to them: its own row tells of them.
+    """
     rows = []
     for drop in functional_drops(module):
-        if not any(why_lent(owners, lender) for lender in owners.lenders(module, drop)):  # each has a row of its own
+        if owners is None or not any(why_lent(owners, lender) for lender in owners.lenders(module, drop)):
             before = f"{drop.call}({drop.name}={rate_text(module, drop)})"
             rows.append(Row(path, before, None, f"a function, called in {drop.place}; {reached_by(module, drop)}"))
     known: Any = class_for(module) or why_left(module)
@@ -185,7 +201,8 @@ def why_left(module: nn.Module) -> str:
         return refusal(module)
     if isinstance(module, _DropoutNd):
         theirs = next(cls for cls in type(module).__mro__ if cls.__module__ == nn.Dropout.__module__)
-        return f"a subclass of nn.{theirs.__name__}; its forward may be its own"
+        named = f"{class_name(type(module), theirs)}, " if type(module).__name__ == theirs.__name__ else ""
+        return f"{named}a subclass of nn.{theirs.__name__}; its forward may be its own"
     if isinstance(module, nn.MultiheadAttention) and module.dropout > 0.0:
         return "drops attention weights inside torch's attention; use fdt.enable()"
     if isinstance(module, nn.RNNBase) and module.dropout > 0.0 and module.num_layers > 1:
