@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import warnings
+from collections import OrderedDict
 
 import pytest
 
@@ -450,7 +451,7 @@ def test_a_shared_dropout_is_fine_and_told_of_once():
 def test_a_scheduler_may_be_at_0_for_now():
     model = nn.Sequential(wide(), fdt.Dropout(0.0), wide())
     assert found(audit(model), "drops nothing") == ["1"]
-    DropoutScheduler(model, constant(0.0))
+    DropoutScheduler(model, constant(0.0), lambda path, module: path == "1")
     assert not audit(model)
 
 
@@ -493,11 +494,14 @@ def test_report_prints_a_table():
 
 
 def test_report_shows_some_of_many_of_a_kind():
-    report = audit(nn.Sequential(*[nn.Dropout(0.0) for _ in range(20)]))
+    """Findings that differ in more than the numbers in their paths; those that don't are one line."""
+    names = ["abcdefghij"[i // 2] + str(i % 2) for i in range(20)]
+    report = audit(nn.Sequential(OrderedDict((name, nn.Dropout(0.0)) for name in names)))
     assert len(report) == 20
     lines = str(report).splitlines()
     assert len(lines) == 1 + 8 + 3
-    assert lines[9].strip() == "... and 12 more of the kind"
+    assert lines[1].split() == ["a0-1", "(2x)", "note", "Dropout(p=0)", "drops", "nothing"]
+    assert lines[9].strip() == "... and 4 more of the kind"
 
 
 def test_report_is_a_sequence_that_is_true_if_anything_was_found():

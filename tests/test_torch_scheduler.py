@@ -76,7 +76,7 @@ KINDS = {
     "MultiheadAttention": (lambda: nn.MultiheadAttention(8, 2, dropout=0.1), "dropout"),
     "LSTM": (lambda: nn.LSTM(8, 8, 2, dropout=0.1), "dropout"),
     "GRU": (lambda: nn.GRU(8, 8, 3, dropout=0.1), "dropout"),
-    "DropPath": (lambda: DropPath(), "drop_prob"),
+    "DropPath": (lambda: DropPath(0.1), "drop_prob"),
     "MyDropPath": (lambda: MyDropPath(0.1), "drop_prob"),
     "StochasticDepth": (lambda: StochasticDepth(0.1, "row"), "p"),
     "DropBlock2d": (lambda: DropBlock2d(), "drop_prob"),

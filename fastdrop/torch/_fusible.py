@@ -14,6 +14,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from . import _cuda, fused
 from . import modules as ours
+from ._report import class_name
 from .modules import Rated
 from .override import _ours
 
@@ -50,6 +51,11 @@ TRANSFORMERS_ACTIVATIONS = {
     ("transformers.activations", "NewGELUActivation"): "gelu_tanh",
     ("transformers.activations", "PytorchGELUTanh"): "gelu_tanh",
     ("transformers.activations", "SiLUActivation"): "silu",
+}
+ACTIVATION_NAMES = {
+    *(function.__name__ for function, _ in FUNCTIONS),
+    *(name for _, name in TRANSFORMERS_ACTIVATIONS),
+    *("ReLU", "GELU", "SiLU"),
 }
 
 
@@ -132,7 +138,7 @@ def change(module: nn.Module, known: type[Fused]) -> str:
             method = inspect.unwrap(method)
         named = (method.__module__, method.__qualname__) == (base.__module__, f"{base.__qualname__}.{name}")
         if not named or torchs not in (None, method):
-            return f"its {name} is not {base.__name__}'s"
+            return f"its {name} is not {class_name(base, kind) if base is not kind else base.__name__}'s"
     if known.ARGUMENTS and " ".join(inspect.signature(kind.forward).parameters) != known.ARGUMENTS:
         return "its forward is that of an unknown version of transformers"
     return ""
@@ -148,7 +154,7 @@ def replaced_method(module: nn.Module, known: type[Fused]) -> str:
 def obstacle(name: str, module: Any, *classes: type[nn.Module]) -> str:
     """Why the call of a module can't be left out, nothing if it can. A subclass may have a forward of its own."""
     if type(module) not in classes:
-        return f"{name} is a {type(module).__name__}, not nn.{classes[0].__name__}"
+        return f"{name} is a {class_name(type(module), classes[0])}, not nn.{classes[0].__name__}"
     return call_obstacle(name, module)
 
 
@@ -196,7 +202,10 @@ def activation_name(function: Any) -> str | None:
 def activation_obstacle(name: str, function: Any) -> str:
     if activation_name(function) is None:
         given = type(function) if isinstance(function, nn.Module) else function
-        return f"{name} is {getattr(given, '__name__', repr(given))}, not a known one"
+        called = getattr(given, "__name__", repr(given))
+        if called in ACTIVATION_NAMES:  # another of that name
+            called = f"{given.__module__}.{called}"
+        return f"{name} is {called}, not a known one"
     return call_obstacle(name, function) if isinstance(function, nn.Module) else ""
 
 

@@ -7,6 +7,7 @@ import numbers
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from ._source import is_drop_path
 from .modules import Rated
 
 # Of packages that need not be installed: recognised by the names of a module's class and of those it derives from.
@@ -32,7 +33,8 @@ def rate_name(module: nn.Module) -> str | None:
         for name in NAMES.get(cls.__name__, ()):
             if number(module, name) is not None:
                 return name
-    return None
+    # transformers has a class of its own for each model: known by what the forward computes
+    return "drop_prob" if number(module, "drop_prob") is not None and is_drop_path(type(module)) else None
 
 
 def _was_dropout(module: nn.Module) -> bool:

@@ -30,6 +30,7 @@ from ._fusible import (
     options_of,
     original_class,
 )
+from ._report import class_name
 from .attention import scaled_dot_product_attention
 
 __all__ = ["known_class"]
@@ -254,7 +255,7 @@ def _gpt2_projected(mlp: Any, x: Tensor) -> Tensor:
 
 def _conv1d_obstacle(name: str, module: Any) -> str:
     if (type(module).__module__, type(module).__name__) != CONV1D:
-        return f"{name} is a {type(module).__name__}, not transformers' Conv1D"
+        return f"{name} is a {class_name(type(module), CONV1D[1])}, not transformers' Conv1D"
     return call_obstacle(name, module)
 
 
@@ -281,7 +282,8 @@ class _GPT2Block(Fused):
         for name, known in cls.PARTS:
             part = getattr(module, name)
             if known_class(original_class(part)) is not known:
-                return f"{name} is a {type(part).__name__}, not transformers' {known.__name__[1:]}"
+                theirs = known.__name__[1:]
+                return f"{name} is a {class_name(type(part), theirs)}, not transformers' {theirs}"
         return ""
 
     @classmethod

@@ -19,6 +19,9 @@ from torch.nn.parameter import is_lazy
 from .. import _checks
 from ._flow import Flow, Op, backward, forward
 from ._rates import number, rate_name
+from ._report import Row, fold, fold_and_count, table
+from ._source import is_drop_path
+from .convert import functional_rows
 
 __all__ = ["AuditReport", "Finding", "audit"]
 
@@ -63,12 +66,15 @@ class Finding:
 class AuditReport:
     """What `audit` found; a sequence of `Finding`, the worst first, that prints as a table.
 
-    ``limit`` says what kept the audit from seeing the order of all layers; "" if nothing did.
+    ``functional`` has a row for each function that drops in the forward of a module: where, which, and what of fastdrop
+    reaches it. Those are no findings. ``limit`` says what kept the audit from seeing the order of all layers; "" if
+    nothing did.
     """
 
-    def __init__(self, findings: list[Finding], limit: str = "") -> None:
+    def __init__(self, findings: list[Finding], limit: str = "", functional: list[Row] | None = None) -> None:
         self.findings = sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
         self.limit = limit
+        self.functional = functional or []
 
     def at_least(self, severity: str) -> list[Finding]:
         """Findings of a severity, "error", "warning" or "note", or worse."""
@@ -91,15 +97,19 @@ class AuditReport:
         lines = [("module", "severity", "finding")]
         for _, group in itertools.groupby(self.findings, lambda finding: finding.rule):
             findings = list(group)
-            for finding in findings[:SHOWN]:
-                lines += _row(finding.path or "(the model)", finding.severity, finding.what)
-            if len(findings) > SHOWN:
-                lines += _row("", "", f"... and {len(findings) - SHOWN} more of the kind")
+            told = fold_and_count((finding.path, finding.severity, finding.what) for finding in findings)
+            for (path, severity, what), _ in told[:SHOWN]:
+                lines += _row(path, severity, what)
+            if rest := sum(count for _, count in told[SHOWN:]):
+                lines += _row("", "", f"... and {rest} more of the kind")
             lines += _row("", "", f"why: {findings[0].why}") + _row("", "", f"do: {findings[0].remedy}")
-        widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
-        rows = [f"{path:{widths[0]}}  {severity:{widths[1]}}  {text}" for path, severity, text in lines]
-        footer = [f"not all rules applied: {self.limit}"] if self.limit else []
-        return "\n".join((rows if self.findings else ["no findings"]) + footer)
+        parts = [table(lines) if self.findings else "no findings"]
+        if self.functional:
+            functions = fold((row.path, row.before, row.reason) for row in self.functional)
+            parts.append(table([("module", "drops by", "where"), *functions]))
+        if self.limit:
+            parts.append(f"not all rules applied: {self.limit}")
+        return "\n".join(parts)
 
 
 def _row(path: str, severity: str, text: str) -> list[tuple[str, str, str]]:
@@ -113,7 +123,9 @@ def audit(model: nn.Module, example_input: Any = None, *, samples: int | None = 
     Looked for: dropout that stays on in evaluation, that is the output, that comes straight after a convolution, before
     batch normalisation, on recurrent connections or with a new mask at each time step; rates of 0, above 0.7 and of 1;
     networks, layers and data sets that are too small. By class, torch's and fastdrop's dropout is recognised; by name,
-    timm's and torchvision's.
+    timm's and torchvision's. Below the findings, the report lists the functions that drop, such as
+    ``F.dropout``, which the forwards of modules call. `convert` and `DropoutScheduler` don't reach them; the list says
+    whether `enable` does.
 
     Parameters
     ----------
@@ -151,7 +163,8 @@ def audit(model: nn.Module, example_input: Any = None, *, samples: int | None = 
     for name, rule in RULES.items():
         for path, what in rule.look(subject):
             found.setdefault((name, path, what), Finding(path, rule.severity, name, what, rule.why, rule.remedy))
-    return AuditReport(list(found.values()), subject.flow.limit)
+    functional = [row for path, module in model.named_modules() for row in functional_rows(path, module)]
+    return AuditReport(list(found.values()), subject.flow.limit, functional)
 
 
 @dataclass(frozen=True)
@@ -197,7 +210,8 @@ class Subject:
 
 def _law(op: Op) -> str:
     if op.module is not None:
-        return next((LAW_OF[cls.__name__] for cls in type(op.module).__mro__ if cls.__name__ in LAW_OF), "")
+        named = next((LAW_OF[cls.__name__] for cls in type(op.module).__mro__ if cls.__name__ in LAW_OF), "")
+        return named or ("samples" if rate_name(op.module) == "drop_prob" and is_drop_path(type(op.module)) else "")
     return LAW_OF.get(op.name, "") if op.kwargs.get("noise_shape") is None else ""
 
 

@@ -36,13 +36,15 @@ from ._fusible import (
     scripted_as,
 )
 from ._rates import rate_name
+from ._report import Report, Row
+from ._source import Owners
 from .attention import scaled_dot_product_attention
-from .convert import Report, Row, why_left
+from .convert import functional_rows, reach, why_left, why_lent
 from .modules import Rated, is_traced, traced
 
 __all__ = ["fuse", "unfuse"]
 
-UNKNOWN = "not in a part that is known; fdt.convert or fdt.enable reaches it"
+UNKNOWN = "not in a part that is known"
 
 
 def fuse(model: nn.Module) -> Report:
@@ -88,6 +90,7 @@ def fuse(model: nn.Module) -> Report:
     torch.Size([4, 8])
     """
     rows: list[Row] = []
+    owners = Owners(model)
     told: set[int] = set()  # modules that drop, of which another line tells
     for path, module in model.named_modules():
         known = _known(module)
@@ -104,7 +107,9 @@ def fuse(model: nn.Module) -> Report:
                 become(module, known)
                 rows.append(Row(path, name, type(module).__name__))
         elif rate_name(module) is not None and id(module) not in told:
-            rows.append(_left(path, module, UNKNOWN))
+            rows.append(_left(path, module, why_lent(owners, module) or f"{UNKNOWN}; {reach(module)}"))
+        if not isinstance(module, Fused):
+            rows += functional_rows(path, module, owners)
     return Report(rows)
 
 
@@ -190,7 +195,7 @@ def _run_to(sequence: nn.Sequential, last: int) -> _Run | str:
     activation = activation_name(modules[last - 1]) if last else None
     start = last - (1 if activation is None else 2)
     linear: Any = modules[start] if start >= 0 else None
-    if not isinstance(linear, nn.Linear):
+    if not isinstance(linear, nn.Linear) and type(linear).__name__ != "Linear":  # another's of that name is told of
         return "no Linear, or Linear and activation, right before it"
     reason = obstacle(names[start], linear, nn.Linear) or obstacle(names[last], drop, *DROPOUTS)
     if activation is not None:

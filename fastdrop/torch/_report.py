@@ -1,0 +1,148 @@
+"""Reports on a model: a row for each module, and how many equal lines are printed as one.
+
+`convert`, `fuse`, `fold_scaling` and the scheduler make a `Report`; `audit` folds its lines by `fold_and_count`. Twelve
+rows of ``layer.0.dropout`` to ``layer.11.dropout`` that say the same are printed as ``layer.0-11.dropout (12x)``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+__all__ = ["Report", "Row", "class_name", "fold", "fold_and_count", "table"]
+
+NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
+MODEL = "(the model)"  # the path of the model itself, in print
+
+Key = tuple[str | frozenset[int], ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one module: ``after`` is None where it was left, and ``reason`` says why.
+
+    ``reason`` of a row that was changed is empty, or says what is not known of it.
+    """
+
+    path: str
+    before: str
+    after: str | None
+    reason: str = ""
+
+
+class Report:
+    """What `convert`, `revert`, `fuse`, `unfuse` or `fold_scaling` did to a model, or what a `DropoutScheduler` drives.
+
+    ``rows`` has one `Row` for each module that draws dropout and each dropout function that a module calls, ``changed``
+    those that were changed, ``left`` the others. It prints as a table, in which rows that differ in nothing but the
+    numbers in their paths are one line with their count.
+    """
+
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+
+    @property
+    def changed(self) -> list[Row]:
+        return [row for row in self.rows if row.after is not None]
+
+    @property
+    def left(self) -> list[Row]:
+        return [row for row in self.rows if row.after is None]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __repr__(self) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "no module with dropout"
+        return table([("module", "before", "after"), *fold((row.path, row.before, _after(row)) for row in self.rows)])
+
+
+def _after(row: Row) -> str:
+    if row.after is None:
+        return f"left: {row.reason}"
+    return f"{row.after} ({row.reason})" if row.reason else row.after
+
+
+def table(lines: Iterable[tuple[str, ...]]) -> str:
+    """Lines of equally many cells in columns; the last column is not padded."""
+    lines = list(lines)
+    widths = [max(map(len, column)) for column in list(zip(*lines, strict=True))[:-1]]
+    padded = ([f"{cell:{width}}" for cell, width in zip(line, widths, strict=False)] + [line[-1]] for line in lines)
+    return "\n".join("  ".join(cells) for cells in padded)
+
+
+def fold(lines: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Lines of a path and what is said of it; those that say the same of paths that differ in numbers are made one.
+
+    A folded path stands for exactly the paths it is made of, which its count tells the number of.
+
+    >>> fold([("a.0.drop", "x"), ("a.1.drop", "x"), ("a.3.drop", "x"), ("a.4.drop", "y"), ("head", "x")])
+    [('a.0-1,3.drop (3x)', 'x'), ('a.4.drop', 'y'), ('head', 'x')]
+    >>> fold([("a.0.b.0", "x"), ("a.0.b.1", "x"), ("a.1.b.0", "x"), ("a.1.b.1", "x"), ("a.2.b.0", "x")])
+    [('a.0-1.b.0-1 (4x)', 'x'), ('a.2.b.0', 'x')]
+    """
+    return [line for line, _ in fold_and_count(lines)]
+
+
+def fold_and_count(lines: Iterable[tuple[str, ...]]) -> list[tuple[tuple[str, ...], int]]:
+    """As `fold`, with how many lines each stands for."""
+    counts: dict[tuple[Key, tuple[str, ...]], int] = {}
+    for path, *rest in lines:
+        parts = NUMBER.split(path)
+        key = tuple(frozenset([int(part)]) if i % 2 else part for i, part in enumerate(parts))
+        counts[key, tuple(rest)] = counts.get((key, tuple(rest)), 0) + 1
+    longest = max((len(key) for key, _ in counts), default=0)
+    for position in range(longest - longest % 2 - 1, 0, -2):
+        counts = _merged(counts, position)
+    return [
+        ((_path(key) + (f" ({count}x)" if count > 1 else ""), *rest), count) for (key, rest), count in counts.items()
+    ]
+
+
+def _merged(counts: dict[tuple[Key, tuple[str, ...]], int], position: int) -> dict[tuple[Key, tuple[str, ...]], int]:
+    """Entries that differ at one position alone made one, where the first of them was."""
+    groups: dict[object, list[tuple[Key, tuple[str, ...]]]] = {}
+    for key, rest in counts:
+        if position < len(key):
+            groups.setdefault((key[:position], key[position + 1 :], rest), []).append((key, rest))
+        else:
+            groups.setdefault((key, rest), []).append((key, rest))
+    merged = {}
+    for entries in groups.values():
+        key, rest = entries[0]
+        if len(entries) > 1:
+            numbers: frozenset[int] = frozenset()
+            for entry, _ in entries:
+                number = entry[position]
+                numbers |= number if isinstance(number, frozenset) else frozenset()
+            key = (*key[:position], numbers, *key[position + 1 :])
+        merged[key, rest] = sum(counts[entry] for entry in entries)
+    return merged
+
+
+def _path(key: Key) -> str:
+    return "".join(part if isinstance(part, str) else _ranges(sorted(part)) for part in key) or MODEL
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def class_name(given: type, *others: type | str) -> str:
+    """The name of a class, with its module where another one of that name is spoken of in the same sentence."""
+    names = {other if isinstance(other, str) else other.__name__ for other in others}
+    return f"{given.__module__}.{given.__qualname__}" if given.__name__ in names else given.__name__

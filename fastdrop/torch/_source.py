@@ -1,0 +1,852 @@
+"""What the forward of a module does with dropout, read off its source. A list of class names would be wrong tomorrow.
+
+`convert`, `fuse`, `audit` and the scheduler ask two questions. Which functions that drop does a module call
+(`functional_drops`)? Is a dropout module called, or does its owner only read its ``p``, to give it to attention
+(`Owners.use_of`)? Besides, `is_drop_path` recognises stochastic depth by what its forward computes.
+
+The source of a function is followed through the module's own methods, ``super()`` and helper functions. A branch on an
+attribute such as ``if self.fused_attn:`` is taken as that attribute stands on the module. Where there is no source,
+names are read off the bytecode.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import dis
+import functools
+import inspect
+import itertools
+import re
+import sys
+import textwrap
+import types
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.nn.modules.dropout import _DropoutNd
+
+__all__ = [
+    "Drop",
+    "Owners",
+    "functional_drops",
+    "is_drop_path",
+    "lenders",
+    "own_random",
+    "rate_text",
+    "reached_by",
+    "scripted_drop",
+]
+
+# Functions that drop: the name of their rate, its position and its default.
+DROPS: dict[Any, tuple[str, int, float]] = {
+    F.dropout: ("p", 1, 0.5),
+    F.dropout1d: ("p", 1, 0.5),
+    F.dropout2d: ("p", 1, 0.5),
+    F.dropout3d: ("p", 1, 0.5),
+    F.alpha_dropout: ("p", 1, 0.5),
+    F.feature_alpha_dropout: ("p", 1, 0.5),
+    F.scaled_dot_product_attention: ("dropout_p", 4, 0.0),
+    F.multi_head_attention_forward: ("dropout_p", 10, 0.0),
+    **{
+        getattr(torch, name): ("p", 1, 0.5)
+        for of in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+        for name in (of, f"{of}_")
+    },
+    torch.native_dropout: ("p", 1, 0.5),
+}
+for _name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):  # as in exported programs
+    for _packet in (getattr(torch.ops.aten, _name), getattr(torch.ops.aten, f"{_name}_")):
+        DROPS[_packet] = DROPS[_packet.default] = ("p", 1, 0.5)
+_packet = torch.ops.aten.scaled_dot_product_attention
+DROPS[_packet] = DROPS[_packet.default] = ("dropout_p", 4, 0.0)
+ATTENTION_RATES = (
+    "dropout",
+    "dropout_p",
+    "attn_dropout",
+    "attention_dropout",
+)  # keywords of functions that are unknown
+DRAWS = {torch.rand, torch.rand_like, torch.bernoulli}
+LISTS = (nn.ModuleList, nn.ModuleDict)  # which have no forward
+SCRIPTED = re.compile(r"(?:name=\"|aten::)(\w*dropout\w*|scaled_dot_product_attention)\b")
+HOLDERS = (types.ModuleType, type, OpOverloadPacket)  # in which names stand for the same at every call
+DRAWING_METHODS = ("bernoulli_", "bernoulli")
+DEPTH, FOLLOWED = 6, 400  # how many calls deep, and how many functions in all, a forward is read
+
+Chain = tuple[str, ...]  # attributes from self on; "*" is any item
+Guards = tuple[tuple[Chain, bool], ...]
+
+ENABLE = "fdt.enable() reaches it"
+ENABLE_CPU = f"{ENABLE} on the CPU"  # on a GPU, fused attention drops in torch's own kernels
+REACH: dict[Any, str] = {
+    F.scaled_dot_product_attention: ENABLE_CPU,
+    F.multi_head_attention_forward: ENABLE_CPU,
+    torch.ops.aten.scaled_dot_product_attention: ENABLE_CPU,
+    torch.ops.aten.scaled_dot_product_attention.default: ENABLE_CPU,
+    torch.native_dropout: "it stays torch's",
+}
+
+
+class Drop(NamedTuple):
+    """A call of a function that drops, or of an unknown one that is given a dropout rate."""
+
+    call: str  # as written
+    name: str  # the keyword
+    text: str  # the rate as written
+    chain: Chain | None  # the rate as attributes of the module
+    value: float | None  # or as a number
+    place: str  # the function that has the call
+    reach: str  # what of fastdrop reaches it, in words; empty if the function isn't one of DROPS
+
+
+class Use(NamedTuple):
+    """What is done with an attribute of a module: "called", "p" where its p is read, or "other"."""
+
+    chain: Chain
+    kind: str
+    guards: Guards
+
+
+@dataclass
+class Uses:
+    """All that the forward of one class does."""
+
+    drops: list[tuple[Drop, Guards]] = field(default_factory=list)
+    held: list[tuple[Drop, Chain, Guards]] = field(default_factory=list)  # if that attribute is a function that drops
+    uses: list[Use] = field(default_factory=list)
+    draws: list[tuple[str, bool]] = field(default_factory=list)  # random functions; in a helper that is told `training`
+    readable: bool = True  # whether all of it was read
+    followed: int = 0  # functions read
+    by_name: bool = False  # whether attributes are asked for by computed names
+
+
+# ---- the questions ----
+
+
+def functional_drops(module: nn.Module) -> list[Drop]:
+    """The functions that drop which the module's forward calls, each once; none for torch's own and our classes.
+
+    Of a class whose forward is torch's, those in the methods that it overrides.
+    """
+    uses = _uses(module) if not _is_known(module) else _overrides(type(module))
+    drops = [drop for drop, guards in uses.drops if _holds(module, guards)]
+    drops += [drop for drop, chain, guards in uses.held if _is_held(module, drop, chain) and _holds(module, guards)]
+    return list({(drop.call, drop.name, rate_text(module, drop)): drop for drop in drops}.values())
+
+
+def scripted_drop(module: nn.Module) -> str:
+    """What drops in the graph of a scripted module; nothing where nothing does, or where it isn't scripted."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return ""
+    try:
+        graph = str(module.graph)
+    except Exception:  # it has no forward
+        return ""
+    found = SCRIPTED.search(graph)
+    return found[1] if found else ""
+
+
+def rate_text(module: nn.Module, drop: Drop) -> str:
+    """The rate of a call as a number, where it is an attribute of the module, else as written."""
+    value = drop.value if drop.chain is None else _attribute(module, drop.chain)
+    return f"{value:g}" if isinstance(value, int | float) else drop.text
+
+
+def reached_by(module: nn.Module, drop: Drop) -> str:
+    """What makes a call draw by fastdrop, in words."""
+    if drop.reach:
+        return drop.reach
+    implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if implementation in ("eager", "sdpa"):
+        return ENABLE if implementation == "eager" else ENABLE_CPU
+    if isinstance(implementation, str):
+        return f"nothing reaches it: {implementation!r} attention drops in kernels of its own"
+    return f"{ENABLE} if it calls torch's dropout or attention"
+
+
+def own_random(module: nn.Module) -> str:
+    """The random function by which a module drops that calls none of torch's dropouts; nothing for any other.
+
+    A module without parameters and modules inside that draws random numbers in training, or any that calls a function
+    which draws them and is told ``training``.
+    """
+    if _is_known(module):
+        return ""
+    uses = _uses(module)
+    plain = next(module.parameters(), None) is None and next(module.children(), None) is None
+    in_training = any(use.chain == ("training",) for use in uses.uses)
+    return next((name for name, told in uses.draws if told or (plain and in_training)), "")
+
+
+def lenders(owner: nn.Module, drop: Drop) -> list[nn.Module]:
+    """The modules whose p is the rate of a call that their owner makes; mostly none."""
+    return _modules_at(owner, drop.chain[:-1]) if drop.chain and drop.chain[-1] == "p" else []
+
+
+class Owners:
+    """Which dropout modules of a model are called, and of which only p is read."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._kinds: dict[int, set[str]] = defaultdict(set)
+        self._drops: dict[int, tuple[nn.Module, Drop]] = {}
+        for owner in model.modules():
+            if _is_known(owner):
+                if not isinstance(owner, LISTS):
+                    self._mark(owner.children(), "called")
+                continue
+            uses = _uses(owner)
+            if not uses.readable or uses.by_name:
+                self._mark(owner.children(), "unknown")
+            for chain, kind, guards in uses.uses:
+                if _holds(owner, guards):
+                    modules = _modules_at(owner, chain)
+                    self._mark(modules, kind)
+                    if kind == "other":  # a list that is given away, with all that it holds
+                        lists = [module for module in modules if isinstance(module, LISTS)]
+                        self._mark([child for module in lists for child in module.children()], kind)
+            held = {id(child) for child in owner.children()} - self._kinds.keys()
+            self._mark((child for child in owner.children() if id(child) in held), "unseen")
+            for drop, guards in uses.drops:
+                if _holds(owner, guards):
+                    self._drops.update((id(lender), (owner, drop)) for lender in lenders(owner, drop))
+
+    def _mark(self, modules: Iterator[nn.Module] | list[nn.Module], kind: str) -> None:
+        for module in modules:
+            self._kinds[id(module)].add(kind)
+
+    def use_of(self, module: nn.Module) -> str:
+        """ "called", also where no owner is seen; "lent" if only p is read; "unknown" if it can't be told."""
+        kinds = self._kinds[id(module)]
+        if "called" in kinds or not kinds:
+            return "called"
+        return "lent" if kinds <= {"p", "unseen"} and "p" in kinds else "unknown"
+
+    def borrower(self, module: nn.Module) -> tuple[nn.Module, Drop] | None:
+        """Of a lent module: the call that its p goes to, and the module that makes it; None if that isn't seen."""
+        return self._drops.get(id(module))
+
+
+def is_drop_path(kind: type[nn.Module]) -> bool:
+    """Whether a class's forward is stochastic depth by sample with the rate ``drop_prob``, scaled by what is kept.
+
+    It is if its code is one of those in `DROP_PATHS`, whatever names it uses.
+    """
+    forward = _python_function(getattr(kind, "forward", None))
+    code = getattr(forward, "__code__", None)
+    if kind not in _drop_paths or _drop_paths[kind][0] is not code:
+        _drop_paths[kind] = code, forward is not None and _is_drop_path(forward)
+    return _drop_paths[kind][1]
+
+
+# ---- their parts ----
+
+
+# By class, with the code of the forward at that time: a class may be given another one.
+_read: weakref.WeakKeyDictionary[type, tuple[Any, Uses]] = weakref.WeakKeyDictionary()
+_overriding: weakref.WeakKeyDictionary[type, Uses] = weakref.WeakKeyDictionary()
+_drop_paths: weakref.WeakKeyDictionary[type, tuple[Any, bool]] = weakref.WeakKeyDictionary()
+
+
+def _is_known(module: nn.Module) -> bool:
+    """Whether the forward is torch's or ours."""
+    forward = vars(module).get("forward", getattr(type(module), "forward", None))
+    return (getattr(forward, "__module__", None) or "").partition(".")[0] in ("torch", "fastdrop")
+
+
+def _overrides(kind: type[nn.Module]) -> Uses:
+    """What methods do by which a class replaces those of torch that torch's forward calls."""
+    if kind not in _overriding:
+        uses = Uses()
+        own = list(
+            itertools.takewhile(lambda cls: not cls.__module__.startswith(("torch.", "fastdrop.")), kind.__mro__)
+        )
+        base = kind.__mro__[len(own)]
+        for name, method in ((name, method) for cls in own for name, method in vars(cls).items()):
+            if isinstance(method, types.FunctionType) and name != "__init__" and name in dir(base):
+                part = _read_function(method, kind, True)
+                uses.drops += part.drops
+                uses.held += part.held
+        _overriding[kind] = uses
+    return _overriding[kind]
+
+
+def _uses(module: nn.Module) -> Uses:
+    kind = type(module)
+    if "forward" in vars(module):
+        forward = vars(module)["forward"]
+        bound = getattr(forward, "__self__", None) is module
+        return _read_function(forward.__func__ if bound else forward, kind, bound)
+    forward = getattr(kind, "forward", None)
+    code = getattr(_python_function(forward), "__code__", None)
+    if kind not in _read or _read[kind][0] is not code:
+        _read[kind] = code, _read_function(forward, kind, True)
+    return _read[kind][1]
+
+
+def _read_function(forward: Any, kind: type, has_self: bool) -> Uses:
+    uses = Uses()
+    function = _python_function(forward)
+    try:
+        if function is not None:
+            _Reader(function, kind, uses, has_self=has_self).read()
+            return uses
+    except Exception:  # a report must not fail for what somebody's source may look like
+        uses = Uses()
+    uses.readable = False
+    return uses
+
+
+def _python_function(function: Any) -> types.FunctionType | None:
+    with contextlib.suppress(ValueError):  # a cycle of wrappers
+        function = inspect.unwrap(function)
+    return function if isinstance(function, types.FunctionType) else None
+
+
+@functools.lru_cache(1024)
+def _tree(code: types.CodeType) -> ast.FunctionDef | None:
+    """The definition of a function, None where its source can't be had or is of several."""
+    try:
+        parsed = ast.parse(textwrap.dedent(inspect.getsource(code)))
+    except (OSError, TypeError, SyntaxError, ValueError):
+        return None
+    defined = parsed.body[0] if parsed.body else None
+    if isinstance(defined, ast.FunctionDef) and defined.name == code.co_name:
+        return defined
+    return None
+
+
+def _attribute(module: Any, chain: Chain) -> Any:
+    """An attribute of an attribute ..., None where there is none. Properties may run and raise whatever they like."""
+    for name in chain:
+        try:
+            module = getattr(module, name, None)
+        except Exception:
+            return None
+    return module
+
+
+def _holds(module: nn.Module, guards: Guards) -> bool:
+    """Whether a branch can be taken: not if an attribute that it asks for is a bool and the other one."""
+    return all(chain == ("training",) or _attribute(module, chain) is not (not truth) for chain, truth in guards)
+
+
+def _is_held(module: nn.Module, drop: Drop, chain: Chain) -> bool:
+    """Whether an attribute is a function that drops as the call says: one of torch's, or an unknown one."""
+    function = _attribute(module, chain)
+    known = _is_hashable(function) and function in DROPS
+    if drop.reach:
+        return known and DROPS[function][0] == drop.name
+    return not known and not _modules_at(module, chain)
+
+
+def _modules_at(owner: nn.Module, chain: Chain) -> list[nn.Module]:
+    found: list[Any] = [owner]
+    for name in chain:
+        if name == "*":
+            found = [child for item in found if isinstance(item, nn.Module) for child in item.children()]
+        else:
+            found = [_attribute(item, (name,)) for item in found if isinstance(item, nn.Module)]
+    return [item for item in found if isinstance(item, nn.Module)] if chain else []
+
+
+class _Reader(ast.NodeVisitor):
+    """Goes through one function and those that it calls."""
+
+    def __init__(
+        self,
+        function: types.FunctionType,
+        kind: type,
+        uses: Uses,
+        *,
+        has_self: bool,
+        given: dict[str, tuple[ast.expr, _Reader]] | None = None,
+        above: tuple[types.CodeType, ...] = (),
+        guards: Guards = (),
+        defined_in: type | None = None,
+    ) -> None:
+        self.function, self.kind, self.uses = function, kind, uses
+        self.given = given or {}
+        self.above = (*above, function.__code__)
+        self.guards = guards
+        self.defined_in = defined_in or next((c for c in kind.__mro__ if _defines(c, function)), kind)
+        self.parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
+        self.me = self.parameters[0] if has_self and self.parameters else None
+        self.assigned: dict[str, ast.expr | None] = {}
+        self.imported: dict[str, Any] = {}
+
+    def read(self) -> None:
+        tree = _tree(self.function.__code__)
+        if tree is None:
+            self._read_bytecode()
+            return
+        for node in ast.walk(tree):
+            self._note_assignment(node)
+        self._visit_block(tree.body)
+
+    def _note_assignment(self, node: ast.AST) -> None:
+        if isinstance(node, ast.Assign) and len(node.targets) == 1:
+            self._assign(node.targets[0], node.value)
+        elif isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value is not None:
+            self._assign(node.target, node.value)
+        elif isinstance(node, ast.AugAssign):
+            self._assign(node.target, None)
+        elif isinstance(node, ast.For | ast.comprehension):
+            self._assign_item(node.target, node.iter)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                name = alias.name if alias.asname else alias.name.partition(".")[0]
+                self.imported[alias.asname or name] = sys.modules.get(name)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            for alias in node.names:
+                found = getattr(sys.modules.get(node.module or ""), alias.name, None)
+                self.imported[alias.asname or alias.name] = found
+
+    def _assign(self, target: ast.expr, value: ast.expr | None) -> None:
+        if isinstance(target, ast.Name):
+            self.assigned[target.id] = None if target.id in self.assigned else value
+        elif isinstance(target, ast.Tuple | ast.List):
+            parts = value.elts if isinstance(value, ast.Tuple) and len(value.elts) == len(target.elts) else None
+            for i, part in enumerate(target.elts):
+                self._assign(part, parts[i] if parts else None)
+
+    def _assign_item(self, target: ast.expr, of: ast.expr) -> None:
+        """What a loop's variable is: an item of what it goes over."""
+        called = of.func.id if isinstance(of, ast.Call) and isinstance(of.func, ast.Name) else ""
+        if isinstance(of, ast.Call) and called in ("zip", "enumerate") and isinstance(target, ast.Tuple):
+            over: list[ast.expr | None] = [None, *of.args[:1]] if called == "enumerate" else list(of.args)
+            for part, each in zip(target.elts, over, strict=False):
+                if each is None:
+                    self._assign(part, None)
+                else:
+                    self._assign_item(part, each)
+        else:
+            self._assign(target, ast.Subscript(of, ast.Constant(0), ast.Load()))
+
+    # ---- what an expression stands for ----
+
+    def chain(self, node: ast.expr, steps: int = 8) -> Chain | None:
+        """The attributes by which an expression is reached from the module; () for the module."""
+        if steps == 0:
+            return None
+        if isinstance(node, ast.Name):
+            if node.id == self.me and node.id not in self.assigned:
+                return ()
+            if self.assigned.get(node.id) is not None:
+                return self.chain(self.assigned[node.id], steps - 1)  # type: ignore[arg-type]
+            if node.id in self.given and node.id not in self.assigned:
+                value, reader = self.given[node.id]
+                return reader.chain(value, steps - 1)
+            return None
+        if isinstance(node, ast.Attribute | ast.Subscript):
+            before = self.chain(node.value, steps - 1)
+            if before is None:
+                return None
+            return (*before, node.attr) if isinstance(node, ast.Attribute) else (*before, "*")
+        return None
+
+    def object(self, node: ast.expr, steps: int = 8) -> Any:
+        """What a name, or a name in a module or class, stands for in the function; None if that is not constant."""
+        if steps == 0:
+            return None
+        if isinstance(node, ast.Name):
+            if node.id in self.imported:
+                return self.imported[node.id]
+            value = self.assigned.get(node.id)
+            if node.id in self.assigned:
+                return self.object(value, steps - 1) if isinstance(value, ast.Name | ast.Attribute) else None
+            if node.id in self.given:
+                expression, reader = self.given[node.id]
+                return reader.object(expression, steps - 1)
+            if node.id in self.function.__code__.co_varnames:
+                return None
+            return _global(self.function, node.id)
+        if isinstance(node, ast.Attribute):
+            holder = self.object(node.value, steps - 1)
+            return getattr(holder, node.attr, None) if isinstance(holder, HOLDERS) else None
+        return None
+
+    def rate(self, node: ast.expr, steps: int = 8) -> tuple[str, Chain | None, float | None]:
+        """A drop probability: as written, as attributes of the module, as a number."""
+        if steps:
+            if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+                return ast.unparse(node), None, float(node.value)
+            if isinstance(node, ast.IfExp):  # 0.0 if not self.training else p
+                parts = [part for part in (node.body, node.orelse) if not _is_zero(part)]
+                if len(parts) == 1:
+                    return self.rate(parts[0], steps - 1)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "float" and len(node.args) == 1:
+                return self.rate(node.args[0], steps - 1)
+            chain = self.chain(node)
+            if chain:
+                return ast.unparse(node), chain, None
+            if isinstance(node, ast.Name):
+                if node.id in self.assigned:
+                    value = self.assigned[node.id]
+                    return (node.id, None, None) if value is None else self.rate(value, steps - 1)
+                if node.id in self.given:
+                    expression, reader = self.given[node.id]
+                    return reader.rate(expression, steps - 1)
+        return ast.unparse(node), None, None
+
+    # ---- what it does ----
+
+    def visit_If(self, node: ast.If | ast.IfExp) -> None:
+        self.visit(node.test)
+        yes, no = self._guards_of(node.test)
+        for part, guards in ((node.body, yes), (node.orelse, no)):
+            before, self.guards = self.guards, (*self.guards, *guards)
+            if isinstance(part, list):
+                self._visit_block(part)
+            else:
+                self.visit(part)
+            self.guards = before
+
+    visit_IfExp = visit_If
+
+    def _visit_block(self, statements: list[ast.stmt]) -> None:
+        before = self.guards
+        for statement in statements:
+            self.visit(statement)
+            if isinstance(statement, ast.If) and isinstance(statement.body[-1], ast.Return | ast.Raise):
+                self.guards = (*self.guards, *self._guards_of(statement.test)[1])  # what follows is its else
+        self.guards = before
+
+    def _guards_of(self, test: ast.expr) -> tuple[Guards, Guards]:
+        """What holds of attributes of the module where a test is true, and where it is false."""
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            yes, no = self._guards_of(test.operand)
+            return no, yes
+        if isinstance(test, ast.BoolOp):
+            parts = [self._guards_of(value) for value in test.values]
+            if isinstance(test.op, ast.And):
+                return tuple(guard for yes, _ in parts for guard in yes), ()
+            return (), tuple(guard for _, no in parts for guard in no)
+        chain = self.chain(test)
+        return (((chain, True),), ((chain, False),)) if chain else ((), ())
+
+    def visit_Attribute(self, node: ast.Attribute) -> None:
+        chain = self.chain(node)
+        if chain is None:
+            self.visit(node.value)
+        elif len(chain) > 1 and chain[-1] == "p":
+            self._use(chain[:-1], "p")
+        else:
+            self._use(chain, "other")
+            self.uses.by_name |= chain[-1] in ("_modules", "__dict__")
+            own = inspect.getattr_static(self.kind, chain[0], None) if len(chain) == 1 else None
+            if isinstance(own, property):
+                own = own.fget
+            if isinstance(own, types.FunctionType):  # a method given to another function, which then calls it
+                self._follow(own, ast.Call(node, [], []), True)
+
+    def visit_Subscript(self, node: ast.Subscript) -> None:
+        self.visit(node.value)
+        self.visit(node.slice)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        for statement in node.body:
+            self.visit(statement)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        chain = self.chain(node.func)
+        if chain is not None:
+            self._call_of_own(chain, node)
+        elif isinstance(node.func, ast.Attribute) and _is_super(node.func.value):
+            mro = self.kind.__mro__
+            after = mro[mro.index(self.defined_in) + 1 :] if self.defined_in in mro else ()
+            holder = next((cls for cls in after if node.func.attr in vars(cls)), None)
+            if holder is not None:
+                self._follow(vars(holder)[node.func.attr], node, True, holder)
+        else:
+            self._call_of_function(node)
+        for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
+            if not (isinstance(argument, ast.Name) and self.chain(argument) == ()):
+                self.visit(argument)
+        if chain is None and not isinstance(node.func, ast.Name):
+            self.visit(node.func)
+
+    def _call_of_own(self, chain: Chain, node: ast.Call) -> None:
+        if len(chain) > 1 and chain[-1] in ("forward", "__call__"):
+            chain = chain[:-1]
+        self._use(chain, "called")
+        method = None
+        if len(chain) == 1:
+            method = inspect.getattr_static(self.kind, chain[0], None)
+            if method is None:  # an attribute of the object, which may be a function
+                self._drop(node, f"{self.me}.{chain[0]}", ("p", 1, 0.5), ENABLE, held_as=chain)
+            self.uses.by_name |= chain[0] in ("children", "named_children", "modules", "named_modules")
+            if isinstance(method, staticmethod | classmethod):
+                self._follow(method.__func__, node, False)
+            elif method is not None:
+                self._follow(method, node, True)
+        if method is None:
+            self._hand_on(node, ast.unparse(node.func), held_as=chain)
+        self.uses.by_name |= chain[:1] == ("_modules",)
+
+    def _call_of_function(self, node: ast.Call) -> None:
+        target = self.object(node.func)
+        written = ast.unparse(node.func)
+        if target in (getattr, vars) and node.args and self.chain(node.args[0]) == ():
+            self.uses.by_name |= len(node.args) < 2 or not isinstance(node.args[1], ast.Constant)
+        is_class = isinstance(target, type)
+        if is_class and issubclass(target, _DropoutNd):
+            if target.__module__ == nn.Dropout.__module__:
+                self._drop(node, written, ("p", 0, 0.5), ENABLE)
+        elif _is_hashable(target) and target in DROPS:
+            self._drop(node, written, DROPS[target], REACH.get(target, ENABLE))
+        elif _is_hashable(target) and target in DRAWS:
+            self.uses.draws.append((written, "training" in self.parameters or "train" in self.parameters))
+        elif isinstance(node.func, ast.Attribute) and node.func.attr in DRAWING_METHODS and target is None:
+            told = "training" in self.parameters or "train" in self.parameters
+            self.uses.draws.append((f".{node.func.attr}", told))
+        elif isinstance(target, types.FunctionType) and not is_class:
+            if not target.__module__.startswith(("torch.", "fastdrop.")) and _mentions_dropout(target.__code__):
+                self._follow(target, node, False)
+        elif target is None:
+            self._hand_on(node, written)
+
+    def _use(self, chain: Chain, kind: str) -> None:
+        if chain:
+            self.uses.uses.append(Use(chain, kind, self.guards))
+
+    def _follow(self, method: Any, node: ast.Call, has_self: bool, defined_in: type | None = None) -> None:
+        function = _python_function(method)
+        if function is None or not self._is_followed(function):
+            return
+        code = function.__code__
+        names = code.co_varnames[: code.co_argcount]
+        given: dict[str, tuple[ast.expr, _Reader]] = {}
+        for name, default in zip(reversed(names), reversed(function.__defaults__ or ()), strict=False):
+            if isinstance(default, int | float):
+                given[name] = ast.Constant(default), self
+        for name, argument in zip(names[has_self:], node.args, strict=False):
+            if isinstance(argument, ast.Starred):
+                break
+            given[name] = argument, self
+        given.update({keyword.arg: (keyword.value, self) for keyword in node.keywords if keyword.arg})
+        reader = _Reader(
+            function,
+            self.kind,
+            self.uses,
+            has_self=has_self,
+            given=given,
+            above=self.above,
+            guards=self.guards,
+            defined_in=defined_in,
+        )
+        reader.read()
+
+    def _is_followed(self, function: types.FunctionType) -> bool:
+        """Whether a function that is called is read too: none that calls this one, and not too many in all."""
+        if (function.__module__ or "").partition(".")[0] == "torch":  # Module's own, as `register_buffer`
+            return False
+        if function.__code__ in self.above:
+            return False
+        self.uses.followed += 1
+        if len(self.above) > DEPTH or self.uses.followed > FOLLOWED:
+            self.uses.readable = False
+            return False
+        return True
+
+    def _drop(
+        self,
+        node: ast.Call,
+        written: str,
+        rate: tuple[str, int, float],
+        reach: str,
+        held_as: Chain | None = None,
+    ) -> None:
+        name, position, default = rate
+        argument = _argument(node, name, position)
+        training = _argument(node, "training", 2) if name == "p" else None
+        if argument is None and any(keyword.arg is None for keyword in node.keywords):
+            text, chain, value = "**", None, None
+        else:
+            text, chain, value = self.rate(argument or ast.Constant(default))
+        never = isinstance(training, ast.Constant) and training.value is False
+        if never or (value == 0.0 and (argument is None or _is_zero(argument))):
+            return
+        self._add(Drop(written, name, text, chain, value, self.function.__qualname__, reach), held_as)
+
+    def _hand_on(self, node: ast.Call, written: str, held_as: Chain | None = None) -> None:
+        """A rate given to a function that is known only when it runs, as transformers' attention is."""
+        for keyword in node.keywords:
+            if keyword.arg in ATTENTION_RATES and not _is_zero(keyword.value):
+                text, chain, value = self.rate(keyword.value)
+                if value != 0.0:
+                    place = self.function.__qualname__
+                    self._add(Drop(written, keyword.arg, text, chain, value, place, ""), held_as)
+
+    def _add(self, drop: Drop, held_as: Chain | None = None) -> None:
+        if held_as is None:
+            self.uses.drops.append((drop, self.guards))
+        else:
+            self.uses.held.append((drop, held_as, self.guards))
+
+    # ---- without source ----
+
+    def _read_bytecode(self) -> None:
+        """Dotted names alone: an attribute of the module counts as called, unless its p is read."""
+        chain: Chain | None = None
+        value: Any = None
+        written = ""
+        for step in (*dis.get_instructions(self.function), None):
+            if step is not None and chain is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                chain, written = (*chain, step.argval), f"{written}.{step.argval}"
+                continue
+            if step is not None and value is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+                value = getattr(value, step.argval, None) if isinstance(value, HOLDERS) else None
+                written = f"{written}.{step.argval}"
+                continue
+            if chain:
+                lends = len(chain) > 1 and chain[-1] == "p"
+                self._use(chain[:-1] if lends else chain, "p" if lends else "called")
+                method = _python_function(getattr(self.kind, chain[0], None)) if len(chain) == 1 else None
+                if method is not None and self._is_followed(method):
+                    _Reader(method, self.kind, self.uses, has_self=True, above=self.above).read()
+            elif value is not None and _is_hashable(value) and value in DROPS:
+                name, reach = DROPS[value][0], REACH.get(value, ENABLE)
+                self._add(Drop(written, name, "?", None, None, self.function.__qualname__, reach))
+            chain, value, written = None, None, ""
+            if step is not None and step.opname.startswith("LOAD_FAST") and step.argval == self.me:
+                chain = ()
+            elif step is not None and step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
+                value, written = _global(self.function, step.argval), step.argval
+
+
+def _defines(kind: type, function: types.FunctionType) -> bool:
+    own = vars(kind).get(function.__name__)
+    return own is not None and _python_function(own) is function
+
+
+def _global(function: types.FunctionType, name: str) -> Any:
+    code = function.__code__
+    if name in code.co_freevars:
+        cell = (function.__closure__ or ())[code.co_freevars.index(name)]
+        try:
+            return cell.cell_contents
+        except ValueError:  # empty as yet
+            return None
+    builtin = function.__globals__.get("__builtins__", {})
+    builtins = builtin if isinstance(builtin, dict) else vars(builtin)
+    return function.__globals__.get(name, builtins.get(name))
+
+
+def _argument(node: ast.Call, name: str, position: int) -> ast.expr | None:
+    for keyword in node.keywords:
+        if keyword.arg == name:
+            return keyword.value
+    return node.args[position] if len(node.args) > position else None
+
+
+def _is_zero(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and (node.value is None or node.value == 0)
+
+
+def _is_super(node: ast.expr) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "super"
+
+
+def _is_hashable(value: Any) -> bool:
+    return isinstance(value, types.FunctionType | types.BuiltinFunctionType | OpOverloadPacket | OpOverload)
+
+
+def _mentions_dropout(code: types.CodeType) -> bool:
+    names = (*code.co_names, *code.co_varnames)
+    return any("drop" in name.lower() or "bernoulli" in name or name.startswith("rand") for name in names) or any(
+        _mentions_dropout(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)
+    )
+
+
+# ---- stochastic depth ----
+
+# What forwards of `DropPath` modules compute, as written by transformers and by timm before and after they had
+# ``scale_by_keep``. Compared without names, annotations and docstrings; the rate is the attribute ``drop_prob``.
+DROP_PATHS = """
+def forward(self, x):
+    if self.drop_prob == 0.0 or not self.training:
+        return x
+    keep_prob = 1 - self.drop_prob
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    random_tensor = torch.rand(shape, dtype=x.dtype, device=x.device)
+    random_tensor = torch.floor(random_tensor + keep_prob)
+    return x.div(keep_prob) * random_tensor
+"""
+CALLS_DROP_PATH = """
+def forward(self, x):
+    return drop_path(x, self.drop_prob, self.training)
+"""
+DROP_PATH_FUNCTIONS = """
+def drop_path(x, drop_prob, training):
+    if drop_prob == 0.0 or not training:
+        return x
+    keep_prob = 1 - drop_prob
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    random_tensor = keep_prob + torch.rand(shape, dtype=x.dtype, device=x.device)
+    random_tensor.floor_()
+    output = x.div(keep_prob) * random_tensor
+    return output
+
+def drop_path(x, drop_prob, training):
+    if drop_prob == 0.0 or not training:
+        return x
+    keep_prob = 1 - drop_prob
+    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
+    random_tensor = x.new_empty(shape).bernoulli_(keep_prob)
+    return x * random_tensor.div_(keep_prob)
+"""
+
+
+def _is_drop_path(forward: types.FunctionType) -> bool:
+    tree = _tree(forward.__code__)
+    if tree is None:
+        return False
+    if _normalised(tree) in _known(DROP_PATHS):
+        return _global(forward, "torch") is torch
+    call = getattr(_without_docstring(tree)[-1], "value", None)
+    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
+        return False
+    function = _python_function(_global(forward, call.func.id))
+    if _normalised(tree, {call.func.id: "drop_path"}) not in _known(CALLS_DROP_PATH) or function is None:
+        return False
+    inner = _tree(function.__code__)
+    rand = _global(function, "torch") in (torch, None)
+    return rand and inner is not None and _normalised(inner) in _known(DROP_PATH_FUNCTIONS)
+
+
+@functools.cache
+def _known(sources: str) -> frozenset[str]:
+    return frozenset(_normalised(tree) for tree in ast.parse(sources).body if isinstance(tree, ast.FunctionDef))
+
+
+def _without_docstring(tree: ast.FunctionDef) -> list[ast.stmt]:
+    return tree.body[ast.get_docstring(tree) is not None :] or tree.body
+
+
+def _normalised(tree: ast.FunctionDef, names: dict[str, str] | None = None) -> str:
+    """The body of a function with its own names numbered in their order, without annotations."""
+    own = {argument.arg: f"_{i}" for i, argument in enumerate(tree.args.args)} | (names or {})
+    lines = []
+    for statement in _without_docstring(tree):
+        if isinstance(statement, ast.AnnAssign) and statement.value is not None:
+            statement = ast.Assign([statement.target], statement.value)
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                own.setdefault(node.id, f"_{len(own)}")
+        lines.append(ast.dump(_Renamed(own).visit(ast.parse(ast.unparse(ast.fix_missing_locations(statement))))))
+    return "\n".join(lines)
+
+
+class _Renamed(ast.NodeTransformer):
+    def __init__(self, names: dict[str, str]) -> None:
+        self.names = names
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Name(self.names.get(node.id, node.id), node.ctx)
