@@ -94,17 +94,25 @@ class _Sampler:
 
     def first(self) -> tuple[Any, int | None]:
         """Sample 0, and the bytes that operators returned for it, if they can be seen."""
-        self.seeds.begin(0)
-        model = getattr(self.model, "_orig_mod", self.model)
-        with _watched(_OwnGenerators(self.seeds.keys)) as own:
-            y = self._run(model)
+        model = getattr(self.model, "_orig_mod", self.model)  # eager operators can be seen, compiled ones not all
+        y, own = self._watched_run(model)
+        size = None if any(map(_is_compiled, model.modules())) else own.bytes
+        if model is not self.model:
+            y, own = self._watched_run(self.model)
         self.draws_torchs = own.used
-        return y, None if any(map(_is_compiled, model.modules())) else own.bytes
+        return y, size
+
+    def _watched_run(self, model: nn.Module) -> tuple[Any, _OwnGenerators]:
+        self.seeds.begin(0)
+        arguments, keywords = self._copies()
+        with _watched(_OwnGenerators(self.seeds.keys)) as own:
+            return self.chosen(model(*arguments, **keywords)), own
 
     def one(self, sample: int) -> Any:
         self.seeds.begin(sample)
         with _watched(_OwnGenerators(self.seeds.keys)) if self.draws_torchs else contextlib.nullcontext():
-            return self._run(self.model)
+            arguments, keywords = self._copies()
+            return self.chosen(self.model(*arguments, **keywords))
 
     def many(self, first: int, count: int) -> Tensor:
         """Samples from ``first`` on, stacked."""
@@ -117,10 +125,6 @@ class _Sampler:
         with _left_alone(self.model):
             y: Tensor = vmap(sample, randomness="different")(torch.empty(count))
         return y
-
-    def _run(self, model: nn.Module) -> Any:
-        arguments, keywords = self._copies()
-        return self.chosen(model(*arguments, **keywords))
 
     def _copies(self) -> Any:
         """Arguments that a model may write to."""
@@ -155,6 +159,11 @@ class _OwnGenerators(TorchDispatchMode):
         super().__init__()
         self.seed, self.used, self.bytes = seed, False, 0
         self.generators: dict[torch.device, torch.Generator] = {}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Else `torch.compile` would give up, for good, what it meets under the mode."""
+        return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -24,6 +24,7 @@ from . import _context, _random
 from ._gates import Gate, gate_of
 from ._rates import rate_name
 from ._sampling import passes
+from .override import register
 
 __all__ = ["Prediction", "mc_dropout", "mc_predict"]
 
@@ -91,6 +92,8 @@ def _chosen(model: nn.Module, filter: Filter | None, stacklevel: int) -> set[nn.
     for encoder in [module for module in modules if isinstance(module, FUSED)]:
         if not chosen.isdisjoint(encoder.modules()):
             chosen.update(module for module in encoder.modules() if isinstance(module, FUSED))
+    if any(isinstance(module, torch.jit.ScriptModule) for module in chosen):
+        register()  # scripted code keeps its mode out of reach, and asks the kernels
     return chosen
 
 

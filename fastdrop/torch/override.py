@@ -83,7 +83,7 @@ def enable() -> None:
     >>> torch.nn.functional.dropout(x, 1.0)
     tensor([0., nan, 0.])
     """
-    _register()
+    register()
     _context.set_everywhere(True)
 
 
@@ -110,12 +110,12 @@ def enabled() -> Iterator[None]:
     ...     torch.nn.functional.dropout(torch.tensor([float("inf")]), 1.0)
     tensor([0.])
     """
-    _register()
+    register()
     with _context.enabled_here():
         yield
 
 
-def _register() -> None:
+def register() -> None:
     """Puts kernels between torch's dropouts and their callers. They hand on to torch until something is switched on."""
     global _library, _is_registered
     if not _is_registered:
@@ -125,7 +125,7 @@ def _register() -> None:
                 _library = _library or torch.library.Library("aten", "IMPL")
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # torch says that it has kernels for transforms itself
-                    for name, keys, kernel in _kernels_to_register():
+                    for name, keys, kernel in _kernels_toregister():
                         for key in keys:
                             _library.impl(name, kernel, key)
                 for name in (*OPS, *(name + "_" for name in OPS), ATTENTION):
@@ -140,7 +140,7 @@ def _register() -> None:
                 _graft(theirs, ours)
 
 
-def _kernels_to_register() -> Iterator[tuple[str, tuple[str, ...], Any]]:
+def _kernels_toregister() -> Iterator[tuple[str, tuple[str, ...], Any]]:
     for name, (features, law) in OPS.items():
         for inplace in (False, True):
             yield name + "_" * inplace, KEYS, _kernel(name + "_" * inplace, features, law, inplace)
