@@ -342,6 +342,10 @@ for name in ("timm", "timm.layers", "timm.layers.drop"):
     sys.modules[name] = types.ModuleType(name)
 FACTOR = 3
 class DropPath(torch.nn.Module):
+    drop_prob: float
+    def __init__(self):
+        super().__init__()
+        self.drop_prob = 0.5
     def forward(self, x):
         return x * FACTOR
 DropPath.__module__, sys.modules["timm.layers.drop"].DropPath = "timm.layers.drop", DropPath

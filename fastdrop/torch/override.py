@@ -24,12 +24,12 @@ from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from .. import kinds
-from . import _context, _cuda, _kernels, convert
+from . import _context, _cuda, _kernels
 from ._context import drops_in_scripts, is_enabled, note_traced
 from ._plain import is_transformed
 from ._route import KEEPS_ALL, drop
 from .attention import attend, compose, is_direct, is_regular, trace
-from .convert import FOREIGN
+from .convert import FOREIGN, refusal
 from .modules import Rated
 
 __all__ = ["disable", "enable", "enabled"]
@@ -207,17 +207,19 @@ def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> None:
 
     def dropped(self, input):  # type: ignore[no-untyped-def]
         # Only closure variables and builtins: the function is made anew below.
-        if not is_enabled_there() or not is_ours(input) or refusal(self):
+        if not is_enabled_there() or not is_ours(input) or is_refused(self):
             return forward(self, input)
         return ours._drop(self, input)
 
     wanted = {
         name: value for cls in reversed(ours.__mro__) if issubclass(cls, Rated) for name, value in vars(cls).items()
     }
-    for name, value in wanted.items():
-        if not name.startswith("__") and not hasattr(theirs, name):
-            setattr(theirs, name, value)
-    is_enabled_there, refusal, is_ours = _context.is_enabled_there, convert.refusal, _is_ours
+    added = [name for name in wanted if not name.startswith("__") and not hasattr(theirs, name)]
+    for name in added:
+        setattr(theirs, name, wanted[name])
+    unscripted = [name for name in added if isinstance(wanted[name], property)]
+    theirs.__jit_unused_properties__ = [*getattr(theirs, "__jit_unused_properties__", ()), *unscripted]
+    is_enabled_there, is_refused, is_ours = _context.is_enabled_there, refusal, _is_ours
     # TorchScript compiles the source of what is wrapped, with the globals of the function that it finds.
     grafted: Any = types.FunctionType(dropped.__code__, forward.__globals__, closure=dropped.__closure__)
     theirs.forward = functools.update_wrapper(grafted, forward)
