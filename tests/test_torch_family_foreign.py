@@ -340,14 +340,15 @@ SCRIPTED = """
 import sys, types, torch
 for name in ("timm", "timm.layers", "timm.layers.drop"):
     sys.modules[name] = types.ModuleType(name)
-FACTOR = 3
+def thrice(x: torch.Tensor):
+    return x * 3
 class DropPath(torch.nn.Module):
     drop_prob: float
     def __init__(self):
         super().__init__()
         self.drop_prob = 0.5
     def forward(self, x):
-        return x * FACTOR
+        return thrice(x)
 DropPath.__module__, sys.modules["timm.layers.drop"].DropPath = "timm.layers.drop", DropPath
 import fastdrop.torch as fdt
 fdt.enable()
