@@ -20,26 +20,31 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C import _get_obj_in_tls, _is_key_in_tls
+from torch._C import _get_obj_in_tls, _is_key_in_tls, _stash_obj_in_tls
 from torch._guards import TracingContext
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import __version__
 
 __all__ = [
     "appearing",
+    "dispatching",
     "drops_in_scripts",
     "enabled_here",
     "is_enabled",
     "is_enabled_there",
     "note_traced",
+    "overriding",
     "set_everywhere",
+    "without_gradients",
 ]
 
 CACHE_TAG = f"+fastdrop {__version__}"
 CALLER = "context"  # torch keeps the caller's context under this key while backward runs, for the engine's threads
 
 _everywhere = False
-_here: ContextVar[object | None] = ContextVar("fastdrop_enabled", default=None)
+_here: ContextVar[_Entry | None] = ContextVar("fastdrop_enabled", default=None)
 _appearances: ContextVar[_Appearances | None] = ContextVar("fastdrop_appearances", default=None)
 _lock = threading.Lock()
 
@@ -50,24 +55,80 @@ def _value(variable: ContextVar[Any]) -> Any:
     if value is None and _is_key_in_tls(CALLER):
         caller = _get_obj_in_tls(CALLER)
         value = None if caller is None else caller.get(variable)
+        # Where backward calls backward, as checkpoints do, torch takes the context of the engine's thread, which is
+        # empty. So the value is put beside it: torch hands that on too, and takes it away at the end of the task.
+        if value is not None:
+            _stash_obj_in_tls(variable.name, value)
+        elif _is_key_in_tls(variable.name):
+            value = _get_obj_in_tls(variable.name)
     return value
 
 
+class _Entry:
+    """What a block has a variable be, and what it was before the block."""
+
+    before: _Entry | None
+
+    def is_in(self, current: _Entry | None) -> bool:
+        """Whether the block of ``current`` is inside of this one's, or is this one's."""
+        while current is not None and current is not self:
+            current = current.before
+        return current is self
+
+
 @contextlib.contextmanager
-def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
-    before = variable.get()
+def _set(variable: ContextVar[Any], entry: _Entry) -> Iterator[None]:
+    entry.before = variable.get()
     try:
-        variable.set(value)
+        variable.set(entry)
         yield
     finally:
-        # An exception from a signal may come after any call, here too, and may end a block before it has begun. The
-        # generator is then closed some time later, and must not undo what was set since.
-        current = value
+        # An exception from a signal may come after any call, here too. It may even come between this generator and the
+        # block, which then never begins or never ends: the generator is closed some time later, when blocks around
+        # this one have ended, and must not undo what they did.
+        inside = True
         try:
-            current = variable.get()
+            inside = entry.is_in(variable.get())
         finally:
-            if current is value:
-                variable.set(before)
+            if inside:
+                variable.set(entry.before)
+
+
+# Like torch's own `no_grad` and modes, but an exception from a signal can't leave them on: what is on is entered by one
+# call, inside of try, and left by one call.
+
+
+@contextlib.contextmanager
+def without_gradients() -> Iterator[None]:
+    before = torch.is_grad_enabled()
+    try:
+        torch._C._set_grad_enabled(False)
+        yield
+    finally:
+        torch._C._set_grad_enabled(before)
+
+
+@contextlib.contextmanager
+def dispatching(mode: TorchDispatchMode) -> Iterator[None]:
+    """Without the flags, beside, that all threads share and that entering a mode sets."""
+    try:
+        torch._C._push_on_torch_dispatch_stack(mode)
+        yield
+    finally:
+        top: Any = torch._C._pop_torch_dispatch_stack(None)
+        while top is not mode:  # others that were left
+            top = torch._C._pop_torch_dispatch_stack(None)
+
+
+@contextlib.contextmanager
+def overriding(mode: TorchFunctionMode) -> Iterator[None]:
+    try:
+        torch._C._push_on_torch_function_stack(mode)
+        yield
+    finally:
+        top = torch._C._pop_torch_function_stack()
+        while top is not mode:
+            top = torch._C._pop_torch_function_stack()
 
 
 # ---- torch's dropout ----
@@ -81,7 +142,7 @@ def set_everywhere(on: bool) -> None:
 
 def enabled_here() -> contextlib.AbstractContextManager[None]:
     """For this context."""
-    return _set(_here, object())
+    return _set(_here, _Entry())
 
 
 def is_enabled() -> bool:
@@ -129,17 +190,17 @@ def _guard(question: Callable[[], Any], answer: Any) -> bool:
 # ---- attributes of modules ----
 
 
-class _Appearances:
+class _Appearances(_Entry):
     """Values that attributes of modules appear to have, by module and name."""
 
-    def __init__(self, before: _Appearances | None, values: dict[tuple[nn.Module, str], bool], scripted: bool) -> None:
+    def __init__(self, around: _Appearances | None, values: dict[tuple[nn.Module, str], bool], scripted: bool) -> None:
         self.values: dict[tuple[int, str], bool]
         self.scripted: bool
         self.modules = [module for module, _ in values]  # kept alive, so that no other module gets one of these ids
-        self.values = {} if before is None else dict(before.values)
+        self.values = {} if around is None else dict(around.values)
         self.values |= {(id(module), name): value for (module, name), value in values.items()}
-        self.before = before  # whose modules are kept too
-        self.scripted = scripted or (before is not None and before.scripted)
+        self.around = around  # keeps its modules
+        self.scripted = scripted or (around is not None and around.scripted)
 
 
 class _Attribute:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from . import _random
+from ._context import dispatching
 from .override import enabled
 
 __all__ = ["passes"]
@@ -105,13 +106,14 @@ class _Sampler:
     def _watched_run(self, model: nn.Module) -> tuple[Any, _OwnGenerators]:
         self.seeds.begin(0)
         arguments, keywords = self._copies()
-        with _watched(_OwnGenerators(self.seeds.keys)) as own:
+        own = _OwnGenerators(self.seeds.keys)
+        with dispatching(own):
             return self.chosen(model(*arguments, **keywords)), own
 
     def one(self, sample: int) -> Any:
         self.seeds.begin(sample)
-        with _watched(_OwnGenerators(self.seeds.keys)) if self.draws_torchs else contextlib.nullcontext():
-            arguments, keywords = self._copies()
+        arguments, keywords = self._copies()
+        with dispatching(_OwnGenerators(self.seeds.keys)) if self.draws_torchs else contextlib.nullcontext():
             return self.chosen(self.model(*arguments, **keywords))
 
     def many(self, first: int, count: int) -> Tensor:
@@ -138,18 +140,6 @@ def _is_compiled(module: nn.Module) -> bool:
         or "_orig_mod" in module._modules
         or module._compiled_call_impl is not None
     )
-
-
-@contextlib.contextmanager
-def _watched(mode: _OwnGenerators) -> Iterator[_OwnGenerators]:
-    """The mode in force, without what entering it would do beside: torch sets flags there that all threads share."""
-    try:
-        torch._C._push_on_torch_dispatch_stack(mode)
-        yield mode
-    finally:
-        top = torch._C._pop_torch_dispatch_stack(None)
-        while top is not mode:  # an exception from a signal left others
-            top = torch._C._pop_torch_dispatch_stack(None)
 
 
 class _OwnGenerators(TorchDispatchMode):

@@ -122,17 +122,6 @@ def _in_sampling(model: nn.Module, chosen: set[nn.Module]) -> dict[tuple[nn.Modu
     return appearances
 
 
-@contextlib.contextmanager
-def _without_gradients() -> Iterator[None]:
-    """`torch.no_grad`, which an exception from a signal can't leave on."""
-    before = torch.is_grad_enabled()
-    try:
-        torch._C._set_grad_enabled(False)
-        yield
-    finally:
-        torch._C._set_grad_enabled(before)
-
-
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """What `mc_predict` finds, in the output's dtype or, for lower precision, float32.
@@ -256,7 +245,7 @@ def mc_predict(
 
     chosen = _chosen(model, filter, 3)
     run = passes(model, arguments, keywords, samples, number, batch, _taker(output), without_draws)
-    with contextlib.ExitStack() as stack, _context.appearing(_in_sampling(model, chosen)), _without_gradients():
+    with contextlib.ExitStack() as stack, _context.appearing(_in_sampling(model, chosen)), _context.without_gradients():
         chunks = stack.enter_context(contextlib.closing(run))
         started = time.perf_counter()
         first = next(chunks)

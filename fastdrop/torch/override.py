@@ -49,6 +49,7 @@ OPS = {
 ATTENTION = "scaled_dot_product_attention"
 ATTENTION_KEYS = ("CPU", "AutogradCPU")
 GRAFTED = "_fastdrop_grafted"  # on the forward of timm's and torchvision's classes, once it is ours
+UNSCRIPTED = "__jit_unused_properties__"  # where TorchScript looks for properties to leave out
 FEWEST_SCORES = 1 << 15  # below, the Python around a call costs more than its kernels save
 
 _library: torch.library.Library | None = None  # never taken away: another thread may be on its way to a kernel
@@ -218,7 +219,7 @@ def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> None:
     for name in added:
         setattr(theirs, name, wanted[name])
     unscripted = [name for name in added if isinstance(wanted[name], property)]
-    theirs.__jit_unused_properties__ = [*getattr(theirs, "__jit_unused_properties__", ()), *unscripted]
+    setattr(theirs, UNSCRIPTED, [*getattr(theirs, UNSCRIPTED, ()), *unscripted])
     is_enabled_there, is_refused, is_ours = _context.is_enabled_there, refusal, _is_ours
     # TorchScript compiles the source of what is wrapped, with the globals of the function that it finds.
     grafted: Any = types.FunctionType(dropped.__code__, forward.__globals__, closure=dropped.__closure__)
