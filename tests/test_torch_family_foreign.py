@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import sys
+import threading
 import types
 
 import pytest
@@ -306,18 +307,62 @@ def test_enabled_module_is_fastdrops(case):
     assert_equal(module.train()(x), x * 3)
 
 
-def test_disable_restores_the_classes_exactly(packages):
+def test_classes_are_changed_once(packages):
+    """Another thread may be on its way into what they have."""
     classes = list(vars(packages).values())
-    before = [dict(vars(cls)) for cls in classes]
-    for _ in range(2):
-        fdt.enable()
-        fdt.enable()
-        assert all(vars(cls)["forward"] is not was["forward"] for cls, was in zip(classes, before, strict=True))
-        fdt.disable()
-        assert [dict(vars(cls)) for cls in classes] == before
+    before = [vars(cls)["forward"] for cls in classes]
+    fdt.enable()
+    grafted = [dict(vars(cls)) for cls in classes]
+    assert all(own["forward"] is not was for own, was in zip(grafted, before, strict=True))
+    fdt.disable()
     with pytest.raises(KeyError), fdt.enabled():
         raise KeyError
-    assert [dict(vars(cls)) for cls in classes] == before
+    assert [dict(vars(cls)) for cls in classes] == grafted
+
+
+def test_module_follows_the_state(case):
+    def in_a_thread(call):
+        results = []
+        thread = threading.Thread(target=lambda: results.append(call()))
+        thread.start()
+        thread.join()
+        return results[0]
+
+    module, _, function, x = case
+    for _ in range(2):
+        with fdt.enabled():
+            assert_equal(under(1, gradient, module, x), under(1, gradient, function, x))
+            assert_equal(in_a_thread(lambda: module(x)), x * 3)
+        assert_equal(module(x), x * 3)
+
+
+SCRIPTED = """
+import sys, types, torch
+for name in ("timm", "timm.layers", "timm.layers.drop"):
+    sys.modules[name] = types.ModuleType(name)
+def thrice(x: torch.Tensor):
+    return x * 3
+class DropPath(torch.nn.Module):
+    drop_prob: float
+    def __init__(self):
+        super().__init__()
+        self.drop_prob = 0.5
+    def forward(self, x):
+        return thrice(x)
+DropPath.__module__, sys.modules["timm.layers.drop"].DropPath = "timm.layers.drop", DropPath
+import fastdrop.torch as fdt
+fdt.enable()
+forward = DropPath.forward
+fdt.disable()
+print(forward is DropPath.forward, torch.jit.script(DropPath())(torch.ones(1)).item())
+"""
+
+
+def test_module_can_be_scripted(tmp_path):
+    """TorchScript finds the source of its own forward, and the names in it where that was written."""
+    path = tmp_path / "scripted.py"
+    path.write_text(SCRIPTED)
+    assert output_of(f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')") == "True 3.0"
 
 
 @pytest.mark.parametrize("name", LEFT)

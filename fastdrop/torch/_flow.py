@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ._context import overriding, without_gradients
 from ._rates import rate_name
 
 # What an op is, by the file of torch in which its module's class, or one that it derives from, is defined ...
@@ -88,13 +89,21 @@ class Flow:
         except Exception as error:  # whatever a model's own __deepcopy__ or train may raise
             return _in_sequences(model, f"the model can't be copied ({_first_line(error)})")
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
-            if example is not None:
-                return _run(twin, example if isinstance(example, tuple) else (example,))
-            try:
-                return _traced(twin)
-            except Exception as error:  # whatever its forward raises on fx's proxies
-                return _in_sequences(model, f"the model can't be traced ({_first_line(error)}); give an example_input")
+        from torch._dynamo import eval_frame  # which `set_stance` imports
+
+        state, stance = torch.default_generator.get_state(), eval_frame._stance
+        try:
+            with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+                if example is not None:
+                    return _run(twin, example if isinstance(example, tuple) else (example,))
+                try:
+                    return _traced(twin)
+                except Exception as error:  # whatever its forward raises on fx's proxies
+                    limit = f"the model can't be traced ({_first_line(error)}); give an example_input"
+                    return _in_sequences(model, limit)
+        finally:  # where an exception from a signal kept torch's contexts from it
+            eval_frame._stance = stance
+            torch.default_generator.set_state(state)
 
 
 def backward(op: Op, through: set[str]) -> Iterator[tuple[Op, int]]:
@@ -159,7 +168,7 @@ def _first_line(error: Exception) -> str:
 
 def _run(model: nn.Module, inputs: tuple[Any, ...]) -> Flow:
     recorder = _Recorder(model)
-    with torch.no_grad(), recorder:
+    with without_gradients(), overriding(recorder):
         result = model(*inputs)
     scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
     limit = "scripted modules can't be looked into" if scripted else ""

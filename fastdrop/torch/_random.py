@@ -97,8 +97,9 @@ class SampleSeeds:
 @contextlib.contextmanager
 def taken_from(seeds: SampleSeeds) -> Iterator[None]:
     """Has this thread's dropouts take their seeds from here."""
-    before, _buffer.seeds = _buffer.seeds, seeds
+    before = _buffer.seeds
     try:
+        _buffer.seeds = seeds
         yield
     finally:
         _buffer.seeds = before

@@ -10,7 +10,8 @@ import importlib
 import itertools
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +20,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from .. import _checks
-from . import _random
+from . import _context, _random
+from ._gates import Gate, gate_of
 from ._rates import rate_name
 from ._sampling import passes
+from .override import register
 
 __all__ = ["Prediction", "mc_dropout", "mc_predict"]
 
 LONG = 5.0  # seconds from which on there is a progress bar
 TASKS = ("regression", "classification")
 OUTPUTS = ("logits", "probabilities")
+LISTED = 10  # modules in a warning
 FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)  # leave out what is inside unless in training themselves
 
 Filter = Callable[[str, nn.Module], bool]
@@ -37,19 +41,25 @@ Filter = Callable[[str, nn.Module], bool]
 def mc_dropout(model: nn.Module, filter: Filter | None = None) -> Iterator[None]:
     """Turns on a model's dropout, and nothing else, for a block or, as a decorator, a function.
 
-    Into training mode go fastdrop's and torch's dropout modules, `torch.nn.MultiheadAttention` and recurrent layers
-    built with dropout, timm's and torchvision's by name, and transformer encoders around them, which would run fused,
-    without dropout, and do nothing else in it. All others, batch normalisation above all, stay as they are: call
-    ``model.eval()`` first. At the end, errors or not, each module's mode is what it was. Blocks may be nested.
+    On are fastdrop's and torch's dropout modules, `torch.nn.MultiheadAttention` and recurrent layers built with
+    dropout, timm's and torchvision's by name, transformer encoders around them, which would run fused, without
+    dropout, and do nothing else in it. So are modules that call dropout as a function: those whose class reads
+    ``training`` for ``F.dropout(x, p, self.training)``, for ``dropout_p=self.p if self.training else 0.0`` or the like,
+    and for nothing else, as its source says. All others, batch normalisation above all, stay as they are: call
+    ``model.eval()`` first.
+
+    No module is written to. For the thread, or asyncio task, that runs the block, ``training`` of the modules above
+    reads True; for others it is what it was. So one model may serve several threads at once. Blocks may be nested.
 
     Parameters
     ----------
     model : Module
     filter : callable of (path, module) that returns bool, optional
-        Picks the modules in place of the above, from all there are: fewer, or further ones, such as those that pass
-        their ``training`` to `torch.nn.functional.dropout`. Batch and instance normalisation are never turned on.
+        Picks the modules in place of the above, from all there are. Batch and instance normalisation are never turned
+        on.
 
-    Raises TypeError for a filter that can't be called.
+    Raises TypeError for a filter that can't be called. Warns of modules that read ``training`` for dropout and for
+    something else, which stay as they are unless a filter picks them.
 
     >>> import torch, fastdrop.torch as fdt
     >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), fdt.Dropout(0.5)).eval()
@@ -59,9 +69,22 @@ def mc_dropout(model: nn.Module, filter: Filter | None = None) -> Iterator[None]
     >>> [module.training for module in model]
     [False, False]
     """
+    with _context.appearing({(module, "training"): True for module in _chosen(model, filter, 4)}):
+        yield
+
+
+def _chosen(model: nn.Module, filter: Filter | None, stacklevel: int) -> set[nn.Module]:
+    """The modules that are to drop."""
     modules = list(model.modules())
     if filter is None:
-        chosen = {module for module in modules if rate_name(module) is not None}
+        chosen = {module for module in modules if rate_name(module) is not None or _gate(module) is Gate.DROPOUT}
+        mixed = [path for path, module in model.named_modules() if module not in chosen and _gate(module) is Gate.MIXED]
+        if mixed:
+            warnings.warn(
+                "these modules read training for dropout and for something else, and stay as they are: "
+                f"{_listed(model, mixed)}; to turn them on give filter=, a function of path and module",
+                stacklevel=stacklevel,
+            )
     else:
         _checks.function("filter", filter)
         named = model.named_modules(remove_duplicate=False)
@@ -69,34 +92,34 @@ def mc_dropout(model: nn.Module, filter: Filter | None = None) -> Iterator[None]
     for encoder in [module for module in modules if isinstance(module, FUSED)]:
         if not chosen.isdisjoint(encoder.modules()):
             chosen.update(module for module in encoder.modules() if isinstance(module, FUSED))
-    with _in_mode(chosen, True):
-        yield
+    if any(isinstance(module, torch.jit.ScriptModule) for module in chosen):
+        register()  # scripted code keeps its mode out of reach, and asks the kernels
+    return chosen
 
 
-@contextlib.contextmanager
-def _in_mode(modules: Iterable[nn.Module], training: bool) -> Iterator[None]:
-    changed = [module for module in modules if module.training != training]
-    try:
-        for module in changed:
-            module.training = training
-        yield
-    finally:
-        for module in changed:
-            module.training = not training
+def _gate(module: nn.Module) -> Gate:
+    norm = isinstance(module, _NormBase | torch.jit.ScriptModule)
+    return Gate.NOTHING if norm else gate_of(type(module))
 
 
-@contextlib.contextmanager
-def _out_of_place(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """What is the same for all samples of a pass can't be written to by each."""
-    scripted = torch.jit.ScriptModule
-    changed: list[Any] = [m for m in modules if not isinstance(m, scripted) and getattr(m, "inplace", None) is True]
-    try:
-        for module in changed:
-            module.inplace = False
-        yield
-    finally:
-        for module in changed:
-            module.inplace = True
+def _listed(model: nn.Module, paths: list[str]) -> str:
+    shown = [f"{path or 'the model'} ({type(model.get_submodule(path)).__name__})" for path in paths[:LISTED]]
+    return ", ".join(shown) + (f" and {len(paths) - LISTED} more" if len(paths) > LISTED else "")
+
+
+def _in_sampling(model: nn.Module, chosen: set[nn.Module]) -> dict[tuple[nn.Module, str], bool]:
+    """What the attributes of a sampled model appear to be: dropout is on, out of place, and all else in evaluation."""
+    appearances = {}
+    for path, module in model.named_modules():
+        if module in chosen:
+            appearances[module, "training"] = True
+            if not isinstance(module, torch.jit.ScriptModule) and getattr(module, "inplace", None) is True:
+                appearances[module, "inplace"] = False  # what is the same for all samples of a pass
+        elif module.training:
+            if isinstance(module, torch.jit.ScriptModule) and '"training"' in str(getattr(module, "inlined_graph", "")):
+                raise ValueError(f"{path or 'the model'} is scripted and in training: call model.eval() first")
+            appearances[module, "training"] = False
+    return appearances
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,25 +160,32 @@ def mc_predict(
     outputs: str = "logits",
     filter: Filter | None = None,
     progress: bool | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    output: str | int | Callable[[Any], Any] | None = None,
+    strict: bool = False,
 ) -> Prediction:
     """Statistics of a model's predictions over many dropout masks: Monte Carlo dropout.
 
-    The model runs in evaluation but for its dropout, without gradients. Many samples go through in a pass by
-    `torch.func.vmap`, what comes before the first dropout once for all of them, and are added up as they come: memory
-    holds one pass. Samples of a model that can't be mapped run one by one. Modes and torch's generators are restored;
-    x stays as it is: the model gets copies, and dropout modules return new tensors, whatever their ``inplace``.
+    The model runs in evaluation but for its dropout, without gradients; `mc_dropout` says which modules drop. Many
+    samples go through in a pass by `torch.func.vmap`, what comes before the first dropout once for all of them, and are
+    added up as they come: memory holds one pass. Samples of a model that can't be mapped run one by one. No module is
+    written to but by the model itself, and x stays as it is: the model gets copies, and dropout modules return new
+    tensors, whatever their ``inplace``. So any number of threads may sample, the same model or others, and each gets
+    what it would get alone.
 
     The k-th dropout of sample s has a seed made of ``seed``, s and k alone: the result is the same, up to rounding, for
     any ``batch``. This holds for fastdrop's dropout. If a model draws anything else, it runs inside of `enabled`, which
-    makes torch's dropout fastdrop's but empties the caches of `torch.compile`, if that was used: `convert` such models,
-    or `enable` for good. If it still does, samples run one by one, each with torch's generators at a seed of its own.
+    makes torch's dropout fastdrop's for this thread. If it still does, samples run one by one, and torch's random
+    operators draw from generators of the sample's own; torch's default generators are not used. (A few operators of
+    CUDA take no other. They get the default generator for one call each, with its state put back after it.)
 
     Parameters
     ----------
     model : Module
-        Returns one Tensor of real numbers.
+        Returns a Tensor of real numbers, or something that has one as ``logits``.
     x
-        The model's argument, a Tensor or any other; a tuple has several.
+        The model's argument, a Tensor or any other; a tuple has several, a dict those with names. (An argument that is
+        itself a tuple or a dict goes into a tuple.)
     samples : int
         How many, 1 or more.
     seed : int, optional
@@ -175,6 +205,13 @@ def mc_predict(
         As in `mc_dropout`.
     progress : bool, optional
         A bar on stderr, if tqdm is installed. Without it, on a terminal, where the samples will take seconds.
+    kwargs : dict, optional
+        Arguments with names, beside those of x.
+    output : str, int or callable, optional
+        Which Tensor of what the model returns: a key or attribute, a place in a tuple, or a function of it.
+    strict : bool
+        A model that draws nothing, and so has a standard deviation of 0 everywhere, raises RuntimeError; else a warning
+        says so.
 
     Raises TypeError and ValueError for arguments other than these and for models that return something else,
     IndexError for a ``class_axis`` that the output lacks.
@@ -195,14 +232,21 @@ def mc_predict(
     _checks.choice("task", task, TASKS)
     _checks.choice("outputs", outputs, OUTPUTS)
     number = _random.draw(None) if seed is None else _checks.uint64("seed", seed)
-    arguments = x if type(x) is tuple else (x,)
+    arguments, keywords = _inputs(x, kwargs)
     moments, entropies = _Moments(), _Moments()
 
-    with contextlib.ExitStack() as stack:
-        for context in (_in_mode(model.modules(), False), mc_dropout(model, filter), torch.no_grad()):
-            stack.enter_context(context)
-        stack.enter_context(_out_of_place(module for module in model.modules() if module.training))
-        chunks = stack.enter_context(contextlib.closing(passes(model, arguments, samples, number, batch)))
+    def without_draws() -> None:
+        readers = [path for path, module in model.named_modules() if _gate(module) is Gate.MIXED]
+        hint = f"; these may drop if filter= names them: {_listed(model, readers)}" if readers else ""
+        message = f"nothing was dropped: the model draws no dropout, so its standard deviation is 0 everywhere{hint}"
+        if strict:
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=4)
+
+    chosen = _chosen(model, filter, 3)
+    run = passes(model, arguments, keywords, samples, number, batch, _taker(output), without_draws)
+    with contextlib.ExitStack() as stack, _context.appearing(_in_sampling(model, chosen)), _context.without_gradients():
+        chunks = stack.enter_context(contextlib.closing(run))
         started = time.perf_counter()
         first = next(chunks)
         advance = stack.enter_context(_bar(progress, samples, time.perf_counter() - started))
@@ -226,6 +270,49 @@ def mc_predict(
     entropy = torch.special.entr(mean).sum(class_axis)
     information = (entropy - entropies.result()[0]).clamp_(min=0.0)
     return Prediction(mean.to(dtype), std.to(dtype), entropy.to(dtype), information.to(dtype), kept)
+
+
+def _inputs(x: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The model's arguments, by place and by name."""
+    if kwargs is not None and not isinstance(kwargs, Mapping):
+        raise TypeError(f"kwargs must be a dict, but got {type(kwargs).__name__}")
+    keywords = dict(kwargs or {})
+    if isinstance(x, Mapping):
+        return (), {**x, **keywords}
+    return x if type(x) is tuple else (x,), keywords
+
+
+def _taker(output: Any) -> Callable[[Any], Any]:
+    """What takes the Tensor out of what a model returns."""
+    if output is None:
+        return lambda y: y if isinstance(y, Tensor) or (logits := _part(y, "logits")) is None else logits
+    if callable(output):
+        return output  # type: ignore[no-any-return]
+    if not isinstance(output, str | int):
+        raise TypeError(f"output must be a str, an int or callable, but got {type(output).__name__}")
+
+    def take(y: Any) -> Any:
+        part = _part(y, output)
+        if part is None:
+            keys = f" with {', '.join(map(str, y))}" if isinstance(y, Mapping) else ""
+            raise ValueError(
+                f"output must be of what the model returns, a {type(y).__name__}{keys}, but got {output!r}"
+            )
+        return part
+
+    return take
+
+
+def _part(y: Any, name: str | int) -> Any:
+    """What y has under a key, at an index or as an attribute; None if it has no such thing."""
+    if isinstance(y, Mapping) and name in y:
+        return y[name]
+    if isinstance(name, str):
+        return getattr(y, name, None)
+    try:
+        return y[name]
+    except (TypeError, LookupError):
+        return None
 
 
 class _Moments:

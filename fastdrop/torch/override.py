@@ -1,15 +1,19 @@
 """torch's own dropouts on fastdrop: kernels registered with torch's dispatcher for ``aten::dropout`` and its like.
 
 The dispatcher finds them by the same table look-up that finds any kernel, so no other operator pays for it, and
-everything that drops through the ops is reached, from Python or from C++. docs/design.md tells why not a mode. timm's
-and torchvision's modules are written in Python; theirs is another ``forward`` for as long.
+everything that drops through the ops is reached, from Python or from C++. docs/design.md tells why not a mode. They are
+registered once and stay: taking a kernel away while another thread is on its way to it ends the process. Each asks
+`_context` whether it is its turn, and hands on to torch if not. timm's and torchvision's modules are written in Python;
+their ``forward`` is replaced once, and asks too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import threading
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -19,8 +23,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from .. import __version__, kinds
-from . import _cuda, _kernels
+from .. import kinds
+from . import _context, _cuda, _kernels
+from ._context import drops_in_scripts, is_enabled, note_traced
 from ._plain import is_transformed
 from ._route import KEEPS_ALL, drop
 from .attention import attend, compose, is_direct, is_regular, trace
@@ -43,11 +48,12 @@ OPS = {
 # Attention, of tensors on the CPU where it drops; elsewhere it is torch's, and its dropout ours.
 ATTENTION = "scaled_dot_product_attention"
 ATTENTION_KEYS = ("CPU", "AutogradCPU")
+GRAFTED = "_fastdrop_grafted"  # on the forward of timm's and torchvision's classes, once it is ours
+UNSCRIPTED = "__jit_unused_properties__"  # where TorchScript looks for properties to leave out
 FEWEST_SCORES = 1 << 15  # below, the Python around a call costs more than its kernels save
-CACHE_TAG = f"+fastdrop {__version__}"
 
-_registrations: torch.library.Library | None = None  # torch is as it was when this is None
-_grafted: list[tuple[type[torch.nn.Module], dict[str, Any]]] = []  # classes of others, and what they had before
+_library: torch.library.Library | None = None  # never taken away: another thread may be on its way to a kernel
+_is_registered = False
 _lock = threading.Lock()
 
 
@@ -61,10 +67,13 @@ def enable() -> None:
     built of these; of timm and torchvision, where they were imported before, the modules that `convert` knows. Values
     and gradients are those of the functions of `fastdrop.torch`; other operators and devices, integer, sparse and
     nested tensors and DTensors stay as they are. So do, on a GPU, fused attention and cuDNN's recurrent layers, which
-    drop inside of kernels of their own. timm's and torchvision's modules can't be scripted meanwhile.
+    drop inside of kernels of their own.
 
-    Calling it again does nothing. What `torch.compile` has compiled is compiled anew at its next call, so switch once
-    and not in a loop.
+    Calling it again does nothing. It may be called while other threads work: what is switched is a flag that each call
+    reads. The first call in a process also registers kernels with torch's dispatcher, which are never taken away, and
+    resets `torch.compile`, if that was used. Make it before threads start: torch doesn't say that registering is safe
+    while another thread calls the same operator. Code compiled from then on follows the state by itself, each state
+    with its own code.
 
     >>> import torch, fastdrop.torch as fdt
     >>> x = torch.tensor([1.0, float("nan"), 3.0])
@@ -75,65 +84,68 @@ def enable() -> None:
     >>> torch.nn.functional.dropout(x, 1.0)
     tensor([0., nan, 0.])
     """
-    global _registrations
-    with _lock:
-        if _registrations is None:
-            library = torch.library.Library("aten", "IMPL")
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", UserWarning)  # torch says that it has kernels for transforms itself
-                for name, (features, law) in OPS.items():
-                    for inplace in (False, True):
-                        kernel = _kernel(name + "_" * inplace, features, law, inplace)
-                        for key in KEYS:
-                            library.impl(name + "_" * inplace, kernel, key)
-                for key in ATTENTION_KEYS:
-                    library.impl(ATTENTION, _attention, key)
-            for (module, name), ours in FOREIGN.items():
-                if theirs := getattr(sys.modules.get(module), name, None):
-                    _grafted.append((theirs, _graft(theirs, ours)))
-            _registrations = library
-            _mark_compiled(True)
+    register()
+    _context.set_everywhere(True)
 
 
 def disable() -> None:
-    """Undoes `enable`: torch is as it was. Does nothing where torch's dropout is its own already.
+    """Undoes `enable`: torch's dropout gives what it did. Does nothing where it is torch's own already.
+
+    Once `enable` or `enabled` was used, calls of torch's dropout pass through Python on their way to torch, which costs
+    2 to 3 microseconds each. Blocks of `enabled` that are being run go on as they began.
 
     >>> import fastdrop.torch as fdt
     >>> fdt.disable()
     """
-    global _registrations
-    with _lock:
-        if _registrations is not None:
-            _registrations._destroy()
-            _registrations = None
-            while _grafted:
-                theirs, before = _grafted.pop()
-                for name, value in before.items():
-                    if value is None:
-                        delattr(theirs, name)
-                    else:
-                        setattr(theirs, name, value)
-            _mark_compiled(False)
+    _context.set_everywhere(False)
 
 
 @contextlib.contextmanager
 def enabled() -> Iterator[None]:
-    """`enable` for a block or, as a decorator, a function; the state before is restored at its end, errors or not.
+    """`enable` for a block or, as a decorator, a function, and for what runs in it alone: the thread or asyncio task.
 
-    The state is the process's: other threads are in it too.
+    Threads that are started in the block are not in it, other than those of torch's autograd.
 
     >>> import torch, fastdrop.torch as fdt
     >>> with fdt.enabled():
     ...     torch.nn.functional.dropout(torch.tensor([float("inf")]), 1.0)
     tensor([0.])
     """
-    before = _registrations is not None
-    enable()
-    try:
+    register()
+    with _context.enabled_here():
         yield
-    finally:
-        if not before:
-            disable()
+
+
+def register() -> None:
+    """Puts kernels between torch's dropouts and their callers. They hand on to torch until something is switched on."""
+    global _library, _is_registered
+    if not _is_registered:
+        with _lock:
+            # An exception from a signal may end this anywhere; the next call does it again.
+            if not _is_registered:
+                _library = _library or torch.library.Library("aten", "IMPL")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # torch says that it has kernels for transforms itself
+                    for name, keys, kernel in _kernels_toregister():
+                        for key in keys:
+                            _library.impl(name, kernel, key)
+                for name in (*OPS, *(name + "_" for name in OPS), ATTENTION):
+                    getattr(torch.ops.aten, name).default._dispatch_cache.clear()  # tracing keeps kernels it found
+                if "torch._dynamo" in sys.modules:
+                    torch.compiler.reset()  # what was compiled before has no guard
+                _is_registered = True
+    for (module, name), ours in FOREIGN.items():
+        theirs = getattr(sys.modules.get(module), name, None)
+        if theirs is not None and not hasattr(vars(theirs)["forward"], GRAFTED):
+            with _lock:
+                _graft(theirs, ours)
+
+
+def _kernels_toregister() -> Iterator[tuple[str, tuple[str, ...], Any]]:
+    for name, (features, law) in OPS.items():
+        for inplace in (False, True):
+            yield name + "_" * inplace, KEYS, _kernel(name + "_" * inplace, features, law, inplace)
+    yield ATTENTION, ATTENTION_KEYS, _attention
 
 
 def _kernel(name: str, features: bool, law: str, inplace: bool) -> Any:
@@ -141,10 +153,20 @@ def _kernel(name: str, features: bool, law: str, inplace: bool) -> Any:
     op = getattr(torch.ops.aten, name).default
 
     def kernel(input: Tensor, p: float, train: bool) -> Tensor:
-        if not _ours(input, p) or (features and input.dim() < 2) or (law == "alpha" and input.is_complex()):
+        on = is_enabled()
+        if not train and drops_in_scripts():
+            train = not _is_called_from_python()
+        if type(input) is not Tensor and isinstance(input, FakeTensor):
+            note_traced(on)
+        if not on or not _ours(input, p) or (features and input.dim() < 2) or (law == "alpha" and input.is_complex()):
             return _torchs(op, input, p, train)
         cells = kinds.feature_cells(tuple(input.shape), 1) if features else None
-        return drop(input, p, train, inplace, None, None, cells, "bits", law)
+        try:
+            return drop(input, p, train, inplace, None, None, cells, "bits", law)
+        except (NotImplementedError, TypeError):
+            if _is_known(input):
+                raise
+            return _torchs(op, input, p, train)  # a subclass that knows torch's ops alone
 
     return kernel
 
@@ -164,7 +186,10 @@ def _attention(
     arguments = query, key, value, attn_mask
     options = is_causal, scale, enable_gqa
     drops = dropout_p > KEEPS_ALL  # most calls end here
-    known = drops and all(_ours(x, dropout_p) for x in arguments[:3]) and (attn_mask is None or _is_known(attn_mask))
+    on = drops and is_enabled()
+    if drops and isinstance(query, FakeTensor):
+        note_traced(on)
+    known = on and all(_ours(x, dropout_p) for x in arguments[:3]) and (attn_mask is None or _is_known(attn_mask))
     if known and is_regular(*arguments, *options):
         if any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in arguments):
             traced = compose if is_transformed() or not query.is_cpu else trace
@@ -175,31 +200,40 @@ def _attention(
     return _torchs(op, *arguments, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> dict[str, Any]:
-    """Gives another's class our way of dropping and what that wants; returns what it had before, None for nothing."""
+def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> None:
+    """Gives another's class our way of dropping, for as long as it is enabled, and what that wants."""
     forward = theirs.forward
+    if hasattr(forward, GRAFTED):
+        return
 
-    def dropped(self: Any, input: Tensor) -> Tensor:
-        if not isinstance(input, Tensor) or not _ours(input, 0.0) or refusal(self):
-            result: Tensor = forward(self, input)
-            return result
+    def dropped(self, input):  # type: ignore[no-untyped-def]
+        # Only closure variables and builtins: the function is made anew below.
+        if not is_enabled_there() or not is_ours(input) or is_refused(self):
+            return forward(self, input)
         return ours._drop(self, input)
 
     wanted = {
         name: value for cls in reversed(ours.__mro__) if issubclass(cls, Rated) for name, value in vars(cls).items()
     }
-    missing = {name: value for name, value in wanted.items() if not name.startswith("__") and not hasattr(theirs, name)}
-    before: dict[str, Any] = dict.fromkeys(missing)
-    before["forward"] = vars(theirs)["forward"]
-    for name, value in missing.items():
-        setattr(theirs, name, value)
-    theirs.forward = dropped
-    return before
+    added = [name for name in wanted if not name.startswith("__") and not hasattr(theirs, name)]
+    for name in added:
+        setattr(theirs, name, wanted[name])
+    unscripted = [name for name in added if isinstance(wanted[name], property)]
+    setattr(theirs, UNSCRIPTED, [*getattr(theirs, UNSCRIPTED, ()), *unscripted])
+    is_enabled_there, is_refused, is_ours = _context.is_enabled_there, refusal, _is_ours
+    # TorchScript compiles the source of what is wrapped, with the globals of the function that it finds.
+    grafted: Any = types.FunctionType(dropped.__code__, forward.__globals__, closure=dropped.__closure__)
+    theirs.forward = functools.update_wrapper(grafted, forward)
+    setattr(grafted, GRAFTED, True)
+
+
+def _is_ours(x: Any) -> bool:
+    return isinstance(x, Tensor) and _ours(x, 0.0)
 
 
 def _ours(x: Tensor, p: float) -> bool:
     """Whether fastdrop has it; torch refuses a bad p in its own words."""
-    if not _is_known(x) or x.dtype not in _kernels.DTYPES or not 0.0 <= p <= 1.0:
+    if not (_is_known(x) or _is_wrapper(x)) or x.dtype not in _kernels.DTYPES or not 0.0 <= p <= 1.0:
         return False
     return x.is_cpu or (x.is_cuda and _cuda.is_usable(x.get_device()))
 
@@ -210,20 +244,23 @@ def _is_known(x: Tensor) -> bool:
     return known and x.layout is torch.strided and not x.is_nested
 
 
+def _is_wrapper(x: Tensor) -> bool:
+    """Whether x is a dense subclass that sees the ops it is given to: it sees ours, and so has our mask for a seed.
+
+    DTensor has a rule for each op that it knows, and none for ours.
+    """
+    if x.layout is not torch.strided or x.is_nested:
+        return False
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is None or not isinstance(x, package.DTensor)
+
+
+def _is_called_from_python() -> bool:
+    """Whether the kernel that asks was called by one of torch's Python functions, and not from scripted code."""
+    return sys._getframe(2).f_code.co_filename == torch.nn.functional.__file__
+
+
 def _torchs(op: Any, *arguments: Any, **options: Any) -> Tensor:
     """What torch does when nobody overrides it."""
     result: Tensor = op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *arguments, **options)
     return result
-
-
-def _mark_compiled(ours: bool) -> None:
-    """What is compiled from here on is of the new state: on disk by its cache key, in memory by compiling anew.
-
-    Both caches know a graph by torch's names, before dropout becomes what it is in this state.
-    """
-    config = torch.compiler.config
-    config.cache_key_tag = config.cache_key_tag + CACHE_TAG if ours else config.cache_key_tag.replace(CACHE_TAG, "")
-    for name in (*OPS, *(name + "_" for name in OPS), ATTENTION):
-        getattr(torch.ops.aten, name).default._dispatch_cache.clear()  # tracing remembers there which kernel it found
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
