@@ -1,8 +1,7 @@
 """Reports on a model: a row for each module, and how many equal lines are printed as one.
 
-`convert`, `fuse`, `fold_scaling` and the scheduler make a `Report`; `audit` folds its own lines by `fold_and_count`. For
-example, the 12 rows of ``layer.0.dropout`` to ``layer.11.dropout`` that say the same are printed as
-``layer.0-11.dropout (12x)``.
+`convert`, `fuse`, `fold_scaling` and the scheduler make a `Report`; `audit` folds its lines by `fold_and_count`. Twelve
+rows of ``layer.0.dropout`` to ``layer.11.dropout`` that say the same are printed as ``layer.0-11.dropout (12x)``.
 """
 
 from __future__ import annotations
@@ -108,9 +107,7 @@ def fold_and_count(lines: Iterable[tuple[str, ...]]) -> list[tuple[tuple[str, ..
     ]
 
 
-def _merged(
-    counts: dict[tuple[Key, tuple[str, ...]], int], position: int
-) -> dict[tuple[Key, tuple[str, ...]], int]:
+def _merged(counts: dict[tuple[Key, tuple[str, ...]], int], position: int) -> dict[tuple[Key, tuple[str, ...]], int]:
     """Entries that differ at one position alone made one, where the first of them was."""
     groups: dict[object, list[tuple[Key, tuple[str, ...]]]] = {}
     for key, rest in counts:
@@ -122,7 +119,10 @@ def _merged(
     for entries in groups.values():
         key, rest = entries[0]
         if len(entries) > 1:
-            numbers = frozenset().union(*(entry[position] for entry, _ in entries))  # type: ignore[arg-type]
+            numbers: frozenset[int] = frozenset()
+            for entry, _ in entries:
+                number = entry[position]
+                numbers |= number if isinstance(number, frozenset) else frozenset()
             key = (*key[:position], numbers, *key[position + 1 :])
         merged[key, rest] = sum(counts[entry] for entry in entries)
     return merged

@@ -1,12 +1,12 @@
-"""What the forward of a module does with dropout, read off its source: no list of class names knows other people's models.
+"""What the forward of a module does with dropout, read off its source. A list of class names would be wrong tomorrow.
 
 `convert`, `fuse`, `audit` and the scheduler ask two questions. Which functions that drop does a module call
-(`functional_drops`)? And is a dropout module called, or does its owner only read its ``p``, to give it to attention
-(`Owners.use_of`)? `is_drop_path` recognises stochastic depth by what its forward computes. Where there is no source, names are
-read off the bytecode.
+(`functional_drops`)? Is a dropout module called, or does its owner only read its ``p``, to give it to attention
+(`Owners.use_of`)? Besides, `is_drop_path` recognises stochastic depth by what its forward computes.
 
 The source of a function is followed through the module's own methods, ``super()`` and helper functions. A branch on an
-attribute such as ``if self.fused_attn:`` is taken as that attribute stands on the module.
+attribute such as ``if self.fused_attn:`` is taken as that attribute stands on the module. Where there is no source,
+names are read off the bytecode.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import contextlib
 import dis
 import functools
 import inspect
+import sys
 import textwrap
 import types
 import weakref
@@ -48,7 +49,12 @@ DROPS: dict[Any, tuple[str, int, float]] = {
     },
     torch.native_dropout: ("p", 1, 0.5),
 }
-ATTENTION_RATES = ("dropout", "dropout_p", "attn_dropout", "attention_dropout")  # keywords of functions that are unknown
+ATTENTION_RATES = (
+    "dropout",
+    "dropout_p",
+    "attn_dropout",
+    "attention_dropout",
+)  # keywords of functions that are unknown
 DRAWS = {torch.rand, torch.rand_like, torch.bernoulli}
 DRAWING_METHODS = ("bernoulli_", "bernoulli")
 DEPTH = 6  # calls deep
@@ -85,6 +91,7 @@ class Uses:
     """All that the forward of one class does."""
 
     drops: list[tuple[Drop, Guards]] = field(default_factory=list)
+    held: list[tuple[Drop, Chain, Guards]] = field(default_factory=list)  # if that attribute is a function that drops
     uses: list[Use] = field(default_factory=list)
     draws: list[tuple[str, bool]] = field(default_factory=list)  # random functions; in a helper that is told `training`
     readable: bool = True
@@ -98,8 +105,10 @@ def functional_drops(module: nn.Module) -> list[Drop]:
     """The functions that drop which the module's forward calls, each once; none for torch's own and our classes."""
     if _is_known(module):
         return []
-    found = {(d.call, d.name, rate_text(module, d)): d for d, guards in _uses(module).drops if _holds(module, guards)}
-    return list(found.values())
+    uses = _uses(module)
+    drops = [drop for drop, guards in uses.drops if _holds(module, guards)]
+    drops += [drop for drop, chain, guards in uses.held if _is_held(module, drop, chain) and _holds(module, guards)]
+    return list({(drop.call, drop.name, rate_text(module, drop)): drop for drop in drops}.values())
 
 
 def rate_text(module: nn.Module, drop: Drop) -> str:
@@ -185,17 +194,19 @@ def is_drop_path(kind: type[nn.Module]) -> bool:
 
     It is if its code is one of those in `DROP_PATHS`, whatever names it uses.
     """
-    known = _drop_paths.get(kind)
-    if known is None:
-        known = _drop_paths[kind] = _is_drop_path(kind)
-    return known
+    forward = _python_function(getattr(kind, "forward", None))
+    code = getattr(forward, "__code__", None)
+    if kind not in _drop_paths or _drop_paths[kind][0] is not code:
+        _drop_paths[kind] = code, forward is not None and _is_drop_path(forward)
+    return _drop_paths[kind][1]
 
 
 # ---- their parts ----
 
 
-_read: weakref.WeakKeyDictionary[type, Uses] = weakref.WeakKeyDictionary()
-_drop_paths: weakref.WeakKeyDictionary[type, bool] = weakref.WeakKeyDictionary()
+# By class, with the code of the forward at that time: a class may be given another one.
+_read: weakref.WeakKeyDictionary[type, tuple[Any, Uses]] = weakref.WeakKeyDictionary()
+_drop_paths: weakref.WeakKeyDictionary[type, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 
 
 def _is_known(module: nn.Module) -> bool:
@@ -210,18 +221,23 @@ def _uses(module: nn.Module) -> Uses:
         forward = vars(module)["forward"]
         bound = getattr(forward, "__self__", None) is module
         return _read_function(forward.__func__ if bound else forward, kind, bound)
-    if kind not in _read:
-        _read[kind] = _read_function(getattr(kind, "forward", None), kind, True)
-    return _read[kind]
+    forward = getattr(kind, "forward", None)
+    code = getattr(_python_function(forward), "__code__", None)
+    if kind not in _read or _read[kind][0] is not code:
+        _read[kind] = code, _read_function(forward, kind, True)
+    return _read[kind][1]
 
 
 def _read_function(forward: Any, kind: type, has_self: bool) -> Uses:
     uses = Uses()
     function = _python_function(forward)
-    if function is None:
-        uses.readable = False
-        return uses
-    _Reader(function, kind, uses, has_self=has_self).read()
+    try:
+        if function is not None:
+            _Reader(function, kind, uses, has_self=has_self).read()
+            return uses
+    except Exception:  # a report must not fail for what somebody's source may look like
+        uses = Uses()
+    uses.readable = False
     return uses
 
 
@@ -259,6 +275,15 @@ def _holds(module: nn.Module, guards: Guards) -> bool:
     return all(chain == ("training",) or _attribute(module, chain) is not (not truth) for chain, truth in guards)
 
 
+def _is_held(module: nn.Module, drop: Drop, chain: Chain) -> bool:
+    """Whether an attribute is a function that drops as the call says: one of torch's, or an unknown one."""
+    function = _attribute(module, chain)
+    torchs = _is_hashable(function) and function in DROPS
+    if drop.known:
+        return torchs and DROPS[function][0] == drop.name
+    return not torchs and not _modules_at(module, chain)
+
+
 def _modules_at(owner: nn.Module, chain: Chain) -> list[nn.Module]:
     found: list[Any] = [owner]
     for name in chain:
@@ -292,6 +317,7 @@ class _Reader(ast.NodeVisitor):
         self.parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
         self.me = self.parameters[0] if has_self and self.parameters else None
         self.assigned: dict[str, ast.expr | None] = {}
+        self.imported: dict[str, Any] = {}
 
     def read(self) -> None:
         tree = _tree(self.function.__code__)
@@ -312,6 +338,14 @@ class _Reader(ast.NodeVisitor):
             self._assign(node.target, None)
         elif isinstance(node, ast.For | ast.comprehension):
             self._assign_item(node.target, node.iter)
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                name = alias.name if alias.asname else alias.name.partition(".")[0]
+                self.imported[alias.asname or name] = sys.modules.get(name)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            for alias in node.names:
+                found = getattr(sys.modules.get(node.module or ""), alias.name, None)
+                self.imported[alias.asname or alias.name] = found
 
     def _assign(self, target: ast.expr, value: ast.expr | None) -> None:
         if isinstance(target, ast.Name):
@@ -361,6 +395,8 @@ class _Reader(ast.NodeVisitor):
         if steps == 0:
             return None
         if isinstance(node, ast.Name):
+            if node.id in self.imported:
+                return self.imported[node.id]
             value = self.assigned.get(node.id)
             if node.id in self.assigned:
                 return self.object(value, steps - 1) if isinstance(value, ast.Name | ast.Attribute) else None
@@ -466,16 +502,22 @@ class _Reader(ast.NodeVisitor):
             self.visit(node.func)
 
     def _call_of_own(self, chain: Chain, node: ast.Call) -> None:
+        if len(chain) > 1 and chain[-1] in ("forward", "__call__"):
+            chain = chain[:-1]
         self._use(chain, "called")
+        method = None
         if len(chain) == 1:
             method = inspect.getattr_static(self.kind, chain[0], None)
+            if method is None:  # an attribute of the object, which may be a function
+                self._drop(node, f"{self.me}.{chain[0]}", ("p", 1, 0.5), True, held_as=chain)
             self.uses.by_name |= chain[0] in ("children", "named_children", "modules", "named_modules")
             if isinstance(method, staticmethod | classmethod):
                 self._follow(method.__func__, node, False)
             elif method is not None:
                 self._follow(method, node, True)
-        elif chain[0] == "_modules":
-            self.uses.by_name = True
+        if method is None:
+            self._hand_on(node, ast.unparse(node.func), held_as=chain)
+        self.uses.by_name |= chain[:1] == ("_modules",)
 
     def _call_of_function(self, node: ast.Call) -> None:
         target = self.object(node.func)
@@ -496,7 +538,7 @@ class _Reader(ast.NodeVisitor):
         elif isinstance(target, types.FunctionType) and not is_class:
             if not target.__module__.startswith(("torch.", "fastdrop.")) and _mentions_dropout(target.__code__):
                 self._follow(target, node, False)
-        elif target is None and isinstance(node.func, ast.Name):
+        elif target is None:
             self._hand_on(node, written)
 
     def _use(self, chain: Chain, kind: str) -> None:
@@ -505,9 +547,7 @@ class _Reader(ast.NodeVisitor):
 
     def _follow(self, method: Any, node: ast.Call, has_self: bool, defined_in: type | None = None) -> None:
         function = _python_function(method)
-        if function is None or function.__code__ in self.above or len(self.above) > DEPTH:
-            return
-        if (function.__module__ or "").partition(".")[0] == "torch":  # Module's own, as `register_buffer`
+        if function is None or not self._is_followed(function):
             return
         code = function.__code__
         names = code.co_varnames[: code.co_argcount]
@@ -532,7 +572,18 @@ class _Reader(ast.NodeVisitor):
         )
         reader.read()
 
-    def _drop(self, node: ast.Call, written: str, rate: tuple[str, int, float], torchs: bool) -> None:
+    def _is_followed(self, function: types.FunctionType) -> bool:
+        own = (function.__module__ or "").partition(".")[0] != "torch"  # not Module's, as `register_buffer`
+        return own and function.__code__ not in self.above and len(self.above) <= DEPTH
+
+    def _drop(
+        self,
+        node: ast.Call,
+        written: str,
+        rate: tuple[str, int, float],
+        torchs: bool,
+        held_as: Chain | None = None,
+    ) -> None:
         name, position, default = rate
         argument = _argument(node, name, position)
         training = _argument(node, "training", 2) if name == "p" else None
@@ -543,19 +594,22 @@ class _Reader(ast.NodeVisitor):
         never = isinstance(training, ast.Constant) and training.value is False
         if never or (value == 0.0 and (argument is None or _is_zero(argument))):
             return
-        self._add(Drop(written, name, text, chain, value, self.function.__qualname__, True, torchs))
+        self._add(Drop(written, name, text, chain, value, self.function.__qualname__, True, torchs), held_as)
 
-    def _hand_on(self, node: ast.Call, written: str) -> None:
+    def _hand_on(self, node: ast.Call, written: str, held_as: Chain | None = None) -> None:
         """A rate given to a function that is known only when it runs, as transformers' attention is."""
         for keyword in node.keywords:
             if keyword.arg in ATTENTION_RATES and not _is_zero(keyword.value):
                 text, chain, value = self.rate(keyword.value)
                 if value != 0.0:
                     place = self.function.__qualname__
-                    self._add(Drop(written, keyword.arg, text, chain, value, place, False, True))
+                    self._add(Drop(written, keyword.arg, text, chain, value, place, False, True), held_as)
 
-    def _add(self, drop: Drop) -> None:
-        self.uses.drops.append((drop, self.guards))
+    def _add(self, drop: Drop, held_as: Chain | None = None) -> None:
+        if held_as is None:
+            self.uses.drops.append((drop, self.guards))
+        else:
+            self.uses.held.append((drop, held_as, self.guards))
 
     # ---- without source ----
 
@@ -576,9 +630,8 @@ class _Reader(ast.NodeVisitor):
                 lends = len(chain) > 1 and chain[-1] == "p"
                 self._use(chain[:-1] if lends else chain, "p" if lends else "called")
                 method = _python_function(getattr(self.kind, chain[0], None)) if len(chain) == 1 else None
-                if method is not None and method.__code__ not in self.above and len(self.above) <= DEPTH:
-                    if method.__module__.partition(".")[0] != "torch":
-                        _Reader(method, self.kind, self.uses, has_self=True, above=self.above).read()
+                if method is not None and self._is_followed(method):
+                    _Reader(method, self.kind, self.uses, has_self=True, above=self.above).read()
             elif value is not None and _is_hashable(value) and value in DROPS:
                 name, torchs = DROPS[value][0], value is not torch.native_dropout
                 self._add(Drop(written, name, "?", None, None, self.function.__qualname__, True, torchs))
@@ -672,10 +725,9 @@ def drop_path(x, drop_prob, training):
 """
 
 
-def _is_drop_path(kind: type[nn.Module]) -> bool:
-    forward = _python_function(getattr(kind, "forward", None))
-    tree = None if forward is None else _tree(forward.__code__)
-    if forward is None or tree is None or len(forward.__code__.co_varnames) < 2:
+def _is_drop_path(forward: types.FunctionType) -> bool:
+    tree = _tree(forward.__code__)
+    if tree is None:
         return False
     if _normalised(tree) in _known(DROP_PATHS):
         return _global(forward, "torch") is torch
@@ -719,5 +771,3 @@ class _Renamed(ast.NodeTransformer):
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         return ast.Name(self.names.get(node.id, node.id), node.ctx)
-
-

@@ -67,8 +67,8 @@ class AuditReport:
     """What `audit` found; a sequence of `Finding`, the worst first, that prints as a table.
 
     ``functional`` has a row for each function that drops in the forward of a module: where, which, and what of fastdrop
-    reaches it. That is no finding. ``limit`` says what kept the audit from seeing the order of all layers; "" if nothing
-    did.
+    reaches it. Those are no findings. ``limit`` says what kept the audit from seeing the order of all layers; "" if
+    nothing did.
     """
 
     def __init__(self, findings: list[Finding], limit: str = "", functional: list[Row] | None = None) -> None:
@@ -105,8 +105,8 @@ class AuditReport:
             lines += _row("", "", f"why: {findings[0].why}") + _row("", "", f"do: {findings[0].remedy}")
         parts = [table(lines) if self.findings else "no findings"]
         if self.functional:
-            told = fold((row.path, row.before, row.reason) for row in self.functional)
-            parts.append(table([("module", "drops by", ""), *told]))
+            functions = fold((row.path, row.before, row.reason) for row in self.functional)
+            parts.append(table([("module", "drops by", "where"), *functions]))
         if self.limit:
             parts.append(f"not all rules applied: {self.limit}")
         return "\n".join(parts)
@@ -123,8 +123,9 @@ def audit(model: nn.Module, example_input: Any = None, *, samples: int | None = 
     Looked for: dropout that stays on in evaluation, that is the output, that comes straight after a convolution, before
     batch normalisation, on recurrent connections or with a new mask at each time step; rates of 0, above 0.7 and of 1;
     networks, layers and data sets that are too small. By class, torch's and fastdrop's dropout is recognised; by name,
-    timm's and torchvision's. Below the findings stands the dropout that is no module: functions such as ``F.dropout``
-    that a module's forward calls, by its source. `convert` and `DropoutScheduler` don't reach them, `enable` mostly does.
+    timm's and torchvision's. Below the findings, the report lists the functions that drop, such as
+    ``F.dropout``, which the forwards of modules call. `convert` and `DropoutScheduler` don't reach them; the list says
+    whether `enable` does.
 
     Parameters
     ----------

@@ -17,7 +17,18 @@ from ._report import Report, Row, class_name
 from ._source import Owners, functional_drops, is_drop_path, own_random, rate_text, reached_by
 from .modules import Rated
 
-__all__ = ["FOREIGN", "Report", "Row", "convert", "functional_rows", "reach", "refusal", "revert", "why_left", "why_lent"]
+__all__ = [
+    "FOREIGN",
+    "Report",
+    "Row",
+    "convert",
+    "functional_rows",
+    "reach",
+    "refusal",
+    "revert",
+    "why_left",
+    "why_lent",
+]
 
 BEFORE = "_fastdrop_before"  # on a converted module: the class it had
 CLASSES: dict[type[nn.Module], type[Rated]] = {
@@ -117,7 +128,7 @@ UNSEEN = "it can't be told whether anything calls it"
 
 
 def why_lent(owners: Owners, module: nn.Module) -> str:
-    """Why it is of no use to change a module that nobody calls; nothing for one that is called, or may be, or is ours."""
+    """Why it is of no use to change a module of which only p is read; nothing for any other, and for one of ours."""
     if isinstance(module, Rated) or not (class_for(module) or isinstance(module, _DropoutNd)):
         return ""
     if owners.use_of(module) != "lent":

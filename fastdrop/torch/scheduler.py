@@ -62,7 +62,8 @@ class DropoutScheduler:
     schedule : callable of the step that returns p
         One of `fastdrop.schedules` or any other; the step is 0 first.
     filter : callable of (path, module) that returns bool, optional
-        Picks the modules to be driven, those with a p of 0 among them. Without it, all with a p above 0 are driven.
+        Picks the modules to be driven, those with a p of 0 among them (with "scale", 0 stays 0). Without it, all with a
+        p above 0 are driven.
     mode : {"scale", "set"}, optional
         "set" gives the schedule's p to every module. "scale" keeps the proportions of the own rates, as of stochastic
         depth that rises from layer to layer: the module with the largest own rate gets the schedule's p, and every
@@ -144,11 +145,11 @@ class DropoutScheduler:
                 raise ValueError("mode 'scale' must have a module whose p is above 0, but got none")
             entries = {module: _scaled(entry, max(rates)) for module, entry in entries.items()}
         self._driven = [entry for entry in entries.values() if not entry.reason]
-        self._listed = [
-            line
-            for path, module in model.named_modules()
-            for line in (*([entries[module]] if module in entries else []), *_functions(path, module))
-        ]
+        self._listed: list[_Entry | Row] = []
+        for path, module in model.named_modules():
+            if module in entries:
+                self._listed.append(entries[module])
+            self._listed += _functions(path, module)
         self.step(0)
 
     @property
