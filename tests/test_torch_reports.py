@@ -148,7 +148,6 @@ def test_a_function_that_drops_is_listed_with_what_reaches_it(kind, call):
     audited = fdt.audit(model)
     assert [(row.path, row.before) for row in audited.functional] == [("1", call)]
     assert call in str(audited)
-    assert not [finding for finding in audited if finding.path == "1"]
 
 
 class Never(Block):
@@ -357,12 +356,12 @@ def test_every_drop_path_of_transformers_is_known():
     transformers = pytest.importorskip("transformers")
     known, found = _source._known(_source.DROP_PATHS), 0
     for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
-        for text in re.findall(
-            r"^class \w*DropPath\(nn\.Module\):\n(?:(?:    .*)?\n)+", path.read_text(), re.MULTILINE
-        ):
-            (kind,) = ast.parse(text).body
+        text = path.read_text()
+        for match in re.finditer(r"^class \w*DropPath\(nn\.Module\):\n", text, re.MULTILINE):
+            body = re.match(r"(?:(?:    .*)?\n)+", text[match.end() :])
+            (kind,) = ast.parse(match[0] + body[0]).body
             (forward,) = [node for node in kind.body if getattr(node, "name", "") == "forward"]
-            assert _source._normalised(forward) in known, (path, text)
+            assert _source._normalised(forward) in known, path
             found += 1
     assert found > 20
 

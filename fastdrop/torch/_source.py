@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
-__all__ = ["Drop", "Owners", "functional_drops", "is_drop_path", "own_random", "rate_text", "reached_by"]
+__all__ = ["Drop", "Owners", "functional_drops", "is_drop_path", "lenders", "own_random", "rate_text", "reached_by"]
 
 # Functions that drop: the name of their rate, its position and its default.
 DROPS: dict[Any, tuple[str, int, float]] = {
@@ -145,6 +145,11 @@ def own_random(module: nn.Module) -> str:
     return next((name for name, told in uses.draws if told or (plain and in_training)), "")
 
 
+def lenders(owner: nn.Module, drop: Drop) -> list[nn.Module]:
+    """The modules whose p is the rate of a call that their owner makes; mostly none."""
+    return _modules_at(owner, drop.chain[:-1]) if drop.chain and drop.chain[-1] == "p" else []
+
+
 class Owners:
     """Which dropout modules of a model are called, and of which only p is read."""
 
@@ -165,9 +170,8 @@ class Owners:
             held = {id(child) for child in owner.children()} - self._kinds.keys()
             self._mark((child for child in owner.children() if id(child) in held), "unseen")
             for drop, guards in uses.drops:
-                if drop.chain and drop.chain[-1] == "p" and _holds(owner, guards):
-                    for lender in _modules_at(owner, drop.chain[:-1]):
-                        self._drops[id(lender)] = owner, drop
+                if _holds(owner, guards):
+                    self._drops.update((id(lender), (owner, drop)) for lender in lenders(owner, drop))
 
     def _mark(self, modules: Iterator[nn.Module] | list[nn.Module], kind: str) -> None:
         for module in modules:
@@ -183,10 +187,6 @@ class Owners:
     def borrower(self, module: nn.Module) -> tuple[nn.Module, Drop] | None:
         """Of a lent module: the call that its p goes to, and the module that makes it; None if that isn't seen."""
         return self._drops.get(id(module))
-
-    def lenders(self, owner: nn.Module, drop: Drop) -> list[nn.Module]:
-        """The modules whose p is the rate of a call that the owner makes."""
-        return _modules_at(owner, drop.chain[:-1]) if drop.chain and drop.chain[-1] == "p" else []
 
 
 def is_drop_path(kind: type[nn.Module]) -> bool:
@@ -326,8 +326,7 @@ class _Reader(ast.NodeVisitor):
             return
         for node in ast.walk(tree):
             self._note_assignment(node)
-        for statement in tree.body:
-            self.visit(statement)
+        self._visit_block(tree.body)
 
     def _note_assignment(self, node: ast.AST) -> None:
         if isinstance(node, ast.Assign) and len(node.targets) == 1:
@@ -441,11 +440,21 @@ class _Reader(ast.NodeVisitor):
         yes, no = self._guards_of(node.test)
         for part, guards in ((node.body, yes), (node.orelse, no)):
             before, self.guards = self.guards, (*self.guards, *guards)
-            for inner in part if isinstance(part, list) else [part]:
-                self.visit(inner)
+            if isinstance(part, list):
+                self._visit_block(part)
+            else:
+                self.visit(part)
             self.guards = before
 
     visit_IfExp = visit_If
+
+    def _visit_block(self, statements: list[ast.stmt]) -> None:
+        before = self.guards
+        for statement in statements:
+            self.visit(statement)
+            if isinstance(statement, ast.If) and isinstance(statement.body[-1], ast.Return | ast.Raise):
+                self.guards = (*self.guards, *self._guards_of(statement.test)[1])  # what follows is its else
+        self.guards = before
 
     def _guards_of(self, test: ast.expr) -> tuple[Guards, Guards]:
         """What holds of attributes of the module where a test is true, and where it is false."""

@@ -14,7 +14,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from .. import _checks
 from . import modules as ours
 from ._report import Report, Row, class_name
-from ._source import Owners, functional_drops, is_drop_path, own_random, rate_text, reached_by
+from ._source import Owners, functional_drops, is_drop_path, lenders, own_random, rate_text, reached_by
 from .modules import Rated
 
 __all__ = [
@@ -170,7 +170,7 @@ def functional_rows(path: str, module: nn.Module, owners: Owners | None = None) 
     """
     rows = []
     for drop in functional_drops(module):
-        if owners is None or not any(why_lent(owners, lender) for lender in owners.lenders(module, drop)):
+        if owners is None or not any(why_lent(owners, lender) for lender in lenders(module, drop)):
             before = f"{drop.call}({drop.name}={rate_text(module, drop)})"
             rows.append(Row(path, before, None, f"a function, called in {drop.place}; {reached_by(module, drop)}"))
     known: Any = class_for(module) or why_left(module)

@@ -10,7 +10,7 @@ from torch import nn
 from .. import _checks
 from ._rates import number, rate_name, set_rate
 from ._report import Report, Row
-from ._source import functional_drops, rate_text
+from ._source import functional_drops, lenders, rate_text
 
 __all__ = ["DropoutScheduler"]
 
@@ -216,6 +216,6 @@ def _scaled(entry: _Entry, largest: float) -> _Entry:
 def _functions(path: str, module: nn.Module) -> Iterator[Row]:
     """What drops in a module's forward with a rate that isn't a dropout module's."""
     for drop in functional_drops(module):
-        if not drop.chain or drop.chain[-1] != "p":
+        if not lenders(module, drop):
             before = f"{drop.call}({drop.name}={rate_text(module, drop)})"
             yield Row(path, before, None, f"a function, called in {drop.place}; only modules are driven")
