@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.modules.dropout import _DropoutNd
 
 __all__ = ["Drop", "Owners", "functional_drops", "is_drop_path", "lenders", "own_random", "rate_text", "reached_by"]
@@ -49,6 +50,11 @@ DROPS: dict[Any, tuple[str, int, float]] = {
     },
     torch.native_dropout: ("p", 1, 0.5),
 }
+for _name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):  # as in exported programs
+    for _packet in (getattr(torch.ops.aten, _name), getattr(torch.ops.aten, f"{_name}_")):
+        DROPS[_packet] = DROPS[_packet.default] = ("p", 1, 0.5)
+_packet = torch.ops.aten.scaled_dot_product_attention
+DROPS[_packet] = DROPS[_packet.default] = ("dropout_p", 4, 0.0)
 ATTENTION_RATES = (
     "dropout",
     "dropout_p",
@@ -56,13 +62,22 @@ ATTENTION_RATES = (
     "attention_dropout",
 )  # keywords of functions that are unknown
 DRAWS = {torch.rand, torch.rand_like, torch.bernoulli}
+HOLDERS = (types.ModuleType, type, OpOverloadPacket)  # in which names stand for the same at every call
 DRAWING_METHODS = ("bernoulli_", "bernoulli")
-DEPTH = 6  # calls deep
+DEPTH, FOLLOWED = 6, 400  # how many calls deep, and how many functions in all, a forward is read
 
 Chain = tuple[str, ...]  # attributes from self on; "*" is any item
 Guards = tuple[tuple[Chain, bool], ...]
 
 ENABLE = "fdt.enable() reaches it"
+ENABLE_CPU = f"{ENABLE} on the CPU"  # on a GPU, fused attention drops in torch's own kernels
+REACH: dict[Any, str] = {
+    F.scaled_dot_product_attention: ENABLE_CPU,
+    F.multi_head_attention_forward: ENABLE_CPU,
+    torch.ops.aten.scaled_dot_product_attention: ENABLE_CPU,
+    torch.ops.aten.scaled_dot_product_attention.default: ENABLE_CPU,
+    torch.native_dropout: "it stays torch's",
+}
 
 
 class Drop(NamedTuple):
@@ -74,8 +89,7 @@ class Drop(NamedTuple):
     chain: Chain | None  # the rate as attributes of the module
     value: float | None  # or as a number
     place: str  # the function that has the call
-    known: bool  # whether the function is one of DROPS
-    torchs: bool  # whether fdt.enable() has a kernel for it
+    reach: str  # what of fastdrop reaches it, in words; empty if the function isn't one of DROPS
 
 
 class Use(NamedTuple):
@@ -94,7 +108,8 @@ class Uses:
     held: list[tuple[Drop, Chain, Guards]] = field(default_factory=list)  # if that attribute is a function that drops
     uses: list[Use] = field(default_factory=list)
     draws: list[tuple[str, bool]] = field(default_factory=list)  # random functions; in a helper that is told `training`
-    readable: bool = True
+    readable: bool = True  # whether all of it was read
+    followed: int = 0  # functions read
     by_name: bool = False  # whether attributes are asked for by computed names
 
 
@@ -119,13 +134,11 @@ def rate_text(module: nn.Module, drop: Drop) -> str:
 
 def reached_by(module: nn.Module, drop: Drop) -> str:
     """What makes a call draw by fastdrop, in words."""
-    if not drop.torchs:
-        return f"{drop.call} stays torch's"
-    if drop.known:
-        return ENABLE
+    if drop.reach:
+        return drop.reach
     implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
     if implementation in ("eager", "sdpa"):
-        return ENABLE
+        return ENABLE if implementation == "eager" else ENABLE_CPU
     if isinstance(implementation, str):
         return f"nothing reaches it: {implementation!r} attention drops in kernels of its own"
     return f"{ENABLE} if it calls torch's dropout or attention"
@@ -278,10 +291,10 @@ def _holds(module: nn.Module, guards: Guards) -> bool:
 def _is_held(module: nn.Module, drop: Drop, chain: Chain) -> bool:
     """Whether an attribute is a function that drops as the call says: one of torch's, or an unknown one."""
     function = _attribute(module, chain)
-    torchs = _is_hashable(function) and function in DROPS
-    if drop.known:
-        return torchs and DROPS[function][0] == drop.name
-    return not torchs and not _modules_at(module, chain)
+    known = _is_hashable(function) and function in DROPS
+    if drop.reach:
+        return known and DROPS[function][0] == drop.name
+    return not known and not _modules_at(module, chain)
 
 
 def _modules_at(owner: nn.Module, chain: Chain) -> list[nn.Module]:
@@ -407,7 +420,7 @@ class _Reader(ast.NodeVisitor):
             return _global(self.function, node.id)
         if isinstance(node, ast.Attribute):
             holder = self.object(node.value, steps - 1)
-            return getattr(holder, node.attr, None) if isinstance(holder, types.ModuleType | type) else None
+            return getattr(holder, node.attr, None) if isinstance(holder, HOLDERS) else None
         return None
 
     def rate(self, node: ast.expr, steps: int = 8) -> tuple[str, Chain | None, float | None]:
@@ -518,7 +531,7 @@ class _Reader(ast.NodeVisitor):
         if len(chain) == 1:
             method = inspect.getattr_static(self.kind, chain[0], None)
             if method is None:  # an attribute of the object, which may be a function
-                self._drop(node, f"{self.me}.{chain[0]}", ("p", 1, 0.5), True, held_as=chain)
+                self._drop(node, f"{self.me}.{chain[0]}", ("p", 1, 0.5), ENABLE, held_as=chain)
             self.uses.by_name |= chain[0] in ("children", "named_children", "modules", "named_modules")
             if isinstance(method, staticmethod | classmethod):
                 self._follow(method.__func__, node, False)
@@ -536,9 +549,9 @@ class _Reader(ast.NodeVisitor):
         is_class = isinstance(target, type)
         if is_class and issubclass(target, _DropoutNd):
             if target.__module__ == nn.Dropout.__module__:
-                self._drop(node, written, ("p", 0, 0.5), True)
+                self._drop(node, written, ("p", 0, 0.5), ENABLE)
         elif _is_hashable(target) and target in DROPS:
-            self._drop(node, written, DROPS[target], target is not torch.native_dropout)
+            self._drop(node, written, DROPS[target], REACH.get(target, ENABLE))
         elif _is_hashable(target) and target in DRAWS:
             self.uses.draws.append((written, "training" in self.parameters or "train" in self.parameters))
         elif isinstance(node.func, ast.Attribute) and node.func.attr in DRAWING_METHODS and target is None:
@@ -582,15 +595,23 @@ class _Reader(ast.NodeVisitor):
         reader.read()
 
     def _is_followed(self, function: types.FunctionType) -> bool:
-        own = (function.__module__ or "").partition(".")[0] != "torch"  # not Module's, as `register_buffer`
-        return own and function.__code__ not in self.above and len(self.above) <= DEPTH
+        """Whether a function that is called is read too: none that calls this one, and not too many in all."""
+        if (function.__module__ or "").partition(".")[0] == "torch":  # Module's own, as `register_buffer`
+            return False
+        if function.__code__ in self.above:
+            return False
+        self.uses.followed += 1
+        if len(self.above) > DEPTH or self.uses.followed > FOLLOWED:
+            self.uses.readable = False
+            return False
+        return True
 
     def _drop(
         self,
         node: ast.Call,
         written: str,
         rate: tuple[str, int, float],
-        torchs: bool,
+        reach: str,
         held_as: Chain | None = None,
     ) -> None:
         name, position, default = rate
@@ -603,7 +624,7 @@ class _Reader(ast.NodeVisitor):
         never = isinstance(training, ast.Constant) and training.value is False
         if never or (value == 0.0 and (argument is None or _is_zero(argument))):
             return
-        self._add(Drop(written, name, text, chain, value, self.function.__qualname__, True, torchs), held_as)
+        self._add(Drop(written, name, text, chain, value, self.function.__qualname__, reach), held_as)
 
     def _hand_on(self, node: ast.Call, written: str, held_as: Chain | None = None) -> None:
         """A rate given to a function that is known only when it runs, as transformers' attention is."""
@@ -612,7 +633,7 @@ class _Reader(ast.NodeVisitor):
                 text, chain, value = self.rate(keyword.value)
                 if value != 0.0:
                     place = self.function.__qualname__
-                    self._add(Drop(written, keyword.arg, text, chain, value, place, False, True), held_as)
+                    self._add(Drop(written, keyword.arg, text, chain, value, place, ""), held_as)
 
     def _add(self, drop: Drop, held_as: Chain | None = None) -> None:
         if held_as is None:
@@ -632,7 +653,7 @@ class _Reader(ast.NodeVisitor):
                 chain, written = (*chain, step.argval), f"{written}.{step.argval}"
                 continue
             if step is not None and value is not None and step.opname in ("LOAD_ATTR", "LOAD_METHOD"):
-                value = getattr(value, step.argval, None) if isinstance(value, types.ModuleType | type) else None
+                value = getattr(value, step.argval, None) if isinstance(value, HOLDERS) else None
                 written = f"{written}.{step.argval}"
                 continue
             if chain:
@@ -642,8 +663,8 @@ class _Reader(ast.NodeVisitor):
                 if method is not None and self._is_followed(method):
                     _Reader(method, self.kind, self.uses, has_self=True, above=self.above).read()
             elif value is not None and _is_hashable(value) and value in DROPS:
-                name, torchs = DROPS[value][0], value is not torch.native_dropout
-                self._add(Drop(written, name, "?", None, None, self.function.__qualname__, True, torchs))
+                name, reach = DROPS[value][0], REACH.get(value, ENABLE)
+                self._add(Drop(written, name, "?", None, None, self.function.__qualname__, reach))
             chain, value, written = None, None, ""
             if step is not None and step.opname.startswith("LOAD_FAST") and step.argval == self.me:
                 chain = ()
@@ -685,7 +706,7 @@ def _is_super(node: ast.expr) -> bool:
 
 
 def _is_hashable(value: Any) -> bool:
-    return isinstance(value, types.FunctionType | types.BuiltinFunctionType)
+    return isinstance(value, types.FunctionType | types.BuiltinFunctionType | OpOverloadPacket | OpOverload)
 
 
 def _mentions_dropout(code: types.CodeType) -> bool:

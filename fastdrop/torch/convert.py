@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from .. import _checks
 from . import modules as ours
+from ._rates import rate_name
 from ._report import Report, Row, class_name
 from ._source import Owners, functional_drops, is_drop_path, lenders, own_random, rate_text, reached_by
 from .modules import Rated
@@ -137,10 +139,8 @@ def why_lent(owners: Owners, module: nn.Module) -> str:
     if found is None:
         return "only its p is read; fdt.enable() reaches what drops with it, if that is torch's"
     owner, drop = found
-    reach = reached_by(owner, drop)
-    if drop.torchs and _is_fusible(owner):
-        reach = f"fdt.fuse() or {reach}" if reach.startswith("fdt.enable") else f"fdt.fuse() reaches it; {reach}"
-    return f"only its p is read, for {drop.call}({drop.name}=...); {reach}"
+    fusible = "fdt.fuse() reaches it; " if _is_fusible(owner) else ""
+    return f"only its p is read, for {drop.call}({drop.name}=...); {fusible}{reached_by(owner, drop)}"
 
 
 def reach(module: nn.Module) -> str:
@@ -151,16 +151,19 @@ def reach(module: nn.Module) -> str:
     if class_for(module) is not None and not why_left(module):
         named = theirs in CLASSES or (theirs.__module__, theirs.__qualname__) in FOREIGN
         return "fdt.convert or fdt.enable reaches it" if named else "fdt.convert reaches it"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "fdt.enable reaches it"
     if isinstance(module, _DropoutNd):
         return "fdt.enable reaches it if it calls torch's dropout"
     return "nothing of fastdrop reaches it"
 
 
 def _is_fusible(owner: nn.Module) -> bool:
-    from ._transformers import known_class  # which imports what imports this
+    from ._fusible import change  # both import what imports this
+    from ._transformers import known_class
 
     known = known_class(type(owner))
-    return known is not None and not known.refusal(owner)
+    return known is not None and not (change(owner, known) or known.refusal(owner))
 
 
 def functional_rows(path: str, module: nn.Module, owners: Owners | None = None) -> list[Row]:
@@ -176,7 +179,7 @@ def functional_rows(path: str, module: nn.Module, owners: Owners | None = None) 
     known: Any = class_for(module) or why_left(module)
     if not rows and not known and (name := own_random(module)):
         before = class_name(type(module), "Dropout", *(cls.__name__ for cls in CLASSES))
-        rows.append(Row(path, before, None, f"drops by {name} in its forward; nothing of fastdrop reaches it"))
+        rows.append(Row(path, before, None, f"its forward drops by {name}; nothing of fastdrop reaches it"))
     return rows
 
 
@@ -218,4 +221,13 @@ def why_left(module: nn.Module) -> str:
         return "drops attention weights inside torch's attention; use fdt.enable()"
     if isinstance(module, nn.RNNBase) and module.dropout > 0.0 and module.num_layers > 1:
         return "drops between layers inside torch; use fdt.enable()"
-    return ""
+    if rate_name(module) is None:
+        return ""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "scripted; fdt.enable() reaches it"
+    return f"its forward {_drops_by(module)}; nothing of fastdrop reaches it"
+
+
+def _drops_by(module: nn.Module) -> str:
+    name = own_random(module)
+    return f"drops by {name}" if name else "is not a known one"
