@@ -15,8 +15,8 @@ from typing import Any
 HELP = "look for pitfalls of dropout in a torch model"
 DESCRIPTION = (
     "Looks for pitfalls of dropout in a torch model and prints a table: where, why, what to do. Exit code 0: nothing "
-    "found that is a warning or worse; 1: something was; 2: the model could not be made or run. Functions that drop in the "
-    "forward of a module are listed below the findings; they don't count."
+    "found that is a warning or worse; 1: something was; 2: the model could not be made or run. Functions that drop in "
+    "the forward of a module are listed below the findings; they don't count."
 )
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")
 
