@@ -275,6 +275,57 @@ def test_where_it_cannot_be_told_the_report_says_so(kind):
     assert type(model.drop) is fdt.Dropout
 
 
+class Layer(nn.TransformerEncoderLayer):
+    """Its forward is torch's, one of its parts is not."""
+
+    def _ff_block(self, x):
+        return F.dropout(self.linear2(self.linear1(x).relu()), 0.125, self.training)
+
+
+def test_a_method_that_replaces_one_of_torchs_is_read():
+    report = fdt.convert(Layer(4, 2, 4))
+    assert ("", "F.dropout(p=0.125)") in [(row.path, row.before) for row in report.left]
+    assert not [row for row in fdt.convert(nn.TransformerEncoderLayer(4, 2, 4)).left if row.path != "self_attn"]
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.25)
+
+    def forward(self, x):
+        return F.dropout(self.drop(x), 0.5, self.training)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module.eval(), torch.ones(3))])
+def test_scripted_dropout_is_listed(make):
+    report = fdt.convert(nn.Sequential(make(Scripted())))
+    assert [(row.path, row.after) for row in report] == [("0", None), ("0.drop", None)]
+    assert all("fdt.enable() reaches it" in row.reason for row in report)
+
+
+def test_an_exported_program_is_read():
+    program = torch.export.export(Scripted(), (torch.ones(3),)).module()
+    report = fdt.convert(program)
+    assert [row.before for row in report.left] == [f"torch.ops.aten.dropout.default(p={p})" for p in (0.25, 0.5)]
+
+
+class LendsOfAList(Block):
+    def forward(self, x):
+        return helper(x, self.inner[0].p, self.training) + unknown(self.inner, x)
+
+
+unknown = functools.partial(lambda modules, x: modules[0](x))
+
+
+def test_a_list_that_is_given_away_may_be_called():
+    model = LendsOfAList(inner=nn.ModuleList([nn.Dropout(0.1)]))
+    report = fdt.convert(model)
+    assert type(model.inner[0]) is fdt.Dropout
+    assert {row.path: row.reason for row in report.changed}["inner.0"] == "it can't be told whether anything calls it"
+
+
 # ---- stochastic depth by other names ----
 
 

@@ -16,6 +16,8 @@ import contextlib
 import dis
 import functools
 import inspect
+import itertools
+import re
 import sys
 import textwrap
 import types
@@ -31,7 +33,17 @@ from torch import nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn.modules.dropout import _DropoutNd
 
-__all__ = ["Drop", "Owners", "functional_drops", "is_drop_path", "lenders", "own_random", "rate_text", "reached_by"]
+__all__ = [
+    "Drop",
+    "Owners",
+    "functional_drops",
+    "is_drop_path",
+    "lenders",
+    "own_random",
+    "rate_text",
+    "reached_by",
+    "scripted_drop",
+]
 
 # Functions that drop: the name of their rate, its position and its default.
 DROPS: dict[Any, tuple[str, int, float]] = {
@@ -62,6 +74,8 @@ ATTENTION_RATES = (
     "attention_dropout",
 )  # keywords of functions that are unknown
 DRAWS = {torch.rand, torch.rand_like, torch.bernoulli}
+LISTS = (nn.ModuleList, nn.ModuleDict)  # which have no forward
+SCRIPTED = re.compile(r"(?:name=\"|aten::)(\w*dropout\w*|scaled_dot_product_attention)\b")
 HOLDERS = (types.ModuleType, type, OpOverloadPacket)  # in which names stand for the same at every call
 DRAWING_METHODS = ("bernoulli_", "bernoulli")
 DEPTH, FOLLOWED = 6, 400  # how many calls deep, and how many functions in all, a forward is read
@@ -117,13 +131,26 @@ class Uses:
 
 
 def functional_drops(module: nn.Module) -> list[Drop]:
-    """The functions that drop which the module's forward calls, each once; none for torch's own and our classes."""
-    if _is_known(module):
-        return []
-    uses = _uses(module)
+    """The functions that drop which the module's forward calls, each once; none for torch's own and our classes.
+
+    Of a class whose forward is torch's, those in the methods that it overrides.
+    """
+    uses = _uses(module) if not _is_known(module) else _overrides(type(module))
     drops = [drop for drop, guards in uses.drops if _holds(module, guards)]
     drops += [drop for drop, chain, guards in uses.held if _is_held(module, drop, chain) and _holds(module, guards)]
     return list({(drop.call, drop.name, rate_text(module, drop)): drop for drop in drops}.values())
+
+
+def scripted_drop(module: nn.Module) -> str:
+    """What drops in the graph of a scripted module; nothing where nothing does, or where it isn't scripted."""
+    if not isinstance(module, torch.jit.ScriptModule):
+        return ""
+    try:
+        graph = str(module.graph)
+    except Exception:  # it has no forward
+        return ""
+    found = SCRIPTED.search(graph)
+    return found[1] if found else ""
 
 
 def rate_text(module: nn.Module, drop: Drop) -> str:
@@ -171,7 +198,7 @@ class Owners:
         self._drops: dict[int, tuple[nn.Module, Drop]] = {}
         for owner in model.modules():
             if _is_known(owner):
-                if not isinstance(owner, nn.ModuleList | nn.ModuleDict):
+                if not isinstance(owner, LISTS):
                     self._mark(owner.children(), "called")
                 continue
             uses = _uses(owner)
@@ -179,7 +206,11 @@ class Owners:
                 self._mark(owner.children(), "unknown")
             for chain, kind, guards in uses.uses:
                 if _holds(owner, guards):
-                    self._mark(_modules_at(owner, chain), kind)
+                    modules = _modules_at(owner, chain)
+                    self._mark(modules, kind)
+                    if kind == "other":  # a list that is given away, with all that it holds
+                        lists = [module for module in modules if isinstance(module, LISTS)]
+                        self._mark([child for module in lists for child in module.children()], kind)
             held = {id(child) for child in owner.children()} - self._kinds.keys()
             self._mark((child for child in owner.children() if id(child) in held), "unseen")
             for drop, guards in uses.drops:
@@ -219,6 +250,7 @@ def is_drop_path(kind: type[nn.Module]) -> bool:
 
 # By class, with the code of the forward at that time: a class may be given another one.
 _read: weakref.WeakKeyDictionary[type, tuple[Any, Uses]] = weakref.WeakKeyDictionary()
+_overriding: weakref.WeakKeyDictionary[type, Uses] = weakref.WeakKeyDictionary()
 _drop_paths: weakref.WeakKeyDictionary[type, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 
 
@@ -226,6 +258,23 @@ def _is_known(module: nn.Module) -> bool:
     """Whether the forward is torch's or ours."""
     forward = vars(module).get("forward", getattr(type(module), "forward", None))
     return (getattr(forward, "__module__", None) or "").partition(".")[0] in ("torch", "fastdrop")
+
+
+def _overrides(kind: type[nn.Module]) -> Uses:
+    """What methods do by which a class replaces those of torch that torch's forward calls."""
+    if kind not in _overriding:
+        uses = Uses()
+        own = list(
+            itertools.takewhile(lambda cls: not cls.__module__.startswith(("torch.", "fastdrop.")), kind.__mro__)
+        )
+        base = kind.__mro__[len(own)]
+        for name, method in ((name, method) for cls in own for name, method in vars(cls).items()):
+            if isinstance(method, types.FunctionType) and name != "__init__" and name in dir(base):
+                part = _read_function(method, kind, True)
+                uses.drops += part.drops
+                uses.held += part.held
+        _overriding[kind] = uses
+    return _overriding[kind]
 
 
 def _uses(module: nn.Module) -> Uses:

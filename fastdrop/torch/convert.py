@@ -16,7 +16,17 @@ from .. import _checks
 from . import modules as ours
 from ._rates import rate_name
 from ._report import Report, Row, class_name
-from ._source import Owners, functional_drops, is_drop_path, lenders, own_random, rate_text, reached_by
+from ._source import (
+    ENABLE,
+    Owners,
+    functional_drops,
+    is_drop_path,
+    lenders,
+    own_random,
+    rate_text,
+    reached_by,
+    scripted_drop,
+)
 from .modules import Rated
 
 __all__ = [
@@ -177,6 +187,8 @@ def functional_rows(path: str, module: nn.Module, owners: Owners | None = None) 
             before = f"{drop.call}({drop.name}={rate_text(module, drop)})"
             rows.append(Row(path, before, None, f"a function, called in {drop.place}; {reached_by(module, drop)}"))
     known: Any = class_for(module) or why_left(module)
+    if not known and (name := scripted_drop(module)):
+        rows.append(Row(path, type(module).__name__, None, f"scripted, calls {name}; {ENABLE}"))
     if not rows and not known and (name := own_random(module)):
         before = class_name(type(module), "Dropout", *(cls.__name__ for cls in CLASSES))
         rows.append(Row(path, before, None, f"its forward drops by {name}; nothing of fastdrop reaches it"))
