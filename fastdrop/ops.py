@@ -441,7 +441,9 @@ def drop_block(
     elements, results = memory.in_order(source, y, shape)
     cells, seeds = math.prod(shape), math.prod(plan.seeds)
     words = memory.empty_words_like(source, seeds if cells else 0)
-    rooms = [memory.empty_words_like(source, outer * (n + b - 1) * inner) for outer, n, inner, b in plan.passes if cells]
+    rooms = [
+        memory.empty_words_like(source, outer * (n + b - 1) * inner) for outer, n, inner, b in plan.passes if cells
+    ]
     memory.draw_into(words, source, seeds if cells else 0, 0, *random_state(rng), cut)
     if cells:
         words = memory.dilated(words, rooms, plan.passes)

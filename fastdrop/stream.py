@@ -273,8 +273,8 @@ def manual_seed(seed: int) -> Stream:
     """Restarts the process-wide stream at ``seed`` and returns it.
 
     A forked child goes on with its parent's seeded stream, as with `numpy.random.seed`, and so repeats what the parent
-    and its other children draw; `Stream.spawn` gives each a stream of its own. Left unseeded, a child gets a seed of its
-    own.
+    and its other children draw; `Stream.spawn` gives each a stream of its own. Left unseeded, a child gets a seed of
+    its own.
 
     >>> import fastdrop as fd
     >>> fd.manual_seed(0)

@@ -144,11 +144,12 @@ x, line = np.ones((300, 512), np.float32), np.ones(512, np.float32)
 def calls():
     y, mask = fd.dropout(x, 0.5, rng=0)
     fd.dropout_backward(x, mask)
-    fd.dropout(x.T, 0.5)
+    fd.dropout_add(x, x, 0.5)[1].backward(x)
+    if {backend!r} == "numba":
+        return  # the rest takes seconds to load
     fd.gaussian_dropout(x, 0.5)
     fd.drop_block(x[None, None], 0.1, 3)
     fd.apply_mask(np.matrix(x), fd.draw_mask(x.shape, 0.5))
-    fd.dropout_add(x, x, 0.5)[1].backward(x)
     fd.bias_act_dropout(x, line, 0.5, "gelu")[1].backward(x)
     fd.dropout_add_layer_norm(x, x, line, line, 0.5)[2].backward(x)
     fd.softmax_dropout(x, 0.5, rng=np.random.default_rng(0))[1].backward(x)

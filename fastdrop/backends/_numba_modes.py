@@ -1,8 +1,8 @@
 """The calling thread's floating-point modes, for the Numba CPU backend: how it rounds, whether subnormals are flushed.
 
-`numba_cpu` reads them on a call's thread and sets them on those that help it, as csrc/threads.c does, so that any number
-of threads gives one thread's bits. They are MXCSR on x86, without its flags, and FPCR on Arm; elsewhere nothing is
-carried.
+`numba_cpu` reads them on a call's thread and sets them on those that help it, as csrc/threads.c does, so that any
+number of threads gives one thread's bits. They are MXCSR on x86, without its flags, and FPCR on Arm; elsewhere nothing
+is carried.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls

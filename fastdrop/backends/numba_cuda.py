@@ -12,6 +12,7 @@ nobody waits for it, and a captured graph reads it anew at each replay.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -472,17 +473,21 @@ def copy_at(device: int, stream: int, to: int, source: int, size: int) -> None:
 
 def empty(shape: tuple[int, ...], dtype: Any, device: int, stream: Any) -> Any:
     """One of Numba's arrays, bound to a stream; ``device`` -1: on the current GPU."""
-    from numba import cuda
-
+    cuda = _numba_cuda()
     with contextlib.nullcontext() if device < 0 else cuda.gpus[device]:
         return cuda.device_array(shape, dtype, stream=stream)
 
 
 def upload(x: Any) -> Any:
     """The same for what a NumPy array holds."""
+    return _numba_cuda().to_device(x)
+
+
+@functools.cache  # held: nothing can be imported at the interpreter's exit
+def _numba_cuda() -> Any:
     from numba import cuda
 
-    return cuda.to_device(x)
+    return cuda
 
 
 device_of = driver.device_of

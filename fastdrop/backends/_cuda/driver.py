@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import importlib.util
 import struct
+import sys
 import threading
 from typing import Any
 
@@ -28,9 +29,15 @@ _lock = threading.RLock()
 _devices: dict[int, Device] = {}
 
 
+_api: Any = None
+
+
 def api() -> Any:
-    """``cuda.bindings.driver``."""
-    return importlib.import_module("cuda.bindings.driver")
+    """``cuda.bindings.driver``; at the interpreter's exit, when nothing can be imported any more, the one held."""
+    global _api
+    if sys.meta_path is not None:
+        _api = importlib.import_module("cuda.bindings.driver")
+    return _api
 
 
 def unavailable() -> str | None:
