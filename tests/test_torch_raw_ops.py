@@ -188,6 +188,20 @@ READERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
 }
 
 
+def test_ops_read_lazy_clones_of_words_and_seeds() -> None:
+    ops, x, words = torch.ops.fastdrop, torch.randn(4, 40), torch.randint(-(2**31), 2**31 - 1, (5,), dtype=torch.int32)
+    lazy, seed, kept = torch._lazy_clone(words), torch._lazy_clone(torch.tensor(3)), torch._lazy_clone(torch.tensor(80))
+    assert torch.equal(ops.backward(x, lazy, 0.5, None), ops.backward(x, words, 0.5, None))
+    blocks = ops.keep_blocks(x, words, kept, x.shape)
+    assert torch.equal(ops.keep_blocks(x, lazy, kept, x.shape), blocks)
+    gradient = x, None, None, None, words, 0.5, True, None, torch.float32, True, False
+    assert torch.equal(
+        ops.pointwise_backward(*gradient[:4], lazy, *gradient[5:])[2], ops.pointwise_backward(*gradient)[2]
+    )
+    ops.forward(x, seed, 0.5, None, True)
+    assert all(map(_is_lazy, (lazy, seed, kept)))
+
+
 def _is_lazy(x: Tensor) -> bool:
     return torch._C._is_cow_tensor(x)
 

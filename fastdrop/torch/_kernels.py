@@ -47,13 +47,14 @@ with torch.inference_mode(False):
 # provide it as the kernel to fill it: 3.8 ns per element of forward and backward, 0.8 in pages of 2 MiB. NumPy asks for
 # those itself.
 FRESH_BYTES = 8 << 20
+FRESH_FROM = FRESH_BYTES // 8  # no fewer elements take that much
 _advise = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_HUGEPAGE") else None
 
 
 def _new_like(x: Tensor, n: int) -> Tensor:
     """An output for x's n elements, not yet written."""
     y = torch.empty_like(x)
-    if n >= FRESH_BYTES // 8 and x.is_cpu and _advise is not None and (size := n * x.element_size()) >= FRESH_BYTES:
+    if n >= FRESH_FROM and x.is_cpu and _advise is not None and (size := n * x.element_size()) >= FRESH_BYTES:
         first, end = (y.data_ptr() + mmap.PAGESIZE - 1) & -mmap.PAGESIZE, (y.data_ptr() + size) & -mmap.PAGESIZE
         _advise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_HUGEPAGE)  # a wish: no harm if refused
     return y
@@ -89,7 +90,7 @@ def forward(
             return _forward_by_words(x, seed, cut, affine, None, bits, inplace)
         words = _NO_WORDS.new_empty((n + 31) >> 5) if bits else None
         if x.is_contiguous():
-            source, y = x, x if inplace else _new_like(x, n)
+            source, y = x, x if inplace else torch.empty_like(x) if n < FRESH_FROM else _new_like(x, n)
         else:
             source = y = x.contiguous()
         backend = backends.active()
@@ -290,7 +291,7 @@ def apply(
         _cuda.apply_strided(tag, x, y, order, words, affine, cells_shape, kept)
         return y
     if cells_shape is None and x.is_contiguous():
-        y = x if inplace else _new_like(x, n)
+        y = x if inplace else torch.empty_like(x) if n < FRESH_FROM else _new_like(x, n)
         _masked_affine(tag, x, y, 0, words, 0, 1, 1, n, affine)
         return y
     shape = tuple(x.shape)
@@ -339,7 +340,7 @@ def _masked_affine(
     if backend is native:
         to = y.data_ptr()
         from_ = read_address(x) if is_lazy(x) else x.data_ptr()
-        at = read_address(words) if is_lazy(words) else words.data_ptr()
+        at = words.data_ptr()
         if start:
             from_, to = from_ + start * x.element_size(), to + start * x.element_size()
         threads = torch.get_num_threads()
@@ -374,6 +375,13 @@ def _read_array(x: Tensor) -> Any:
     reach = 1 + sum((extent - 1) * stride for extent, stride in zip(x.shape, x.stride(), strict=True))
     memory: Any = (ctypes.c_char * (reach * size if x.numel() else 0)).from_address(read_address(x))
     return np.ndarray(tuple(x.shape), dtype, memory, strides=[stride * size for stride in x.stride()])
+
+
+def read_words(words: Tensor) -> Tensor:
+    """Words that `apply` may take: it writes to none, but asks for the writing address, which costs it less."""
+    if not is_lazy(words) or not words.is_cpu or words.dtype is not torch.int32:
+        return words
+    return torch.from_numpy(_read_array(words))
 
 
 def _words(words: Tensor) -> Any:

@@ -97,7 +97,7 @@ def _backward(
     dy: Tensor, words: Tensor, p: float | Tensor, noise_shape: list[int] | None, law: str = "inverted"
 ) -> Tensor:
     affine = kinds.affine(law, threshold(probability(p)))
-    return _kernels.apply(dy, words, affine, cells_shape(noise_shape, dy))
+    return _kernels.apply(dy, _kernels.read_words(words), affine, cells_shape(noise_shape, dy))
 
 
 def _gaussian(x: Tensor, seed: Tensor, p: float | Tensor) -> Tensor:
@@ -114,7 +114,7 @@ def _draw_blocks(
 
 
 def _keep_blocks(x: Tensor, words: Tensor, kept: Tensor, noise_shape: list[int]) -> Tensor:
-    return _kernels.keep_blocks(x, words, kept, cells_shape(noise_shape, x))
+    return _kernels.keep_blocks(x, _kernels.read_words(words), kept, cells_shape(noise_shape, x))
 
 
 # ---- shapes alone ----
