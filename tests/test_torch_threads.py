@@ -85,9 +85,9 @@ print(wrong)
 SWITCHES = {
     "enable": ("lambda: F.dropout(x, 0.5)", 3000, "fdt.enable(); fdt.disable()"),
     "mc_predict": (
-        "lambda m=torch.nn.Sequential(torch.nn.Linear(50, 9), torch.nn.Dropout(0.5)): m(x)",
-        8,
-        "fdt.mc_predict(torch.nn.Sequential(torch.nn.Dropout(0.5)), x, 4)",
+        "lambda m=torch.nn.Dropout(0.5): m(x)",
+        80,
+        "fdt.mc_predict(torch.nn.Sequential(torch.nn.Dropout(0.5)), x, 1)",
     ),
 }
 
@@ -228,6 +228,39 @@ def test_threads_sample_what_one_thread_does(cls):
     assert_equal(tuple(model.state_dict().values()), tuple(state.values()))
     assert model.training
     assert vars(model.drop) == vars(make(cls).drop)
+
+
+@pytest.mark.parametrize("kind", ["linear", "recurrent"])
+def test_threads_that_drop_weights_of_one_module(kind):
+    """None finds another's dropped weights in it, in evaluation neither."""
+    torch.manual_seed(0)
+    inner, x = (nn.Linear(50, 50), torch.randn(2, 50)) if kind == "linear" else (nn.GRU(5, 30), torch.randn(3, 2, 5))
+    model = First(fdt.DropConnect(inner)).eval()
+    expected, evaluated = fdt.mc_predict(model, x, 5, seed=1, batch=1).mean, model(x)
+    sys.setswitchinterval(1e-5)
+    try:
+        found = in_threads(
+            *[lambda: [fdt.mc_predict(model, x, 5, seed=1, batch=1).mean for _ in range(10)]] * 2,
+            lambda: [model(x) for _ in range(100)],
+        )
+    finally:
+        sys.setswitchinterval(0.005)
+    for mean in found[0] + found[1]:
+        assert_equal(mean, expected)
+    for y in found[2]:
+        assert_equal(y, evaluated)
+
+
+class First(nn.Module):
+    """The first of what a layer returns."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        y = self.layer(x)
+        return y[0] if isinstance(y, tuple) else y
 
 
 def test_generators_of_torch_are_not_used():

@@ -1,6 +1,6 @@
 """Predictions under dropout: the mean of many, and how far they differ.
 
-This module owns what `training` means to a sampled model, and the statistics; `_sampling` runs it.
+This module owns which modules of a sampled model drop, and the statistics; `_sampling` runs it.
 """
 
 from __future__ import annotations

@@ -152,22 +152,23 @@ class DropConnect(Rated):
         if isinstance(self.module, nn.RNNBase):
             return self._run_recurrent(args, kwargs)
         dropped, hooks = self._dropped_weights()
+        values = {name: value for name, _, value in dropped}
         with hooks:
-            return functional_call(self.module, {name: value for name, _, value in dropped}, args, kwargs)
+            if torch.compiler.is_compiling() or not _can_have_twin(self.module):
+                return functional_call(self.module, values, args, kwargs)
+            return _run_twin(self.module, {id(weight): value for _, weight, value in dropped}, args, kwargs)
 
     def _run_recurrent(self, args: Any, kwargs: Any) -> Any:
-        """The weights that run are in a list beside the parameters, and `functional_call` would leave its own there."""
+        """The weights that run are in a list beside the parameters, which `functional_call` doesn't know."""
         module: Any = self.module
         module._update_flat_weights()
-        flat = module._flat_weights
         dropped, hooks = self._dropped_weights()
         instead = {id(weight): value for _, weight, value in dropped}
-        module._flat_weights = [instead.get(id(weight), weight) for weight in flat]
-        try:
-            with hooks:
-                return module(*args, **kwargs)
-        finally:
-            module._flat_weights = flat
+        flat = [instead.get(id(weight), weight) for weight in module._flat_weights]
+        twin = _twin(module, {}, {})
+        vars(twin)["_flat_weights"] = flat
+        with hooks:
+            return twin(*args, **kwargs)
 
     def _dropped_weights(self) -> tuple[list[tuple[str, Tensor, Tensor]], contextlib.AbstractContextManager[Any]]:
         """Names, weights and their dropped values for one call, and what to make it in."""
@@ -193,6 +194,43 @@ class DropConnect(Rated):
 
 # Compilers leave recurrent layers alone, and should not look for work in what drops their weights.
 hide_from_dynamo(DropConnect._run_recurrent)
+
+
+# What runs with dropped weights is a twin of the module: another thread that runs the module itself must not find them
+# there.
+
+
+def _can_have_twin(module: nn.Module) -> bool:
+    """Not what is scripted, nor what has a forward of its own on the object, which may hold the object."""
+    return not any(isinstance(m, torch.jit.ScriptModule) or "forward" in vars(m) for m in module.modules())
+
+
+def _twin(module: nn.Module, values: dict[int, Tensor], twins: dict[int, nn.Module]) -> Any:
+    """A module with the attributes and buffers of another, but for values in place of its parameters, by their id."""
+    twin = twins.get(id(module))
+    if twin is None:
+        twin = twins[id(module)] = object.__new__(type(module))
+        vars(twin).update(vars(module))
+        parameters: Any = {name: values.get(id(weight), weight) for name, weight in module._parameters.items()}
+        children: Any = {
+            name: None if child is None else _twin(child, values, twins) for name, child in module._modules.items()
+        }
+        vars(twin).update(_parameters=parameters, _modules=children)
+    return twin
+
+
+def _run_twin(module: nn.Module, values: dict[int, Tensor], args: Any, kwargs: Any) -> Any:
+    """What the twin's forward leaves in attributes is the module's too."""
+    twins: dict[int, nn.Module] = {}
+    twin = _twin(module, values, twins)
+    before = {own: dict(vars(copied)) for own, copied in twins.items()}
+    try:
+        return twin(*args, **kwargs)
+    finally:
+        for original in module.modules():
+            copied, had = twins[id(original)], before[id(original)]
+            changed = {name: value for name, value in vars(copied).items() if had.get(name, twins) is not value}
+            vars(original).update(changed)
 
 
 class _Kept:
