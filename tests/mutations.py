@@ -1,0 +1,592 @@
+"""Faults to plant: one line each, over all layers, with the tests that must catch them.
+
+The suite may become smaller and faster only if it still finds these. ``python tests/mutations.py`` copies the project,
+plants one fault at a time, runs the tests named beside it, and prints which faults were caught and which were not; its
+exit status is the number of those that were not. ``-k WORD`` picks faults by name or file, ``--list`` prints them,
+``--all-tests`` runs the whole suite for each. A fault in C takes a build, about a minute.
+
+`test_mutations` holds the list to the source: each line that is to be changed stands exactly once in its file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class Mutation(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str  # arguments of pytest
+
+
+MASKS, PRIMITIVES, ROWS = "tests/test_mask_spec.py", "tests/test_primitives.py", "tests/test_rows.py"
+OPS, FUSED, FAMILY = "tests/test_ops.py", "tests/test_fused.py", "tests/test_family.py"
+CUDA, CUDA_ROWS = "tests/test_cuda_primitives.py", "tests/test_cuda_rows.py"
+
+MUTATIONS = (
+    # ---- C ----
+    Mutation(
+        "a Philox round less",
+        "csrc/kernels.inc.h",
+        "for (int r = 3; r < PHILOX_ROUNDS - 1; r++) {",
+        "for (int r = 3; r < PHILOX_ROUNDS - 2; r++) {",
+        MASKS,
+    ),
+    Mutation(
+        "another mask domain",
+        "csrc/philox.h",
+        "#define MASK_DOMAIN (1u << 27)",
+        "#define MASK_DOMAIN (1u << 28)",
+        MASKS,
+    ),
+    Mutation(
+        "offset's upper half lost",
+        "csrc/kernels.inc.h",
+        "p->round1_c2 = (uint32_t)(offset >> 32) ^ p->key1[0];",
+        "p->round1_c2 = (uint32_t)(offset >> 33) ^ p->key1[0];",
+        MASKS,
+    ),
+    Mutation(
+        "seed's upper half lost",
+        "csrc/kernels.inc.h",
+        "p->key1[r] = (uint32_t)(seed >> 32) + (uint32_t)r * PHILOX_W1;",
+        "p->key1[r] = (uint32_t)(seed >> 31) + (uint32_t)r * PHILOX_W1;",
+        MASKS,
+    ),
+    Mutation(
+        "the upper half of the index is not followed",
+        "csrc/kernels.inc.h",
+        "philox_set_high(&d->philox, high);",
+        "philox_set_high(&d->philox, d->philox.high);",
+        PRIMITIVES,
+    ),
+    Mutation(
+        "words set aside are given up a group early",
+        "csrc/kernels.inc.h",
+        "for (int g = 2; g < d->groups && pending; g++) {",
+        "for (int g = 2; g + 1 < d->groups && pending; g++) {",
+        MASKS,
+    ),
+    Mutation(
+        "a group too few for thresholds of two groups",
+        "csrc/kernels.inc.h",
+        "d->groups = (planes + PLANES_PER_GROUP - 1) / PLANES_PER_GROUP;",
+        "d->groups = (planes + PLANES_PER_GROUP - 2) / PLANES_PER_GROUP;",
+        MASKS,
+    ),
+    Mutation(
+        "draw_bits starts at the part's own cell 0",
+        "csrc/kernels.inc.h",
+        "uint64_t cell = args->first + (at - args->position);",
+        "uint64_t cell = args->first + (at - begin);",
+        PRIMITIVES,
+    ),
+    Mutation(
+        "bits of a run read a bit late",
+        "csrc/kernels.inc.h",
+        "return (uint32_t)(pair >> (position & 7));",
+        "return (uint32_t)(pair >> (position & 6));",
+        PRIMITIVES,
+    ),
+    Mutation(
+        "the tail of a mask is not cleared",
+        "csrc/bits.h",
+        "uint32_t word = (word_at(w) & low_bits(shift)) | (bits & low_bits(n)) << shift;",
+        "uint32_t word = (word_at(w) & low_bits(shift)) | bits << shift;",
+        PRIMITIVES,
+    ),
+    Mutation(
+        "repeated bits of shared decisions: one cell early",
+        "csrc/kernels.inc.h",
+        "step = min_u64(args->repeat - r, n);",
+        "step = min_u64(args->repeat - r + (r == 0), n);",
+        PRIMITIVES,
+    ),
+    Mutation(
+        "the seam of two blocks is applied under the wrong bits",
+        "csrc/apply.inc.h",
+        "D(apply)(x + at + from, y + at + from, now->words, lead + from, to - from, &f);",
+        "D(apply)(x + at + from, y + at + from, now->words, from, to - from, &f);",
+        PRIMITIVES,
+    ),
+    Mutation(
+        "b is added where it is 0",
+        "csrc/apply.inc.h",
+        "D(affine_t) f = {D(set1)(a), D(set1)(b), D(set1)(c), b == 0 && c == 0, stream};",
+        "D(affine_t) f = {D(set1)(a), D(set1)(b), D(set1)(c), 0, stream};",
+        PRIMITIVES,
+    ),
+    Mutation(
+        "a last vector is cut by one",
+        "csrc/apply.inc.h",
+        "memcpy(y, part, n * sizeof *y);",
+        "memcpy(y, part, (n - 1) * sizeof *y);",
+        PRIMITIVES,
+    ),
+    Mutation(
+        "noise of the wrong tile",
+        "csrc/apply.inc.h",
+        "uint64_t cell = args->first + at, lead = cell % TILE_CELLS;",
+        "uint64_t cell = args->first + at - begin, lead = cell % TILE_CELLS;",
+        PRIMITIVES,
+    ),
+    Mutation(
+        "blocks one cell too short",
+        "csrc/dilate.inc.h",
+        "more = min_u64(have, taken - have);",
+        "more = min_u64(have, taken - have) - (taken - have == 1);",
+        "tests/test_dilate.py",
+    ),
+    Mutation(
+        "a relu keeps the bits of zeros",
+        "csrc/rows.inc.h",
+        "keep = C(except)(keep, C(not_above)(v.v[k], C(set1)(0)));",
+        "keep = C(except)(keep, C(not_above)(v.v[k], C(set1)(-1)));",
+        ROWS,
+    ),
+    Mutation(
+        "the residual is scaled too",
+        "csrc/rows.inc.h",
+        "if (adds) kept = kept + C(load)(residual + i + at);",
+        "if (adds) kept = kept + C(load)(residual + i + at) * a;",
+        ROWS,
+    ),
+    Mutation(
+        "columns of the bias wrap one late",
+        "csrc/rows.inc.h",
+        "if (c->column >= c->columns) c->column %= c->columns;",
+        "if (c->column > c->columns) c->column %= c->columns;",
+        ROWS,
+    ),
+    Mutation(
+        "the gradient of a norm without its mean",
+        "csrc/rows.inc.h",
+        "m.of_g = C(set1)(args->centred ? of_g / (double)columns : 0);",
+        "m.of_g = C(set1)(0);",
+        ROWS,
+    ),
+    Mutation(
+        "causal softmax sees a key less",
+        "csrc/rows.inc.h",
+        "keys = args->causal ? min_u64(columns, query + 1) : columns;",
+        "keys = args->causal ? min_u64(columns, query) : columns;",
+        ROWS,
+    ),
+    Mutation(
+        "softmax's gradient without its scale",
+        "csrc/rows.inc.h",
+        "#define BODY(left) C(put)(to + i, (C(few)(g + i, left) - dot) * C(few)(p + i, left) * scale, left, 0);",
+        "#define BODY(left) C(put)(to + i, (C(few)(g + i, left) - dot) * C(few)(p + i, left), left, 0);",
+        ROWS,
+    ),
+    Mutation(
+        "the first panel is added twice",
+        "csrc/kernels.inc.h",
+        "for (uint64_t panel = 1; panel < args->panels; panel++) {",
+        "for (uint64_t panel = 0; panel < args->panels; panel++) {",
+        ROWS,
+    ),
+    # ---- NumPy: the specification and what stands on it ----
+    Mutation(
+        "p rounded down",
+        "fastdrop/stream.py",
+        "return round(p * 4294967296.0)",
+        "return int(p * 4294967296.0)",
+        "tests/test_stream.py",
+    ),
+    Mutation(
+        "the scale of p as it was given",
+        "fastdrop/stream.py",
+        "return nearest(DROP_ALL, DROP_ALL - threshold) if threshold < DROP_ALL else 0.0",
+        "return round(nearest(DROP_ALL, DROP_ALL - threshold), 4) if threshold < DROP_ALL else 0.0",
+        "tests/test_stream.py",
+    ),
+    Mutation(
+        "a stream's offset stays",
+        "fastdrop/stream.py",
+        "self._offset = offset + 1 if offset < _checks.UINT64_END - 1 else 0",
+        "self._offset = offset",
+        "tests/test_stream.py",
+    ),
+    Mutation(
+        "p = 1 keeps the last word",
+        "fastdrop/mask.py",
+        "words[:] = 0 if cut == DROP_ALL else 0xFFFFFFFF",
+        "words[:-1] = 0 if cut == DROP_ALL else 0xFFFFFFFF",
+        "tests/test_mask.py tests/test_ops.py",
+    ),
+    Mutation(
+        "masks compare without their scale",
+        "fastdrop/mask.py",
+        "same = (self._shape, self._p, self._scale) == (other._shape, other._p, other._scale)",
+        "same = (self._shape, self._p) == (other._shape, other._p)",
+        "tests/test_mask.py",
+    ),
+    Mutation(
+        "alpha dropout's shift has the wrong sign",
+        "fastdrop/kinds.py",
+        "b = -a * q * SELU_FLOOR",
+        "b = a * q * SELU_FLOOR",
+        "tests/test_kinds.py tests/test_family.py",
+    ),
+    Mutation(
+        "gamma without the places where a block fits",
+        "fastdrop/kinds.py",
+        "room = math.prod(sizes) * math.prod(free)",
+        "room = math.prod(sizes) * math.prod(extents)",
+        "tests/test_kinds.py tests/test_family.py",
+    ),
+    Mutation(
+        "feature dropout shares along samples",
+        "fastdrop/kinds.py",
+        "return tuple(extent if axis in (0, channel_axis) else 1 for axis, extent in enumerate(shape))",
+        "return tuple(extent if axis == channel_axis else 1 for axis, extent in enumerate(shape))",
+        "tests/test_kinds.py tests/test_family.py",
+    ),
+    Mutation(
+        "strides of shared axes",
+        "fastdrop/grid.py",
+        "axes.append((extent, stride if cells == extent else 0))",
+        "axes.append((extent, stride))",
+        "tests/test_grid.py",
+    ),
+    Mutation(
+        "pieces of more axes in the wrong order",
+        "fastdrop/grid.py",
+        "yield i * self.size, sum(at * stride for at, stride in zip(index, strides, strict=True))",
+        "yield i * self.size, sum(at * stride for at, stride in zip(index, strides[::-1], strict=True))",
+        "tests/test_grid.py tests/test_ops.py",
+    ),
+    Mutation(
+        "cosine starts fast",
+        "fastdrop/schedules.py",
+        "return _mix(self.start, self.end, (1.0 - math.cos(math.pi * fraction)) / 2)",
+        "return _mix(self.start, self.end, math.sin(math.pi * fraction / 2))",
+        "tests/test_schedules.py",
+    ),
+    Mutation(
+        "warm-up takes steps from its schedule",
+        "fastdrop/schedules.py",
+        "return self.schedule(step - self.steps)",
+        "return self.schedule(step)",
+        "tests/test_schedules.py",
+    ),
+    Mutation(
+        "a value of piecewise one step late",
+        "fastdrop/schedules.py",
+        "return self.values[bisect_right(self.boundaries, step)]",
+        "return self.values[bisect_right(self.boundaries, step - 1)]",
+        "tests/test_schedules.py",
+    ),
+    # ---- Numba ----
+    Mutation(
+        "Numba: keys of the last round",
+        "fastdrop/backends/_scalars.py",
+        "return philox_round(c0, c1, c2, c3, k0 + U(9) * W0, k1 + U(9) * W1)",
+        "return philox_round(c0, c1, c2, c3, k0 + U(9) * W0, k1 + U(8) * W1)",
+        MASKS,
+    ),
+    Mutation(
+        "Numba: a plane equal to the threshold's is dropped",
+        "fastdrop/backends/_scalars.py",
+        "return (keep & r) | (~t & (keep | r))",
+        "return (keep & r) | (~t & r)",
+        MASKS,
+    ),
+    Mutation(
+        "Numba: bfloat16 rounded towards zero",
+        "fastdrop/backends/_scalars.py",
+        "rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))",
+        "rounded = np.uint32(bits >> np.uint32(16))",
+        PRIMITIVES,
+    ),
+    # ---- CUDA ----
+    Mutation(
+        "CUDA: the tail of a mask is not cleared",
+        "fastdrop/backends/_cuda/kernels.py",
+        "store_word(words + ((tile << WORD_SHIFT) + lane) * WORD_BYTES, word & ((ONE << bits) - ONE))",
+        "store_word(words + ((tile << WORD_SHIFT) + lane) * WORD_BYTES, word)",
+        CUDA,
+    ),
+    Mutation(
+        "CUDA: bits of shared axes from the wrong word",
+        "fastdrop/backends/_cuda/kernels.py",
+        "bits = (low | (high << HALF)) >> (cell & LOW_5)",
+        "bits = low >> (cell & LOW_5)",
+        CUDA,
+    ),
+    Mutation(
+        "CUDA: noise of a neighbouring cell",
+        "fastdrop/backends/_cuda/kernels.py",
+        "element = (counter << U(2)) - three * (counter & (NOISE_COUNTERS - ONE)) - first",
+        "element = (counter << U(2)) - three * (counter & (NOISE_COUNTERS - ONE)) - first + ONE",
+        CUDA,
+    ),
+    Mutation(
+        "CUDA: blocks one cell too short",
+        "fastdrop/backends/_cuda/kernels.py",
+        "while back <= row - length:",
+        "while back < row - length:",
+        CUDA,
+    ),
+    Mutation(
+        "CUDA: the factor's gradient is not masked",
+        "fastdrop/backends/_cuda/rows.py",
+        "store_data(dfactor + cell * item, kept(bits, of_factor(g, h)))",
+        "store_data(dfactor + cell * item, of_factor(g, h))",
+        CUDA_ROWS,
+    ),
+    Mutation(
+        "CUDA: a panel loses its last row",
+        "fastdrop/backends/_cuda/rows.py",
+        "        if panel < longer:\n            end += ONE",
+        "        if panel + ONE < longer:\n            end += ONE",
+        CUDA_ROWS,
+    ),
+    # ---- torch ----
+    Mutation(
+        "mixed seeds ignore the call",
+        "fastdrop/torch/_random.py",
+        "z = (seed + (offset * 0x9E3779B97F4A7C15 & LOW_64_BITS)) & LOW_64_BITS",
+        "z = seed & LOW_64_BITS",
+        "tests/test_torch_monte_carlo.py",
+    ),
+    Mutation(
+        "backward of a seed's mask with another scale",
+        "fastdrop/torch/_route.py",
+        "return _kernels.forward(dy, _random.for_kernel(kept, dy), cut, (a, 0.0, 0.0), cells_shape, False)[0], None",
+        "return _kernels.forward(dy, _random.for_kernel(kept, dy), cut, (1.0, 0.0, 0.0), cells_shape, False)[0], None",
+        "tests/test_torch_dropout.py",
+    ),
+    Mutation(
+        "backward of bits adds alpha's shift",
+        "fastdrop/torch/_ops.py",
+        "    law = kinds.slope(law)\n",
+        "",
+        "tests/test_torch_family_gradients.py",
+    ),
+    Mutation(
+        "a traced draw does not name the one before",
+        "fastdrop/torch/_tracing.py",
+        "after = given[0] if given else _last.get(mode.tracer)",
+        "after = None",
+        "tests/test_torch_draw_order.py",
+    ),
+    Mutation(
+        "a traced draw may be drawn again in backward",
+        "fastdrop/torch/_tracing.py",
+        'meta["recompute"] = CheckpointPolicy.MUST_SAVE',
+        "pass",
+        "tests/test_torch_draw_order.py",
+    ),
+    Mutation(
+        "a budget of 0 is left",
+        "fastdrop/torch/_tracing.py",
+        "if config.activation_memory_budget == 0:",
+        "if config.activation_memory_budget < 0:",
+        "tests/test_torch_draw_order.py",
+    ),
+    Mutation(
+        "vmap gives all samples one seed",
+        "fastdrop/torch/_ops.py",
+        "seeds = torch.ops.fastdrop.draw(like, [interpreter.batch_size(), *size], after)",
+        "seeds = torch.ops.fastdrop.draw(like, size, after).expand(interpreter.batch_size(), *size)",
+        "tests/test_torch_transforms.py",
+    ),
+    Mutation(
+        "in place is not told to autograd",
+        "fastdrop/torch/_route.py",
+        "    if inplace:\n        torch.autograd.graph.increment_version(x)\n    return _kernels.forward(",
+        "    return _kernels.forward(",
+        "tests/test_torch_dropout.py",
+    ),
+    Mutation(
+        "standard scaling scales in training",
+        "fastdrop/kinds.py",
+        '    if law == "standard":\n        return 1.0, 0.0, 0.0\n',
+        "",
+        "tests/test_torch_family_functions.py",
+    ),
+    Mutation(
+        "a norm's gradient forgets the second output",
+        "fastdrop/torch/_fused_ops.py",
+        "        if dsum is not None:\n            dresidual = dresidual + wide(dsum)\n",
+        "",
+        "tests/test_torch_fused.py",
+    ),
+    Mutation(
+        "the mask's gradient is not summed over what it broadcasts to",
+        "fastdrop/torch/_fused_ops.py",
+        "slope, once = (g - (g * normal).sum(-1, keepdim=True)) * normal, 1.0",
+        "slope, once = (g - g.sum(-1, keepdim=True)) * normal, 1.0",
+        "tests/test_torch_fused.py",
+    ),
+    Mutation(
+        "attention's words of a block begin at the wrong bit",
+        "fastdrop/torch/attention.py",
+        "low[: high.numel()] |= high << (32 - shift)",
+        "low[: high.numel()] |= high << (31 - shift)",
+        "tests/test_torch_attention.py",
+    ),
+    Mutation(
+        "attention scales by the width of its values",
+        "fastdrop/torch/attention.py",
+        "return 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale + 0.0",
+        "return 1.0 / query.shape[-1] if scale is None else scale + 0.0",
+        "tests/test_torch_attention.py",
+    ),
+    Mutation(
+        "fuse leaves out hooks",
+        "fastdrop/torch/_fusible.py",
+        'return f"{name} has hooks"',
+        'return ""',
+        "tests/test_torch_fuse.py",
+    ),
+    Mutation(
+        "fuse takes a norm of several axes",
+        "fastdrop/torch/_fusible.py",
+        'return "" if len(norm.normalized_shape) == 1 else f"{name} is of more than one axis"',
+        'return ""',
+        "tests/test_torch_fuse.py",
+    ),
+    Mutation(
+        "enable leaves alpha dropout's law",
+        "fastdrop/torch/override.py",
+        '"alpha_dropout": (False, "alpha"),',
+        '"alpha_dropout": (False, "inverted"),',
+        "tests/test_torch_override.py",
+    ),
+    Mutation(
+        "enabled is for all threads",
+        "fastdrop/torch/_context.py",
+        "return _everywhere or _value(_here) is not None",
+        "return True",
+        "tests/test_torch_threads.py",
+    ),
+    Mutation(
+        "compiled code of one state runs in the other",
+        "fastdrop/torch/_context.py",
+        "builder.guard_manager.root.add_lambda_guard(lambda _: question() == answer, parts, guard.user_stack)",
+        "builder.guard_manager.root.add_lambda_guard(lambda _: True, parts, guard.user_stack)",
+        "tests/test_torch_threads.py tests/test_torch_override.py",
+    ),
+    Mutation(
+        "moments of samples that come in several passes",
+        "fastdrop/torch/monte_carlo.py",
+        "self.mean = self.mean + delta * (count / total)",
+        "self.mean = self.mean + delta * 0.5",
+        "tests/test_torch_monte_carlo.py",
+    ),
+    Mutation(
+        "mutual information is the entropy of the samples",
+        "fastdrop/torch/monte_carlo.py",
+        "information = (entropy - entropies.result()[0]).clamp_(min=0.0)",
+        "information = entropies.result()[0]",
+        "tests/test_torch_monte_carlo.py",
+    ),
+    Mutation(
+        "a rate as a tensor keeps its first value",
+        "fastdrop/torch/modules.py",
+        "            self.drive(value)",
+        "            pass",
+        "tests/test_torch_scheduler.py",
+    ),
+    Mutation(
+        "stochastic depth decides by batch",
+        "fastdrop/kinds.py",
+        'return tuple(extent if axis == 0 and mode == "row" else 1 for axis, extent in enumerate(shape))',
+        "return tuple(1 for axis, extent in enumerate(shape))",
+        "tests/test_torch_family_functions.py",
+    ),
+)
+
+
+def plant(mutation: Mutation, root: Path) -> None:
+    """Changes the line in a copy of the project."""
+    path = root / mutation.file
+    source = path.read_text()
+    if source.count(mutation.old) != 1:
+        raise SystemExit(f"{mutation.name}: its line stands {source.count(mutation.old)} times in {mutation.file}")
+    path.write_text(source.replace(mutation.old, mutation.new))
+
+
+def copy_project(root: Path) -> None:
+    """What git knows of the working tree, and the built extension."""
+    names = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    built = [str(path.relative_to(ROOT)) for path in (ROOT / "fastdrop").glob("_native*.so")]
+    for name in [*names.stdout.splitlines(), *built]:
+        if (ROOT / name).is_file():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, root / name)
+
+
+def is_caught(mutation: Mutation, root: Path, tests: str) -> tuple[bool, str]:
+    """Whether the tests fail with the fault in, and what pytest said last."""
+    environment = os.environ | {
+        "PYTHONPATH": str(root),
+        "NUMBA_CACHE_DIR": str(root / "numba"),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "FASTDROP_CACHE_DIR": str(root / "cuda"),
+    }
+    run = {"cwd": root, "env": environment, "capture_output": True, "text": True}
+    if mutation.file.startswith("csrc/"):
+        built = subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], **run)
+        if built.returncode:
+            raise SystemExit(f"{mutation.name}: doesn't compile\n{built.stderr}")
+    options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "--show-capture=no"]
+    ended = subprocess.run([sys.executable, "-m", "pytest", *options, *tests.split()], **run)
+    said = ended.stdout.strip().splitlines()
+    if ended.returncode not in (0, 1):  # a crash catches the fault as well; that no test ran does not
+        return ended.returncode < 0, f"exit status {ended.returncode}"
+    failed = next((line for line in said if line.startswith("FAILED")), said[-1] if said else "")
+    return ended.returncode == 1, failed.removeprefix("FAILED ").partition(" - ")[0]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-k", default="", metavar="WORD", help="faults whose name or file has this")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--all-tests", action="store_true")
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if options.k.lower() in m.name.lower() or options.k in m.file]
+    if options.list:
+        for mutation in chosen:
+            print(f"{mutation.file:40} {mutation.name}")
+        return 0
+    missed = 0
+    for mutation in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            copy_project(root)
+            plant(mutation, root)
+            began = time.monotonic()
+            caught, said = is_caught(mutation, root, "tests" if options.all_tests else mutation.tests)
+        missed += not caught
+        print(
+            f"{'caught' if caught else 'MISSED'}  {time.monotonic() - began:5.0f} s  {mutation.name}: {said}",
+            flush=True,
+        )
+    print(f"{len(chosen) - missed} of {len(chosen)} caught")
+    return missed
+
+
+if __name__ == "__main__":
+    sys.exit(main())
