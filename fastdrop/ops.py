@@ -539,7 +539,7 @@ def _drop(
     a, b, c = kinds.affine(law, cut)
     cells = math.prod(cells_shape)
     while_drawing = cells_shape == shape and cut < DROP_ALL and cells
-    words = memory.empty_words_like(x, cells) if store == "bits" or not while_drawing else None
+    words: Any = memory.empty_words_like(x, cells) if store == "bits" or not while_drawing else None
     elements, results = memory.in_order(x, y, cells_shape)
     seed, offset = random_state(rng)
     if while_drawing:
