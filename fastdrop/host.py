@@ -64,7 +64,7 @@ def check_words(name: str, mask: PackedMask) -> None:
         raise TypeError(f"mask must be in memory, as {name} is, or a SeededMask, but got a PackedMask on a GPU")
 
 
-def empty_words_like(x: Array, cells: int) -> Words:
+def empty_words_like(x: Array | None, cells: int) -> Words:
     return empty_words(cells)
 
 

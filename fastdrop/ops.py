@@ -76,12 +76,12 @@ def dropout(
         None draws from the process-wide stream; an int is a seed, the same seed the same mask; a `Stream` gives each
         call its next offset; from a Generator a 64-bit seed is drawn.
     out : ndarray, optional
-        Takes the result: shape and dtype of x, x itself for in place.
+        Takes the result: shape and dtype of x, x itself for in place. May be of a subclass of ndarray, as x may.
 
     Returns
     -------
     y : ndarray like x
-        x itself when nothing is to be done (not training, or p = 0) and out is None.
+        out, where it is given; x itself when nothing is to be done (not training, or p = 0) and out is None.
     mask : PackedMask, SeededMask or None
         None when nothing was dropped. (Under standard scaling outside of training `dropout_backward` of None is not the
         gradient: that is ``1 - p`` times dy.)
@@ -89,10 +89,13 @@ def dropout(
     Raises
     ------
     TypeError
-        dtype not in the list above; p not a number; rng of another type; out not an array of x's dtype.
+        dtype not in the list above; a masked or a sparse array; p not a number; rng of another type; out not an array
+        of x's dtype.
     ValueError
-        p outside [0, 1]; noise_shape that does not fit; unknown scaling or store; out of another shape, read-only, or
-        overlapping x in part. Nothing is written to out then.
+        p outside [0, 1]; noise_shape that does not fit; unknown scaling or store; out of another shape, read-only,
+        overlapping x in part, or with elements that overlap one another. Nothing is written to out then.
+    MemoryError
+        rng has not moved on where an array could not be made.
 
     Sources: Hinton et al. 2012; Srivastava et al., JMLR 15, 2014.
 
@@ -539,7 +542,7 @@ def _drop(
     a, b, c = kinds.affine(law, cut)
     cells = math.prod(cells_shape)
     while_drawing = cells_shape == shape and cut < DROP_ALL and cells
-    words = memory.empty_words_like(x, cells) if store == "bits" or not while_drawing else None
+    words: Any = memory.empty_words_like(x, cells) if store == "bits" or not while_drawing else None
     elements, results = memory.in_order(x, y, cells_shape)
     seed, offset = random_state(rng)
     if while_drawing:

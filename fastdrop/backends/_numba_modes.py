@@ -25,17 +25,18 @@ MACHINE = platform.machine().lower()
 MXCSR_FLAGS = 0x3F  # what has happened, not how to compute
 
 
+# By LLVM's intrinsics: on Arm it may come without the parser that inline assembly needs, and would abort.
+
+
 def _mxcsr(builder: Any, instruction: str, slot: Any) -> None:
     """Stores the register to memory, or loads it from there."""
     byte = ir.IntType(8).as_pointer()
-    kind = ir.FunctionType(ir.VoidType(), [byte])
-    function = cgutils.get_or_insert_function(builder.module, kind, f"llvm.x86.sse.{instruction}")
-    builder.call(function, [builder.bitcast(slot, byte)])
+    _call(builder, ir.VoidType(), f"llvm.x86.sse.{instruction}", builder.bitcast(slot, byte))
 
 
-def _assembly(builder: Any, result: Any, operands: list[Any], text: str, constraint: str) -> Any:
+def _call(builder: Any, result: Any, name: str, *operands: Any) -> Any:
     kind = ir.FunctionType(result, [operand.type for operand in operands])
-    return builder.call(ir.InlineAsm(kind, text, constraint, side_effect=True), operands)
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
 
 
 def _read(builder: Any) -> Any:
@@ -44,7 +45,7 @@ def _read(builder: Any) -> Any:
         _mxcsr(builder, "stmxcsr", slot)
         return builder.zext(builder.and_(builder.load(slot), WORD(~MXCSR_FLAGS & 0xFFFFFFFF)), LONG)
     if MACHINE in ("aarch64", "arm64"):
-        return _assembly(builder, LONG, [], "mrs $0, fpcr", "=r")
+        return _call(builder, LONG, "llvm.aarch64.get.fpcr")
     return LONG(0)
 
 
@@ -53,7 +54,7 @@ def _write(builder: Any, modes: Any) -> None:
         slot = cgutils.alloca_once_value(builder, builder.trunc(modes, WORD))
         _mxcsr(builder, "ldmxcsr", slot)
     elif MACHINE in ("aarch64", "arm64"):
-        _assembly(builder, ir.VoidType(), [modes], "msr fpcr, $0", "r")
+        _call(builder, ir.VoidType(), "llvm.aarch64.set.fpcr", modes)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
