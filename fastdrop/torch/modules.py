@@ -72,7 +72,7 @@ class Rated(nn.Module):
         else:  # which TorchScript doesn't read
             if is_traced(self, input):
                 return traced(self, input)  # type: ignore[no-any-return]
-            if getattr(input, "is_quantized", False):
+            if isinstance(input, Tensor) and input.is_quantized:
                 return input  # as the module that nn.Dropout becomes in torch's quantised models
             return self._drop(input)
 
