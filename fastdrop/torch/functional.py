@@ -107,8 +107,8 @@ def dropout(
         input that is no Tensor; p or seed of another type; p that requires grad.
     RuntimeError
         input of an integer dtype, or sparse; what torch won't have written in place; ``generator`` under
-        ``torch.compile``, or of another kind of device; ``vmap`` without randomness="same" or "different", or over p; input on a GPU without
-        numba-cuda.
+        ``torch.compile``, or of another kind of device; ``vmap`` without randomness="same" or "different", or over p;
+        input on a GPU without numba-cuda.
     NotImplementedError
         input that is neither on the CPU nor on an NVIDIA GPU (nor "meta").
 

@@ -72,7 +72,7 @@ class Rated(nn.Module):
         else:  # which TorchScript doesn't read
             if is_traced(self, input):
                 return traced(self, input)  # type: ignore[no-any-return]
-            if getattr(input, "is_quantized", False):
+            if isinstance(input, Tensor) and input.is_quantized:
                 return input  # as the module that nn.Dropout becomes in torch's quantised models
             return self._drop(input)
 
@@ -138,8 +138,7 @@ class Dropout(_Elementwise, nn.Dropout):
     True
     """
 
-    scaling: str = "inverted"
-    __constants__ = ["p", "inplace", "scaling"]  # noqa: RUF012
+    scaling = "inverted"  # without an annotation, which TorchScript would have to understand
 
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, store: str = "bits", scaling: str = "inverted"
@@ -152,7 +151,10 @@ class Dropout(_Elementwise, nn.Dropout):
         return F.dropout(input, self.rate, self.training, self.inplace, store=self.store, scaling=self.scaling)
 
     def _evaluated(self, input: Tensor) -> Tensor:
-        return input if self.scaling == "inverted" else input * (1.0 - self.p)
+        if hasattr(self, "scaling"):  # noqa: SIM102 - TorchScript sees what is on the object alone, and reads no more
+            if self.scaling == "standard":
+                return input * (1.0 - self.p)
+        return input
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.scaling == "inverted" else f", scaling={self.scaling!r}")
