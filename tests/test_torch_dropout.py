@@ -426,7 +426,7 @@ def test_bfloat16_is_unbiased():
         (torch.tensor(0.1), float(torch.tensor(0.1))),
         (torch.tensor(0.1, dtype=torch.float64), 0.1),
         (torch.tensor(1), 1.0),
-        (torch.tensor(0.25, requires_grad=True), 0.25),
+        (torch.tensor([0.25]), 0.25),
         (np.float32(0.25), 0.25),
         (np.float64(0.1), 0.1),
         (Fraction(1, 4), 0.25),
