@@ -551,6 +551,7 @@ def signature(x):
         results.append(torch.tensor([t.nbytes for t in saved(call, x.clone().requires_grad_())]))
     results.append(under(7, vmap(torchs, randomness="different"), x))
     results.append(under(7, grad(lambda x: torchs(x).sin().sum()), x))
+    results.append(under(7, TRANSFORMS["vmap unbatched"], torchs, x))
     return tuple(results)
 
 

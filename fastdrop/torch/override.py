@@ -36,7 +36,8 @@ __all__ = ["disable", "enable", "enabled"]
 
 # Calls on CPU and CUDA tensors without and with autograd, and calls inside of torch.func's transforms: from Python, and
 # from torch's own C++ under vmap, where attention drops.
-KEYS = ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA", "FuncTorchDynamicLayerFrontMode", "FuncTorchVmapMode")
+TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
+KEYS = ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA", TRANSFORMS, "FuncTorchVmapMode")
 
 # aten's ops, each with its in-place form: whether whole channels are dropped, and the law.
 OPS = {
@@ -54,6 +55,7 @@ FEWEST_SCORES = 1 << 15  # below, the Python around a call costs more than its k
 
 _library: torch.library.Library | None = None  # never taken away: another thread may be on its way to a kernel
 _is_registered = False
+_kernels_made: list[tuple[str, tuple[str, ...], Any]] = []
 _lock = threading.Lock()
 
 
@@ -118,7 +120,7 @@ def enabled() -> Iterator[None]:
 
 def register() -> None:
     """Puts kernels between torch's dropouts and their callers. They hand on to torch until something is switched on."""
-    global _library, _is_registered
+    global _library, _is_registered, _kernels_made
     if not _is_registered:
         with _lock:
             # An exception from a signal may end this anywhere; the next call does it again.
@@ -151,22 +153,31 @@ def _kernels_toregister() -> Iterator[tuple[str, tuple[str, ...], Any]]:
 def _kernel(name: str, features: bool, law: str, inplace: bool) -> Any:
     """What one of aten's ops does while enabled."""
     op = getattr(torch.ops.aten, name).default
+    # Not the composite implementation: inside of transforms torch has others.
+    transformed = torch.library.get_kernel(op, TRANSFORMS)
+    transforms = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, TRANSFORMS))
+
+    def torchs(input: Tensor, p: float, train: bool) -> Tensor:
+        if is_transformed():
+            result: Tensor = transformed.call_boxed(transforms, input, p, train)
+            return result
+        return _torchs(op, input, p, train)
 
     def kernel(input: Tensor, p: float, train: bool) -> Tensor:
         on = is_enabled()
         if not train and drops_in_scripts():
             train = not _is_called_from_python()
-        if type(input) is not Tensor and isinstance(input, FakeTensor):
+        if is_transformed() or (type(input) is not Tensor and isinstance(input, FakeTensor)):
             note_traced(on)
         if not on or not _ours(input, p) or (features and input.dim() < 2) or (law == "alpha" and input.is_complex()):
-            return _torchs(op, input, p, train)
+            return torchs(input, p, train)
         cells = kinds.feature_cells(tuple(input.shape), 1) if features else None
         try:
             return drop(input, p, train, inplace, None, None, cells, "bits", law)
         except (NotImplementedError, TypeError):
             if _is_known(input):
                 raise
-            return _torchs(op, input, p, train)  # a subclass that knows torch's ops alone
+            return torchs(input, p, train)  # a subclass that knows torch's ops alone
 
     return kernel
 
@@ -187,7 +198,7 @@ def _attention(
     options = is_causal, scale, enable_gqa
     drops = dropout_p > KEEPS_ALL  # most calls end here
     on = drops and is_enabled()
-    if drops and isinstance(query, FakeTensor):
+    if drops and (is_transformed() or isinstance(query, FakeTensor)):
         note_traced(on)
     known = on and all(_ours(x, dropout_p) for x in arguments[:3]) and (attn_mask is None or _is_known(attn_mask))
     if known and is_regular(*arguments, *options):
