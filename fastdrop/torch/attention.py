@@ -483,18 +483,11 @@ def _check_attention(
 
 
 def _attention_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    seed: Any,
-    p: Any,
-    causal: bool,
-    scale: float,
-    keep: bool,
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, seed: Any, p: Any, *options: Any
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    causal, scale, _ = options
     _check_attention(query, key, value, mask, causal, scale)
-    return _attention(query, key, value, mask, seed, p, causal, scale, keep)
+    return _attention(query, key, value, mask, seed, p, *options)
 
 
 def _attention_fake(
