@@ -1,8 +1,14 @@
-"""Fixtures: every backend x instruction set that can run here, every dtype, and state left as it was found."""
+"""Fixtures: every backend x instruction set that can run here, every dtype, and state left as it was found.
+
+Primitives are tested on each of them. What stands on primitives calls them all alike and is tested on fewer: the NumPy
+face on each backend with its best instruction set, torch's on C and NumPy. ``FASTDROP_TEST_EVERYTHING=1`` tests all on
+all.
+"""
 
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -10,6 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import fastdrop as fd
+from fastdrop.backends import native
 
 from .cases import DTYPES, VARIANTS, Dtype, activated
 
@@ -24,6 +31,33 @@ settings.load_profile("fastdrop")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: arrays beyond 2**31 elements; several GB of memory")
+
+
+NUMPY_FACE = ("test_ops", "test_family", "test_fused", "test_bad_input", "test_fused_bad_input", "test_mask")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what would only call primitives once more, by the values of `variant` and `backend`."""
+    if os.environ.get("FASTDROP_TEST_EVERYTHING") == "1":
+        return
+    best = f"c-{native.isa()}" if native.unavailable() is None else "c-scalar"
+    other = {name for name in VARIANTS if name.startswith("c-")} - {best}
+    left_out = []
+    for item in items:
+        file, parameters = item.path.stem, getattr(getattr(item, "callspec", None), "params", {})
+        names = {
+            parameters.get(fixture) for fixture in ("variant", "backend") if isinstance(parameters.get(fixture), str)
+        }
+        if file.startswith("test_torch"):
+            repeats = names & (other | {"numba"})
+        else:
+            repeats = names & other if file in NUMPY_FACE else set()
+        if repeats:
+            left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        gone = set(left_out)
+        items[:] = [item for item in items if item not in gone]
 
 
 def pytest_collection_finish() -> None:
