@@ -7,6 +7,7 @@ ask it alike. It knows numbers and shapes alone.
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -49,12 +50,12 @@ def affine(law: str, cut: int) -> tuple[float, float, float]:
         return 1.0, 0.0, 0.0
     if law == "inverted" or cut == DROP_ALL:  # where everything is dropped all are 0
         return keep_scale(cut), 0.0, 0.0
-    q = cut / DROP_ALL
-    a = ((1.0 - q) * (1.0 + q * SELU_FLOOR**2)) ** -0.5
-    if law == "alpha_slope":
-        return a, 0.0, 0.0
-    b = -a * q * SELU_FLOOR
-    return a, b, a * SELU_FLOOR * (1.0 - q)
+    q, f = Fraction(cut, DROP_ALL), Fraction(SELU_FLOOR)
+    square = 1 / ((1 - q) * (1 + q * f**2))
+    # By integers, because what is remembered must not depend on the rounding mode of who asked first.
+    a = Fraction(math.isqrt((square.numerator << 256) // square.denominator), 1 << 128)
+    kept, shift, dropped = (nearest(x.numerator, x.denominator) for x in (a, -a * q * f, a * f * (1 - q)))
+    return (kept, 0.0, 0.0) if law == "alpha_slope" else (kept, shift, dropped)
 
 
 def slope(law: str) -> str:

@@ -95,7 +95,7 @@ def dropout(
         p outside [0, 1]; noise_shape that does not fit; unknown scaling or store; out of another shape, read-only,
         overlapping x in part, or with elements that overlap one another. Nothing is written to out then.
     MemoryError
-        rng has not moved on where an array could not be made.
+        rng has not moved on where the result or the mask could not be made.
 
     Sources: Hinton et al. 2012; Srivastava et al., JMLR 15, 2014.
 

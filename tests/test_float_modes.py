@@ -144,7 +144,7 @@ def test_what_is_remembered_does_not_depend_on_the_mode_of_the_first_call():
 
     def found():
         gammas = [kinds.blocks.__wrapped__(cells, p, size).gamma for p in rates]  # as if asked for the first time
-        return [keep_scale(cut) for cut in cuts], gammas
+        return [keep_scale(cut) for cut in cuts], gammas, [kinds.affine.__wrapped__("alpha", cut) for cut in cuts]
 
     want = found()
     assert want[0] == [1.0 / (1.0 - cut / 2.0**32) for cut in cuts]

@@ -10,6 +10,7 @@ import functools
 import importlib
 import os
 import platform
+import sys
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -21,6 +22,8 @@ MODULES = {"c": "native", "numba": "numba_cpu", "numpy": "reference"}  # best fi
 CUDA = "cuda"
 FILES = {**MODULES, CUDA: "numba_cuda"}
 AUTO = "auto"
+
+_package = sys.modules[__name__.partition(".")[0]]  # held, because nothing can be imported at the interpreter's exit
 
 _chosen: str | None = None  # by name; None until FASTDROP_BACKEND or use_backend has spoken
 _module: Any = None  # what _chosen stands for, once loaded
@@ -206,9 +209,7 @@ def get_num_threads() -> int:
 
 def show_config() -> None:
     """Prints versions, backends, instruction set and threads."""
-    from .. import __version__
-
-    print(f"fastdrop {__version__}, Python {platform.python_version()}, NumPy {np.__version__}")
+    print(f"fastdrop {_package.__version__}, Python {platform.python_version()}, NumPy {np.__version__}")
     print(f"{platform.system()} {platform.machine()}, {get_num_threads()} threads")
     for name, reason in reasons().items():
         mark = "*" if name == active_name() else " "

@@ -74,6 +74,7 @@ def cells_shape(noise_shape: Any, x: Tensor) -> tuple[int, ...] | None:
 def _draw(like: Tensor, size: list[int], after: Tensor | None = None) -> Tensor:
     """``like`` is for the dispatcher: a fake or wrapped tensor gets a fake or wrapped seed. ``after`` is for compilers:
     see `_tracing`."""
+    size = size or []  # AOTInductor hands on an empty list as None
     if (seeds := _random.sample_seeds()) is not None:
         return seeds.draw(size, _random.device_for(like))
     if size or not like.is_cuda:

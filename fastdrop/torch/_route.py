@@ -218,7 +218,7 @@ def drop_block(
     _nested.refuse(x, "DropBlock")
     _nested.check_dense(x)
     if is_exported_to_onnx():
-        _refuse_onnx("blocks")
+        refuse_onnx("blocks")
     shape = tuple(x.shape)
     cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
     if _is_compiling() or not is_plain(x):
@@ -282,7 +282,7 @@ def gaussian(
     if _is_compiling() or isinstance(p, Tensor) or not is_plain(x):
         _nested.check_dense(x)
         if is_exported_to_onnx():
-            _refuse_onnx("Gaussian noise")
+            refuse_onnx("Gaussian noise")
         drawn = _tensor_of_seed(x, generator, seed)
         y = _ops.overload(torch.ops.fastdrop.gaussian, p)(x, drawn, p)
         return x.copy_(y) if inplace else y
@@ -331,14 +331,14 @@ def for_onnx(
 ) -> Tensor:
     """Dropout as ONNX has it: an operator whose mask is drawn by whoever runs the model."""
     if cells_shape is not None or law != "inverted":
-        _refuse_onnx("decisions that elements share, and no other scaling than 1 / (1 - p)")
+        refuse_onnx("decisions that elements share, and no other scaling than 1 / (1 - p)")
     if isinstance(p, Tensor) or seed is not None or generator is not None:
-        _refuse_onnx("seed, generator or tensor for p")
+        refuse_onnx("seed, generator or tensor for p")
     y: Tensor = torch.ops.aten.native_dropout.default(x, p, True)[0]
     return y
 
 
-def _refuse_onnx(missing: str) -> None:
+def refuse_onnx(missing: str) -> None:
     raise RuntimeError(f"ONNX's Dropout has no {missing}: call model.eval() before torch.onnx.export")
 
 

@@ -54,6 +54,7 @@ def in_order(mode: Any, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs:
     if traced is not None:
         _last[mode.tracer] = seed
         _keep(traced.proxy.node.meta)
+        _refuse_to_repeat()
     return seed
 
 
@@ -67,6 +68,25 @@ def _keep(meta: dict[str, Any]) -> None:
             "region_activation_memory_budget(0) would draw dropout's mask anew in backward: give a budget above 0, "
             f"such as {LEAST_BUDGET}, or the dropout a seed"
         )
+
+
+def _refuse_to_repeat() -> None:
+    """Raises where what is traced is a part of a program that backward will run again, this draw included.
+
+    Such parts are branches of `torch.cond` and bodies of loops, whose backward calls their forward, and, with a memory
+    budget, regions that are compiled once. Nothing in the graph says so. Who traces does.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        directory, _, file = frame.f_code.co_filename.rpartition("/")
+        if directory.endswith("_higher_order_ops"):
+            calls_forward = file == "utils.py" and frame.f_locals.get("return_fw_outputs") is False
+            if calls_forward or (file == "invoke_subgraph.py" and config.activation_memory_budget < 1):
+                raise RuntimeError(
+                    "dropout in a branch of torch.cond, in a loop or, with a memory budget, in a region that is "
+                    "compiled once would be drawn anew in backward: give the dropout a seed"
+                )
+        frame = frame.f_back
 
 
 def let_inductor_call(name: str) -> None:

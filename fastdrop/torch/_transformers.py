@@ -69,7 +69,7 @@ def eager(
     They are of the scores' dtype; under CUDA's autocast BERT's own are float32, as softmax is there.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    weights = fused.softmax_dropout(query @ key.mT, dropout, scale, attention_mask)
+    weights = fused.softmax_dropout(query @ key.transpose(-2, -1), dropout, scale, attention_mask)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 

@@ -192,7 +192,7 @@ def compose(
     dtype, wide = query.dtype, _rows.computed(query.dtype)
     query, key, value = query.to(wide), _repeated(key, query, gqa).to(wide), _repeated(value, query, gqa).to(wide)
     scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
-    weights = softmax_dropout(query @ key.mT, p, scale, mask, causal, generator=generator, seed=seed)
+    weights = softmax_dropout(query @ key.transpose(-2, -1), p, scale, mask, causal, generator=generator, seed=seed)
     y: Tensor = (weights @ value).to(dtype)
     return y
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .. import _checks
 from . import _ops, _tracing
 from ._plain import hide_from_dynamo, is_transformed
+from ._route import for_onnx, is_exported_to_onnx, refuse_onnx
 from .functional import dropout
 from .modules import Rated, is_traced, traced
 
@@ -65,6 +66,8 @@ class EmbeddingDropout(Rated):
         p = self.rate
         if not self.training or (not isinstance(p, Tensor) and p == 0.0):
             return y
+        if is_exported_to_onnx():
+            refuse_onnx("words that are dropped")
         rows = dropout(y.new_ones(self.embedding.num_embeddings), p)
         return _ops.masked(y, _packed(rows[input] != 0.0), p, [*input.shape, 1], True)
 
@@ -180,6 +183,9 @@ class DropConnect(Rated):
             path, _, own = name.rpartition(".")
             weight = getattr(self.module.get_submodule(path), own)
             if any(weight is other for _, other, _ in dropped):
+                continue
+            if is_exported_to_onnx():
+                dropped.append((name, weight, for_onnx(weight, p, None, "inverted", None, None)))
                 continue
             seed = _tracing.draw(weight)
             value, words = _ops.overload(torch.ops.fastdrop.forward, p)(weight, seed, p, None, True)
