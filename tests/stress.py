@@ -42,6 +42,7 @@ class Net(nn.Module):
 with torch.random.fork_rng():
     torch.manual_seed(0)
     shared, x = Net().eval(), torch.randn(8, 16)
+compiled_net = torch.compile(Net().eval(), backend="aot_eager")
 training = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.3, batch_first=True)
 compiled = torch.compile(lambda x, seed: fdt.dropout(fdt.dropout(x, 0.5, seed=seed).sin(), 0.3, seed=seed + 1),
                          backend="aot_eager")  # fmt: skip
@@ -63,6 +64,11 @@ def numpy_functions(seed: int) -> list[torch.Tensor]:
 def prediction(seed: int) -> list[torch.Tensor]:
     result = fdt.mc_predict(shared, x, samples=6, seed=seed)
     return [result.mean, result.std]
+
+
+def compiled_prediction(seed: int) -> list[torch.Tensor]:
+    """Compiled code that draws from the sample's own seeds."""
+    return [fdt.mc_predict(compiled_net, x, samples=4, seed=seed, batch=1).mean]
 
 
 def compiled_functions(seed: int) -> list[torch.Tensor]:
@@ -108,7 +114,7 @@ def forked(seed: int) -> list[torch.Tensor]:
     raise RuntimeError("a forked child did not end")
 
 
-WORK = (functions, numpy_functions, prediction, compiled_functions, switched, torchs_own, forked)
+WORK = (functions, numpy_functions, prediction, compiled_prediction, compiled_functions, switched, torchs_own, forked)
 
 
 def same(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:

@@ -257,3 +257,23 @@ def test_exported_training_program(x):
         torch.manual_seed(seed)
         for a, e in zip(program(x), expected, strict=True):
             torch.testing.assert_close(a, e)
+
+
+def test_parts_that_backward_would_run_again(x):
+    """A mask that backward would draw anew is refused; under a seed it is the same, and so is what keeps its draw."""
+
+    def branch(seed):
+        def dropped(x):
+            return fdt.dropout(x, 0.5, seed=seed) * 2
+
+        return lambda x: torch.cond(x.sum() < torch.inf, dropped, torch.sin, (x,))
+
+    region = torch.compiler.nested_compile_region(block)
+    for function in (branch(None), lambda x: region(region(x))):
+        torch.compiler.reset()
+        with torch._functorch.config.patch({BUDGET: 0.5}), pytest.raises(Exception, match="give the dropout a seed"):
+            torch.compile(function, backend="aot_eager")(x.clone().requires_grad_()).sum().backward()
+    leaf = x.clone().requires_grad_()
+    y = torch.compile(branch(5), backend="aot_eager")(leaf)
+    y.sum().backward()
+    torch.testing.assert_close((leaf * leaf.grad).sum(), y.sum())

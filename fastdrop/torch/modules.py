@@ -318,7 +318,7 @@ class DropPath(Rated):
     """
 
     drop_prob: float
-    scale_by_keep = True
+    scale_by_keep = True  # also of converted modules of a class that has no such choice
     store: str = "bits"
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True, *, store: str = "bits") -> None:
