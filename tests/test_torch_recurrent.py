@@ -472,8 +472,11 @@ def test_autocast(pair, rates):
     module = pair[0](INPUT, HIDDEN, 2, **RATES[rates])
     x = torch.randn(4, 2, INPUT)
     with torch.autocast("cpu", torch.bfloat16):
+        try:
+            theirs, _ = pair[1](INPUT, HIDDEN)(x)
+        except RuntimeError as error:
+            pytest.skip(f"torch has no such layer in bfloat16 on this CPU: {error}")
         y, end = seeded(module, x)
-        theirs, _ = pair[1](INPUT, HIDDEN)(x)
     assert {y.dtype, *(state.dtype for state in (end if isinstance(end, tuple) else (end,)))} == {theirs.dtype}
     y.float().sum().backward()
     torch.testing.assert_close(y.float(), seeded(module, x)[0], rtol=0.05, atol=0.05)
