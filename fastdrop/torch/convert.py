@@ -21,6 +21,7 @@ from ._source import (
     Owners,
     functional_drops,
     is_drop_path,
+    is_unreadable,
     lenders,
     own_random,
     rate_text,
@@ -140,7 +141,10 @@ UNSEEN = "it can't be told whether anything calls it"
 
 
 def why_lent(owners: Owners, module: nn.Module) -> str:
-    """Why it is of no use to change a module of which only p is read; nothing for any other, and for one of ours."""
+    """Why it is of no use to change a module of which only p is read, as far as is known by all that may call it.
+
+    Nothing for any other, for one of ours, and in doubt.
+    """
     if isinstance(module, Rated) or not (class_for(module) or isinstance(module, _DropoutNd)):
         return ""
     if owners.use_of(module) != "lent":
@@ -192,6 +196,9 @@ def functional_rows(path: str, module: nn.Module, owners: Owners | None = None) 
     if not rows and not known and (name := own_random(module)):
         before = class_name(type(module), "Dropout", *(cls.__name__ for cls in CLASSES))
         rows.append(Row(path, before, None, f"its forward drops by {name}; nothing of fastdrop reaches it"))
+    if not rows and not known and is_unreadable(module):
+        reason = "its forward can't be read, it has no source; fdt.enable() reaches it if it calls torch's dropout"
+        rows.append(Row(path, class_name(type(module)), None, reason))
     return rows
 
 
