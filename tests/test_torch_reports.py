@@ -670,17 +670,17 @@ def test_what_is_nearly_stochastic_depth_is_left_and_listed(kind):
 
 def test_every_drop_path_of_transformers_is_known():
     """Their sources alone: importing all of these takes long."""
-    from fastdrop.torch import _source
+    from fastdrop.torch import _drop_path
 
     transformers = pytest.importorskip("transformers")
-    known, found = _source._known(_source.DROP_PATHS), 0
+    known, found = _drop_path._known(_drop_path.DROP_PATHS), 0
     for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
         text = path.read_text()
         for match in re.finditer(r"^class \w*DropPath\(nn\.Module\):\n", text, re.MULTILINE):
             body = re.match(r"(?:(?:    .*)?\n)+", text[match.end() :])
             (kind,) = ast.parse(match[0] + body[0]).body
             (forward,) = [node for node in kind.body if getattr(node, "name", "") == "forward"]
-            assert _source._normalised(forward) in known, path
+            assert _drop_path._normalised(forward) in known, path
             found += 1
     assert found > 20
 

@@ -14,13 +14,13 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .. import _checks
 from . import modules as ours
+from ._drop_path import is_drop_path
 from ._rates import rate_name
 from ._report import Report, Row, class_name
 from ._source import (
     ENABLE,
     Owners,
     functional_drops,
-    is_drop_path,
     is_unreadable,
     lenders,
     own_random,
