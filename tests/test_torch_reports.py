@@ -428,6 +428,10 @@ def test_a_list_that_is_given_away_may_be_called():
 class Owned(Block):
     """Its dropout's p goes to attention; what else is done with the dropout is told by the classes below."""
 
+    def __init__(self):
+        super().__init__()
+        self.d = self.drop  # whose name tells nothing
+
     def forward(self, x):
         y = F.scaled_dot_product_attention(x, x, x, dropout_p=self.drop.p if self.training else 0.0)
         return self.more(y)
@@ -437,7 +441,7 @@ class Owned(Block):
 
 
 def calls_the_drop_of(x, owner):
-    return owner.drop(x)
+    return owner.d(x)
 
 
 def assigns(x, owner):
@@ -504,6 +508,19 @@ class HoldingATable(Holding):
         return x
 
 
+class Odd:
+    """What a model may hold: a large, cyclic object whose attributes raise."""
+
+    def __init__(self):
+        self.me, self.much = self, [[object() for _ in range(100)] for _ in range(100)]
+
+    def __call__(self, x):
+        return x
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
 class Public(Owned):
     def embed(self, x):
         return self.drop(x)
@@ -563,11 +580,11 @@ class LendsWithMore(Owned):
     def __init__(self):
         super().__init__()
         self.act, self.functions, self.twice = F.relu, [torch.relu, len], functools.partial(torch.mul, 2)
-        self.attend = {"sdpa": helper}
+        self.attend, self.odd = {"sdpa": helper}, Odd()
 
     def forward(self, x):
         me = self
-        x = super().forward(self.functions[0](self.twice(self.act(x))))
+        x = super().forward(self.functions[0](self.odd(self.twice(self.act(x)))))
         assert isinstance(self, Owned)
         assert hasattr(me, "drop")
         attend = self.attend.get("sdpa", helper)

@@ -22,8 +22,8 @@ import sys
 import textwrap
 import types
 import weakref
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -91,6 +91,7 @@ HARMLESS = (
 HOLDERS = (types.ModuleType, type, OpOverloadPacket)  # in which names stand for the same at every call
 DRAWING_METHODS = ("bernoulli_", "bernoulli")
 DEPTH, FOLLOWED = 6, 400  # how many calls deep, and how many functions in all, a forward is read
+REACHED = 2000  # how many objects that a held function may use are looked at
 
 Chain = tuple[str, ...]  # attributes from self on; "*" is any item
 Guards = tuple[tuple[Chain, bool], ...]
@@ -245,7 +246,7 @@ class Owners:
                     self._mark(_children(module for module in modules if isinstance(module, LISTS)), kind)
                 if kind != "p" and chain[0] in vars(owner):
                     values = [vars(owner)[chain[0]], *_values_at(owner, chain)]
-                    inside = [*_modules_in([value for value in values if callable(value) or isinstance(value, ITEMS)])]
+                    inside = _modules_in(value for value in values if callable(value) or isinstance(value, ITEMS))
                     self._mark([*inside, *_children(inside)], "other")
 
     def _look_at_other_methods(self, model: nn.Module) -> None:
@@ -365,14 +366,14 @@ def _is_theirs(hook: Any) -> bool:
 
 
 def _unwrapped(function: Any) -> Any:
-    with contextlib.suppress(ValueError):  # a cycle of wrappers
+    with contextlib.suppress(Exception):  # a cycle of wrappers, or an attribute that raises
         return inspect.unwrap(function)
     return function
 
 
 def _python_function(function: Any) -> types.FunctionType | None:
     function = _unwrapped(function)
-    function = _unwrapped(getattr(function, "__func__", function))
+    function = _unwrapped(_attribute(function, ("__func__",)) or function)
     return function if isinstance(function, types.FunctionType) else None
 
 
@@ -428,16 +429,22 @@ def _children(modules: Iterable[nn.Module]) -> list[nn.Module]:
     return [child for module in modules for child in module.children()]
 
 
-def _modules_in(value: Any, depth: int = 6) -> Iterator[nn.Module]:
-    """The modules that a container holds, or a function: as what it is bound to, given beforehand or closed over."""
-    if isinstance(value, nn.Module):
-        yield value
-    elif depth and not isinstance(value, torch.Tensor | type | types.ModuleType | str | int | float):
-        parts = [*itertools.islice(_items(value), 1000), *getattr(value, "__dict__", {}).values()]
-        parts += [getattr(value, name, None) for name in ("__self__", "func", "args", "keywords", "__defaults__")]
-        parts += [part for cell in getattr(value, "__closure__", None) or () for part in _cell(cell)]
-        for part in parts:
-            yield from _modules_in(part, depth - 1)
+def _modules_in(values: Iterable[Any]) -> list[nn.Module]:
+    """The modules that containers hold, or functions: as what they are bound to, given beforehand or closed over."""
+    found, seen, ahead = [], dict[int, Any](), deque(values)
+    while ahead and len(seen) < REACHED:
+        value = ahead.popleft()
+        if id(value) in seen or isinstance(value, torch.Tensor | type | types.ModuleType | str | int | float):
+            continue
+        seen[id(value)] = value  # kept, so that no other gets its id
+        if isinstance(value, nn.Module):
+            found.append(value)
+            continue
+        ahead += itertools.islice(_items(value), REACHED)
+        ahead += _items(_attribute(value, ("__dict__",)))
+        ahead += [_attribute(value, (name,)) for name in ("__self__", "func", "args", "keywords", "__defaults__")]
+        ahead += [part for cell in _attribute(value, ("__closure__",)) or () for part in _cell(cell)]
+    return found
 
 
 def _cell(cell: types.CellType) -> list[Any]:

@@ -94,8 +94,8 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
     All else that drops is left and listed with the reason and, where there is one, with what reaches it: attention and
     recurrent layers; modules of which only ``p`` is read, to be given to attention; functions such as
     ``F.dropout(x, self.p, self.training)`` in the forward of a module. Who calls what is read off the source of the
-    forwards. Where that can't tell whether a module is called, the module is changed, and its row says so. A forward that
-    has no source, and of which nothing else is known, has a row that says it.
+    forwards. Where that can't tell whether a module is called, the module is changed, and its row says so. A forward
+    that has no source, and of which nothing else is known, has a row that says it.
 
     Parameters
     ----------
