@@ -94,6 +94,77 @@ class ByHeldFunction(Block):
         return self.function(x, self.p, self.training)
 
 
+class ByHeldPartial(Block):
+    def __init__(self):
+        super().__init__()
+        self.function = functools.partial(F.dropout, p=0.3)
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class ByHeldAttention(Block):
+    def __init__(self):
+        super().__init__()
+        self.attention = functools.partial(F.scaled_dot_product_attention, dropout_p=0.3)
+
+    def forward(self, x):
+        return self.attention(x, x, x)
+
+
+class ByList(Block):
+    def __init__(self):
+        super().__init__()
+        self.functions = [F.relu, F.dropout]
+
+    def forward(self, x):
+        return self.functions[1](x, 0.3, self.training)
+
+
+class ByTable(Block):
+    def __init__(self):
+        super().__init__()
+        self.functions = {"drop": functools.partial(F.dropout, p=0.3)}
+
+    def forward(self, x):
+        for function in self.functions.values():
+            x = function(x)
+        return self.functions["drop"](x)
+
+
+class ByLocalPartial(Block):
+    def forward(self, x):
+        drop = functools.partial(F.dropout, p=self.p, training=self.training)
+        return drop(x)
+
+
+global_partial = functools.partial(F.dropout, p=0.3)
+
+
+class ByGlobalPartial(Block):
+    def forward(self, x):
+        return global_partial(x)
+
+
+class ByMap(Block):
+    def forward(self, x):
+        return next(map(F.dropout, [x]))
+
+
+class ByClassMethod(Block):
+    rate = 0.25
+
+    @classmethod
+    def forward(cls, x):
+        return F.dropout(x, 0.3)
+
+
+class ByStaticMethod(Block):
+    @staticmethod
+    def forward(x):
+        return F.dropout(x, 0.3)
+
+
 class ByNewModule(Block):
     def forward(self, x):
         return nn.Dropout(self.p)(x)
@@ -126,6 +197,15 @@ FUNCTIONS = {
     BySuper: "nn.functional.dropout(p=0.25)",
     ByLocalName: "drop(p=0.25)",
     ByHeldFunction: "self.function(p=0.25)",
+    ByHeldPartial: "self.function(p=0.3)",
+    ByHeldAttention: "self.attention(dropout_p=0.3)",
+    ByList: "self.functions[1](p=0.3)",
+    ByTable: "self.functions['drop'](p=0.3)",
+    ByLocalPartial: "F.dropout(p=0.25)",
+    ByGlobalPartial: "global_partial(p=0.3)",
+    ByMap: "F.dropout(p=?)",
+    ByClassMethod: "F.dropout(p=0.3)",
+    ByStaticMethod: "F.dropout(p=0.3)",
     ByNewModule: "nn.Dropout(p=0.25)",
     ByAttention: "F.scaled_dot_product_attention(dropout_p=0.25)",
     ByAttentionPosition: "F.scaled_dot_product_attention(dropout_p=0.25)",
@@ -168,6 +248,25 @@ def test_a_function_that_never_drops_or_is_ours_is_not_listed(kind):
     del model.drop
     assert str(fdt.convert(model)) == "no module with dropout"
     assert not fdt.audit(model).functional
+
+
+class Compiled:
+    """As a forward that is no Python function."""
+
+    def __call__(self, x):
+        return F.dropout(x, 0.3)
+
+
+def test_a_forward_that_cannot_be_read_is_listed():
+    namespace = {"nn": nn, "f": Compiled()}
+    exec("class Hidden(nn.Module):\n    def forward(self, x): return f(x)", namespace)
+    held = Block()
+    del held.drop
+    held.forward = Compiled()
+    model = nn.Sequential(namespace["Hidden"](), held, nn.Linear(2, 2), torch.compile(nn.Linear(2, 2), backend="eager"))
+    left = [(row.path, row.before, row.reason.partition(";")[0]) for row in fdt.convert(model)]
+    reason = "its forward can't be read, it has no source"
+    assert left == [("0", "Hidden", reason), ("1", "Block", reason)]
 
 
 def test_attention_in_a_kernel_of_its_own_is_out_of_reach():
@@ -326,6 +425,188 @@ def test_a_list_that_is_given_away_may_be_called():
     assert {row.path: row.reason for row in report.changed}["inner.0"] == "it can't be told whether anything calls it"
 
 
+class Owned(Block):
+    """Its dropout's p goes to attention; what else is done with the dropout is told by the classes below."""
+
+    def __init__(self):
+        super().__init__()
+        self.d = self.drop  # whose name tells nothing
+
+    def forward(self, x):
+        y = F.scaled_dot_product_attention(x, x, x, dropout_p=self.drop.p if self.training else 0.0)
+        return self.more(y)
+
+    def more(self, x):
+        return x
+
+
+def calls_the_drop_of(x, owner):
+    return owner.d(x)
+
+
+def assigns(x, owner):
+    owner = owner or None
+    return owner.drop(x)
+
+
+def by_keywords(x, **owners):
+    return owners["owner"].drop(x)
+
+
+class ToAHelper(Owned):
+    def more(self, x):
+        return calls_the_drop_of(x, owner=self)
+
+
+class ToAHelperThatAssigns(Owned):
+    def more(self, x):
+        return assigns(x, self)
+
+
+class ToKeywords(Owned):
+    def more(self, x):
+        return by_keywords(x, owner=self)
+
+
+class ToALibrary(Owned):
+    def more(self, x):
+        return re.sub("", lambda _: "", "") or functools.reduce(calls_the_drop_of, [self], x)
+
+
+class ToAPartial(Owned):
+    def more(self, x):
+        return functools.partial(calls_the_drop_of, owner=self)(x)
+
+
+class ByGetattr(Owned):
+    def more(self, x):
+        return getattr(self, "drop")(x)  # noqa: B009
+
+
+class Holding(Owned):
+    """Calls what it holds."""
+
+    def __init__(self, hold):
+        super().__init__()
+        self.held = hold(self)
+
+    def more(self, x):
+        return self.held(x)
+
+
+class HoldingAList(Holding):
+    def more(self, x):
+        for function in self.held:
+            x = function(x)
+        return x
+
+
+class HoldingATable(Holding):
+    def more(self, x):
+        for function in self.held.values():
+            x = function(x)
+        return x
+
+
+class Odd:
+    """What a model may hold: a large, cyclic object whose attributes raise."""
+
+    def __init__(self):
+        self.me, self.much = self, [[object() for _ in range(100)] for _ in range(100)]
+
+    def __call__(self, x):
+        return x
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+class Public(Owned):
+    def embed(self, x):
+        return self.drop(x)
+
+
+class ByProperty(Owned):
+    @property
+    def twice(self):
+        return lambda x: self.drop(self.drop(x))
+
+
+def hooked(register):
+    module = Owned()
+    getattr(module, register)(lambda m, *_: None)
+    return module
+
+
+CALLED = {
+    "helper": ToAHelper,
+    "helper_that_assigns": ToAHelperThatAssigns,
+    "helper_with_keywords": ToKeywords,
+    "library": ToALibrary,
+    "partial": ToAPartial,
+    "getattr": ByGetattr,
+    "bound": lambda: Holding(lambda s: s.drop.forward),
+    "held_partial": lambda: Holding(lambda s: functools.partial(calls_the_drop_of, owner=s)),
+    "closure": lambda: Holding(lambda s: lambda x: s.drop(x)),
+    "list_of_methods": lambda: HoldingAList(lambda s: [s.more]),
+    "list_of_modules": lambda: HoldingAList(lambda s: [s.drop]),
+    "list_of_functions": lambda: HoldingAList(lambda s: (torch.relu, s.drop.forward)),
+    "table_of_methods": lambda: HoldingATable(lambda s: {"more": s.drop.forward}),
+    "public_method": Public,
+    "property": ByProperty,
+    "hook": lambda: hooked("register_forward_hook"),
+    "pre_hook": lambda: hooked("register_forward_pre_hook"),
+}
+
+
+@pytest.mark.parametrize("make", CALLED.values(), ids=CALLED)
+def test_a_lent_module_that_may_be_called_is_changed(make):
+    model = nn.Sequential(make())
+    report = fdt.convert(model)
+    assert [row.path for row in report.changed] == ["0.drop"]
+    assert type(model[0].drop) is fdt.Dropout
+    assert "F.scaled_dot_product_attention(dropout_p=0.25)" in [row.before for row in report.left]
+
+
+def test_a_parent_outside_of_the_model_may_call_what_the_model_holds():
+    model = Owned()
+    (row,) = fdt.convert(model).changed
+    assert (row.path, row.reason) == ("drop", "it can't be told whether anything calls it")
+
+
+class LendsWithMore(Owned):
+    """Nothing here calls the dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.act, self.functions, self.twice = F.relu, [torch.relu, len], functools.partial(torch.mul, 2)
+        self.attend, self.odd = {"sdpa": helper}, Odd()
+
+    def forward(self, x):
+        me = self
+        x = super().forward(self.functions[0](self.odd(self.twice(self.act(x)))))
+        assert isinstance(self, Owned)
+        assert hasattr(me, "drop")
+        attend = self.attend.get("sdpa", helper)
+        return attend(self, x, x, x, dropout=self.drop.p if self.training else 0.0)
+
+    def extra_repr(self):
+        return f"{self.drop}"
+
+    def set_rate(self, p):
+        self.drop.p = p
+
+
+def test_a_module_of_which_all_is_read_is_left():
+    from torch.nn.utils.parametrizations import weight_norm
+
+    model = nn.Sequential(LendsWithMore())
+    model[0].linear = weight_norm(nn.Linear(3, 3))
+    report = fdt.convert(model)
+    assert [(row.path, row.after) for row in report] == [("0.drop", None)]
+    assert report.left[0].reason.startswith("only its p is read")
+
+
 # ---- stochastic depth by other names ----
 
 
@@ -406,17 +687,17 @@ def test_what_is_nearly_stochastic_depth_is_left_and_listed(kind):
 
 def test_every_drop_path_of_transformers_is_known():
     """Their sources alone: importing all of these takes long."""
-    from fastdrop.torch import _source
+    from fastdrop.torch import _drop_path
 
     transformers = pytest.importorskip("transformers")
-    known, found = _source._known(_source.DROP_PATHS), 0
+    known, found = _drop_path._known(_drop_path.DROP_PATHS), 0
     for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
         text = path.read_text()
         for match in re.finditer(r"^class \w*DropPath\(nn\.Module\):\n", text, re.MULTILINE):
             body = re.match(r"(?:(?:    .*)?\n)+", text[match.end() :])
             (kind,) = ast.parse(match[0] + body[0]).body
             (forward,) = [node for node in kind.body if getattr(node, "name", "") == "forward"]
-            assert _source._normalised(forward) in known, path
+            assert _drop_path._normalised(forward) in known, path
             found += 1
     assert found > 20
 

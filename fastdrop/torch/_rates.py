@@ -7,7 +7,7 @@ import numbers
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from ._source import is_drop_path
+from ._drop_path import is_drop_path
 from .modules import Rated
 
 # Of packages that need not be installed: recognised by the names of a module's class and of those it derives from.

@@ -2,7 +2,7 @@
 
 `convert`, `fuse`, `audit` and the scheduler ask two questions. Which functions that drop does a module call
 (`functional_drops`)? Is a dropout module called, or does its owner only read its ``p``, to give it to attention
-(`Owners.use_of`)? Besides, `is_drop_path` recognises stochastic depth by what its forward computes.
+(`Owners.use_of`)?
 
 The source of a function is followed through the module's own methods, ``super()`` and helper functions. A branch on an
 attribute such as ``if self.fused_attn:`` is taken as that attribute stands on the module. Where there is no source,
@@ -22,8 +22,8 @@ import sys
 import textwrap
 import types
 import weakref
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -37,7 +37,7 @@ __all__ = [
     "Drop",
     "Owners",
     "functional_drops",
-    "is_drop_path",
+    "is_unreadable",
     "lenders",
     "own_random",
     "rate_text",
@@ -74,14 +74,28 @@ ATTENTION_RATES = (
     "attention_dropout",
 )  # keywords of functions that are unknown
 DRAWS = {torch.rand, torch.rand_like, torch.bernoulli}
+ITEMS = (list, tuple, dict, set)
 LISTS = (nn.ModuleList, nn.ModuleDict)  # which have no forward
 SCRIPTED = re.compile(r"(?:name=\"|aten::)(\w*dropout\w*|scaled_dot_product_attention)\b")
+HARMLESS = (
+    getattr,
+    hasattr,
+    id,
+    isinstance,
+    len,
+    setattr,
+    super,
+    type,
+    vars,
+)  # which call nothing of what they are given
 HOLDERS = (types.ModuleType, type, OpOverloadPacket)  # in which names stand for the same at every call
 DRAWING_METHODS = ("bernoulli_", "bernoulli")
 DEPTH, FOLLOWED = 6, 400  # how many calls deep, and how many functions in all, a forward is read
+REACHED = 2000  # how many objects that a held function may use are looked at
 
 Chain = tuple[str, ...]  # attributes from self on; "*" is any item
 Guards = tuple[tuple[Chain, bool], ...]
+Held = Callable[[Any], "Drop | None"]  # what is called at some place if the attribute called there is this
 
 ENABLE = "fdt.enable() reaches it"
 ENABLE_CPU = f"{ENABLE} on the CPU"  # on a GPU, fused attention drops in torch's own kernels
@@ -119,11 +133,11 @@ class Uses:
     """All that the forward of one class does."""
 
     drops: list[tuple[Drop, Guards]] = field(default_factory=list)
-    held: list[tuple[Drop, Chain, Guards]] = field(default_factory=list)  # if that attribute is a function that drops
+    held: list[tuple[Held, Chain, Guards]] = field(default_factory=list)  # calls of attributes, which may be functions
     uses: list[Use] = field(default_factory=list)
     draws: list[tuple[str, bool]] = field(default_factory=list)  # random functions; in a helper that is told `training`
     readable: bool = True  # whether all of it was read
-    followed: int = 0  # functions read
+    followed: list[types.CodeType] = field(default_factory=list)  # the functions read
     by_name: bool = False  # whether attributes are asked for by computed names
 
 
@@ -137,8 +151,16 @@ def functional_drops(module: nn.Module) -> list[Drop]:
     """
     uses = _uses(module) if not _is_known(module) else _overrides(type(module))
     drops = [drop for drop, guards in uses.drops if _holds(module, guards)]
-    drops += [drop for drop, chain, guards in uses.held if _is_held(module, drop, chain) and _holds(module, guards)]
+    for held, chain, guards in uses.held:
+        if _holds(module, guards):
+            drops += filter(None, map(held, _values_at(module, chain) or [None]))
     return list({(drop.call, drop.name, rate_text(module, drop)): drop for drop in drops}.values())
+
+
+def is_unreadable(module: nn.Module) -> bool:
+    """Whether a module has a forward, neither torch's nor ours, whose source can't be had."""
+    function = _python_function(vars(module).get("forward", getattr(type(module), "forward", None)))
+    return not _is_known(module) and (function is None or _tree(function.__code__) is None)
 
 
 def scripted_drop(module: nn.Module) -> str:
@@ -197,6 +219,8 @@ class Owners:
         self._kinds: dict[int, set[str]] = defaultdict(set)
         self._drops: dict[int, tuple[nn.Module, Drop]] = {}
         for owner in model.modules():
+            if any(map(_is_theirs, (*owner._forward_hooks.values(), *owner._forward_pre_hooks.values()))):
+                self._mark([*owner.modules()][1:], "other")
             if _is_known(owner):
                 if not isinstance(owner, LISTS):
                     self._mark(owner.children(), "called")
@@ -204,27 +228,51 @@ class Owners:
             uses = _uses(owner)
             if not uses.readable or uses.by_name:
                 self._mark(owner.children(), "unknown")
-            for chain, kind, guards in uses.uses:
-                if _holds(owner, guards):
-                    modules = _modules_at(owner, chain)
-                    self._mark(modules, kind)
-                    if kind == "other":  # a list that is given away, with all that it holds
-                        lists = [module for module in modules if isinstance(module, LISTS)]
-                        self._mark([child for module in lists for child in module.children()], kind)
+            self._mark_used(owner, uses)
             held = {id(child) for child in owner.children()} - self._kinds.keys()
             self._mark((child for child in owner.children() if id(child) in held), "unseen")
             for drop, guards in uses.drops:
                 if _holds(owner, guards):
                     self._drops.update((id(lender), (owner, drop)) for lender in lenders(owner, drop))
+        self._mark(model.children(), "open")  # whoever holds the model may call them
+        self._look_at_other_methods(model)
 
-    def _mark(self, modules: Iterator[nn.Module] | list[nn.Module], kind: str) -> None:
+    def _mark_used(self, owner: nn.Module, uses: Uses) -> None:
+        for chain, kind, guards in uses.uses:
+            if _holds(owner, guards):
+                modules = _modules_at(owner, chain)
+                self._mark(modules, kind)
+                if kind == "other":  # a list that is given away, with all that it holds
+                    self._mark(_children(module for module in modules if isinstance(module, LISTS)), kind)
+                if kind != "p" and chain[0] in vars(owner):
+                    values = [vars(owner)[chain[0]], *_values_at(owner, chain)]
+                    inside = _modules_in(value for value in values if callable(value) or isinstance(value, ITEMS))
+                    self._mark([*inside, *_children(inside)], "other")
+
+    def _look_at_other_methods(self, model: nn.Module) -> None:
+        """Methods that no forward calls: anybody may call them, and they what so far is lent."""
+        paths = [path for path, m in model.named_modules(remove_duplicate=False) if self.use_of(m) == "lent"]
+        names = {next((name for name in reversed(path.split(".")) if not name.isdigit()), "") for path in paths}
+        owners = [owner for owner in model.modules() if names and not _is_known(owner)]
+        read: dict[type, list[Uses]] = {}
+        for owner in owners:
+            if type(owner) not in read:
+                read[type(owner)] = _other_methods(type(owner), _uses(owner), names)
+            for uses in read[type(owner)]:
+                self._mark_used(owner, Uses(uses=[use._replace(kind="other") for use in uses.uses if use.kind != "p"]))
+
+    def _mark(self, modules: Iterable[nn.Module], kind: str) -> None:
         for module in modules:
             self._kinds[id(module)].add(kind)
 
     def use_of(self, module: nn.Module) -> str:
-        """ "called", also where no owner is seen; "lent" if only p is read; "unknown" if it can't be told."""
+        """ "called", also where no owner is seen; "lent" if only its p is read by all that may call it; or "unknown".
+
+        It is "unknown" too if its owner has hooks, is the model itself, which others may hold, or goes to a function
+        that isn't followed.
+        """
         kinds = self._kinds[id(module)]
-        if "called" in kinds or not kinds:
+        if "called" in kinds or kinds <= {"open"}:
             return "called"
         return "lent" if kinds <= {"p", "unseen"} and "p" in kinds else "unknown"
 
@@ -233,29 +281,18 @@ class Owners:
         return self._drops.get(id(module))
 
 
-def is_drop_path(kind: type[nn.Module]) -> bool:
-    """Whether a class's forward is stochastic depth by sample with the rate ``drop_prob``, scaled by what is kept.
-
-    It is if its code is one of those in `DROP_PATHS`, whatever names it uses.
-    """
-    forward = _python_function(getattr(kind, "forward", None))
-    code = getattr(forward, "__code__", None)
-    if kind not in _drop_paths or _drop_paths[kind][0] is not code:
-        _drop_paths[kind] = code, forward is not None and _is_drop_path(forward)
-    return _drop_paths[kind][1]
-
-
 # ---- their parts ----
 
 
 # By class, with the code of the forward at that time: a class may be given another one.
 _read: weakref.WeakKeyDictionary[type, tuple[Any, Uses]] = weakref.WeakKeyDictionary()
 _overriding: weakref.WeakKeyDictionary[type, Uses] = weakref.WeakKeyDictionary()
-_drop_paths: weakref.WeakKeyDictionary[type, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 
 
 def _is_known(module: nn.Module) -> bool:
-    """Whether the forward is torch's or ours."""
+    """Whether the forward is torch's or ours, or scripted."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return True
     forward = vars(module).get("forward", getattr(type(module), "forward", None))
     return (getattr(forward, "__module__", None) or "").partition(".")[0] in ("torch", "fastdrop")
 
@@ -281,12 +318,12 @@ def _uses(module: nn.Module) -> Uses:
     kind = type(module)
     if "forward" in vars(module):
         forward = vars(module)["forward"]
-        bound = getattr(forward, "__self__", None) is module
-        return _read_function(forward.__func__ if bound else forward, kind, bound)
-    forward = getattr(kind, "forward", None)
+        bound = getattr(_unwrapped(forward), "__self__", None) is module
+        return _read_function(forward, kind, bound)
+    forward = inspect.getattr_static(kind, "forward", None)
     code = getattr(_python_function(forward), "__code__", None)
     if kind not in _read or _read[kind][0] is not code:
-        _read[kind] = code, _read_function(forward, kind, True)
+        _read[kind] = code, _read_function(forward, kind, not isinstance(forward, staticmethod))
     return _read[kind][1]
 
 
@@ -303,9 +340,40 @@ def _read_function(forward: Any, kind: type, has_self: bool) -> Uses:
     return uses
 
 
+def _other_methods(kind: type, uses: Uses, names: set[str]) -> list[Uses]:
+    """What the methods of a class do that name one of some attributes and were not read with the forward."""
+    found = []
+    for cls in kind.__mro__:
+        if not cls.__module__.startswith(("torch.", "fastdrop.")):
+            for name, method in vars(cls).items():
+                function = _python_function(method.fget if isinstance(method, property) else method)
+                if function is None or name in ("__init__", "extra_repr") or function.__code__ in uses.followed:
+                    continue
+                if names & _names(function.__code__):
+                    found.append(_read_function(function, kind, not isinstance(method, staticmethod)))
+    return found
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """The names in a function and in those inside it, with the strings by which it may ask for attributes."""
+    inner = [_names(const) for const in code.co_consts if isinstance(const, types.CodeType)]
+    return {*code.co_names, *(const for const in code.co_consts if isinstance(const, str))}.union(*inner)
+
+
+def _is_theirs(hook: Any) -> bool:
+    """Whether a hook is no part of a library whose hooks are known to call no modules."""
+    return (getattr(hook, "__module__", None) or "").partition(".")[0] not in ("torch", "fastdrop", "transformers")
+
+
+def _unwrapped(function: Any) -> Any:
+    with contextlib.suppress(Exception):  # a cycle of wrappers, or an attribute that raises
+        return inspect.unwrap(function)
+    return function
+
+
 def _python_function(function: Any) -> types.FunctionType | None:
-    with contextlib.suppress(ValueError):  # a cycle of wrappers
-        function = inspect.unwrap(function)
+    function = _unwrapped(function)
+    function = _unwrapped(_attribute(function, ("__func__",)) or function)
     return function if isinstance(function, types.FunctionType) else None
 
 
@@ -337,23 +405,53 @@ def _holds(module: nn.Module, guards: Guards) -> bool:
     return all(chain == ("training",) or _attribute(module, chain) is not (not truth) for chain, truth in guards)
 
 
-def _is_held(module: nn.Module, drop: Drop, chain: Chain) -> bool:
-    """Whether an attribute is a function that drops as the call says: one of torch's, or an unknown one."""
-    function = _attribute(module, chain)
-    known = _is_hashable(function) and function in DROPS
-    if drop.reach:
-        return known and DROPS[function][0] == drop.name
-    return not known and not _modules_at(module, chain)
-
-
 def _modules_at(owner: nn.Module, chain: Chain) -> list[nn.Module]:
-    found: list[Any] = [owner]
+    return [item for item in _values_at(owner, chain) if isinstance(item, nn.Module)]
+
+
+def _values_at(owner: nn.Module, chain: Chain) -> list[Any]:
+    found: list[Any] = [owner] if chain else []
     for name in chain:
         if name == "*":
-            found = [child for item in found if isinstance(item, nn.Module) for child in item.children()]
+            found = [part for item in found for part in _items(item)]
         else:
-            found = [_attribute(item, (name,)) for item in found if isinstance(item, nn.Module)]
-    return [item for item in found if isinstance(item, nn.Module)] if chain else []
+            found = [_attribute(item, (name,)) for item in found if not isinstance(item, (torch.Tensor, *ITEMS))]
+    return found
+
+
+def _items(value: Any) -> Iterable[Any]:
+    if isinstance(value, nn.Module):
+        return value.children()
+    return value.values() if isinstance(value, dict) else value if isinstance(value, ITEMS) else ()
+
+
+def _children(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    return [child for module in modules for child in module.children()]
+
+
+def _modules_in(values: Iterable[Any]) -> list[nn.Module]:
+    """The modules that containers hold, or functions: as what they are bound to, given beforehand or closed over."""
+    found, seen, ahead = [], dict[int, Any](), deque(values)
+    while ahead and len(seen) < REACHED:
+        value = ahead.popleft()
+        if id(value) in seen or isinstance(value, torch.Tensor | type | types.ModuleType | str | int | float):
+            continue
+        seen[id(value)] = value  # kept, so that no other gets its id
+        if isinstance(value, nn.Module):
+            found.append(value)
+            continue
+        ahead += itertools.islice(_items(value), REACHED)
+        ahead += _items(_attribute(value, ("__dict__",)))
+        ahead += [_attribute(value, (name,)) for name in ("__self__", "func", "args", "keywords", "__defaults__")]
+        ahead += [part for cell in _attribute(value, ("__closure__",)) or () for part in _cell(cell)]
+    return found
+
+
+def _cell(cell: types.CellType) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # empty as yet
+        return []
 
 
 class _Reader(ast.NodeVisitor):
@@ -374,6 +472,7 @@ class _Reader(ast.NodeVisitor):
         self.function, self.kind, self.uses = function, kind, uses
         self.given = given or {}
         self.above = (*above, function.__code__)
+        uses.followed.append(function.__code__)
         self.guards = guards
         self.defined_in = defined_in or next((c for c in kind.__mro__ if _defines(c, function)), kind)
         self.parameters = function.__code__.co_varnames[: function.__code__.co_argcount]
@@ -534,7 +633,8 @@ class _Reader(ast.NodeVisitor):
     def visit_Attribute(self, node: ast.Attribute) -> None:
         chain = self.chain(node)
         if chain is None:
-            self.visit(node.value)
+            if not self._mention(node):
+                self.visit(node.value)
         elif len(chain) > 1 and chain[-1] == "p":
             self._use(chain[:-1], "p")
         else:
@@ -554,72 +654,104 @@ class _Reader(ast.NodeVisitor):
         for statement in node.body:
             self.visit(statement)
 
+    def visit_Name(self, node: ast.Name) -> None:
+        if isinstance(node.ctx, ast.Load) and not self._mention(node) and self.chain(node) == ():
+            self._use(("*",), "other")  # the module itself is given away
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        alias = isinstance(node.targets[0], ast.Name) and isinstance(node.value, ast.Name | ast.Attribute)
+        if not (alias and (_drops(self.object(node.value)) or self.chain(node.value) == ())):
+            self.generic_visit(node)
+
+    def _mention(self, node: ast.Name | ast.Attribute) -> bool:
+        """A function that drops that is given away or kept, not called: its rate isn't seen."""
+        function = self.object(node)
+        if not _drops(function):
+            return False
+        place, reach = self.function.__qualname__, REACH.get(function, ENABLE)
+        self._add(Drop(ast.unparse(node), DROPS[function][0], "?", None, None, place, reach))
+        return True
+
     def visit_Call(self, node: ast.Call) -> None:
+        if node.args and self.object(node.func) is functools.partial:
+            self.visit_Call(ast.Call(node.args[0], node.args[1:], node.keywords))
+            return
         chain = self.chain(node.func)
         if chain is not None:
-            self._call_of_own(chain, node)
+            followed = self._call_of_own(chain, node)
         elif isinstance(node.func, ast.Attribute) and _is_super(node.func.value):
             mro = self.kind.__mro__
             after = mro[mro.index(self.defined_in) + 1 :] if self.defined_in in mro else ()
             holder = next((cls for cls in after if node.func.attr in vars(cls)), None)
-            if holder is not None:
-                self._follow(vars(holder)[node.func.attr], node, True, holder)
+            followed = holder is None or self._follow(vars(holder)[node.func.attr], node, True, holder)
+            if not followed:
+                self._use(("*",), "other")
         else:
-            self._call_of_function(node)
-        for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
-            if not (isinstance(argument, ast.Name) and self.chain(argument) == ()):
+            followed = self._call_of_function(node)
+        for argument in _arguments(node):
+            if not (followed and isinstance(argument, ast.Name) and self.chain(argument) == ()):
                 self.visit(argument)
-        if chain is None and not isinstance(node.func, ast.Name):
+        if chain is None and not isinstance(node.func, ast.Name) and self.object(node.func) is None:
             self.visit(node.func)
 
-    def _call_of_own(self, chain: Chain, node: ast.Call) -> None:
+    def _call_of_own(self, chain: Chain, node: ast.Call) -> bool:
+        """A call of an attribute; whether what it does with the module, where it is given it, is read."""
         if len(chain) > 1 and chain[-1] in ("forward", "__call__"):
             chain = chain[:-1]
         self._use(chain, "called")
         method = None
         if len(chain) == 1:
             method = inspect.getattr_static(self.kind, chain[0], None)
-            if method is None:  # an attribute of the object, which may be a function
-                self._drop(node, f"{self.me}.{chain[0]}", ("p", 1, 0.5), ENABLE, held_as=chain)
             self.uses.by_name |= chain[0] in ("children", "named_children", "modules", "named_modules")
-            if isinstance(method, staticmethod | classmethod):
-                self._follow(method.__func__, node, False)
-            elif method is not None:
-                self._follow(method, node, True)
-        if method is None:
-            self._hand_on(node, ast.unparse(node.func), held_as=chain)
         self.uses.by_name |= chain[:1] == ("_modules",)
+        if method is not None:
+            return self._follow(method, node, not isinstance(method, staticmethod | classmethod))
+        self.uses.held.append((functools.partial(self._held, node, ast.unparse(node.func)), chain, self.guards))
+        return self._rate_given(node) is not None
 
-    def _call_of_function(self, node: ast.Call) -> None:
-        target = self.object(node.func)
+    def _held(self, node: ast.Call, written: str, value: Any) -> Drop | None:
+        node, function = _applied(node, value)
+        if _drops(function):
+            return self._drop(node, written, DROPS[function], REACH.get(function, ENABLE))
+        return None if isinstance(value, nn.Module) else self._hand_on(node, written)
+
+    def _call_of_function(self, node: ast.Call) -> bool:
+        node, target = _applied(node, self.object(node.func))
         written = ast.unparse(node.func)
+        told = "training" in self.parameters or "train" in self.parameters
+        given = any(self.chain(argument) == () for argument in _arguments(node))
         if target in (getattr, vars) and node.args and self.chain(node.args[0]) == ():
-            self.uses.by_name |= len(node.args) < 2 or not isinstance(node.args[1], ast.Constant)
-        is_class = isinstance(target, type)
-        if is_class and issubclass(target, _DropoutNd):
-            if target.__module__ == nn.Dropout.__module__:
-                self._drop(node, written, ("p", 0, 0.5), ENABLE)
-        elif _is_hashable(target) and target in DROPS:
-            self._drop(node, written, DROPS[target], REACH.get(target, ENABLE))
+            name = node.args[1] if len(node.args) > 1 else None
+            if isinstance(name, ast.Constant):
+                self._use((str(name.value),), "other")
+            else:
+                self.uses.by_name = True
+        if isinstance(target, type):
+            if issubclass(target, _DropoutNd) and target.__module__ == nn.Dropout.__module__:
+                self._add(self._drop(node, written, ("p", 0, 0.5), ENABLE))
+        elif _drops(target):
+            self._add(self._drop(node, written, DROPS[target], REACH.get(target, ENABLE)))
         elif _is_hashable(target) and target in DRAWS:
-            self.uses.draws.append((written, "training" in self.parameters or "train" in self.parameters))
+            self.uses.draws.append((written, told))
         elif isinstance(node.func, ast.Attribute) and node.func.attr in DRAWING_METHODS and target is None:
-            told = "training" in self.parameters or "train" in self.parameters
             self.uses.draws.append((f".{node.func.attr}", told))
-        elif isinstance(target, types.FunctionType) and not is_class:
-            if not target.__module__.startswith(("torch.", "fastdrop.")) and _mentions_dropout(target.__code__):
-                self._follow(target, node, False)
+        elif isinstance(target, types.FunctionType):
+            if not target.__module__.startswith(("torch.", "fastdrop.")):
+                return (given or _mentions_dropout(target.__code__)) and self._follow(target, node, False)
         elif target is None:
-            self._hand_on(node, written)
+            self._add(self._hand_on(node, written))
+            return self._rate_given(node) is not None
+        return target in HARMLESS
 
     def _use(self, chain: Chain, kind: str) -> None:
         if chain:
             self.uses.uses.append(Use(chain, kind, self.guards))
 
-    def _follow(self, method: Any, node: ast.Call, has_self: bool, defined_in: type | None = None) -> None:
+    def _follow(self, method: Any, node: ast.Call, has_self: bool, defined_in: type | None = None) -> bool:
+        """Reads a function that is called; whether it could be read, with all it does with the module if given it."""
         function = _python_function(method)
         if function is None or not self._is_followed(function):
-            return
+            return function is not None and function.__code__ in self.above
         code = function.__code__
         names = code.co_varnames[: code.co_argcount]
         given: dict[str, tuple[ast.expr, _Reader]] = {}
@@ -642,6 +774,11 @@ class _Reader(ast.NodeVisitor):
             defined_in=defined_in,
         )
         reader.read()
+        mine = {name for name, (value, of) in given.items() if of.chain(value) == ()}
+        known = mine <= {*code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]} - reader.assigned.keys()
+        return (
+            known and len(mine) == [self.chain(each) for each in _arguments(node)].count(()) and _tree(code) is not None
+        )
 
     def _is_followed(self, function: types.FunctionType) -> bool:
         """Whether a function that is called is read too: none that calls this one, and not too many in all."""
@@ -649,20 +786,12 @@ class _Reader(ast.NodeVisitor):
             return False
         if function.__code__ in self.above:
             return False
-        self.uses.followed += 1
-        if len(self.above) > DEPTH or self.uses.followed > FOLLOWED:
+        if len(self.above) > DEPTH or len(self.uses.followed) > FOLLOWED:
             self.uses.readable = False
             return False
         return True
 
-    def _drop(
-        self,
-        node: ast.Call,
-        written: str,
-        rate: tuple[str, int, float],
-        reach: str,
-        held_as: Chain | None = None,
-    ) -> None:
+    def _drop(self, node: ast.Call, written: str, rate: tuple[str, int, float], reach: str) -> Drop | None:
         name, position, default = rate
         argument = _argument(node, name, position)
         training = _argument(node, "training", 2) if name == "p" else None
@@ -672,23 +801,24 @@ class _Reader(ast.NodeVisitor):
             text, chain, value = self.rate(argument or ast.Constant(default))
         never = isinstance(training, ast.Constant) and training.value is False
         if never or (value == 0.0 and (argument is None or _is_zero(argument))):
-            return
-        self._add(Drop(written, name, text, chain, value, self.function.__qualname__, reach), held_as)
+            return None
+        return Drop(written, name, text, chain, value, self.function.__qualname__, reach)
 
-    def _hand_on(self, node: ast.Call, written: str, held_as: Chain | None = None) -> None:
+    def _rate_given(self, node: ast.Call) -> ast.keyword | None:
+        return next((keyword for keyword in node.keywords if keyword.arg in ATTENTION_RATES), None)
+
+    def _hand_on(self, node: ast.Call, written: str) -> Drop | None:
         """A rate given to a function that is known only when it runs, as transformers' attention is."""
-        for keyword in node.keywords:
-            if keyword.arg in ATTENTION_RATES and not _is_zero(keyword.value):
-                text, chain, value = self.rate(keyword.value)
-                if value != 0.0:
-                    place = self.function.__qualname__
-                    self._add(Drop(written, keyword.arg, text, chain, value, place, ""), held_as)
+        keyword = self._rate_given(node)
+        if keyword is None or _is_zero(keyword.value):
+            return None
+        text, chain, value = self.rate(keyword.value)
+        place = self.function.__qualname__
+        return Drop(written, keyword.arg or "", text, chain, value, place, "") if value != 0.0 else None
 
-    def _add(self, drop: Drop, held_as: Chain | None = None) -> None:
-        if held_as is None:
+    def _add(self, drop: Drop | None) -> None:
+        if drop is not None:
             self.uses.drops.append((drop, self.guards))
-        else:
-            self.uses.held.append((drop, held_as, self.guards))
 
     # ---- without source ----
 
@@ -711,7 +841,7 @@ class _Reader(ast.NodeVisitor):
                 method = _python_function(getattr(self.kind, chain[0], None)) if len(chain) == 1 else None
                 if method is not None and self._is_followed(method):
                     _Reader(method, self.kind, self.uses, has_self=True, above=self.above).read()
-            elif value is not None and _is_hashable(value) and value in DROPS:
+            elif _drops(value):
                 name, reach = DROPS[value][0], REACH.get(value, ENABLE)
                 self._add(Drop(written, name, "?", None, None, self.function.__qualname__, reach))
             chain, value, written = None, None, ""
@@ -730,10 +860,7 @@ def _global(function: types.FunctionType, name: str) -> Any:
     code = function.__code__
     if name in code.co_freevars:
         cell = (function.__closure__ or ())[code.co_freevars.index(name)]
-        try:
-            return cell.cell_contents
-        except ValueError:  # empty as yet
-            return None
+        return next(iter(_cell(cell)), None)
     builtin = function.__globals__.get("__builtins__", {})
     builtins = builtin if isinstance(builtin, dict) else vars(builtin)
     return function.__globals__.get(name, builtins.get(name))
@@ -744,6 +871,23 @@ def _argument(node: ast.Call, name: str, position: int) -> ast.expr | None:
         if keyword.arg == name:
             return keyword.value
     return node.args[position] if len(node.args) > position else None
+
+
+def _arguments(node: ast.Call) -> list[ast.expr]:
+    return [*node.args, *(keyword.value for keyword in node.keywords)]
+
+
+def _applied(node: ast.Call, function: Any) -> tuple[ast.Call, Any]:
+    """A call, of a `functools.partial` the one that it makes, and the function called."""
+    if not isinstance(function, functools.partial):
+        return node, function
+    ours = {keyword.arg for keyword in node.keywords}
+    more = [ast.keyword(name, ast.Constant(value)) for name, value in function.keywords.items() if name not in ours]
+    return ast.Call(node.func, [*map(ast.Constant, function.args), *node.args], [*node.keywords, *more]), function.func
+
+
+def _drops(function: Any) -> bool:
+    return _is_hashable(function) and function in DROPS
 
 
 def _is_zero(node: ast.expr) -> bool:
@@ -763,90 +907,3 @@ def _mentions_dropout(code: types.CodeType) -> bool:
     return any("drop" in name.lower() or "bernoulli" in name or name.startswith("rand") for name in names) or any(
         _mentions_dropout(inner) for inner in code.co_consts if isinstance(inner, types.CodeType)
     )
-
-
-# ---- stochastic depth ----
-
-# What forwards of `DropPath` modules compute, as written by transformers and by timm before and after they had
-# ``scale_by_keep``. Compared without names, annotations and docstrings; the rate is the attribute ``drop_prob``.
-DROP_PATHS = """
-def forward(self, x):
-    if self.drop_prob == 0.0 or not self.training:
-        return x
-    keep_prob = 1 - self.drop_prob
-    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-    random_tensor = torch.rand(shape, dtype=x.dtype, device=x.device)
-    random_tensor = torch.floor(random_tensor + keep_prob)
-    return x.div(keep_prob) * random_tensor
-"""
-CALLS_DROP_PATH = """
-def forward(self, x):
-    return drop_path(x, self.drop_prob, self.training)
-"""
-DROP_PATH_FUNCTIONS = """
-def drop_path(x, drop_prob, training):
-    if drop_prob == 0.0 or not training:
-        return x
-    keep_prob = 1 - drop_prob
-    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-    random_tensor = keep_prob + torch.rand(shape, dtype=x.dtype, device=x.device)
-    random_tensor.floor_()
-    output = x.div(keep_prob) * random_tensor
-    return output
-
-def drop_path(x, drop_prob, training):
-    if drop_prob == 0.0 or not training:
-        return x
-    keep_prob = 1 - drop_prob
-    shape = (x.shape[0],) + (1,) * (x.ndim - 1)
-    random_tensor = x.new_empty(shape).bernoulli_(keep_prob)
-    return x * random_tensor.div_(keep_prob)
-"""
-
-
-def _is_drop_path(forward: types.FunctionType) -> bool:
-    tree = _tree(forward.__code__)
-    if tree is None:
-        return False
-    if _normalised(tree) in _known(DROP_PATHS):
-        return _global(forward, "torch") is torch
-    call = getattr(_without_docstring(tree)[-1], "value", None)
-    if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
-        return False
-    function = _python_function(_global(forward, call.func.id))
-    if _normalised(tree, {call.func.id: "drop_path"}) not in _known(CALLS_DROP_PATH) or function is None:
-        return False
-    inner = _tree(function.__code__)
-    rand = _global(function, "torch") in (torch, None)
-    return rand and inner is not None and _normalised(inner) in _known(DROP_PATH_FUNCTIONS)
-
-
-@functools.cache
-def _known(sources: str) -> frozenset[str]:
-    return frozenset(_normalised(tree) for tree in ast.parse(sources).body if isinstance(tree, ast.FunctionDef))
-
-
-def _without_docstring(tree: ast.FunctionDef) -> list[ast.stmt]:
-    return tree.body[ast.get_docstring(tree) is not None :] or tree.body
-
-
-def _normalised(tree: ast.FunctionDef, names: dict[str, str] | None = None) -> str:
-    """The body of a function with its own names numbered in their order, without annotations."""
-    own = {argument.arg: f"_{i}" for i, argument in enumerate(tree.args.args)} | (names or {})
-    lines = []
-    for statement in _without_docstring(tree):
-        if isinstance(statement, ast.AnnAssign) and statement.value is not None:
-            statement = ast.Assign([statement.target], statement.value)
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                own.setdefault(node.id, f"_{len(own)}")
-        lines.append(ast.dump(_Renamed(own).visit(ast.parse(ast.unparse(ast.fix_missing_locations(statement))))))
-    return "\n".join(lines)
-
-
-class _Renamed(ast.NodeTransformer):
-    def __init__(self, names: dict[str, str]) -> None:
-        self.names = names
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        return ast.Name(self.names.get(node.id, node.id), node.ctx)

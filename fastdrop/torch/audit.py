@@ -17,10 +17,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from .. import _checks
+from ._drop_path import is_drop_path
 from ._flow import Flow, Op, backward, forward
 from ._rates import number, rate_name
 from ._report import Row, fold, fold_and_count, table
-from ._source import is_drop_path
 from .convert import functional_rows
 
 __all__ = ["AuditReport", "Finding", "audit"]

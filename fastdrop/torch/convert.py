@@ -14,13 +14,14 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from .. import _checks
 from . import modules as ours
+from ._drop_path import is_drop_path
 from ._rates import rate_name
 from ._report import Report, Row, class_name
 from ._source import (
     ENABLE,
     Owners,
     functional_drops,
-    is_drop_path,
+    is_unreadable,
     lenders,
     own_random,
     rate_text,
@@ -93,7 +94,8 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
     All else that drops is left and listed with the reason and, where there is one, with what reaches it: attention and
     recurrent layers; modules of which only ``p`` is read, to be given to attention; functions such as
     ``F.dropout(x, self.p, self.training)`` in the forward of a module. Who calls what is read off the source of the
-    forwards. Where that can't tell whether a module is called, the module is changed, and its row says so.
+    forwards. Where that can't tell whether a module is called, the module is changed, and its row says so. A forward
+    that has no source, and of which nothing else is known, has a row that says it.
 
     Parameters
     ----------
@@ -140,7 +142,10 @@ UNSEEN = "it can't be told whether anything calls it"
 
 
 def why_lent(owners: Owners, module: nn.Module) -> str:
-    """Why it is of no use to change a module of which only p is read; nothing for any other, and for one of ours."""
+    """Why it is of no use to change a module of which only p is read, as far as is known by all that may call it.
+
+    Nothing for any other, for one of ours, and in doubt.
+    """
     if isinstance(module, Rated) or not (class_for(module) or isinstance(module, _DropoutNd)):
         return ""
     if owners.use_of(module) != "lent":
@@ -192,6 +197,9 @@ def functional_rows(path: str, module: nn.Module, owners: Owners | None = None) 
     if not rows and not known and (name := own_random(module)):
         before = class_name(type(module), "Dropout", *(cls.__name__ for cls in CLASSES))
         rows.append(Row(path, before, None, f"its forward drops by {name}; nothing of fastdrop reaches it"))
+    if not rows and not known and is_unreadable(module):
+        reason = "its forward can't be read, it has no source; fdt.enable() reaches it if it calls torch's dropout"
+        rows.append(Row(path, class_name(type(module)), None, reason))
     return rows
 
 
