@@ -291,7 +291,7 @@ def test_threads_sample_what_one_thread_does(cls):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     expected = fdt.mc_predict(model, x, 8, seed=1, batch=3)
     assert expected.std.min() > 0
-    stop, other = threading.Event(), make(Gated)
+    stop, other, third = threading.Event(), make(Gated), make(cls)
 
     def disturb():
         while not stop.is_set():
@@ -307,7 +307,7 @@ def test_threads_sample_what_one_thread_does(cls):
     noise = threading.Thread(target=disturb)
     noise.start()
     try:
-        found = in_threads(*(lambda m=m: predict(m) for m in (model, model, make(cls))))
+        found = in_threads(*(lambda m=m: predict(m) for m in (model, model, third)))
     finally:
         stop.set()
         noise.join()

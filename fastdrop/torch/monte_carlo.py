@@ -81,8 +81,8 @@ def _chosen(model: nn.Module, filter: Filter | None, stacklevel: int) -> set[nn.
         mixed = [path for path, module in model.named_modules() if module not in chosen and _gate(module) is Gate.MIXED]
         if mixed:
             warnings.warn(
-                "these modules read training for dropout and for something else, and stay as they are: "
-                f"{_listed(model, mixed)}; to turn them on give filter=, a function of path and module",
+                "these modules read training for dropout and for something else, or in a way that can't be told, and "
+                f"stay as they are: {_listed(model, mixed)}; to turn them on give filter=, a function of path and module",
                 stacklevel=stacklevel,
             )
     else:
@@ -99,7 +99,7 @@ def _chosen(model: nn.Module, filter: Filter | None, stacklevel: int) -> set[nn.
 
 def _gate(module: nn.Module) -> Gate:
     norm = isinstance(module, _NormBase | torch.jit.ScriptModule)
-    return Gate.NOTHING if norm else gate_of(type(module))
+    return Gate.NOTHING if norm else gate_of(module)
 
 
 def _listed(model: nn.Module, paths: list[str]) -> str:
@@ -236,9 +236,11 @@ def mc_predict(
     moments, entropies = _Moments(), _Moments()
 
     def without_draws() -> None:
-        readers = [path for path, module in model.named_modules() if _gate(module) is Gate.MIXED]
-        hint = f"; these may drop if filter= names them: {_listed(model, readers)}" if readers else ""
-        message = f"nothing was dropped: the model draws no dropout, so its standard deviation is 0 everywhere{hint}"
+        off = [
+            path for path, module in model.named_modules() if module not in chosen and _gate(module) is not Gate.NOTHING
+        ]
+        hint = f"; these may drop if filter= picks them: {_listed(model, off)}" if off else ""
+        message = f"nothing was dropped when the model ran, so its standard deviation is 0 everywhere{hint}"
         if strict:
             raise RuntimeError(message)
         warnings.warn(message, stacklevel=4)
