@@ -434,6 +434,40 @@ def test_masks_are_a_function_of_seed_sample_and_call(batch, backend):
         assert_equal(y, fdt.dropout(fdt.dropout(x, 0.3, seed=seed(s, 0)), 0.5, seed=seed(s, 1)))
 
 
+class SamplesAnother(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.options, self.drop, self.inner = options, fdt.Dropout(0.5), mlp()
+
+    def forward(self, x):
+        return mc_predict(self.inner, self.drop(x), 5, **self.options).mean + self.drop(x)
+
+
+@pytest.mark.parametrize("inner", [1, None])
+def test_a_model_that_samples_another_has_the_same_samples_in_any_batch(inner):
+    torch.manual_seed(0)
+    model, x = SamplesAnother(seed=1, batch=inner), torch.randn(4, 6)
+    model.inner = nn.Sequential(fdt.Dropout(0.5), fdt.Dropout2d(0.5), nn.Tanh())
+    one, two, many = (
+        mc_predict(model, x[None, None], 9, seed=3, batch=batch, keep_samples=True).samples for batch in (1, 2, None)
+    )
+    torch.testing.assert_close(two, one)
+    torch.testing.assert_close(many, one)
+
+
+@pytest.mark.parametrize("batch", [1, None])
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_a_map_around_sampling_has_the_masks_of_the_seed(randomness, batch, recwarn):
+    x = torch.randn(3, 8)
+    model = nn.Sequential(fdt.Dropout(0.5), nn.Tanh())
+    sample = lambda row: mc_predict(model, row, 6, seed=1, batch=batch)  # noqa: E731
+    mapped = torch.func.vmap(lambda row: (sample(row).mean, sample(row).std), randomness=randomness)(x)
+    for i, row in enumerate(x):
+        alone = sample(row)
+        torch.testing.assert_close((mapped[0][i], mapped[1][i]), (alone.mean, alone.std))
+    assert not [str(warning.message) for warning in recwarn]
+
+
 def test_seeds_mix_alike_as_numbers_and_as_arrays():
     seeds = [0, 1, 2**63, 2**64 - 1]
     offsets = [1, 2, 77, 2**64 - 1]

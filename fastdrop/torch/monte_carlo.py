@@ -338,7 +338,9 @@ class _Moments:
         mean = samples.mean(0)
         delta = mean - self.mean
         self.mean = self.mean + delta * (count / total)
-        self.squares = self.squares + (samples - mean).square_().sum(0) + delta.square_() * (self.count * count / total)
+        samples = samples - mean
+        squares = samples.mul_(samples).sum(0)  # not `square_`, which `vmap` doesn't know
+        self.squares = self.squares + squares + delta * delta * (self.count * count / total)
         self.count = total
 
     def result(self) -> tuple[Tensor, Tensor]:
