@@ -41,15 +41,19 @@ Filter = Callable[[str, nn.Module], bool]
 def mc_dropout(model: nn.Module, filter: Filter | None = None) -> Iterator[None]:
     """Turns on a model's dropout, and nothing else, for a block or, as a decorator, a function.
 
-    On are fastdrop's and torch's dropout modules, `torch.nn.MultiheadAttention` and recurrent layers built with
-    dropout, timm's and torchvision's by name, transformer encoders around them, which would run fused, without
-    dropout, and do nothing else in it. So are modules that call dropout as a function: those whose class reads
-    ``training`` for ``F.dropout(x, p, self.training)``, for ``dropout_p=self.p if self.training else 0.0`` or the like,
-    and for nothing else, as its source says. All others, batch normalisation above all, stay as they are: call
-    ``model.eval()`` first.
+    These modules are turned on:
+
+    * the dropout modules of fastdrop and torch, and, known by name, those of timm and torchvision
+    * `torch.nn.MultiheadAttention` and recurrent layers that were built with dropout
+    * torch's transformer encoders that have any of these inside: in evaluation they would run fused, without dropout
+    * modules that call dropout as a function, if the source of their class reads ``training`` for dropout alone, as in
+      ``F.dropout(x, p, self.training)`` or ``dropout_p=self.p if self.training else 0.0``
+
+    All others, batch normalisation above all, stay as they are: call ``model.eval()`` first.
 
     No module is written to. For the thread, or asyncio task, that runs the block, ``training`` of the modules above
-    reads True; for others it is what it was. So one model may serve several threads at once. Blocks may be nested.
+    reads True; for others it is what it was. So one model may serve several threads at once. Blocks may be nested. A
+    forward with checkpoints runs a second time in ``backward``: call ``backward`` inside of the block too.
 
     Parameters
     ----------
@@ -59,7 +63,8 @@ def mc_dropout(model: nn.Module, filter: Filter | None = None) -> Iterator[None]
         on.
 
     Raises TypeError for a filter that can't be called. Warns of modules that read ``training`` for dropout and for
-    something else, which stay as they are unless a filter picks them.
+    something else, or call dropout and read ``training`` in a way that the source doesn't tell. They stay as they are
+    unless a filter picks them.
 
     >>> import torch, fastdrop.torch as fdt
     >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), fdt.Dropout(0.5)).eval()
@@ -82,7 +87,8 @@ def _chosen(model: nn.Module, filter: Filter | None, stacklevel: int) -> set[nn.
         if mixed:
             warnings.warn(
                 "these modules read training for dropout and for something else, or in a way that can't be told, and "
-                f"stay as they are: {_listed(model, mixed)}; to turn them on give filter=, a function of path and module",
+                f"stay as they are: {_listed(model, mixed)}; "
+                "to turn them on give filter=, a function of path and module",
                 stacklevel=stacklevel,
             )
     else:
@@ -174,10 +180,11 @@ def mc_predict(
     what it would get alone.
 
     The k-th dropout of sample s has a seed made of ``seed``, s and k alone: the result is the same, up to rounding, for
-    any ``batch``. This holds for fastdrop's dropout. If a model draws anything else, it runs inside of `enabled`, which
-    makes torch's dropout fastdrop's for this thread. If it still does, samples run one by one, and torch's random
-    operators draw from generators of the sample's own; torch's default generators are not used. (A few operators of
-    CUDA take no other. They get the default generator for one call each, with its state put back after it.)
+    any ``batch``. This holds for fastdrop's dropout, and inside of another map or model that is sampled. If a model
+    draws anything else, it runs inside of `enabled`, which makes torch's dropout fastdrop's for this thread. If it
+    still does, samples run one by one, and torch's random operators draw from generators of the sample's own; torch's
+    default generators are not used. (A few operators take no other. They get the default generator for one call each,
+    with its state put back after it: a thread that draws from it in that moment disturbs them.)
 
     Parameters
     ----------
@@ -210,8 +217,8 @@ def mc_predict(
     output : str, int or callable, optional
         Which Tensor of what the model returns: a key or attribute, a place in a tuple, or a function of it.
     strict : bool
-        A model that draws nothing, and so has a standard deviation of 0 everywhere, raises RuntimeError; else a warning
-        says so.
+        If no random number was drawn when the model ran, the standard deviation is 0 everywhere: raises RuntimeError,
+        where otherwise a warning says so.
 
     Raises TypeError and ValueError for arguments other than these and for models that return something else,
     IndexError for a ``class_axis`` that the output lacks.
