@@ -106,8 +106,8 @@ def disable() -> None:
 def enabled() -> Iterator[None]:
     """`enable` for a block or, as a decorator, a function, and for what runs in it alone: the thread or asyncio task.
 
-    Threads that are started in the block are not in it, other than those of torch's autograd. A forward with checkpoints
-    runs a second time in ``backward``: call ``backward`` inside of the block too, or the masks differ.
+    Threads that are started in the block are not in it, other than those of torch's autograd. A forward with
+    checkpoints runs a second time in ``backward``: call ``backward`` inside of the block too, or the masks differ.
 
     >>> import torch, fastdrop.torch as fdt
     >>> with fdt.enabled():
