@@ -131,13 +131,22 @@ def dispatching(mode: TorchDispatchMode) -> Iterator[None]:
 
 @contextlib.contextmanager
 def overriding(mode: TorchFunctionMode) -> Iterator[None]:
+    """Also where torch, which takes modes off for a while, didn't get to put this one back."""
+    depth = torch._C._len_torch_function_stack()
     try:
         torch._C._push_on_torch_function_stack(mode)
         yield
     finally:
-        top = torch._C._pop_torch_function_stack()
-        while top is not mode:
-            top = torch._C._pop_torch_function_stack()
+        try:
+            _pop_to(depth)
+        except BaseException:  # from a signal
+            _pop_to(depth)
+            raise
+
+
+def _pop_to(depth: int) -> None:
+    while torch._C._len_torch_function_stack() > depth:
+        torch._C._pop_torch_function_stack()
 
 
 # ---- torch's dropout ----
