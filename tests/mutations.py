@@ -471,7 +471,7 @@ MUTATIONS = (
     Mutation(
         "enabled is for all threads",
         "fastdrop/torch/_context.py",
-        "return _everywhere or _value(_here) is not None",
+        "return _everywhere or (bool(_enabled_somewhere) and bool(_value(_here)))",
         "return True",
         "tests/test_torch_threads.py",
     ),

@@ -304,6 +304,94 @@ def test_filter_picks_further_modules():
         assert not torch.equal(model(x), model(x))
 
 
+class Early(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        return F.dropout(x, 0.5)
+
+
+class EarlyAndMore(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        x = x + 1.0
+        return F.dropout(x, 0.5)
+
+
+class Skips(nn.Module):
+    p = 0.5
+
+    def forward(self, x):
+        if self.p == 0.0 or not self.training:
+            return x
+        return x * x.new_empty(x.shape[0], 1).bernoulli_(self.p) / self.p
+
+
+class ByName(nn.Module):
+    def forward(self, x):
+        mode = self.training
+        return F.dropout(x, 0.5, mode)
+
+
+def dropped_as(module, x):
+    return F.dropout(x, 0.5, module.training)
+
+
+class ByHelper(nn.Module):
+    def forward(self, x):
+        return dropped_as(self, x)
+
+
+class ByString(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5, getattr(self, "training"))  # noqa: B009
+
+
+class OfAnother(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.child.training)
+
+
+class OfDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return F.dropout(x, self.drop.p, self.drop.training)
+
+
+class Always(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5)
+
+
+@pytest.mark.parametrize("cls", [Early, OfDropout, Always])
+def test_modules_that_can_be_told_drop(cls, recwarn):
+    assert mc_predict(cls(), torch.ones(9, 3), 30, seed=1, strict=True).std.all()
+    assert not [str(warning.message) for warning in recwarn]
+
+
+@pytest.mark.parametrize("cls", [EarlyAndMore, Skips, ByName, ByHelper, ByString, OfAnother])
+def test_modules_that_can_not_be_told_are_named(cls):
+    """Beside dropout too, which leaves no other trace of them."""
+    model, x = nn.Sequential(cls(), nn.Dropout(0.5)), torch.ones(9, 3)
+    with pytest.warns(UserWarning, match=rf"stay as they are: 0 \({cls.__name__}\); to turn them on") as caught:
+        mc_predict(model, x, 3)
+    assert len(caught) == 1
+    with (
+        pytest.warns(UserWarning, match="stay as they are"),
+        pytest.raises(RuntimeError, match=rf"nothing was dropped .*these may drop .*the model \({cls.__name__}\)"),
+    ):
+        mc_predict(cls(), x, 3, strict=True)
+    assert mc_predict(cls(), x, 30, seed=1, strict=True, filter=lambda path, module: True).std.all()
+
+
 def test_filter_is_asked_about_every_name_and_never_turns_on_batch_normalisation():
     model = nn.ModuleDict({name: make() for name, make in (ZOO | QUIET).items()}).eval()
     model["again"] = model["ours"]
@@ -344,6 +432,40 @@ def test_masks_are_a_function_of_seed_sample_and_call(batch, backend):
     samples = mc_predict(model, x, 9, seed=2**63 + 9, batch=batch, keep_samples=True).samples
     for s, y in enumerate(samples):
         assert_equal(y, fdt.dropout(fdt.dropout(x, 0.3, seed=seed(s, 0)), 0.5, seed=seed(s, 1)))
+
+
+class SamplesAnother(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.options, self.drop, self.inner = options, fdt.Dropout(0.5), mlp()
+
+    def forward(self, x):
+        return mc_predict(self.inner, self.drop(x), 5, **self.options).mean + self.drop(x)
+
+
+@pytest.mark.parametrize("inner", [1, None])
+def test_a_model_that_samples_another_has_the_same_samples_in_any_batch(inner):
+    torch.manual_seed(0)
+    model, x = SamplesAnother(seed=1, batch=inner), torch.randn(4, 6)
+    model.inner = nn.Sequential(fdt.Dropout(0.5), fdt.Dropout2d(0.5), nn.Tanh())
+    one, two, many = (
+        mc_predict(model, x[None, None], 9, seed=3, batch=batch, keep_samples=True).samples for batch in (1, 2, None)
+    )
+    torch.testing.assert_close(two, one)
+    torch.testing.assert_close(many, one)
+
+
+@pytest.mark.parametrize("batch", [1, None])
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_a_map_around_sampling_has_the_masks_of_the_seed(randomness, batch, recwarn):
+    x = torch.randn(3, 8)
+    model = nn.Sequential(fdt.Dropout(0.5), nn.Tanh())
+    sample = lambda row: mc_predict(model, row, 6, seed=1, batch=batch)  # noqa: E731
+    mapped = torch.func.vmap(lambda row: (sample(row).mean, sample(row).std), randomness=randomness)(x)
+    for i, row in enumerate(x):
+        alone = sample(row)
+        torch.testing.assert_close((mapped[0][i], mapped[1][i]), (alone.mean, alone.std))
+    assert not [str(warning.message) for warning in recwarn]
 
 
 def test_seeds_mix_alike_as_numbers_and_as_arrays():

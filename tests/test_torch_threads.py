@@ -162,7 +162,95 @@ def test_compiled_code_runs_in_the_state_it_was_compiled_in(first):
     torch.compiler.reset()
 
 
+def test_state_lasts_in_a_copied_context():
+    with fdt.enabled():
+        copied = contextvars.copy_context()
+    assert not is_ours()
+    assert copied.run(is_ours)
+
+
+@pytest.mark.parametrize("last_first", [False, True])
+def test_blocks_end_in_any_order(last_first):
+    """As those in generators do: one that ends leaves the others as they are."""
+    models = [nn.Dropout().eval(), nn.Dropout().eval()]
+
+    def block(model):
+        with fdt.mc_dropout(model), fdt.enabled():
+            yield
+
+    blocks = {model: block(model) for model in models}
+    for each in blocks.values():
+        next(each)
+    ended, other = reversed(models) if last_first else models
+    blocks[ended].close()
+    assert (ended.training, other.training, is_ours()) == (False, True, True)
+    blocks[other].close()
+    assert (ended.training, other.training, is_ours()) == (False, False, False)
+
+
+class Property(nn.Module):
+    deleted = False
+
+    @property
+    def training(self):
+        return False
+
+    @training.setter
+    def training(self, mode):
+        pass
+
+    @training.deleter
+    def training(self):
+        self.deleted = True
+
+
+def test_attributes_are_deleted_as_before():
+    """On classes that `mc_dropout` has met."""
+    model, own = nn.Dropout(), Property()
+    with fdt.mc_dropout(nn.ModuleList([model, own]), filter=lambda path, module: True):
+        pass
+    del model.training
+    with pytest.raises(AttributeError, match="'Dropout' object has no attribute 'training'"):
+        del model.training
+    del own.training
+    assert own.deleted
+
+
 # ---- Monte Carlo ----
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.drop(x))
+
+
+def test_code_compiled_after_sampling_is_for_all_instances():
+    fdt.mc_predict(nn.Dropout(0.5), torch.ones(4), 2)
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    models, x = [Holder().eval() for _ in range(12)], torch.ones(99)
+    for model in models:
+        torch.compile(model, backend="eager", fullgraph=True)(x)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    compiled = torch.compile(models[0], backend="eager", fullgraph=True)
+    for _ in range(2):
+        with fdt.mc_dropout(models[0]):
+            assert not compiled(x).equal(x)
+        assert_equal(compiled(x), x)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch.compiler.reset()
+
+
+def test_training_is_read_the_short_way_after_sampling(monkeypatch):
+    model = nn.Dropout(0.5)
+    fdt.mc_predict(model, torch.ones(4), 2)
+    for name in "_value", "_guard":
+        monkeypatch.setattr(_context, name, None)
+    assert model.training
 
 
 class Gated(nn.Module):
@@ -203,7 +291,7 @@ def test_threads_sample_what_one_thread_does(cls):
     state = {name: value.clone() for name, value in model.state_dict().items()}
     expected = fdt.mc_predict(model, x, 8, seed=1, batch=3)
     assert expected.std.min() > 0
-    stop, other = threading.Event(), make(Gated)
+    stop, other, third = threading.Event(), make(Gated), make(cls)
 
     def disturb():
         while not stop.is_set():
@@ -219,7 +307,7 @@ def test_threads_sample_what_one_thread_does(cls):
     noise = threading.Thread(target=disturb)
     noise.start()
     try:
-        found = in_threads(*(lambda m=m: predict(m) for m in (model, model, make(cls))))
+        found = in_threads(*(lambda m=m: predict(m) for m in (model, model, third)))
     finally:
         stop.set()
         noise.join()
@@ -321,6 +409,44 @@ def test_a_model_that_draws_nothing_is_told():
         fdt.mc_predict(model, x, 3)
     with pytest.raises(RuntimeError, match="nothing was dropped"):
         fdt.mc_predict(model, x, 3, strict=True)
+
+
+class Attends(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x[None], x[None], x[None])[0]
+
+
+class Slopes(nn.Module):
+    def forward(self, x):
+        return F.rrelu(x, training=False)
+
+
+class MultiHead(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.MultiheadAttention(8, 2)
+
+    def forward(self, x):
+        return self.inner(x, x, x, need_weights=False)[0]
+
+
+class Native(nn.Module):
+    def forward(self, x):
+        return torch.native_dropout(x, 0.5, False)[0]
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("cls", [Attends, Slopes, MultiHead, Native])
+def test_operators_that_might_draw_and_do_not(cls):
+    """They are no dropout, and keep no model from having its samples in one pass."""
+    x, runs = torch.randn(1, 4, 8), []
+    with pytest.raises(RuntimeError, match="nothing was dropped"):
+        fdt.mc_predict(cls(), x, 3, strict=True)
+    model = nn.Sequential(fdt.Dropout(0.5), cls()).eval()
+    model.register_forward_pre_hook(lambda *_: runs.append(1))
+    samples = fdt.mc_predict(model, x, 20, seed=1, keep_samples=True).samples
+    assert len(runs) == 3 or cls is Slopes  # which torch doesn't map
+    torch.testing.assert_close(samples, fdt.mc_predict(model, x, 20, seed=1, batch=1, keep_samples=True).samples)
 
 
 # ---- exceptions from signals ----

@@ -12,6 +12,7 @@ compiled again where it isn't.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ import torch
 from torch import nn
 from torch._C import _get_obj_in_tls, _is_key_in_tls, _stash_obj_in_tls
 from torch._guards import TracingContext
+from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -44,20 +46,24 @@ CACHE_TAG = f"+fastdrop {__version__}"
 CALLER = "context"  # torch keeps the caller's context under this key while backward runs, for the engine's threads
 
 _everywhere = False
-_here: ContextVar[_Entry | None] = ContextVar("fastdrop_enabled", default=None)
-_appearances: ContextVar[_Appearances | None] = ContextVar("fastdrop_appearances", default=None)
+# Blocks that this context is in, outermost first.
+_here: ContextVar[tuple[_Entry, ...]] = ContextVar("fastdrop_enabled", default=())
+_appearances: ContextVar[tuple[_Appearances, ...]] = ContextVar("fastdrop_appearances", default=())
+# Entries, by id, that some context of the process has. Most calls find none and look no further.
+_enabled_somewhere: set[int] = set()
+_appearing_somewhere: set[int] = set()
 _lock = threading.Lock()
 
 
 def _value(variable: ContextVar[Any]) -> Any:
     """A variable of this context or, in a thread of autograd's engine, of the one that called backward."""
     value = variable.get()
-    if value is None and _is_key_in_tls(CALLER):
+    if not value and _is_key_in_tls(CALLER):
         caller = _get_obj_in_tls(CALLER)
-        value = None if caller is None else caller.get(variable)
+        value = () if caller is None else caller.get(variable, ())
         # Where backward calls backward, as checkpoints do, torch takes the context of the engine's thread, which is
         # empty. So the value is put beside it: torch hands that on too, and takes it away at the end of the task.
-        if value is not None:
+        if value:
             _stash_obj_in_tls(variable.name, value)
         elif _is_key_in_tls(variable.name):
             value = _get_obj_in_tls(variable.name)
@@ -65,33 +71,36 @@ def _value(variable: ContextVar[Any]) -> Any:
 
 
 class _Entry:
-    """What a block has a variable be, and what it was before the block."""
+    """One block. It is noted as long as it exists, which is as long as any context, copied ones too, has it."""
 
-    before: _Entry | None
+    def __init__(self, somewhere: set[int]) -> None:
+        self.somewhere = somewhere
+        somewhere.add(id(self))
 
-    def is_in(self, current: _Entry | None) -> bool:
-        """Whether the block of ``current`` is inside of this one's, or is this one's."""
-        while current is not None and current is not self:
-            current = current.before
-        return current is self
+    def __del__(self) -> None:
+        self.somewhere.discard(id(self))
 
 
 @contextlib.contextmanager
 def _set(variable: ContextVar[Any], entry: _Entry) -> Iterator[None]:
-    entry.before = variable.get()
     try:
-        variable.set(entry)
+        variable.set((*variable.get(), entry))
         yield
     finally:
         # An exception from a signal may come after any call, here too. It may even come between this generator and the
-        # block, which then never begins or never ends: the generator is closed some time later, when blocks around
-        # this one have ended, and must not undo what they did.
-        inside = True
+        # block, which then never begins or never ends: the generator is closed some time later, when other blocks have
+        # begun and ended, and must not undo what they did.
         try:
-            inside = entry.is_in(variable.get())
-        finally:
-            if inside:
-                variable.set(entry.before)
+            _leave(variable, entry)
+        except BaseException:
+            _leave(variable, entry)
+            raise
+
+
+def _leave(variable: ContextVar[Any], entry: _Entry) -> None:
+    entries = variable.get()
+    if entry in entries:
+        variable.set(tuple(other for other in entries if other is not entry))
 
 
 # Like torch's own `no_grad` and modes, but an exception from a signal can't leave them on: what is on is entered by one
@@ -122,13 +131,22 @@ def dispatching(mode: TorchDispatchMode) -> Iterator[None]:
 
 @contextlib.contextmanager
 def overriding(mode: TorchFunctionMode) -> Iterator[None]:
+    """Also where torch, which takes modes off for a while, didn't get to put this one back."""
+    depth = torch._C._len_torch_function_stack()
     try:
         torch._C._push_on_torch_function_stack(mode)
         yield
     finally:
-        top = torch._C._pop_torch_function_stack()
-        while top is not mode:
-            top = torch._C._pop_torch_function_stack()
+        try:
+            _pop_to(depth)
+        except BaseException:  # from a signal
+            _pop_to(depth)
+            raise
+
+
+def _pop_to(depth: int) -> None:
+    while torch._C._len_torch_function_stack() > depth:
+        torch._C._pop_torch_function_stack()
 
 
 # ---- torch's dropout ----
@@ -142,12 +160,12 @@ def set_everywhere(on: bool) -> None:
 
 def enabled_here() -> contextlib.AbstractContextManager[None]:
     """For this context."""
-    return _set(_here, _Entry())
+    return _set(_here, _Entry(_enabled_somewhere))
 
 
 def is_enabled() -> bool:
     """Whether torch's dropout is fastdrop's."""
-    return _everywhere or _value(_here) is not None
+    return _everywhere or (bool(_enabled_somewhere) and bool(_value(_here)))
 
 
 def is_enabled_there() -> bool:
@@ -173,34 +191,55 @@ def note_traced(on: bool) -> None:
 
 
 def _guard(question: Callable[[], Any], answer: Any) -> bool:
-    """Adds a guard to what is being compiled; returns whether something is."""
-    if TracingContext.try_get() is None:
+    """Adds a guard to what is being compiled, if it has none that is equal; returns whether something is."""
+    compiling = TracingContext.try_get()
+    if compiling is None:
         return False
-    from torch._dynamo.guards import install_guard
-    from torch._dynamo.source import GlobalStateSource
+    create = _guard_maker(question, answer)
+    if all(guard.create_fn is not create for guard in compiling.guards_context.dynamo_guards):
+        from torch._dynamo.guards import install_guard
+        from torch._dynamo.source import GlobalStateSource
 
+        install_guard(GlobalStateSource().make_guard(create))
+    return True
+
+
+@functools.lru_cache(64)
+def _guard_maker(question: Callable[[], Any], answer: Any) -> Callable[[Any, Any], None]:
     def create(builder: Any, guard: Any) -> None:
         parts = ["fastdrop's state is that of compile time"]
         builder.guard_manager.root.add_lambda_guard(lambda _: question() == answer, parts, guard.user_stack)
 
-    install_guard(GlobalStateSource().make_guard(create))
-    return True
+    return create
 
 
 # ---- attributes of modules ----
 
 
 class _Appearances(_Entry):
-    """Values that attributes of modules appear to have, by module and name."""
+    """Values that attributes of modules appear to have, by module and name, over those of the blocks around."""
 
-    def __init__(self, around: _Appearances | None, values: dict[tuple[nn.Module, str], bool], scripted: bool) -> None:
-        self.values: dict[tuple[int, str], bool]
-        self.scripted: bool
+    def __init__(self, values: dict[tuple[nn.Module, str], bool], scripted: bool) -> None:
+        super().__init__(_appearing_somewhere)
         self.modules = [module for module, _ in values]  # kept alive, so that no other module gets one of these ids
-        self.values = {} if around is None else dict(around.values)
-        self.values |= {(id(module), name): value for (module, name), value in values.items()}
-        self.around = around  # keeps its modules
-        self.scripted = scripted or (around is not None and around.scripted)
+        self.values = {(id(module), name): value for (module, name), value in values.items()}
+        self.scripted = scripted
+        # In a thread of autograd's engine the blocks around are its caller's, and not in this context.
+        self.around = () if _appearances.get() else _value(_appearances)
+
+    def read(self, key: tuple[int, str]) -> int:
+        if key in self.values:
+            return self.values[key]
+        return _read(self.around, key)
+
+
+def _read(appearances: tuple[_Appearances, ...], key: tuple[int, str]) -> int:
+    found = OWN
+    for entry in reversed(appearances):
+        found = entry.read(key)
+        if found != OWN:
+            break
+    return found
 
 
 class _Attribute:
@@ -216,9 +255,11 @@ class _Attribute:
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:
             return self
-        appearance = _appearance(id(module), self.name)
-        if appearance != OWN:
-            return appearance == ON
+        # Asked first, since code compiled for a module's id is for that module alone. Most reads end here.
+        if _some_appear_there() if is_dynamo_compiling() else _appearing_somewhere and _some_appear():
+            appearance = _appearance(id(module), self.name)
+            if appearance != OWN:
+                return appearance == ON
         if self.delegates:
             return self.before.__get__(module, owner)
         own = module.__dict__
@@ -235,21 +276,40 @@ class _Attribute:
             module.__dict__[self.name] = value
 
     def __delete__(self, module: Any) -> None:
-        del module.__dict__[self.name]
+        if self.delegates:
+            self.before.__delete__(module)
+        elif self.name in module.__dict__:
+            del module.__dict__[self.name]
+        else:
+            raise AttributeError(f"{type(module).__name__!r} object has no attribute {self.name!r}")
 
 
 OFF, ON, OWN = 0, 1, 2
 
 
-def _read(module_id: int, name: str) -> int:
-    appearances = _value(_appearances)
-    return OWN if appearances is None else appearances.values.get((module_id, name), OWN)
+def _some_appear() -> bool:
+    """Whether any attributes appear to have other values in this context."""
+    return bool(_appearing_somewhere) and bool(_value(_appearances))
+
+
+def _some_appear_there() -> bool:
+    """`_some_appear` of Python code that a compiler traces: asked at compile time, with a guard."""
+    found = _some_appear()
+    _guard(_some_appear, found)
+    return found
+
+
+_some_appear_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _appearance(module_id: int, name: str) -> int:
     """OFF, ON, or OWN where the module's own value counts."""
-    found = _read(module_id, name)
-    _guard(lambda: _read(module_id, name), found)
+
+    def read() -> int:
+        return _read(_value(_appearances), (module_id, name))
+
+    found = read()
+    _guard(read, found)
     return found
 
 
@@ -268,7 +328,7 @@ def appearing(values: dict[tuple[nn.Module, str], bool]) -> Iterator[None]:
             scripted = scripted or (name == "training" and values[module, name])
         else:
             _watch(type(module), name)
-    with _set(_appearances, _Appearances(_value(_appearances), values, scripted)):
+    with _set(_appearances, _Appearances(values, scripted)):
         yield
 
 
@@ -281,5 +341,4 @@ def _watch(cls: type[nn.Module], name: str) -> None:
 
 def drops_in_scripts() -> bool:
     """Whether dropout in scripted code drops, in whatever mode it is."""
-    appearances = _value(_appearances)
-    return appearances is not None and appearances.scripted
+    return bool(_appearing_somewhere) and any(entry.scripted for entry in _value(_appearances))

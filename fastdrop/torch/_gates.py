@@ -2,7 +2,8 @@
 
 `monte_carlo` asks, to turn on modules whose forward calls dropout as a function, such as
 ``F.dropout(x, self.p, self.training)`` or ``dropout_p=self.p if self.training else 0.0``. A read counts as dropout's if
-the class, or the call, the condition or the statement around the read, has "drop" in one of its names.
+the class, or the call, the condition or the statement around the read, has "drop" in one of its names. Where no read
+counts, but the module drops as a function (`_source` knows), whatever it reads `training` for can't be told.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from ._source import functional_drops, own_random, rate_text
+
 __all__ = ["Gate", "gate_of"]
 
 CHANGES_MODE = ("train", "eval")  # methods
@@ -25,6 +28,7 @@ FOREIGN_CLASSES = ("torch.", "fastdrop.")  # by module: those that drop are know
 
 DROP, MORE, CHECKPOINT = "drop", "more", "checkpoint"
 CASTS = ("bool", "float", "int")
+HELPERS = 3  # how many calls deep helper functions are looked at
 ATTENTION = ("attention", "attn")  # functions whose argument that is 0 in evaluation is their dropout
 
 
@@ -33,25 +37,54 @@ class Gate(enum.Enum):
 
     NOTHING = "not for dropout"
     DROPOUT = "for dropout alone"
-    MIXED = "for dropout and more"
+    MIXED = "for dropout and more, or in a way that can't be told"
 
 
 _known: WeakKeyDictionary[type[nn.Module], Gate] = WeakKeyDictionary()
 
 
-def gate_of(cls: type[nn.Module]) -> Gate:
-    """What the methods of a class, and of those it derives from, read ``self.training`` for."""
+def gate_of(module: nn.Module) -> Gate:
+    """What the methods of a module's class, and of those it derives from, read ``self.training`` for."""
+    cls = type(module)
     gate = _known.get(cls)
     if gate is None:
         drops = [
             reads or _says_drop(base.__name__)
             for base in cls.__mro__
             for method in _methods(base)
+            if "training" in _names(method.__code__)
             for reads in _reads(method)
         ]
         gate = Gate.NOTHING if True not in drops else Gate.DROPOUT if all(drops) else Gate.MIXED
         _known[cls] = gate
+    if gate is Gate.NOTHING and _asks(cls):
+        drops_as_function = any(rate_text(module, drop) != "0" for drop in functional_drops(module))
+        if drops_as_function or own_random(module):
+            return Gate.MIXED
     return gate
+
+
+_asking: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
+
+
+def _asks(cls: type[nn.Module]) -> bool:
+    """Whether the methods of a class, or functions that they name, have "training" among their names and strings."""
+    if cls not in _asking:
+        _asking[cls] = any(_mentions_training(method, HELPERS) for base in cls.__mro__ for method in _methods(base))
+    return _asking[cls]
+
+
+def _mentions_training(function: Any, depth: int) -> bool:
+    names = _names(function.__code__)
+    if "training" in names:
+        return True
+    called = [function.__globals__.get(name) for name in names]
+    return depth > 0 and any(
+        inspect.isfunction(one)
+        and not (one.__module__ or "").startswith(FOREIGN_CLASSES)
+        and _mentions_training(one, depth - 1)
+        for one in called
+    )
 
 
 def _methods(cls: type) -> Iterator[Any]:
@@ -60,14 +93,15 @@ def _methods(cls: type) -> Iterator[Any]:
     for name, value in vars(cls).items():
         method = inspect.unwrap(value) if callable(value) else value
         code = getattr(method, "__code__", None)
-        if name not in CHANGES_MODE and code is not None and "training" in _names(code):
+        if name not in CHANGES_MODE and code is not None:
             yield method
 
 
 def _names(code: Any) -> set[str]:
-    """Of a function, and of those inside it."""
+    """Of a function, and of those inside it, with strings that may be names."""
     inner = [constant for constant in code.co_consts if inspect.iscode(constant)]
-    return {*code.co_names, *(name for one in inner for name in _names(one))}
+    strings = [constant for constant in code.co_consts if isinstance(constant, str)]
+    return {*code.co_names, *strings, *(name for one in inner for name in _names(one))}
 
 
 def _reads(method: Any) -> Iterator[bool]:
@@ -79,12 +113,15 @@ def _reads(method: Any) -> Iterator[bool]:
             yield from (True, False)  # can't be told
         return
     parents = {child: parent for parent in ast.walk(tree) for child in ast.iter_child_nodes(parent)}
+    me = method.__code__.co_varnames[:1]
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and node.attr == "training" and isinstance(node.ctx, ast.Load):
             verdicts = list(_verdicts(node, parents))
             if CHECKPOINT not in verdicts:
                 yield DROP in verdicts
-                if MORE in verdicts:
+                # Another module's mode is not turned on with this one's, unless it is dropout's.
+                other = not (isinstance(node.value, ast.Name) and node.value.id in me)
+                if MORE in verdicts or (other and not _says_drop(ast.unparse(node.value))):
                     yield False
 
 
@@ -101,6 +138,12 @@ def _verdicts(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[str]:
                 yield DROP
                 if not all(said):
                     yield MORE
+            elif not node.orelse and isinstance(node.body[-1], ast.Return):  # what follows is the other branch
+                said = [list(_verdict(statement)) for statement in _following(node, parents[node])]
+                if any(said):
+                    yield DROP
+                    if not all(said):
+                        yield MORE
         elif isinstance(node, ast.IfExp | ast.BoolOp):
             yield from _verdict(node)
             if isinstance(node, ast.IfExp):
@@ -118,6 +161,11 @@ def _verdicts(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[str]:
             yield from _verdict(node)
         if isinstance(node, ast.stmt):
             return
+
+
+def _following(statement: ast.stmt, block: ast.AST) -> list[ast.stmt]:
+    body = getattr(block, "body", [])
+    return body[body.index(statement) + 1 :] if statement in body else []
 
 
 def _verdict(code: ast.AST | str) -> Iterator[str]:

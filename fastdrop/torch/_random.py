@@ -62,11 +62,12 @@ def draw(generator: torch.Generator | None) -> int:
 class SampleSeeds:
     """Seeds of Monte Carlo samples: the k-th dropout of sample s has ``mixed(mixed(seed, s + 1), k + 1)``.
 
-    That is all they depend on, so samples may run one by one or, under `vmap`, many at once.
+    That is all they depend on, so samples may run one by one or, under `vmap`, many at once. A map around the sampling,
+    such as that of a model that samples another, has the same seeds for all that it maps.
     """
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
+        self.seed, self.maps_around = seed, _drawing_maps()
         self.begin(0)
 
     def begin(self, sample: int, count: int | None = None) -> None:
@@ -85,13 +86,23 @@ class SampleSeeds:
         return number
 
     def draw(self, size: list[int], device: torch.device | str) -> Tensor:
-        """Those of so many dropouts, as the op ``draw`` gives them: under `vmap` the first axis is that of samples."""
+        """Those of so many dropouts, as the op ``draw`` gives them: axes of maps around, of samples, of maps inside."""
         keys = np.asarray(self.keys, np.uint64)
-        count = math.prod(size[keys.ndim :])
+        own = size[self.maps_around :]
+        count = math.prod(own[keys.ndim :])
         calls = np.arange(self.calls + 1, self.calls + 1 + count, dtype=np.uint64)
         self.calls += count
         numbers = mixed(keys[..., None], calls).view(np.int64)
-        return torch.from_numpy(numbers).reshape(size).to(device)
+        return torch.from_numpy(numbers).reshape(own).expand(size).contiguous().to(device)
+
+
+def _drawing_maps() -> int:
+    """How many maps around, of those of `torch.func`, draw anew for each of what they map."""
+    if not is_transformed():
+        return 0
+    functorch = torch._functorch.pyfunctorch
+    around = functorch.retrieve_all_functorch_interpreters()
+    return sum(isinstance(one, functorch.VmapInterpreter) and one.randomness() == "different" for one in around)
 
 
 @contextlib.contextmanager

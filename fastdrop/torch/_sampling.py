@@ -159,12 +159,15 @@ class _OwnGenerators(TorchDispatchMode):
         kwargs = kwargs or {}
         draw = functools.partial(func, *args, **kwargs)
         if _is_random(func) and kwargs.get("generator") is None and not _is_fake(args, kwargs):
-            self.used = True
             generator, taker = self._generator(args, kwargs), _that_takes_generators(func)
+            before = None if self.used else generator.get_state()
             if taker is None:
                 result = _with_default_generator(generator, draw)
             else:
                 result = taker(*args, **{**kwargs, "generator": generator})
+            # Operators that may draw needn't: attention with a rate of 0, `rrelu` in evaluation.
+            if before is not None:
+                self.used = func._opname in UNMARKED or not torch.equal(before, generator.get_state())
         else:
             result = draw()
         if not func.is_view and not func._schema.is_mutable:
@@ -189,7 +192,7 @@ def _is_fake(args: Any, kwargs: Any) -> bool:
     return any(isinstance(x, FakeTensor) or x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
 
 
-# Not marked as random by torch, but draws from the generator.
+# Not marked as random by torch, but draws, by a seed that it is given.
 UNMARKED = ("_cudnn_init_dropout_state",)
 
 

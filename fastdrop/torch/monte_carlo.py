@@ -41,15 +41,19 @@ Filter = Callable[[str, nn.Module], bool]
 def mc_dropout(model: nn.Module, filter: Filter | None = None) -> Iterator[None]:
     """Turns on a model's dropout, and nothing else, for a block or, as a decorator, a function.
 
-    On are fastdrop's and torch's dropout modules, `torch.nn.MultiheadAttention` and recurrent layers built with
-    dropout, timm's and torchvision's by name, transformer encoders around them, which would run fused, without
-    dropout, and do nothing else in it. So are modules that call dropout as a function: those whose class reads
-    ``training`` for ``F.dropout(x, p, self.training)``, for ``dropout_p=self.p if self.training else 0.0`` or the like,
-    and for nothing else, as its source says. All others, batch normalisation above all, stay as they are: call
-    ``model.eval()`` first.
+    These modules are turned on:
+
+    * the dropout modules of fastdrop and torch, and, known by name, those of timm and torchvision
+    * `torch.nn.MultiheadAttention` and recurrent layers that were built with dropout
+    * torch's transformer encoders that have any of these inside: in evaluation they would run fused, without dropout
+    * modules that call dropout as a function, if the source of their class reads ``training`` for dropout alone, as in
+      ``F.dropout(x, p, self.training)`` or ``dropout_p=self.p if self.training else 0.0``
+
+    All others, batch normalisation above all, stay as they are: call ``model.eval()`` first.
 
     No module is written to. For the thread, or asyncio task, that runs the block, ``training`` of the modules above
-    reads True; for others it is what it was. So one model may serve several threads at once. Blocks may be nested.
+    reads True; for others it is what it was. So one model may serve several threads at once. Blocks may be nested. A
+    forward with checkpoints runs a second time in ``backward``: call ``backward`` inside of the block too.
 
     Parameters
     ----------
@@ -59,7 +63,8 @@ def mc_dropout(model: nn.Module, filter: Filter | None = None) -> Iterator[None]
         on.
 
     Raises TypeError for a filter that can't be called. Warns of modules that read ``training`` for dropout and for
-    something else, which stay as they are unless a filter picks them.
+    something else, or call dropout and read ``training`` in a way that the source doesn't tell. They stay as they are
+    unless a filter picks them.
 
     >>> import torch, fastdrop.torch as fdt
     >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), fdt.Dropout(0.5)).eval()
@@ -81,8 +86,9 @@ def _chosen(model: nn.Module, filter: Filter | None, stacklevel: int) -> set[nn.
         mixed = [path for path, module in model.named_modules() if module not in chosen and _gate(module) is Gate.MIXED]
         if mixed:
             warnings.warn(
-                "these modules read training for dropout and for something else, and stay as they are: "
-                f"{_listed(model, mixed)}; to turn them on give filter=, a function of path and module",
+                "these modules read training for dropout and for something else, or in a way that can't be told, and "
+                f"stay as they are: {_listed(model, mixed)}; "
+                "to turn them on give filter=, a function of path and module",
                 stacklevel=stacklevel,
             )
     else:
@@ -99,7 +105,7 @@ def _chosen(model: nn.Module, filter: Filter | None, stacklevel: int) -> set[nn.
 
 def _gate(module: nn.Module) -> Gate:
     norm = isinstance(module, _NormBase | torch.jit.ScriptModule)
-    return Gate.NOTHING if norm else gate_of(type(module))
+    return Gate.NOTHING if norm else gate_of(module)
 
 
 def _listed(model: nn.Module, paths: list[str]) -> str:
@@ -174,10 +180,11 @@ def mc_predict(
     what it would get alone.
 
     The k-th dropout of sample s has a seed made of ``seed``, s and k alone: the result is the same, up to rounding, for
-    any ``batch``. This holds for fastdrop's dropout. If a model draws anything else, it runs inside of `enabled`, which
-    makes torch's dropout fastdrop's for this thread. If it still does, samples run one by one, and torch's random
-    operators draw from generators of the sample's own; torch's default generators are not used. (A few operators of
-    CUDA take no other. They get the default generator for one call each, with its state put back after it.)
+    any ``batch``. This holds for fastdrop's dropout, and inside of another map or model that is sampled. If a model
+    draws anything else, it runs inside of `enabled`, which makes torch's dropout fastdrop's for this thread. If it
+    still does, samples run one by one, and torch's random operators draw from generators of the sample's own; torch's
+    default generators are not used. (A few operators take no other. They get the default generator for one call each,
+    with its state put back after it: a thread that draws from it in that moment disturbs them.)
 
     Parameters
     ----------
@@ -210,8 +217,8 @@ def mc_predict(
     output : str, int or callable, optional
         Which Tensor of what the model returns: a key or attribute, a place in a tuple, or a function of it.
     strict : bool
-        A model that draws nothing, and so has a standard deviation of 0 everywhere, raises RuntimeError; else a warning
-        says so.
+        If no random number was drawn when the model ran, the standard deviation is 0 everywhere: raises RuntimeError,
+        where otherwise a warning says so.
 
     Raises TypeError and ValueError for arguments other than these and for models that return something else,
     IndexError for a ``class_axis`` that the output lacks.
@@ -236,9 +243,11 @@ def mc_predict(
     moments, entropies = _Moments(), _Moments()
 
     def without_draws() -> None:
-        readers = [path for path, module in model.named_modules() if _gate(module) is Gate.MIXED]
-        hint = f"; these may drop if filter= names them: {_listed(model, readers)}" if readers else ""
-        message = f"nothing was dropped: the model draws no dropout, so its standard deviation is 0 everywhere{hint}"
+        off = [
+            path for path, module in model.named_modules() if module not in chosen and _gate(module) is not Gate.NOTHING
+        ]
+        hint = f"; these may drop if filter= picks them: {_listed(model, off)}" if off else ""
+        message = f"nothing was dropped when the model ran, so its standard deviation is 0 everywhere{hint}"
         if strict:
             raise RuntimeError(message)
         warnings.warn(message, stacklevel=4)
@@ -336,7 +345,9 @@ class _Moments:
         mean = samples.mean(0)
         delta = mean - self.mean
         self.mean = self.mean + delta * (count / total)
-        self.squares = self.squares + (samples - mean).square_().sum(0) + delta.square_() * (self.count * count / total)
+        samples = samples - mean
+        squares = samples.mul_(samples).sum(0)  # not `square_`, which `vmap` doesn't know
+        self.squares = self.squares + squares + delta * delta * (self.count * count / total)
         self.count = total
 
     def result(self) -> tuple[Tensor, Tensor]:

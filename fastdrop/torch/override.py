@@ -94,7 +94,7 @@ def disable() -> None:
     """Undoes `enable`: torch's dropout gives what it did. Does nothing where it is torch's own already.
 
     Once `enable` or `enabled` was used, calls of torch's dropout pass through Python on their way to torch, which costs
-    2 to 3 microseconds each. Blocks of `enabled` that are being run go on as they began.
+    a few microseconds each. Blocks of `enabled` that are being run go on as they began.
 
     >>> import fastdrop.torch as fdt
     >>> fdt.disable()
@@ -106,7 +106,8 @@ def disable() -> None:
 def enabled() -> Iterator[None]:
     """`enable` for a block or, as a decorator, a function, and for what runs in it alone: the thread or asyncio task.
 
-    Threads that are started in the block are not in it, other than those of torch's autograd.
+    Threads that are started in the block are not in it, other than those of torch's autograd. A forward with
+    checkpoints runs a second time in ``backward``: call ``backward`` inside of the block too, or the masks differ.
 
     >>> import torch, fastdrop.torch as fdt
     >>> with fdt.enabled():
