@@ -237,8 +237,8 @@ MUTATIONS = (
     Mutation(
         "alpha dropout's shift has the wrong sign",
         "fastdrop/kinds.py",
-        "b = -a * q * SELU_FLOOR",
-        "b = a * q * SELU_FLOOR",
+        "(a, -a * q * f, a * f * (1 - q))",
+        "(a, a * q * f, a * f * (1 - q))",
         "tests/test_kinds.py tests/test_family.py",
     ),
     Mutation(
