@@ -15,6 +15,7 @@ import contextlib
 import functools
 import inspect
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -136,12 +137,24 @@ def overriding(mode: TorchFunctionMode) -> Iterator[None]:
     try:
         torch._C._push_on_torch_function_stack(mode)
         yield
+    except BaseException as error:
+        if torch._C._len_torch_function_stack() <= depth:
+            _end_contexts(error)
+        raise
     finally:
         try:
             _pop_to(depth)
         except BaseException:  # from a signal
             _pop_to(depth)
             raise
+
+
+def _end_contexts(error: BaseException) -> None:
+    """Ends what was being entered when an exception came. It would put the mode back when the traceback dies."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == contextlib.__file__:
+            with contextlib.suppress(RuntimeError):  # it still runs
+                frame.clear()
 
 
 def _pop_to(depth: int) -> None:
