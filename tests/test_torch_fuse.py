@@ -90,18 +90,24 @@ def assert_same(model, plain, *inputs, **options):
     return calls
 
 
-def left_reasons(report):
-    """Of what was left: (path, reason), but for functions that drop, which are read off the source."""
-    read = ("a function, called in ", "its forward can't be read, ")
-    return [(row.path, row.reason) for row in report.left if not row.reason.startswith(read)]
+NO_SOURCE = "its forward can't be read, it has no source; fdt.enable() reaches it if it calls torch's dropout"
+IN_ATTEND = "a function, called in attend; "
 
 
-def assert_left(model, *expected):
+def left_reasons(report, *read):
+    """Of what was left: (path, reason), but for functions that drop, which the source names and which must be these."""
+    rows = [(row.path, row.reason) for row in report.left]
+    named = [row for row in rows if row[1].startswith(("a function, called in ", "its forward can't be read, "))]
+    assert named == list(read)
+    return [row for row in rows if row not in named]
+
+
+def assert_left(model, *expected, read=()):
     """Nothing is changed, and the report says why: (path, reason)."""
     before = [type(module) for module in model.modules()]
     report = fuse(model)
     assert not report.changed
-    assert left_reasons(report) == list(expected)
+    assert left_reasons(report, *read) == list(expected)
     assert [type(module) for module in model.modules()] == before
 
 
@@ -221,7 +227,8 @@ def test_fuse_leaves_what_it_may_not_skip_and_says_why(name):
     make, path, reason = LEFT[name]
     report = fuse(model := make())
     assert not report.changed
-    ((left, why),) = left_reasons(report)
+    read = [("", NO_SOURCE)] if name == "a forward of its own" else []
+    ((left, why),) = left_reasons(report, *read)
     assert left == path
     assert why.startswith(reason)
     assert not any(type(module).__name__.startswith("Fused") for module in model.modules())
@@ -538,9 +545,10 @@ def test_methods_replaced_since_are_called():
         model(x)
     assert not calls
     with pytest.MonkeyPatch.context() as patch:
-        for method in (lambda self, *_: None, functools.wraps(DECODER.forward)(lambda self, *_: None)):
+        wrapped = functools.wraps(DECODER.forward)(lambda self, *_: None)
+        for method, read in ((lambda self, *_: None, [("", NO_SOURCE)]), (wrapped, [])):
             patch.setattr(DECODER, "forward", method)
-            assert_left(layer(DECODER), ("", "its forward is not TransformerDecoderLayer's"))
+            assert_left(layer(DECODER), ("", "its forward is not TransformerDecoderLayer's"), read=read)
 
 
 def test_a_norm_that_is_called_may_have_hooks():
@@ -911,15 +919,18 @@ def test_transformers_blocks_that_are_left(stand_ins, monkeypatch):
     model = GPT2Model("flash_attention_2")
     model.h.mlp.act = nn.Tanh()
     flash, tanh = "its attention is 'flash_attention_2', neither 'sdpa' nor 'eager'", "act is Tanh, not a known one"
-    assert_left(model, ("h", tanh), ("h.attn", flash), ("h.mlp", tanh))
+    nothing = "nothing reaches it: 'flash_attention_2' attention drops in kernels of its own"
+    read = [("h.attn", IN_ATTEND + nothing)]
+    assert_left(model, ("h", tanh), ("h.attn", flash), ("h.mlp", tanh), read=read)
     model = GPT2Model("eager")
     model.h.attn.reorder_and_upcast_attn = True
-    assert left_reasons(fuse(model)) == [("h.attn", "its attention is reordered and upcast")]
+    reached = ("h.attn", f"{IN_ATTEND}fdt.enable() reaches it")
+    assert left_reasons(fuse(model), reached) == [("h.attn", "its attention is reordered and upcast")]
     model = BertLayer()
     model.output.dense = Named(HIDDEN, WIDTH)
     assert [row.path for row in fuse(model).left] == ["output"]
     monkeypatch.setattr(BertOutput, "forward", lambda self, hidden_states, input_tensor: hidden_states)
-    reasons = left_reasons(fuse(BertLayer()))
+    reasons = left_reasons(fuse(BertLayer()), ("output", NO_SOURCE))
     assert reasons == [("output", "its forward is not BertOutput's")]
     model = GPT2Model()
 
@@ -987,7 +998,8 @@ def test_transformers_attention_that_was_replaced(stand_ins, monkeypatch, make, 
         model(torch.randn(BATCH, LENGTH, WIDTH))
     assert len(used) == 1
     assert "scaled_dot_product_attention" not in calls
-    assert left_reasons(fuse(make())) == [(path, "its 'sdpa' attention was replaced")]
+    reached = (path, f"{IN_ATTEND}fdt.enable() reaches it on the CPU")
+    assert left_reasons(fuse(make()), reached) == [(path, "its 'sdpa' attention was replaced")]
 
 
 def test_transformers_attention_sees_no_keys_beyond_causal_queries(stand_ins):
