@@ -320,7 +320,7 @@ def a_call(seed: int, number: int, using: tuple[str, ...]) -> Call:
     unpack = (rng.randint(0, 7), rng.choice(list(UNPACKED))) if rng.random() < 0.4 else None
     if rng.random() < 0.15:
         name = rng.choice(list(FUNCTIONS))
-        plan = Plan(rng, "attention" if name == "scaled_dot_product_attention" else name)
+        plan = Plan(rng, "attention" if "attention" in name else name)
         tensors = FUNCTIONS[name][0](plan)
         return Call(name, tuple(replace(spec, grad=True) for spec in tensors), backend, threads, unpack)
     schema = rng.choice(_schemas())
@@ -364,6 +364,12 @@ FUNCTIONS: dict[str, tuple[Callable[[Plan], tuple[Spec, ...]], Callable[..., Any
     "scaled_dot_product_attention": (
         lambda plan: tuple(Spec(shape, plan.dtype) for shape in (plan.query, plan.key, plan.value)),
         lambda q, k, v: fdt.scaled_dot_product_attention(q, k, v, dropout_p=0.5, enable_gqa=q.dim() > 2),
+    ),
+    "scaled_dot_product_attention, masked": (
+        lambda plan: tuple(
+            Spec(shape, plan.dtype) for shape in (plan.query, plan.key, plan.value, (*plan.query[:-1], plan.key[-2]))
+        ),
+        lambda q, k, v, mask: fdt.scaled_dot_product_attention(q, k, v, mask, 0.5, enable_gqa=q.dim() > 2),
     ),
 }
 UNPACKED: dict[str, Callable[[Tensor], Tensor]] = {

@@ -440,6 +440,7 @@ def _gradients(
     gradients: Sequence[Tensor | None]
     dmask = None
     if needs_mask or _fused_ops._composes():
+        _check_gradients(dy, query, key, value, shapes, wanted)
         *gradients, dmask = _composed_backward(*data, mask, p, scale, *shapes)
     else:
         op = _ops.overload(torch.ops.fastdrop.attention_backward, p)
