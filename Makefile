@@ -57,7 +57,7 @@ SECONDS := 60
 
 fuzz: $(VENV)/.built
 	@echo "== random calls of the raw ops"
-	$(BIN)/python tests/fuzz_ops.py --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python -m tests.fuzz_ops --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
 bench: $(VENV)/.built
 	@echo "== benchmarks"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from fastdrop import backends
-from fastdrop.backends import native
+from fastdrop.backends import c as native
 
 SIZES = {"64k": 1 << 16, "1M": 1 << 20, "16M": 1 << 24, "64M": 1 << 26}
 DTYPES = ("float32", "float64", "float16", "bfloat16")

@@ -39,12 +39,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fastdrop._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-from fastdrop.activations import ACTIVATIONS, GELU, NONE, RELU, SILU
-from fastdrop.backends._cuda import compile
-from fastdrop.backends._cuda.compile import Capability, Variant
-from fastdrop.backends._cuda.tile import ITEM_BYTES, LANES, TILE_CELLS
-from fastdrop.stream import PLANES_PER_GROUP, threshold
+from fastdrop.backends.cuda import compile
+from fastdrop.backends.cuda.compile import Capability, Variant
+from fastdrop.backends.cuda.tile import ITEM_BYTES, LANES, TILE_CELLS
+from fastdrop.core.activations import ACTIVATIONS, GELU, NONE, RELU, SILU
+from fastdrop.core.checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from fastdrop.core.random import PLANES_PER_GROUP, threshold
 
 CAPABILITIES: tuple[Capability, ...] = ((8, 0), (9, 0), (10, 0))
 DTYPES = ("float32", "float64", "float16", "bfloat16")

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastdrop.torch as fdt
 from fastdrop import backends
-from fastdrop.mask import word_count
+from fastdrop.core.mask import word_count
 
 P, SEED = 0.1, 7
 CHECKED_ROWS = 8

@@ -38,17 +38,17 @@ ROOT = Path(__file__).resolve().parents[1]
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))  # run as a script, Python knows bench/ alone
 
-from bench import gpu_report, gpu_timing  # noqa: E402
-from bench.gpu_guard import Item, Lines, Skip, Task, failed, one_line, run_for, run_items, run_section  # noqa: E402
-from fastdrop._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64  # noqa: E402
-from fastdrop.activations import ACTIVATIONS  # noqa: E402
-from fastdrop.backends._cuda import compile  # noqa: E402
-from fastdrop.backends._cuda.compile import Variant  # noqa: E402
-from fastdrop.backends._cuda.tile import ITEM_BYTES  # noqa: E402
+from bench import gpu_report, gpu_timing
+from bench.gpu_guard import Item, Lines, Skip, Task, failed, one_line, run_for, run_items, run_section
+from fastdrop.backends.cuda import compile
+from fastdrop.backends.cuda.compile import Variant
+from fastdrop.backends.cuda.tile import ITEM_BYTES
+from fastdrop.core.activations import ACTIVATIONS
+from fastdrop.core.checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 TOTAL_SECONDS, QUICK_SECONDS = 450.0, 200.0
 NO_GPU = 2  # exit code
-GPU_TESTS = "tests/test_cuda_gpu.py"
+GPU_TESTS = "tests/backends/cuda/test_gpu.py"
 SANITIZER = "compute-sanitizer"
 SANITIZED = "agree and (33 or 1025) or device_arrays"  # tests
 PACKAGES = ("fastdrop", "torch", "triton", "numba", "numba-cuda", "cuda-bindings", "nvidia-nvjitlink", "numpy")
@@ -225,7 +225,7 @@ def run_sections(
 
 def unusable() -> str | None:
     """Why there is no GPU to run on, in a sentence; None if there is one."""
-    from fastdrop.backends import numba_cuda
+    from fastdrop.backends.cuda import launch as numba_cuda
 
     reason = numba_cuda.unavailable()
     if reason:

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from fastdrop._checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-from fastdrop.backends import numba_cuda, reference
-from fastdrop.backends._cuda import driver
+from fastdrop.backends import reference
+from fastdrop.backends.cuda import driver
+from fastdrop.backends.cuda import launch as numba_cuda
+from fastdrop.core.checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 Call = Callable[[], object]
 
@@ -98,9 +99,9 @@ class Cuda:
 
     def seeds(self) -> Call:
         """What draws a seed per call."""
-        from fastdrop.torch import _random
+        from fastdrop.torch.runtime import seeds
 
-        return partial(_random.draw_cuda, self.device, None)
+        return partial(seeds.draw_cuda, self.device, None)
 
     def free(self) -> None:
         gc.collect()
@@ -148,9 +149,9 @@ class Host:
         return contextlib.nullcontext()
 
     def seeds(self) -> Call:
-        from fastdrop.torch import _random
+        from fastdrop.torch.runtime import seeds
 
-        return partial(_random.draw, None)
+        return partial(seeds.draw, None)
 
     def free(self) -> None:
         gc.collect()

@@ -22,9 +22,9 @@ from typing import Any
 
 from bench.gpu_guard import Item, Skip, Task, one_line
 from fastdrop import backends
-from fastdrop._checks import BFLOAT16, FLOAT32
-from fastdrop.backends._cuda import driver
-from fastdrop.stream import threshold_and_scale
+from fastdrop.backends.cuda import driver
+from fastdrop.core.checks import BFLOAT16, FLOAT32
+from fastdrop.core.random import threshold_and_scale
 
 DTYPES = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 FUSED_SIZES = ("16384 x 4096", "8192 x 1024", "2048 x 2048")

@@ -14,7 +14,7 @@ import pytest
 
 import fastdrop as fd
 from fastdrop import backends
-from fastdrop.backends import native
+from fastdrop.backends import c as native
 from fastdrop.cli import contenders
 
 from . import cases

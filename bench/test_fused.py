@@ -19,7 +19,7 @@ torch = pytest.importorskip("torch")
 fdt = pytest.importorskip("fastdrop.torch")
 models = pytest.importorskip("bench.models")
 cases = pytest.importorskip("bench.fused_cases")
-FEWEST_SCORES = pytest.importorskip("fastdrop.torch.override").FEWEST_SCORES
+FEWEST_SCORES = pytest.importorskip("fastdrop.torch.models.enable").FEWEST_SCORES
 F = torch.nn.functional
 
 SECONDS, STEP_SECONDS = 3.0, 15.0

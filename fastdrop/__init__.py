@@ -9,19 +9,7 @@ PackedMask(shape=(4, 8), p=0.25, kept=24, nbytes=4)
 """
 
 from . import schedules
-from .backends import explain, get_num_threads, set_num_threads, show_config, use_backend
-from .fused import (
-    Saved,
-    bias_act_dropout,
-    bias_dropout_add,
-    dropout_add,
-    dropout_add_layer_norm,
-    dropout_add_rms_norm,
-    softmax_dropout,
-    swiglu_dropout,
-)
-from .mask import GaussianNoise, PackedMask, SeededMask
-from .ops import (
+from .arrays.dropout import (
     alpha_dropout,
     apply_mask,
     draw_mask,
@@ -35,7 +23,19 @@ from .ops import (
     stochastic_depth,
     variational_dropout,
 )
-from .stream import Stream, manual_seed
+from .arrays.fused import (
+    Saved,
+    bias_act_dropout,
+    bias_dropout_add,
+    dropout_add,
+    dropout_add_layer_norm,
+    dropout_add_rms_norm,
+    softmax_dropout,
+    swiglu_dropout,
+)
+from .backends import explain, get_num_threads, set_num_threads, show_config, use_backend
+from .core.mask import GaussianNoise, PackedMask, SeededMask
+from .core.random import Stream, manual_seed
 
 __version__ = "0.1.0"
 

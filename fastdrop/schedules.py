@@ -18,7 +18,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from . import _checks
+from .core import checks
 
 __all__ = ["constant", "cosine", "exponential", "linear", "piecewise", "warmup"]
 
@@ -27,7 +27,7 @@ class Schedule:
     """What the schedules here have in common: the checks."""
 
     def __call__(self, step: float) -> float:
-        return self._at(_checks.number_from("step", step, 0))
+        return self._at(checks.number_from("step", step, 0))
 
     def _at(self, step: float) -> float:
         raise NotImplementedError
@@ -50,7 +50,7 @@ class constant(Schedule):
     p: float
 
     def __post_init__(self) -> None:
-        self._keep(p=_checks.probability(self.p))
+        self._keep(p=checks.probability(self.p))
 
     def _at(self, step: float) -> float:
         return self.p
@@ -64,9 +64,9 @@ class _Ramp(Schedule):
 
     def __post_init__(self) -> None:
         self._keep(
-            start=_checks.between("start", self.start, 0, 1),
-            end=_checks.between("end", self.end, 0, 1),
-            steps=_checks.number_from("steps", self.steps, 1),
+            start=checks.between("start", self.start, 0, 1),
+            end=checks.between("end", self.end, 0, 1),
+            steps=checks.number_from("steps", self.steps, 1),
         )
 
 
@@ -134,11 +134,11 @@ class exponential(Schedule):
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        start = _checks.between("start", self.start, 0, 1)
+        start = checks.between("start", self.start, 0, 1)
         self._keep(
             start=start,
-            decay=_checks.between("decay", self.decay, 0, 1),
-            floor=_checks.between("floor", self.floor, 0, start),
+            decay=checks.between("decay", self.decay, 0, 1),
+            floor=checks.between("floor", self.floor, 0, start),
         )
 
     def _at(self, step: float) -> float:
@@ -167,7 +167,7 @@ class piecewise(Schedule):
     values: Sequence[float]
 
     def __post_init__(self) -> None:
-        boundaries, values = _checks.pieces(self.boundaries, self.values)
+        boundaries, values = checks.pieces(self.boundaries, self.values)
         self._keep(boundaries=boundaries, values=values)
 
     def _at(self, step: float) -> float:
@@ -203,8 +203,8 @@ class warmup(Schedule):
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        _checks.function("schedule", self.schedule)
-        self._keep(steps=_checks.number_from("steps", self.steps, 1), start=_checks.between("start", self.start, 0, 1))
+        checks.function("schedule", self.schedule)
+        self._keep(steps=checks.number_from("steps", self.steps, 1), start=checks.between("start", self.start, 0, 1))
 
     def _at(self, step: float) -> float:
         if step < self.steps:

@@ -21,7 +21,7 @@ import pytest
 
 import fastdrop as fd
 from fastdrop import backends
-from fastdrop.stream import keep_scale, threshold
+from fastdrop.core.random import keep_scale, threshold
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -10,16 +10,18 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 from hypothesis import HealthCheck, settings
 
 import fastdrop as fd
-from fastdrop.backends import native
+from fastdrop.backends import c as native
 
 from .cases import DTYPES, VARIANTS, Dtype, activated
 
+HERE = Path(__file__).parent
 collect_ignore = ["c"]  # a C program and what feeds it; `make sanitize` runs them
 
 # No deadline: no test is about time. `variant` lasts for all examples of a test, as it should.
@@ -33,9 +35,6 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "large: arrays beyond 2**31 elements; several GB of memory")
 
 
-NUMPY_FACE = ("test_ops", "test_family", "test_fused", "test_bad_input", "test_fused_bad_input", "test_mask")
-
-
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leaves out what would only call primitives once more, by the values of `variant` and `backend`."""
     if os.environ.get("FASTDROP_TEST_EVERYTHING") == "1":
@@ -44,14 +43,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     other = {name for name in VARIANTS if name.startswith("c-")} - {best}
     left_out = []
     for item in items:
-        file, parameters = item.path.stem, getattr(getattr(item, "callspec", None), "params", {})
+        if HERE not in item.path.parents:
+            continue
+        room, parameters = item.path.relative_to(HERE).parts[0], getattr(getattr(item, "callspec", None), "params", {})
         names = {
             parameters.get(fixture) for fixture in ("variant", "backend") if isinstance(parameters.get(fixture), str)
         }
-        if file.startswith("test_torch"):
-            repeats = names & (other | {"numba"})
-        else:
-            repeats = names & other if file in NUMPY_FACE else set()
+        repeats = names & {"torch": other | {"numba"}, "arrays": other, "core": other}.get(room, set())
         if repeats:
             left_out.append(item)
     if left_out:

@@ -1,7 +1,7 @@
 """Calls the ops ``torch.ops.fastdrop.*`` with arguments that mostly don't fit: none may touch memory it was not given.
 
     make fuzz SECONDS=600                            # with seeds of its own, which it prints
-    python tests/fuzz_ops.py --seed 5 --call 1234    # one call again
+    python -m tests.fuzz_ops --seed 5 --call 1234    # one call again
 
 Ops and the types of their arguments are read from their schemas, so that new ops are covered as they are. An argument
 gets what its name calls for (`RECIPES`), or something of its type, and some arguments are then changed. A call must
@@ -45,6 +45,7 @@ WILD_INTS = (-(2**63), -(2**31), -2, -1, 0, 1, 2, 31, 33, 2**12, 2**36 + 1, 2**4
 WILD_FLOATS = (0.0, 1.0, 0.5, 1e-30, -1.0, 2.0, math.inf, -math.inf, math.nan)
 FILL = b"\xa5" * 8  # guard_alloc's: of a result that nobody wrote
 MEMORY = 3 << 30
+ROOT = Path(__file__).resolve().parents[1]
 SEARCHED = 1 << 22  # elements of results that are looked through for FILL
 
 # ---- arguments ----
@@ -527,9 +528,11 @@ def watch(seed: int, seconds: float, using: tuple[str, ...], first: int, faults:
         while (left := end - time.monotonic()) > 0:
             at.write_bytes(struct.pack("=qq", number, 0))
             arguments = ["--child", at, "--seed", seed, "--seconds", 0.001 if only else left, "--call", number]
-            command = [sys.executable, __file__, *map(str, arguments), "--backends", ",".join(using)]
+            command = [sys.executable, "-m", "tests.fuzz_ops", *map(str, arguments), "--backends", ",".join(using)]
             try:
-                child = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=left + 120)
+                child = subprocess.run(
+                    command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left + 120
+                )
                 what, said = _ending(child.returncode), child.stderr.strip()[-2000:]
             except subprocess.TimeoutExpired:
                 what, said = "went on for minutes", ""

@@ -18,9 +18,9 @@ import numpy as np
 
 __all__ = ["active", "explain", "get_num_threads", "reasons", "set_num_threads", "show_config", "use_backend"]
 
-MODULES = {"c": "native", "numba": "numba_cpu", "numpy": "reference"}  # best first
+MODULES = {"c": "c", "numba": "numba.launch", "numpy": "reference"}  # best first
 CUDA = "cuda"
-FILES = {**MODULES, CUDA: "numba_cuda"}
+FILES = {**MODULES, CUDA: "cuda.launch"}
 AUTO = "auto"
 
 _package = sys.modules[__name__.partition(".")[0]]  # held, because nothing can be imported at the interpreter's exit
@@ -60,7 +60,7 @@ def load(name: str) -> ModuleType:
 
 
 @functools.cache
-def cuda() -> Any:
+def cuda_backend() -> Any:
     """The CUDA backend; RuntimeError with the reason where there is none. Asking the driver takes 80 us: once."""
     return load(CUDA)
 

@@ -1,6 +1,6 @@
 """``fastdrop audit``: the pitfalls of dropout in a model, for people and for scripts that go by the exit code.
 
-Decides how a model is named and made; what is looked for is decided in ``fastdrop.torch.audit``.
+Decides how a model is named and made; what is looked for is decided in ``fastdrop.torch.tools.audit``.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     try:
-        from ..torch.audit import audit
+        from ..torch.tools.audit import audit
 
         report = audit(_made(args.model), _zeros(args.input) if args.input else None, samples=args.samples)
     except (Exception, SystemExit) as error:  # whatever code of the user's may raise

@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _checks, backends
-from ..mask import empty_words
-from ..ops import dropout, dropout_backward
-from ..stream import Stream, keep_scale, threshold
+from .. import backends
+from ..arrays.dropout import dropout, dropout_backward
+from ..core import checks
+from ..core.mask import empty_words
+from ..core.random import Stream, keep_scale, threshold
 
 Array = NDArray[Any]
 
@@ -110,8 +111,8 @@ def fastdrop(buffers: Buffers, p: float) -> Contender:
 
 def kernels(backend: Any, buffers: Buffers, p: float) -> Contender:
     """A backend's primitives over memory that is there: `fastdrop` less what Python costs around them."""
-    _, tag = _checks.data("x", buffers.x)
-    x, dy, y, dx = (a.view(np.uint16) if tag == _checks.BFLOAT16 else a for a in vars(buffers).values())
+    _, tag = checks.data("x", buffers.x)
+    x, dy, y, dx = (a.view(np.uint16) if tag == checks.BFLOAT16 else a for a in vars(buffers).values())
     n, cut, words = x.size, threshold(p), empty_words(x.size)
     scale, forward, backward = keep_scale(cut), backend.dropout_forward, backend.masked_affine
     forward(tag, x, y, words, 0, n, SEED, 0, cut, scale, 0.0, 0.0)

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import __version__, backends
-from ..stream import Stream
+from ..core.random import Stream
 from . import contenders
 from .contenders import F_DROPOUT, FASTDROP, NUMPY, TORCH_MUL, Buffers
 from .mlp import MLP, Dropout, FastDropout, NumpyDropout

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..mask import PackedMask, SeededMask
-from ..ops import dropout, dropout_backward
-from ..stream import Stream
+from ..arrays.dropout import dropout, dropout_backward
+from ..core.mask import PackedMask, SeededMask
+from ..core.random import Stream
 from .contenders import numpy_dropout, numpy_dropout_backward
 
 Array = NDArray[Any]

@@ -23,10 +23,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import _checks, backends
-from ..backends import reference
-from ..backends._storage import float32_to_bfloat16
-from ..fused import (
+from .. import backends
+from ..arrays.dropout import draw_mask, dropout, dropout_backward
+from ..arrays.fused import (
     bias_act_dropout,
     bias_dropout_add,
     computed,
@@ -36,9 +35,11 @@ from ..fused import (
     softmax_dropout,
     swiglu_dropout,
 )
-from ..mask import word_count
-from ..ops import draw_mask, dropout, dropout_backward
-from ..stream import Stream, keep_scale, threshold
+from ..backends import reference
+from ..backends.reference.storage import float32_to_bfloat16
+from ..core import checks as core_checks
+from ..core.mask import word_count
+from ..core.random import Stream, keep_scale, threshold
 
 HELP = "check every backend and instruction set here against the golden vectors"
 DESCRIPTION = (
@@ -54,10 +55,10 @@ Run = tuple[str, str | None]  # backend, instruction set (C only)
 
 ISAS = ("scalar", "avx2", "avx512", "neon")  # the names that FASTDROP_ISA knows
 DTYPES: dict[str, tuple[int, type]] = {  # storage of each tag as backends take it
-    "float32": (_checks.FLOAT32, np.float32),
-    "float64": (_checks.FLOAT64, np.float64),
-    "float16": (_checks.FLOAT16, np.float16),
-    "bfloat16": (_checks.BFLOAT16, np.uint16),
+    "float32": (core_checks.FLOAT32, np.float32),
+    "float64": (core_checks.FLOAT64, np.float64),
+    "float16": (core_checks.FLOAT16, np.float16),
+    "bfloat16": (core_checks.BFLOAT16, np.uint16),
 }
 P = 0.1
 # Decided by one bit of the draw, by one, two and eight groups of them, and seldom.
@@ -195,9 +196,9 @@ def _check(
 
 def _check_cuda(cases: list[Case], fused: Results) -> Iterator[str | None]:
     """The same for arrays on a GPU, whose one NaN stands for all."""
-    upload: Any = backends.cuda().upload
+    upload: Any = backends.cuda_backend().upload
     for case in cases:
-        if case.tag == _checks.BFLOAT16:  # Numba has no arrays of it
+        if case.tag == core_checks.BFLOAT16:  # Numba has no arrays of it
             continue
         where = f"{case.name}, p = {case.p:.3g}, n = {case.n:,}"
         on_gpu = upload(case.x)
@@ -309,12 +310,12 @@ def _reference_words(p: float, n: int) -> Words:
 def _shared_case() -> Case:
     outer, repeat, inner = GRID
     n = outer * repeat * inner
-    x = _data(_checks.FLOAT32, np.float32, n)
+    x = _data(core_checks.FLOAT32, np.float32, n)
     words = np.empty(word_count(POSITION + outer * inner), np.uint32)
     reference.draw_bits(words, 0, 0, POSITION + outer * inner, SEED, OFFSET, threshold(P))
     y = np.empty_like(x)
-    reference.masked_affine(_checks.FLOAT32, x, y, words, POSITION, *GRID, keep_scale(threshold(P)), 0.0, 0.0)
-    return Case("float32", _checks.FLOAT32, P, n, x, words, y)
+    reference.masked_affine(core_checks.FLOAT32, x, y, words, POSITION, *GRID, keep_scale(threshold(P)), 0.0, 0.0)
+    return Case("float32", core_checks.FLOAT32, P, n, x, words, y)
 
 
 def _through_the_api() -> Results:
@@ -398,7 +399,7 @@ def _data(tag: int, dtype: type, n: int) -> Array:
     values = np.random.default_rng(n).standard_normal(n).astype(np.float32)
     for i, special in enumerate((np.inf, -np.inf, np.nan, -0.0, 1e-7, 65504.0)):
         values[i + 7 :: 101] = special
-    if tag == _checks.BFLOAT16:
+    if tag == core_checks.BFLOAT16:
         return float32_to_bfloat16(values)
     with np.errstate(all="ignore"):
         return values.astype(dtype)

@@ -8,11 +8,8 @@
 """
 
 try:
-    from .attention import scaled_dot_product_attention
-    from .audit import AuditReport, audit
-    from .convert import Report, convert, revert
-    from .fold import fold_scaling
-    from .functional import (
+    from .functional.attention import scaled_dot_product_attention
+    from .functional.dropout import (
         alpha_dropout,
         drop_block2d,
         drop_block3d,
@@ -26,8 +23,7 @@ try:
         stochastic_depth,
         variational_dropout,
     )
-    from .fuse import fuse, unfuse
-    from .fused import (
+    from .functional.fused import (
         bias_act_dropout,
         bias_dropout_add,
         dropout_add,
@@ -36,7 +32,11 @@ try:
         softmax_dropout,
         swiglu_dropout,
     )
-    from .modules import (
+    from .models.convert import Report, convert, revert
+    from .models.enable import disable, enable, enabled
+    from .models.fold import fold_scaling
+    from .models.fuse.torch_layers import fuse, unfuse
+    from .nn.dropout import (
         AlphaDropout,
         DropBlock2d,
         DropBlock3d,
@@ -50,11 +50,11 @@ try:
         StochasticDepth,
         VariationalDropout,
     )
-    from .monte_carlo import Prediction, mc_dropout, mc_predict
-    from .override import disable, enable, enabled
-    from .recurrent import VariationalGRU, VariationalLSTM
-    from .scheduler import DropoutScheduler
-    from .weights import DropConnect, EmbeddingDropout
+    from .nn.recurrent import VariationalGRU, VariationalLSTM
+    from .nn.weights import DropConnect, EmbeddingDropout
+    from .tools.audit import AuditReport, audit
+    from .tools.monte_carlo import Prediction, mc_dropout, mc_predict
+    from .tools.scheduler import DropoutScheduler
 except ImportError as error:
     raise ImportError(f'fastdrop.torch needs torch 2.11 or later: pip install "fastdrop[torch]" ({error})') from error
 

@@ -1,0 +1,1 @@
+"""The NumPy API: arrays in memory, and on a GPU those of CuPy and Numba."""

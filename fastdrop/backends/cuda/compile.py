@@ -1,0 +1,264 @@
+"""From a kernel's name to machine code: Numba to NVVM's IR for linking, NVIDIA's linker to a cubin, kept on disk.
+
+Not by way of PTX: the linker takes that for a part of something larger. Below compute capability 9.0 it then doesn't
+see that a warp's lanes stay together, surrounds every shuffle and vote with calls, and takes 144 registers for 55.
+
+Nothing here needs a GPU or a driver. Numba and the linker are imported only where the disk has no cubin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib
+import os
+import re
+import struct
+import sys
+import tempfile
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...core.checks import FLOAT64
+
+Capability = tuple[int, int]
+
+OLDEST: Capability = (7, 5)
+
+# What machine code hangs on beside the variant.
+SOURCES = (
+    "_checks.py",
+    "activations.py",
+    "stream.py",
+    "backends/_curves.py",
+    "backends/_scalars.py",
+    "backends/_cuda/compile.py",
+    "backends/_cuda/tile.py",
+    "backends/_cuda/words.py",
+    "backends/_cuda/kernels.py",
+    "backends/_cuda/row_words.py",
+    "backends/_cuda/rows.py",
+)
+PACKAGES = (
+    "numba",
+    "numba-cuda",
+    "llvmlite",
+    "nvidia-nvvm",
+    "nvidia-nvjitlink",
+    "nvidia-cuda-nvcc-cu12",
+    "nvidia-nvjitlink-cu12",
+)
+INSTALL = "pip install 'fastdrop[cuda]'"
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+# Parameters of each body, of `kernels` and of `rows`, as `struct` codes: the kernels' ABI. F is what elements are
+# computed in, A that or a count.
+PARAMETERS = {
+    "draw_words": "QQQQQQQII",
+    "elementwise": "QQQQQQQQQIIQAFF",
+    "strided": "QQQQI" + 3 * "IIIQ" + "QQAFF",
+    "gaussian_multiply": "QQQQQQQf",
+    "dilate_bits": "QQQQQQQQ",
+    "count_bits": "QQQ",
+}
+ROW_PARAMETERS = {
+    "pointwise_forward": "QQQQQQQQQQF",
+    "pointwise_backward": "QQQQQQQQQQF",
+    "pointwise_columns": "QQQQQQQQQQQQF",
+    "norm_forward": "QQQQQQQQQQQIIFF",
+    "norm_backward": "QQQQQQQQQQIIF",
+    "norm_columns": "QQQQQQQ",
+    "add_panels": "QQQ",
+    "softmax_forward": "QQQQQQQQQQQQQQQQIIFF",
+    "softmax_backward": "QQQQQQQIFF",
+}
+
+
+class Variant(NamedTuple):
+    """A kernel: which body, for which storage type, in which form.
+
+    ``form`` is where elementwise's bits come from (drawn, drawn_shifted, stored), how wide the accesses of strided and
+    of most kernels on rows are (wide, narrow). ``plain``: b = 0. ``counted``: the scale is a by a count on the device.
+    ``sum_dtype``, the residual stream's storage type, and ``activation`` are for kernels on rows.
+    """
+
+    body: str
+    dtype: int = 0
+    form: str = ""
+    plain: bool = True
+    counted: bool = False
+    sum_dtype: int = 0
+    activation: int = 0
+
+    def __str__(self) -> str:
+        if self.on_rows:
+            return f"{self.body}-{self.dtype}-{self.sum_dtype}-{self.form or 'both'}-{self.activation}"
+        affine = ("scale" if self.plain else "affine") + "-counted" * self.counted
+        return "-".join((self.body, str(self.dtype), self.form or "only", affine))
+
+    @property
+    def on_rows(self) -> bool:
+        """Whether it is one of `rows`."""
+        return self.body in ROW_PARAMETERS
+
+    @property
+    def codes(self) -> str:
+        computed = "d" if self.dtype == FLOAT64 else "f"
+        return (
+            (PARAMETERS | ROW_PARAMETERS)[self.body]
+            .replace("F", computed)
+            .replace("A", "d" if self.counted else computed)
+        )
+
+
+def packer(variant: Variant) -> struct.Struct:
+    """Lays parameters out as the driver takes them: each at its natural alignment."""
+    return struct.Struct("@" + variant.codes)
+
+
+def ptx(variant: Variant, cc: Capability) -> str:
+    """PTX with one entry, by Numba, for a compute capability: for those who read it; about a second."""
+    return str(_translated(variant, cc, "ptx"))
+
+
+def intermediate(variant: Variant, cc: Capability) -> bytes:
+    """The same for the linker to compile."""
+    return bytes(_translated(variant, cc, "ltoir"))
+
+
+def _translated(variant: Variant, cc: Capability, output: str) -> Any:
+    _ready_numba_cuda()
+    from numba import cuda, types
+
+    from . import intrinsics, rows, vector_intrinsics
+    from . import mask as mask_bodies
+
+    def row_vocabulary(wide: bool) -> Any:
+        return vector_intrinsics.RowVocabulary(variant.dtype, cc, variant.sum_dtype, wide)
+
+    of_code = {"Q": types.uint64, "I": types.uint32, "f": types.float32, "d": types.float64}
+    if variant.on_rows:
+        function = rows.build(row_vocabulary, variant.body, variant.form, variant.activation)
+    else:
+        vocabulary = intrinsics.Vocabulary(variant.dtype, cc, variant.plain, variant.counted)
+        function = mask_bodies.build(vocabulary, variant.body, variant.form)
+    signature = types.void(*(of_code[c] for c in variant.codes))
+    return cuda.compile(function, signature, device=False, cc=cc, output=output, abi="numba")[0]  # type: ignore
+
+
+def _ready_numba_cuda() -> None:
+    """numba-cuda takes `numpy.row_stack` for granted, which NumPy 2.5 has no more, and will stay so: its issue 907."""
+    gone = "row_stack"
+    if not hasattr(np, gone):
+        setattr(np, gone, np.vstack)
+        try:
+            importlib.import_module("numba.cuda.np.arrayobj")
+        finally:
+            delattr(np, gone)
+
+
+def entry(image: bytes) -> bytes:
+    """The name of the kernel, in PTX or in a cubin: there that of the section which describes it."""
+    found = re.search(rb"\.entry\s+([\w$]+)|\0\.nv\.info\.([\w$]+)\0", image)
+    assert found
+    return found.group(1) or found.group(2)
+
+
+def cubin(code: bytes, cc: Capability) -> bytes:
+    """Machine code from `intermediate`."""
+    from cuda.bindings import nvjitlink
+
+    handle = nvjitlink.create(2, [f"-arch=sm_{cc[0]}{cc[1]}", "-lto"])
+    try:
+        nvjitlink.add_data(handle, nvjitlink.InputType.LTOIR, code, len(code), "fastdrop")
+        nvjitlink.complete(handle)
+        linked = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, linked)
+        return bytes(linked)
+    finally:
+        nvjitlink.destroy(handle)
+
+
+def image(variant: Variant, cc: Capability) -> tuple[bytes, bytes]:
+    """(kernel's name, machine code), from the disk where it has it."""
+    file = cache_folder() / f"{variant}-sm_{cc[0]}{cc[1]}-{_fingerprint()}.cubin"
+    try:
+        code = _checked(file.read_bytes())
+    except OSError:
+        code = None
+    if code is None:
+        try:
+            code = cubin(intermediate(variant, cc), cc)
+            _keep(file, hashlib.sha256(code).digest() + code)
+        except Exception:  # no linker, or one too old for the IR: the driver compiles PTX itself
+            code = _for_the_driver(variant, cc)
+    return entry(code), code
+
+
+def _for_the_driver(variant: Variant, cc: Capability) -> bytes:
+    try:
+        return ptx(variant, cc).encode() + b"\0"
+    except Exception as error:
+        raise RuntimeError(f"the CUDA kernels can't be compiled here ({error}): {INSTALL}") from error
+
+
+def _checked(kept: bytes) -> bytes | None:
+    """The code behind its digest, unless a disk has lost part of it."""
+    digest, code = kept[:DIGEST_BYTES], kept[DIGEST_BYTES:]
+    return code if hashlib.sha256(code).digest() == digest else None
+
+
+def cache_folder() -> Path:
+    """``FASTDROP_CACHE_DIR``, or fastdrop's folder in the user's cache. Code is loaded from there: keep it your own."""
+    own = os.environ.get("FASTDROP_CACHE_DIR")
+    if own:
+        return Path(own)
+    variable, usual = ("LOCALAPPDATA", "~/AppData/Local") if sys.platform == "win32" else ("XDG_CACHE_HOME", "~/.cache")
+    base = os.environ.get(variable, "")
+    if not os.path.isabs(base):  # relative ones are to be ignored, and "" is one
+        base = os.path.expanduser(usual)
+    return Path(base) / "fastdrop" / "cuda"
+
+
+def _fingerprint() -> str:
+    """Of `SOURCES` and the versions of `PACKAGES`."""
+    global _seen
+    if _seen is None:
+        digest = hashlib.sha256()
+        folder = Path(__file__).parents[2]
+        for source in SOURCES:
+            digest.update((folder / source).read_bytes())
+        for package in PACKAGES:
+            digest.update(f"{package} {_version(package)}\n".encode())
+        _seen = digest.hexdigest()[:16]
+    return _seen
+
+
+_seen: str | None = None
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "none"
+
+
+def _keep(file: Path, content: bytes) -> None:
+    """Whole or not at all, whoever else writes it; without a disk that takes it, the next process compiles again."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, temporary = tempfile.mkstemp(dir=file.parent)
+    except OSError:
+        return
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+        os.replace(temporary, file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)

@@ -1,0 +1,181 @@
+"""The vocabulary of the kernels that work on rows (`rows`): vectors of numbers, sums over lanes and warps.
+
+A thread holds ``count`` neighbouring elements as a tuple of the numbers that they are computed in: as many as 16 bytes
+of the data hold, or one. Three types lie in memory: the data's, the residual stream's, and that of the arithmetic, for
+vectors of columns, statistics and sums.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+# (typed by Numba and LLVM)
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import reduce
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from ...core.checks import FLOAT32, FLOAT64
+from .intrinsics import F32, F64, I32, I64, Vocabulary, call, constant, define, operation, shuffle
+from .tile import LANES, TEAM_WARPS, VECTOR_BYTES
+
+SHARED = 3  # address space
+
+
+class RowVocabulary(Vocabulary):
+    """What kernels of one pair of storage types are written in, for threads that hold vectors or elements."""
+
+    def __init__(self, dtype: int, cc: tuple[int, int], sum_dtype: int, wide: bool) -> None:
+        super().__init__(dtype, cc, plain=True)
+        count = self.vector_items if wide else 1
+        self.count, self.doubles, self.team_warps = count, dtype == FLOAT64, TEAM_WARPS
+        stream, plain = Vocabulary(sum_dtype, cc, True), Vocabulary(FLOAT64 if self.doubles else FLOAT32, cc, True)
+        self.sum_bytes, self.number_bytes = stream.item_bytes, plain.item_bytes
+        self.number: Any = np.float64 if self.doubles else np.float32  # of constants
+        n: Any = types.float64 if self.doubles else types.float32
+        self._stream, self._number_type, self._vector_type = stream, n, types.UniTuple(n, count)
+        v, u32, u64, void = self._vector_type, types.uint32, types.uint64, types.void
+
+        def memory(kind, type, count):
+            def load(context, builder, address):
+                numbers = kind.read(builder, address, count)
+                return numbers if type is v else numbers[0]
+
+            def store(context, builder, address, value):
+                kind.write(builder, address, self._parts(builder, value) if type is v else [value])
+
+            return define(type, (u64,), load), define(void, (u64, type), store)
+
+        self.load_data, self.store_data = memory(self, v, count)
+        self.load_sums, self.store_sums = memory(stream, v, count)
+        self.load_numbers, self.store_numbers = memory(plain, v, count)
+        self.load_number, self.store_number = memory(plain, n, 1)
+        self.number_root = define(n, (n,), operation("nvvm.sqrt.rn.d" if self.doubles else "nvvm.sqrt.rn.f"))
+        self.spread = define(v, (n,), lambda context, builder, value: [value] * count)
+        self.kept = define(v, (u32, v), self._kept)
+        self.rounded = define(v, (v,), self._rounded)
+        self.total = define(n, (v,), self._total)
+        self.most = define(n, (v,), self._most)
+        self.above = define(u32, (v,), self._above)
+        self.gather = define(u32, (u32, u32), self._gather)
+        self.across = define(n, (n, u32), self._across)
+        self.share = define(void, (u32, v), self._share)
+        self.shared = define(v, (u32,), self._shared)
+        self.share_number = define(void, (u32, n), self._share_number)
+        self.shared_number = define(n, (u32,), self._shared_number)
+        self.meet = define(void, (), self._meet)
+
+    def each(self, function: Callable[..., Any], codes: str) -> Any:
+        """Of a function of numbers, the one that applies it to each of a vector's elements.
+
+        ``codes``, one per argument: "v" a vector, "n" a number, "k" a count, "j" the element's place, which is not
+        passed.
+        """
+        of_code = {"v": self._number_type, "n": self._number_type, "k": types.uint64, "j": types.uint64}
+        signature = self._number_type(*(of_code[code] for code in codes))
+        passed = [self._vector_type if code == "v" else of_code[code] for code in codes if code != "j"]
+
+        def apply(context, builder, *arguments):
+            results = []
+            for j in range(self.count):
+                left, values = iter(arguments), []
+                for code in codes:
+                    value = constant(j, I64) if code == "j" else next(left)
+                    values.append(builder.extract_value(value, j) if code == "v" else value)
+                results.append(context.compile_internal(builder, function, signature, values))
+            return results
+
+        return define(self._vector_type, tuple(passed), apply)
+
+    def _parts(self, builder, vector):
+        return [builder.extract_value(vector, i) for i in range(self.count)]
+
+    def _kept(self, context, builder, bits, vector):
+        """Elements under 1s, and +0 for the others."""
+        zero = ir.Constant(self._computed, 0)
+        numbers = self._parts(builder, vector)
+        return [builder.select(self._bit(builder, bits, i), number, zero) for i, number in enumerate(numbers)]
+
+    def _rounded(self, context, builder, vector):
+        """As numbers of the residual stream come back from memory."""
+        numbers = self._parts(builder, vector)
+        if self._stream.item_bytes == self.number_bytes:
+            return numbers
+        return [self._stream.number_of(builder, self._stream.item_of(builder, number)) for number in numbers]
+
+    def _total(self, context, builder, vector):
+        return reduce(builder.fadd, self._parts(builder, vector))
+
+    def _most(self, context, builder, vector):
+        """The largest of those that are numbers, if the first is one."""
+
+        def larger(a, b):
+            return builder.select(builder.fcmp_ordered(">", b, a), b, a)
+
+        return reduce(larger, self._parts(builder, vector))
+
+    def _above(self, context, builder, vector):
+        """A bit for each: 0 at or below 0, 1 for NaN too."""
+        zero, bits = ir.Constant(self._computed, 0), constant(0)
+        for i, number in enumerate(self._parts(builder, vector)):
+            above = builder.fcmp_unordered(">", number, zero)
+            bits = builder.or_(bits, builder.select(above, constant(1 << i), constant(0)))
+        return bits
+
+    def _gather(self, context, builder, bits, lane):
+        """A mask word, of the bits that the lanes beside each other have of it."""
+        bits = builder.and_(bits, constant((1 << self.count) - 1))
+        place = builder.and_(builder.mul(lane, constant(self.count)), constant(31))
+        word, step = builder.shl(bits, place), 1
+        while step * self.count < LANES:
+            word, step = builder.or_(word, shuffle(builder, word, constant(step), "bfly")), 2 * step
+        return word
+
+    def _across(self, context, builder, number, step):
+        """The number of the lane whose own number differs in the bits of ``step``."""
+        if not self.doubles:
+            return builder.bitcast(shuffle(builder, builder.bitcast(number, I32), step, "bfly"), F32)
+        bits = builder.bitcast(number, I64)
+        halves = builder.trunc(bits, I32), builder.trunc(builder.lshr(bits, constant(32, I64)), I32)
+        low, high = (builder.zext(shuffle(builder, half, step, "bfly"), I64) for half in halves)
+        return builder.bitcast(builder.or_(low, builder.shl(high, constant(32, I64))), F64)
+
+    # ---- memory that a block shares ----
+
+    def _place(self, builder, name, size, index):
+        """Where a number lies in a block's memory of this name."""
+        room = builder.module.globals.get(name)
+        if room is None:
+            kind = ir.ArrayType(self._computed, size)
+            room = ir.GlobalVariable(builder.module, kind, name, SHARED)
+            room.linkage, room.align, room.initializer = "internal", VECTOR_BYTES, ir.Constant(kind, ir.Undefined)
+        return builder.gep(room, [constant(0), index])
+
+    def _vector_places(self, builder, thread):
+        first, size = builder.mul(thread, constant(self.count)), TEAM_WARPS * LANES * self.count
+        return [
+            self._place(builder, "fastdrop_vectors", size, builder.add(first, constant(i))) for i in range(self.count)
+        ]
+
+    def _number_place(self, builder, warp):
+        return self._place(builder, "fastdrop_numbers", TEAM_WARPS, warp)
+
+    def _share(self, context, builder, thread, vector):
+        for place, number in zip(self._vector_places(builder, thread), self._parts(builder, vector), strict=True):
+            builder.store(number, place)
+
+    def _shared(self, context, builder, thread):
+        return [builder.load(place) for place in self._vector_places(builder, thread)]
+
+    def _share_number(self, context, builder, warp, number):
+        builder.store(number, self._number_place(builder, warp))
+
+    def _shared_number(self, context, builder, warp):
+        return builder.load(self._number_place(builder, warp))
+
+    def _meet(self, context, builder):
+        """Of all threads of the block."""
+        call(builder, "llvm.nvvm.barrier0", ir.VoidType())

@@ -1,0 +1,1 @@
+"""The Numba CPU backend: kernels, and what launches them (`launch`)."""

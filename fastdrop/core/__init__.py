@@ -1,0 +1,1 @@
+"""What a mask is: cells, bits, thresholds, the kinds of dropout. NumPy only."""

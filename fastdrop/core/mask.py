@@ -1,0 +1,314 @@
+"""What forward leaves for backward: one bit per cell, or nothing but the random state.
+
+This module owns the packed format: uint32 words, bit ``j`` of word ``w`` is cell ``32 w + j``, least significant first,
+1 = keep, unused bits of the last word 0, little-endian in memory.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import checks
+from .random import DROP_ALL, keep_scale, threshold
+
+__all__ = ["GaussianNoise", "PackedMask", "SeededMask", "empty_words", "word_count"]
+
+UINT32 = np.dtype(np.uint32)
+LINE_BYTES = 64
+# From here on kernels write around the cache, a line of mask at a time, and want lines to start where words do.
+ALIGNED_FROM_WORDS = 1 << 16
+
+
+def word_count(cells: int) -> int:
+    """Words that hold so many cells."""
+    return (cells + 31) >> 5
+
+
+def empty_words(cells: int) -> NDArray[np.uint32]:
+    """Uninitialised words; large ones start on a cache line, at the cost of up to 64 bytes."""
+    n = (cells + 31) >> 5
+    if n < ALIGNED_FROM_WORDS:
+        return np.empty(n, UINT32)
+    padded = np.empty(n + LINE_BYTES // 4, UINT32)
+    skip = -padded.ctypes.data % LINE_BYTES // 4
+    return padded[skip : skip + n]
+
+
+def popcount(words: NDArray[np.uint32]) -> int:
+    if hasattr(np, "bitwise_count"):
+        return int(np.bitwise_count(words).sum(dtype=np.int64))
+    step = 1 << 16  # NumPy 1: by way of unpacked bits, a piece at a time
+    return sum(int(np.unpackbits(words[i : i + step].view(np.uint8)).sum()) for i in range(0, words.size, step))
+
+
+def in_memory(words: Any) -> NDArray[np.uint32]:
+    """Words that may lie on a GPU, copied from there: CuPy's and Numba's arrays have a method each."""
+    if isinstance(words, np.ndarray):
+        return words
+    copied: NDArray[np.uint32] = words.get() if hasattr(words, "get") else words.copy_to_host()
+    return copied
+
+
+class PackedMask:
+    """A dropout mask at one bit per cell.
+
+    The mask of an array on a GPU has its words there, in an array of the same kind; counting, comparing, unpacking and
+    pickling it copies them and waits.
+
+    Parameters
+    ----------
+    words : ndarray of uint32, C-contiguous, ``ceil(cells / 32)`` of them
+        Bit ``j`` of word ``w`` is cell ``32 w + j`` of ``shape`` in C order; 1 keeps. Bits past the last cell are 0.
+    shape : tuple of int
+        The mask's own shape: 1 on axes that share a decision.
+    p : float
+        Drop probability that the mask was drawn with.
+    scale : float, optional
+        What kept elements are multiplied by; by default inverted dropout's, ``1 / (1 - p)``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Words of another dtype, size or layout, or with bits set past the last cell; p outside [0, 1].
+
+    >>> mask = PackedMask.from_bool([True, False, True, True], 0.25)
+    >>> mask
+    PackedMask(shape=(4,), p=0.25, kept=3, nbytes=4)
+    >>> mask.words, mask.to_bool()
+    (array([13], dtype=uint32), array([ True, False,  True,  True]))
+    """
+
+    __slots__ = ("_p", "_scale", "_shape", "_words")
+
+    _words: NDArray[np.uint32]
+    _shape: tuple[int, ...]
+    _p: float
+    _scale: float
+
+    def __init__(self, words: NDArray[np.uint32], shape: tuple[int, ...], p: float, scale: float | None = None) -> None:
+        self._p = checks.probability(p)
+        self._shape = checks.shape("shape", shape)
+        self._words = checks.words(words, math.prod(self._shape), word_count(math.prod(self._shape)))
+        if scale is None:
+            self._scale = keep_scale(threshold(self._p))
+            checks.nothing_kept("words", self._words, self._scale)
+        else:
+            self._scale = checks.finite("scale", scale)
+
+    @classmethod
+    def _of(cls, words: NDArray[np.uint32], shape: tuple[int, ...], p: float, scale: float) -> PackedMask:
+        """Without checks, from parts known to be right."""
+        self = object.__new__(cls)
+        self._words = words
+        self._shape = shape
+        self._p = p
+        self._scale = scale
+        return self
+
+    @classmethod
+    def from_bool(cls, keep: ArrayLike, p: float) -> PackedMask:
+        """Packs a boolean array, True = keep.
+
+        Raises TypeError if ``keep`` is not boolean, ValueError if ``p`` is 1 and anything is kept.
+        """
+        flags, p = checks.keep_flags(keep), checks.probability(p)
+        scale = keep_scale(threshold(p))
+        checks.nothing_kept("keep", flags, scale)
+        packed = np.zeros(4 * word_count(flags.size), np.uint8)
+        bits = np.packbits(flags.reshape(-1), bitorder="little")
+        packed[: bits.size] = bits
+        words = packed.view("<u4").astype(np.uint32, copy=False)
+        return cls._of(words, flags.shape, p, scale)
+
+    @property
+    def words(self) -> NDArray[np.uint32]:
+        return self._words
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def p(self) -> float:
+        return self._p
+
+    @property
+    def scale(self) -> float:
+        """Multiplier of kept elements: ``1 / (1 - T / 2**32)``, or 1 under standard scaling; 0 when all are dropped."""
+        return self._scale
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept for backward: 1/8 per cell, rounded up to whole words."""
+        return int(self._words.nbytes)
+
+    @property
+    def kept(self) -> int:
+        """Number of cells kept."""
+        return popcount(in_memory(self._words))
+
+    def to_bool(self) -> NDArray[np.bool_]:
+        """The mask as booleans of ``shape``, True = keep (1 byte per cell)."""
+        little = in_memory(self._words).astype("<u4", copy=False).view(np.uint8)
+        cells = math.prod(self._shape)
+        return np.unpackbits(little, count=cells, bitorder="little").view(np.bool_).reshape(self._shape)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, PackedMask):
+            return NotImplemented
+        same = (self._shape, self._p, self._scale) == (other._shape, other._p, other._scale)
+        return same and np.array_equal(in_memory(self._words), in_memory(other._words))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PackedMask, (np.ascontiguousarray(in_memory(self._words)), self._shape, self._p, self._scale)
+
+    def __repr__(self) -> str:
+        return f"PackedMask(shape={self._shape}, p={self._p}, kept={self.kept}, nbytes={self.nbytes})"
+
+
+class _Drawn:
+    """What is drawn again from a random state wherever it is needed: zero bytes per cell."""
+
+    __slots__ = ("_offset", "_p", "_seed", "_shape")
+
+    _seed: int
+    _offset: int
+    _shape: tuple[int, ...]
+    _p: float
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    @property
+    def offset(self) -> int:
+        return self._offset
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def p(self) -> float:
+        return self._p
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept per cell: none."""
+        return 0
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, type(self)):
+            return NotImplemented
+        return bool(self.__reduce__() == other.__reduce__())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(seed={self._seed}, offset={self._offset}, shape={self._shape}, p={self._p})"
+
+
+class SeededMask(_Drawn):
+    """A dropout mask as what it is drawn from: zero bytes per cell, drawn again wherever it is needed.
+
+    Parameters
+    ----------
+    seed, offset : int
+        Random state, from 0 to 2**64 - 1.
+    shape, p, scale
+        As for `PackedMask`.
+
+    ``draw_mask(mask.shape, mask.p, rng=Stream(mask.seed, mask.offset))`` is the same mask, packed.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> x = np.ones(1000, np.float32)
+    >>> y, mask = fd.dropout(x, 0.1, store="seed", rng=3)
+    >>> mask
+    SeededMask(seed=3, offset=0, shape=(1000,), p=0.1)
+    >>> mask.nbytes, bool((fd.dropout_backward(x, mask) == y).all())
+    (0, True)
+    """
+
+    __slots__ = ("_scale", "_threshold")
+
+    _scale: float
+    _threshold: int
+
+    def __init__(self, seed: int, offset: int, shape: tuple[int, ...], p: float, scale: float | None = None) -> None:
+        self._seed = checks.uint64("seed", seed)
+        self._offset = checks.uint64("offset", offset)
+        self._shape = checks.shape("shape", shape)
+        self._p = checks.probability(p)
+        self._threshold = threshold(self._p)
+        self._scale = keep_scale(self._threshold) if scale is None else checks.finite("scale", scale)
+
+    @classmethod
+    def _of(cls, seed: int, offset: int, shape: tuple[int, ...], p: float, scale: float, cut: int) -> SeededMask:
+        self = object.__new__(cls)
+        self._seed, self._offset, self._shape = seed, offset, shape
+        self._p, self._scale, self._threshold = p, scale, cut
+        return self
+
+    @property
+    def threshold(self) -> int:
+        return self._threshold
+
+    @property
+    def scale(self) -> float:
+        return self._scale
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SeededMask, (self._seed, self._offset, self._shape, self._p, self._scale)
+
+
+class GaussianNoise(_Drawn):
+    """Gaussian dropout's factors as what they are drawn from: zero bytes, drawn again in the backward pass.
+
+    Parameters
+    ----------
+    seed, offset : int
+        Random state, from 0 to 2**64 - 1.
+    shape : tuple of int
+        Of the data: each element has a factor of its own.
+    p : float
+        The probability, from 0 to below 1, whose dropout has the factors' variance, ``p / (1 - p)``.
+
+    Raises TypeError or ValueError for anything else.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> y, noise = fd.gaussian_dropout(np.ones(4), 0.2, rng=3)
+    >>> noise, noise.nbytes
+    (GaussianNoise(seed=3, offset=0, shape=(4,), p=0.2), 0)
+    >>> bool((fd.dropout_backward(np.ones(4), noise) == y).all())
+    True
+    """
+
+    __slots__ = ()
+
+    def __init__(self, seed: int, offset: int, shape: tuple[int, ...], p: float) -> None:
+        self._seed = checks.uint64("seed", seed)
+        self._offset = checks.uint64("offset", offset)
+        self._shape = checks.shape("shape", shape)
+        self._p = checks.gaussian_probability(p)
+
+    @classmethod
+    def _of(cls, seed: int, offset: int, shape: tuple[int, ...], p: float) -> GaussianNoise:
+        self = object.__new__(cls)
+        self._seed, self._offset, self._shape, self._p = seed, offset, shape, p
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GaussianNoise, (self._seed, self._offset, self._shape, self._p)
+
+
+def fill_words(words: NDArray[np.uint32], cells: int, cut: int) -> None:
+    """The masks that need no draw: keep all (threshold 0) or drop all (threshold 2**32)."""
+    words[:] = 0 if cut == DROP_ALL else 0xFFFFFFFF
+    if cut != DROP_ALL and cells & 31:
+        words[-1] = (1 << (cells & 31)) - 1

@@ -1,0 +1,298 @@
+"""Random state: which (seed, offset) a mask is drawn from, and the generator that turns it into bits.
+
+This module owns the counter rule of the mask (docs/design.md, section 1): the mask word of index ``w`` is made of eight
+groups of four bit planes; group ``g`` is one Philox4x32-10 block under the key ``seed`` at the counter
+``(w low, w high | 1 << 27 | g << 29, offset low, offset high)``.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from . import checks
+
+__all__ = [
+    "Stream",
+    "check_random_state",
+    "keep_scale",
+    "manual_seed",
+    "nearest",
+    "philox4x32_10",
+    "random_state",
+    "threshold",
+    "threshold_and_scale",
+]
+
+UInt32Array = NDArray[np.uint32]
+
+ROUNDS = 10
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)  # key increments: golden ratio, sqrt(3) - 1
+MASK_DOMAIN = 1 << 27  # bits 27-28 of counter word 1: 1 = mask bits; 0 is left to torch and cuRAND
+NOISE_DOMAIN = 2 << 27  # Gaussian noise
+CHILD_DOMAIN = 3 << 27  # seeds and offsets of streams that a stream spawns
+GROUP_SHIFT = 29
+PLANES_PER_GROUP = 4
+GROUPS = 8
+# Noise. A tile of 64 cells is made of 16 counters: cell ``16 k + j`` of it is normal k of counter j.
+NOISE_CELLS, NOISE_COUNTERS = 64, 16
+# ln(1 + x) / x**3 + 1 / (2 x) - 1 / x**2 for sqrt(1/2) <= 1 + x < sqrt(2), highest power first; ln 2 in two parts.
+# Source: Moshier, Cephes 2.2, 1992, logf; so are the sine and the cosine, for angles up to pi / 4.
+LOG = (
+    7.0376836292e-2,
+    -1.1514610310e-1,
+    1.1676998740e-1,
+    -1.2420140846e-1,
+    1.4249322787e-1,
+    -1.6668057665e-1,
+    2.0000714765e-1,
+    -2.4999993993e-1,
+    3.3333331174e-1,
+)
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440e-4
+SQRT_HALF_BITS = 0x3F3504F3
+SINE = (-1.9515295891e-4, 8.3321608736e-3, -1.6666654611e-1)
+COSINE = (2.443315711809948e-5, -1.388731625493765e-3, 4.166664568298827e-2)
+RADIANS = 1.5707963267948966 / 2**32  # of a quarter turn, in 2**32 steps
+DROP_ALL = 1 << 32  # the threshold of p = 1
+LOW = 0xFFFFFFFF
+
+
+def threshold(p: float) -> int:
+    """``round_half_even(p * 2**32)``: a cell is dropped when its 32-bit draw is below it.
+
+    >>> threshold(0.5) == 2**31, threshold(1e-10), threshold(1.0) == 2**32
+    (True, 0, True)
+    """
+    return round(p * 4294967296.0)  # the product is exact: only the exponent changes
+
+
+@lru_cache(maxsize=1024)
+def threshold_and_scale(p: float) -> tuple[int, float]:
+    """`threshold` and its `keep_scale`, remembered: networks use few p."""
+    cut = threshold(p)
+    return cut, keep_scale(cut)
+
+
+def keep_scale(threshold: int) -> float:
+    """``1 / (1 - threshold / 2**32)``: inverted dropout's multiplier, of the probability that is really used.
+
+    >>> keep_scale(2**31)
+    2.0
+    """
+    return nearest(DROP_ALL, DROP_ALL - threshold) if threshold < DROP_ALL else 0.0
+
+
+def nearest(numerator: int, denominator: int) -> float:
+    """A quotient rounded to nearest whatever the CPU's mode: what is remembered must not depend on who asked first.
+
+    Python divides ints of more than 53 bits by integer arithmetic.
+
+    >>> nearest(1, 3) == 1 / 3
+    True
+    """
+    return (numerator << 64) / (denominator << 64)
+
+
+def philox4x32_10(
+    counter: tuple[Any, Any, Any, Any], key: tuple[int, int]
+) -> tuple[UInt32Array, UInt32Array, UInt32Array, UInt32Array]:
+    """Four words of Philox4x32-10 for each counter.
+
+    Parameters
+    ----------
+    counter : tuple of four uint32 scalars or arrays that broadcast together
+    key : tuple of two ints below 2**32
+
+    Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+
+    >>> [hex(int(word)) for word in philox4x32_10((0, 0, 0, 0), (0, 0))]
+    ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
+    """
+    c0, c1, c2, c3 = (np.asarray(c).astype(np.uint64) for c in np.broadcast_arrays(*counter))
+    k0, k1 = key
+    low, shift = np.uint64(LOW), np.uint64(32)
+    for _ in range(ROUNDS):
+        p0, p1 = np.uint64(MULTIPLIERS[0]) * c0, np.uint64(MULTIPLIERS[1]) * c2
+        c0, c1 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low
+        c2, c3 = (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
+        k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
+    return c0.astype(np.uint32), c1.astype(np.uint32), c2.astype(np.uint32), c3.astype(np.uint32)
+
+
+class Stream:
+    """A seed and a running offset: each draw takes the next offset, so no two draws of a stream share a bit.
+
+    Parameters
+    ----------
+    seed, offset : int
+        From 0 to 2**64 - 1. The offset wraps.
+    spawned : int
+        How many children the stream has had; see `spawn`.
+
+    Taking is thread-safe. Streams compare by value and pickle. A copy goes on from where the original stands, and so
+    does a stream in a forked process: it repeats what the original draws next. Give each worker a stream of its own,
+    by `spawn`.
+
+    Raises TypeError or ValueError for anything else.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> s = fd.Stream(7)
+    >>> first, second = fd.draw_mask(1000, 0.5, rng=s), fd.draw_mask(1000, 0.5, rng=s)
+    >>> first == second, s
+    (False, Stream(seed=7, offset=2))
+    >>> first == fd.draw_mask(1000, 0.5, rng=fd.Stream(7))
+    True
+    """
+
+    __slots__ = ("__weakref__", "_lock", "_offset", "_seed", "_spawned")
+
+    def __init__(self, seed: int, offset: int = 0, spawned: int = 0) -> None:
+        self._seed = checks.uint64("seed", seed)
+        self._offset = checks.uint64("offset", offset)
+        self._spawned = checks.child_count("spawned", spawned)
+        self._lock = threading.Lock()
+        _streams[id(self)] = self
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    @property
+    def offset(self) -> int:
+        """The offset that the next draw will take."""
+        return self._offset
+
+    @property
+    def spawned(self) -> int:
+        """How many children the stream has had."""
+        return self._spawned
+
+    def take(self) -> tuple[int, int]:
+        """``(seed, offset)`` for one draw; the offset is then used up."""
+        with self._lock:
+            offset = self._offset
+            self._offset = offset + 1 if offset < checks.UINT64_END - 1 else 0
+        return self._seed, offset
+
+    def spawn(self, n_children: int) -> list[Stream]:
+        """Returns independent child streams, one for each worker, as `numpy.random.Generator.spawn` does.
+
+        Child ``i`` of a seed is the same wherever and whenever it is spawned. Another call goes on with the next
+        children. What the stream itself draws does not change. A child's seed and offset are a Philox block of this
+        stream's seed (docs/design.md, section 1), so children of children are independent as well.
+
+        Parameters
+        ----------
+        n_children : int
+            At least 0.
+
+        Raises
+        ------
+        TypeError, ValueError
+            n_children is not an int, or below 0, or more than the children that are left of 2**59.
+
+        >>> import fastdrop as fd
+        >>> stream = fd.Stream(7)
+        >>> workers = stream.spawn(3)
+        >>> masks = [fd.draw_mask(1000, 0.5, rng=worker) for worker in workers]
+        >>> masks[0] == masks[1], stream
+        (False, Stream(seed=7, offset=0, spawned=3))
+        >>> fd.Stream(7).spawn(3) == fd.Stream(7).spawn(1) + fd.Stream(7, spawned=1).spawn(2)
+        True
+        """
+        with self._lock:
+            first = self._spawned
+            end = checks.child_count("n_children", n_children, first)
+            children = [self._child(number) for number in range(first, end)]
+            self._spawned = end
+        return children
+
+    def _child(self, number: int) -> Stream:
+        counter = number & LOW, number >> 32 | CHILD_DOMAIN, 0, 0
+        block = philox4x32_10(counter, (self._seed & LOW, self._seed >> 32))
+        a, b, c, d = (int(word) for word in block)
+        return Stream(a | b << 32, c | d << 32)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Stream):
+            return NotImplemented
+        return bool(self.__reduce__() == other.__reduce__())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[type[Stream], tuple[int, int, int]]:
+        return Stream, (self._seed, self._offset, self._spawned)
+
+    def __repr__(self) -> str:
+        spawned = f", spawned={self._spawned}" if self._spawned else ""
+        return f"Stream(seed={self._seed}, offset={self._offset}{spawned})"
+
+
+# All there are, for their locks' sake: a child forked while a thread held one would never get it.
+_streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
+
+
+def _entropy() -> int:
+    return int.from_bytes(os.urandom(8), "little")
+
+
+_default = Stream(_entropy())
+_seeded_by_user = False
+
+
+def check_random_state(rng: Any) -> None:
+    """Raises what `random_state` would, without drawing."""
+    if not (rng is None or isinstance(rng, (Stream, np.random.Generator))):
+        random_state(rng)
+
+
+def random_state(rng: Any) -> tuple[int, int]:
+    """(seed, offset) for one draw, from any of the forms that ``rng`` may have; None is the process-wide stream."""
+    if rng is None:
+        return _default.take()
+    if type(rng) is int:
+        return checks.uint64("rng, as a seed,", rng), 0
+    if isinstance(rng, Stream):
+        return rng.take()
+    if isinstance(rng, np.random.Generator):
+        return int(rng.integers(0, checks.UINT64_END, dtype=np.uint64)), 0
+    if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
+        return checks.uint64("rng, as a seed,", rng), 0
+    raise checks.no_random_state(rng)
+
+
+def manual_seed(seed: int) -> Stream:
+    """Restarts the process-wide stream at ``seed`` and returns it.
+
+    A forked child goes on with its parent's seeded stream, as with `numpy.random.seed`, and so repeats what the parent
+    and its other children draw; `Stream.spawn` gives each a stream of its own. Left unseeded, a child gets a seed of
+    its own.
+
+    >>> import fastdrop as fd
+    >>> fd.manual_seed(0)
+    Stream(seed=0, offset=0)
+    """
+    global _default, _seeded_by_user
+    _default = Stream(seed)
+    _seeded_by_user = True
+    return _default
+
+
+def _after_fork_in_child() -> None:
+    global _default
+    for stream in list(_streams.values()):
+        stream._lock = threading.Lock()
+    if not _seeded_by_user:
+        _default = Stream(_entropy())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,1 @@
+"""Dropout of tensors, as functions."""

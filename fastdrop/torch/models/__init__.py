@@ -1,0 +1,1 @@
+"""Changes to models that exist: whose dropouts they call, and what is fused with them."""

@@ -1,0 +1,278 @@
+"""torch's own dropouts on fastdrop: kernels registered with torch's dispatcher for ``aten::dropout`` and its like.
+
+The dispatcher finds them by the same table look-up that finds any kernel, so no other operator pays for it, and
+everything that drops through the ops is reached, from Python or from C++. docs/design.md tells why not a mode. They are
+registered once and stay: taking a kernel away while another thread is on its way to it ends the process. Each asks
+`context` whether it is its turn, and hands on to torch if not. timm's and torchvision's modules are written in Python;
+their ``forward`` is replaced once, and asks too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+import threading
+import types
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+from ...core import variants
+from ..functional.attention import attend, compose, is_direct, is_regular, trace
+from ..functional.routing import KEEPS_ALL, drop
+from ..nn.dropout import Rated
+from ..runtime import context, cuda, mask_kernels
+from ..runtime.context import drops_in_scripts, is_enabled, note_traced
+from ..runtime.dispatch import is_transformed
+from .convert import FOREIGN, refusal
+
+__all__ = ["disable", "enable", "enabled"]
+
+# Calls on CPU and CUDA tensors without and with autograd, and calls inside of torch.func's transforms: from Python, and
+# from torch's own C++ under vmap, where attention drops.
+TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
+KEYS = ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA", TRANSFORMS, "FuncTorchVmapMode")
+
+# aten's ops, each with its in-place form: whether whole channels are dropped, and the law.
+OPS = {
+    "dropout": (False, "inverted"),
+    "feature_dropout": (True, "inverted"),
+    "alpha_dropout": (False, "alpha"),
+    "feature_alpha_dropout": (True, "alpha"),
+}
+# Attention, of tensors on the CPU where it drops; elsewhere it is torch's, and its dropout ours.
+ATTENTION = "scaled_dot_product_attention"
+ATTENTION_KEYS = ("CPU", "AutogradCPU")
+GRAFTED = "_fastdrop_grafted"  # on the forward of timm's and torchvision's classes, once it is ours
+UNSCRIPTED = "__jit_unused_properties__"  # where TorchScript looks for properties to leave out
+FEWEST_SCORES = 1 << 15  # below, the Python around a call costs more than its kernels save
+
+_library: torch.library.Library | None = None  # never taken away: another thread may be on its way to a kernel
+_is_registered = False
+_kernels_made: list[tuple[str, tuple[str, ...], Any]] = []
+_lock = threading.Lock()
+
+
+def enable() -> None:
+    """Makes torch's own dropouts run on fastdrop, until `disable`: process-wide, wherever they are called from, on the
+    CPU and, with numba-cuda, on NVIDIA GPUs.
+
+    `torch.nn.functional.dropout`, ``dropout1d`` to ``dropout3d``, ``alpha_dropout``, ``feature_alpha_dropout`` and
+    their in-place forms, and with them torch's modules of these names, `torch.nn.MultiheadAttention`,
+    `torch.nn.functional.scaled_dot_product_attention`, `torch.nn.LSTM` and `torch.nn.GRU` between layers, and any model
+    built of these; of timm and torchvision, where they were imported before, the modules that `convert` knows. Values
+    and gradients are those of the functions of `fastdrop.torch`; other operators and devices, integer, sparse and
+    nested tensors and DTensors stay as they are. So do, on a GPU, fused attention and cuDNN's recurrent layers, which
+    drop inside of kernels of their own.
+
+    Calling it again does nothing. It may be called while other threads work: what is switched is a flag that each call
+    reads. The first call in a process also registers kernels with torch's dispatcher, which are never taken away, and
+    resets `torch.compile`, if that was used. Make it before threads start: torch doesn't say that registering is safe
+    while another thread calls the same operator. Code compiled from then on follows the state by itself, each state
+    with its own code.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> x = torch.tensor([1.0, float("nan"), 3.0])
+    >>> fdt.enable()
+    >>> torch.nn.functional.dropout(x, 1.0)
+    tensor([0., 0., 0.])
+    >>> fdt.disable()
+    >>> torch.nn.functional.dropout(x, 1.0)
+    tensor([0., nan, 0.])
+    """
+    register()
+    context.set_everywhere(True)
+
+
+def disable() -> None:
+    """Undoes `enable`: torch's dropout gives what it did. Does nothing where it is torch's own already.
+
+    Once `enable` or `enabled` was used, calls of torch's dropout pass through Python on their way to torch, which costs
+    a few microseconds each. Blocks of `enabled` that are being run go on as they began.
+
+    >>> import fastdrop.torch as fdt
+    >>> fdt.disable()
+    """
+    context.set_everywhere(False)
+
+
+@contextlib.contextmanager
+def enabled() -> Iterator[None]:
+    """`enable` for a block or, as a decorator, a function, and for what runs in it alone: the thread or asyncio task.
+
+    Threads that are started in the block are not in it, other than those of torch's autograd. A forward with
+    checkpoints runs a second time in ``backward``: call ``backward`` inside of the block too, or the masks differ.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> with fdt.enabled():
+    ...     torch.nn.functional.dropout(torch.tensor([float("inf")]), 1.0)
+    tensor([0.])
+    """
+    register()
+    with context.enabled_here():
+        yield
+
+
+def register() -> None:
+    """Puts kernels between torch's dropouts and their callers. They hand on to torch until something is switched on."""
+    global _library, _is_registered, _kernels_made
+    if not _is_registered:
+        with _lock:
+            # An exception from a signal may end this anywhere; the next call does it again.
+            if not _is_registered:
+                _library = _library or torch.library.Library("aten", "IMPL")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", UserWarning)  # torch says that it has kernels for transforms itself
+                    for name, keys, kernel in _kernels_toregister():
+                        for key in keys:
+                            _library.impl(name, kernel, key)
+                for name in (*OPS, *(name + "_" for name in OPS), ATTENTION):
+                    getattr(torch.ops.aten, name).default._dispatch_cache.clear()  # tracing keeps kernels it found
+                if "torch._dynamo" in sys.modules:
+                    torch.compiler.reset()  # what was compiled before has no guard
+                _is_registered = True
+    for (module, name), ours in FOREIGN.items():
+        theirs = getattr(sys.modules.get(module), name, None)
+        if theirs is not None and not hasattr(vars(theirs)["forward"], GRAFTED):
+            with _lock:
+                _graft(theirs, ours)
+
+
+def _kernels_toregister() -> Iterator[tuple[str, tuple[str, ...], Any]]:
+    for name, (features, law) in OPS.items():
+        for inplace in (False, True):
+            yield name + "_" * inplace, KEYS, _kernel(name + "_" * inplace, features, law, inplace)
+    yield ATTENTION, ATTENTION_KEYS, _attention
+
+
+def _kernel(name: str, features: bool, law: str, inplace: bool) -> Any:
+    """What one of aten's ops does while enabled."""
+    op = getattr(torch.ops.aten, name).default
+    # Not the composite implementation: inside of transforms torch has others.
+    transformed = torch.library.get_kernel(op, TRANSFORMS)
+    transforms = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, TRANSFORMS))
+
+    def torchs(input: Tensor, p: float, train: bool) -> Tensor:
+        if is_transformed():
+            result: Tensor = transformed.call_boxed(transforms, input, p, train)
+            return result
+        return _torchs(op, input, p, train)
+
+    def kernel(input: Tensor, p: float, train: bool) -> Tensor:
+        on = is_enabled()
+        if not train and drops_in_scripts():
+            train = not _is_called_from_python()
+        if is_transformed() or (type(input) is not Tensor and isinstance(input, FakeTensor)):
+            note_traced(on)
+        if not on or not _ours(input, p) or (features and input.dim() < 2) or (law == "alpha" and input.is_complex()):
+            return torchs(input, p, train)
+        cells = variants.feature_cells(tuple(input.shape), 1) if features else None
+        try:
+            return drop(input, p, train, inplace, None, None, cells, "bits", law)
+        except (NotImplementedError, TypeError):
+            if _is_known(input):
+                raise
+            return torchs(input, p, train)  # a subclass that knows torch's ops alone
+
+    return kernel
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What attention does while enabled: in one piece where it can, else as torch composes it around our dropout."""
+    arguments = query, key, value, attn_mask
+    options = is_causal, scale, enable_gqa
+    drops = dropout_p > KEEPS_ALL  # most calls end here
+    on = drops and is_enabled()
+    if drops and (is_transformed() or isinstance(query, FakeTensor)):
+        note_traced(on)
+    known = on and all(_ours(x, dropout_p) for x in arguments[:3]) and (attn_mask is None or _is_known(attn_mask))
+    if known and is_regular(*arguments, *options):
+        if any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in arguments):
+            traced = compose if is_transformed() or not query.is_cpu else trace
+            return traced(*arguments, dropout_p, *options)
+        if query.numel() // query.shape[-1] * key.shape[-2] >= FEWEST_SCORES and is_direct(*arguments):
+            return attend(*arguments, dropout_p, *options)
+    op = torch.ops.aten.scaled_dot_product_attention.default
+    return _torchs(op, *arguments, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> None:
+    """Gives another's class our way of dropping, for as long as it is enabled, and what that wants."""
+    forward = theirs.forward
+    if hasattr(forward, GRAFTED):
+        return
+
+    def dropped(self, input):  # type: ignore[no-untyped-def]
+        # Only closure variables and builtins: the function is made anew below.
+        if not is_enabled_there() or not is_ours(input) or is_refused(self):
+            return forward(self, input)
+        return ours._drop(self, input)
+
+    wanted = {
+        name: value for cls in reversed(ours.__mro__) if issubclass(cls, Rated) for name, value in vars(cls).items()
+    }
+    added = [name for name in wanted if not name.startswith("__") and not hasattr(theirs, name)]
+    for name in added:
+        setattr(theirs, name, wanted[name])
+    unscripted = [name for name in added if isinstance(wanted[name], property)]
+    setattr(theirs, UNSCRIPTED, [*getattr(theirs, UNSCRIPTED, ()), *unscripted])
+    is_enabled_there, is_refused, is_ours = context.is_enabled_there, refusal, _is_ours
+    # TorchScript compiles the source of what is wrapped, with the globals of the function that it finds.
+    grafted: Any = types.FunctionType(dropped.__code__, forward.__globals__, closure=dropped.__closure__)
+    theirs.forward = functools.update_wrapper(grafted, forward)
+    setattr(grafted, GRAFTED, True)
+
+
+def _is_ours(x: Any) -> bool:
+    return isinstance(x, Tensor) and _ours(x, 0.0)
+
+
+def _ours(x: Tensor, p: float) -> bool:
+    """Whether fastdrop has it; torch refuses a bad p in its own words."""
+    if not (_is_known(x) or _is_wrapper(x)) or x.dtype not in mask_kernels.DTYPES or not 0.0 <= p <= 1.0:
+        return False
+    return x.is_cpu or (x.is_cuda and cuda.is_usable(x.get_device()))
+
+
+def _is_known(x: Tensor) -> bool:
+    """Whether x is dense, and no subclass but a compiler's."""
+    known = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ or isinstance(x, (FakeTensor, FunctionalTensor))
+    return known and x.layout is torch.strided and not x.is_nested
+
+
+def _is_wrapper(x: Tensor) -> bool:
+    """Whether x is a dense subclass that sees the ops it is given to: it sees ours, and so has our mask for a seed.
+
+    DTensor has a rule for each op that it knows, and none for ours.
+    """
+    if x.layout is not torch.strided or x.is_nested:
+        return False
+    package = sys.modules.get("torch.distributed.tensor")
+    return package is None or not isinstance(x, package.DTensor)
+
+
+def _is_called_from_python() -> bool:
+    """Whether the kernel that asks was called by one of torch's Python functions, and not from scripted code."""
+    return sys._getframe(2).f_code.co_filename == torch.nn.functional.__file__
+
+
+def _torchs(op: Any, *arguments: Any, **options: Any) -> Tensor:
+    """What torch does when nobody overrides it."""
+    result: Tensor = op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *arguments, **options)
+    return result

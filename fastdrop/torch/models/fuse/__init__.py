@@ -1,0 +1,1 @@
+"""Models' layers made of fused functions, and back."""

@@ -1,0 +1,480 @@
+"""Every kind of dropout as a module.
+
+Each that torch has is a subclass of torch's, with its arguments and its (empty) ``state_dict``. This module owns where
+a module's drop probability comes from, `Rated`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ...core import checks
+from ..functional import dropout as F
+
+__all__ = [
+    "AlphaDropout",
+    "DropBlock2d",
+    "DropBlock3d",
+    "DropPath",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "FeatureAlphaDropout",
+    "GaussianDropout",
+    "StochasticDepth",
+    "VariationalDropout",
+]
+
+
+class Rated(nn.Module):
+    """A module that drops with probability ``p``, which a `DropoutScheduler` may change.
+
+    A compiler bakes in a float that it finds on a module. So what a scheduler drives has the same number as a tensor
+    too, which a compiled graph reads at each call.
+    """
+
+    p: float
+    _rate: Tensor | None = None  # float64 on the CPU, without axes
+
+    # TorchScript knows neither properties that compute nor annotations that are strings.
+    __jit_unused_properties__ = ("p", "rate")
+    __jit_ignored_attributes__ = ("_rate", "couple_channels", "drop_prob", "gamma_scale", "p", "rate", "store")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in ("p", "drop_prob") and self._rate is not None:
+            self.drive(value)
+
+    def drive(self, p: float) -> None:
+        """Has compiled code read p from now on, as it is set."""
+        # A new tensor and not a new number in the old one, which a graph may hold for its backward pass.
+        with torch.inference_mode(False):
+            self._rate = torch.tensor(p, dtype=torch.float64, device="cpu")
+
+    @property
+    def rate(self) -> float | Tensor:
+        """p for this call."""
+        if self._rate is not None and torch.compiler.is_compiling():
+            return self._rate
+        return self.p
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+            if self.training:
+                raise RuntimeError(
+                    "fastdrop can't be scripted for training: call eval(), or fdt.revert(model) before torch.jit.script"
+                )
+            return self._evaluated(input)
+        else:  # which TorchScript doesn't read
+            if is_traced(self, input):
+                return traced(self, input)  # type: ignore[no-any-return]
+            if isinstance(input, Tensor) and input.is_quantized:
+                return input  # as the module that nn.Dropout becomes in torch's quantised models
+            return self._drop(input)
+
+    def _drop(self, input: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _evaluated(self, input: Tensor) -> Tensor:
+        """What scripted modules do, in TorchScript."""
+        return input
+
+
+def is_traced(module: nn.Module, input: Any) -> bool:
+    """Whether `torch.fx` traces what surrounds the module."""
+    return isinstance(input, fx.Proxy) and getattr(input.tracer, "root", None) is not module
+
+
+def traced(module: nn.Module, proxy: Any, *args: Any, **kwargs: Any) -> Any:
+    """The call as `torch.fx` traces it: a module of torch's own would stay one in the graph, and so follow eval()."""
+    tracer: Any = proxy.tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (proxy, *args), kwargs)
+
+
+class _Elementwise(Rated):
+    """What torch has too, with fastdrop's ``store``."""
+
+    inplace: bool
+    store: str = "bits"
+
+    def __init__(self, p: float = 0.5, inplace: bool = False, *, store: str = "bits") -> None:
+        super().__init__(p, inplace)
+        checks.choice("store", store, checks.STORES)
+        self.store = store
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, store={self.store!r}"
+
+
+class Dropout(_Elementwise, nn.Dropout):
+    """`torch.nn.Dropout` on fastdrop: the same arguments, the same (empty) ``state_dict``, the same behaviour.
+
+    Parameters
+    ----------
+    p : float
+        Drop probability, 0 to 1.
+    inplace : bool
+        Writes the result to the input.
+    store : {"bits", "seed"}
+        What is kept for backward: 1/8 byte per element, or 8 bytes in all, from which backward draws the mask again.
+    scaling : {"inverted", "standard"}
+        "standard" leaves kept elements as they are and multiplies by ``1 - p`` in evaluation, as the 2014 paper does;
+        `fold_scaling` moves that into the next layer's weights.
+
+    Raises ValueError for p outside [0, 1] and for an unknown store or scaling.
+
+    Shape: any; the output's is the input's. Errors and details as in `fastdrop.torch.dropout`.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> drop = fdt.Dropout(0.1, store="seed")
+    >>> drop, isinstance(drop, torch.nn.Dropout)
+    (Dropout(p=0.1, inplace=False, store='seed'), True)
+    >>> x = torch.ones(8)
+    >>> drop.eval()(x) is x
+    True
+    """
+
+    scaling = "inverted"  # without an annotation, which TorchScript would have to understand
+
+    def __init__(
+        self, p: float = 0.5, inplace: bool = False, *, store: str = "bits", scaling: str = "inverted"
+    ) -> None:
+        super().__init__(p, inplace, store=store)
+        checks.scaling(scaling)
+        self.scaling = scaling
+
+    def _drop(self, input: Tensor) -> Tensor:
+        return F.dropout(input, self.rate, self.training, self.inplace, store=self.store, scaling=self.scaling)
+
+    def _evaluated(self, input: Tensor) -> Tensor:
+        if hasattr(self, "scaling"):  # noqa: SIM102 - TorchScript sees what is on the object alone, and reads no more
+            if self.scaling == "standard":
+                return input * (1.0 - self.p)
+        return input
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.scaling == "inverted" else f", scaling={self.scaling!r}")
+
+
+class Dropout1d(_Elementwise, nn.Dropout1d):
+    """`torch.nn.Dropout1d` on fastdrop: whole channels of ``(N, C, L)`` or ``(C, L)``.
+
+    Parameters and errors as in `Dropout`, details as in `fastdrop.torch.dropout1d`.
+
+    >>> import fastdrop.torch as fdt
+    >>> fdt.Dropout1d(0.2)
+    Dropout1d(p=0.2, inplace=False, store='bits')
+    """
+
+    def _drop(self, input: Tensor) -> Tensor:
+        return F.dropout1d(input, self.rate, self.training, self.inplace, store=self.store)
+
+
+class Dropout2d(_Elementwise, nn.Dropout2d):
+    """`torch.nn.Dropout2d` on fastdrop: whole channels of ``(N, C, H, W)``, in either memory format.
+
+    Parameters and errors as in `Dropout`, details as in `fastdrop.torch.dropout2d`.
+
+    >>> import fastdrop.torch as fdt
+    >>> fdt.Dropout2d(0.2)
+    Dropout2d(p=0.2, inplace=False, store='bits')
+    """
+
+    def _drop(self, input: Tensor) -> Tensor:
+        return F.dropout2d(input, self.rate, self.training, self.inplace, store=self.store)
+
+
+class Dropout3d(_Elementwise, nn.Dropout3d):
+    """`torch.nn.Dropout3d` on fastdrop: whole channels of ``(N, C, D, H, W)`` or ``(C, D, H, W)``.
+
+    Parameters and errors as in `Dropout`, details as in `fastdrop.torch.dropout3d`.
+
+    >>> import fastdrop.torch as fdt
+    >>> fdt.Dropout3d(0.2)
+    Dropout3d(p=0.2, inplace=False, store='bits')
+    """
+
+    def _drop(self, input: Tensor) -> Tensor:
+        return F.dropout3d(input, self.rate, self.training, self.inplace, store=self.store)
+
+
+class AlphaDropout(_Elementwise, nn.AlphaDropout):
+    """`torch.nn.AlphaDropout` on fastdrop, for networks of SELUs: keeps mean 0 and variance 1.
+
+    Parameters and errors as in `Dropout`, details as in `fastdrop.torch.alpha_dropout`. (torch's own ignores its
+    ``inplace``; here it works.)
+
+    >>> import fastdrop.torch as fdt
+    >>> fdt.AlphaDropout(0.1)
+    AlphaDropout(p=0.1, inplace=False, store='bits')
+    """
+
+    def _drop(self, input: Tensor) -> Tensor:
+        return F.alpha_dropout(input, self.rate, self.training, self.inplace, store=self.store)
+
+
+class FeatureAlphaDropout(_Elementwise, nn.FeatureAlphaDropout):
+    """`torch.nn.FeatureAlphaDropout` on fastdrop: alpha dropout of whole channels of ``(N, C, *)``.
+
+    Parameters and errors as in `Dropout`, details as in `fastdrop.torch.feature_alpha_dropout`. (torch's own ignores
+    its ``inplace``; here it works.)
+
+    >>> import fastdrop.torch as fdt
+    >>> fdt.FeatureAlphaDropout(0.1)
+    FeatureAlphaDropout(p=0.1, inplace=False, store='bits')
+    """
+
+    def _drop(self, input: Tensor) -> Tensor:
+        return F.feature_alpha_dropout(input, self.rate, self.training, self.inplace, store=self.store)
+
+
+class VariationalDropout(Rated):
+    """One mask held over a whole sequence: locked dropout, for the inputs and outputs of recurrent layers.
+
+    Parameters
+    ----------
+    p : float
+        Drop probability, 0 to 1.
+    time_axis : int
+        The axis along which decisions are shared: 0 for ``(T, B, F)``, 1 for ``(B, T, F)``.
+    inplace, store
+        As in `Dropout`.
+
+    Raises ValueError for p outside [0, 1] and an unknown store. Source: Gal and Ghahramani, NeurIPS 2016.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> y = fdt.VariationalDropout(0.5, time_axis=0)(torch.ones(3, 2, 4))
+    >>> bool((y == y[0]).all())
+    True
+    """
+
+    def __init__(self, p: float = 0.5, time_axis: int = 0, inplace: bool = False, *, store: str = "bits") -> None:
+        super().__init__()
+        checks.choice("store", store, checks.STORES)
+        self.p, self.time_axis, self.inplace, self.store = checks.dropout_probability(p), time_axis, inplace, store
+
+    def _drop(self, input: Tensor) -> Tensor:
+        return F.variational_dropout(input, self.rate, self.time_axis, self.training, self.inplace, store=self.store)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, time_axis={self.time_axis}, inplace={self.inplace}, store={self.store!r}"
+
+
+class StochasticDepth(Rated):
+    """torchvision's module of this name on fastdrop: a residual branch dropped whole, by sample or by batch.
+
+    Parameters
+    ----------
+    p : float
+        Drop probability of the branch, 0 to 1.
+    mode : {"batch", "row"}
+        "row" decides for each sample, "batch" once for all.
+    store : {"bits", "seed"}
+        As in `Dropout`.
+
+    Raises ValueError for p outside [0, 1], another mode or store. Source: Huang et al., ECCV 2016.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.StochasticDepth(0.5, "row")(torch.ones(100, 2)).unique()
+    tensor([0., 2.])
+    """
+
+    store: str = "bits"
+
+    def __init__(self, p: float, mode: str, *, store: str = "bits") -> None:
+        super().__init__()
+        checks.choice("mode", mode, checks.DEPTH_MODES)
+        checks.choice("store", store, checks.STORES)
+        self.p, self.mode, self.store = checks.dropout_probability(p, what="drop probability"), mode, store
+
+    def _drop(self, input: Tensor) -> Tensor:
+        return F.stochastic_depth(input, self.rate, self.mode, self.training, store=self.store)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, mode={self.mode!r}, store={self.store!r}"
+
+
+class DropPath(Rated):
+    """timm's module of this name on fastdrop: a residual branch dropped whole, by sample.
+
+    Parameters
+    ----------
+    drop_prob : float
+        Drop probability of the branch, 0 to 1; ``p`` is the same number.
+    scale_by_keep : bool
+        Whether what is kept is multiplied by ``1 / (1 - p)``. Evaluation is the identity either way.
+    store : {"bits", "seed"}
+        As in `Dropout`.
+
+    Raises ValueError for p outside [0, 1] and an unknown store. Source: Huang et al., ECCV 2016.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.DropPath(0.5)(torch.ones(100, 2)).unique()
+    tensor([0., 2.])
+    """
+
+    drop_prob: float
+    scale_by_keep = True  # also of converted modules of a class that has no such choice
+    store: str = "bits"
+
+    def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True, *, store: str = "bits") -> None:
+        super().__init__()
+        checks.choice("store", store, checks.STORES)
+        self.drop_prob, self.scale_by_keep, self.store = checks.dropout_probability(drop_prob), scale_by_keep, store
+
+    @property
+    def p(self) -> float:
+        return self.drop_prob
+
+    @p.setter
+    def p(self, p: float) -> None:
+        self.drop_prob = p
+
+    def _drop(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return input
+        scaling = "inverted" if self.scale_by_keep else "standard"
+        return F.stochastic_depth(input, self.rate, "row", store=self.store, scaling=scaling)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.p}, scale_by_keep={self.scale_by_keep}, store={self.store!r}"
+
+
+class _DropBlock(Rated):
+    """Either number of spatial axes."""
+
+    couple_channels: bool = False
+
+    def __init__(
+        self,
+        p: float,
+        block_size: int | tuple[int, ...],
+        inplace: bool = False,
+        *,
+        couple_channels: bool = False,
+    ) -> None:
+        super().__init__()
+        self.p, self.block_size, self.inplace = (
+            checks.dropout_probability(p, what="drop probability"),
+            block_size,
+            inplace,
+        )
+        self.couple_channels = couple_channels
+
+    def extra_repr(self) -> str:
+        coupled = ", couple_channels=True" if self.couple_channels else ""
+        return f"p={self.p}, block_size={self.block_size}, inplace={self.inplace}{coupled}"
+
+
+class DropBlock2d(_DropBlock):
+    """torchvision's module of this name on fastdrop: blocks of neighbouring cells dropped from ``(N, C, H, W)``.
+
+    Parameters
+    ----------
+    p : float
+        Share of cells to drop, 0 to 1.
+    block_size : int or tuple of int
+        Extent of a block on each spatial axis, odd or even, cut to the input's.
+    inplace : bool
+        Writes the result to the input.
+    couple_channels : bool
+        One mask for all channels of a sample, as in timm.
+
+    Raises ValueError for p outside [0, 1]. Kept for backward: a bit per cell. Source: Ghiasi et al., NeurIPS 2018.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> y = fdt.DropBlock2d(0.1, block_size=3)(torch.ones(2, 3, 16, 16))
+    >>> round(float(y.mean()), 4)
+    1.0
+    """
+
+    def _drop(self, input: Tensor) -> Tensor:
+        return F.drop_block2d(
+            input,
+            self.rate,
+            self.block_size,  # type: ignore[arg-type]
+            self.inplace,
+            training=self.training,
+            couple_channels=self.couple_channels,
+        )
+
+
+class DropBlock3d(_DropBlock):
+    """torchvision's module of this name on fastdrop: `DropBlock2d` for ``(N, C, D, H, W)``.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> y = fdt.DropBlock3d(0.1, block_size=3)(torch.ones(2, 3, 8, 8, 8))
+    >>> round(float(y.mean()), 4)
+    1.0
+    """
+
+    def _drop(self, input: Tensor) -> Tensor:
+        return F.drop_block3d(
+            input,
+            self.rate,
+            self.block_size,  # type: ignore[arg-type]
+            self.inplace,
+            training=self.training,
+            couple_channels=self.couple_channels,
+        )
+
+
+class GaussianDropout(Rated):
+    """Multiplicative Gaussian noise of mean 1 and variance ``p / (1 - p)``, drawn again for backward.
+
+    Parameters
+    ----------
+    p : float
+        From 0 to below 1; ValueError elsewhere. A `torch.nn.Parameter` that is put there later is learned.
+    inplace : bool
+        Writes the result to the input.
+
+    Source: Srivastava et al., JMLR 15, 2014, section 10. Keras has a layer of this name.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> drop = fdt.GaussianDropout(0.2)
+    >>> round(float(drop(torch.ones(100_000)).var()), 2)
+    0.25
+    """
+
+    def __init__(self, p: float = 0.5, inplace: bool = False) -> None:
+        super().__init__()
+        self.p, self.inplace = checks.gaussian_probability(checks.dropout_probability(p)), inplace
+
+    def _drop(self, input: Tensor) -> Tensor:
+        return F.gaussian_dropout(input, self.rate, self.training, self.inplace)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, inplace={self.inplace}"
+
+
+class TimmDropBlock2d(DropBlock2d):
+    """What timm's DropBlock2d becomes: its attributes, of which ``gamma_scale`` multiplies the share to drop."""
+
+    drop_prob: float
+    gamma_scale: float
+
+    @property
+    def p(self) -> float:
+        return self.drop_prob
+
+    @p.setter
+    def p(self, p: float) -> None:
+        self.drop_prob = p
+
+    def _drop(self, input: Tensor) -> Tensor:
+        return F.drop_block2d(
+            input,
+            self.rate * self.gamma_scale,
+            self.block_size,  # type: ignore[arg-type]
+            self.inplace,
+            training=self.training,
+            couple_channels=self.couple_channels,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gamma_scale={self.gamma_scale}"

@@ -1,0 +1,297 @@
+"""Recurrent layers whose dropout masks are held over the whole sequence.
+
+This module owns which mask meets what in a recurrent layer, and the recurrence itself where torch's fused one can't be
+used: where the hidden state is dropped between steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from ...core.random import keep_scale, threshold
+from ..runtime.dispatch import hide_from_dynamo
+from .dropout import VariationalDropout, is_traced, traced
+
+__all__ = ["VariationalGRU", "VariationalLSTM"]
+
+States = tuple[Tensor, ...]  # the hidden state and, of an LSTM, the cell's
+
+
+class _Variational(nn.RNNBase):
+    """What both layers share. Each rate is a module, so that whatever looks for dropout modules finds it."""
+
+    def _set_rates(self, dropout_input: float, dropout_recurrent: float, dropout_output: float) -> None:
+        self.dropout_input = VariationalDropout(dropout_input, 0)
+        self.dropout_recurrent = VariationalDropout(dropout_recurrent, 0)
+        self.dropout_output = VariationalDropout(dropout_output, 0)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(f"{type(self).__name__} can't be scripted: in evaluation give it to torch.jit.trace")
+
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        if is_traced(self, input):
+            return traced(self, input, hx)
+        rates = self.dropout_input, self.dropout_recurrent, self.dropout_output
+        unfit = isinstance(input, Tensor) and (input.dim() not in (2, 3) or not input.numel())  # torch says so
+        if unfit or not any(map(_drops, rates)):
+            return super().forward(input, hx)
+        y, end = self._run(input, hx if hx is None or self.mode == "LSTM" else (hx,))
+        return y, self._as_torchs(end)
+
+    def _run(self, input: Any, begin: States | None) -> tuple[Any, States]:
+        """Layer by layer. Inside, time comes first, and a packed sequence's rows stay where they are."""
+        self._update_flat_weights()
+        packed = input if isinstance(input, PackedSequence) else None
+        sizes = None if packed is None else packed.batch_sizes
+        single = packed is None and input.dim() == 2
+        x = input if packed is None else packed.data
+        if single:
+            x = x.unsqueeze(0 if self.batch_first else 1)
+        if begin is None:
+            begin = self._zeros(x, sizes)
+        elif single:
+            begin = tuple(state.unsqueeze(1) for state in begin)
+        elif packed is not None:
+            begin = _in_order(begin, packed.sorted_indices)
+        self.check_forward_args(x, self._as_torchs(begin), sizes)
+        if packed is None and self.batch_first:
+            x = x.transpose(0, 1)
+
+        directions = 2 if self.bidirectional else 1
+        per_layer = len(self._flat_weights) // self.num_layers
+        end = []
+        for layer in range(self.num_layers):
+            states = tuple(state[layer * directions :][:directions] for state in begin)
+            weights: list[Any] = self._flat_weights[layer * per_layer :][:per_layer]
+            x, states = self._layer(_dropped(self.dropout_input, x, packed), states, weights, packed)
+            end.append(states)
+        x = _dropped(self.dropout_output, x, packed)
+        last = tuple(torch.cat(layers) for layers in zip(*end, strict=True))
+        if packed is not None:
+            return packed._replace(data=x), _in_order(last, packed.unsorted_indices)
+        if single:
+            return x.squeeze(1), tuple(state.squeeze(1) for state in last)
+        return x.transpose(0, 1) if self.batch_first else x, last
+
+    def _zeros(self, x: Tensor, sizes: Tensor | None) -> States:
+        layers, batch, width = self.get_expected_hidden_size(x, sizes)
+        hidden = x.new_zeros(layers, batch, width)
+        return (hidden, x.new_zeros(layers, batch, self.hidden_size)) if self.mode == "LSTM" else (hidden,)
+
+    def _as_torchs(self, states: States) -> Any:
+        return states if self.mode == "LSTM" else states[0]
+
+    def _layer(
+        self, x: Tensor, begin: States, weights: list[Tensor], packed: PackedSequence | None
+    ) -> tuple[Tensor, States]:
+        """One layer's output and last states, in all its directions."""
+        if not _drops(self.dropout_recurrent):
+            fused = getattr(torch._VF, self.mode.lower())
+            options = self._as_torchs(begin), weights, self.bias, 1, 0.0, self.training, self.bidirectional
+            y, *end = fused(x, *options, False) if packed is None else fused(x, packed.batch_sizes, *options)
+            return y, tuple(end)
+        per_direction = len(weights) // len(begin[0])
+        runs = []
+        for direction in range(len(begin[0])):
+            states = tuple(state[direction] for state in begin)
+            own = weights[direction * per_direction :][:per_direction]
+            runs.append(self._recurrence(x, states, own, packed, direction == 1))
+        end = zip(*(last for _, last in runs), strict=True)
+        return torch.cat([y for y, _ in runs], -1), tuple(torch.stack(states) for states in end)
+
+    def _recurrence(
+        self, x: Tensor, begin: States, weights: list[Tensor], packed: PackedSequence | None, reverse: bool
+    ) -> tuple[Tensor, States]:
+        """One direction, step by step. The first ``sizes[t]`` sequences of the batch have a step t."""
+        sizes = [x.shape[1]] * x.shape[0] if packed is None else packed.batch_sizes.tolist()
+        mask = self.dropout_recurrent(torch.ones_like(begin[0]).unsqueeze(0))
+        dropped = (mask if packed is None else _in_order((mask,), packed.sorted_indices)[0]).squeeze(0) == 0.0
+        # The scale goes into the product, so that what is dropped is selected and not multiplied.
+        scale = keep_scale(threshold(self.dropout_recurrent.p))
+        w_ih, w_hh, *rest = weights
+        b_ih, b_hh = rest[:2] if self.bias else (None, w_hh.new_zeros(1))
+        is_lstm = self.mode == "LSTM"
+        if is_lstm and b_ih is not None:
+            b_ih = b_ih + b_hh
+        given = F.linear(x.reshape(-1, x.shape[-1]), w_ih, b_ih).split(sizes)
+
+        state = tuple(initial[:0] for initial in begin)
+        steps, ended = [], []
+        for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
+            rows, running = sizes[t], len(state[0])
+            if rows > running:
+                state = tuple(torch.cat([s, initial[running:rows]]) for s, initial in zip(state, begin, strict=True))
+            elif rows < running:
+                ended.append(tuple(s[rows:] for s in state))
+                state = tuple(s[:rows] for s in state)
+            hidden = state[0].masked_fill(dropped[:rows], 0.0)
+            product = torch.addmm(given[t] if is_lstm else b_hh, hidden, w_hh.t(), alpha=scale)
+            if is_lstm:
+                state = _lstm_step(product, state[1], rest[-1] if self.proj_size else None)
+            else:
+                state = _gru_step(given[t], product, state[0])
+            steps.append(state[0])
+        y = torch.cat(steps[::-1] if reverse else steps).reshape(*x.shape[:-1], -1)
+        last = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True))
+        if is_lstm:  # under autocast torch's returns what its products are in, and torch's GRU what its states are in
+            y, last = y.to(given[0].dtype), tuple(state.to(given[0].dtype) for state in last)
+        return y, last
+
+
+def _lstm_step(gates: Tensor, cell: Tensor, projection: Tensor | None) -> States:
+    i, f, g, o = gates.chunk(4, 1)
+    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
+    hidden = o.sigmoid() * cell.tanh()
+    return (hidden if projection is None else F.linear(hidden, projection)), cell
+
+
+def _gru_step(given: Tensor, product: Tensor, hidden: Tensor) -> States:
+    given_r, given_z, given_n = given.chunk(3, 1)
+    r, z, n = product.chunk(3, 1)
+    new = (given_n + (given_r + r).sigmoid() * n).tanh()
+    return (new + (given_z + z).sigmoid() * (hidden - new),)
+
+
+def _drops(rate: VariationalDropout) -> bool:
+    return rate.training and rate.p > 0.0
+
+
+def _in_order(states: States, order: Tensor | None) -> States:
+    """States with their batch, axis 1, in another order."""
+    return states if order is None else tuple(state.index_select(1, order) for state in states)
+
+
+def _dropped(rate: VariationalDropout, x: Tensor, packed: PackedSequence | None) -> Tensor:
+    """x under one mask for all steps, which belongs to the batch in the caller's order."""
+    if packed is None or not _drops(rate):
+        dropped: Tensor = rate(x)
+        return dropped
+    padded, lengths = pad_packed_sequence(PackedSequence(x, packed.batch_sizes))
+    (padded,) = _in_order((padded,), packed.unsorted_indices)
+    (padded,) = _in_order((rate(padded),), packed.sorted_indices)
+    return pack_padded_sequence(padded, lengths).data
+
+
+class VariationalLSTM(_Variational, nn.LSTM):
+    """`torch.nn.LSTM` with variational dropout: masks that are held over the whole sequence.
+
+    Three masks, each with a rate of its own, drawn anew for each call and, within it, for each sequence of the batch:
+    one on the input of each layer, the same for both directions; one on the hidden state of each layer and direction,
+    before the product that leads to the next step's gates; one on the output of the last layer. What is kept is
+    multiplied by ``1 / (1 - p)``. The cell's state, and the states returned, are never dropped.
+
+    Parameters
+    ----------
+    input_size, hidden_size, num_layers, bias, batch_first, bidirectional, proj_size, device, dtype
+        As `torch.nn.LSTM` has them, the last four by name only; its ``dropout`` between layers is ``dropout_input``.
+    dropout_input, dropout_recurrent, dropout_output : float
+        Drop probabilities, 0 to 1. They live in submodules of these names, `VariationalDropout` each: change
+        ``.dropout_input.p``, or put one into evaluation by itself.
+
+    Raises ValueError for a probability out of range, else what `torch.nn.LSTM` raises.
+
+    Shapes, initial states, unbatched and packed sequences, parameters and ``state_dict``: those of `torch.nn.LSTM`,
+    which is what runs in evaluation and where all rates are 0. Masks go with the sequence, whatever its place in a
+    packed one; of sequences that share a seed, a padded and a packed batch give the same numbers. The order of draws
+    from torch's generator: layer by layer input, then forward and backward direction; last the output.
+
+    Kept for backward: 1/8 byte per sequence and feature for input and output masks, 1 byte per sequence and hidden
+    feature of each direction for the recurrent one, whatever the length, beside what torch keeps for the layer.
+
+    With ``dropout_recurrent`` the steps run one by one in Python, several times as long as torch's fused layers, which
+    run otherwise. `DropConnect` drops recurrent connections under the fused ones. ``torch.compile`` leaves the function
+    that calls the layer as it is and compiles what that calls beside it, as with torch's.
+
+    Sources: Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks", 2016;
+    Merity, Keskar, Socher, "Regularizing and optimizing LSTM language models", 2017.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> lstm = fdt.VariationalLSTM(4, 8, dropout_input=0.3, dropout_output=0.5)
+    >>> y, (h, c) = lstm(torch.ones(10, 2, 4))
+    >>> dropped = y == 0
+    >>> y.shape, bool((dropped == dropped[0]).all())
+    (torch.Size([10, 2, 8]), True)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        *,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        dropout_input: float = 0.0,
+        dropout_recurrent: float = 0.0,
+        dropout_output: float = 0.0,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            bidirectional=bidirectional,
+            proj_size=proj_size,
+            device=device,
+            dtype=dtype,
+        )
+        self._set_rates(dropout_input, dropout_recurrent, dropout_output)
+
+
+class VariationalGRU(_Variational, nn.GRU):
+    """`torch.nn.GRU` with variational dropout: masks that are held over the whole sequence.
+
+    As `VariationalLSTM`, without ``proj_size``. The recurrent mask is on the hidden state where it is multiplied by
+    weights; what the update gate carries over is not dropped.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> gru = fdt.VariationalGRU(4, 8, dropout_recurrent=0.3)
+    >>> gru
+    VariationalGRU(
+      4, 8
+      (dropout_input): VariationalDropout(p=0.0, time_axis=0, inplace=False, store='bits')
+      (dropout_recurrent): VariationalDropout(p=0.3, time_axis=0, inplace=False, store='bits')
+      (dropout_output): VariationalDropout(p=0.0, time_axis=0, inplace=False, store='bits')
+    )
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        *,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        dropout_input: float = 0.0,
+        dropout_recurrent: float = 0.0,
+        dropout_output: float = 0.0,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            bidirectional=bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        self._set_rates(dropout_input, dropout_recurrent, dropout_output)
+
+
+# Compilers leave recurrent layers alone; the steps inside would be compiled one by one, and for each length anew.
+hide_from_dynamo(_Variational.forward)

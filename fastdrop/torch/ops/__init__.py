@@ -1,0 +1,1 @@
+"""The ops ``torch.ops.fastdrop.*`` that compilers, transforms and tracers see."""

@@ -1,0 +1,357 @@
+"""State that belongs to a context: whether torch's dropout is fastdrop's, and attributes that modules appear to have.
+
+`enable` and `monte_carlo` set it; kernels and modules read it at each call. A context is a thread or an asyncio task
+(`contextvars`). So one thread never sees what another has switched, and nothing shared is written: inside of
+`mc_dropout` a module's ``training`` reads True, and the module's own ``training`` stays False.
+
+Compiled code must not run in another state than it was compiled in. Each function here that reads the state while
+`torch.compile` traces adds a guard to the code that is being compiled: it runs where the answer is the same, and is
+compiled again where it isn't.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import nn
+from torch._C import _get_obj_in_tls, _is_key_in_tls, _stash_obj_in_tls
+from torch._guards import TracingContext
+from torch.compiler import is_dynamo_compiling
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ... import __version__
+
+__all__ = [
+    "appearing",
+    "dispatching",
+    "drops_in_scripts",
+    "enabled_here",
+    "is_enabled",
+    "is_enabled_there",
+    "note_traced",
+    "overriding",
+    "set_everywhere",
+    "without_gradients",
+]
+
+CACHE_TAG = f"+fastdrop {__version__}"
+CALLER = "context"  # torch keeps the caller's context under this key while backward runs, for the engine's threads
+
+_everywhere = False
+# Blocks that this context is in, outermost first.
+_here: ContextVar[tuple[_Entry, ...]] = ContextVar("fastdrop_enabled", default=())
+_appearances: ContextVar[tuple[_Appearances, ...]] = ContextVar("fastdrop_appearances", default=())
+# Entries, by id, that some context of the process has. Most calls find none and look no further.
+_enabled_somewhere: set[int] = set()
+_appearing_somewhere: set[int] = set()
+_lock = threading.Lock()
+
+
+def _value(variable: ContextVar[Any]) -> Any:
+    """A variable of this context or, in a thread of autograd's engine, of the one that called backward."""
+    value = variable.get()
+    if not value and _is_key_in_tls(CALLER):
+        caller = _get_obj_in_tls(CALLER)
+        value = () if caller is None else caller.get(variable, ())
+        # Where backward calls backward, as checkpoints do, torch takes the context of the engine's thread, which is
+        # empty. So the value is put beside it: torch hands that on too, and takes it away at the end of the task.
+        if value:
+            _stash_obj_in_tls(variable.name, value)
+        elif _is_key_in_tls(variable.name):
+            value = _get_obj_in_tls(variable.name)
+    return value
+
+
+class _Entry:
+    """One block. It is noted as long as it exists, which is as long as any context, copied ones too, has it."""
+
+    def __init__(self, somewhere: set[int]) -> None:
+        self.somewhere = somewhere
+        somewhere.add(id(self))
+
+    def __del__(self) -> None:
+        self.somewhere.discard(id(self))
+
+
+@contextlib.contextmanager
+def _set(variable: ContextVar[Any], entry: _Entry) -> Iterator[None]:
+    try:
+        variable.set((*variable.get(), entry))
+        yield
+    finally:
+        # An exception from a signal may come after any call, here too. It may even come between this generator and the
+        # block, which then never begins or never ends: the generator is closed some time later, when other blocks have
+        # begun and ended, and must not undo what they did.
+        try:
+            _leave(variable, entry)
+        except BaseException:
+            _leave(variable, entry)
+            raise
+
+
+def _leave(variable: ContextVar[Any], entry: _Entry) -> None:
+    entries = variable.get()
+    if entry in entries:
+        variable.set(tuple(other for other in entries if other is not entry))
+
+
+# Like torch's own `no_grad` and modes, but an exception from a signal can't leave them on: what is on is entered by one
+# call, inside of try, and left by one call.
+
+
+@contextlib.contextmanager
+def without_gradients() -> Iterator[None]:
+    before = torch.is_grad_enabled()
+    try:
+        torch._C._set_grad_enabled(False)
+        yield
+    finally:
+        torch._C._set_grad_enabled(before)
+
+
+@contextlib.contextmanager
+def dispatching(mode: TorchDispatchMode) -> Iterator[None]:
+    """Without the flags, beside, that all threads share and that entering a mode sets."""
+    try:
+        torch._C._push_on_torch_dispatch_stack(mode)
+        yield
+    finally:
+        top: Any = torch._C._pop_torch_dispatch_stack(None)
+        while top is not mode:  # others that were left
+            top = torch._C._pop_torch_dispatch_stack(None)
+
+
+@contextlib.contextmanager
+def overriding(mode: TorchFunctionMode) -> Iterator[None]:
+    """Also where torch, which takes modes off for a while, didn't get to put this one back."""
+    depth = torch._C._len_torch_function_stack()
+    try:
+        torch._C._push_on_torch_function_stack(mode)
+        yield
+    except BaseException as error:
+        if torch._C._len_torch_function_stack() <= depth:
+            _end_contexts(error)
+        raise
+    finally:
+        try:
+            _pop_to(depth)
+        except BaseException:  # from a signal
+            _pop_to(depth)
+            raise
+
+
+def _end_contexts(error: BaseException) -> None:
+    """Ends what was being entered when an exception came. It would put the mode back when the traceback dies."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == contextlib.__file__:
+            with contextlib.suppress(RuntimeError):  # it still runs
+                frame.clear()
+
+
+def _pop_to(depth: int) -> None:
+    while torch._C._len_torch_function_stack() > depth:
+        torch._C._pop_torch_function_stack()
+
+
+# ---- torch's dropout ----
+
+
+def set_everywhere(on: bool) -> None:
+    """For all threads."""
+    global _everywhere
+    _everywhere = on
+
+
+def enabled_here() -> contextlib.AbstractContextManager[None]:
+    """For this context."""
+    return _set(_here, _Entry(_enabled_somewhere))
+
+
+def is_enabled() -> bool:
+    """Whether torch's dropout is fastdrop's."""
+    return _everywhere or (bool(_enabled_somewhere) and bool(_value(_here)))
+
+
+def is_enabled_there() -> bool:
+    """`is_enabled` of Python code that a compiler traces: asked at compile time, with a guard."""
+    on = is_enabled()
+    note_traced(on)
+    return on
+
+
+is_enabled_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def note_traced(on: bool) -> None:
+    """Has the code that is being compiled now, if there is any, run in this state alone."""
+    if not _guard(is_enabled, on):
+        return
+    # torch's caches on disk know a graph by the names of torch's functions, before dropout becomes what it is in this
+    # state. Both states come by here, so the tag is right for every graph that drops.
+    config = torch.compiler.config
+    tag = config.cache_key_tag.replace(CACHE_TAG, "") + CACHE_TAG * on
+    if config.cache_key_tag != tag:
+        config.cache_key_tag = tag
+
+
+def _guard(question: Callable[[], Any], answer: Any) -> bool:
+    """Adds a guard to what is being compiled, if it has none that is equal; returns whether something is."""
+    compiling = TracingContext.try_get()
+    if compiling is None:
+        return False
+    create = _guard_maker(question, answer)
+    if all(guard.create_fn is not create for guard in compiling.guards_context.dynamo_guards):
+        from torch._dynamo.guards import install_guard
+        from torch._dynamo.source import GlobalStateSource
+
+        install_guard(GlobalStateSource().make_guard(create))
+    return True
+
+
+@functools.lru_cache(64)
+def _guard_maker(question: Callable[[], Any], answer: Any) -> Callable[[Any, Any], None]:
+    def create(builder: Any, guard: Any) -> None:
+        parts = ["fastdrop's state is that of compile time"]
+        builder.guard_manager.root.add_lambda_guard(lambda _: question() == answer, parts, guard.user_stack)
+
+    return create
+
+
+# ---- attributes of modules ----
+
+
+class _Appearances(_Entry):
+    """Values that attributes of modules appear to have, by module and name, over those of the blocks around."""
+
+    def __init__(self, values: dict[tuple[nn.Module, str], bool], scripted: bool) -> None:
+        super().__init__(_appearing_somewhere)
+        self.modules = [module for module, _ in values]  # kept alive, so that no other module gets one of these ids
+        self.values = {(id(module), name): value for (module, name), value in values.items()}
+        self.scripted = scripted
+        # In a thread of autograd's engine the blocks around are its caller's, and not in this context.
+        self.around = () if _appearances.get() else _value(_appearances)
+
+    def read(self, key: tuple[int, str]) -> int:
+        if key in self.values:
+            return self.values[key]
+        return _read(self.around, key)
+
+
+def _read(appearances: tuple[_Appearances, ...], key: tuple[int, str]) -> int:
+    found = OWN
+    for entry in reversed(appearances):
+        found = entry.read(key)
+        if found != OWN:
+            break
+    return found
+
+
+class _Attribute:
+    """In a module class's place for an attribute: gives the context's value of it where there is one.
+
+    It stays on the class. A class that changes back while other threads read from it would be changed for them.
+    """
+
+    def __init__(self, name: str, before: Any) -> None:
+        self.name, self.before = name, before
+        self.delegates = hasattr(type(before), "__get__") and hasattr(type(before), "__set__")  # a property
+
+    def __get__(self, module: Any, owner: Any = None) -> Any:
+        if module is None:
+            return self
+        # Asked first, since code compiled for a module's id is for that module alone. Most reads end here.
+        if _some_appear_there() if is_dynamo_compiling() else _appearing_somewhere and _some_appear():
+            appearance = _appearance(id(module), self.name)
+            if appearance != OWN:
+                return appearance == ON
+        if self.delegates:
+            return self.before.__get__(module, owner)
+        own = module.__dict__
+        if self.name in own:
+            return own[self.name]
+        if self.before is None:
+            raise AttributeError(self.name)
+        return self.before
+
+    def __set__(self, module: Any, value: Any) -> None:
+        if self.delegates:
+            self.before.__set__(module, value)
+        else:
+            module.__dict__[self.name] = value
+
+    def __delete__(self, module: Any) -> None:
+        if self.delegates:
+            self.before.__delete__(module)
+        elif self.name in module.__dict__:
+            del module.__dict__[self.name]
+        else:
+            raise AttributeError(f"{type(module).__name__!r} object has no attribute {self.name!r}")
+
+
+OFF, ON, OWN = 0, 1, 2
+
+
+def _some_appear() -> bool:
+    """Whether any attributes appear to have other values in this context."""
+    return bool(_appearing_somewhere) and bool(_value(_appearances))
+
+
+def _some_appear_there() -> bool:
+    """`_some_appear` of Python code that a compiler traces: asked at compile time, with a guard."""
+    found = _some_appear()
+    _guard(_some_appear, found)
+    return found
+
+
+_some_appear_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _appearance(module_id: int, name: str) -> int:
+    """OFF, ON, or OWN where the module's own value counts."""
+
+    def read() -> int:
+        return _read(_value(_appearances), (module_id, name))
+
+    found = read()
+    _guard(read, found)
+    return found
+
+
+_appearance._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def appearing(values: dict[tuple[nn.Module, str], bool]) -> Iterator[None]:
+    """Has attributes of modules appear to have other values, in this context and for a block.
+
+    What was scripted keeps its mode in C++, out of reach of Python: `drops_in_scripts` tells the kernels.
+    """
+    scripted = False
+    for module, name in values:
+        if isinstance(module, torch.jit.ScriptModule):
+            scripted = scripted or (name == "training" and values[module, name])
+        else:
+            _watch(type(module), name)
+    with _set(_appearances, _Appearances(values, scripted)):
+        yield
+
+
+def _watch(cls: type[nn.Module], name: str) -> None:
+    with _lock:
+        before = inspect.getattr_static(cls, name, None)
+        if not isinstance(before, _Attribute):
+            setattr(cls, name, _Attribute(name, before))
+
+
+def drops_in_scripts() -> bool:
+    """Whether dropout in scripted code drops, in whatever mode it is."""
+    return bool(_appearing_somewhere) and any(entry.scripted for entry in _value(_appearances))

@@ -1,0 +1,138 @@
+"""CUDA tensors in, CUDA tensors out: what `mask_kernels` asks of the CUDA backend.
+
+Launches go to torch's current stream of the tensor's device, with raw pointers; nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ... import backends
+from ...core.grid import cell_axes
+from .dispatch import read_address
+
+Shape = tuple[int, ...]
+Affine = tuple[float, float, float]
+
+
+@cache
+def is_usable(device: int) -> bool:
+    """Whether a device's tensors can be taken; a warning with the reason if not, but for a missing backend."""
+    if backends.reason(backends.CUDA) is not None:
+        return False
+    try:
+        backends.cuda_backend().prepare(device)
+    except RuntimeError as error:
+        warnings.warn(f"dropout on cuda:{device} stays torch's: {error}", stacklevel=2)
+        return False
+    return True
+
+
+def place(x: Tensor) -> tuple[int, int]:
+    """(device, stream) that work on x goes to."""
+    device = x.get_device()
+    return device, torch._C._cuda_getCurrentRawStream(device)
+
+
+def forward(
+    tag: int, x: Tensor, y: Tensor, words: Tensor | None, n: int, seed: int | Tensor, cut: int, affine: Affine
+) -> None:
+    """y = x under a mask that is drawn and, unless words is None, kept. x and y are contiguous."""
+    at = 0 if words is None else words.data_ptr()
+    number, seed_at = _by_value_or_address(seed)
+    to, from_ = y.data_ptr(), read_address(x)
+    backends.cuda_backend().dropout_forward_at(
+        *place(x), tag, from_, to, at, 0, n, number, 0, cut, *affine, seed_at=seed_at
+    )
+
+
+def draw(words: Tensor, cells: int, seed: int | Tensor, cut: int) -> None:
+    number, seed_at = _by_value_or_address(seed)
+    backends.cuda_backend().draw_bits_at(*place(words), words.data_ptr(), 0, 0, cells, number, 0, cut, seed_at=seed_at)
+
+
+def dilate(to: Tensor, words: Tensor, outer: int, n: int, inner: int, block: int) -> None:
+    backends.cuda_backend().dilate_bits_at(*place(to), to.data_ptr(), read_address(words), outer, n, inner, block)
+
+
+def count(words: Tensor) -> Tensor:
+    """The number of 1 bits, int64 on the device."""
+    kept = torch.zeros((), dtype=torch.int64, device=words.device)
+    backends.cuda_backend().count_bits_at(*place(words), read_address(words), words.numel(), kept.data_ptr())
+    return kept
+
+
+def gaussian(tag: int, x: Tensor, y: Tensor, n: int, seed: int | Tensor, sigma: float) -> None:
+    """y = x times its Gaussian factors, both contiguous."""
+    number, seed_at = _by_value_or_address(seed)
+    to, from_ = y.data_ptr(), read_address(x)
+    backends.cuda_backend().gaussian_multiply_at(*place(x), tag, from_, to, 0, n, number, 0, sigma, seed_at=seed_at)
+
+
+def apply(tag: int, x: Tensor, y: Tensor, words: Tensor, n: int, affine: Affine, kept: Tensor | None) -> None:
+    """y = x under stored bits, both contiguous. ``kept`` divides the scale."""
+    to, from_ = y.data_ptr(), read_address(x)
+    backends.cuda_backend().masked_affine_at(
+        *place(x), tag, from_, to, read_address(words), 0, 1, 1, n, *affine, kept_at=_address(kept)
+    )
+
+
+def apply_strided(
+    tag: int,
+    x: Tensor,
+    y: Tensor,
+    order: list[int],
+    words: Tensor,
+    affine: Affine,
+    cells_shape: Shape | None,
+    kept: Tensor | None,
+) -> None:
+    """The same for shared cells, and for data in another order; ``order`` is `grid.memory_order` of both."""
+    axes = cell_axes(tuple(x.shape), tuple(x.shape) if cells_shape is None else cells_shape)
+    in_memory = [axes[axis] for axis in order]
+    to, from_ = y.data_ptr(), read_address(x)
+    at = from_, to, read_address(words)
+    backends.cuda_backend().strided_affine_at(*place(x), tag, *at, 0, in_memory, *affine, kept_at=_address(kept))
+
+
+def pointwise_forward(dtype: int, sum_dtype: int, x: Tensor, *arguments: Tensor | float | None) -> None:
+    """Here and below: the primitive of this name, tensors of one device or None in the place of its arrays."""
+    _launch("pointwise_forward_at", dtype, sum_dtype, x, *arguments)
+
+
+def pointwise_backward(dtype: int, sum_dtype: int, dy: Tensor, *arguments: Tensor | float | None) -> None:
+    _launch("pointwise_backward_at", dtype, sum_dtype, dy, *arguments)
+
+
+def norm_forward(dtype: int, sum_dtype: int, x: Tensor, *arguments: Tensor | float | None) -> None:
+    _launch("norm_forward_at", dtype, sum_dtype, x, *arguments)
+
+
+def norm_backward(dtype: int, sum_dtype: int, dy: Tensor, *arguments: Tensor | float | None) -> None:
+    _launch("norm_backward_at", dtype, sum_dtype, dy, *arguments)
+
+
+def softmax_forward(dtype: int, x: Tensor, *arguments: Tensor | float | None) -> None:
+    _launch("softmax_forward_at", dtype, x, *arguments)
+
+
+def softmax_backward(dtype: int, dy: Tensor, *arguments: Tensor | float | None) -> None:
+    _launch("softmax_backward_at", dtype, dy, *arguments)
+
+
+def _launch(primitive: str, *arguments: Tensor | float | None) -> None:
+    at = [read_address(x) if isinstance(x, Tensor) else x or 0 for x in arguments]  # results are new
+    first = next(x for x in arguments if isinstance(x, Tensor))
+    getattr(backends.cuda_backend(), primitive)(*place(first), *at)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else read_address(x)
+
+
+def _by_value_or_address(seed: int | Tensor) -> tuple[int, int]:
+    return (0, read_address(seed)) if isinstance(seed, Tensor) else (seed, 0)

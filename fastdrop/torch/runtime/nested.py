@@ -1,0 +1,173 @@
+"""Nested tensors, jagged and strided: taken apart into the dense tensor of their elements, and put together again.
+
+`routing` and `fused` call what they do on dense tensors on ``values()``, so a mask is by position there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_dense", "drop", "is_full", "on_values", "refuse", "shape_of", "write"]
+
+RAGGED = -1  # in place of an extent that differs between samples
+
+
+def shape_of(x: Any) -> tuple[Any, ...]:
+    """x's shape, with `RAGGED` where samples differ."""
+    if not x.is_nested:
+        return tuple(x.shape)
+    if x.layout is torch.jagged:
+        ragged: int = x._ragged_idx
+        return tuple(RAGGED if axis == ragged else extent for axis, extent in enumerate(x.shape))
+    sizes = x._nested_tensor_size()
+    extents = [int(column[0]) if bool((column == column[0]).all()) else RAGGED for column in sizes.unbind(1)]
+    return (len(sizes), *extents)
+
+
+def refuse(x: Tensor, what: str) -> None:
+    if x.is_nested:
+        raise RuntimeError(f"{what} takes dense tensors, but got a nested one: call it on each of x.unbind()")
+
+
+def write(x: Tensor, y: Tensor) -> Tensor:
+    """y in x's place."""
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError("a nested tensor that requires grad can't be dropped in place: give inplace=False")
+    return x.copy_(y)
+
+
+def check_dense(*tensors: Tensor | None) -> None:
+    """Raises for layouts that have no element for each index, of all that are given."""
+    for x in tensors:
+        if x is not None and x.layout is not torch.strided and not x.is_nested:
+            raise RuntimeError(
+                f"dropout takes dense tensors, but got one of layout {x.layout}: give x.to_dense(), or its values()"
+            )
+
+
+def on_values(function: Callable[..., Any], *tensors: Tensor | None, columns: bool = False) -> Any:
+    """A function of dense tensors, of the values of nested ones; ``columns`` says that it wants the last axis as such.
+
+    The first is nested; others are nested with the same structure, or a vector of columns, or None. Results, one or
+    several, have the first's structure.
+    """
+    first = tensors[0]
+    assert first is not None
+    width = shape_of(first)[-1] if columns else None
+    if width == RAGGED:
+        raise RuntimeError("the last axis of a nested tensor is ragged here: call it on each of x.unbind()")
+    values = []
+    for x in tensors:
+        if x is not None and x.is_nested:
+            if not _alike(x, first):
+                raise ValueError(
+                    "nested tensors given together must have one structure and, if jagged, the same offsets"
+                )
+            x = _values(x)
+            x = x if width is None or x.dim() > 1 else x.reshape(-1, width)
+        elif x is not None and x.dim() > 1:
+            raise ValueError("a tensor beside a nested one must be nested too, or a vector of columns")
+        values.append(x)
+    results = function(*values)
+    if isinstance(results, Tensor):
+        return _nested_like(results, first)
+    return tuple(_nested_like(result, first) for result in results)
+
+
+def is_full(cells: Any, extent: Any) -> bool:
+    """Whether a mask has a cell for each index of an axis, None being that too."""
+    return cells is None or not isinstance(cells, int) or cells == extent
+
+
+def drop(x: Tensor, cells_shape: Sequence[Any] | None, law: str, call: Callable[[Tensor, Any], Tensor]) -> Tensor:
+    """``call(values, cells)`` of nested x, whose mask's cells are 1 or the full extent on each of x's axes.
+
+    Where samples are long as they like but decide as one, decisions are those of a dense tensor of extent 1 there.
+    """
+    values = _values(x)
+    if cells_shape is None:
+        return _nested_like(call(values, None), x)
+    shape = shape_of(x)
+    if len(cells_shape) != len(shape):
+        raise ValueError(
+            f"noise_shape must have one entry per axis of x, which has {len(shape)}, but got {cells_shape}"
+        )
+    full = [is_full(cells, extent) for cells, extent in zip(cells_shape, shape, strict=True)]
+    for cells, fits in zip(cells_shape, full, strict=True):
+        if not fits and cells != 1:
+            raise ValueError(f"noise_shape must be 1, None or the full extent on each axis of x, but got {cells_shape}")
+    if all(full):
+        return _nested_like(call(values, None), x)
+    if x.layout is torch.jagged:
+        axis: int = x._ragged_idx  # type: ignore[attr-defined]
+    elif RAGGED not in shape[2:]:
+        axis, values = 1, values.reshape(-1, *shape[2:])
+    else:
+        raise RuntimeError(
+            "decisions that elements share need one ragged axis, the first after the samples', in a strided nested "
+            "tensor: give one of layout torch.jagged, or call it on each of x.unbind()"
+        )
+    packed = axis - 1  # where values have the samples, one after the other
+    cells = [extent if keep else 1 for extent, keep in zip(values.shape, full[1:], strict=True)]
+    if full[0] == full[axis] or shape[0] == 1:
+        cells[packed] = values.shape[packed] if full[axis] else 1
+        return _nested_like(call(values, tuple(cells)), x)
+    if full[axis]:
+        raise RuntimeError("samples of a nested tensor have no positions in common, by which to share a decision")
+    if law == "alpha":
+        raise RuntimeError(
+            "alpha dropout of nested tensors can't drop a ragged axis whole: call it on each of x.unbind()"
+        )
+    return _nested_like(_by_sample(x, values, packed, cells, call), x)
+
+
+def _by_sample(x: Any, values: Tensor, packed: int, cells: list[Any], call: Callable[[Tensor, Any], Tensor]) -> Tensor:
+    """One decision for each sample along the axis where values have samples one after the other."""
+    strided = x.layout is not torch.jagged
+    ends = x._nested_tensor_size()[:, 0].cumsum(0).to(values.device) if strided else x.offsets()[1:]
+    wide = torch.float64 if values.dtype in (torch.float64, torch.complex128) else torch.float32
+    factors = call(torch.ones((x.size(0), *cells), dtype=wide, device=values.device), None)
+    rows = torch.arange(values.shape[packed], device=values.device)
+    sample = torch.bucketize(rows, ends, right=True).clamp(max=x.size(0) - 1)  # behind the last end lies nobody's
+    factors = factors.index_select(0, sample).squeeze(1 + packed).movedim(0, packed)
+    scaled = values * factors  # in the wider of their dtypes
+    return torch.where(factors == 0.0, torch.zeros_like(scaled), scaled).to(values.dtype)
+
+
+# ---- structure ----
+
+
+def _values(x: Tensor) -> Tensor:
+    if x.layout is not torch.jagged and not x.is_contiguous():
+        x = x.contiguous()
+    return x.values()
+
+
+def _nested_like(values: Tensor, x: Any) -> Tensor:
+    """Values in x's structure."""
+    if x.layout is torch.jagged:
+        y: Tensor = torch.nested.nested_tensor_from_jagged(
+            values,
+            x.offsets(),
+            x.lengths(),
+            x._ragged_idx,
+            x._maybe_min_seqlen,
+            x._maybe_max_seqlen,
+        )
+        return y
+    if not x.is_contiguous():
+        x = x.contiguous()
+    structure = x._nested_tensor_size(), x._nested_tensor_strides(), x._nested_tensor_storage_offsets()
+    return torch._nested_view_from_buffer(values.reshape(-1), *structure)
+
+
+def _alike(x: Any, y: Any) -> bool:
+    if x.layout is not y.layout:
+        return False
+    if x.layout is torch.jagged:
+        return bool(x.shape == y.shape)  # a ragged extent is equal to itself alone, by its offsets
+    return torch.equal(x._nested_tensor_size(), y._nested_tensor_size())

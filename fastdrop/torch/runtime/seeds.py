@@ -1,0 +1,239 @@
+"""Seeds: one number per dropout, from torch's own generator of the device.
+
+There is no counter of our own: checkpointing, `torch.random.fork_rng`, DataLoader workers and forked processes save,
+restore and split torch's state alone, and a mask that hangs on it follows.
+
+On the CPU the number is drawn: 63 bits. A CUDA generator draws on the device, and asking it for a number would wait;
+but its state is two numbers that the host has, and each dropout's seed is a function of them. While a graph is captured
+they are not to be had, and the seed is drawn into a tensor on the device that the kernel reads, anew at each replay.
+
+Monte Carlo sampling has its own numbers, `SampleSeeds`, which stand in for the generators of the thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...core import checks
+from .dispatch import hide_from_dynamo, is_transformed
+
+SEED_BITS = 63
+LOW_64_BITS = (1 << 64) - 1
+
+
+class _Buffer(threading.local):
+    """Where this thread's generator calls leave their number: made once and read through NumPy, a third of the cost.
+
+    ``seeds``, if there are any, are taken instead.
+    """
+
+    seeds: SampleSeeds | None = None
+
+    def __init__(self) -> None:
+        self.number = np.empty((), np.int64)
+        with torch.inference_mode(False), torch._C._DisableTorchDispatch():
+            self.fill = torch.from_numpy(self.number).random_
+
+
+_buffer = _Buffer()
+
+
+def draw(generator: torch.Generator | None) -> int:
+    """The next seed, for eager code with no transform and no mode around it."""
+    buffer = _buffer
+    if generator is not None:
+        buffer.fill(generator=generator)
+    elif buffer.seeds is not None:
+        return buffer.seeds.next()
+    else:
+        buffer.fill()
+    number: int = buffer.number.item()
+    return number
+
+
+class SampleSeeds:
+    """Seeds of Monte Carlo samples: the k-th dropout of sample s has ``mixed(mixed(seed, s + 1), k + 1)``.
+
+    That is all they depend on, so samples may run one by one or, under `vmap`, many at once. A map around the sampling,
+    such as that of a model that samples another, has the same seeds for all that it maps.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self.seed, self.maps_around = seed, _drawing_maps()
+        self.begin(0)
+
+    def begin(self, sample: int, count: int | None = None) -> None:
+        """Starts a pass: of one sample or, under `vmap`, of ``count`` from this one on."""
+        self.calls = 0
+        first = sample + 1
+        last = first if count is None else np.arange(first, first + count, dtype=np.uint64)
+        self.keys = mixed(self.seed, last)
+
+    def next(self) -> int:
+        """The seed of the next dropout, of one sample."""
+        if not isinstance(self.keys, int):
+            raise RuntimeError("vmap: dropout inside of an op that vmap doesn't look into would be the same for all")
+        self.calls += 1
+        number: int = mixed(self.keys, self.calls)
+        return number
+
+    def draw(self, size: list[int], device: torch.device | str) -> Tensor:
+        """Those of so many dropouts, as the op ``draw`` gives them: axes of maps around, of samples, of maps inside."""
+        keys = np.asarray(self.keys, np.uint64)
+        own = size[self.maps_around :]
+        count = math.prod(own[keys.ndim :])
+        calls = np.arange(self.calls + 1, self.calls + 1 + count, dtype=np.uint64)
+        self.calls += count
+        numbers = mixed(keys[..., None], calls).view(np.int64)
+        return torch.from_numpy(numbers).reshape(own).expand(size).contiguous().to(device)
+
+
+def _drawing_maps() -> int:
+    """How many maps around, of those of `torch.func`, draw anew for each of what they map."""
+    if not is_transformed():
+        return 0
+    functorch = torch._functorch.pyfunctorch
+    around = functorch.retrieve_all_functorch_interpreters()
+    return sum(isinstance(one, functorch.VmapInterpreter) and one.randomness() == "different" for one in around)
+
+
+@contextlib.contextmanager
+def taken_from(seeds: SampleSeeds) -> Iterator[None]:
+    """Has this thread's dropouts take their seeds from here."""
+    before = _buffer.seeds
+    try:
+        _buffer.seeds = seeds
+        yield
+    finally:
+        _buffer.seeds = before
+
+
+def sample_seeds() -> SampleSeeds | None:
+    return _buffer.seeds
+
+
+GENERATOR_STEP = 4  # torch's own kernels take offsets in fours
+_generators = threading.Lock()  # between reading an offset and moving it on
+
+
+def draw_cuda(device: torch.device, generator: torch.Generator | None) -> int | Tensor:
+    """The next seed of a CUDA device, without waiting for it."""
+    if generator is not None and generator.device.type != "cuda":
+        raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
+    if generator is None and _buffer.seeds is not None:
+        return _buffer.seeds.next()
+    if _is_capturing(device):
+        return torch.empty((), dtype=torch.int64, device=device).random_(generator=generator)
+    if generator is None:
+        generator = torch.cuda.default_generators[device.index]
+    with _generators:
+        # A second handle on the same state. `set_offset` marks the handle it is called on: after it on the generator
+        # itself, cuDNN's next RNN would draw its dropout's state anew, and wait for the device.
+        state = generator.graphsafe_get_state()
+        seed, offset = state.initial_seed(), state.get_offset()
+        state.set_offset(offset + GENERATOR_STEP)
+    number: int = mixed(seed, offset)
+    return number
+
+
+def _is_capturing(device: torch.device) -> bool:
+    """Whether the device's current stream is; torch tells for the current device's."""
+    if torch.cuda.current_device() == device.index:
+        return torch.cuda.is_current_stream_capturing()
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def mixed(seed: Any, offset: Any) -> Any:
+    """A number of 64 bits, another for each offset: the output of SplitMix64 at a state apart from the seed by offsets.
+
+    Either may be an array of uint64. Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
+    OOPSLA 2014.
+    """
+    z = (seed + (offset * 0x9E3779B97F4A7C15 & LOW_64_BITS)) & LOW_64_BITS
+    z = ((z ^ z >> 30) * 0xBF58476D1CE4E5B9) & LOW_64_BITS
+    z = ((z ^ z >> 27) * 0x94D049BB133111EB) & LOW_64_BITS
+    return z ^ z >> 31
+
+
+def signed(number: int) -> int:
+    """64 bits as int64 has them: the highest comes out as the sign."""
+    return number - (1 << 64) if number >> SEED_BITS else number
+
+
+def for_kernel(seed: Tensor, x: Tensor) -> int | Tensor:
+    """A seed as the kernels for x take it: 64 bits, or the tensor where they run where it lies, and read it there."""
+    if x.is_cuda and seed.is_cuda:
+        if seed.device != x.device:
+            raise ValueError(f"seed must be on the CPU or on {x.device}, as the input is, but got one on {seed.device}")
+        return _one(seed)
+    return int(_one(seed).item()) & LOW_64_BITS
+
+
+def for_kernels(seeds: Tensor, x: Tensor) -> list[Any]:
+    """`for_kernel` of each of a row of seeds."""
+    if seeds.is_cpu and seeds.dtype == torch.int64 and seeds.dim() == 1:
+        return [number & LOW_64_BITS for number in seeds.tolist()]
+    return [for_kernel(seed, x) for seed in seeds.unbind()]
+
+
+def device_for(x: Tensor) -> torch.device | str:
+    """Where seeds for x are drawn."""
+    return x.device if x.is_cuda else "cpu"
+
+
+def draw_tensor(generator: torch.Generator, x: Tensor) -> Tensor:
+    """A number of the generator as a tensor, by an op that transforms know: on the CPU the one that `draw` gives."""
+    low, high = -(1 << SEED_BITS), (1 << SEED_BITS) - 1
+    return torch.randint(low, high, (), dtype=torch.int64, device=device_for(x), generator=generator) & high
+
+
+def check(seed: Any, generator: torch.Generator | None) -> None:
+    """Raises what drawing from this seed would, without reading it: it may lie on a GPU."""
+    _only_one(generator)
+    if isinstance(seed, Tensor):
+        _one(seed)
+    else:
+        checks.uint64("seed", seed)
+
+
+def given(seed: Any, generator: torch.Generator | None, x: Tensor) -> int | Tensor:
+    """A seed given by the caller, an int or an int64 tensor of one element, as the kernels for x take it."""
+    _only_one(generator)
+    return for_kernel(seed, x) if isinstance(seed, Tensor) else checks.uint64("seed", seed)
+
+
+def as_tensor(seed: Any, generator: torch.Generator | None = None, *, like: Tensor | None = None) -> Tensor:
+    """The same as an int64 tensor without axes, of the kind of ``like``."""
+    _only_one(generator)
+    if isinstance(seed, Tensor):
+        return _one(seed)
+    number = signed(checks.uint64("seed", seed))
+    if like is None or is_transformed():
+        return torch.tensor(number, dtype=torch.int64, device="cpu")
+    return like.new_full((), number, dtype=torch.int64, device="cpu")
+
+
+def _one(seed: Tensor) -> Tensor:
+    if seed.dtype != torch.int64:
+        raise TypeError(f"seed must be an int or a tensor of int64, but got a tensor of {seed.dtype}")
+    if seed.numel() != 1:
+        raise ValueError(f"seed must be one number, but got a tensor of shape {tuple(seed.shape)}")
+    return seed.reshape(())
+
+
+def _only_one(generator: torch.Generator | None) -> None:
+    if generator is not None:
+        raise ValueError("seed and generator must not both be given")
+
+
+hide_from_dynamo(draw, draw_cuda, sample_seeds, for_kernel, for_kernels)
+hide_from_dynamo(SampleSeeds.begin, SampleSeeds.next, SampleSeeds.draw, vars(taken_from)["__wrapped__"])

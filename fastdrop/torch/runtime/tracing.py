@@ -1,0 +1,96 @@
+"""The place of a draw in a compiled program.
+
+A draw takes the next number of torch's generator. Compilers merge calls with equal arguments, run them in another
+order, and run them again in backward. A draw must stay as it was written: one call, in its place, once. So each draw
+that is traced names the draw before it as an argument, ``after``: no two draws then have equal arguments, and data
+flows from each to the next. Its result, 8 bytes, is marked as one to keep for backward.
+
+`ops.mask` registers `in_order` with the mode by which ``make_fx`` and AOTAutograd trace. So it holds for draws of
+functions and modules, and for those that torch's own dropout comes to while it is enabled. `torch.jit.trace` has no
+such mode: there `draw` does it.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch import config
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_slot
+from torch.fx.traceback import MEMORY_BUDGET_ANNOTATION_KEY
+from torch.utils.checkpoint import CheckpointPolicy
+
+__all__ = ["ProxyTorchDispatchMode", "draw", "in_order", "let_inductor_call"]
+
+# With a budget of 0 the partitioner keeps nothing at all, not even what it was told to keep. With this one it keeps
+# just that.
+LEAST_BUDGET = 1e-9
+
+_last: weakref.WeakKeyDictionary[Any, Tensor] = weakref.WeakKeyDictionary()  # the last draw of each graph, by tracer
+_last_jit: dict[Any, Tensor] = {}  # the last draw of the newest trace, by its state, which weak references don't hold
+
+
+def draw(x: Tensor) -> Tensor:
+    """The next seed for x, by the op."""
+    state = torch._C._get_tracing_state()
+    if state is None:
+        seed: Tensor = torch.ops.fastdrop.draw(x, [])
+        return seed
+    seed = torch.ops.fastdrop.draw(x, [], _last_jit.get(state))
+    _last_jit.clear()
+    _last_jit[state] = seed
+    return seed
+
+
+def in_order(mode: Any, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    """Traces ``draw(like, size)`` as ``draw(like, size, after)``, whose result is kept for backward."""
+    like, size, *given = args
+    after = given[0] if given else _last.get(mode.tracer)
+    seed = mode.__torch_dispatch__(op, types, (like, size, after), kwargs)
+    traced = get_proxy_slot(seed, mode.tracer, None) if isinstance(seed, Tensor) else None
+    if traced is not None:
+        _last[mode.tracer] = seed
+        _keep(traced.proxy.node.meta)
+        _refuse_to_repeat()
+    return seed
+
+
+def _keep(meta: dict[str, Any]) -> None:
+    """Has the partitioner keep a node's result: drawn again in backward, it would be another."""
+    meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    if config.activation_memory_budget == 0:
+        meta["memory_budget"] = LEAST_BUDGET
+    if meta.get("custom", {}).get(MEMORY_BUDGET_ANNOTATION_KEY) == 0:  # which overrides that for the whole graph
+        raise RuntimeError(
+            "region_activation_memory_budget(0) would draw dropout's mask anew in backward: give a budget above 0, "
+            f"such as {LEAST_BUDGET}, or the dropout a seed"
+        )
+
+
+def _refuse_to_repeat() -> None:
+    """Raises where what is traced is a part of a program that backward will run again, this draw included.
+
+    Such parts are branches of `torch.cond` and bodies of loops, whose backward calls their forward, and, with a memory
+    budget, regions that are compiled once. Nothing in the graph says so. Who traces does.
+    """
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        directory, _, file = frame.f_code.co_filename.rpartition("/")
+        if directory.endswith("_higher_order_ops"):
+            calls_forward = file == "utils.py" and frame.f_locals.get("return_fw_outputs") is False
+            if calls_forward or (file == "invoke_subgraph.py" and config.activation_memory_budget < 1):
+                raise RuntimeError(
+                    "dropout in a branch of torch.cond, in a loop or, with a memory budget, in a region that is "
+                    "compiled once would be drawn anew in backward: give the dropout a seed"
+                )
+        frame = frame.f_back
+
+
+def let_inductor_call(name: str) -> None:
+    """Has inductor call an op as it is, also where it is told not to do so with ops that it doesn't know."""
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is not None:
+        lowering.FALLBACK_ALLOW_LIST.add(name)

@@ -1,0 +1,258 @@
+"""Samples of a model under dropout, many to a pass.
+
+This module owns how samples are put into passes, and where what is drawn for them comes from: the seeds of fastdrop's
+dropout from `seeds.SampleSeeds`, numbers of torch's own random operators from generators of the sample's own. So
+nothing is taken from torch's generators, nothing shared is written, and any number of threads may sample one model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.func import vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..models.enable import enabled
+from ..runtime import seeds
+from ..runtime.context import dispatching
+
+__all__ = ["passes"]
+
+PASS_BYTES = 256 << 20  # of activations, in a pass of several samples
+STATISTICS_BYTES = 3 * 8  # for each element of the output: in float64, less what is common, and squared
+
+
+def passes(
+    model: nn.Module,
+    arguments: tuple[Any, ...],
+    keywords: dict[str, Any],
+    samples: int,
+    seed: int,
+    batch: int | None,
+    chosen: Callable[[Any], Any],
+    without_draws: Callable[[], None],
+) -> Generator[Tensor, None, None]:
+    """A model's samples, stacked, as they come out of each pass: first one, then as many as ``batch`` says or fit.
+
+    ``chosen`` takes the Tensor out of what the model returns. ``without_draws`` is called if nothing was drawn.
+    """
+    sampler, modules = _Sampler(model, arguments, keywords, seed, chosen), list(model.modules())
+    with seeds.taken_from(sampler.seeds), contextlib.ExitStack() as stack:
+        y, size = sampler.first()
+        if sampler.draws_torchs:
+            stack.enter_context(enabled())
+            y, size = sampler.first()
+        if not isinstance(y, Tensor) or y.is_complex():
+            got = y.dtype if isinstance(y, Tensor) else type(y).__name__
+            raise TypeError(f"model must return a Tensor of real numbers, but got {got}: name one by output=")
+        if not sampler.draws_torchs and not sampler.seeds.calls:
+            without_draws()
+        if sampler.draws_torchs or any(isinstance(module, nn.RNNBase) and module.training for module in modules):
+            batch = 1  # in a pass of several, what isn't fastdrop's may be drawn once for all
+        elif batch is None and size is None:
+            batch = 1
+        elif batch is None:
+            batch = max(PASS_BYTES // ((size or 0) + STATISTICS_BYTES * y.numel() + 1), 1)
+        yield y[None]
+        del y
+        done = 1
+        while done < samples:
+            # The last runs alone: what a model puts where nobody looks, in a hook's dict, is then no tensor of a map.
+            count = max(min(batch, samples - done - 1), 1)
+            try:
+                chunk = sampler.many(done, count) if count > 1 else sampler.one(done)[None]
+            except Exception:
+                if count == 1:
+                    raise
+                batch = 1  # one sample did run: what failed is the map
+                continue
+            done += count
+            yield chunk
+
+
+class _Sampler:
+    """Runs samples of a model, one to a pass or many."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        arguments: tuple[Any, ...],
+        keywords: dict[str, Any],
+        seed: int,
+        chosen: Callable[[Any], Any],
+    ) -> None:
+        self.model, self.arguments, self.keywords, self.chosen = model, arguments, keywords, chosen
+        self.seeds = seeds.SampleSeeds(seed)
+        self.draws_torchs = False  # torch's random operators, beside fastdrop's dropout
+
+    def first(self) -> tuple[Any, int | None]:
+        """Sample 0, and the bytes that operators returned for it, if they can be seen."""
+        model = getattr(self.model, "_orig_mod", self.model)  # eager operators can be seen, compiled ones not all
+        y, own = self._watched_run(model)
+        size = None if any(map(_is_compiled, model.modules())) else own.bytes
+        if model is not self.model:
+            y, own = self._watched_run(self.model)
+        self.draws_torchs = own.used
+        return y, size
+
+    def _watched_run(self, model: nn.Module) -> tuple[Any, _OwnGenerators]:
+        self.seeds.begin(0)
+        arguments, keywords = self._copies()
+        own = _OwnGenerators(self.seeds.keys)
+        with dispatching(own):
+            return self.chosen(model(*arguments, **keywords)), own
+
+    def one(self, sample: int) -> Any:
+        self.seeds.begin(sample)
+        arguments, keywords = self._copies()
+        with dispatching(_OwnGenerators(self.seeds.keys)) if self.draws_torchs else contextlib.nullcontext():
+            return self.chosen(self.model(*arguments, **keywords))
+
+    def many(self, first: int, count: int) -> Tensor:
+        """Samples from ``first`` on, stacked."""
+        self.seeds.begin(first, count)
+        arguments, keywords = self._copies()
+
+        def sample(_: Tensor) -> Any:
+            return self.chosen(self.model(*arguments, **keywords))
+
+        with _left_alone(self.model):
+            y: Tensor = vmap(sample, randomness="different")(torch.empty(count))
+        return y
+
+    def _copies(self) -> Any:
+        """Arguments that a model may write to."""
+        return tree_map_only(Tensor, Tensor.clone, (self.arguments, self.keywords))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether its operators may run out of sight of dispatch modes."""
+    return (
+        isinstance(module, torch.jit.ScriptModule)
+        or "_orig_mod" in module._modules
+        or module._compiled_call_impl is not None
+    )
+
+
+class _OwnGenerators(TorchDispatchMode):
+    """Has torch's random operators draw from generators of their own, seeded alike on each device."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed, self.used, self.bytes = seed, False, 0
+        self.generators: dict[torch.device, torch.Generator] = {}
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Else `torch.compile` would give up, for good, what it meets under the mode."""
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        draw = functools.partial(func, *args, **kwargs)
+        if _is_random(func) and kwargs.get("generator") is None and not _is_fake(args, kwargs):
+            generator, taker = self._generator(args, kwargs), _that_takes_generators(func)
+            before = None if self.used else generator.get_state()
+            if taker is None:
+                result = _with_default_generator(generator, draw)
+            else:
+                result = taker(*args, **{**kwargs, "generator": generator})
+            # Operators that may draw needn't: attention with a rate of 0, `rrelu` in evaluation.
+            if before is not None:
+                self.used = func._opname in UNMARKED or not torch.equal(before, generator.get_state())
+        else:
+            result = draw()
+        if not func.is_view and not func._schema.is_mutable:
+            self.bytes += sum(x.nbytes for x in tree_leaves(result) if isinstance(x, Tensor))
+        return result
+
+    def _generator(self, args: Any, kwargs: Any) -> torch.Generator:
+        device = kwargs.get("device")
+        if device is None:
+            found = next((x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)), None)
+            device = torch.get_default_device() if found is None else found.device
+        device = torch.device(device)
+        if device.type not in ("cpu", "cuda"):
+            device = torch.device("cpu")
+        if device not in self.generators:
+            self.generators[device] = torch.Generator(device).manual_seed(self.seed)
+        return self.generators[device]
+
+
+def _is_fake(args: Any, kwargs: Any) -> bool:
+    """Whether a compiler is looking for shapes."""
+    return any(isinstance(x, FakeTensor) or x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+
+
+# Not marked as random by torch, but draws, by a seed that it is given.
+UNMARKED = ("_cudnn_init_dropout_state",)
+
+
+def _is_random(op: Any) -> bool:
+    return op.namespace == "aten" and (torch.Tag.nondeterministic_seeded in op.tags or op._opname in UNMARKED)
+
+
+def _that_takes_generators(op: Any) -> Any:
+    """The operator itself, or its overload that has a generator beside the same arguments."""
+    names = [argument.name for argument in op._schema.arguments]
+    if "generator" in names:
+        return op
+    packet = op.overloadpacket
+    for overload in packet.overloads():
+        other = getattr(packet, overload)
+        others = [argument.name for argument in other._schema.arguments]
+        if "generator" in others and [name for name in others if name != "generator"] == names:
+            return other
+    return None
+
+
+_default_generators = threading.Lock()
+
+
+def _with_default_generator(generator: torch.Generator, draw: Callable[[], Any]) -> Any:
+    """For operators that take no generator: the default one has this one's state for the call.
+
+    Another thread that draws from the default generator in that moment draws from that state too.
+    """
+    default = torch.default_generator
+    if generator.device.type == "cuda":
+        default = torch.cuda.default_generators[generator.device.index or 0]
+    with _default_generators:
+        before = default.get_state()
+        try:
+            default.set_state(generator.get_state())
+            result = draw()
+            generator.set_state(default.get_state())
+        finally:
+            default.set_state(before)
+    return result
+
+
+@contextlib.contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Modules get back the attributes and buffers that were changed: a map's tensors are dead when it ends."""
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    before = [(own, own.copy()) for module in modules for own in (vars(module), module._buffers)]
+
+    def restore() -> None:
+        for own, had in before:
+            for name in own.keys() - had.keys():
+                del own[name]
+            own.update({name: value for name, value in had.items() if own.get(name) is not value})
+
+    try:
+        yield
+    finally:
+        try:
+            restore()
+        except BaseException:  # from a signal
+            restore()
+            raise

@@ -1,0 +1,597 @@
+"""The fused primitives of every backend x instruction set x dtypes, against the reference in float64.
+
+Outputs start as NaN between guards, inputs must stay as they were. What is exact is compared bit for bit: signs,
+dropped elements, the same call in place, by several threads or on unaligned arrays.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastdrop as fd
+from fastdrop.backends import reference
+from fastdrop.core.activations import ACTIVATIONS, GELU, NONE, RELU, SILU
+from fastdrop.core.mask import word_count
+from fastdrop.core.variants import panels
+
+from ..cases import DTYPES, Dtype, Guarded, assert_close, assert_same_bits, streaming_elements
+from .test_mask import against_forbidden_page
+
+FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = DTYPES
+PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(FLOAT16, FLOAT32), (BFLOAT16, FLOAT32)]
+
+# Rows of one element, shorter and longer than a vector, a strip, the room for a row (4,096) and a thread's grain, and
+# rows that begin anywhere within a word.
+SHAPES = ((1, 1), (3, 5), (7, 100), (33, 48), (2, 1000), (5, 8200), (1, 70_001), (200, 300))
+
+# What an array holds for each element: a number of dtype, of sum_dtype or a bit; or, in the type of the arithmetic, a
+# number for each column, one for each element, two for each row, one or three for each column of every panel.
+DATA, STREAM, BITS, COLUMN, MASK, STATISTICS, LINE, LINES = range(8)
+INPUTS = {
+    "pointwise_forward": {"x": DATA, "bias": COLUMN, "factor": DATA, "residual": STREAM, "words": BITS},
+    "pointwise_backward": {"dy": STREAM, "x": DATA, "bias": COLUMN, "factor": DATA, "words": BITS},
+    "norm_forward": {"x": DATA, "bias": COLUMN, "residual": STREAM, "words": BITS, "weight": COLUMN, "shift": COLUMN},
+    "norm_backward": {
+        "dy": DATA,
+        "dsum": STREAM,
+        "sum": STREAM,
+        "statistics": STATISTICS,
+        "weight": COLUMN,
+        "words": BITS,
+    },
+    "softmax_forward": {"x": DATA, "mask": MASK, "words": BITS},
+    "softmax_backward": {"dy": DATA, "probabilities": DATA, "words": BITS},
+}
+OUTPUTS = {
+    "pointwise_forward": {"y": STREAM, "signs": BITS},
+    "pointwise_backward": {"dx": DATA, "dfactor": DATA, "sums": LINE},
+    "norm_forward": {"y": DATA, "sum": STREAM, "statistics": STATISTICS},
+    "norm_backward": {"dx": DATA, "dresidual": STREAM, "sums": LINES},
+    "softmax_forward": {"probabilities": DATA, "y": DATA},
+    "softmax_backward": {"dx": DATA, "y": DATA},
+}
+# Written around the cache, where they are large: by vectors of 32 and of 16 bits, and by both at once.
+STREAMED = [(FLOAT32, FLOAT32), (BFLOAT16, BFLOAT16), (BFLOAT16, FLOAT32)]
+# Telling combinations of what a call has not.
+ABSENT = {
+    "pointwise_forward": ["", "words", "factor", "bias factor", "residual", "bias factor residual", "bias words"],
+    "pointwise_backward": ["", "words", "factor dfactor", "sums", "bias", "bias sums", "x bias factor dfactor"],
+    "norm_forward": ["", "residual", "weight shift", "bias words", "shift"],
+    "norm_backward": ["", "dsum", "weight sums", "dx", "dresidual", "words", "dsum dx"],
+    "softmax_forward": ["", "mask", "probabilities", "words", "mask probabilities"],
+    "softmax_backward": ["", "y", "words"],
+}
+CALLS = [(op, *pair) for op in INPUTS for pair in (PAIRS[:4] if "softmax" in op else PAIRS)]
+each_call = pytest.mark.parametrize(("op", "dtype", "stream"), CALLS, ids=str)
+each_op = pytest.mark.parametrize("op", INPUTS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call: its parameters that are no arrays, and the names of arrays that it has not."""
+
+    op: str
+    dtype: Dtype
+    stream: Dtype
+    rows: int
+    columns: int
+    absent: str = ""
+    activation: int = NONE
+    a: float = 1.25
+    eps: float = 1e-5
+    centred: int = 1
+    heads: int = 1
+    queries: int = 0  # 0: as many as there are rows
+    strides: tuple[int, int, int] | None = None  # of the mask; None: a line for each query
+    scale: float = 0.3
+    causal: int = 0
+
+    @property
+    def inputs(self) -> dict[str, int]:
+        return {name: kind for name, kind in INPUTS[self.op].items() if name not in self.absent.split()}
+
+    @property
+    def outputs(self) -> dict[str, int]:
+        absent = self.absent.split() + ["signs"] * (self.activation != RELU)
+        return {name: kind for name, kind in OUTPUTS[self.op].items() if name not in absent}
+
+    def type_of(self, kind: int) -> Dtype:
+        real = FLOAT64 if self.dtype is FLOAT64 else FLOAT32
+        return {DATA: self.dtype, STREAM: self.stream}.get(kind, real)
+
+    def empty(self, kind: int) -> Any:
+        """Elements and storage of an array."""
+        size = {
+            BITS: word_count(self.rows * self.columns),
+            COLUMN: self.columns,
+            STATISTICS: 2 * self.rows,
+            LINE: panels(self.rows) * self.columns,
+            LINES: panels(self.rows) * 3 * self.columns,
+        }.get(kind, self.rows * self.columns)
+        return size, np.uint32 if kind == BITS else self.type_of(kind).storage
+
+    def call(self, module: Any, arrays: dict[str, Any]) -> None:
+        queries = self.queries or max(self.rows, 1)
+        strides = self.strides or (0, 0, self.columns)
+        numbers = {
+            "dtype": self.dtype.tag,
+            "sum_dtype": self.stream.tag,
+            "panels": panels(self.rows),
+            "queries": queries,
+            **dict(zip(("outer_stride", "head_stride", "query_stride"), strides, strict=True)),
+        }
+        parameters = inspect.signature(getattr(reference, self.op)).parameters
+        names = INPUTS[self.op].keys() | OUTPUTS[self.op].keys()
+        arguments = (
+            arrays.get(name) if name in names else numbers[name] if name in numbers else getattr(self, name)
+            for name in parameters
+        )
+        getattr(module, self.op)(*arguments)
+
+
+@functools.cache
+def numbers_of(case: Case) -> dict[str, np.ndarray]:
+    """Ordinary inputs, three bits in four of them kept. Read-only."""
+    rng = np.random.default_rng(case.rows * 100_003 + case.columns)
+    shape, arrays = (case.rows, case.columns), {}
+    for name, kind in case.inputs.items():
+        size, storage = case.empty(kind)
+        if kind == BITS:
+            arrays[name] = np.bitwise_or.reduce(rng.integers(0, 2**32, (2, size), np.uint32))
+        elif name == "probabilities":
+            exponentials = np.exp(rng.normal(size=shape))
+            arrays[name] = case.dtype.narrow(exponentials / exponentials.sum(1, keepdims=True))
+        elif name == "statistics":
+            arrays[name] = moments(case, arrays["sum"]).astype(storage)
+        else:
+            arrays[name] = case.type_of(kind).narrow(rng.normal(size=size))
+    arrays = {name: array.reshape(-1) for name, array in arrays.items()}
+    for array in arrays.values():
+        array.flags.writeable = False
+    return arrays
+
+
+def moments(case: Case, stored: np.ndarray) -> np.ndarray:
+    """Statistics of a sum as it is stored, in float64."""
+    values = case.stream.wide(stored).reshape(case.rows, case.columns)
+    mean = values.mean(1) if case.centred else np.zeros(case.rows)
+    return np.stack([mean, 1 / np.sqrt(np.square(values - mean[:, None]).mean(1) + case.eps)], 1)
+
+
+def run(
+    module: Any,
+    case: Case,
+    arrays: dict[str, np.ndarray] | None = None,
+    *,
+    shift: int = 0,
+    over: dict[str, str] | None = None,
+) -> dict[str, np.ndarray]:
+    """Results, each of which starts as NaN so many elements past a line, or is the input that ``over`` names; sums as
+    their first line. What must not change is checked."""
+    arrays = numbers_of(case) if arrays is None else arrays
+    over = over or {}
+    inputs = {name: Guarded.of(array, shift * array.itemsize) for name, array in arrays.items()}
+    outputs = {}
+    for name, kind in case.outputs.items():
+        size, storage = case.empty(kind)
+        given = over.get(name)
+        outputs[name] = inputs[given] if given else Guarded(size, storage, shift * np.dtype(storage).itemsize)
+    case.call(module, {name: guarded.array for name, guarded in (inputs | outputs).items()})
+    for name, guarded in inputs.items():
+        assert guarded.intact, (name, case)
+        if name not in over.values():
+            assert_same_bits(guarded.array, arrays[name], (name, case))
+    assert all(guarded.intact for guarded in outputs.values()), case
+    lines = panels(case.rows)
+    return {
+        name: guarded.array.reshape(lines, -1)[0] if name == "sums" else guarded.array
+        for name, guarded in outputs.items()
+    }
+
+
+@functools.cache
+def expected_of(case: Case) -> dict[str, np.ndarray]:
+    return run(reference, case)
+
+
+def assert_results_close(case: Case, results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
+    """A norm's are held to the sum that it stored, on which one rounding may differ."""
+    if case.op == "norm_forward" and case.rows:
+        values = case.stream.wide(results["sum"]).reshape(case.rows, case.columns)
+        statistics = moments(case, results["sum"])
+        y = (values - statistics[:, :1]) * statistics[:, 1:]
+        arrays = numbers_of(case)
+        y = y * arrays.get("weight", 1.0) + arrays.get("shift", 0.0)
+        real = case.type_of(STATISTICS)
+        assert_close(real.wide(results["statistics"]), statistics.reshape(-1), real, ("statistics", case))
+        assert_close(case.dtype.wide(results["y"]), y.reshape(-1), case.dtype, ("y", case))
+        expected = {"sum": expected["sum"]}
+    for name, wanted in expected.items():
+        if case.outputs[name] == BITS:
+            assert_same_bits(results[name], wanted, (name, case))
+        else:
+            own = case.type_of(case.outputs[name])
+            assert_close(own.wide(results[name]), own.wide(wanted), own, (name, case))
+
+
+def assert_same_results(results: dict[str, np.ndarray], expected: dict[str, np.ndarray], what: object) -> None:
+    for name, wanted in expected.items():
+        assert_same_bits(results[name], wanted, (name, what))
+
+
+def cases(op: str, dtype: Dtype, stream: Dtype) -> list[Case]:
+    """Every shape, with other operands absent and another activation at each, from other ones on for each dtype."""
+    chosen = []
+    for k, (rows, columns) in enumerate(SHAPES):
+        turn = k + dtype.tag + stream.tag
+        absent = ABSENT[op][turn % len(ABSENT[op])]
+        activation = NONE if "x" in absent.split() or "pointwise" not in op else turn % len(ACTIVATIONS)
+        case = Case(op, dtype, stream, rows, columns, absent, activation, centred=turn % 2, causal=turn // 2 % 2)
+        chosen.append(case)
+    return chosen
+
+
+# ---- against the reference ----
+
+
+@each_call
+def test_results_as_reference(compiled, op, dtype, stream):
+    for case in cases(op, dtype, stream):
+        assert_results_close(case, run(compiled, case), expected_of(case))
+
+
+@each_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_absence_as_reference(compiled, op, dtype):
+    for absent in ABSENT[op]:
+        case = Case(op, dtype, dtype, 33, 48, absent, NONE if "x" in absent.split() else SILU)
+        assert_results_close(case, run(compiled, case), expected_of(case))
+
+
+@pytest.mark.parametrize("activation", [name for name in ACTIVATIONS if name])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_activations_as_reference(compiled, dtype, activation):
+    """Numbers of one magnitude at a time, each special one alone: errors are allowed by the largest of a result."""
+    specials = [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-5, -1e-5, 1e4, -1e4]
+    if dtype is not FLOAT16:  # numbers whose squares or cubes float32 does not hold
+        specials += [1e15, -1e15, 1e20, -1e20, 3e38, -3e38]
+    parts = [np.linspace(-most, most, 401) for most in (0.1, 1.0, 5.0, 30.0)] + [np.array([one]) for one in specials]
+    borders = np.cumsum([part.size for part in parts])[:-1]
+    h = dtype.narrow(np.concatenate(parts))
+    for op, absent in (
+        ("pointwise_forward", "bias factor residual words signs"),
+        ("pointwise_backward", "bias words sums"),
+    ):
+        case = Case(op, dtype, dtype, h.size, 1, absent, ACTIVATIONS[activation], a=1.0)
+        arrays = dict(numbers_of(case)) | {"x": h}
+        got = run(compiled, case, arrays)
+        for name, wanted in run(reference, case, arrays).items():
+            both = (np.split(dtype.wide(values), borders) for values in (got[name], wanted))
+            for part, *results in zip(parts, *both, strict=True):
+                assert_close(*results, dtype, (name, activation, part[-1]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_relu_leaves_a_zero_to_be_multiplied(variant, dtype):
+    """Like any other number of the activation's, in both passes: by infinity it is NaN, by -2 it is -0."""
+    x, factor = ([-1, -1, -1, 0, 0, 1, 1, 2], [np.inf, -2, 3, np.nan, -1, np.inf, np.nan, -3])
+    given = {"x": x, "factor": factor, "dy": np.ones(8)}
+    for op, absent in (("pointwise_forward", "bias residual words"), ("pointwise_backward", "bias words sums")):
+        case = Case(op, dtype, dtype, 2, 4, absent, RELU)
+        arrays = {name: dtype.narrow(np.array(given[name], np.float64)) for name in case.inputs}
+        got = run(variant, case, arrays)
+        for name, wanted in run(reference, case, arrays).items():
+            if case.outputs[name] == BITS:
+                assert_same_bits(got[name], wanted, (name, op))
+                continue
+            lost = np.isnan(dtype.wide(wanted))
+            assert_same_bits(np.isnan(dtype.wide(got[name])), lost, (name, op))
+            assert_same_bits(got[name][~lost], wanted[~lost], (name, op))
+
+
+@each_op
+def test_no_rows(variant, op):
+    """Sums of nothing are 0."""
+    case = Case(op, FLOAT32, FLOAT32, 0, 7)
+    results = run(variant, case)
+    if "sums" in results:
+        assert_same_bits(results["sums"], np.zeros_like(results["sums"]))
+
+
+# ---- signs and dropped elements ----
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("absent", ["", "words", "bias"], ids=["all", "no words", "no bias"])
+def test_signs_bit_for_bit(variant, dtype, absent):
+    for rows, columns in ((1, 1), (3, 5), (1, 31), (1, 32), (1, 33), (7, 100), (16, 32), (3, 1365), (2, 5000)):
+        case = Case("pointwise_forward", dtype, dtype, rows, columns, absent, RELU)
+        x = dtype.data(rows * columns)  # of which half or so is NaN or out of the ordinary
+        arrays = dict(numbers_of(case)) | {"x": x}
+        assert_same_bits(run(variant, case, arrays)["signs"], run(reference, case, arrays)["signs"], case)
+
+
+def kept(case: Case, words: np.ndarray) -> np.ndarray:
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
+    return bits[: case.rows * case.columns].astype(bool)
+
+
+def poisoned(case: Case, arrays: dict[str, np.ndarray], name: str) -> np.ndarray:
+    """An input with NaN and infinities for dropped elements."""
+    own = case.type_of(INPUTS[case.op][name])
+    specials = np.resize(own.narrow(np.array([np.nan, np.inf, -np.inf])), arrays[name].size)
+    return np.where(kept(case, arrays["words"]), arrays[name], specials)
+
+
+@pytest.mark.parametrize(("dtype", "stream"), PAIRS, ids=str)
+@pytest.mark.parametrize("activation", [NONE, RELU, GELU, SILU], ids=["none", "relu", "gelu", "silu"])
+def test_dropped_elements_leave_no_trace(variant, dtype, stream, activation):
+    for rows, columns in ((7, 100), (3, 1365)):
+        case = Case("pointwise_forward", dtype, stream, rows, columns, "residual", activation)
+        clean = numbers_of(case)
+        results = run(variant, case, dict(clean) | {name: poisoned(case, clean, name) for name in ("x", "factor")})
+        assert_same_results(results, run(variant, case), case)
+        dropped = results["y"][~kept(case, clean["words"])]
+        assert_same_bits(dropped, np.zeros_like(dropped), case)
+
+        case = replace(case, absent="", activation=NONE)
+        clean = numbers_of(case)
+        arrays = dict(clean) | {"x": poisoned(case, clean, "x"), "residual": np.zeros_like(clean["residual"])}
+        dropped = run(variant, case, arrays)["y"][~kept(case, clean["words"])]
+        assert_same_bits(dropped, np.zeros_like(dropped), case)
+
+        case = Case("pointwise_backward", dtype, stream, rows, columns, "", activation)
+        clean = numbers_of(case)
+        results = run(variant, case, dict(clean) | {name: poisoned(case, clean, name) for name in ("dy", "x")})
+        assert_same_results(results, run(variant, case), case)
+        for name in ("dx", "dfactor"):
+            dropped = results[name][~kept(case, clean["words"])]
+            assert_same_bits(dropped, np.zeros_like(dropped), (name, case))
+
+
+@pytest.mark.parametrize(("dtype", "stream"), PAIRS, ids=str)
+def test_dropped_elements_leave_no_trace_in_norms(variant, dtype, stream):
+    case = Case("norm_forward", dtype, stream, 7, 100)
+    clean = numbers_of(case)
+    arrays = dict(clean) | {"x": poisoned(case, clean, "x")}
+    assert_same_results(run(variant, case, arrays), run(variant, case), case)
+    case = Case("norm_backward", dtype, stream, 7, 100)
+    dsum = numbers_of(case)["dsum"].copy()
+    dsum[:300] = stream.narrow(np.array([np.nan]))
+    results = run(variant, case, dict(numbers_of(case)) | {"dsum": dsum})
+    dropped = results["dx"][~kept(case, numbers_of(case)["words"])]
+    assert_same_bits(dropped, np.zeros_like(dropped), case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dropped_elements_leave_no_trace_in_softmax(variant, dtype):
+    case = Case("softmax_forward", dtype, dtype, 7, 100)
+    x = numbers_of(case)["x"].copy()
+    x[:300] = dtype.narrow(np.array([np.nan]))  # and so the rows' probabilities
+    keep = kept(case, numbers_of(case)["words"])
+    results = run(variant, case, dict(numbers_of(case)) | {"x": x})
+    assert np.isnan(dtype.wide(results["probabilities"][:300])).all()
+    assert np.isnan(dtype.wide(results["y"][:300][keep[:300]])).all()
+    assert_same_bits(results["y"][~keep], np.zeros_like(results["y"][~keep]), case)
+    case = Case("softmax_backward", dtype, dtype, 7, 100)
+    clean = numbers_of(case)
+    results = run(variant, case, dict(clean) | {"dy": poisoned(case, clean, "dy")})
+    assert_same_results(results, run(variant, case), case)
+    dropped = results["y"][~kept(case, clean["words"])]
+    assert_same_bits(dropped, np.zeros_like(dropped), case)
+
+
+# ---- rows that are out of the ordinary ----
+
+
+@pytest.mark.parametrize(("dtype", "stream"), PAIRS, ids=str)
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_norm_of_a_row_with_nan_or_infinity(variant, dtype, stream, number):
+    """Only that row's results are NaN."""
+    case = Case("norm_forward", dtype, stream, 5, 300, "words")
+    x = numbers_of(case)["x"].copy()
+    x[700] = dtype.narrow(np.array([number]))[0]
+    results = run(variant, case, dict(numbers_of(case)) | {"x": x})
+    lost = np.isnan(dtype.wide(results["y"])).reshape(5, 300)
+    assert lost[2].all()
+    assert not lost[[0, 1, 3, 4]].any()
+    plain = run(variant, case)
+    assert_same_bits(results["y"].reshape(5, 300)[3], plain["y"].reshape(5, 300)[3])
+    assert_same_bits(results["statistics"][6:], plain["statistics"][6:])
+
+
+@pytest.mark.parametrize(("dtype", "stream"), [pair for pair in PAIRS if pair[1] is not FLOAT16], ids=str)
+def test_norm_backward_of_even_rows(compiled, dtype, stream):
+    """So far from 0 that a 0 beyond the end of a row would be normed to infinity."""
+    for columns in (1, 5, 33, 101):
+        case = Case("norm_backward", dtype, stream, 3, columns, eps=1e-12)
+        even = np.full(3 * columns, 2.0 ** (np.finfo(dtype.computed).maxexp - 18))
+        arrays = dict(numbers_of(case)) | {"sum": stream.narrow(even)}
+        arrays["statistics"] = moments(case, arrays["sum"]).astype(dtype.computed).reshape(-1)
+        assert_results_close(case, run(compiled, case, arrays), run(reference, case, arrays))
+
+
+@pytest.mark.parametrize("columns", [1, 5, 100, 8200])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softmax_of_rows_out_of_the_ordinary(variant, dtype, columns):
+    """Rows of minus infinities are 0; of one number, even; with NaN or infinity anywhere, NaN."""
+    last = columns - 1
+    rows = {
+        "masked": lambda row: row.fill(-np.inf),
+        "all but the last": lambda row: row[:last].fill(-np.inf),
+        "all but the first": lambda row: row[1:].fill(-np.inf),
+        "even": lambda row: row.fill(3.0),
+        "huge": lambda row: row.fill(3e4),
+        "nan first": lambda row: (row.fill(-np.inf), row.__setitem__(0, np.nan)),
+        "nan last": lambda row: (row.fill(-np.inf), row.__setitem__(last, np.nan)),
+        "nan among numbers": lambda row: row.__setitem__(last // 2, np.nan),
+        "infinity": lambda row: row.__setitem__(last // 2, np.inf),
+        "negative nan": lambda row: row.__setitem__(last // 2, -np.float64(np.nan)),
+    }
+    values = np.random.default_rng(columns).normal(size=(len(rows), columns))
+    for row, change in zip(values, rows.values(), strict=True):
+        change(row)
+    case = Case("softmax_forward", dtype, dtype, len(rows), columns, "mask words", a=1.0)
+    with np.errstate(all="ignore"):
+        arrays = {"x": dtype.narrow(values).reshape(-1)}
+    got, wanted = (run(module, case, arrays)["probabilities"].reshape(values.shape) for module in (variant, reference))
+    for r, name in enumerate(rows):
+        assert_close(dtype.wide(got[r]), dtype.wide(wanted[r]), dtype, (name, columns))
+    assert_same_bits(got[0], np.zeros_like(got[0]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [1, 7, 64, 5000])
+def test_softmax_under_a_mask_that_leaves_nothing(variant, dtype, columns):
+    """By minus infinities in the mask, and causal too: NaN beyond a query's keys is never looked at."""
+    case = Case("softmax_forward", dtype, dtype, 6, columns, "words", a=1.0, queries=3, heads=2, causal=1)
+    mask = np.zeros((3, columns), case.dtype.computed)
+    mask[1] = -np.inf
+    x = case.dtype.wide(numbers_of(case)["x"]).reshape(6, columns)
+    for r in range(6):
+        x[r, r % 3 + 1 :] = np.nan
+    arrays = {"x": dtype.narrow(x).reshape(-1), "mask": mask.reshape(-1)}
+    results = {module: run(module, case, arrays) for module in (variant, reference)}
+    assert_results_close(case, results[variant], results[reference])
+    y = results[variant]["y"].reshape(6, columns)
+    assert_same_bits(y[[1, 4]], np.zeros_like(y[[1, 4]]))
+    assert np.isfinite(dtype.wide(y)).all()
+
+
+@pytest.mark.parametrize(
+    "strides",
+    [(0, 0, 0), (0, 0, 9), (0, 45, 9), (135, 45, 9), (135, 0, 9), (9, 0, 0), (18, 9, 0)],
+    ids=lambda strides: "-".join(map(str, strides)),
+)
+@pytest.mark.parametrize("causal", [0, 1])
+def test_softmax_takes_masks_of_any_strides(compiled, strides, causal):
+    """outer 2, heads 3, queries 5, keys 9."""
+    for dtype in (FLOAT32, FLOAT64, BFLOAT16):
+        case = Case("softmax_forward", dtype, dtype, 30, 9, "", heads=3, queries=5, strides=strides, causal=causal)
+        mask = np.random.default_rng(sum(strides)).normal(size=270).astype(dtype.computed)
+        mask[::7] = -np.inf
+        arrays = dict(numbers_of(case)) | {"mask": mask[: 1 * strides[0] + 2 * strides[1] + 4 * strides[2] + 9]}
+        assert_results_close(case, run(compiled, case, arrays), run(reference, case, arrays))
+
+
+# ---- memory ----
+
+IN_PLACE = {
+    "pointwise_forward": [{"y": "x"}, {"y": "residual"}, {"y": "factor"}],
+    "pointwise_backward": [{"dx": "dy"}, {"dx": "x", "dfactor": "factor"}, {"dx": "dy", "dfactor": "x"}],
+    "norm_forward": [{"sum": "residual", "y": "x"}, {"sum": "x"}],
+    "norm_backward": [{"dx": "dy", "dresidual": "dsum"}, {"dresidual": "sum"}],
+    "softmax_forward": [{"probabilities": "x"}, {"y": "x"}],
+    "softmax_backward": [{"dx": "dy"}, {"dx": "probabilities"}, {"dx": "dy", "y": "probabilities"}],
+}
+
+
+@each_op
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_in_place_bit_for_bit(variant, op, dtype):
+    for rows, columns in ((33, 48), (3, 5001)):
+        case = Case(op, dtype, dtype, rows, columns, "", GELU if "pointwise" in op else NONE)
+        wanted = run(variant, case)
+        for over in IN_PLACE[op]:
+            assert_same_results(run(variant, case, over=over), wanted, (over, case))
+
+
+@each_call
+def test_unaligned_bit_for_bit(compiled, op, dtype, stream):
+    """Arrays an odd number of elements past a line, and rows that begin anywhere."""
+    for rows, columns in ((3, 5), (7, 101), (3, 4099)):
+        case = Case(op, dtype, stream, rows, columns, "", SILU if "pointwise" in op else NONE)
+        wanted = run(compiled, case)
+        for shift in (1, 5):
+            assert_same_results(run(compiled, case, shift=shift), wanted, (shift, case))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect as Linux has it")
+@pytest.mark.parametrize("last", [True, False], ids=["end", "start"])
+@each_op
+def test_fused_primitives_stay_within_memory(variant, op, last):
+    """Reads count as well: a kernel that touches a byte beside its arrays is killed here."""
+    for dtype, stream in PAIRS[:4] if "softmax" in op else PAIRS:
+        for rows, columns in ((1, 1), (3, 5), (1, 33), (3, 101), (2, 513), (1, 4099)):
+            case = Case(op, dtype, stream, rows, columns, "", RELU if "pointwise" in op else NONE)
+            arrays = {}
+            for name, kind in (case.outputs | case.inputs).items():
+                arrays[name] = against_forbidden_page(*case.empty(kind), last=last)
+            for name, values in numbers_of(case).items():
+                arrays[name][:] = values
+            case.call(variant, arrays)
+
+
+@pytest.mark.parametrize("c_variant", ["c-avx2", "c-avx512"], indirect=True)  # others have ordinary stores alone
+@pytest.mark.parametrize(("op", "dtype", "stream"), [call for call in CALLS if call[1:] in STREAMED], ids=str)
+def test_results_around_the_cache_bit_for_bit(c_variant, op, dtype, stream):
+    """A large output's, aligned, not, and in place, are those of its halves, which aren't large enough to be written
+    so. Sums over rows, which have another order there, are as near to them as they should be."""
+    columns, output = (
+        4099 if "softmax" in op and dtype is BFLOAT16 else 1001,
+        stream if op == "pointwise_forward" else dtype,
+    )
+    half = -(-streaming_elements(c_variant, output) // columns // 64) * 32  # rows; the second half begins with a word
+    part = Case(op, dtype, stream, half, columns, "", RELU if op == "pointwise_forward" else NONE)
+    data = numbers_of(replace(part, rows=32))
+    whole = replace(part, rows=2 * half)
+    arrays = {name: np.resize(data[name], whole.empty(kind)[0]) for name, kind in whole.inputs.items()}
+    for name, values in arrays.items():
+        values[: values.size // 3 * 2 : 7] = data[name][0]  # so that the halves differ
+    halves = [run(c_variant, part, {name: half_of(v, k, part, name) for name, v in arrays.items()}) for k in range(2)]
+    sums = sum(results.pop("sums", np.zeros(0)).astype(np.float64) for results in halves)
+    wanted = {name: np.concatenate([results[name] for results in halves]) for name in halves[0]}
+    ways = [over for over in IN_PLACE[op] if all(same_type(whole, *names) for names in over.items())]
+    for shift, over in ((0, None), (3, None), (3, ways[-1])):
+        results = run(c_variant, whole, arrays, shift=shift, over=over)
+        assert_same_results(results, wanted, (shift, over, op))
+        if "sums" in results:
+            real = whole.type_of(LINE)
+            assert_close(real.wide(results["sums"]), sums, real, (shift, over, op))
+
+
+def same_type(case: Case, output: str, name: str) -> bool:
+    return case.type_of(case.outputs[output]) is case.type_of(case.inputs[name])
+
+
+def half_of(values: np.ndarray, k: int, part: Case, name: str) -> np.ndarray:
+    """An input of the first half of a case's rows, or of the second."""
+    return values if part.inputs[name] == COLUMN else np.split(values, 2)[k]
+
+
+# ---- threads ----
+
+
+@pytest.mark.parametrize(("op", "absent"), [*((op, "") for op in INPUTS), ("pointwise_backward", "sums")])
+@pytest.mark.parametrize(
+    ("rows", "columns"), [(1100, 301), (40, 10_007), (3, 131_073)], ids=["short", "two panels", "long"]
+)
+def test_threads_never_change_a_bit(compiled, threads, op, absent, rows, columns):
+    """Enough for five threads; also more threads than panels of rows, and than rows."""
+    for dtype in (FLOAT32, BFLOAT16):
+        case = Case(op, dtype, dtype, rows, columns, absent, RELU if op == "pointwise_forward" else NONE)
+        results = []
+        for count in (1, 2, 5):
+            fd.set_num_threads(count)
+            results.append(run(compiled, case))
+        for other in results[1:]:
+            assert_same_results(other, results[0], case)
+
+
+def test_panels_decide_the_order_of_sums(compiled):
+    """In float32, where the order shows: a panel's sum is taken before it is added to the others."""
+    rows, columns = 64, 3
+    case = Case("pointwise_backward", FLOAT32, FLOAT32, rows, columns, "x bias factor dfactor words", a=1.0)
+    dy = np.full((rows, columns), 2.0**-24, np.float32)
+    dy[0] = 1.0
+    first = rows // panels(rows)
+    wanted = np.float32(1) + np.float32((rows - first) * 2.0**-24)
+    sums = run(compiled, case, {"dy": dy.reshape(-1)})["sums"]
+    assert_same_bits(sums, np.full(columns, wanted, np.float32))

@@ -1,0 +1,321 @@
+"""The registry, and the layering that lets `import fastdrop` need NumPy alone."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import threading
+from pathlib import Path
+
+import pytest
+
+import fastdrop as fd
+from fastdrop import backends
+
+from ..cases import VARIANTS, activated, output_of, primitive_modules, run_python
+
+PACKAGE = Path(fd.__file__).resolve().parent
+USABLE = [name for name, module in primitive_modules().items() if module.unavailable() is None]
+
+# ---- registry ----
+
+
+def test_use_backend_as_a_context_manager():
+    before = backends.active_name()
+    for name in USABLE:
+        with fd.use_backend(name):
+            assert backends.active_name() == name
+        assert backends.active_name() == before
+
+
+def test_use_backend_as_a_call():
+    with fd.use_backend("numpy"):  # restores whatever the calls leave
+        for name in USABLE:
+            fd.use_backend(name)
+            assert backends.active_name() == name
+        fd.use_backend("auto")
+        assert backends.active_name() == USABLE[0]
+
+
+def test_use_backend_nests():
+    outer, inner = USABLE[0], USABLE[-1]
+    with fd.use_backend(outer):
+        with fd.use_backend(inner):
+            with fd.use_backend(outer):
+                assert backends.active_name() == outer
+            assert backends.active_name() == inner
+        assert backends.active_name() == outer
+
+
+def test_use_backend_restores_after_an_error():
+    before = backends.active_name()
+    with pytest.raises(KeyError), fd.use_backend("numpy"):
+        raise KeyError
+    assert backends.active_name() == before
+
+
+@pytest.mark.parametrize("name", ["gpu", "C", "", "reference", None, 3])
+def test_use_backend_refuses_unknown_names(name):
+    before = backends.active_name()
+    with pytest.raises(ValueError, match=r"name must be one of auto, c, numba, numpy, but got"):
+        fd.use_backend(name)
+    assert backends.active_name() == before
+
+
+@pytest.mark.parametrize("name", primitive_modules())
+def test_a_backend_asked_for_by_name_never_falls_back(name, monkeypatch):
+    before = backends.active_name()
+    monkeypatch.setattr(primitive_modules()[name], "unavailable", lambda: "it is the test's wish")
+    with pytest.raises(RuntimeError, match=rf"backend '{name}' can't run here: it is the test's wish"):
+        fd.use_backend(name)
+    assert backends.active_name() == before
+
+
+def test_auto_takes_the_best_that_can_run(monkeypatch):
+    """In the order C, Numba, NumPy."""
+    assert list(primitive_modules()) == ["c", "numba", "numpy"]
+    for name in USABLE:
+        with fd.use_backend("auto"):
+            assert backends.active_name() == name
+        monkeypatch.setattr(primitive_modules()[name], "unavailable", lambda: "not now")
+        if name == "numba" or (name == "c" and "numba" not in USABLE):
+            break
+
+
+def test_explain_gives_a_reason_for_each_backend(backend):
+    lines = dict(line.split(": ", 1) for line in fd.explain().splitlines())
+    assert list(lines) == [*primitive_modules(), "cuda"]
+    assert lines[backend] == "taken, asked for by name"
+    for name in primitive_modules():
+        if name != backend:
+            wanted = "asked for by name" if name in USABLE else primitive_modules()[name].unavailable()
+            assert wanted in lines[name]
+
+
+def test_cuda_is_not_chosen_but_found(monkeypatch):
+    before = backends.active_name()
+    module = importlib.import_module("fastdrop.backends.cuda.launch")
+    monkeypatch.setattr(module, "unavailable", lambda: "no GPU; look for one")
+    assert "cuda: can't run: no GPU; look for one" in fd.explain().splitlines()
+    with pytest.raises(RuntimeError, match="backend 'cuda' can't run here: no GPU; look for one"):
+        fd.use_backend("cuda")
+    monkeypatch.setattr(module, "unavailable", lambda: None)
+    assert "cuda: takes arrays on a GPU" in fd.explain().splitlines()
+    with pytest.raises(ValueError, match="cuda takes arrays on a GPU without being asked"):
+        fd.use_backend("cuda")
+    assert backends.active_name() == before
+
+
+def test_explain_quotes_why_a_backend_cannot_run(monkeypatch):
+    monkeypatch.setattr(primitive_modules()["c"], "unavailable", lambda: "no compiler; get one so and so")
+    with fd.use_backend("auto"):
+        assert "c: can't run: no compiler; get one so and so" in fd.explain().splitlines()
+        assert "taken, the best that can run here" in fd.explain()
+
+
+def test_missing_extension_says_how_to_get_it(monkeypatch):
+    native = primitive_modules()["c"]
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(native, "_import_error", "No module named fastdrop._native", raising=False)
+    assert "pip install" in native.unavailable()
+    assert "compiler" in native.unavailable()
+
+
+def test_show_config_names_what_runs(backend, capsys):
+    fd.show_config()
+    text = capsys.readouterr().out
+    assert f"fastdrop {fd.__version__}" in text
+    assert "2 threads" in text or f"{fd.get_num_threads()} threads" in text
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("*")] == [backend]
+    for name in primitive_modules():
+        assert f" {name} " in text
+
+
+@pytest.mark.parametrize("name", [v for v in VARIANTS if v.startswith("c-")])
+def test_show_config_names_the_isa(name, capsys):
+    with activated(name):
+        fd.show_config()
+    assert f"C, {name[2:]} in use" in capsys.readouterr().out
+
+
+def test_isas_are_listed_best_last():
+    native = primitive_modules()["c"]
+    if native.unavailable():
+        pytest.skip(native.unavailable())
+    order = ["scalar", "neon", "avx2", "avx512"]
+    assert native.usable_isas()[0] == "scalar"
+    assert native.usable_isas() == sorted(native.usable_isas(), key=order.index)
+    assert output_of("from fastdrop.backends import native; print(native.isa())") == native.usable_isas()[-1]
+
+
+@pytest.mark.parametrize("isa", ["scalar", "avx2", "avx512", "neon"])
+def test_environment_forces_an_isa(isa):
+    with activated(f"c-{isa}"):
+        assert output_of("from fastdrop.backends import native; print(native.isa())", FASTDROP_ISA=isa) == isa
+
+
+@pytest.mark.parametrize("name", primitive_modules())
+def test_environment_forces_a_backend(name):
+    with activated(name):
+        code = "import fastdrop as fd; print(fd.explain())"
+        assert f"{name}: taken, asked for by name" in output_of(code, FASTDROP_BACKEND=name)
+
+
+def test_environment_never_falls_back_from_a_backend_that_cannot_run():
+    code = "import sys; sys.modules['numba'] = None\nimport fastdrop as fd\nfd.draw_mask(5, 0.5)"  # as if not installed
+    result = run_python(code, FASTDROP_BACKEND="numba")
+    assert result.returncode != 0
+    assert "backend 'numba' can't run here" in result.stderr
+    assert "pip install numba" in result.stderr
+
+
+def test_backends_without_numba_and_c():
+    """NumPy alone is enough, and explain says what would help."""
+    code = (
+        "import sys\nsys.modules['numba'] = sys.modules['fastdrop._native'] = None\n"
+        "import fastdrop as fd\nprint(fd.draw_mask(5, 0.5, rng=0).kept)\nprint(fd.explain())"
+    )
+    kept, *lines = output_of(code).splitlines()
+    assert int(kept) == fd.draw_mask(5, 0.5, rng=0).kept
+    assert lines[0].startswith("c: can't run: ")
+    assert lines[1].startswith("numba: can't run: ")
+    assert lines[2] == "numpy: taken, the best that can run here"
+
+
+def test_threads_may_resolve_the_backend_at_once():
+    code = """
+import threading
+import fastdrop as fd
+start, masks = threading.Barrier(8), []
+def first_call():
+    start.wait()
+    masks.append(fd.draw_mask(1000, 0.3, rng=1))
+threads = [threading.Thread(target=first_call) for _ in range(8)]
+for t in threads: t.start()
+for t in threads: t.join()
+print(len(masks), all(mask == masks[0] for mask in masks))
+"""
+    assert output_of(code) == "8 True"
+
+
+def test_use_backend_is_process_wide():
+    seen = []
+    with fd.use_backend("numpy"):
+        thread = threading.Thread(target=lambda: seen.append(backends.active_name()))
+        thread.start()
+        thread.join()
+    assert seen == ["numpy"]
+
+
+# ---- what an import loads ----
+
+LOADED = "import sys; {code}; print(*sorted({{name.split('.')[0] for name in sys.modules}} & {names!r}))"
+HEAVY = {"numba", "llvmlite", "torch", "cffi", "_cffi_backend", "ml_dtypes", "scipy", "sklearn", "matplotlib"}
+
+
+def test_import_needs_numpy_alone():
+    assert output_of(LOADED.format(code="import fastdrop", names=HEAVY)) == ""
+    assert output_of("import fastdrop, sys; print('fastdrop._native' in sys.modules)") == "False"
+
+
+def test_a_call_loads_only_the_backend_that_runs():
+    code = "import numpy as np, fastdrop as fd; fd.dropout(np.ones(5), 0.5)"
+    for name in USABLE:
+        loaded = output_of(LOADED.format(code=code, names=HEAVY), FASTDROP_BACKEND=name)
+        assert set(loaded.split()) <= {"c": {"_cffi_backend"}, "numba": HEAVY - {"torch"}, "numpy": set()}[name], name
+
+
+# ---- layers ----
+
+# Imports point downward only: from a room to one before it.
+ROOMS = [
+    "core",
+    "backends",
+    "arrays",
+    "schedules",
+    "",  # fastdrop itself: the public names
+    "torch/runtime",
+    "torch/ops",
+    "torch/functional",
+    "torch/nn",
+    "torch/models",
+    "torch/tools",
+    "torch",  # itself: the public names
+    "cli",
+    "__main__",
+]
+NUMBA = ("backends/numba/", "backends/cuda/")
+MAY_IMPORT = {  # top-level package: where in fastdrop it may be imported
+    "torch": ("torch/", "cli/"),
+    "numba": NUMBA,
+    "llvmlite": NUMBA,
+    "cuda": ("backends/cuda/",),
+    "cffi": (),
+    "ml_dtypes": ("cli/", "torch/"),
+    "sklearn": ("cli/",),
+    "matplotlib": ("cli/",),
+    "rich": ("cli/",),
+}
+SOURCES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+def imports(source):
+    """Dotted names of everything a source of fastdrop imports, at its top or within functions."""
+    package = ["fastdrop", *source.parent.parts]
+    for node in ast.walk(ast.parse((PACKAGE / source).read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def module_of(dotted):
+    """The source that a dotted import reaches, without its ending: of a name its module."""
+    path = Path(*dotted.split(".")[1:])
+    while path.parts and path.with_suffix(".py") not in SOURCES and path / "__init__.py" not in SOURCES:
+        path = path.parent
+    return path
+
+
+def room(module):
+    """Where the room of a source is in ROOMS."""
+    named = module.as_posix().removesuffix(".py").removesuffix("__init__").strip("/")
+    found = [i for i, name in enumerate(ROOMS) if named == name or (name and named.startswith(name + "/"))]
+    assert found, f"fastdrop/{module} has no room in ROOMS yet"
+    return found[0]
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_imports_point_downward(source):
+    for name in imports(source):
+        if name.split(".")[0] == "fastdrop" and name not in ("fastdrop.__version__", "fastdrop._native"):
+            assert room(module_of(name)) <= room(source), f"{source} imports {name}"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_heavy_packages_are_imported_in_their_places_only(source):
+    for name in imports(source):
+        places = MAY_IMPORT.get(name.split(".")[0])
+        assert places is None or source.as_posix().startswith(places), f"{source} imports {name}"
+        assert name != "fastdrop._native" or source.as_posix() == "backends/c.py"
+
+
+def test_backends_do_not_import_each_other():
+    """But for CUDA, whose kernels are made of the scalars that Numba's are made of."""
+    places = {"c.py": "c", "reference/": "reference", "numba/": "numba", "cuda/": "cuda"}
+    for source in SOURCES:
+        own = next((name for place, name in places.items() if source.as_posix().startswith("backends/" + place)), None)
+        for name in imports(source) if own else ():
+            reached = module_of(name).parts[1:2] if module_of(name).parts[:1] == ("backends",) else ()
+            shared = own == "cuda" and name.startswith(
+                ("fastdrop.backends.numba.scalars", "fastdrop.backends.numba.math")
+            )
+            assert shared or not reached or reached[0] == own, f"{source} imports {name}"
+
+
+def test_public_names():
+    assert sorted(fd.__all__) == fd.__all__
+    for name in fd.__all__:
+        assert getattr(fd, name).__doc__, name

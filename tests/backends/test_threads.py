@@ -1,0 +1,224 @@
+"""Threads and processes: forks after use, many callers at once, the number of threads as an argument."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+import fastdrop as fd
+
+from ..cases import DTYPES, VARIANTS, activated, assert_same_bits, output_of, readable
+
+N = 400_000  # enough for several threads
+
+FORK = """
+import os, sys
+import numpy as np
+import fastdrop as fd
+fd.use_backend({backend!r})
+fd.set_num_threads(2)
+x = np.ones(1 << 20, np.float32)
+def digest():
+    y, mask = fd.dropout(x, 0.1, rng=5)
+    dx = fd.dropout_backward(x, mask)
+    return [mask.words.tobytes(), y.tobytes(), dx.tobytes()]
+wanted = digest()
+def threads():
+    return len(os.listdir("/proc/self/task")) if os.path.exists("/proc/self/task") else 2
+def fork(generations):
+    pid = os.fork()
+    if not pid:
+        ok = digest() == wanted and threads() >= {threads}
+        ok = ok and (generations == 1 or fork(generations - 1)) and digest() == wanted
+        os._exit(0 if ok else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+assert fork(2)
+assert digest() == wanted
+assert fork(1)
+print("same")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_fork_after_use(backend):
+    """Child and grandchild of a process that used two threads draw the same mask, with two threads of their own."""
+    threads = 1 if backend == "numpy" else 2
+    assert output_of(FORK.format(backend=backend, threads=threads)) == "same"
+
+
+FORK_AMONG_CALLERS = """
+import os, threading
+import numpy as np
+import fastdrop as fd
+fd.use_backend({backend!r})
+fd.set_num_threads(2)
+x = np.ones(1 << 20, np.float32)
+wanted = fd.dropout(x, 0.1, rng=5)[1]
+stop = threading.Event()
+def busy():
+    while not stop.is_set():
+        fd.dropout(x, 0.1)
+threads = [threading.Thread(target=busy) for _ in range(3)]
+for thread in threads: thread.start()
+try:
+    for _ in range(10):
+        pid = os.fork()
+        if not pid:
+            fd.draw_mask(100, 0.5)
+            os._exit(0 if fd.dropout(x, 0.1, rng=5)[1] == wanted else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+finally:
+    stop.set()
+for thread in threads: thread.join()
+print("same")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_fork_while_other_threads_are_inside(backend):
+    """Whatever locks they hold are not the child's."""
+    assert output_of(FORK_AMONG_CALLERS.format(backend=backend)) == "same"
+
+
+def results(dtype, x):
+    y, mask = fd.dropout(x, 0.1, rng=5)
+    _, seeded = fd.dropout(x, 0.1, rng=5, store="seed")
+    return [y, mask.words, fd.dropout_backward(x, mask), fd.dropout_backward(x, seeded)]
+
+
+def test_16_python_threads_at_once(variant, dtype):
+    x = dtype.numbers(N)
+    fd.set_num_threads(2)
+    wanted, start = results(dtype, x), threading.Barrier(16)
+
+    def call(_):
+        start.wait()
+        return results(dtype, x)
+
+    with ThreadPoolExecutor(16) as pool:
+        for got in pool.map(call, range(16)):
+            for actual, want in zip(got, wanted, strict=True):
+                assert_same_bits(actual, want)
+
+
+def test_threads_with_a_stream_draw_each_mask_once(variant):
+    stream, start = fd.Stream(0), threading.Barrier(16)
+
+    def call(_):
+        start.wait()
+        return [fd.draw_mask(1000, 0.5, rng=stream).words.tobytes() for _ in range(20)]
+
+    with ThreadPoolExecutor(16) as pool:
+        drawn = sorted(words for part in pool.map(call, range(16)) for words in part)
+    assert stream.offset == 320
+    assert drawn == sorted(fd.draw_mask(1000, 0.5, rng=fd.Stream(0, o)).words.tobytes() for o in range(320))
+
+
+def test_calls_while_another_thread_is_inside(variant):
+    """Small and large calls meet large ones, while the number of threads changes under all of them."""
+    dtype = DTYPES[0]
+    large, small = dtype.numbers(4 * N), dtype.numbers(777)
+    wanted_large, wanted_small = results(dtype, large), results(dtype, small)
+    failures, stop = [], threading.Event()
+
+    def background():
+        while not stop.is_set():
+            for actual, want in zip(results(dtype, large), wanted_large, strict=True):
+                if not np.array_equal(actual, want):
+                    failures.append("background")
+
+    thread = threading.Thread(target=background)
+    thread.start()
+    try:
+        for round_ in range(12):
+            fd.set_num_threads(1 + round_ % 4)
+            for x, wanted in ((small, wanted_small), (large, wanted_large)):
+                for actual, want in zip(results(dtype, x), wanted, strict=True):
+                    assert_same_bits(actual, want)
+    finally:
+        stop.set()
+        thread.join()
+    assert not failures
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_any_number_of_threads_gives_the_same_bits(name, threads):
+    with activated(name):
+        dtype, found = DTYPES[0], []
+        for count in (1, 2, 5, 256):
+            fd.set_num_threads(count)
+            found.append(results(dtype, dtype.numbers(N)))
+        for other in found[1:]:
+            for actual, want in zip(other, found[0], strict=True):
+                assert_same_bits(actual, want)
+
+
+@pytest.mark.parametrize("kind", [int, np.int32, np.uint8])
+@pytest.mark.parametrize("n", [1, 2, 7, 255])
+def test_set_num_threads_is_what_get_num_threads_says(backend, n, kind):
+    fd.set_num_threads(kind(n))
+    assert fd.get_num_threads() == n
+    assert type(fd.get_num_threads()) is int
+
+
+@pytest.mark.parametrize(
+    ("n", "error", "came"),
+    [
+        (0, ValueError, "0"),
+        (-1, ValueError, "-1"),
+        (257, ValueError, "257"),
+        (2**70, ValueError, str(2**70)),
+        (1.0, TypeError, "float"),
+        ("2", TypeError, "str"),
+        (True, TypeError, "bool"),
+        (None, TypeError, "NoneType"),
+    ],
+    ids=readable,
+)
+def test_set_num_threads_refuses(backend, n, error, came):
+    before = fd.get_num_threads()
+    with pytest.raises(error, match=rf"^n.*got {came}"):
+        fd.set_num_threads(n)
+    assert fd.get_num_threads() == before
+
+
+def test_num_threads_survives_a_change_of_backend(backend):
+    fd.set_num_threads(3)
+    with fd.use_backend("numpy"):
+        assert fd.get_num_threads() == 3
+        fd.set_num_threads(2)
+    assert fd.get_num_threads() == 2
+
+
+def test_num_threads_comes_from_the_environment():
+    assert output_of("import fastdrop as fd; print(fd.get_num_threads())", FASTDROP_NUM_THREADS="3") == "3"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no CPU affinity on this system")
+def test_num_threads_defaults_to_the_cpus_this_process_may_use():
+    code = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+    assert output_of(code + "import fastdrop as fd; print(fd.get_num_threads())") == "1"
+
+
+@pytest.mark.parametrize("lead", [0, 13, 511])
+@pytest.mark.parametrize("parts", [2, 3, 140, 192, 256])
+@pytest.mark.parametrize("extra", [0, 1, 5, 511, 65_535])
+def test_numba_ranges_tile_the_whole(parts, extra, lead, monkeypatch):
+    """However many threads: parts meet, at multiples of a block, and end where the whole ends."""
+    numba_cpu = pytest.importorskip("fastdrop.backends.numba.launch")
+    if reason := numba_cpu.unavailable():
+        pytest.skip(reason)
+    seen = []
+    n = parts * numba_cpu.GRAIN_CELLS + extra
+    monkeypatch.setattr(numba_cpu, "_num_threads", parts)
+    numba_cpu._over_ranges(lambda begin, end: seen.append((begin, end)), (), n, lead)
+    assert seen[0] == (0, 0)  # compiled before any thread starts
+    seen = sorted(seen[1:])
+    assert (seen[0][0], seen[-1][1]) == (0, n)
+    assert [end for _, end in seen[:-1]] == [begin for begin, _ in seen[1:]]
+    assert all(begin < end for begin, end in seen)
+    assert all((lead + begin) % numba_cpu.BLOCK_CELLS == 0 for begin, _ in seen[1:])

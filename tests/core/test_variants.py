@@ -1,0 +1,259 @@
+"""Each kind's laws as numbers: affines by exact arithmetic, cells by NumPy, DropBlock's geometry by a loop."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fastdrop as fd
+from fastdrop.backends import reference
+from fastdrop.core import variants
+from fastdrop.core.mask import word_count
+from fastdrop.core.random import DROP_ALL
+
+from ..cases import THRESHOLDS
+
+LAWS = ("inverted", "standard", "alpha", "alpha_slope")
+CUTS = {"T=0": 0, **THRESHOLDS}
+ULP = 2.0**-52
+
+cuts = pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+
+
+def share(cut):
+    """The drop probability really used."""
+    return Fraction(cut, DROP_ALL)
+
+
+# ---- affine ----
+
+
+@cuts
+def test_affine_inverted_divides_by_the_keep_probability(cut):
+    a, b, c = variants.affine("inverted", cut)
+    assert abs(Fraction(a) * (1 - share(cut)) - 1) <= ULP
+    assert (b, c) == (0.0, 0.0)
+
+
+@cuts
+def test_affine_standard_leaves_what_is_kept(cut):
+    assert variants.affine("standard", cut) == (1.0, 0.0, 0.0)
+
+
+def test_selu_floor_is_selus():
+    """-lambda alpha of Klambauer et al., equation 14, to the last bit but one, which is torch's."""
+    scale, alpha = 1.0507009873554804934, 1.6732632423543772848
+    assert -scale * alpha == variants.SELU_FLOOR
+
+
+@cuts
+def test_affine_alpha_is_klambauers(cut):
+    """a = (q + f**2 q (1 - q)) ** -1/2 and b = -a (1 - q) f, q the keep probability; kept a x + b, dropped a f + b."""
+    q, floor = 1 - share(cut), Fraction(variants.SELU_FLOOR)
+    a, b, c = (Fraction(value) for value in variants.affine("alpha", cut))
+    assert abs(a * a * (q + floor**2 * q * (1 - q)) - 1) <= 8 * ULP
+    assert abs(b + a * (1 - q) * floor) <= 4 * ULP * abs(b)
+    assert abs(c - (a * floor + b)) <= 4 * ULP * abs(a * floor)
+
+
+@pytest.mark.parametrize("cut", [cut for cut in CUTS.values() if cut < DROP_ALL - 1], ids=lambda cut: f"T={cut}")
+def test_affine_alpha_keeps_mean_0_and_variance_1(cut):
+    p = share(cut)
+    a, b, c = (Fraction(value) for value in variants.affine("alpha", cut))
+    assert abs((1 - p) * b + p * c) < 1e-14
+    assert abs((1 - p) * (a * a + b * b) + p * c * c - 1) < 1e-13
+
+
+@cuts
+def test_affine_slope_is_the_derivative(cut):
+    for law in LAWS:
+        a, _, _ = variants.affine(law, cut)
+        assert variants.affine(variants.slope(law), cut) == (a, 0.0, 0.0)
+        assert variants.slope(variants.slope(law)) == variants.slope(law)
+
+
+def test_affine_of_everything_dropped_is_zero():
+    """But for standard scaling, whose scale is never needed then."""
+    assert {law: variants.affine(law, DROP_ALL) for law in LAWS} == {
+        "inverted": (0.0, 0.0, 0.0),
+        "standard": (1.0, 0.0, 0.0),
+        "alpha": (0.0, 0.0, 0.0),
+        "alpha_slope": (0.0, 0.0, 0.0),
+    }
+
+
+def test_affine_of_nothing_dropped_changes_nothing():
+    for law in LAWS:
+        a, b, _ = variants.affine(law, 0)
+        assert (a, b) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_affine_is_finite_up_to_the_last_threshold(law):
+    assert all(map(math.isfinite, variants.affine(law, DROP_ALL - 1)))
+
+
+# ---- spread ----
+
+
+@pytest.mark.parametrize("p", [1e-300, 1e-6, 0.1, 1 / 3, 0.5, 0.9, 1 - 2.0**-53])
+def test_spread_is_what_dropout_has(p):
+    """Dropout's factor is 1 / (1 - p) with probability 1 - p and else 0: its variance is p / (1 - p)."""
+    exact = Fraction(p)
+    assert abs(Fraction(variants.spread(p)) ** 2 / (exact / (1 - exact)) - 1) <= 4 * ULP
+
+
+def test_spread_of_nothing_is_nothing():
+    assert variants.spread(0.0) == 0.0
+
+
+# ---- cells ----
+
+shapes = st.lists(st.integers(0, 9), min_size=1, max_size=6).map(tuple)
+
+
+@given(shapes, st.data())
+def test_cells_are_ones_where_decisions_are_shared(shape, data):
+    axis = data.draw(st.integers(0, len(shape) - 1))
+    own = {
+        variants.feature_cells(shape, axis): {0, axis},
+        variants.shared_cells(shape, axis): set(range(len(shape))) - {axis},
+        variants.shared_cells(shape, 0, axis): set(range(len(shape))) - {0, axis},
+        variants.shared_cells(shape): set(range(len(shape))),
+        variants.sample_cells(shape, "row"): {0},
+        variants.sample_cells(shape, "batch"): set(),
+    }
+    for cells, axes in own.items():
+        assert cells == tuple(extent if at in axes else 1 for at, extent in enumerate(shape))
+
+
+# ---- blocks ----
+
+
+@st.composite
+def geometries(draw):
+    """(shape of cells, sizes of blocks over its last axes)."""
+    shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=5)))
+    axes = draw(st.integers(1, len(shape)))
+    return shape, tuple(draw(st.integers(1, 9)) for _ in range(axes))
+
+
+def fitting(shape, sizes):
+    """Extents of the blocked axes and of blocks, cut to them."""
+    extents = shape[len(shape) - len(sizes) :]
+    return extents, [min(size, extent) for size, extent in zip(sizes, extents, strict=True)]
+
+
+@given(geometries(), st.floats(0, 1), st.integers(0, 99))
+def test_blocks_widen_seeds_to_blocks(geometry, p, seed):
+    """Pass after pass by the contract's own primitive, against one block after another."""
+    shape, sizes = geometry
+    plan = variants.blocks(shape, p, sizes)
+    extents, fits = fitting(shape, sizes)
+    lead = shape[: len(shape) - len(sizes)]
+    assert plan.seeds == (*lead, *(extent - size + 1 for extent, size in zip(extents, fits, strict=True)))
+    assert len(plan.passes) == len(sizes)
+    seeds = fd.draw_mask(plan.seeds, 0.2, rng=seed)
+    words = seeds.words
+    bits = math.prod(plan.seeds)
+    for outer, n, inner, block in plan.passes:
+        assert outer * n * inner == bits
+        bits = outer * (n + block - 1) * inner
+        to = np.empty(word_count(bits), np.uint32)
+        reference.dilate_bits(to, words, outer, n, inner, block)
+        words = to
+    assert bits == math.prod(shape)
+    keep = np.ones(shape, np.bool_)
+    for at in np.argwhere(~seeds.to_bool()):
+        corner = zip(at[len(lead) :], fits, strict=True)
+        keep[(*at[: len(lead)], *(slice(i, i + size) for i, size in corner))] = False
+    assert (fd.PackedMask(words, shape, 0.5).to_bool() == keep).all()
+
+
+@pytest.mark.parametrize("feature_size", [1, 5, 7, 14, 56])
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
+def test_blocks_gamma_is_ghiasis(feature_size, size):
+    """Equation 1 of the paper, for square maps: (1 - keep_prob) / size**2 * feature**2 / (feature - size + 1)**2."""
+    size = min(size, feature_size)
+    for p in (0.1, 0.25, 0.9):
+        gamma = p / size**2 * feature_size**2 / (feature_size - size + 1) ** 2
+        shape = (8, 3, feature_size, feature_size)
+        assert math.isclose(variants.blocks(shape, p, (size, size)).gamma, gamma, rel_tol=4 * ULP)
+
+
+@given(geometries(), st.floats(0, 1))
+def test_blocks_gamma_is_a_probability_up_to_p(geometry, p):
+    """p itself where blocks are single cells or fill the axes; then nothing overlaps."""
+    shape, sizes = geometry
+    gamma = variants.blocks(shape, p, sizes).gamma
+    assert 0 <= gamma <= p
+    extents, fits = fitting(shape, sizes)
+    if all(size in (1, extent) for size, extent in zip(fits, extents, strict=True)):
+        assert gamma == p
+
+
+@given(geometries())
+def test_blocks_of_p_at_the_ends(geometry):
+    shape, sizes = geometry
+    assert variants.blocks(shape, 0.0, sizes).gamma == 0.0
+    assert variants.blocks(shape, 1.0, sizes).gamma == 1.0
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5), (0, 0, 0, 0)], ids=str)
+def test_blocks_of_nothing(shape):
+    plan = variants.blocks(shape, 0.3, (3, 3))
+    assert 0 <= plan.gamma <= 1
+    assert math.prod(shape) == 0
+
+
+def covers(extents, fits):
+    """How many blocks hold each cell of a map: the product over its axes."""
+    along = []
+    for extent, size in zip(extents, fits, strict=True):
+        count = np.zeros(extent, np.int64)
+        for start in range(extent - size + 1):
+            count[start : start + size] += 1
+        along.append(count)
+    return math.prod(np.ix_(*along)).reshape(-1)
+
+
+@given(geometries(), st.floats(0, 0.999))
+def test_blocks_drop_a_little_less_than_p(geometry, p):
+    """A cell in c blocks is kept with probability (1 - gamma)**c, and the c average to p / gamma: by Bernoulli's and
+    Bonferroni's inequalities the share dropped lies between p - gamma**2 mean(c (c - 1)) / 2 and p."""
+    shape, sizes = geometry
+    gamma, c = variants.blocks(shape, p, sizes).gamma, covers(*fitting(shape, sizes))
+    assert math.isclose(c.mean() * gamma, p, rel_tol=1e-12, abs_tol=1e-300)
+    dropped = 1 - np.mean((1 - gamma) ** c)
+    assert p - gamma**2 * np.mean(c * (c - 1)) / 2 - 1e-12 <= dropped <= p + 1e-12
+
+
+@pytest.mark.parametrize(
+    ("extents", "size", "dropped"),
+    [((56, 56), 7, 0.0946), ((14, 14), 7, 0.0929), ((28, 28), 3, 0.0954), ((7, 7), 7, 0.1)],
+    ids=str,
+)
+def test_blocks_drop_nearly_p(extents, size, dropped):
+    """At the usual p = 0.1 overlaps cost less than a tenth."""
+    gamma = variants.blocks((1, 1, *extents), 0.1, (size, size)).gamma
+    expected = 1 - np.mean((1 - gamma) ** covers(extents, (size, size)))
+    assert expected == pytest.approx(dropped, abs=5e-5)
+
+
+# ---- the module as a whole ----
+
+
+def test_public_names():
+    """All functions and classes of its own."""
+    own = {name for name, value in vars(variants).items() if getattr(value, "__module__", "") == variants.__name__}
+    assert set(variants.__all__) == {name for name in own if not name.startswith("_")}
+
+
+def test_affine_refuses_an_unknown_law():
+    with pytest.raises(ValueError, match="law must be one of 'inverted', 'standard', 'alpha', 'alpha_slope'"):
+        variants.affine("invertd", 1 << 31)

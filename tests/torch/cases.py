@@ -1,0 +1,323 @@
+"""What the tests of torch's face share; import it after `pytest.importorskip("torch")`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+import fastdrop as fd
+import fastdrop.torch as fdt
+
+from ..cases import DTYPES
+
+
+def assert_equal(actual, expected):
+    if isinstance(expected, tuple):
+        assert len(actual) == len(expected)
+        for a, e in zip(actual, expected, strict=True):
+            assert_equal(a, e)
+        return
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def tensor_of(array):
+    """A new tensor of the same bits."""
+    array = np.array(array, order="C")
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def array_of(tensor):
+    """The same bits in C order; a complex number as two."""
+    tensor = tensor.detach().contiguous()
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.dtype is torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(DTYPES[3].public)
+    return tensor.numpy()
+
+
+def under(seed, function, *arguments, **options):
+    """The function's result when torch's generator starts at seed."""
+    torch.manual_seed(seed)
+    return function(*arguments, **options)
+
+
+def gradient(function, x):
+    """The output, and the gradient of its sine's sum."""
+    x = x.detach().clone().requires_grad_()
+    y = function(x)
+    y.sin().sum().backward()
+    return y.detach(), x.grad
+
+
+@contextlib.contextmanager
+def saved_tensors() -> Iterator[list[Tensor]]:
+    """What is kept for backward."""
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        yield kept
+
+
+def numbers_drawn(call, generator=None):
+    """How many 63-bit numbers a call takes from a generator; None if what it leaves is not the state after so many."""
+    generator = generator or torch.default_generator
+    before = generator.get_state()
+    call()
+    after = generator.get_state()
+    try:
+        generator.set_state(before)
+        for count in range(4):
+            if torch.equal(generator.get_state(), after):
+                return count
+            torch.empty((), dtype=torch.int64).random_(generator=generator)
+        return None
+    finally:
+        generator.set_state(after)
+
+
+def untouched(x, call, error, match):
+    """The call is refused, and nothing tells that it was made: no element, version or random number has changed."""
+    before, version = x.detach().clone(), x._version
+
+    def refused():
+        with pytest.raises(error, match=match):
+            call()
+
+    assert numbers_drawn(refused) == 0
+    assert torch.equal(x, before)
+    assert x._version == version
+
+
+class Log(TorchDispatchMode):
+    """Remembers the ops that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+class LogFunctions(TorchFunctionMode):
+    """Remembers the functions that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+class Named(torch.Tensor):
+    """A subclass by ``__torch_function__``, which remembers what was called."""
+
+    seen: list
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        cls.seen.append(function)
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+class Wrapped(torch.Tensor):
+    """A wrapper by ``__torch_dispatch__``: it has no memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner):
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, inner.stride(), dtype=inner.dtype, requires_grad=inner.requires_grad
+        )
+
+    def __init__(self, inner):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(Wrapped, lambda x: x.inner, (args, kwargs or {}))
+        return tree_map_only(torch.Tensor, Wrapped, function(*args, **kwargs))
+
+
+# ---- the family ----
+
+FLOOR = -1.7580993408473766  # SELU's value far to the left, to which alpha dropout drops
+
+
+def alpha(p):
+    """(a, b, c) of alpha dropout: kept x becomes a x + b, a dropped one c."""
+    a = ((1 - p) * (1 + p * FLOOR**2)) ** -0.5
+    return a, -a * p * FLOOR, a * (1 - p) * FLOOR
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of dropout: the function of torch's face, the same in NumPy with its mask, the module.
+
+    ``torch`` and ``numpy`` are called with data and p, ``module`` with p. A decision is drawn for each of ``cells``.
+    """
+
+    shape: tuple[int, ...]
+    cells: tuple[int, ...]
+    torch: Callable[..., Tensor]
+    numpy: Callable[..., tuple[Any, Any]]
+    module: Callable[..., torch.nn.Module] | None = None
+    law: str = "inverted"
+    stores: tuple[str, ...] = ("bits", "seed")
+    in_place: bool = True
+
+    @property
+    def p(self) -> tuple[float, ...]:
+        """One that drops a part and, where there is such a thing, the one that drops all."""
+        return (0.3,) if self.law == "gaussian" else (0.3, 1.0)
+
+    @property
+    def in_places(self) -> list[dict[str, bool]]:
+        """Options: out of place and, where it can be, in place."""
+        return [{}, {"inplace": True}] if self.in_place else [{}]
+
+    @property
+    def probability(self) -> str:
+        """What an error calls p: torch's word, or torchvision's."""
+        return "drop probability" if self.law == "blocks" or "mode" in arguments(self.torch) else "dropout probability"
+
+    def affine(self, p: float) -> tuple[float, float, float]:
+        return {"inverted": (1 / (1 - p), 0.0, 0.0), "standard": (1.0, 0.0, 0.0), "alpha": alpha(p)}[self.law]
+
+    def stored_as(self, store: str) -> Kind:
+        """This kind, keeping one of its stores for backward."""
+        if len(self.stores) == 1:
+            return self
+        module = None if self.module is None else partial(self.module, store=store)
+        return replace(self, torch=partial(self.torch, store=store), module=module, stores=(store,))
+
+
+def arguments(function: Callable[..., Any]) -> dict[str, Any]:
+    """Those bound by `functools.partial`."""
+    return function.keywords if isinstance(function, partial) else {}
+
+
+def _coupled(x, p, block_size, **options):
+    _, mask = fd.drop_block(x[:, :1], p, block_size, **options)
+    return fd.apply_mask(x, mask), mask
+
+
+def _standard(function):
+    return partial(function, scaling="standard")
+
+
+KINDS = {
+    "dropout standard": Kind(
+        (7, 33), (7, 33), _standard(fdt.dropout), _standard(fd.dropout), _standard(fdt.Dropout), "standard"
+    ),
+    "dropout1d": Kind((4, 15, 6), (4, 15, 1), fdt.dropout1d, fd.feature_dropout, fdt.Dropout1d),
+    "dropout1d unbatched": Kind(
+        (60, 6), (60, 1), fdt.dropout1d, partial(fd.feature_dropout, channel_axis=0), fdt.Dropout1d
+    ),
+    "dropout2d": Kind((4, 15, 3, 2), (4, 15, 1, 1), fdt.dropout2d, fd.feature_dropout, fdt.Dropout2d),
+    "dropout3d": Kind((4, 15, 3, 2, 2), (4, 15, 1, 1, 1), fdt.dropout3d, fd.feature_dropout, fdt.Dropout3d),
+    "dropout3d unbatched": Kind(
+        (60, 3, 2, 2), (60, 1, 1, 1), fdt.dropout3d, partial(fd.feature_dropout, channel_axis=0), fdt.Dropout3d
+    ),
+    "alpha_dropout": Kind(
+        (7, 33), (7, 33), partial(fdt.alpha_dropout, training=True), fd.alpha_dropout, fdt.AlphaDropout, "alpha"
+    ),
+    "feature_alpha_dropout": Kind(
+        (4, 15, 3, 2),
+        (4, 15, 1, 1),
+        partial(fdt.feature_alpha_dropout, training=True),
+        fd.feature_alpha_dropout,
+        fdt.FeatureAlphaDropout,
+        "alpha",
+    ),
+    "variational_dropout": Kind(
+        (9, 5, 13),
+        (1, 5, 13),
+        partial(fdt.variational_dropout, time_axis=0),
+        partial(fd.variational_dropout, time_axis=0),
+        partial(fdt.VariationalDropout, time_axis=0),
+    ),
+    "variational_dropout batch first": Kind(
+        (5, 9, 13),
+        (5, 1, 13),
+        partial(fdt.variational_dropout, time_axis=-2),
+        partial(fd.variational_dropout, time_axis=-2),
+        partial(fdt.VariationalDropout, time_axis=-2),
+    ),
+    "drop_connect": Kind((7, 33), (7, 33), fdt.drop_connect, fd.drop_connect, in_place=False),
+    "drop_block2d": Kind(
+        (3, 2, 7, 8),
+        (3, 2, 7, 8),
+        partial(fdt.drop_block2d, block_size=3),
+        partial(fd.drop_block, block_size=3),
+        partial(fdt.DropBlock2d, block_size=3),
+        "blocks",
+        ("bits",),
+    ),
+    "drop_block2d uneven": Kind(
+        (3, 2, 7, 8),
+        (3, 2, 7, 8),
+        partial(fdt.drop_block2d, block_size=(2, 9)),
+        partial(fd.drop_block, block_size=(2, 9)),
+        partial(fdt.DropBlock2d, block_size=(2, 9)),
+        "blocks",
+        ("bits",),
+    ),
+    "drop_block2d coupled": Kind(
+        (3, 2, 7, 8),
+        (3, 1, 7, 8),
+        partial(fdt.drop_block2d, block_size=3, couple_channels=True),
+        partial(_coupled, block_size=3),
+        partial(fdt.DropBlock2d, block_size=3, couple_channels=True),
+        "blocks",
+        ("bits",),
+    ),
+    "drop_block3d": Kind(
+        (2, 2, 4, 5, 6),
+        (2, 2, 4, 5, 6),
+        partial(fdt.drop_block3d, block_size=2),
+        partial(fd.drop_block, block_size=2),
+        partial(fdt.DropBlock3d, block_size=2),
+        "blocks",
+        ("bits",),
+    ),
+    "stochastic_depth row": Kind(
+        (60, 3, 2),
+        (60, 1, 1),
+        partial(fdt.stochastic_depth, mode="row"),
+        partial(fd.stochastic_depth, mode="row"),
+        partial(fdt.StochasticDepth, mode="row"),
+    ),
+    "stochastic_depth batch": Kind(
+        (6, 3, 2),
+        (1, 1, 1),
+        partial(fdt.stochastic_depth, mode="batch"),
+        partial(fd.stochastic_depth, mode="batch"),
+        partial(fdt.StochasticDepth, mode="batch"),
+    ),
+    "gaussian_dropout": Kind(
+        (7, 33), (7, 33), fdt.gaussian_dropout, fd.gaussian_dropout, fdt.GaussianDropout, "gaussian", ("seed",)
+    ),
+}
+
+# The same once for each of its stores.
+WAYS = {
+    name if len(kind.stores) == 1 else f"{name}, {store}": kind.stored_as(store)
+    for name, kind in KINDS.items()
+    for store in kind.stores
+}

@@ -1,0 +1,304 @@
+"""Standard dropout folded into the weights that follow: the same output in evaluation, without the dropout."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn
+from torch.nn import functional as F
+
+import fastdrop.torch as fdt
+from fastdrop.torch.models.fold import fold_scaling
+
+
+@pytest.fixture(autouse=True)
+def torch_state():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def standard(p=0.4, **options):
+    return fdt.Dropout(p, scaling="standard", **options)
+
+
+class Net(nn.Module):
+    """A forward of one's own over modules by name."""
+
+    def __init__(self, run, **modules):
+        super().__init__()
+        self.run = run
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def outputs(model, *shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model(x)
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def two_dropouts_in_turn():
+    drop, fc = standard(), nn.Linear(8, 3)
+    return Net(lambda self, x: self.fc(self.drop(self.drop(x).relu())), drop=drop, fc=fc)
+
+
+def untraceable(self, x):
+    return self.inner(x) if x.sum() < 1e9 else x
+
+
+# A model, the shape of its input, and what of it takes a factor, how often.
+FOLDED = {
+    "linear": (lambda: nn.Sequential(standard(), nn.Linear(8, 3)), (5, 8), {"1.weight": 1}),
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(8, 9), nn.ReLU(), standard(), nn.Linear(9, 7), standard(0.2), nn.Linear(7, 2)),
+        (5, 8),
+        {"3.weight": 1, "5.weight": 1},
+    ),
+    "cnn": (
+        lambda: nn.Sequential(
+            standard(),
+            nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"),
+            standard(),
+            nn.LeakyReLU(),
+            nn.MaxPool2d(2),
+            nn.AvgPool2d(2),
+            nn.Dropout2d(0.1),
+            nn.Flatten(),
+            nn.Identity(),
+            nn.Linear(16, 2),
+        ),
+        (5, 3, 8, 8),
+        {"1.weight": 1, "9.weight": 1},
+    ),
+    "transposed": (lambda: nn.Sequential(standard(), nn.ConvTranspose1d(3, 4, 3)), (5, 3, 8), {"1.weight": 1}),
+    "functions": (
+        lambda: Net(
+            lambda self, x: self.fc(
+                F.adaptive_avg_pool2d(F.relu(F.max_pool2d(self.drop(x), 2)), 1).view(x.size(0), -1)
+            ),
+            drop=standard(),
+            fc=nn.Linear(3, 2),
+        ),
+        (5, 3, 8, 8),
+        {"fc.weight": 1},
+    ),
+    "shape read": (
+        lambda: Net(
+            lambda self, x: (lambda h: self.fc(h.relu().reshape(h.shape[0], h.size(1))))(self.drop(x)),
+            drop=standard(),
+            fc=nn.Linear(8, 2),
+        ),
+        (5, 8),
+        {"fc.weight": 1},
+    ),
+    "two heads": (
+        lambda: Net(
+            lambda self, x: (lambda h: self.a(h) + self.b(h.relu()))(self.drop(x)),
+            drop=standard(),
+            a=nn.Linear(8, 2),
+            b=nn.Linear(8, 2),
+        ),
+        (5, 8),
+        {"a.weight": 1, "b.weight": 1},
+    ),
+    "argument by name": (
+        lambda: Net(lambda self, x: self.fc(input=self.drop(input=x)), drop=standard(), fc=nn.Linear(8, 2)),
+        (5, 8),
+        {"fc.weight": 1},
+    ),
+    "residual around": (
+        lambda: Net(lambda self, x: x + self.fc(self.drop(x)), drop=standard(), fc=nn.Linear(8, 8)),
+        (5, 8),
+        {"fc.weight": 1},
+    ),
+    "one dropout, two places": (
+        lambda: Net(
+            lambda self, x: self.b(self.drop(self.a(self.drop(x)).relu())),
+            drop=standard(),
+            a=nn.Linear(8, 8),
+            b=nn.Linear(8, 2),
+        ),
+        (5, 8),
+        {"a.weight": 1, "b.weight": 1},
+    ),
+    "one dropout, twice in a row": (two_dropouts_in_turn, (5, 8), {"fc.weight": 2}),
+    "two dropouts in a row": (lambda: nn.Sequential(standard(), standard(), nn.Linear(8, 2)), (5, 8), {"2.weight": 2}),
+    "sequence in what can't be traced": (
+        lambda: Net(untraceable, inner=nn.Sequential(nn.Linear(8, 8), nn.Sequential(standard(), nn.Linear(8, 2)))),
+        (5, 8),
+        {"inner.1.1.weight": 1},
+    ),
+    "constants and buffers": (
+        lambda: Net(lambda self, x: self.fc(self.drop(x)) + torch.ones(2), drop=standard(), fc=nn.Linear(8, 2)),
+        (5, 8),
+        {"fc.weight": 1},
+    ),
+    "p of 0": (lambda: nn.Sequential(standard(0.0), nn.Linear(8, 2)), (5, 8), {}),
+    "p of 1": (lambda: nn.Sequential(standard(1.0), nn.Linear(8, 2)), (5, 8), {"1.weight": 1}),
+}
+
+
+@pytest.mark.parametrize(("make", "shape", "scaled"), FOLDED.values(), ids=FOLDED)
+def test_folded_model_gives_the_same_without_dropout(make, shape, scaled):
+    model = make().eval()
+    rates = {module.p for module in model.modules() if isinstance(module, fdt.Dropout)}
+    before, expected, attributes = weights(model), outputs(model, *shape), list(vars(model))
+    report = fold_scaling(model)
+    assert list(vars(model)) == attributes
+    torch.testing.assert_close(outputs(model, *shape), expected)
+    assert not any(isinstance(module, fdt.Dropout) for module in model.modules())
+    assert all(not module.training for module in model.modules())
+    changed = [row for row in report if "standard" in row.before]
+    assert changed == report.changed
+    assert len(report.changed) >= 1
+    for name, weight in weights(model).items():
+        if name in scaled and len(rates) == 1:
+            torch.testing.assert_close(weight, before[name] * (1 - min(rates)) ** scaled[name])
+        assert torch.equal(weight, before[name]) is (name not in scaled)
+
+
+def test_factor_is_that_of_the_p_really_used():
+    p = 0.3 + 2.0**-34
+    model = nn.Sequential(standard(p), nn.Linear(4, 4, dtype=torch.float64)).eval()
+    before = model[1].weight.detach().clone()
+    fold_scaling(model)
+    assert torch.equal(model[1].weight, before * (1 - round(p * 2**32) / 2**32))
+
+
+def shared_weight():
+    model = nn.Sequential(standard(), nn.Linear(8, 8), nn.Linear(8, 8))
+    model[2].weight = model[1].weight
+    return model
+
+
+def with_hook(index, pre=False):
+    model = nn.Sequential(standard(), nn.ReLU(), nn.Linear(8, 2))
+    if pre:
+        model[index].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    else:
+        model[index].register_forward_hook(lambda module, inputs, output: output + 1)
+    return model
+
+
+class MyLinear(nn.Linear):
+    def forward(self, x):
+        return super().forward(x + 1)
+
+
+# Models that stay as they are, and why.
+LEFT = {
+    "output": (lambda: nn.Sequential(nn.Linear(8, 8), standard()), "output goes to output"),
+    "sigmoid": (lambda: nn.Sequential(standard(), nn.Sigmoid(), nn.Linear(8, 2)), "output goes to 1"),
+    "residual": (
+        lambda: Net(lambda self, x: (lambda h: self.fc(h) + h)(self.drop(x)), drop=standard(), fc=nn.Linear(8, 8)),
+        "output goes to add",
+    ),
+    "batch norm": (lambda: nn.Sequential(standard(), nn.BatchNorm1d(8), nn.Linear(8, 2)), "output goes to 1"),
+    "subclass": (lambda: nn.Sequential(standard(), MyLinear(8, 2)), "output goes to add"),
+    "wrapped": (lambda: nn.Sequential(standard(), nn.utils.parametrizations.weight_norm(nn.Linear(8, 2))), "goes to 1"),
+    "transposed by attribute": (
+        lambda: Net(lambda self, x: self.fc(self.drop(x).T), drop=standard(), fc=nn.Linear(5, 2)),
+        "output goes to T",
+    ),
+    "layer called twice": (
+        lambda: Net(lambda self, x: self.fc(self.drop(x)) + self.fc(x), drop=standard(), fc=nn.Linear(8, 2)),
+        "fc is called, or its weight used, elsewhere too",
+    ),
+    "weight of two layers": (shared_weight, "1 is called, or its weight used, elsewhere too"),
+    "weight read": (
+        lambda: Net(lambda self, x: self.fc(self.drop(x)) + self.fc.weight.norm(), drop=standard(), fc=nn.Linear(8, 2)),
+        "fc is called, or its weight used, elsewhere too",
+    ),
+    "one of two places": (
+        lambda: Net(lambda self, x: self.drop(self.fc(self.drop(x))), drop=standard(), fc=nn.Linear(8, 2)),
+        "output goes to output",
+    ),
+    "dropout in place": (
+        lambda: nn.Sequential(nn.Linear(8, 8), standard(inplace=True), nn.Linear(8, 2)),
+        "1 writes in place",
+    ),
+    "relu in place": (
+        lambda: Net(
+            lambda self, x: (lambda h: self.b(F.relu(self.drop(h), inplace=True)) + h.sum())(self.a(x)),
+            drop=standard(),
+            a=nn.Linear(8, 8),
+            b=nn.Linear(8, 2),
+        ),
+        "relu writes in place",
+    ),
+    "hook on the dropout": (lambda: with_hook(0), "0 has hooks"),
+    "hook between": (lambda: with_hook(1), "1 has hooks"),
+    "hook before the layer": (lambda: with_hook(2, pre=True), "2 has hooks"),
+    "not called": (lambda: Net(lambda self, x: x + 1, drop=standard()), "no layer follows"),
+    "can't be traced": (
+        lambda: Net(lambda self, x: self.fc(self.drop(x)) if x.sum() < 1e9 else x, drop=standard(), fc=nn.Linear(8, 2)),
+        "no layer follows, as far as the model can be traced",
+    ),
+    "end of a sequence in what can't be traced": (
+        lambda: Net(untraceable, inner=nn.Sequential(nn.Linear(8, 2), standard())),
+        "output goes to output",
+    ),
+    "the model itself": (standard, "no layer follows"),
+    "inverted": (lambda: nn.Sequential(fdt.Dropout(0.4), nn.Linear(8, 2)), "nothing to fold"),
+    "torch's": (lambda: nn.Sequential(nn.Dropout(0.4), nn.Linear(8, 2)), "nothing to fold"),
+    "of another kind": (lambda: nn.Sequential(fdt.GaussianDropout(0.4), nn.Linear(8, 2)), "nothing to fold"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), LEFT.values(), ids=LEFT)
+def test_left_with_the_reason(make, reason):
+    model = make().eval()
+    before, expected, text = weights(model), outputs(model, 5, 8), repr(model)
+    report = fold_scaling(model)
+    (row,) = report
+    assert row.after is None
+    assert reason in row.reason
+    assert reason in str(report)
+    assert repr(model) == text
+    assert torch.equal(outputs(model, 5, 8), expected)
+    assert all(torch.equal(weight, before[name]) for name, weight in weights(model).items())
+
+
+def test_dropout_held_under_two_names_is_replaced_under_both():
+    model = Net(lambda self, x: self.fc(self.a(x)), a=standard(), fc=nn.Linear(8, 2))
+    model.b = model.a
+    (row,) = fold_scaling(model.eval())
+    assert row.path == "a"
+    assert row.after == "Identity(), fc.weight * 0.6"
+    assert type(model.a) is type(model.b) is nn.Identity
+
+
+def test_report_prints_a_table():
+    model = nn.Sequential(standard(0.5), nn.Linear(8, 8), fdt.Dropout(0.1))
+    lines = str(fold_scaling(model.eval())).splitlines()
+    assert lines[0].split() == ["module", "before", "after"]
+    assert lines[1].startswith("0 ")
+    assert lines[1].endswith("Identity(), 1.weight * 0.5")
+    assert lines[2].endswith("left: no factor in evaluation: nothing to fold")
+
+
+def test_folded_weights_train_on():
+    model = nn.Sequential(standard(0.5), nn.Linear(8, 2)).eval()
+    weight = model[1].weight
+    fold_scaling(model)
+    assert model[1].weight is weight
+    assert weight.is_leaf
+    model(torch.ones(1, 8)).sum().backward()
+    assert torch.equal(weight.grad, torch.ones(2, 8))
+
+
+def test_refuses_a_model_in_training():
+    model = nn.Sequential(standard(), nn.Linear(8, 2))
+    with pytest.raises(ValueError, match=r"^model must be in evaluation mode.*call model\.eval\(\) first$"):
+        fold_scaling(model)
+    assert isinstance(model[0], fdt.Dropout)

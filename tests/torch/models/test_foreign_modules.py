@@ -1,0 +1,466 @@
+"""timm's and torchvision's modules that drop, converted and while enabled: stand-ins of those names and attributes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import sys
+import threading
+import types
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn
+
+import fastdrop.torch as fdt
+from fastdrop.torch.nn.dropout import TimmDropBlock2d
+
+from ...cases import output_of
+from ..cases import assert_equal, gradient, numbers_drawn, under
+
+TIMM, DEPTH, BLOCK = "timm.layers.drop", "torchvision.ops.stochastic_depth", "torchvision.ops.drop_block"
+
+
+@pytest.fixture(autouse=True)
+def torch_state():
+    with torch.random.fork_rng():
+        yield
+    fdt.disable()
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """Both packages as if imported: classes by name, which in training multiply by 3, so that they are told apart."""
+    for name in ("timm", "timm.layers", TIMM, "torchvision", "torchvision.ops", DEPTH, BLOCK):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+
+    class Theirs(nn.Module):
+        def forward(self, x):
+            return x * 3 if self.training else x
+
+    class DropPath(nn.Module):
+        def __init__(self, drop_prob=0.0, scale_by_keep=True):
+            super().__init__()
+            self.drop_prob, self.scale_by_keep = drop_prob, scale_by_keep
+
+        def forward(self, x):
+            return Theirs.forward(self, x)
+
+        def extra_repr(self):
+            return f"drop_prob={self.drop_prob}"
+
+    class TimmBlock(nn.Module):
+        def __init__(
+            self,
+            drop_prob=0.1,
+            block_size=7,
+            gamma_scale=1.0,
+            with_noise=False,
+            inplace=False,
+            couple_channels=True,
+            scale_by_keep=True,
+        ):
+            super().__init__()
+            self.drop_prob, self.gamma_scale, self.block_size = drop_prob, gamma_scale, block_size
+            self.with_noise, self.inplace = with_noise, inplace
+            self.couple_channels, self.scale_by_keep = couple_channels, scale_by_keep
+
+        def forward(self, x):
+            return Theirs.forward(self, x)
+
+    class StochasticDepth(nn.Module):
+        def __init__(self, p, mode):
+            super().__init__()
+            self.p, self.mode = p, mode
+
+        def forward(self, input):
+            return Theirs.forward(self, input)
+
+        def __repr__(self):
+            return f"StochasticDepth(p={self.p}, mode={self.mode})"
+
+    class Block2d(nn.Module):
+        def __init__(self, p, block_size, inplace=False, eps=1e-6):
+            super().__init__()
+            self.p, self.block_size, self.inplace, self.eps = p, block_size, inplace, eps
+
+        def forward(self, input):
+            return Theirs.forward(self, input)
+
+    class Block3d(Block2d):
+        def forward(self, input):
+            return Theirs.forward(self, input)
+
+    placed = (DropPath, TIMM, "DropPath"), (TimmBlock, TIMM, "DropBlock2d"), (StochasticDepth, DEPTH, "StochasticDepth")
+    for cls, module, name in (*placed, (Block2d, BLOCK, "DropBlock2d"), (Block3d, BLOCK, "DropBlock3d")):
+        cls.__module__, cls.__name__, cls.__qualname__ = module, name, name
+        setattr(sys.modules[module], name, cls)
+    return types.SimpleNamespace(
+        DropPath=DropPath, TimmBlock=TimmBlock, StochasticDepth=StochasticDepth, Block2d=Block2d, Block3d=Block3d
+    )
+
+
+IMAGES, VOLUMES = (6, 3, 7, 8), (3, 2, 4, 5, 6)
+
+# Theirs, what it becomes, the function that it then is, and the shape it takes.
+MODULES = {
+    "DropPath": (
+        lambda p: p.DropPath(0.3),
+        fdt.DropPath,
+        lambda x: fdt.stochastic_depth(x, 0.3, "row"),
+        IMAGES,
+    ),
+    "DropPath unscaled": (
+        lambda p: p.DropPath(0.3, scale_by_keep=False),
+        fdt.DropPath,
+        lambda x: fdt.stochastic_depth(x, 0.3, "row", scaling="standard"),
+        IMAGES,
+    ),
+    "timm DropBlock2d": (
+        lambda p: p.TimmBlock(0.3, 3),
+        TimmDropBlock2d,
+        lambda x: fdt.drop_block2d(x, 0.3, 3, couple_channels=True),
+        IMAGES,
+    ),
+    "timm DropBlock2d of single channels": (
+        lambda p: p.TimmBlock(0.4, 2, gamma_scale=0.5, couple_channels=False),
+        TimmDropBlock2d,
+        lambda x: fdt.drop_block2d(x, 0.2, 2),
+        IMAGES,
+    ),
+    "StochasticDepth row": (
+        lambda p: p.StochasticDepth(0.3, "row"),
+        fdt.StochasticDepth,
+        lambda x: fdt.stochastic_depth(x, 0.3, "row"),
+        IMAGES,
+    ),
+    "StochasticDepth batch": (
+        lambda p: p.StochasticDepth(0.3, "batch"),
+        fdt.StochasticDepth,
+        lambda x: fdt.stochastic_depth(x, 0.3, "batch"),
+        IMAGES,
+    ),
+    "torchvision DropBlock2d": (
+        lambda p: p.Block2d(0.3, 3),
+        fdt.DropBlock2d,
+        lambda x: fdt.drop_block2d(x, 0.3, 3),
+        IMAGES,
+    ),
+    "torchvision DropBlock3d": (
+        lambda p: p.Block3d(0.3, 3),
+        fdt.DropBlock3d,
+        lambda x: fdt.drop_block3d(x, 0.3, 3),
+        VOLUMES,
+    ),
+}
+LEFT = {
+    "noise": (lambda p: p.TimmBlock(0.3, 3, with_noise=True), "puts noise where it drops"),
+    "unscaled": (lambda p: p.TimmBlock(0.3, 3, scale_by_keep=False), "doesn't scale what it keeps"),
+}
+
+
+@pytest.fixture(params=MODULES)
+def case(request, packages):
+    """(module, its class with us, function, input)"""
+    make, become, function, shape = MODULES[request.param]
+    return make(packages), become, function, torch.randn(shape, dtype=torch.float64)
+
+
+# ---- convert ----
+
+
+def test_convert_and_revert(case):
+    module, become, function, x = case
+    theirs, before, attributes = type(module), repr(module), dict(vars(module))
+    module.eval()
+    model = nn.ModuleDict({"held": module, "again": nn.Sequential(module)})
+    report = fdt.convert(model, store="seed")
+    (row,) = report
+    assert (row.path, row.before, row.after) == ("held", before, repr(module))
+    assert not report.left
+    assert (type(module), module.training) == (become, False)
+    assert getattr(module, "store", "seed") == "seed"  # DropBlock keeps bits, and has no choice
+    assert module(x) is x
+    assert_equal(under(3, gradient, module.train(), x), under(3, gradient, function, x))
+    assert len(fdt.convert(model, store="seed")) == 0
+    (row,) = fdt.revert(model)
+    assert (row.path, row.after) == ("held", before)
+    assert type(module) is theirs
+    assert dict(vars(module)) == attributes
+    assert_equal(module(x), x * 3)
+
+
+def test_converted_module_draws_once_and_writes_in_place(case):
+    module, _, function, x = case
+    fdt.convert(module)
+    assert numbers_drawn(lambda: module(x)) == 1
+    if hasattr(module, "inplace"):
+        module.inplace, own = True, x.clone()
+        assert under(3, module, own) is own
+        assert_equal(own, under(3, function, x))
+
+
+def test_copies_of_a_converted_module_revert(case):
+    module, become, _, x = case
+    theirs, before = type(module), repr(module)
+    fdt.convert(module)
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert type(twin) is become
+        assert_equal(under(3, twin, x), under(3, module, x))
+        fdt.revert(twin)
+        assert (type(twin), repr(twin)) == (theirs, before)
+    assert type(module) is become
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_convert_leaves_what_ours_does_not_do_and_says_why(packages, name):
+    make, reason = LEFT[name]
+    module = make(packages)
+    (row,) = fdt.convert(nn.Sequential(module))
+    assert (row.path, row.after, row.reason) == ("0", None, reason)
+    assert type(module) is packages.TimmBlock
+    assert list(vars(module)) == list(vars(make(packages)))
+
+
+def test_convert_knows_timms_former_drop_block(packages):
+    """Which had no ``scale_by_keep`` and no ``couple_channels``, but ``batchwise``."""
+    module, x = packages.TimmBlock(0.3, 3), torch.randn(IMAGES)
+    del module.scale_by_keep, module.couple_channels
+    module.batchwise = True
+    (row,) = fdt.convert(nn.Sequential(module))
+    assert row.reason == "drops the same of all samples"
+    module.batchwise = False
+    assert fdt.convert(nn.Sequential(module)).changed
+    assert_equal(under(3, module, x), under(3, fdt.drop_block2d, x, 0.3, 3))
+
+
+def test_convert_leaves_a_module_whose_forward_was_replaced(case):
+    module = case[0]
+    theirs, inner = type(module), module.forward
+    module.forward = lambda x: inner(x)
+    (row,) = fdt.convert(nn.Sequential(module))
+    assert type(module) is theirs
+    assert "forward" in row.reason
+
+
+def test_convert_does_not_go_by_a_name_alone(packages):
+    """A class of the same name in another package, or derived from theirs, has a forward of its own."""
+
+    class DropPath(packages.DropPath):
+        def forward(self, x):
+            return x * 5
+
+    DropPath.__qualname__ = "DropPath"
+    module = DropPath(0.5)
+    fdt.convert(nn.Sequential(module))
+    assert type(module) is DropPath
+
+
+def test_converted_modules_follow_a_scheduler(case):
+    module, _, _, x = case
+    model = nn.Sequential(module)
+    fdt.convert(model)
+    scheduler = fdt.DropoutScheduler(model, lambda step: 0.2 * step)
+    assert scheduler.paths == ("0",)
+    assert model(x) is x
+    scheduler.step()
+    assert module.p == pytest.approx(0.2)
+    assert float(module._rate) == pytest.approx(0.2)
+    fdt.revert(model)
+    assert "_rate" not in vars(module)
+
+
+def test_timms_drop_block_multiplies_its_probability(packages):
+    module = packages.TimmBlock(0.4, 3, gamma_scale=0.25, couple_channels=False)
+    fdt.convert(module)
+    x = torch.ones(4, 3, 16, 16)
+    assert module.p == module.rate == module.drop_prob == 0.4
+    assert_equal(under(0, module, x), under(0, lambda x: fdt.drop_block2d(x, 0.1, 3), x))
+    module.p = 0.8
+    assert module.drop_prob == 0.8
+    assert_equal(under(0, module, x), under(0, lambda x: fdt.drop_block2d(x, 0.2, 3), x))
+
+
+def test_schedule_means_the_same_to_timms_drop_block_converted_or_not(packages):
+    theirs, ours = (packages.TimmBlock(0.4, 3, gamma_scale=0.25) for _ in range(2))
+    fdt.convert(ours)
+    with fdt.enabled():
+        scheduler = fdt.DropoutScheduler(torch.nn.ModuleList([theirs, ours]), lambda step: 0.5)
+    scheduler.step()
+    assert theirs.drop_prob == ours.drop_prob == 0.5
+    assert "p" not in vars(theirs)
+
+
+# ---- enable ----
+
+
+def test_enabled_module_is_fastdrops(case):
+    module, become, function, x = case
+    with fdt.enabled():
+        assert type(module) is not become
+        for seed in range(3):
+            assert_equal(under(seed, gradient, module, x), under(seed, gradient, function, x))
+        assert numbers_drawn(lambda: module(x)) == 1
+        assert module.eval()(x) is x
+    assert_equal(module.train()(x), x * 3)
+
+
+def test_classes_are_changed_once(packages):
+    """Another thread may be on its way into what they have."""
+    classes = list(vars(packages).values())
+    before = [vars(cls)["forward"] for cls in classes]
+    fdt.enable()
+    grafted = [dict(vars(cls)) for cls in classes]
+    assert all(own["forward"] is not was for own, was in zip(grafted, before, strict=True))
+    fdt.disable()
+    with pytest.raises(KeyError), fdt.enabled():
+        raise KeyError
+    assert [dict(vars(cls)) for cls in classes] == grafted
+
+
+def test_module_follows_the_state(case):
+    def in_a_thread(call):
+        results = []
+        thread = threading.Thread(target=lambda: results.append(call()))
+        thread.start()
+        thread.join()
+        return results[0]
+
+    module, _, function, x = case
+    for _ in range(2):
+        with fdt.enabled():
+            assert_equal(under(1, gradient, module, x), under(1, gradient, function, x))
+            assert_equal(in_a_thread(lambda: module(x)), x * 3)
+        assert_equal(module(x), x * 3)
+
+
+SCRIPTED = """
+import sys, types, torch
+for name in ("timm", "timm.layers", "timm.layers.drop"):
+    sys.modules[name] = types.ModuleType(name)
+def thrice(x: torch.Tensor):
+    return x * 3
+class DropPath(torch.nn.Module):
+    drop_prob: float
+    def __init__(self):
+        super().__init__()
+        self.drop_prob = 0.5
+    def forward(self, x):
+        return thrice(x)
+DropPath.__module__, sys.modules["timm.layers.drop"].DropPath = "timm.layers.drop", DropPath
+import fastdrop.torch as fdt
+fdt.enable()
+forward = DropPath.forward
+fdt.disable()
+print(forward is DropPath.forward, torch.jit.script(DropPath())(torch.ones(1)).item())
+"""
+
+
+def test_module_can_be_scripted(tmp_path):
+    """TorchScript finds the source of its own forward, and the names in it where that was written."""
+    path = tmp_path / "scripted.py"
+    path.write_text(SCRIPTED)
+    assert output_of(f"import runpy; runpy.run_path({str(path)!r}, run_name='__main__')") == "True 3.0"
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_enabled_leaves_what_ours_does_not_do(packages, name):
+    module, x = LEFT[name][0](packages), torch.ones(2, 3, 7, 8)
+    with fdt.enabled():
+        assert_equal(module(x), x * 3)
+
+
+def test_enabled_leaves_other_tensors(case):
+    module, x = case[0], torch.ones(case[3].shape, dtype=torch.int64)
+    with fdt.enabled():
+        assert_equal(module(x), x * 3)
+        assert_equal(module(case[3].to_sparse()).to_dense(), case[3] * 3)
+
+
+def test_enabled_reaches_what_derives_from_theirs(packages):
+    """Unless its forward is its own."""
+
+    class Mine(packages.StochasticDepth):
+        pass
+
+    class Other(packages.StochasticDepth):
+        def forward(self, x):
+            return x * 5
+
+    x = torch.randn(IMAGES)
+    with fdt.enabled():
+        assert_equal(under(3, Mine(0.3, "row"), x), under(3, fdt.stochastic_depth, x, 0.3, "row"))
+        assert_equal(Other(0.3, "row")(x), x * 5)
+
+
+def test_enabled_then_converted_and_back(case):
+    module, become, function, x = case
+    theirs = type(module)
+    with fdt.enabled():
+        fdt.convert(module)
+        assert type(module) is become
+        assert_equal(under(3, module, x), under(3, function, x))
+        fdt.revert(module)
+        assert type(module) is theirs
+        assert_equal(under(3, module, x), under(3, function, x))
+    assert_equal(module(x), x * 3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_enabled_module_compiles_in_one_graph(case):
+    module, _, function, x = case
+    torch.compiler.reset()
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+        assert_equal(compiled(x), x * 3)
+        with fdt.enabled():
+            for seed in range(2):
+                assert_equal(under(seed, gradient, compiled, x), under(seed, gradient, function, x))
+        assert_equal(compiled(x), x * 3)
+    torch.compiler.reset()
+
+
+def test_enabled_copies_are_theirs(case):
+    module, x = case[0], case[3]
+    with fdt.enabled():
+        twins = copy.deepcopy(module), pickle.loads(pickle.dumps(module))
+        assert {type(twin) for twin in twins} == {type(module)}
+    for twin in twins:
+        assert_equal(twin(x), x * 3)
+
+
+def test_enable_passes_over_a_package_without_the_class(packages):
+    del sys.modules[TIMM].DropBlock2d
+    forward = vars(packages.TimmBlock)["forward"]
+    with fdt.enabled():
+        assert vars(packages.TimmBlock)["forward"] is forward
+        assert vars(packages.DropPath)["forward"] is not forward
+
+
+IMPORTS = """
+import sys
+class Watch:
+    def find_spec(self, name, *rest):
+        if name.partition(".")[0] in ("timm", "torchvision"):
+            asked.append(name)
+asked = []
+sys.meta_path.insert(0, Watch())
+import torch, fastdrop.torch as fdt
+fdt.enable()
+fdt.convert(torch.nn.Sequential(torch.nn.Dropout2d(0.5)))
+fdt.disable()
+print(asked, [name for name in sys.modules if name.startswith(("timm", "torchvision"))])
+"""
+
+
+def test_nothing_is_imported():
+    assert output_of(IMPORTS) == "[] []"
+
+
+def test_enabled_modules_are_traced_by_fx(case):
+    module, _, _, x = case
+    module.eval()
+    with fdt.enabled():
+        assert_equal(torch.fx.symbolic_trace(torch.nn.Sequential(module))(x), x)

@@ -1,0 +1,1150 @@
+"""`fuse`: the unfused model's outputs and gradients under the same masks, and what it leaves, with the reason."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+from functools import partial
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import torch.nn.functional as F
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn.utils import prune
+from torch.utils.checkpoint import checkpoint
+
+import fastdrop.torch as fdt
+from fastdrop.torch.models.fuse import transformers_layers
+from fastdrop.torch.models.fuse.torch_layers import fuse, unfuse
+
+from ...cases import ROOT, output_of
+from ..cases import assert_equal, saved_tensors, under
+from .fuse_cases import (
+    HEADS,
+    HIDDEN,
+    WIDTH,
+    AttentionInterface,
+    Backend,
+    BertLayer,
+    BertOutput,
+    GPT2Model,
+    fused_calls,
+    place,
+    sdpa,
+)
+
+BATCH, LENGTH, MEMORY = 2, 5, 7
+ENCODER, DECODER = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
+
+
+@pytest.fixture(autouse=True)
+def torch_state():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+    fdt.disable()
+
+
+def step(model, *inputs, **options):
+    """Output and gradients of the inputs and of all parameters, under one seed."""
+    inputs = [x.detach().clone().requires_grad_() for x in inputs]
+    model.zero_grad()
+    y = under(3, model, *inputs, **options)
+    y.sin().sum().backward()
+    return y.detach(), *(x.grad for x in inputs), *(parameter.grad for parameter in model.parameters())
+
+
+def pair(make):
+    """A fused model, and one with the same parameters that is only converted."""
+    model, plain = make(), make()
+    plain.load_state_dict(model.state_dict())
+    fdt.convert(plain)
+    assert fuse(model).changed
+    return model, plain
+
+
+def shaken(model):
+    """Biases are not 0, nor are weights of norms 1."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, dtype=parameter.dtype), alpha=0.1)
+    return model
+
+
+def assert_same(model, plain, *inputs, **options):
+    """Outputs, gradients and the generator's state after them. Returns what fused functions were called, how often."""
+    with fused_calls() as calls:
+        actual = step(model, *inputs, **options)
+    after = torch.get_rng_state()
+    with fdt.enabled():
+        expected = step(plain, *inputs, **options)
+    assert torch.equal(torch.get_rng_state(), after)
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+    for a, e in zip(under(4, model, *inputs, **options), actual[0], strict=True):
+        assert not torch.equal(a, e)  # something is dropped
+    return calls
+
+
+NO_SOURCE = "its forward can't be read, it has no source; fdt.enable() reaches it if it calls torch's dropout"
+IN_ATTEND = "a function, called in attend; "
+
+
+def left_reasons(report, *read):
+    """Of what was left: (path, reason), but for functions that drop, which the source names and which must be these."""
+    rows = [(row.path, row.reason) for row in report.left]
+    named = [row for row in rows if row[1].startswith(("a function, called in ", "its forward can't be read, "))]
+    assert named == list(read)
+    return [row for row in rows if row not in named]
+
+
+def assert_left(model, *expected, read=()):
+    """Nothing is changed, and the report says why: (path, reason)."""
+    before = [type(module) for module in model.modules()]
+    report = fuse(model)
+    assert not report.changed
+    assert left_reasons(report, *read) == list(expected)
+    assert [type(module) for module in model.modules()] == before
+
+
+# ---- nn.Sequential ----
+
+
+def perceptron(activation=nn.ReLU, p=0.3, dtype=None, bias=True):
+    layers = nn.Linear(WIDTH, HIDDEN, bias, dtype=dtype), activation(), nn.Dropout(p)
+    return nn.Sequential(*layers, nn.Linear(HIDDEN, WIDTH, bias, dtype=dtype), nn.Dropout(p))
+
+
+ACTIVATIONS = {
+    "ReLU": nn.ReLU,
+    "ReLU in place": partial(nn.ReLU, inplace=True),
+    "GELU": nn.GELU,
+    "GELU tanh": partial(nn.GELU, "tanh"),
+    "SiLU": nn.SiLU,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_sequential(name, dtype):
+    model, plain = pair(lambda: perceptron(ACTIVATIONS[name], dtype=dtype, bias=name != "GELU"))
+    x = torch.randn(3, 5, WIDTH, dtype=dtype)
+    assert assert_same(model, plain, x) == {"bias_act_dropout": 2}
+    model.eval(), plain.eval()
+    assert_equal(model(x), plain(x))
+
+
+def test_sequential_among_other_modules():
+    """Runs at any position, parts that aren't any, dropouts of ours and of either store, one that serves twice."""
+
+    def make():
+        torch.manual_seed(1)
+        shared = fdt.Dropout(0.2, store="seed")
+        return nn.Sequential(
+            nn.Dropout(0.1),
+            nn.Linear(WIDTH, HIDDEN),
+            shared,
+            nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.SiLU(), nn.Dropout(0.5, inplace=True), nn.Tanh()),
+            nn.Linear(HIDDEN, WIDTH),
+            nn.GELU(),
+            shared,
+            nn.Linear(WIDTH, WIDTH),
+        ).double()
+
+    model, plain = make(), make()
+    fdt.convert(plain)
+    assert str(fuse(model)).splitlines() == [
+        "module       before                         after",
+        "(the model)  Sequential                     FusedSequential: 1 + 2, 4 + 5 + 6",
+        "0            Dropout(p=0.1, inplace=False)  left: no Linear, or Linear and activation, right before it",
+        "3            Sequential                     FusedSequential: 0 + 1 + 2",
+    ]
+    fdt.convert(model)
+    assert assert_same(model, plain, torch.randn(4, WIDTH, dtype=torch.float64)) == {"bias_act_dropout": 3}
+    x = torch.randn(4, HIDDEN, dtype=torch.float64)
+    torch.testing.assert_close(under(2, model[3:], x), under(2, plain[3:], x))
+    assert type(model[3:]) is type(model)
+
+
+class Named(nn.Linear):
+    pass
+
+
+LEFT = {
+    "nothing to fuse": (lambda: nn.Sequential(nn.Tanh(), nn.Dropout()), "1", "no Linear"),
+    "an unknown activation": (lambda: nn.Sequential(nn.Linear(2, 2), nn.ELU(), nn.Dropout()), "2", "no Linear"),
+    "a subclass": (lambda: nn.Sequential(Named(2, 2), nn.Dropout()), "1", "0 is a Named, not nn.Linear"),
+    "whole channels": (lambda: nn.Sequential(nn.Linear(2, 2), nn.Dropout1d()), "1", "1 is a Dropout1d, not nn.Dropout"),
+    "complex numbers": (
+        lambda: nn.Sequential(nn.Linear(2, 2, dtype=torch.complex64), nn.Dropout()),
+        "1",
+        "0 is not of real numbers",
+    ),
+    "standard scaling": (
+        lambda: nn.Sequential(nn.Linear(2, 2), fdt.Dropout(scaling="standard")),
+        "1",
+        "1 doesn't scale what it keeps",
+    ),
+    "a parametrised layer": (
+        lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)), nn.Dropout()),
+        "1",
+        "0 is a ParametrizedLinear, not nn.Linear",
+    ),
+    "pruning's hook": (
+        lambda: nn.Sequential(prune.random_unstructured(nn.Linear(2, 2), "weight", 1), nn.Dropout()),
+        "1",
+        "0 has hooks",
+    ),
+    "a forward of its own": (
+        lambda: type("Block", (nn.Sequential,), {"forward": lambda self, x: x})(nn.Linear(2, 2), nn.Dropout()),
+        "1",
+        "in a Block: its forward is not Sequential's",
+    ),
+    "attention by itself": (
+        lambda: nn.ModuleList([nn.MultiheadAttention(WIDTH, HEADS, 0.1)]),
+        "0",
+        "drops attention weights inside torch's attention; use fdt.enable()",
+    ),
+    "a recurrent layer": (
+        lambda: nn.Sequential(nn.LSTM(2, 2, 2, dropout=0.1)),
+        "0",
+        "drops between layers inside torch; use fdt.enable()",
+    ),
+    "by itself": (
+        lambda: nn.ModuleList([nn.Dropout()]),
+        "0",
+        "not in a part that is known; fdt.convert or fdt.enable reaches it",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LEFT)
+def test_fuse_leaves_what_it_may_not_skip_and_says_why(name):
+    make, path, reason = LEFT[name]
+    report = fuse(model := make())
+    assert not report.changed
+    read = [("", NO_SOURCE)] if name == "a forward of its own" else []
+    ((left, why),) = left_reasons(report, *read)
+    assert left == path
+    assert why.startswith(reason)
+    assert not any(type(module).__name__.startswith("Fused") for module in model.modules())
+
+
+def test_fuse_leaves_what_was_replaced_on_the_object():
+    model = perceptron()
+    model[1].forward = model[1].forward
+    model[4].forward = model[4].forward
+    reason = "forward was replaced on the object itself"
+    assert_left(model, ("2", f"1's {reason}"), ("4", f"4's {reason}"))
+    model = perceptron()
+    model.forward = model.forward
+    assert_left(model, ("2", f"in a Sequential: its {reason}"), ("4", f"in a Sequential: its {reason}"))
+
+
+class Perceptron(nn.Sequential):
+    """A subclass that adds no code to what it is."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(WIDTH, HIDDEN), nn.GELU(), nn.Dropout(0.3))
+
+
+def test_subclasses_that_inherit_what_is_replaced_are_fused():
+    model, plain = pair(Perceptron)
+    x = torch.randn(4, WIDTH)
+    for twin in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert type(twin).__name__ == "FusedPerceptron"
+        assert isinstance(twin, Perceptron)
+        assert assert_same(twin, plain, x) == {"bias_act_dropout": 1}
+        assert [row.after for row in unfuse(twin)] == ["Perceptron"]
+        assert type(twin) is Perceptron
+
+
+def test_report_tells_the_places_of_a_dropout_that_serves_twice():
+    shared = nn.Dropout(0.2)
+    model = nn.Sequential(nn.Linear(4, 4), shared, nn.Tanh(), shared)
+    assert [(row.path, row.after) for row in fuse(model)] == [("", "FusedSequential: 0 + 1"), ("3", None)]
+
+
+HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook")
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("inner", [0, 1, 2])
+def test_hooks_inside_are_called_whenever_they_come(hook, inner):
+    model, calls = perceptron(), []
+    handle = getattr(model[inner], hook)(lambda *_: calls.append(1))
+    (changed,), (left,) = fuse(model).changed, fuse(model).left
+    assert changed.after == "FusedSequential: 3 + 4"
+    assert (left.path, left.reason) == ("2", f"{inner} has hooks")
+    x = torch.randn(4, WIDTH)
+    step(model, x)
+    assert len(calls) == 1
+    handle.remove()
+    step(model, x)
+    assert len(calls) == 1
+    handle = getattr(model[inner], hook)(lambda *_: calls.append(1))
+    step(model, x)
+    assert len(calls) == 2
+    handle.remove()
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *_: calls.append(module))
+    try:
+        step(model, x)
+    finally:
+        handle.remove()
+    assert calls[2:] == [*model, model]
+
+
+# ---- torch's transformer layers ----
+
+LAYERS = {
+    "post-norm relu": {},
+    "post-norm gelu, batch first": {"activation": F.gelu, "batch_first": True},
+    "post-norm gelu function": {"activation": partial(F.gelu, approximate="tanh")},
+    "pre-norm relu, batch first": {"norm_first": True, "batch_first": True},
+    "pre-norm gelu module": {"norm_first": True, "activation": nn.GELU("tanh")},
+    "post-norm without bias": {"bias": False, "activation": nn.ReLU()},
+    "pre-norm without bias": {"bias": False, "norm_first": True, "activation": "gelu", "batch_first": True},
+}
+
+
+def layer(of, p=0.3, **options):
+    """With rates, parameters and norms that tell its modules apart."""
+    made = shaken(of(WIDTH, HEADS, HIDDEN, p, layer_norm_eps=0.01, **options))
+    for i, module in enumerate(module for module in made.modules() if isinstance(module, nn.Dropout)):
+        module.p = p ** (1 + i)
+    return made
+
+
+def inputs_of(of, dtype=torch.float64, batch_first=False, batch=BATCH):
+    shapes = [(batch, length, WIDTH) for length in (LENGTH, MEMORY)[: 1 + (of is DECODER)]]
+    return [torch.randn(s if batch_first else (s[1], s[0], s[2]), dtype=dtype) for s in shapes]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("of", [ENCODER, DECODER], ids=["encoder", "decoder"])
+def test_layer(of, name, dtype):
+    options = LAYERS[name]
+    model, plain = pair(lambda: layer(of, dtype=dtype, **options))
+    inputs = inputs_of(of, dtype, options.get("batch_first", False))
+    attentions, last = 1 + (of is DECODER), "dropout_add" if "bias" in options else "bias_dropout_add"
+    expected = {"scaled_dot_product_attention": attentions, "bias_act_dropout": 1}
+    if options.get("norm_first"):
+        expected |= {"dropout_add_layer_norm": attentions, last: 1}
+    else:
+        expected |= {"dropout_add_layer_norm": attentions + 1}
+    assert assert_same(model, plain, *inputs) == expected
+    model.eval(), plain.eval()
+    assert_equal(model(*inputs), plain(*inputs))
+    with torch.no_grad():  # the encoder's fast path
+        assert_equal(model(*inputs), plain(*inputs))
+
+
+def masks(dtype):
+    causal = nn.Transformer.generate_square_subsequent_mask(LENGTH, dtype=dtype)
+    padding = torch.arange(LENGTH) >= torch.tensor([[LENGTH], [3]])
+    each = torch.randn(BATCH * HEADS, LENGTH, LENGTH, dtype=dtype)
+    return {
+        "causal": {"mask": causal},
+        "causal by hint": {"mask": causal, "is_causal": True},
+        "bool": {"mask": torch.eye(LENGTH) > 0},
+        "of each head": {"mask": each},
+        "padding": {"key_padding_mask": padding},
+        "float padding and causal by hint": {
+            "mask": causal,
+            "key_padding_mask": padding.to(dtype) * -9,
+            "is_causal": True,
+        },
+        "padding and of each head": {"mask": each > 0.5, "key_padding_mask": padding},
+        "nothing to see": {"mask": torch.ones(LENGTH, LENGTH) > 0},
+    }
+
+
+@pytest.mark.parametrize("batch_first", [True, False], ids=["batch first", "sequence first"])
+@pytest.mark.parametrize("name", masks(torch.float64))
+def test_encoder_layer_masks(name, batch_first):
+    model, plain = pair(lambda: layer(ENCODER, batch_first=batch_first, dtype=torch.float64))
+    options = {n if n == "is_causal" else f"src_{n}": value for n, value in masks(torch.float64)[name].items()}
+    inputs = inputs_of(ENCODER, batch_first=batch_first)
+    assert_same(model, plain, *inputs, **options)
+    model.eval(), plain.eval()
+    assert_equal(model(*inputs, **options), plain(*inputs, **options))
+
+
+def test_decoder_layer_masks():
+    model, plain = pair(lambda: layer(DECODER, norm_first=True, dtype=torch.float64))
+    given = {f"tgt_{name}": value for name, value in masks(torch.float64)["float padding and causal by hint"].items()}
+    given["memory_mask"] = torch.randn(LENGTH, MEMORY, dtype=torch.float64)
+    given["memory_key_padding_mask"] = torch.zeros(BATCH, MEMORY, dtype=torch.float64).index_fill_(
+        1, torch.tensor(2), -4.0
+    )
+    assert_same(model, plain, *inputs_of(DECODER), **given)
+
+
+def test_layer_mask_with_a_gradient():
+    model, plain = pair(lambda: layer(ENCODER, dtype=torch.float64))
+    (x,) = inputs_of(ENCODER)
+    mask = torch.randn(LENGTH, LENGTH, dtype=torch.float64, requires_grad=True)
+    step(model, x, src_mask=mask)
+    (actual, mask.grad) = mask.grad, None
+    with fdt.enabled():
+        step(plain, x, src_mask=mask)
+    torch.testing.assert_close(actual, mask.grad)
+
+
+@pytest.mark.parametrize("of", [ENCODER, DECODER], ids=["encoder", "decoder"])
+def test_layer_unbatched_and_empty(of):
+    model, plain = pair(lambda: layer(of, batch_first=True, norm_first=True, dtype=torch.float64))
+    inputs = [x[0] for x in inputs_of(of, batch_first=True)]
+    assert_same(model, plain, *inputs)
+    empty = inputs_of(of, batch_first=True, batch=0)
+    assert_equal(model(*empty), empty[0])
+
+
+WRONG = {
+    "hint without a mask": {"is_causal": True},
+    "mask of another shape": {"src_mask": torch.zeros(1, LENGTH)},
+    "mask of integers": {"src_mask": torch.zeros(LENGTH, LENGTH, dtype=torch.int64)},
+    "padding of another shape": {"src_key_padding_mask": torch.zeros(LENGTH, BATCH) > 0},
+    "another width": {"src": torch.ones(LENGTH, BATCH, WIDTH - 1)},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_layer_refuses_masks_as_torch_does(name):
+    model, plain = layer(ENCODER), layer(ENCODER)
+    fuse(model)
+    (x,) = inputs_of(ENCODER, torch.float32)
+    arguments = {"src": x} | WRONG[name]
+    with pytest.raises((RuntimeError, AssertionError)) as expected:
+        plain(**arguments)
+    with pytest.raises(type(expected.value)) as actual:
+        model(**arguments)
+    assert str(actual.value) == str(expected.value)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_encoder_of_layers_in_evaluation_takes_torchs_fast_path():
+    encoder = nn.TransformerEncoder(layer(ENCODER, batch_first=True), 2)
+    plain = copy.deepcopy(encoder)
+    assert [row.path for row in fuse(encoder)] == ["layers.0", "layers.1"]
+    (x,) = inputs_of(ENCODER, torch.float32, batch_first=True)
+    padding = masks(torch.float32)["padding"]["key_padding_mask"]
+    with torch.no_grad():
+        for model in (encoder, plain):
+            model.eval()
+        assert_equal(encoder(x, src_key_padding_mask=padding), plain(x, src_key_padding_mask=padding))
+
+
+def test_encoder_layer_in_evaluation_drops_where_torchs_would():
+    """Its fast path looks at the layer alone."""
+    model, plain = pair(lambda: layer(ENCODER, batch_first=True).eval())
+    for module in (*model.modules(), *plain.modules()):
+        module.training = isinstance(module, nn.Dropout)
+    (x,) = inputs_of(ENCODER, torch.float32, batch_first=True)
+    with torch.no_grad():
+        assert_equal(under(3, model, x), under(3, plain, x))
+        assert_equal(under(3, model, x), under(4, model, x))
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_layer_with_nothing_or_all_dropped(p):
+    model, plain = pair(lambda: layer(ENCODER, p, dtype=torch.float64))
+    (x,) = inputs_of(ENCODER)
+    with fdt.enabled():
+        expected = step(plain, x)
+    with fused_calls() as calls:
+        actual = step(model, x)
+    assert calls == MODELS["post-norm encoder"][2]
+    for a, e in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, e)
+
+
+def test_layer_keeps_little_for_backward():
+    """Six tenths of what torch keeps, of the shape of the benchmark."""
+    model = ENCODER(64, 4, 256, 0.1, batch_first=True)
+    x = torch.randn(8, 128, 64)
+
+    def kept():
+        with saved_tensors() as tensors:
+            model(x)
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(size for at, size in storages.items() if at not in parameters)
+
+    before = kept()
+    fuse(model)
+    assert kept() < 0.6 * before
+
+
+def stub(name, module, **options):
+    """A layer of which one module is another."""
+    changed = layer(ENCODER, **options)
+    setattr(changed, name, module)
+    return changed
+
+
+def method(name):
+    """A layer of which one method is another."""
+    changed = layer(ENCODER)
+    setattr(changed, name, lambda x, *_: x)
+    return changed
+
+
+REFUSED = {
+    "a subclass": (
+        lambda: layer(type("Own", (ENCODER,), {"_ff_block": lambda self, x: x})),
+        "its _ff_block is not TransformerEncoderLayer's",
+    ),
+    "a method": (lambda: method("_sa_block"), "its _sa_block was replaced on the object itself"),
+    "an activation": (lambda: layer(ENCODER, activation=torch.tanh), "activation is tanh, not a known one"),
+    "an activation module": (lambda: layer(ENCODER, activation=nn.ELU()), "activation is ELU, not a known one"),
+    "a layer": (lambda: stub("linear1", Named(WIDTH, HIDDEN)), "linear1 is a Named, not nn.Linear"),
+    "a norm": (lambda: stub("norm2", nn.RMSNorm(WIDTH)), "norm2 is a RMSNorm, not nn.LayerNorm"),
+    "a norm of two axes": (lambda: stub("norm2", nn.LayerNorm((5, WIDTH))), "norm2 is of more than one axis"),
+    "a dropout": (lambda: stub("dropout1", nn.Identity()), "dropout1 is a Identity, not nn.Dropout"),
+    "attention": (
+        lambda: stub("self_attn", nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True)),
+        "self_attn has keys and values of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_fuse_leaves_layers_with_modules_of_others(name):
+    make, reason = REFUSED[name]
+    assert_left(make(), ("", reason))
+
+
+@pytest.mark.parametrize("name", ["self_attn", "linear2", "dropout", "norm1"])
+def test_hooks_inside_a_layer_are_called_whenever_they_come(name):
+    model, plain = pair(lambda: layer(ENCODER, dtype=torch.float64))
+    fdt.convert(model)
+    calls = []
+    handle = getattr(model, name).register_forward_hook(lambda *_: calls.append(1))
+    assert [(row.path, row.reason) for row in fuse(model)] == [("", f"{name} has hooks")]
+    with fdt.enabled():
+        assert not assert_same(model, plain, *inputs_of(ENCODER))
+    assert len(calls) == 2
+    unfuse(model)
+    assert_left(model, ("", f"{name} has hooks"))
+    handle.remove()
+    assert fuse(model).changed
+
+
+def test_methods_replaced_since_are_called():
+    model = layer(ENCODER)
+    assert fuse(model).changed
+    model._ff_block = lambda x: x * 0
+    (x,) = inputs_of(ENCODER, torch.float32)
+    with fused_calls() as calls:
+        model(x)
+    assert not calls
+    with pytest.MonkeyPatch.context() as patch:
+        wrapped = functools.wraps(DECODER.forward)(lambda self, *_: None)
+        for method, read in ((lambda self, *_: None, [("", NO_SOURCE)]), (wrapped, [])):
+            patch.setattr(DECODER, "forward", method)
+            assert_left(layer(DECODER), ("", "its forward is not TransformerDecoderLayer's"), read=read)
+
+
+def test_a_norm_that_is_called_may_have_hooks():
+    model = layer(ENCODER, norm_first=True)
+    calls = []
+    model.norm1.register_forward_hook(lambda *_: calls.append(1))
+    assert fuse(model).changed
+    model(*inputs_of(ENCODER, torch.float32))
+    assert calls
+
+
+# ---- the model stays what it was ----
+
+
+def some_model():
+    return nn.ModuleDict(
+        {
+            "sequence": perceptron(),
+            "encoder": nn.TransformerEncoder(layer(ENCODER), 2, enable_nested_tensor=False),
+            "decoder": layer(DECODER),
+        }
+    )
+
+
+def test_fuse_and_unfuse_change_classes_alone():
+    model = some_model().eval()
+    called = []
+    model["decoder"].register_forward_hook(lambda *_: called.append(1))
+    modules = list(model.modules())
+    before = [(type(module), {name: copy.copy(value) for name, value in vars(module).items()}) for module in modules]
+    state = model.state_dict()
+    report = fuse(model)
+    assert [row.path for row in report.changed] == ["sequence", "encoder.layers.0", "encoder.layers.1", "decoder"]
+    assert not report.left
+    assert len(fuse(model)) == 0
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    assert [vars(module) for module in modules] == [own for _, own in before]
+    assert list(model.state_dict()) == list(state)
+    assert all(isinstance(module, cls) for module, (cls, _) in zip(modules, before, strict=True))
+    model["decoder"](*inputs_of(DECODER, torch.float32))
+    assert called
+    report = unfuse(model)
+    assert (report.rows[0].before, report.rows[0].after) == ("FusedSequential", "Sequential")
+    assert len(report) == 4
+    assert [type(module) for module in modules] == [cls for cls, _ in before]
+    assert len(unfuse(model)) == 0
+
+
+def test_unfuse_leaves_what_another_has_changed_since():
+    """As fully_shard does: a subclass of ours, fused still."""
+    model = perceptron()
+    fuse(model)
+    model.__class__ = type("Sharded", (type(model),), {})
+    (row,) = unfuse(model)
+    assert (row.before, row.after, row.reason) == ("Sharded", None, "its class was changed since")
+    assert len(fuse(model)) == 0
+
+
+def test_copies_of_a_fused_model_are_fused():
+    model = some_model()
+    fuse(model)
+    inputs = inputs_of(DECODER, torch.float32)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+        assert_equal(under(3, twin["decoder"], *inputs), under(3, model["decoder"], *inputs))
+        assert len(unfuse(twin)) == 4
+    assert len(unfuse(model)) == 4
+
+
+def test_convert_knows_that_a_fused_layer_has_its_attention():
+    fuse(model := layer(ENCODER))
+    report = fdt.convert(model)
+    assert [row.path for row in report.changed] == ["dropout", "dropout1", "dropout2"]
+    assert not report.left
+
+
+def test_convert_before_and_after_is_the_same():
+    first, second = perceptron(), perceptron()
+    second.load_state_dict(first.state_dict())
+    fdt.convert(first, store="seed")
+    fuse(first), fuse(second)
+    fdt.convert(second, store="seed")
+    x = torch.randn(4, WIDTH)
+    with fused_calls() as calls:
+        assert_equal(step(first, x), step(second, x))
+    assert calls == {"bias_act_dropout": 4}
+    with saved_tensors() as kept:
+        first[3:](torch.randn(4, HIDDEN))
+    assert torch.int32 not in [tensor.dtype for tensor in kept]  # a seed, and no bits
+    unfuse(first), fdt.revert(second)
+    assert type(first[2]) is fdt.Dropout
+    assert type(second[2]) is nn.Dropout
+
+
+def test_fused_modules_follow_a_scheduler():
+    model, plain = pair(lambda: layer(ENCODER, dtype=torch.float64))
+    (x,) = inputs_of(ENCODER)
+    for m in (model, plain):
+        fdt.DropoutScheduler(m, lambda step: 0.6)
+    assert_same(model, plain, x)
+    for m in (model, plain):
+        fdt.DropoutScheduler(m, lambda step: 0.0)
+    torch.testing.assert_close(step(model, x), step(plain, x))
+
+
+def test_fused_models_are_sampled_and_audited_as_before():
+    """Monte Carlo turns on dropout alone, and maps; the audit looks inside."""
+    encoder = nn.TransformerEncoder(layer(ENCODER, batch_first=True), 2, enable_nested_tensor=False)
+    model = nn.Sequential(perceptron(), encoder).eval()
+    plain = copy.deepcopy(model)
+    fdt.convert(plain)
+    fuse(model)
+    x = torch.randn(BATCH, LENGTH, WIDTH)
+    expected = fdt.mc_predict(plain, x, samples=6, seed=1, keep_samples=True)
+    with fused_calls() as calls:
+        actual = fdt.mc_predict(model, x, samples=6, seed=1, keep_samples=True)
+    assert set(calls) == {"bias_act_dropout", "dropout_add_layer_norm", "scaled_dot_product_attention"}
+    assert expected.std.min() > 0
+    torch.testing.assert_close(actual.samples, expected.samples)
+    assert str(fdt.audit(model, x)) == str(fdt.audit(copy.deepcopy(unfused(model)), x))
+
+
+def unfused(model):
+    unfuse(model)
+    return model
+
+
+def test_fx_sees_the_modules_inside(stand_ins):
+    model = perceptron()
+    fuse(model)
+    graph = torch.fx.symbolic_trace(model).graph
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["0", "1", "2", "3", "4"]
+    model = nn.Sequential(layer(ENCODER))
+    fuse(model)
+    graph = torch.fx.symbolic_trace(model).graph
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["0"]
+    model = BertOutput(HIDDEN)
+    fuse(model)
+    graph = torch.fx.symbolic_trace(model).graph
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == ["dense", "dropout", "LayerNorm"]
+
+
+# ---- around a fused model ----
+
+SHAPE = (BATCH, LENGTH, WIDTH)
+MODELS = {  # how to make it, shapes of inputs, calls, ops; with smooth activations: a relu's steps show in 16 bits
+    "sequence": (partial(perceptron, nn.SiLU), [SHAPE], {"bias_act_dropout": 2}, (2, 0, 0)),
+    "post-norm encoder": (
+        partial(layer, ENCODER, activation="gelu", batch_first=True),
+        [SHAPE],
+        {"bias_act_dropout": 1, "dropout_add_layer_norm": 2, "scaled_dot_product_attention": 1},
+        (1, 2, 1),
+    ),
+    "pre-norm encoder": (
+        partial(layer, ENCODER, activation="gelu", batch_first=True, norm_first=True),
+        [SHAPE],
+        {"bias_act_dropout": 1, "bias_dropout_add": 1, "dropout_add_layer_norm": 1, "scaled_dot_product_attention": 1},
+        (2, 1, 1),
+    ),
+    "decoder": (
+        partial(layer, DECODER, activation="gelu", batch_first=True),
+        [SHAPE, (BATCH, MEMORY, WIDTH)],
+        {"bias_act_dropout": 1, "dropout_add_layer_norm": 3, "scaled_dot_product_attention": 2},
+        (1, 3, 2),
+    ),
+    "BERT": (
+        BertLayer,
+        [SHAPE],
+        {"bias_act_dropout": 1, "dropout_add_layer_norm": 2, "scaled_dot_product_attention": 1},
+        (1, 2, 1),
+    ),
+    "GPT-2": (
+        GPT2Model,
+        [SHAPE],
+        {"bias_act_dropout": 1, "bias_dropout_add": 1, "dropout_add_layer_norm": 1, "scaled_dot_product_attention": 1},
+        (2, 1, 1),
+    ),
+}
+
+
+@pytest.fixture(params=MODELS)
+def case(request, monkeypatch):
+    """(how to make the model, inputs, calls of fused functions, fused ops in a graph)"""
+    make, shapes, calls, ops = MODELS[request.param]
+    if request.param in ("BERT", "GPT-2"):
+        place(monkeypatch)
+    return make, [torch.randn(shape) for shape in shapes], calls, ops
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpoint(case, reentrant):
+    make, inputs, expected_calls, _ = case
+    fuse(model := make())
+    expected = step(model, *inputs)
+
+    class Checkpointed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = model
+
+        def forward(self, *inputs):
+            return checkpoint(self.inner, *inputs, use_reentrant=reentrant)
+
+    with fused_calls() as calls:
+        assert_equal(step(Checkpointed(), *inputs), expected)
+    assert calls == {name: 2 * count for name, count in expected_calls.items()}
+
+
+def test_autocast(case):
+    """The residual stream keeps its dtype, and 16-bit products lie beside it."""
+    make, inputs, expected_calls, _ = case
+    model, plain = pair(make)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with fused_calls() as calls:
+            actual = step(model, *inputs)
+        assert calls == expected_calls
+        with fdt.enabled():
+            expected = step(plain, *inputs)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("norm_first", [False, True], ids=["post-norm", "pre-norm"])
+def test_autocast_on_a_gpu(norm_first):
+    """Where norms are float32, and so is what follows them, of 16-bit inputs too."""
+    model, plain = pair(lambda: layer(ENCODER, activation="gelu", norm_first=norm_first).cuda().eval())
+    for module in (*model.modules(), *plain.modules()):
+        module.train(not isinstance(module, nn.MultiheadAttention))
+    (x,) = (x.cuda().bfloat16() for x in inputs_of(ENCODER, torch.float32))
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        actual, expected = step(model, x), step(plain, x)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=0.1, atol=0.05)
+
+
+def test_16_bit_models(case):
+    make, inputs, _, _ = case
+    model, plain = pair(lambda: make().bfloat16())
+    inputs = [x.bfloat16() for x in inputs]
+    actual = step(model, *inputs)
+    with fdt.enabled():
+        expected = step(plain, *inputs)
+    for a, e in zip(actual, expected, strict=True):
+        assert a.dtype == e.dtype
+        torch.testing.assert_close(a, e, rtol=0.1, atol=0.1)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own
+def test_compile(case):
+    """In one graph, which takes p as a scheduler sets it and isn't made again."""
+    make, inputs, _, ops = case
+    model = make()
+    fdt.convert(model)
+    fuse(model)
+    scheduler = fdt.DropoutScheduler(model, lambda step: 0.1 + 0.2 * step, is_driven)
+    torch.compiler.reset()
+    counters.clear()
+    backend = Backend()
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        for _ in range(2):
+            torch.testing.assert_close(step(compiled, *inputs), step(model, *inputs))
+            scheduler.step()
+    assert counters["stats"]["unique_graphs"] == 1
+    assert backend.ops == ops
+    torch.compiler.reset()
+
+
+def is_driven(path, module):
+    """Attention has its p as a number, for which another graph is made."""
+    return isinstance(module, fdt.Dropout) and path not in ("attention.dropout", "h.attn.attn_dropout")
+
+
+def data_parallel(file):
+    """A step of a fused model in a group of one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    try:
+        model = nn.Sequential(perceptron(), layer(ENCODER))
+        fuse(model)
+        (x,) = inputs_of(ENCODER, torch.float32)
+        expected = step(model, x)
+        assert_equal(step(nn.parallel.DistributedDataParallel(model), x), expected)
+    finally:
+        torch.distributed.destroy_process_group()
+    print("done")
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="this torch has no gloo to connect processes with",
+)
+def test_data_parallel(tmp_path):
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom {__name__} import data_parallel\n"
+    assert output_of(f"{code}data_parallel({str(tmp_path / 'rendezvous')!r})") == "done"
+
+
+# ---- transformers ----
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    place(monkeypatch)
+
+
+BERT_PARTS = {
+    "attention": "BertSelfAttention",
+    "attention_output": "BertSelfOutput",
+    "intermediate": "BertIntermediate",
+    "output": "BertOutput",
+}
+GPT2_PARTS = {"h": "GPT2Block", "h.attn": "GPT2Attention", "h.mlp": "GPT2MLP"}
+GPT2_EAGER_CALLS = {"bias_act_dropout": 1, "bias_dropout_add": 1, "dropout_add_layer_norm": 1, "softmax_dropout": 1}
+BLOCKS = {
+    "BERT": (BertLayer, BERT_PARTS, MODELS["BERT"][2]),
+    "BERT, eager": (
+        partial(BertLayer, "eager"),
+        BERT_PARTS,
+        {"softmax_dropout": 1, "bias_act_dropout": 1, "dropout_add_layer_norm": 2},
+    ),
+    "GPT-2": (GPT2Model, GPT2_PARTS, MODELS["GPT-2"][2]),
+    "GPT-2, eager": (partial(GPT2Model, "eager"), GPT2_PARTS, GPT2_EAGER_CALLS),
+    "GPT-2 without a mask": (partial(GPT2Model, masked=False), GPT2_PARTS, MODELS["GPT-2"][2]),
+    "GPT-2 beside an encoder": (
+        partial(GPT2Model, encoder_hidden_states=torch.ones(WIDTH)),
+        GPT2_PARTS,
+        {"scaled_dot_product_attention": 1, "bias_act_dropout": 3},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_transformers_blocks(stand_ins, name):
+    make, classes, calls = BLOCKS[name]
+    model, plain = shaken(make()).double(), make().double()
+    plain.load_state_dict(model.state_dict())
+    fdt.convert(plain)
+    report = fuse(model)
+    assert {row.path: row.before for row in report} == classes
+    assert {row.path: row.after for row in report} == {path: f"Fused{cls}" for path, cls in classes.items()}
+    x = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64)
+    assert assert_same(model, plain, x) == calls
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
+        assert_equal(step(twin, x), step(model, x))
+    model.eval(), plain.eval()
+    assert_equal(step(model, x), step(plain, x))
+    assert len(unfuse(model)) == len(classes)
+    assert [cls.__name__ for cls in map(type, model.modules())] == [cls.__name__ for cls in map(type, make().modules())]
+
+
+@pytest.mark.parametrize("name", ["attn", "attn.c_proj", "attn.resid_dropout", "mlp"])
+def test_hooks_inside_a_transformers_block_are_called(stand_ins, name):
+    """With what the original module returns, as by those of ``output_attentions``."""
+    model, plain = pair(lambda: GPT2Model().double())
+    fdt.convert(model)
+    seen = []
+    for block in (model.h, plain.h):
+        block.get_submodule(name).register_forward_hook(lambda module, given, result: seen.append(result))
+    calls = assert_same(model, plain, torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64))
+    assert "dropout_add_layer_norm" not in calls
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_transformers_blocks_that_are_left(stand_ins, monkeypatch):
+    model = GPT2Model("flash_attention_2")
+    model.h.mlp.act = nn.Tanh()
+    flash, tanh = "its attention is 'flash_attention_2', neither 'sdpa' nor 'eager'", "act is Tanh, not a known one"
+    nothing = "nothing reaches it: 'flash_attention_2' attention drops in kernels of its own"
+    read = [("h.attn", IN_ATTEND + nothing)]
+    assert_left(model, ("h", tanh), ("h.attn", flash), ("h.mlp", tanh), read=read)
+    model = GPT2Model("eager")
+    model.h.attn.reorder_and_upcast_attn = True
+    reached = ("h.attn", f"{IN_ATTEND}fdt.enable() reaches it")
+    assert left_reasons(fuse(model), reached) == [("h.attn", "its attention is reordered and upcast")]
+    model = BertLayer()
+    model.output.dense = Named(HIDDEN, WIDTH)
+    assert [row.path for row in fuse(model).left] == ["output"]
+    monkeypatch.setattr(BertOutput, "forward", lambda self, hidden_states, input_tensor: hidden_states)
+    reasons = left_reasons(fuse(BertLayer()), ("output", NO_SOURCE))
+    assert reasons == [("output", "its forward is not BertOutput's")]
+    model = GPT2Model()
+
+    def forward(self, hidden_states, layer_past=None):
+        return hidden_states
+
+    block = type(model.h)
+    for name, of in (("__module__", block.forward.__module__), ("__qualname__", block.forward.__qualname__)):
+        setattr(forward, name, of)
+    monkeypatch.setattr(block, "forward", forward)
+    report = fuse(model)
+    assert [row.path for row in report.changed] == ["h.attn", "h.mlp"]
+    assert report.left[0].reason == "its forward is that of an unknown version of transformers"
+
+
+class Replacement(nn.Module):
+    """Around a module, with what it returns."""
+
+    def __init__(self, inner, calls):
+        super().__init__()
+        self.inner, self.calls = inner, calls
+
+    def forward(self, *args, **kwargs):
+        self.calls.append(1)
+        return self.inner(*args, **kwargs)
+
+
+class Proxying(Replacement):
+    """Has the attributes of what it is around too."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+
+@pytest.mark.parametrize("kind", [Replacement, Proxying])
+@pytest.mark.parametrize("name", ["attn", "mlp"])
+def test_modules_put_into_a_transformers_block_since_are_called(stand_ins, name, kind):
+    model, plain = pair(lambda: GPT2Model().double())
+    fdt.convert(model)
+    calls = []
+    for block in (model.h, plain.h):
+        setattr(block, name, kind(getattr(block, name), calls))
+    fused = assert_same(model, plain, torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64))
+    assert "dropout_add_layer_norm" not in fused
+    assert len(calls) == 3
+    reason = f"{name} is a {kind.__name__}, not transformers' {'GPT2Attention' if name == 'attn' else 'GPT2MLP'}"
+    assert ("h", reason) in [(row.path, row.reason) for row in fuse(model).left]
+
+
+@pytest.mark.parametrize(("make", "path"), [(BertLayer, "attention"), (GPT2Model, "h.attn")], ids=["BERT", "GPT-2"])
+def test_transformers_attention_that_was_replaced(stand_ins, monkeypatch, make, path):
+    """Before or since."""
+    used = []
+
+    def mine(*args, **kwargs):
+        used.append(1)
+        return sdpa(*args, **kwargs)
+
+    fuse(model := make())
+    monkeypatch.setitem(AttentionInterface.functions, "sdpa", mine)
+    with fused_calls() as calls:
+        model(torch.randn(BATCH, LENGTH, WIDTH))
+    assert len(used) == 1
+    assert "scaled_dot_product_attention" not in calls
+    reached = (path, f"{IN_ATTEND}fdt.enable() reaches it on the CPU")
+    assert left_reasons(fuse(make()), reached) == [(path, "its 'sdpa' attention was replaced")]
+
+
+def test_transformers_attention_sees_no_keys_beyond_causal_queries(stand_ins):
+    """As theirs, which crops them first: the mask is of what is left."""
+    attention = GPT2Model().h.attn
+    q, k, v = (torch.randn(2, 3, length, 8) for length in (5, 7, 7))
+    actual, _ = under(3, transformers_layers.sdpa, attention, q, k, v, None, 0.4)
+    cropped = k[:, :, :5].contiguous(), v[:, :, :5].contiguous()
+    expected, _ = under(3, transformers_layers.sdpa, attention, q, *cropped, None, 0.4)
+    assert_equal(actual, expected)
+    actual, _ = under(3, transformers_layers.sdpa, attention, q, k, v, torch.zeros(5, 7), 0.4)
+    assert not torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("name", ["position_bias", "cache", "softcap"])
+def test_transformers_attention_with_options_of_its_own_is_transformers(stand_ins, monkeypatch, name):
+    def given(module, *args, **kwargs):
+        return args, kwargs
+
+    monkeypatch.setitem(AttentionInterface.functions, "sdpa", given)
+    attention, tensors = GPT2Model().h.attn, [torch.randn(2, 3, 5, 8) for _ in range(3)]
+    args, kwargs = transformers_layers.sdpa(attention, *tensors, None, 0.4, 0.5, **{name: 2.0})
+    assert all(a is b for a, b in zip(args, (*tensors, None), strict=True))
+    assert kwargs == {"dropout": 0.4, "scaling": 0.5, "is_causal": None, name: 2.0}
+
+
+def test_bert_output_with_a_residual_that_broadcasts(stand_ins):
+    model, plain = pair(lambda: BertOutput(HIDDEN).double())
+    fdt.convert(model)
+    h, x = torch.randn(2, 3, HIDDEN, dtype=torch.float64), torch.randn(1, 3, WIDTH, dtype=torch.float64)
+    assert not assert_same(model, plain, h, x)
+
+
+def real_model(transformers, kind, implementation, **options):
+    """A tiny model of two layers, of another rate at each kind of place."""
+    torch.manual_seed(0)
+    options |= {"vocab_size": 50, "attn_implementation": implementation}
+    if kind == "BERT":
+        config = transformers.BertConfig(
+            hidden_size=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=HIDDEN,
+            hidden_dropout_prob=0.2,
+            attention_probs_dropout_prob=0.3,
+            hidden_act="gelu_new" if implementation == "eager" else "gelu",
+            **options,
+        )
+        return shaken(transformers.BertModel(config, add_pooling_layer=False)).train()
+    config = transformers.GPT2Config(
+        n_embd=WIDTH,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.2,
+        embd_pdrop=0.1,
+        attn_pdrop=0.3,
+        activation_function="gelu_fast" if implementation == "eager" else "gelu_new",
+        **options,
+    )
+    return shaken(transformers.GPT2LMHeadModel(config)).train()
+
+
+REAL_CALLS = {
+    "BERT": {"bias_act_dropout": 2, "dropout_add_layer_norm": 4},
+    "GPT-2": {"bias_act_dropout": 2, "bias_dropout_add": 2, "dropout_add_layer_norm": 2},
+}
+
+
+@pytest.fixture
+def tokens():
+    """Of two sequences, one of which is shorter."""
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 5:] = 0
+    return {"input_ids": torch.randint(50, (2, 7)), "attention_mask": mask}
+
+
+def result_of(model, tokens, **options):
+    """First output, attentions and gradients."""
+    model.zero_grad()
+    result = under(3, model, **tokens, **options)
+    result[0].sin().sum().backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [result[0].detach(), *(result.get("attentions") or ()), *gradients]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["BERT", "GPT-2"])
+def test_models_of_transformers(kind, implementation, tokens):
+    transformers = pytest.importorskip("transformers")
+    model, plain = pair(lambda: real_model(transformers, kind, implementation).double())
+    assert len(fuse(model).left) == 1  # the embeddings'
+    fdt.convert(model)
+    attention = "scaled_dot_product_attention" if implementation == "sdpa" else "softmax_dropout"
+    expected_calls = {attention: 2, **REAL_CALLS[kind]}
+    with fused_calls() as calls:
+        actual = result_of(model, tokens)
+    assert calls == expected_calls
+    with fdt.enabled():
+        expected = result_of(plain, tokens)
+    torch.testing.assert_close(actual, expected)
+    model.gradient_checkpointing_enable()
+    with fused_calls() as calls:
+        torch.testing.assert_close(result_of(model, tokens), expected)
+    assert calls == {name: 2 * count for name, count in expected_calls.items()}
+    model.gradient_checkpointing_disable()
+    if implementation == "eager":
+        with fdt.enabled():
+            expected = result_of(plain, tokens, output_attentions=True)
+        torch.testing.assert_close(result_of(model, tokens, output_attentions=True), expected)
+    model.eval(), plain.eval()
+    torch.testing.assert_close(result_of(model, tokens), result_of(plain, tokens))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["BERT", "GPT-2"])
+def test_cross_attention_of_transformers(kind, implementation, tokens):
+    """Queries and keys of different lengths, each with a mask of its own."""
+    transformers = pytest.importorskip("transformers")
+    options = {"add_cross_attention": True, "is_decoder": True}
+    model, plain = pair(lambda: real_model(transformers, kind, implementation, **options).double())
+    fuse(model)
+    fdt.convert(model)
+    seen = torch.ones(2, 5, dtype=torch.int64)
+    seen[0, 3:] = 0
+    tokens |= {"encoder_hidden_states": torch.randn(2, 5, WIDTH, dtype=torch.float64), "encoder_attention_mask": seen}
+    with fused_calls() as calls:
+        actual = result_of(model, tokens)
+    assert calls["scaled_dot_product_attention" if implementation == "sdpa" else "softmax_dropout"] == 4
+    with fdt.enabled():
+        torch.testing.assert_close(actual, result_of(plain, tokens))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["BERT", "GPT-2"])
+def test_compiled_model_of_transformers(kind, tokens):
+    transformers = pytest.importorskip("transformers")
+    model = real_model(transformers, kind, "sdpa")
+    fdt.convert(model)
+    fuse(model)
+    torch.compiler.reset()
+    backend = Backend()
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        torch.testing.assert_close(result_of(compiled, tokens), result_of(model, tokens))
+    assert backend.ops == ((2, 4, 2) if kind == "BERT" else (4, 2, 2))
+    torch.compiler.reset()

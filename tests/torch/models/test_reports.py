@@ -1,0 +1,837 @@
+"""What `convert`, `fuse` and `audit` say of dropout that is no module, or a module that nobody calls, is true."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+import torch.nn.functional as F
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+import fastdrop.torch as fdt
+from fastdrop.__main__ import main
+from fastdrop.torch.models.rates import rate_name
+
+from ..cases import assert_equal, gradient, under
+
+
+class Block(nn.Module):
+    """Has what the blocks below use."""
+
+    def __init__(self, p=0.25, **modules):
+        super().__init__()
+        self.p, self.rate = p, p
+        self.drop, self.fused = nn.Dropout(p), True
+        for name, module in modules.items():
+            setattr(self, name, module)
+
+
+def functional(report):
+    return [(row.path, row.before, row.reason) for row in report if row.after is None]
+
+
+# ---- functions that drop ----
+
+
+def helper(x, rate, training):
+    return F.dropout(x, rate, training)
+
+
+class ByAttribute(Block):
+    def forward(self, x):
+        return nn.functional.dropout(x, p=self.p, training=self.training)
+
+
+class ByPosition(Block):
+    def forward(self, x):
+        return F.dropout(x, self.p if self.training else 0.0)
+
+
+class ByDefault(Block):
+    def forward(self, x):
+        return torch.dropout(x, 0.5, self.training)
+
+
+class ByHelper(Block):
+    def forward(self, x):
+        p = float(self.rate)
+        return helper(x, p, training=self.training)
+
+
+class ByMethodGivenAway(Block):
+    def forward(self, x):
+        return next(map(self.part, [x]))
+
+    def part(self, x):
+        return F.dropout2d(x, self.p, self.training)
+
+
+class BySuper(ByAttribute):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class ByLocalName(Block):
+    def forward(self, x):
+        from torch.nn.functional import alpha_dropout as drop
+
+        return drop(x, self.p, self.training)
+
+
+class ByHeldFunction(Block):
+    def __init__(self):
+        super().__init__()
+        self.function = F.dropout
+
+    def forward(self, x):
+        return self.function(x, self.p, self.training)
+
+
+class ByHeldPartial(Block):
+    def __init__(self):
+        super().__init__()
+        self.function = functools.partial(F.dropout, p=0.3)
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class ByHeldAttention(Block):
+    def __init__(self):
+        super().__init__()
+        self.attention = functools.partial(F.scaled_dot_product_attention, dropout_p=0.3)
+
+    def forward(self, x):
+        return self.attention(x, x, x)
+
+
+class ByList(Block):
+    def __init__(self):
+        super().__init__()
+        self.functions = [F.relu, F.dropout]
+
+    def forward(self, x):
+        return self.functions[1](x, 0.3, self.training)
+
+
+class ByTable(Block):
+    def __init__(self):
+        super().__init__()
+        self.functions = {"drop": functools.partial(F.dropout, p=0.3)}
+
+    def forward(self, x):
+        for function in self.functions.values():
+            x = function(x)
+        return self.functions["drop"](x)
+
+
+class ByLocalPartial(Block):
+    def forward(self, x):
+        drop = functools.partial(F.dropout, p=self.p, training=self.training)
+        return drop(x)
+
+
+global_partial = functools.partial(F.dropout, p=0.3)
+
+
+class ByGlobalPartial(Block):
+    def forward(self, x):
+        return global_partial(x)
+
+
+class ByMap(Block):
+    def forward(self, x):
+        return next(map(F.dropout, [x]))
+
+
+class ByClassMethod(Block):
+    rate = 0.25
+
+    @classmethod
+    def forward(cls, x):
+        return F.dropout(x, 0.3)
+
+
+class ByStaticMethod(Block):
+    @staticmethod
+    def forward(x):
+        return F.dropout(x, 0.3)
+
+
+class ByNewModule(Block):
+    def forward(self, x):
+        return nn.Dropout(self.p)(x)
+
+
+class ByAttention(Block):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x, dropout_p=0.0 if not self.training else self.p)
+
+
+class ByAttentionPosition(Block):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x, None, self.p)
+
+
+class ByNative(Block):
+    def forward(self, x):
+        return torch.native_dropout(x, self.p, self.training)[0]
+
+
+namespace: dict = {"Block": Block, "F": F}
+exec("class WithoutSource(Block):\n    def forward(self, x): return F.dropout(x, self.p, self.training)", namespace)
+
+FUNCTIONS = {
+    ByAttribute: "nn.functional.dropout(p=0.25)",
+    ByPosition: "F.dropout(p=0.25)",
+    ByDefault: "torch.dropout(p=0.5)",
+    ByHelper: "F.dropout(p=0.25)",
+    ByMethodGivenAway: "F.dropout2d(p=0.25)",
+    BySuper: "nn.functional.dropout(p=0.25)",
+    ByLocalName: "drop(p=0.25)",
+    ByHeldFunction: "self.function(p=0.25)",
+    ByHeldPartial: "self.function(p=0.3)",
+    ByHeldAttention: "self.attention(dropout_p=0.3)",
+    ByList: "self.functions[1](p=0.3)",
+    ByTable: "self.functions['drop'](p=0.3)",
+    ByLocalPartial: "F.dropout(p=0.25)",
+    ByGlobalPartial: "global_partial(p=0.3)",
+    ByMap: "F.dropout(p=?)",
+    ByClassMethod: "F.dropout(p=0.3)",
+    ByStaticMethod: "F.dropout(p=0.3)",
+    ByNewModule: "nn.Dropout(p=0.25)",
+    ByAttention: "F.scaled_dot_product_attention(dropout_p=0.25)",
+    ByAttentionPosition: "F.scaled_dot_product_attention(dropout_p=0.25)",
+    ByNative: "torch.native_dropout(p=0.25)",
+    namespace["WithoutSource"]: "F.dropout(p=?)",
+}
+
+
+@pytest.mark.parametrize(("kind", "call"), FUNCTIONS.items(), ids=[kind.__name__ for kind in FUNCTIONS])
+def test_a_function_that_drops_is_listed_with_what_reaches_it(kind, call):
+    model = nn.Sequential(nn.Linear(4, 4), kind(), nn.Linear(4, 4))
+    del model[1].drop
+    reach = "fdt.enable() reaches it" + " on the CPU" * ("attention" in call)
+    if kind is ByNative:
+        reach = "it stays torch's"
+    for report in (fdt.convert(model), fdt.fuse(model)):
+        ((path, before, reason),) = functional(report)
+        assert (path, before) == ("1", call)
+        assert reason.endswith(reach)
+        assert str(report) != "no module with dropout"
+    audited = fdt.audit(model)
+    assert [(row.path, row.before) for row in audited.functional] == [("1", call)]
+    assert call in str(audited)
+
+
+class Never(Block):
+    def forward(self, x):
+        F.scaled_dot_product_attention(x, x, x, dropout_p=0.0)
+        return F.dropout(F.dropout(x, 0.0), self.p, training=False)
+
+
+class OfOurs(Block):
+    def forward(self, x):
+        return fdt.dropout(x, self.p, self.training)
+
+
+@pytest.mark.parametrize("kind", [Never, OfOurs])
+def test_a_function_that_never_drops_or_is_ours_is_not_listed(kind):
+    model = kind()
+    del model.drop
+    assert str(fdt.convert(model)) == "no module with dropout"
+    assert not fdt.audit(model).functional
+
+
+class Compiled:
+    """As a forward that is no Python function."""
+
+    def __call__(self, x):
+        return F.dropout(x, 0.3)
+
+
+def test_a_forward_that_cannot_be_read_is_listed():
+    namespace = {"nn": nn, "f": Compiled()}
+    exec("class Hidden(nn.Module):\n    def forward(self, x): return f(x)", namespace)
+    held = Block()
+    del held.drop
+    held.forward = Compiled()
+    model = nn.Sequential(namespace["Hidden"](), held, nn.Linear(2, 2), torch.compile(nn.Linear(2, 2), backend="eager"))
+    left = [(row.path, row.before, row.reason.partition(";")[0]) for row in fdt.convert(model)]
+    reason = "its forward can't be read, it has no source"
+    assert left == [("0", "Hidden", reason), ("1", "Block", reason)]
+
+
+def test_attention_in_a_kernel_of_its_own_is_out_of_reach():
+    class Attention(Block):
+        def forward(self, x):
+            attend = self.config.functions[self.config._attn_implementation]
+            return attend(self, x, x, x, dropout=self.p if self.training else 0.0)
+
+    model = Attention()
+    del model.drop
+    for name, reason in (
+        ("eager", "; fdt.enable() reaches it"),
+        ("sdpa", "; fdt.enable() reaches it on the CPU"),
+        ("flash_attention_2", "nothing reaches it: 'flash_attention_2' attention drops in kernels of its own"),
+    ):
+        model.config = type("Config", (), {"_attn_implementation": name})
+        ((_, before, told),) = functional(fdt.convert(model))
+        assert before == "attend(dropout=0.25)"
+        assert told.endswith(reason)
+
+
+# ---- modules of which only p is read ----
+
+
+class Lends(Block):
+    """As timm's attention."""
+
+    def forward(self, x):
+        if self.fused:
+            return F.scaled_dot_product_attention(x, x, x, dropout_p=self.drop.p if self.training else 0.0)
+        return self.drop((x @ x.mT).softmax(-1)) @ x
+
+
+class LendsByName(Block):
+    def forward(self, x):
+        p = self.drop.p if self.training else 0.0
+        return helper(x, p, True)
+
+
+@pytest.mark.parametrize("kind", [Lends, LendsByName])
+def test_a_module_that_only_lends_its_p_is_left(kind):
+    model = nn.Sequential(kind())
+    for report in (fdt.convert(model), fdt.fuse(model)):
+        ((path, before, reason),) = functional(report)
+        assert (path, before) == ("0.drop", "Dropout(p=0.25, inplace=False)")
+        assert reason.startswith("only its p is read, for F.")
+        assert "; fdt.enable() reaches it" in reason
+    assert type(model[0].drop) is nn.Dropout
+
+
+def test_the_branch_that_is_taken_decides():
+    model = nn.Sequential(Lends())
+    model[0].fused = False
+    (row,) = fdt.convert(model)
+    assert (row.path, row.reason) == ("0.drop", "")
+    assert type(model[0].drop) is fdt.Dropout
+
+
+class CallsForward(Block):
+    def forward(self, x):
+        return self.drop.forward(x)
+
+
+class CallsInner(Block):
+    def forward(self, x):
+        for i, inner in enumerate(self.inner):
+            x = inner.drop(x) * i * inner.drop.p
+        return x
+
+
+class CallsInPairs(Block):
+    def forward(self, x):
+        for layer, drop in zip(self.layers, [*self.inner, self.drop], strict=False):
+            x = drop(layer(x))
+        return self.drop(x)
+
+
+class GivesAway(Block):
+    def forward(self, x):
+        return torch.utils.checkpoint.checkpoint(self.drop, x, use_reentrant=False)
+
+
+class ByComputedName(Block):
+    def forward(self, x):
+        return getattr(self, "dr" + "op")(x) * self.drop.p
+
+
+def test_a_module_that_is_called_is_changed():
+    for model in (CallsForward(), CallsInner(inner=nn.ModuleList([Lends(), Lends()])), nn.ModuleList([nn.Dropout()])):
+        report = fdt.convert(model)
+        called = [row for row in report if row.before.startswith("Dropout") and row.path != "drop"]
+        assert all(row.after and not row.reason for row in called)
+        assert called or isinstance(model, CallsForward)
+    pairs = CallsInPairs(layers=nn.ModuleList([nn.Identity()]), inner=nn.ModuleList([nn.Dropout()]))
+    assert len(fdt.convert(pairs).changed) == 2
+
+
+@pytest.mark.parametrize("kind", [GivesAway, ByComputedName])
+def test_where_it_cannot_be_told_the_report_says_so(kind):
+    model = kind()
+    report = fdt.convert(model)
+    (row,) = report.changed
+    assert row.reason == "it can't be told whether anything calls it"
+    assert row.reason in str(report)
+    assert type(model.drop) is fdt.Dropout
+
+
+class Layer(nn.TransformerEncoderLayer):
+    """Its forward is torch's, one of its parts is not."""
+
+    def _ff_block(self, x):
+        return F.dropout(self.linear2(self.linear1(x).relu()), 0.125, self.training)
+
+
+def test_a_method_that_replaces_one_of_torchs_is_read():
+    report = fdt.convert(Layer(4, 2, 4))
+    assert ("", "F.dropout(p=0.125)") in [(row.path, row.before) for row in report.left]
+    assert not [row for row in fdt.convert(nn.TransformerEncoderLayer(4, 2, 4)).left if row.path != "self_attn"]
+
+
+class Scripted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.25)
+
+    def forward(self, x):
+        return F.dropout(self.drop(x), 0.5, self.training)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module.eval(), torch.ones(3))])
+def test_scripted_dropout_is_listed(make):
+    report = fdt.convert(nn.Sequential(make(Scripted())))
+    assert [(row.path, row.after) for row in report] == [("0", None), ("0.drop", None)]
+    assert all("fdt.enable() reaches it" in row.reason for row in report)
+
+
+def test_an_exported_program_is_read():
+    program = torch.export.export(Scripted(), (torch.ones(3),)).module()
+    report = fdt.convert(program)
+    assert [row.before for row in report.left] == [f"torch.ops.aten.dropout.default(p={p})" for p in (0.25, 0.5)]
+
+
+class LendsOfAList(Block):
+    def forward(self, x):
+        return helper(x, self.inner[0].p, self.training) + unknown(self.inner, x)
+
+
+unknown = functools.partial(lambda modules, x: modules[0](x))
+
+
+def test_a_list_that_is_given_away_may_be_called():
+    model = LendsOfAList(inner=nn.ModuleList([nn.Dropout(0.1)]))
+    report = fdt.convert(model)
+    assert type(model.inner[0]) is fdt.Dropout
+    assert {row.path: row.reason for row in report.changed}["inner.0"] == "it can't be told whether anything calls it"
+
+
+class Owned(Block):
+    """Its dropout's p goes to attention; what else is done with the dropout is told by the classes below."""
+
+    def __init__(self):
+        super().__init__()
+        self.d = self.drop  # whose name tells nothing
+
+    def forward(self, x):
+        y = F.scaled_dot_product_attention(x, x, x, dropout_p=self.drop.p if self.training else 0.0)
+        return self.more(y)
+
+    def more(self, x):
+        return x
+
+
+def calls_the_drop_of(x, owner):
+    return owner.d(x)
+
+
+def assigns(x, owner):
+    owner = owner or None
+    return owner.drop(x)
+
+
+def by_keywords(x, **owners):
+    return owners["owner"].drop(x)
+
+
+class ToAHelper(Owned):
+    def more(self, x):
+        return calls_the_drop_of(x, owner=self)
+
+
+class ToAHelperThatAssigns(Owned):
+    def more(self, x):
+        return assigns(x, self)
+
+
+class ToKeywords(Owned):
+    def more(self, x):
+        return by_keywords(x, owner=self)
+
+
+class ToALibrary(Owned):
+    def more(self, x):
+        return re.sub("", lambda _: "", "") or functools.reduce(calls_the_drop_of, [self], x)
+
+
+class ToAPartial(Owned):
+    def more(self, x):
+        return functools.partial(calls_the_drop_of, owner=self)(x)
+
+
+class ByGetattr(Owned):
+    def more(self, x):
+        return getattr(self, "drop")(x)  # noqa: B009
+
+
+class Holding(Owned):
+    """Calls what it holds."""
+
+    def __init__(self, hold):
+        super().__init__()
+        self.held = hold(self)
+
+    def more(self, x):
+        return self.held(x)
+
+
+class HoldingAList(Holding):
+    def more(self, x):
+        for function in self.held:
+            x = function(x)
+        return x
+
+
+class HoldingATable(Holding):
+    def more(self, x):
+        for function in self.held.values():
+            x = function(x)
+        return x
+
+
+class Odd:
+    """What a model may hold: a large, cyclic object whose attributes raise."""
+
+    def __init__(self):
+        self.me, self.much = self, [[object() for _ in range(100)] for _ in range(100)]
+
+    def __call__(self, x):
+        return x
+
+    def __getattr__(self, name):
+        raise RuntimeError(name)
+
+
+class Public(Owned):
+    def embed(self, x):
+        return self.drop(x)
+
+
+class ByProperty(Owned):
+    @property
+    def twice(self):
+        return lambda x: self.drop(self.drop(x))
+
+
+def hooked(register):
+    module = Owned()
+    getattr(module, register)(lambda m, *_: None)
+    return module
+
+
+CALLED = {
+    "helper": ToAHelper,
+    "helper_that_assigns": ToAHelperThatAssigns,
+    "helper_with_keywords": ToKeywords,
+    "library": ToALibrary,
+    "partial": ToAPartial,
+    "getattr": ByGetattr,
+    "bound": lambda: Holding(lambda s: s.drop.forward),
+    "held_partial": lambda: Holding(lambda s: functools.partial(calls_the_drop_of, owner=s)),
+    "closure": lambda: Holding(lambda s: lambda x: s.drop(x)),
+    "list_of_methods": lambda: HoldingAList(lambda s: [s.more]),
+    "list_of_modules": lambda: HoldingAList(lambda s: [s.drop]),
+    "list_of_functions": lambda: HoldingAList(lambda s: (torch.relu, s.drop.forward)),
+    "table_of_methods": lambda: HoldingATable(lambda s: {"more": s.drop.forward}),
+    "public_method": Public,
+    "property": ByProperty,
+    "hook": lambda: hooked("register_forward_hook"),
+    "pre_hook": lambda: hooked("register_forward_pre_hook"),
+}
+
+
+@pytest.mark.parametrize("make", CALLED.values(), ids=CALLED)
+def test_a_lent_module_that_may_be_called_is_changed(make):
+    model = nn.Sequential(make())
+    report = fdt.convert(model)
+    assert [row.path for row in report.changed] == ["0.drop"]
+    assert type(model[0].drop) is fdt.Dropout
+    assert "F.scaled_dot_product_attention(dropout_p=0.25)" in [row.before for row in report.left]
+
+
+def test_a_parent_outside_of_the_model_may_call_what_the_model_holds():
+    model = Owned()
+    (row,) = fdt.convert(model).changed
+    assert (row.path, row.reason) == ("drop", "it can't be told whether anything calls it")
+
+
+class LendsWithMore(Owned):
+    """Nothing here calls the dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.act, self.functions, self.twice = F.relu, [torch.relu, len], functools.partial(torch.mul, 2)
+        self.attend, self.odd = {"sdpa": helper}, Odd()
+
+    def forward(self, x):
+        me = self
+        x = super().forward(self.functions[0](self.odd(self.twice(self.act(x)))))
+        assert isinstance(self, Owned)
+        assert hasattr(me, "drop")
+        attend = self.attend.get("sdpa", helper)
+        return attend(self, x, x, x, dropout=self.drop.p if self.training else 0.0)
+
+    def extra_repr(self):
+        return f"{self.drop}"
+
+    def set_rate(self, p):
+        self.drop.p = p
+
+
+def test_a_module_of_which_all_is_read_is_left():
+    from torch.nn.utils.parametrizations import weight_norm
+
+    model = nn.Sequential(LendsWithMore())
+    model[0].linear = weight_norm(nn.Linear(3, 3))
+    report = fdt.convert(model)
+    assert [(row.path, row.after) for row in report] == [("0.drop", None)]
+    assert report.left[0].reason.startswith("only its p is read")
+
+
+# ---- stochastic depth by other names ----
+
+
+def drop_path(input: torch.Tensor, drop_prob: float = 0.0, training: bool = False) -> torch.Tensor:
+    """As timm's, and transformers' for long."""
+    if drop_prob == 0.0 or not training:
+        return input
+    keep_prob = 1 - drop_prob
+    shape = (input.shape[0],) + (1,) * (input.ndim - 1)
+    random_tensor = keep_prob + torch.rand(shape, dtype=input.dtype, device=input.device)
+    random_tensor.floor_()  # binarize
+    output = input.div(keep_prob) * random_tensor
+    return output
+
+
+class Depth(nn.Module):
+    def __init__(self, drop_prob=0.5):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+
+class CallsDropPath(Depth):
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """With a docstring."""
+        return drop_path(hidden_states, self.drop_prob, self.training)
+
+
+class Inlined(Depth):
+    def forward(self, h):
+        if self.drop_prob == 0.0 or not self.training:
+            return h
+        keep = 1 - self.drop_prob
+        shape = (h.shape[0],) + (1,) * (h.ndim - 1)
+        mask = torch.rand(shape, dtype=h.dtype, device=h.device)
+        mask = torch.floor(mask + keep)
+        return h.div(keep) * mask
+
+
+class Unscaled(Depth):
+    """One word apart: it is another law."""
+
+    def forward(self, h):
+        if self.drop_prob == 0.0 or not self.training:
+            return h
+        keep = 1 - self.drop_prob
+        shape = (h.shape[0],) + (1,) * (h.ndim - 1)
+        mask = torch.rand(shape, dtype=h.dtype, device=h.device)
+        mask = torch.floor(mask + keep)
+        return h * mask
+
+
+class CallsWithoutTraining(Depth):
+    def forward(self, h):
+        return drop_path(h, self.drop_prob, True)
+
+
+@pytest.mark.parametrize("kind", [CallsDropPath, Inlined])
+def test_stochastic_depth_is_recognised_by_its_forward(kind):
+    model, x = nn.Sequential(kind()), torch.randn(6, 3, 4, dtype=torch.float64)
+    assert rate_name(model[0]) == "drop_prob"
+    (row,) = fdt.convert(model)
+    assert row.after == "DropPath(drop_prob=0.5, scale_by_keep=True, store='bits')"
+    expected = under(3, gradient, lambda x: fdt.stochastic_depth(x, 0.5, "row"), x)
+    assert_equal(under(3, gradient, model, x), expected)
+    assert model.eval()(x) is x
+    fdt.revert(model)
+    assert type(model[0]) is kind
+    assert vars(model[0]).keys() == vars(kind()).keys()
+
+
+@pytest.mark.parametrize("kind", [Unscaled, CallsWithoutTraining])
+def test_what_is_nearly_stochastic_depth_is_left_and_listed(kind):
+    model = nn.Sequential(kind())
+    ((path, _, reason),) = functional(fdt.convert(model))
+    assert (path, reason) == ("0", "its forward drops by torch.rand; nothing of fastdrop reaches it")
+    assert type(model[0]) is kind
+
+
+def test_every_drop_path_of_transformers_is_known():
+    """Their sources alone: importing all of these takes long."""
+    from fastdrop.torch.models import drop_path as drop_path_rules
+
+    transformers = pytest.importorskip("transformers")
+    known, found = drop_path_rules._known(drop_path_rules.DROP_PATHS), 0
+    for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        text = path.read_text()
+        for match in re.finditer(r"^class \w*DropPath\(nn\.Module\):\n", text, re.MULTILINE):
+            body = re.match(r"(?:(?:    .*)?\n)+", text[match.end() :])
+            (kind,) = ast.parse(match[0] + body[0]).body
+            (forward,) = [node for node in kind.body if getattr(node, "name", "") == "forward"]
+            assert drop_path_rules._normalised(forward) in known, path
+            found += 1
+    assert found > 20
+
+
+# ---- other people's models ----
+
+SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+BART = {f"{side}_{what}": 2 for side in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+IDS, IMAGE = {"input_ids": torch.tensor([[5, 6, 7, 8]])}, {"pixel_values": torch.zeros(1, 3, 16, 16)}
+TRANSFORMERS = {
+    "Bert": ({**SIZES, "vocab_size": 50}, IDS),
+    "Llama": ({**SIZES, "vocab_size": 50, "attention_dropout": 0.1}, IDS),
+    "ViT": ({**SIZES, "image_size": 16, "patch_size": 8, "attention_probs_dropout_prob": 0.1}, IMAGE),
+    "GPT2": ({"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50}, IDS),
+    "OPT": (
+        {**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 16, "vocab_size": 50, "max_position_embeddings": 20},
+        IDS,
+    ),
+    "Bart": ({**BART, "d_model": 16, "vocab_size": 50, "attention_dropout": 0.1}, IDS),
+    "Flaubert": ({"emb_dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 50}, IDS),
+    "Swin": ({"image_size": 16, "embed_dim": 8, "depths": [2], "num_heads": [2], "window_size": 2}, IMAGE),
+    "ConvNext": ({"hidden_sizes": [8], "depths": [3], "num_stages": 1, "drop_path_rate": 0.2}, IMAGE),
+}
+
+
+class Dropping(TorchFunctionMode):
+    """Writes down which modules of a model call torch's dropout with a rate above 0, by path."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.paths, self.stack = set(), []
+        for path, module in model.named_modules():
+            module.register_forward_pre_hook(lambda *_, path=path: self.stack.append(path))
+            module.register_forward_hook(lambda *_: self.stack.pop() and None)
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is F.dropout and kwargs.get("p", 0.5) > 0 and kwargs.get("training", True):
+            self.paths.add(self.stack[-1])
+        if function is F.scaled_dot_product_attention and kwargs.get("dropout_p", 0) > 0:
+            self.paths.add(self.stack[-1])
+        return function(*args, **kwargs)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "attention"), [*((name, "sdpa") for name in TRANSFORMERS), ("Bert", "eager")])
+def test_what_torch_still_drops_in_a_converted_model_is_in_the_report(name, attention):
+    transformers = pytest.importorskip("transformers")
+    sizes, inputs = TRANSFORMERS[name]
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    if name not in ("Flaubert", "ConvNext"):
+        config._attn_implementation = attention
+    model = getattr(transformers, f"{name}Model")(config).train()
+    report = fdt.convert(model)
+    lent = [row.path for row in report.left if row.reason.startswith("only its p")]
+    told = {row.path for row in report.left} - {*lent} | {path.rpartition(".")[0] for path in lent}
+    on = {row.path for row in report.left if not re.search(r"p(out)?=0\)|dropout=0\)", row.before)} - {*lent}
+    with Dropping(model) as dropping:
+        model(**inputs)
+    drops = {path for path in dropping.paths if not isinstance(model.get_submodule(path), fdt.Dropout)}
+    assert drops <= told
+    assert drops == on | {path.rpartition(".")[0] for path in lent}
+    assert bool(drops) == (name not in ("Swin", "ConvNext"))
+    if name == "Bert":
+        assert all("; fdt.fuse() reaches it; fdt.enable() reaches it" in row.reason for row in report.left)
+        assert len(lent) == 2
+    if name in ("Swin", "ConvNext"):
+        assert [row.path for row in report.changed if "DropPath" in row.before]
+    if name != "ConvNext":
+        assert len(str(report).splitlines()) < len(report) + 1
+
+
+# ---- names and equal lines ----
+
+
+def test_a_class_of_a_known_name_is_named_with_its_module():
+    class Linear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base_layer = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.base_layer(x)
+
+    def gelu(x):
+        return x
+
+    Linear.__module__, Linear.__qualname__, gelu.__module__ = "peft.tuners.lora.layer", "Linear", "theirs"
+    layer = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True)
+    layer.linear1 = Linear()
+    assert fdt.fuse(layer).left[0].reason == "linear1 is a peft.tuners.lora.layer.Linear, not nn.Linear"
+    layer = nn.TransformerEncoderLayer(4, 2, 4, activation=gelu)
+    assert fdt.fuse(layer).left[0].reason == "activation is theirs.gelu, not a known one"
+    ((_, _, reason),) = functional(fdt.fuse(nn.Sequential(Linear(), nn.Dropout())))
+    assert reason == "0 is a peft.tuners.lora.layer.Linear, not nn.Linear"
+    dropout = type("Dropout", (nn.Dropout,), {"__module__": "theirs"})
+    ((_, _, reason),) = functional(fdt.convert(nn.Sequential(dropout())))
+    assert reason == "theirs.Dropout, a subclass of nn.Dropout; its forward may be its own"
+
+
+def test_equal_lines_of_every_report_are_one_with_a_count():
+    def model():
+        block = functools.partial(nn.ModuleDict)
+        return nn.ModuleList([block({"drop": nn.Dropout(0.1), "f": ByAttribute()}) for _ in range(12)])
+
+    folded = "0-11.drop (12x)"
+    plain = model()
+    scheduler = fdt.DropoutScheduler(plain, lambda step: 0.5)
+    for report in (fdt.fuse(plain), scheduler.report, fdt.convert(plain), fdt.revert(plain)):
+        lines = str(report).splitlines()
+        assert lines[1].startswith(folded), report
+        assert len(lines) <= 4
+        assert len(report) >= 12
+    plain = model()
+    for block in plain:
+        block["drop"].p = 0.9
+    lines = str(fdt.audit(plain)).splitlines()
+    assert sum(folded in line for line in lines) == 1
+    assert sum("0-11.f (12x)" in line for line in lines) == 1
+
+
+def test_a_folded_line_stands_for_exactly_its_paths():
+    depths = [2, 2, 6, 2]
+    blocks = [nn.ModuleList([nn.Dropout(0.1) for _ in range(depth)]) for depth in depths]
+    lines = str(fdt.convert(nn.ModuleDict({"layers": nn.ModuleList(blocks), "head": nn.Dropout(0.1)}))).splitlines()
+    assert [line.split("  ")[0] for line in lines[1:]] == ["layers.0-1,3.0-1 (6x)", "layers.2.0-5 (6x)", "head"]
+
+
+def test_the_command_lists_functions(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "functional_models.py").write_text(
+        "import torch.nn.functional as F\nfrom torch import nn\n"
+        "class Net(nn.Module):\n    def forward(self, x):\n        return F.dropout(x, 0.2, self.training).sum()\n"
+    )
+    assert main(["audit", "functional_models:Net", "--strict"]) == 0
+    assert "F.dropout(p=0.2)" in capsys.readouterr().out

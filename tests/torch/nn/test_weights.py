@@ -1,0 +1,704 @@
+"""Dropped weights: whole rows of embeddings, and connections of which autograd keeps bits alone."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import weakref
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import fastdrop.torch as fdt
+from fastdrop.torch.nn.recurrent import VariationalLSTM
+from fastdrop.torch.nn.weights import DropConnect, EmbeddingDropout
+from fastdrop.torch.ops import mask as mask_ops
+
+from ..cases import assert_equal
+
+
+@pytest.fixture(autouse=True)
+def torch_state():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
+
+
+def seeded(function, *arguments, seed=5):
+    torch.manual_seed(seed)
+    return function(*arguments)
+
+
+def first(result):
+    return result[0] if isinstance(result, tuple) else result
+
+
+def gradients(module):
+    return {name: parameter.grad for name, parameter in module.named_parameters()}
+
+
+COPIES = [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
+
+
+# ---- rows of a table ----
+
+WORDS, WIDTH = 50, 6
+IDS = {
+    "scalar": torch.tensor(3),
+    "none": torch.empty(0, 4, dtype=torch.int64),
+    "1 word": torch.arange(32) % 7,
+    "33": torch.arange(33),
+    "(4, 25)": torch.arange(100).reshape(4, 25) * 7 % WORDS,
+    "int32": torch.tensor([[1, 2], [1, 49]], dtype=torch.int32),
+}
+
+
+def dropped_table(module):
+    """The whole table under the mask of the next call."""
+    return fdt.dropout(module.embedding.weight, module.p, noise_shape=(None, 1))
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
+def test_embedding_is_that_of_a_table_with_rows_dropped(ids, p):
+    module = EmbeddingDropout(nn.Embedding(WORDS, WIDTH), p)
+    weight = module.embedding.weight
+    expected = F.embedding(ids, seeded(dropped_table, module))
+    y = seeded(module, ids)
+    assert_equal(y, expected)
+    dy = torch.randn_like(y)
+    # Words that come twice: one sums what it multiplies, the other multiplies sums.
+    torch.testing.assert_close(torch.autograd.grad(y, weight, dy), torch.autograd.grad(expected, weight, dy))
+
+
+def test_embedding_drops_a_word_everywhere_or_nowhere():
+    module = EmbeddingDropout(nn.Embedding.from_pretrained(torch.ones(WORDS, WIDTH)), 0.5)
+    ids = torch.arange(WORDS).repeat(3, 1)
+    masks = [module(ids) for _ in range(2)]
+    for y in masks:
+        assert (y == y[0]).all()
+        assert set(y.unique().tolist()) == {0.0, 2.0}
+        assert (y == y[..., :1]).all()
+    assert not torch.equal(*masks)
+
+
+def test_embedding_keeps_its_mean():
+    module = EmbeddingDropout(nn.Embedding(WORDS, WIDTH), 0.3)
+    ids = torch.arange(WORDS)
+    mean = torch.stack([module(ids).detach() for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, module.embedding.weight.detach(), rtol=0, atol=0.2)
+    assert abs(float((mean / module.embedding.weight.detach()).mean()) - 1) < 0.01
+
+
+@pytest.mark.parametrize("mode", ["evaluation", "p of 0"])
+def test_embedding_without_dropout_is_torchs(mode):
+    module = EmbeddingDropout(nn.Embedding(WORDS, WIDTH), 0.5 if mode == "evaluation" else 0.0)
+    module.train(mode != "evaluation")
+    before = torch.get_rng_state()
+    assert_equal(module(IDS["33"]), module.embedding(IDS["33"]))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_embedding_of_infinities_and_nan_that_are_dropped():
+    table = torch.full((WORDS, WIDTH), math.nan)
+    table[::2] = math.inf
+    module = EmbeddingDropout(nn.Embedding.from_pretrained(table, freeze=False), 0.5)
+    y = module(torch.arange(WORDS))
+    y.backward(torch.full_like(y, math.inf))
+    dropped = (y == 0).all(1)
+    assert 0 < dropped.sum() < WORDS
+    assert not y[~dropped].isfinite().any()
+    assert (module.embedding.weight.grad[dropped] == 0).all()
+    assert not module.embedding.weight.grad[~dropped].isfinite().any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"padding_idx": 2}, {"max_norm": 0.5}, {"scale_grad_by_freq": True}, {"sparse": True}],
+    ids=lambda options: next(iter(options)),
+)
+def test_embedding_options_work_as_in_torch(options):
+    """What reaches the table is the gradient of a plain embedding whose output is dropped by words."""
+    ids = torch.tensor([[1, 2, 3, 1], [2, 9, 1, 30]])
+    module = EmbeddingDropout(nn.Embedding(WORDS, WIDTH, **options), 0.5)
+    plain = copy.deepcopy(module.embedding)
+    factors = seeded(lambda: fdt.dropout(torch.ones(WORDS, 1), 0.5))[ids]
+    y, expected = seeded(module, ids), plain(ids) * factors
+    assert_equal(y, expected)
+    dy = torch.randn_like(y)
+    y.backward(dy)
+    expected.backward(dy)
+    found, wanted = module.embedding.weight.grad, plain.weight.grad
+    assert found.is_sparse is bool(options.get("sparse"))
+    found, wanted = found.to_dense(), wanted.to_dense()
+    assert_equal(found, wanted)
+    assert_equal(module.embedding.weight.detach(), plain.weight.detach())
+    dropped = ids[factors[..., 0] == 0]
+    assert len(dropped)
+    assert not found[dropped].any()
+
+
+def test_embedding_keeps_bits_of_words_read_and_no_table():
+    module, kept = EmbeddingDropout(nn.Embedding(1000, 64), 0.5), []
+    ids = torch.arange(40)
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        module(ids)
+    assert sorted(t.nbytes for t in kept) == [8, ids.nbytes]
+
+
+def test_embedding_gradients_are_finite_differences():
+    module, ids = EmbeddingDropout(nn.Embedding(5, 3, dtype=torch.float64), 0.5), torch.tensor([0, 1, 2, 1, 4])
+
+    def run(weight):
+        return seeded(torch.func.functional_call, module, {"embedding.weight": weight}, ids)
+
+    weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(run, weight)
+    assert torch.autograd.gradgradcheck(run, weight)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_embedding_compiles_in_one_graph(backend):
+    torch.compiler.reset()
+    module = EmbeddingDropout(nn.Embedding(WORDS, WIDTH), 0.5)
+    compiled = torch.compile(module, fullgraph=True, backend=backend)
+    for ids in (IDS["33"], IDS["(4, 25)"], IDS["1 word"]):
+        y = seeded(compiled, ids)
+        assert_equal(y, seeded(module, ids))
+        (found,) = torch.autograd.grad(y.square().sum(), module.embedding.weight)
+        (expected,) = torch.autograd.grad(seeded(module, ids).square().sum(), module.embedding.weight)
+        torch.testing.assert_close(found, expected)
+    torch.compiler.reset()
+
+
+def test_embedding_compiled_reads_a_rate_that_changes():
+    torch.compiler.reset()
+    module, graphs = EmbeddingDropout(nn.Embedding(WORDS, WIDTH), 0.5), []
+    compiled = torch.compile(module, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    for p in (0.1, 0.9, 0.0, 1.0):
+        module.p, module._rate = p, torch.tensor(p, dtype=torch.float64)
+        assert_equal(seeded(compiled, IDS["33"]), seeded(module, IDS["33"]))
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_embedding_under_vmap(randomness):
+    module, ids = EmbeddingDropout(nn.Embedding(WORDS, WIDTH), 0.5), IDS["(4, 25)"]
+    y = seeded(torch.vmap(module, randomness=randomness), ids)
+    rows = seeded(lambda: [seeded(module, row) if randomness == "same" else module(row) for row in ids])
+    assert_equal(y, torch.stack(rows))
+
+
+def test_embedding_as_a_module():
+    module = EmbeddingDropout(nn.Embedding(WORDS, WIDTH, padding_idx=0), 0.25)
+    assert list(module.state_dict()) == ["embedding.weight"]
+    assert "p=0.25" in repr(module)
+    assert "Embedding(50, 6, padding_idx=0)" in repr(module)
+    for duplicate in COPIES:
+        assert_equal(seeded(duplicate(module), IDS["33"]), seeded(module, IDS["33"]))
+    traced = torch.fx.symbolic_trace(nn.Sequential(module))
+    assert_equal(traced.eval()(IDS["33"]), module.embedding(IDS["33"]))
+
+
+def test_embedding_refuses():
+    with pytest.raises(ValueError, match=r"^dropout probability has to be between 0 and 1, but got 1\.5$"):
+        EmbeddingDropout(nn.Embedding(2, 2), 1.5)
+    with pytest.raises(TypeError, match=r"^embedding must be a torch\.nn\.Embedding, but got Linear$"):
+        EmbeddingDropout(nn.Linear(2, 2))
+    with pytest.raises(IndexError):
+        EmbeddingDropout(nn.Embedding(2, 2))(torch.tensor([2]))
+
+
+# ---- connections ----
+
+MODULES = {
+    "Linear": (lambda: nn.Linear(40, 30), (5, 40)),
+    "Conv1d": (lambda: nn.Conv1d(4, 8, 3), (2, 4, 9)),
+    "Conv2d": (lambda: nn.Conv2d(4, 8, 3), (2, 4, 9, 9)),
+    "Conv2d channels-last": (lambda: nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last), (2, 4, 9, 9)),
+    "Conv3d": (lambda: nn.Conv3d(4, 8, 2), (2, 4, 5, 5, 5)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 8, 3), (2, 4, 9, 9)),
+    "Bilinear": (lambda: nn.Sequential(_Pair(), nn.Linear(4, 2)), (3, 5)),
+    "RNN": (lambda: nn.RNN(8, 16), (5, 3, 8)),
+    "GRU": (lambda: nn.GRU(8, 16, 2, bidirectional=True), (5, 3, 8)),
+    "LSTM": (lambda: nn.LSTM(8, 16, 2), (5, 3, 8)),
+    "LSTM, projected": (lambda: nn.LSTM(8, 16, proj_size=4), (5, 3, 8)),
+}
+NAMES = {
+    "Bilinear": ["0.bilinear.weight", "1.weight"],
+    "RNN": ["weight_hh_l0"],
+    "GRU": [f"weight_hh_l{layer}{suffix}" for layer in (0, 1) for suffix in ("", "_reverse")],
+    "LSTM": ["weight_hh_l0", "weight_hh_l1"],
+    "LSTM, projected": ["weight_hh_l0"],
+}
+
+
+class _Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bilinear = nn.Bilinear(5, 5, 4)
+
+    def forward(self, x):
+        return self.bilinear(x, x)
+
+
+@pytest.fixture(params=MODULES)
+def case(request):
+    make, shape = MODULES[request.param]
+    names = NAMES.get(request.param, ["weight"])
+    module = DropConnect(make(), names if request.param == "Bilinear" else None, 0.4)
+    assert module.names == tuple(names)
+    return module, torch.randn(shape, requires_grad=True)
+
+
+def with_dropped_weights(module, *arguments):
+    """The law: the wrapped module run with weights that are dropped by name, each from a seed of its own."""
+    weights = {name: fdt.drop_connect(module.module.get_parameter(name), module.p) for name in module.names}
+    return torch.func.functional_call(module.module, weights, arguments)
+
+
+def test_connections_are_those_of_dropped_weights(case):
+    module, x = case
+    results = []
+    for run in (module, lambda *xs: with_dropped_weights(module, *xs)):
+        module.zero_grad()
+        x.grad = None
+        y = first(seeded(run, x))
+        y.square().sum().backward()
+        results.append((y.detach(), x.grad, *(parameter.grad for parameter in module.parameters())))
+    assert_equal(*map(tuple, results))
+    assert not torch.equal(results[0][0], first(seeded(module, x, seed=6)))
+
+
+def test_connections_are_made_once_in_each_backward_and_freed(case, monkeypatch):
+    """Also those of which a recurrent layer keeps a view for each step."""
+    module, x = case
+    sources = [module.module.get_parameter(name).data_ptr() for name in module.names]
+    masked, made = mask_ops.masked, []
+
+    def recorded(x, *rest):
+        y = masked(x, *rest)
+        if x.data_ptr() in sources:
+            made.append(weakref.ref(y))
+        return y
+
+    monkeypatch.setattr(mask_ops, "masked", recorded)
+    y = first(seeded(module, x)).square().sum()
+    results = []
+    for times in (1, 2):
+        results.append(torch.autograd.grad(y, [x, *module.parameters()], retain_graph=True))
+        assert len(made) == times * len(sources)
+        assert all(value() is None for value in made)
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["p of 0", "evaluation"])
+def test_connections_without_dropout_are_the_modules(case, training):
+    module, x = case
+    module.train(training)
+    module.p = 0.0 if training else 0.5
+    before = torch.get_rng_state()
+    assert_equal(first(module(x)), first(module.module(x)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def kept_by(function, *arguments):
+    """Bytes of distinct memory that autograd keeps, but for the bits of masks; and those."""
+    kept = []
+    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        function(*arguments)
+    words = sum(t.nbytes for t in kept if t.dtype == torch.int32)
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in kept if t.dtype != torch.int32}
+    return [storage.nbytes() for storage in storages.values()], words
+
+
+def test_connections_keep_bits_and_no_dropped_weight(case):
+    module, x = case
+    dropped = [module.module.get_parameter(name) for name in module.names]
+    found, words = kept_by(module, x)
+    plain, _ = kept_by(module.module, x)
+    assert words == sum(4 * math.ceil(weight.numel() / 32) for weight in dropped)
+    for weight in dropped:  # the plain module keeps the parameter itself, which is there anyway
+        plain.remove(weight.nbytes)
+    assert sorted(found) == sorted(plain)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_connections_keep_nothing_of_the_weight_if_the_input_has_no_gradient(frozen):
+    module = DropConnect(nn.Linear(40, 30))
+    module.requires_grad_(not frozen)
+    assert kept_by(module, torch.randn(5, 40)) == (([], 0) if frozen else ([5 * 40 * 4], 4 * 38))
+
+
+@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 4), lambda: nn.RNN(3, 4)], ids=["Linear", "RNN"])
+def test_connections_gradients_are_finite_differences(make):
+    module = DropConnect(make().double())
+    x = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
+    for parameter in module.parameters():  # in place, as the call goes by them
+
+        def run(x, parameter=parameter):
+            return first(seeded(module, x)).tanh()
+
+        assert torch.autograd.gradcheck(lambda x, _: run(x), (x, parameter))
+    assert torch.autograd.gradgradcheck(lambda x, *_: first(seeded(module, x)).tanh(), (x, *module.parameters()))
+
+
+def test_connections_keep_the_mean_of_the_weight():
+    module = DropConnect(nn.Linear(6, 4, bias=False), p=0.3)
+    mean = torch.stack([module(torch.eye(6)).detach() for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, module.module.weight.detach().T, rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("name", ["Linear", "LSTM", "GRU"])
+def test_connections_at_p_of_1(name):
+    make, shape = MODULES[name]
+    module, x = DropConnect(make(), p=1.0), torch.randn(shape, requires_grad=True)
+    with torch.no_grad():
+        for weight in map(module.module.get_parameter, module.names):
+            weight.fill_(math.nan)
+    y = first(module(x))
+    y.sum().backward()
+    assert y.isfinite().all()
+    for weight in map(module.module.get_parameter, module.names):
+        assert not weight.grad.any()
+
+
+def test_steps_of_a_recurrent_layer_share_the_dropped_weights():
+    module = DropConnect(nn.LSTM(3, 20))
+    x = torch.randn(2, 1, 3)
+    one, state = seeded(module, x[:1])
+    two, _ = seeded(module, x[1:], state)
+    torch.testing.assert_close(seeded(module, x)[0], torch.cat([one, two]))
+
+
+def test_connections_of_a_variational_layer():
+    layer = VariationalLSTM(3, 5, 2, dropout_input=0.3, dropout_recurrent=0.4)
+    module, x = DropConnect(layer, ["weight_hh_l0", "weight_ih_l1"]), torch.randn(4, 2, 3, requires_grad=True)
+    results = [
+        torch.autograd.grad(first(seeded(run, x)).square().sum(), [x, *module.parameters()])
+        for run in (module, lambda x: with_dropped_weights(module, x))
+    ]
+    assert_equal(*results)
+
+
+# ---- changes in place ----
+
+
+@pytest.mark.parametrize("name", ["Linear", "Conv2d", "LSTM", "GRU"])
+def test_weight_changed_before_backward_raises(name):
+    make, shape = MODULES[name]
+    module, x = DropConnect(make()), torch.randn(shape, requires_grad=True)
+    y = first(module(x))
+    with torch.no_grad():
+        module.module.get_parameter(module.names[0]).mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_input_changed_before_backward_raises():
+    module, x = DropConnect(nn.Linear(4, 3)), torch.randn(2, 4)
+    y = module(x)
+    x.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: .*is at version 1; expected version 0"):
+        y.sum().backward()
+
+
+def test_weight_replaced_before_backward_keeps_its_gradient():
+    """By ``.data``, as torch would: the memory that forward read is what backward reads."""
+    module, x = DropConnect(nn.Linear(4, 3)), torch.randn(2, 4, requires_grad=True)
+    (expected,) = torch.autograd.grad(seeded(module, x).sum(), x)
+    y = seeded(module, x)
+    module.module.weight.data = torch.zeros(3, 4)
+    assert_equal(torch.autograd.grad(y.sum(), x), (expected,))
+
+
+def test_optimizer_trains_the_weight():
+    module = DropConnect(nn.LSTM(3, 8), p=0.2)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+    x, losses = torch.randn(5, 16, 3), []
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (module(x)[0].sum(-1) - 1.0).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 4
+
+
+# ---- what else keeps, and calls ----
+
+
+def test_hooks_outside_see_what_they_would_of_the_module():
+    module, x = DropConnect(nn.GRU(8, 16)), torch.randn(5, 3, 8, requires_grad=True)
+    expected = torch.autograd.grad(seeded(module, x)[0].sum(), [x, *module.parameters()])
+    with save_on_cpu():
+        y, _ = seeded(module, x)
+    assert_equal(torch.autograd.grad(y.sum(), [x, *module.parameters()]), expected)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("name", ["Linear", "LSTM"])
+def test_connections_under_checkpointing(name, use_reentrant):
+    make, shape = MODULES[name]
+    module, x = DropConnect(make()), torch.randn(shape, requires_grad=True)
+    leaves = [x, *module.parameters()]
+    first(seeded(module, x)).square().sum().backward()
+    expected = tuple(leaf.grad for leaf in leaves)
+    for leaf in leaves:
+        leaf.grad = None
+    first(seeded(lambda: checkpoint(module, x, use_reentrant=use_reentrant))).square().sum().backward()
+    torch.testing.assert_close(tuple(leaf.grad for leaf in leaves), expected)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_connections_without_gradients(context):
+    module, x = DropConnect(nn.GRU(8, 16)), torch.randn(5, 3, 8)
+    expected, _ = seeded(module, x)
+    with context():
+        assert_equal(seeded(module, x)[0], expected.detach())
+
+
+def test_connections_of_a_module_made_in_inference_mode():
+    with torch.inference_mode():
+        module = DropConnect(nn.Linear(4, 3))
+    x = torch.randn(2, 4)
+    assert_equal(seeded(module, x), seeded(with_dropped_weights, module, x))
+
+
+@pytest.mark.parametrize("name", ["Linear", "Conv2d"])
+def test_connections_under_autocast(name):
+    make, shape = MODULES[name]
+    module, x = DropConnect(make()), torch.randn(shape, requires_grad=True)
+    results = []
+    for run in (module, lambda x: with_dropped_weights(module, x)):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = seeded(run, x)
+        assert y.dtype == torch.bfloat16
+        results.append((y.detach(), *torch.autograd.grad(y.sum(), [x, *module.parameters()])))
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
+def test_connections_of_other_dtypes(dtype):
+    module, x = DropConnect(nn.Linear(6, 5, dtype=dtype)), torch.randn(3, 6, dtype=dtype, requires_grad=True)
+    results = []
+    for run in (module, lambda x: with_dropped_weights(module, x)):
+        y = seeded(run, x)
+        results.append((y.detach(), *torch.autograd.grad(y.abs().sum(), [x, *module.parameters()])))
+    assert_equal(*results)
+
+
+class Conjugate(nn.Linear):
+    """Its node keeps another view of the same memory."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.conj(), self.bias)
+
+
+class Written(nn.Linear):
+    """Its node keeps what the weight has become."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.mul_(3.0), self.bias)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(Conjugate, torch.complex64), (Written, torch.float32)])
+def test_connections_of_a_layer_that_sees_its_weight_otherwise(kind, dtype):
+    module, x = DropConnect(kind(6, 5, dtype=dtype)), torch.randn(3, 6, dtype=dtype, requires_grad=True)
+    results = []
+    for run in (module, lambda x: with_dropped_weights(module, x)):
+        y = seeded(run, x)
+        results.append((y.detach(), *torch.autograd.grad(y.abs().sum(), [x, *module.parameters()])))
+    assert_equal(*results)
+
+
+@pytest.mark.parametrize("name", ["Linear", "GRU"])
+def test_connections_with_parameters_of_a_functional_call(name):
+    make, shape = MODULES[name]
+    module, other, x = DropConnect(make()), DropConnect(make()), torch.randn(shape)
+    y = seeded(torch.func.functional_call, module, dict(other.named_parameters()), x)
+    assert_equal(first(y), first(seeded(other, x)))
+
+
+def test_compiled_connections_in_one_graph():
+    torch.compiler.reset()
+    for name in ("Linear", "Conv2d"):
+        make, shape = MODULES[name]
+        module, x = DropConnect(make()), torch.randn(shape, requires_grad=True)
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        results = []
+        for run in (compiled, module):
+            y = seeded(run, x)
+            results.append((y.detach(), *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])))
+        assert_equal(*results)
+    torch.compiler.reset()
+
+
+def test_compiled_connections_of_a_recurrent_layer_run():
+    torch.compiler.reset()
+    module, x = DropConnect(nn.LSTM(8, 16)), torch.randn(5, 3, 8)
+    model = nn.Sequential(nn.Linear(8, 8), module)
+    compiled = torch.compile(model, backend="aot_eager")
+    y, _ = seeded(compiled, x)
+    assert_equal(y, seeded(model, x)[0])
+    y.sum().backward()
+    flat = module.module._flat_weights
+    assert all(weight is parameter for weight, parameter in zip(flat, module.module.parameters(), strict=True))
+    torch.compiler.reset()
+
+
+def test_compiled_connections_read_a_rate_that_changes():
+    torch.compiler.reset()
+    module, graphs, x = DropConnect(nn.Linear(8, 8)), [], torch.randn(2, 8)
+    compiled = torch.compile(module, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    for p in (0.1, 0.9, 1.0):
+        module.p, module._rate = p, torch.tensor(p, dtype=torch.float64)
+        assert_equal(seeded(compiled, x), seeded(module, x))
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+def test_compiled_backward_of_connections_run_eagerly():
+    """Compiled autograd calls the hooks too."""
+    torch.compiler.reset()
+    module, x = DropConnect(nn.Linear(8, 8)), torch.randn(2, 8, requires_grad=True)
+    expected = torch.autograd.grad(seeded(module, x).square().sum(), [x, *module.parameters()])
+    y = seeded(module, x).square().sum()
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager")):
+        y.backward()
+    assert_equal((x.grad, *(parameter.grad for parameter in module.parameters())), expected)
+    torch.compiler.reset()
+
+
+def test_connections_under_transforms():
+    module, x = DropConnect(nn.Linear(4, 3)), torch.randn(5, 4)
+    parameters = {name: parameter.detach() for name, parameter in module.named_parameters()}
+
+    def loss(parameters, x):
+        return torch.func.functional_call(module, parameters, x).square().sum()
+
+    found = seeded(torch.func.grad(loss), parameters, x)
+    module.zero_grad()
+    seeded(module, x).square().sum().backward()
+    for name, gradient in gradients(module).items():
+        torch.testing.assert_close(found[name], gradient)
+    per_sample = torch.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="same")(parameters, x)
+    assert per_sample["module.weight"].shape == (5, 3, 4)
+    shared = (per_sample["module.weight"] == 0).all(0)
+    assert 0 < shared.sum() < 12  # dropped in all samples alike
+
+
+# ---- as a module among others ----
+
+
+def test_connections_leave_parameters_where_they_are(case):
+    module, x = case
+    before = dict(module.module.named_parameters())
+    first(module(x)).sum().backward()
+    assert all(parameter is before[name] for name, parameter in module.module.named_parameters())
+    assert list(module.state_dict()) == [f"module.{name}" for name in module.module.state_dict()]
+    assert [name for name, _ in module.named_parameters()] == [f"module.{name}" for name in before]
+    if isinstance(module.module, nn.RNNBase):
+        assert all(a is b for a, b in zip(module.module._flat_weights, before.values(), strict=True))
+
+
+@pytest.mark.parametrize("duplicate", COPIES, ids=["copy", "pickle"])
+def test_connections_copy_after_a_call(case, duplicate):
+    module, x = case
+    y = first(module(x))
+    twin = duplicate(module)
+    assert repr(twin) == repr(module)
+    assert_equal(first(seeded(twin, x)), first(seeded(module, x)))
+    y.sum().backward()
+
+
+def test_connections_restore_the_layer_when_it_raises():
+    module = DropConnect(nn.LSTM(8, 16))
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="input_size"):
+            module(torch.randn(5, 3, 7))
+    assert all(a is b for a, b in zip(module.module._flat_weights, module.module.parameters(), strict=True))
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+@pytest.mark.parametrize("names", [["a.weight"], ["a.weight", "b.weight"]], ids=["one name", "both"])
+def test_a_shared_weight_is_dropped_once(names):
+    module, x = DropConnect(Tied(), names), torch.randn(3, 4, requires_grad=True)
+    weight = seeded(lambda: fdt.drop_connect(module.module.a.weight, 0.5))
+    expected = F.linear(F.linear(x, weight), weight)
+    y = seeded(module, x)
+    assert_equal(y, expected)
+    leaves = [x, module.module.a.weight]
+    assert_equal(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves))
+
+
+def test_a_weight_shared_by_layers_of_a_recurrent_module_is_dropped_once():
+    layer = nn.GRU(5, 5, 2)
+    layer.weight_hh_l1 = layer.weight_hh_l0
+    module, x = DropConnect(layer), torch.randn(4, 2, 5)
+    weight = seeded(lambda: fdt.drop_connect(layer.weight_hh_l0, 0.5))
+    values = {"weight_hh_l0": weight, "weight_hh_l1": weight}
+    expected, _ = torch.func.functional_call(layer, values, (x,), tie_weights=False)
+    assert_equal(seeded(module, x)[0], expected)
+
+
+def test_connections_pass_arguments_by_name():
+    module, x = DropConnect(nn.MultiheadAttention(8, 2), ["in_proj_weight", "out_proj.weight"]), torch.randn(3, 2, 8)
+    y, weights = seeded(lambda: module(x, key=x, value=x, need_weights=False))
+    assert weights is None
+    torch.testing.assert_close(y, seeded(with_dropped_weights, module, x, x, x)[0])
+
+
+def test_connections_traced_by_fx_stay_a_module():
+    model, x = nn.Sequential(DropConnect(nn.Linear(4, 4)), nn.ReLU()), torch.randn(2, 4)
+    traced = torch.fx.symbolic_trace(model)
+    assert_equal(seeded(traced, x), seeded(model, x))
+    assert_equal(traced.eval()(x), model.eval()(x))
+
+
+def test_connections_repr():
+    text = repr(DropConnect(nn.Linear(2, 3), p=0.25))
+    assert "names=('weight',), p=0.25" in text
+    assert "(module): Linear(in_features=2, out_features=3" in text
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "message"),
+    [
+        (
+            lambda: nn.Linear(2, 2),
+            "weights",
+            r"^names must be of module's parameters, weight, bias, but got 'weights'$",
+        ),
+        (lambda: nn.BatchNorm1d(2), ["weight", "running_mean"], "but got 'running_mean'$"),
+        (lambda: nn.ReLU(), None, "but got 'weight'$"),
+        (lambda: nn.Sequential(nn.LSTM(2, 2)), "0.weight_hh_l0", "recurrent layer.*wrap '0' itself$"),
+    ],
+    ids=["unknown", "buffer", "none there", "inside a recurrent layer"],
+)
+def test_connections_refuse_names(make, names, message):
+    with pytest.raises(ValueError, match=message):
+        DropConnect(make(), names)
+
+
+@pytest.mark.parametrize("p", [-0.1, 1.5, math.nan], ids=str)
+def test_connections_refuse_p_out_of_range(p):
+    with pytest.raises(ValueError, match=rf"^dropout probability has to be between 0 and 1, but got {p}$"):
+        DropConnect(nn.Linear(2, 2), p=p)

@@ -1,0 +1,248 @@
+"""Ops of ``torch.ops.fastdrop`` called by hand, saved tensors that hooks changed, and lazy clones.
+
+What once ended the process runs in another one.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastdrop as fd
+import fastdrop.torch as fdt
+from fastdrop import backends
+
+from ... import fuzz_ops
+from ...cases import ROOT
+
+BACKENDS = [name for name in ("c", "numpy") if backends.reason(name) is None]  # Numba would compile for seconds
+
+# Calls, and a part of what they must say. `t` makes a tensor of float32 or of the dtype named.
+REFUSED = {
+    "attention(t(64, 2), t(2, 8, 5, 2), t(8), None, seed, 0.5, False, 1.0, True)": "query, key, value and mask must be",
+    "attention(t(2, 3), t(4, 3), t(9, 3), None, seed, 0.5, False, 1.0, True)": "query, key, value and mask must be",
+    "attention(t(3, 2, 3), t(2, 4, 3), t(2, 4, 3), None, seed, 0.5, False, 1.0, True)": "query, key, value and mask",
+    "attention(t(2, 3), t(0, 3), t(0, 3), None, seed, 0.5, False, 1.0, True)": "not empty",
+    "attention(t(2, 3), t(4, 3), t(4, 3), t(2, 5), seed, 0.5, False, 1.0, True)": "query, key, value and mask must be",
+    "attention(t(2, 3), t(4, 3), t(4, 3, dtype=f64), None, seed, 0.5, False, 1.0, True)": "of one float dtype",
+    "attention_backward(t(2, 3), words(8), t(1, 2, 4), t(2, 3), t(4, 3), t(9, 3), 0.5, False, 1.0,"
+    " [2, 3], [4, 3], [4, 3], [True] * 3)": "value must be torch.float32 of shape (4, 3)",
+    "attention_backward(t(9, 9), words(8), t(1, 2, 4), t(2, 3), t(4, 3), t(4, 3), 0.5, False, 1.0,"
+    " [2, 3], [4, 3], [4, 3], [True] * 3)": "dy must have shape (2, 3)",
+    "attention_backward(t(2, 3), words(8), t(1, 2, 4), None, t(4, 3), t(4, 3), 0.5, False, 1.0,"
+    " [2, 3], [4, 3], [4, 3], [True] * 3)": "query must be a tensor",
+    "attention_backward(t(2, 3), words(8), t(1, 2, 4), None, None, None, 0.5, False, 1.0,"
+    " [2, 3], [7, 1], [4, 3], [False, False, True])": "query_shape, key_shape and value_shape must be",
+    "attention_backward(t(2, 3), words(8), t(1, 2, 4).to('meta'), None, None, None, 0.5, False, 1.0,"
+    " [2, 3], [4, 3], [4, 3], [False, False, True])": "probabilities must be on cpu",
+    "norm_backward(half, None, half, statistics, None, None, 0.5, True, True, f64, [True] * 5)": "dy must have",
+    "norm_backward(x, None, x.int(), statistics, None, None, 0.5, True, True, f32, [True] * 5)": "sum must be",
+    "norm_backward(x, None, x, statistics, None, None, 0.5, True, True, f32, [True] * 6)": "wanted must have 5 entries",
+    "norm(x, None, x.int(), None, None, seed, 0.5, 1e-5, True, True)": "residual must be torch.float32",
+    "norm(x, None, half, None, None, seed, 0.5, 1e-5, True, True)": "residual must be torch.float32",
+    "pointwise(x, t(64, dtype=c64), None, None, seed, 0.5, 'gelu', True)": "bias must be of a float dtype",
+    "pointwise_backward(x, None, None, None, words(576), 0.5, True, 'gelu', f32, True, False)": "x must be a tensor",
+    "pointwise_backward(x, None, None, None, words(576), 0.5, True, 'gelu', f32, False, False)": "x must be a tensor",
+    "pointwise_backward(x, x, None, None, None, 0.5, True, None, f32, True, True)": "factor must be a tensor",
+    "pointwise_backward(x, x, None, None, None, 0.5, True, 'gelu', i32, True, False)": "dtype must be float32",
+    "pointwise_backward(x, x, None, None, None, 0.5, True, 'gelu', f64, True, False)": "dy must be",
+    "softmax(t(2, 5, 7), t(5, 7, dtype=c64), seed, 0.5, 1.0, False, True, True)": "mask must be of a float dtype",
+    "draw_blocks(t(2, 3, 8, 8), seed, 0.5, [2, 3, 8, 8], [])": "block_size must be",
+    "draw_blocks(t(2, 3, 8, 8), seed, 0.5, [2, 3, 8, 8], [-(2**31), 2**62])": "block_size must",
+    "draw_blocks(t(2, 3, 8, 8), seed, 0.5, [8], [3, 3])": "block_size must be",
+    "draw_blocks(t(2, 3, 8, 8), seed, 0.5, [2, -3, 8, 8], [3, 3])": "noise_shape must not have negative extents",
+    "keep_blocks(t(2, 3), words(6), torch.tensor(float('inf')), [2, 3])": "kept must be one int64",
+    "keep_blocks(t(2, 3), words(6), torch.ones(2, dtype=torch.int64), [2, 3])": "kept must be one int64",
+    "backward(cut(t(64)), words(64), 0.5, None)": "dy must have memory for its shape",
+    "backward(cut(t(64).expand(8, 64)), words(512), 0.5, None)": "dy must have memory for its shape",
+    "forward(t(64), seed.to('meta'), 0.5, None, True)": "seed must be on cpu",
+}
+
+CHILD = """
+import sys
+import torch
+import fastdrop.torch
+f16, f32, f64, i32, c64 = torch.float16, torch.float32, torch.float64, torch.int32, torch.complex64
+t = lambda *shape, dtype=f32: torch.ones(shape, dtype=dtype)
+words = lambda cells: torch.full(((cells + 31) // 32,), -1, dtype=i32)
+seed = torch.tensor(1)
+x, half, statistics = t(9, 64), t(9, 64, dtype=f16), t(9, 2)
+
+def cut(x):
+    x.untyped_storage().resize_(x.element_size())
+    return x
+
+for call in sys.stdin.read().splitlines():
+    try:
+        eval("torch.ops.fastdrop." + call)
+        print("went well", flush=True)
+    except Exception as error:
+        print(type(error).__name__, str(error).replace(chr(10), " "), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, str]:
+    calls = "\n".join(REFUSED)
+    child = subprocess.run([sys.executable, "-c", CHILD], input=calls, capture_output=True, text=True, timeout=300)
+    lines = child.stdout.splitlines()
+    if len(lines) < len(REFUSED):
+        lines.append(f"the process ended with {child.returncode}: {child.stderr[-1000:]}")
+    return dict(zip(REFUSED, lines, strict=False))
+
+
+@pytest.mark.parametrize("call", REFUSED)
+def test_ops_refuse_what_kernels_would_read_or_write_out_of_bounds(call: str, said: dict[str, str]) -> None:
+    answer = said.get(call, "not reached")
+    assert REFUSED[call] in answer
+    assert answer.split()[0] in ("ValueError", "TypeError", "RuntimeError")
+
+
+def test_fake_kernels_refuse_shapes_too() -> None:
+    with torch.device("meta"):
+        query, key, value = torch.ones(64, 2), torch.ones(2, 8, 5, 2), torch.ones(8)
+        dy, words, probabilities = torch.ones(9, 9), torch.ones(1, dtype=torch.int32), torch.ones(1, 2, 4)
+    ops, shapes = torch.ops.fastdrop, ([2, 3], [4, 3], [4, 3])
+    with pytest.raises(ValueError, match="query, key, value and mask must be"):
+        ops.attention(query, key, value, None, torch.tensor(1), 0.5, False, 1.0, True)
+    with pytest.raises(ValueError, match="dy must have shape"):
+        ops.attention_backward(
+            dy, words, probabilities, None, None, None, 0.5, False, 1.0, *shapes, [False, False, True]
+        )
+
+
+def test_random_calls_of_all_ops() -> None:
+    """`make fuzz` does more of them."""
+    options = ["--seconds", "6", "--seed", "7", "--backends", ",".join(BACKENDS)]
+    command = [sys.executable, "-m", "tests.fuzz_ops", *options]
+    path = os.pathsep.join(sys.path)
+    child = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, timeout=600
+    )
+    assert child.returncode == 0, child.stdout + child.stderr
+
+
+HOOKED = """
+import itertools
+import random
+import sys
+from tests import fuzz_ops
+for function, (tensors, _) in fuzz_ops.FUNCTIONS.items():
+    plan = fuzz_ops.Plan(random.Random(3), "attention" if "attention" in function else function)
+    plan.shape, plan.dtype = (plan.shape if "attention" in function else (6, 33)), fuzz_ops.torch.float32
+    given = tuple(fuzz_ops.replace(spec, grad=True) for spec in tensors(plan))
+    for backend, which, how in itertools.product(sys.argv[1:], range(5), fuzz_ops.UNPACKED):
+        call = fuzz_ops.Call(function, given, backend, 2, (which, how))
+        print(call, flush=True)
+        wrong = fuzz_ops.run(call, 0, 0)
+        assert wrong is None, wrong
+print("all went well")
+"""
+
+
+def test_saved_tensors_that_hooks_changed_are_refused(tmp_path: Path) -> None:
+    """Every function, every tensor that it saves, every change: an error in words, or a gradient."""
+    library = fuzz_ops.guard(tmp_path)
+    child = subprocess.run(
+        [sys.executable, "-c", HOOKED, *BACKENDS],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **({"LD_PRELOAD": str(library)} if library is not None else {})},
+        timeout=600,
+    )
+    assert child.stdout.endswith("all went well\n"), child.stdout[-300:] + child.stderr[-2000:]
+
+
+# ---- lazy clones ----
+
+READERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
+    "dropout": (lambda x: fdt.dropout(x, 0.5), [(6, 33)]),
+    "dropout, transposed": (lambda x: fdt.dropout(x.t(), 0.5), [(6, 33)]),
+    "dropout by seed": (lambda x: fdt.dropout(x, 0.5, store="seed"), [(6, 33)]),
+    "dropout1d": (lambda x: fdt.dropout1d(x, 0.5), [(2, 6, 33)]),
+    "alpha_dropout": (lambda x: fdt.alpha_dropout(x, 0.5), [(6, 33)]),
+    "gaussian_dropout": (lambda x: fdt.gaussian_dropout(x, 0.5), [(6, 33)]),
+    "drop_block2d": (lambda x: fdt.drop_block2d(x, 0.5, 2), [(2, 3, 5, 5)]),
+    "dropout_add": (lambda x, y: fdt.dropout_add(x, y, 0.5), [(6, 33)] * 2),
+    "swiglu_dropout": (lambda x, y: fdt.swiglu_dropout(x, y, 0.5), [(6, 33)] * 2),
+    "dropout_add_layer_norm": (
+        lambda x, y, w, b: fdt.dropout_add_layer_norm(x, y, w, b, 0.5)[0],
+        [(6, 33), (6, 33), (33,), (33,)],
+    ),
+    "softmax_dropout": (lambda x, mask: fdt.softmax_dropout(x, 0.5, 1.0, mask), [(6, 33), (33,)]),
+    "attention": (
+        lambda q, k, v, mask: fdt.scaled_dot_product_attention(q, k, v, mask, 0.5),
+        [(2, 5, 4), (2, 6, 4), (2, 6, 3), (5, 6)],
+    ),
+    "op forward": (lambda x: torch.ops.fastdrop.forward(x, torch.tensor(3), 0.5, None, True)[0], [(6, 33)]),
+    "op norm": (
+        lambda x, y: torch.ops.fastdrop.norm(x, None, y, None, None, torch.tensor(3), 0.5, 1e-5, True, True)[0],
+        [(6, 33)] * 2,
+    ),
+}
+
+
+def test_ops_read_lazy_clones_of_words_and_seeds() -> None:
+    ops, x, words = torch.ops.fastdrop, torch.randn(4, 40), torch.randint(-(2**31), 2**31 - 1, (5,), dtype=torch.int32)
+    lazy, seed, kept = torch._lazy_clone(words), torch._lazy_clone(torch.tensor(3)), torch._lazy_clone(torch.tensor(80))
+    assert torch.equal(ops.backward(x, lazy, 0.5, None), ops.backward(x, words, 0.5, None))
+    blocks = ops.keep_blocks(x, words, kept, x.shape)
+    assert torch.equal(ops.keep_blocks(x, lazy, kept, x.shape), blocks)
+    gradient = x, None, None, None, words, 0.5, True, None, torch.float32, True, False
+    assert torch.equal(
+        ops.pointwise_backward(*gradient[:4], lazy, *gradient[5:])[2], ops.pointwise_backward(*gradient)[2]
+    )
+    ops.forward(x, seed, 0.5, None, True)
+    assert all(map(_is_lazy, (lazy, seed, kept)))
+
+
+def _is_lazy(x: Tensor) -> bool:
+    return torch._C._is_cow_tensor(x)
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_reading_a_lazy_clone_makes_no_copy(name: str, backend: str) -> None:
+    """`torch._lazy_clone` shares memory until it is written to; so do gradients that come as such."""
+    function, shapes = READERS[name]
+    with fd.use_backend(backend):
+        for dtype in (torch.float32, torch.bfloat16):
+            given = [torch.randn(3, *shape, dtype=dtype)[1].requires_grad_() for shape in shapes]
+            lazy = [torch._lazy_clone(x.detach()).requires_grad_() for x in given]
+            torch.manual_seed(0)
+            want = function(*given)
+            dy = torch.randn_like(want)
+            want.backward(dy)
+            torch.manual_seed(0)
+            got, lazy_dy = function(*lazy), torch._lazy_clone(dy)
+            got.backward(lazy_dy)
+            assert torch.equal(got, want)
+            assert all(torch.equal(x.grad, y.grad) for x, y in zip(lazy, given, strict=True))  # type: ignore[arg-type]
+            assert all(_is_lazy(x) for x in (*lazy, lazy_dy))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(6, 33), (33, 6)])
+def test_writing_to_a_lazy_clone_leaves_what_it_was_cloned_from(shape: tuple[int, int], backend: str) -> None:
+    functions = {
+        "dropout": lambda x, inplace: fdt.dropout(x, 0.5, inplace=inplace, seed=3),
+        "dropout1d": lambda x, inplace: fdt.dropout1d(x, 0.5, inplace=inplace, seed=3),
+        "gaussian": lambda x, inplace: fdt.gaussian_dropout(x, 0.5, inplace=inplace, seed=3),
+        "transposed": lambda x, inplace: fdt.dropout(x.t(), 0.5, inplace=inplace, seed=3),
+    }
+    with fd.use_backend(backend):
+        for function in functions.values():
+            x = torch.randn(2, *shape)[1]
+            before = x.clone()
+            lazy = torch._lazy_clone(x)
+            assert torch.equal(function(lazy, True), function(before, False))
+            assert torch.equal(x, before)
+            assert not _is_lazy(lazy)

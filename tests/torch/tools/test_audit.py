@@ -1,0 +1,788 @@
+"""audit: for each rule models that break it and models that don't; the table; the command's exit codes; odd models."""
+
+from __future__ import annotations
+
+import copy
+import random
+import subprocess
+import sys
+import warnings
+from collections import OrderedDict
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import nn
+from torch.nn import functional as F
+
+import fastdrop.torch as fdt
+from fastdrop.__main__ import main
+from fastdrop.schedules import constant
+from fastdrop.torch.tools.audit import RULES, AuditReport, audit
+from fastdrop.torch.tools.scheduler import DropoutScheduler
+
+IMAGE = torch.zeros(2, 3, 16, 16)
+ROW = torch.zeros(2, 128)
+SEQUENCE = torch.zeros(5, 2, 64)
+TOKENS = torch.zeros(5, 2, dtype=torch.int64)
+
+
+class Calls(nn.Module):
+    """A model out of a function of its modules and its input."""
+
+    def __init__(self, forward, **modules):
+        super().__init__()
+        self.function = forward
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        return self.function(self, x)
+
+
+class StochasticDepth(nn.Module):
+    """torchvision's, by name."""
+
+    def __init__(self, p=0.1):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        return x
+
+
+class DropPath(StochasticDepth):
+    """timm's, by name."""
+
+    def __init__(self, drop_prob=0.1):
+        nn.Module.__init__(self)
+        self.drop_prob = drop_prob
+
+
+class MyDropout(nn.Dropout):
+    pass
+
+
+class MyConv(nn.Conv2d):
+    pass
+
+
+def one_layer(kind):
+    """With dropout, of which torch itself warns."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return kind(64, 64, 1, dropout=0.3)
+
+
+def wide():
+    return nn.Linear(128, 128)
+
+
+def in_evaluation(model, *left_on):
+    model.eval()
+    for path in left_on:
+        model.get_submodule(path).train()
+    return model
+
+
+def head(*layers):
+    """Layers, then what makes of them a network with nothing else to find."""
+    return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(10))
+
+
+def conv():
+    return nn.Conv2d(3, 64, 3)
+
+
+def unrolled(cell, drop):
+    def forward(self, x):
+        state = x.new_zeros(2, 64)
+        for step in range(4):
+            state = drop(self, self.cell(x[step], state))
+        return self.out(state)
+
+    return Calls(forward, cell=cell(64, 64), drop=nn.Dropout(0.3), out=nn.Linear(64, 64))
+
+
+def recurrent(forward, layer=None, **options):
+    return Calls(
+        forward, rnn=layer or nn.LSTM(64, 64, **options), drop=nn.Dropout(0.3), out=nn.Linear(64, 64), act=nn.ReLU()
+    )
+
+
+def concatenated(self, x):
+    return self.out(torch.cat([self.norm(torch.cat([x, self.drop(x)], 1)), x], 1))
+
+
+# Of each rule: name -> model, example input, paths of the findings (none for a model that doesn't break it).
+CASES = {
+    "left on": {
+        "module": (in_evaluation(nn.Sequential(wide(), nn.Dropout(0.5), wide()), "1"), ROW, ["1"]),
+        "ours": (in_evaluation(nn.Sequential(wide(), fdt.Dropout(0.5), wide()), "1"), ROW, ["1"]),
+        "attention": (
+            in_evaluation(nn.Sequential(wide(), nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, 0.1)})), "1.a"),
+            None,
+            ["1.a"],
+        ),
+        "DropPath": (in_evaluation(nn.Sequential(wide(), DropPath(), wide()), "1"), ROW, ["1"]),
+        "function": (Calls(lambda self, x: self.a(F.dropout(x)), a=wide()), ROW, [""]),
+        "our function": (Calls(lambda self, x: self.a(fdt.dropout(x, 0.2)), a=wide()), ROW, [""]),
+        "builtin": (Calls(lambda self, x: self.a(torch.dropout(x, 0.2, True)), a=wide()), ROW, [""]),
+        "function in a module": (
+            nn.Sequential(wide(), Calls(lambda self, x: self.a(F.dropout2d(x, 0.5)), a=wide())),
+            torch.zeros(2, 4, 5, 128),
+            ["1"],
+        ),
+        "fused attention": (
+            Calls(lambda self, x: self.a(F.scaled_dot_product_attention(x, x, x, dropout_p=0.1)), a=wide()),
+            ROW,
+            [""],
+        ),
+        "all of it training": (nn.Sequential(wide(), nn.Dropout(0.5), wide()), ROW, []),
+        "all of it evaluating": (in_evaluation(nn.Sequential(wide(), nn.Dropout(0.5), wide())), ROW, []),
+        "norm left on": (in_evaluation(nn.Sequential(nn.BatchNorm1d(128), wide(), nn.Dropout(), wide()), "0"), ROW, []),
+        "p of 0": (in_evaluation(nn.Sequential(wide(), nn.Dropout(0.0), wide()), "1"), ROW, []),
+        "function that follows": (
+            Calls(lambda self, x: self.a(F.dropout(x, 0.5, training=self.training)), a=wide()),
+            ROW,
+            [],
+        ),
+        "function with p of 0": (Calls(lambda self, x: self.a(F.dropout(x, 0.0)), a=wide()), ROW, []),
+        "attention that follows": (
+            Calls(
+                lambda self, x: self.a(
+                    F.scaled_dot_product_attention(x, x, x, dropout_p=0.1 if self.training else 0.0)
+                ),
+                a=wide(),
+            ),
+            ROW,
+            [],
+        ),
+    },
+    "drops everything": {
+        "p of 1": (nn.Sequential(wide(), nn.Dropout(1.0), wide()), ROW, ["1"]),
+        "function": (
+            Calls(lambda self, x: self.a(F.alpha_dropout(x, 1.0, self.training)), a=wide()),
+            ROW,
+            [""],
+        ),
+        "p below 1": (nn.Sequential(wide(), nn.Dropout(0.9), wide()), ROW, []),
+    },
+    "on the output": {
+        "last": (nn.Sequential(wide(), wide(), nn.Dropout(0.5)), ROW, ["2"]),
+        "before softmax": (nn.Sequential(wide(), fdt.Dropout(0.5), nn.Softmax(-1)), ROW, ["1"]),
+        "function": (
+            Calls(lambda self, x: F.log_softmax(F.dropout(self.a(x), 0.5, self.training).flatten(1), -1), a=wide()),
+            ROW,
+            [""],
+        ),
+        "one of two": (
+            Calls(lambda self, x: {"a": self.a(x), "b": self.drop(x)}, a=wide(), drop=MyDropout()),
+            ROW,
+            ["drop"],
+        ),
+        "before the last layer": (nn.Sequential(wide(), nn.Dropout(0.5), wide()), ROW, []),
+        "residual": (Calls(lambda self, x: x + self.drop(self.a(x)), a=wide(), drop=nn.Dropout()), ROW, []),
+        "returned and used": (
+            Calls(lambda self, x: ((y := self.drop(x)), self.a(y)), a=wide(), drop=nn.Dropout()),
+            ROW,
+            [],
+        ),
+        "depth": (nn.Sequential(wide(), StochasticDepth(0.1)), ROW, []),
+    },
+    "high rate": {
+        "module": (nn.Sequential(wide(), nn.Dropout(0.8), wide()), ROW, ["1"]),
+        "DropPath": (nn.Sequential(wide(), DropPath(0.75), wide()), ROW, ["1"]),
+        "attention": (nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, dropout=0.9)}), None, ["a"]),
+        "recurrent": (nn.LSTM(64, 64, 2, dropout=0.9), SEQUENCE, [""]),
+        "function": (Calls(lambda self, x: self.a(F.dropout(x, p=0.8, training=self.training)), a=wide()), ROW, [""]),
+        "0.7": (nn.Sequential(wide(), nn.Dropout(0.7), wide()), ROW, []),
+        "1": (nn.Sequential(wide(), nn.Dropout(1.0), wide()), ROW, []),
+    },
+    "after a convolution": {
+        "straight": (head(conv(), nn.Dropout(0.3)), IMAGE, ["1"]),
+        "ours": (head(conv(), fdt.Dropout(0.3)), IMAGE, ["1"]),
+        "through all": (head(conv(), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.3)), IMAGE, ["4"]),
+        "subclass": (head(MyConv(3, 64, 3), nn.GELU(), nn.AlphaDropout(0.3)), IMAGE, ["2"]),
+        "nested": (
+            head(nn.Sequential(conv(), nn.Sequential(nn.ReLU())), nn.Sequential(nn.Dropout(0.3))),
+            IMAGE,
+            ["1.0"],
+        ),
+        "functions": (
+            Calls(
+                lambda self, x: self.a(F.dropout(F.max_pool2d(self.c(x).relu(), 2), 0.3, self.training).flatten(1)),
+                c=conv(),
+                a=nn.LazyLinear(10),
+            ),
+            IMAGE,
+            [""],
+        ),
+        "concatenation": (
+            Calls(
+                lambda self, x: self.a(self.drop(torch.cat([self.c(x), self.c(x)], 1)).flatten(1)),
+                c=conv(),
+                a=nn.LazyLinear(10),
+                drop=nn.Dropout(0.3),
+            ),
+            IMAGE,
+            ["drop"],
+        ),
+        "channels": (head(conv(), nn.ReLU(), nn.Dropout2d(0.3)), IMAGE, []),
+        "our blocks": (head(conv(), nn.ReLU(), fdt.DropBlock2d(0.3, 3)), IMAGE, []),
+        "flattened": (head(conv(), nn.Flatten(), nn.Dropout(0.3)), IMAGE, []),
+        "pooled": (head(conv(), nn.AdaptiveAvgPool2d(1), nn.Dropout(0.3)), IMAGE, []),
+        "linear": (head(wide(), nn.ReLU(), nn.Dropout(0.3)), ROW, []),
+        "p of 0": (head(conv(), nn.Dropout(0.0)), IMAGE, []),
+        "whole channels by noise_shape": (
+            Calls(
+                lambda self, x: self.a(
+                    fdt.dropout(self.c(x), 0.3, self.training, noise_shape=(None, None, 1, 1)).flatten(1)
+                ),
+                c=conv(),
+                a=nn.LazyLinear(10),
+            ),
+            IMAGE,
+            [],
+        ),
+    },
+    "before batch normalisation": {
+        "straight": (head(wide(), nn.Dropout(0.3), nn.BatchNorm1d(128)), ROW, ["1"]),
+        "through activation and pool": (
+            head(conv(), fdt.Dropout2d(0.3), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(64)),
+            IMAGE,
+            ["1"],
+        ),
+        "concatenation": (
+            Calls(concatenated, norm=nn.BatchNorm1d(256), drop=nn.Dropout(0.3), out=nn.LazyLinear(10)),
+            ROW,
+            ["drop"],
+        ),
+        "function": (
+            Calls(
+                lambda self, x: self.a(
+                    F.batch_norm(F.dropout(x, 0.3, self.training), torch.zeros(128), torch.ones(128))
+                ),
+                a=wide(),
+            ),
+            ROW,
+            [""],
+        ),
+        "behind": (head(wide(), nn.BatchNorm1d(128), nn.Dropout(0.3)), ROW, []),
+        "alpha": (head(wide(), nn.AlphaDropout(0.3), nn.BatchNorm1d(128)), ROW, []),
+        "layer norm between": (head(nn.Dropout(0.3), nn.LayerNorm(128), nn.BatchNorm1d(128)), ROW, []),
+        "no running statistics": (
+            head(wide(), nn.Dropout(0.3), nn.BatchNorm1d(128, track_running_stats=False)),
+            ROW,
+            [],
+        ),
+        "another branch": (
+            Calls(
+                lambda self, x: self.a(self.drop(x)) + self.norm(x),
+                a=wide(),
+                drop=nn.Dropout(),
+                norm=nn.BatchNorm1d(128),
+            ),
+            ROW,
+            [],
+        ),
+    },
+    "before the next layer's batch normalisation": {
+        "perceptron": (
+            head(wide(), nn.BatchNorm1d(128), nn.ReLU(), nn.Dropout(0.3), wide(), nn.BatchNorm1d(128)),
+            ROW,
+            ["3"],
+        ),
+        "straight": (head(wide(), nn.Dropout(0.3), nn.BatchNorm1d(128), wide()), ROW, []),
+        "none to come": (head(wide(), nn.BatchNorm1d(128), nn.Dropout(0.3), wide()), ROW, []),
+    },
+    "on a recurrent connection": {
+        "GRUCell": (unrolled(nn.GRUCell, lambda self, h: self.drop(h)), SEQUENCE, ["drop"]),
+        "RNNCell and function": (
+            unrolled(nn.RNNCell, lambda self, h: F.dropout(h, 0.3, self.training)),
+            SEQUENCE,
+            [""],
+        ),
+        "LSTMCell": (
+            Calls(
+                lambda self, x: self.cell(x[1], (self.drop((s := self.cell(x[0]))[0]), s[1]))[0],
+                cell=nn.LSTMCell(64, 64),
+                drop=nn.Dropout(),
+            ),
+            SEQUENCE,
+            ["drop"],
+        ),
+        "off it": (unrolled(nn.GRUCell, lambda self, h: h), SEQUENCE, []),
+        "of what is given out": (
+            Calls(
+                lambda self, x: self.out(self.drop(h := self.cell(x[0])) + self.drop(self.cell(x[1], h))),
+                cell=nn.GRUCell(64, 64),
+                drop=nn.Dropout(),
+                out=wide(),
+            ),
+            None,
+            [],
+        ),
+    },
+    "between recurrent layers": {
+        "LSTM": (nn.LSTM(64, 64, 2, dropout=0.3), SEQUENCE, [""]),
+        "GRU": (nn.ModuleList([nn.GRU(64, 64, 3, dropout=0.3)]), None, ["0"]),
+        "no dropout": (nn.LSTM(64, 64, 2), SEQUENCE, []),
+        "one layer": (one_layer(nn.LSTM), SEQUENCE, []),
+    },
+    "beside a recurrent layer": {
+        "after": (recurrent(lambda self, x: self.out(self.drop(self.rnn(x)[0]))), SEQUENCE, ["drop"]),
+        "after activation": (
+            recurrent(lambda self, x: self.out(self.drop(self.act(self.rnn(x)[0])))),
+            SEQUENCE,
+            ["drop"],
+        ),
+        "before": (recurrent(lambda self, x: self.rnn(self.drop(x))[0]), SEQUENCE, ["drop"]),
+        "embedding": (
+            Calls(
+                lambda self, x: self.rnn(self.drop(self.e(x)))[0],
+                e=nn.Embedding(100, 64),
+                drop=nn.Dropout(),
+                rnn=nn.GRU(64, 64),
+            ),
+            TOKENS,
+            ["drop"],
+        ),
+        "the last step": (recurrent(lambda self, x: self.out(self.drop(self.rnn(x)[0][-1]))), SEQUENCE, []),
+        "the last state": (recurrent(lambda self, x: self.out(self.drop(self.rnn(x)[1][0]))), SEQUENCE, []),
+        "held over time": (
+            Calls(
+                lambda self, x: self.out(self.drop(self.rnn(x)[0])),
+                rnn=nn.GRU(64, 64),
+                drop=fdt.VariationalDropout(0.3, 0),
+                out=nn.Linear(64, 64),
+            ),
+            SEQUENCE,
+            [],
+        ),
+        "none": (recurrent(lambda self, x: self.out(self.rnn(x)[0])), SEQUENCE, []),
+    },
+    "one layer": {
+        "LSTM": (one_layer(nn.LSTM), SEQUENCE, [""]),
+        "inside": (nn.ModuleDict({"a": one_layer(nn.RNN)}), None, ["a"]),
+        "two": (nn.LSTM(64, 64, 2, dropout=0.3), SEQUENCE, []),
+        "no dropout": (nn.LSTM(64, 64), SEQUENCE, []),
+    },
+    "small network": {
+        "2-4-1": (nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1)), torch.zeros(3, 2), [""]),
+        "function": (Calls(lambda self, x: self.a(F.dropout(x, 0.1, self.training)), a=nn.Linear(4, 4)), None, [""]),
+        "large": (nn.Sequential(wide(), nn.Dropout(0.5), wide()), ROW, []),
+        "no dropout": (nn.Sequential(nn.Linear(2, 4), nn.ReLU()), torch.zeros(3, 2), []),
+        "not known yet": (nn.Sequential(nn.LazyLinear(4), nn.Dropout(0.5), nn.LazyLinear(1)), None, []),
+    },
+    "narrow layer": {
+        "linear": (nn.Sequential(nn.Linear(128, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 128)), ROW, ["2"]),
+        "channels": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout2d(0.5), nn.Conv2d(8, 128, 3)), IMAGE, ["1"]),
+        "recurrent": (recurrent(lambda self, x: self.out(self.drop(self.rnn(x)[1])), nn.GRU(64, 8)), None, ["drop"]),
+        "wide": (nn.Sequential(nn.Linear(128, 32), nn.Dropout(0.5), nn.Linear(32, 128)), ROW, []),
+        "pixels": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(0.5), nn.Conv2d(8, 128, 3)), IMAGE, []),
+    },
+    "drops nothing": {
+        "module": (nn.Sequential(wide(), nn.Dropout(0.0), wide()), ROW, ["1"]),
+        "depth": (nn.Sequential(wide(), StochasticDepth(0.0), DropPath(0.0), wide()), ROW, []),
+        "attention and recurrent": (nn.ModuleList([nn.MultiheadAttention(8, 2), nn.LSTM(64, 64, 2)]), None, []),
+        "above 0": (nn.Sequential(wide(), nn.Dropout(0.1), wide()), ROW, []),
+    },
+}
+EACH = [
+    pytest.param(rule, model, example, paths, id=f"{rule}: {name}")
+    for rule, cases in CASES.items()
+    for name, (model, example, paths) in cases.items()
+]
+
+
+def found(report, rule):
+    return [finding.path for finding in report if finding.rule == rule]
+
+
+# ---- rules ----
+
+
+@pytest.mark.parametrize(("rule", "model", "example", "paths"), EACH)
+def test_rule(rule, model, example, paths):
+    """Traced and, where there is an example, run: the same findings."""
+    traced = audit(model)
+    assert not traced.limit or example is None or len(list(model.children())) == 0
+    if not traced.limit:
+        assert found(traced, rule) == paths
+    if example is not None:
+        seen = audit(model, example)
+        assert not seen.limit
+        assert found(seen, rule) == paths
+    for finding in traced:
+        assert finding.severity == RULES[finding.rule].severity
+        assert finding.what
+        assert finding.why
+        assert finding.remedy
+
+
+def test_every_rule_has_models_that_break_it_and_models_that_do_not():
+    assert set(CASES) | {"few samples"} == set(RULES)
+    for cases in CASES.values():
+        assert {bool(paths) for _, _, paths in cases.values()} == {True, False}
+
+
+def test_few_samples():
+    model = nn.Sequential(wide(), nn.Dropout(0.3), wide())
+    assert found(audit(model, samples=999), "few samples") == [""]
+    assert not audit(model, samples=1000)
+    assert not audit(model)
+    assert not audit(wide(), samples=10)
+    with pytest.raises(ValueError, match=r"^samples must be at least 0, but got -1$"):
+        audit(model, samples=-1)
+    with pytest.raises(TypeError, match="samples must be a number"):
+        audit(model, samples="many")
+
+
+def test_a_shared_dropout_is_fine_and_told_of_once():
+    shared = nn.Dropout(0.3)
+    assert not audit(nn.Sequential(wide(), shared, wide(), shared, wide()))
+    shared.p = 0.9
+    (finding,) = audit(nn.ModuleDict({"a": shared, "b": nn.Sequential(wide(), shared, wide(), shared, wide())}))
+    assert (finding.path, finding.rule) == ("a", "high rate")
+
+
+def test_a_scheduler_may_be_at_0_for_now():
+    model = nn.Sequential(wide(), fdt.Dropout(0.0), wide())
+    assert found(audit(model), "drops nothing") == ["1"]
+    DropoutScheduler(model, constant(0.0), lambda path, module: path == "1")
+    assert not audit(model)
+
+
+def test_a_sound_model_has_no_findings():
+    layer = nn.TransformerEncoderLayer(64, 4, 128, 0.1, batch_first=True)
+    model = nn.Sequential(nn.Embedding(100, 64), nn.Dropout(0.1), nn.TransformerEncoder(layer, 2), nn.Linear(64, 100))
+    report = audit(model, TOKENS)
+    assert not report.findings
+    assert not report.limit
+
+
+def test_findings_differ_by_the_input_of_one_module_only_if_they_are_others():
+    """A dropout that is used in each of ten time steps is one finding."""
+    report = audit(unrolled(nn.GRUCell, lambda self, h: self.drop(h)), SEQUENCE)
+    assert len(report) == 1
+
+
+# ---- the report ----
+
+
+def test_report_prints_a_table():
+    model = head(conv(), nn.Dropout(0.9), nn.BatchNorm2d(64), nn.Dropout(0.0))
+    assert str(audit(model)) == (
+        "module  severity  finding\n"
+        "1       warning   Dropout(p=0.9) drops more than 0.7\n"
+        "                  why: so little is left that most networks underfit (Srivastava et al. 2014, section 7.3)\n"
+        "                  do: p from 0.2 to 0.5 for hidden units, 0.1 in transformers, 0.1 to 0.3 for channels\n"
+        "1       warning   Dropout(p=0.9) comes straight after the convolution 0\n"
+        "                  why: neighbouring pixels say nearly the same, so what is dropped is still there in those\n"
+        "                    beside it, and little is regularised (Tompson et al. 2015; Ghiasi et al. 2018)\n"
+        "                  do: Dropout2d (1d, 3d), which drops whole channels, or DropBlock2d, which drops blocks\n"
+        "1       warning   Dropout(p=0.9) comes straight before the batch normalisation 2\n"
+        "                  why: dropout changes the variance in training alone, and the running variance that is\n"
+        "                    used in evaluation is then wrong (Li et al. 2019)\n"
+        "                  do: move it behind the last batch normalisation\n"
+        "3       note      Dropout(p=0) drops nothing\n"
+        "                  why: it does no work\n"
+        "                  do: remove it, or give it a p above 0"
+    )
+
+
+def test_report_shows_some_of_many_of_a_kind():
+    """Findings that differ in more than the numbers in their paths; those that don't are one line."""
+    names = ["abcdefghij"[i // 2] + str(i % 2) for i in range(20)]
+    report = audit(nn.Sequential(OrderedDict((name, nn.Dropout(0.0)) for name in names)))
+    assert len(report) == 20
+    lines = str(report).splitlines()
+    assert len(lines) == 1 + 8 + 3
+    assert lines[1].split() == ["a0-1", "(2x)", "note", "Dropout(p=0)", "drops", "nothing"]
+    assert lines[9].strip() == "... and 4 more of the kind"
+
+
+def test_report_is_a_sequence_that_is_true_if_anything_was_found():
+    model = in_evaluation(nn.Sequential(wide(), nn.Dropout(0.8), nn.Dropout(0.0), wide()), "1")
+    report = audit(model)
+    assert [finding.severity for finding in report] == ["error", "warning", "note"]
+    assert (len(report), report[0].rule, bool(report)) == (3, "left on", True)
+    assert [len(report.at_least(severity)) for severity in ("error", "warning", "note")] == [1, 2, 3]
+    assert repr(report) == str(report)
+    with pytest.raises(ValueError, match="severity must be one of 'error', 'warning', 'note', but got 'hint'"):
+        report.at_least("hint")
+    none = audit(wide())
+    assert (len(none), bool(none), str(none)) == (0, False, "no findings")
+    assert str(AuditReport([], "it is late")) == "no findings\nnot all rules applied: it is late"
+
+
+# ---- the model stays as it is ----
+
+
+class Remembers(nn.Module):
+    """Changes all that a forward pass can change."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm, self.drop = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls, self.last, self.fails = 0, None, False
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen += torch.rand(())
+        self.train()
+        with torch.no_grad():
+            self.linear.weight += 1
+        self.last = self.norm(self.linear(self.drop(x)))
+        if self.fails:
+            raise RuntimeError("as it must")
+        return self.last
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
+@pytest.mark.parametrize("fails", [False, True], ids=["runs", "fails"])
+def test_audit_leaves_model_and_generators_alone(fails, training):
+    model = Remembers().train(training)
+    model.fails = fails
+    model.drop.eval()
+    state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
+    generators = torch.get_rng_state(), random.getstate()
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    before = x.clone()
+    if fails:
+        with pytest.raises(RuntimeError, match="as it must"):
+            audit(model, x)
+    else:
+        audit(model, x)
+    audit(model)
+    assert (model.calls, model.last) == (0, None)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert random.getstate() == generators[1]
+    assert torch.equal(x, before)
+    assert torch.is_grad_enabled()
+
+
+def test_audit_raises_what_the_model_raises_on_the_example():
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        audit(nn.Sequential(wide(), nn.Dropout()), torch.zeros(2, 3))
+
+
+def test_audit_takes_several_inputs():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout()
+
+        def forward(self, a, b):
+            return self.drop(a + b)
+
+    assert found(audit(Sum(), (ROW, ROW)), "on the output") == ["drop"]
+
+
+# ---- models that can't be traced, and other odd ones ----
+
+
+def branches(self, x):
+    y = self.body(x)
+    return self.out(y) if y.sum() > 0 else self.out(-y)
+
+
+def test_a_model_that_cannot_be_traced_is_read_by_its_sequences():
+    body = nn.Sequential(nn.Conv2d(3, 64, 3), nn.Sequential(nn.ReLU(), nn.Dropout(0.3)), nn.Flatten())
+    model = Calls(branches, body=body, out=nn.LazyLinear(10))
+    report = audit(model)
+    assert [(finding.path, finding.rule) for finding in report] == [("body.1.1", "after a convolution")]
+    assert report.limit.startswith("the model can't be traced (TraceError: ")
+    assert report.limit.endswith("); give an example_input")
+    assert report.limit in str(report)
+    seen = audit(model, IMAGE)
+    assert list(seen) == list(report)
+    assert not seen.limit
+
+
+def test_a_sequence_that_cannot_be_traced_has_an_output():
+    model = nn.Sequential(Calls(branches, body=wide(), out=wide()), nn.Sequential(nn.Dropout(0.5)))
+    report = audit(model)
+    assert report.limit
+    assert found(report, "on the output") == ["1.0"]
+
+
+def test_a_function_that_cannot_be_traced_needs_an_example():
+    model = Calls(lambda self, x: branches(self, F.dropout(x, 0.5)), body=wide(), out=wide())
+    assert not audit(model)
+    assert found(audit(model, ROW), "left on") == [""]
+
+
+class Uncopyable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.9)
+
+    def __deepcopy__(self, memo):
+        raise TypeError("there is one of me")
+
+
+class StrangeRates(nn.Module):
+    """Named as what drops, with rates that are none."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = type("DropPath", (nn.Module,), {"drop_prob": None})()
+        self.b = type("StochasticDepth", (nn.Module,), {"p": "0.5"})()
+        self.c = type("Dropout", (nn.Module,), {})()
+        self.d = nn.Dropout()
+        self.d.p = torch.tensor(0.5)
+        self.e = nn.Dropout()
+        self.e.p = None
+
+
+def compiled():
+    model = nn.Sequential(wide(), nn.Dropout(0.9), wide())
+    return torch.compile(model, backend="eager")
+
+
+ODD = {
+    "no forward": (lambda: nn.Module(), None),
+    "empty": (lambda: nn.Sequential(), ROW),
+    "dropout alone": (lambda: nn.Dropout(0.2), ROW),
+    "returns None": (lambda: Calls(lambda self, x: None, d=nn.Dropout()), ROW),
+    "returns text": (lambda: Calls(lambda self, x: "x", d=nn.Dropout()), ROW),
+    "returns its input": (lambda: Calls(lambda self, x: x, d=nn.Dropout()), ROW),
+    "uncopyable": (Uncopyable, ROW),
+    "strange rates": (StrangeRates, None),
+    "lazy": (lambda: nn.Sequential(nn.LazyConv2d(64, 3), nn.LazyBatchNorm2d(), nn.Dropout2d(), nn.Flatten()), IMAGE),
+    "scripted": (lambda: torch.jit.script(nn.Sequential(wide(), nn.Dropout(), wide())), ROW),
+    "fx": (lambda: torch.fx.symbolic_trace(nn.Sequential(wide(), nn.Dropout(), wide())), ROW),
+    "compiled": (compiled, ROW),
+    "parametrized": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(wide()), nn.Dropout(), wide()), ROW),
+    "containers": (lambda: nn.ModuleDict({"a": nn.ModuleList([nn.Dropout(0.1)]), "b": nn.ParameterList()}), None),
+    "meta": (lambda: nn.Sequential(wide(), nn.Dropout(), wide()).to("meta"), ROW.to("meta")),
+    "packed": (
+        lambda: Calls(
+            lambda self, x: self.out(
+                self.drop(
+                    nn.utils.rnn.pad_packed_sequence(self.rnn(nn.utils.rnn.pack_padded_sequence(x, [5, 3]))[0])[0]
+                )
+            ),
+            rnn=nn.LSTM(64, 64),
+            drop=nn.Dropout(),
+            out=nn.Linear(64, 64),
+        ),
+        SEQUENCE,
+    ),
+    "in place": (lambda: nn.Sequential(wide(), nn.ReLU(True), nn.Dropout(0.5, inplace=True), wide()), ROW),
+    "sparse attribute": (
+        lambda: Calls(lambda self, x: self.d(x), d=nn.Dropout(), e=nn.Embedding(9, 9, sparse=True)),
+        ROW,
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("make", "example"), ODD.values(), ids=ODD)
+def test_odd_models_are_audited(make, example):
+    model = make()
+    assert isinstance(str(audit(model)), str)
+    if example is not None:
+        assert isinstance(str(audit(model, example)), str)
+
+
+def test_rates_are_judged_even_if_nothing_else_can_be():
+    for example in (None, ROW):
+        report = audit(Uncopyable(), example)
+        assert found(report, "high rate") == ["drop"]
+        assert report.limit == "the model can't be copied (TypeError: there is one of me)"
+
+
+# ---- the command ----
+
+MODELS = """
+import torch
+from torch import nn
+
+sound = nn.Sequential(nn.Linear(128, 128), nn.Dropout(0.3), nn.Linear(128, 128))
+
+def noted():
+    return nn.Sequential(nn.Linear(128, 128), nn.Dropout(0.0), nn.Linear(128, 128))
+
+class Warned(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Embedding(100, 128), nn.Dropout(0.8), nn.Linear(128, 128))
+
+class Holder:
+    make = Warned
+
+def wrong():
+    raise OSError("no such weights")
+
+def number():
+    return 3
+
+print_me = "no model"
+"""
+
+COMMANDS = {
+    "sound": ("models:sound", 0, "no findings"),
+    "sound with input": ("models:sound --input 4,128 --strict", 0, "no findings"),
+    "samples": ("models:sound --samples 100", 1, "dropout for 100 samples"),
+    "note": ("models:noted", 0, "Dropout(p=0) drops nothing"),
+    "strict": ("models:noted --strict", 1, "Dropout(p=0) drops nothing"),
+    "class": ("models:Warned --input 3,5:int64", 1, "Dropout(p=0.8) drops more than 0.7"),
+    "attribute": ("models:Holder.make", 1, "Dropout(p=0.8) drops more than 0.7"),
+    "no colon": ("models", 2, "fastdrop: can't audit models: ValueError: the model must be given as module:factory"),
+    "no module": ("nomodels:sound", 2, "ModuleNotFoundError: No module named 'nomodels'"),
+    "no factory": ("models:nothing", 2, "module 'models' has no attribute 'nothing'"),
+    "no model": ("models:number", 2, "number must return a torch.nn.Module, but got int"),
+    "not callable": ("models:print_me", 2, "'str' object is not callable"),
+    "fails": ("models:wrong", 2, "OSError: no such weights"),
+    "two inputs": ("models:sound --input 4,128 --input 3", 2, "takes 2 positional arguments but 3 were given"),
+    "fails on input": ("models:sound --input 4,7", 2, "mat1 and mat2 shapes cannot be multiplied"),
+    "shape": ("models:sound --input 4x7", 2, "must be a shape such as 8,3,32,32, but got '4x7'"),
+    "dtype": ("models:sound --input 4:float8", 2, "the dtype must be one of float32,"),
+}
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch):
+    """In the working directory; afterwards nobody knows of it."""
+    (tmp_path / "models.py").write_text(MODELS)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("models", None)
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize(("arguments", "code", "text"), COMMANDS.values(), ids=COMMANDS)
+def test_command_exits_by_what_it_found(arguments, code, text, capsys):
+    assert main(["audit", *arguments.split()]) == code
+    printed = capsys.readouterr()
+    assert text in (printed.err if code == 2 else printed.out)
+
+
+@pytest.mark.usefixtures("models")
+@pytest.mark.parametrize("name", ["sound", "class", "fails"])
+def test_command_in_a_process_of_its_own(name):
+    arguments, code, text = COMMANDS[name]
+    command = [sys.executable, "-m", "fastdrop", "audit", *arguments.split()]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == code, result.stderr
+    assert text in (result.stderr if code == 2 else result.stdout)
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.usefixtures("models")
+def test_command_without_torch_says_what_is_missing():
+    code = (
+        "import sys; sys.modules['torch'] = None; from fastdrop.__main__ import main; sys.exit(main(['audit', 'm:f']))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
+    assert result.returncode == 2
+    assert "ImportError: fastdrop.torch needs torch" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -1,0 +1,1099 @@
+"""mc_dropout and mc_predict: what is turned on, which masks samples have, and what is said about them."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import math
+import sys
+import threading
+import types
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from torch import _dynamo, nn
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_sequence
+
+import fastdrop.torch as fdt
+from fastdrop.torch.models import enable
+from fastdrop.torch.runtime import context
+from fastdrop.torch.runtime import seeds as seed_source
+from fastdrop.torch.tools import monte_carlo, sampling
+from fastdrop.torch.tools.monte_carlo import Prediction, mc_dropout, mc_predict
+
+from ..cases import assert_equal
+
+BATCHES = (1, 3, 7, 50, None)
+
+
+def mlp(drop=fdt.Dropout):
+    layers = [nn.Linear(6, 16), nn.ReLU(), drop(0.5), nn.Linear(16, 16), nn.ReLU(), drop(0.3), nn.Linear(16, 3)]
+    return nn.Sequential(*layers)
+
+
+def cnn():
+    norm = nn.BatchNorm2d(4)
+    norm.running_mean.uniform_(-1, 1)
+    norm.running_var.uniform_(0.5, 2)
+    features = [nn.Conv2d(2, 4, 3), norm, nn.ReLU(inplace=True), fdt.Dropout2d(0.3), nn.Conv2d(4, 4, 3)]
+    return nn.Sequential(*features, fdt.DropBlock2d(0.2, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+
+
+class First(nn.Module):
+    """The first of what a layer returns."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *x):
+        return self.layer(*x)[0]
+
+
+class Functional(nn.Module):
+    """Dropout that no module tells of."""
+
+    def __init__(self, always=True):
+        super().__init__()
+        self.linear, self.always = nn.Linear(6, 6), always
+
+    def forward(self, x):
+        return F.dropout(self.linear(x), 0.4, training=self.always or self.training)
+
+
+class Fickle(nn.Module):
+    """Goes where the numbers say, which can't be mapped."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = fdt.Dropout(0.5)
+
+    def forward(self, x):
+        y = self.drop(x)
+        return self.drop(y) if y.sum() > 0 else y
+
+
+class Noisy(nn.Module):
+    """Randomness that isn't dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = fdt.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(x) + torch.randn(3)
+
+
+class PerSample(nn.Module):
+    """A map inside of the model."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = fdt.Dropout(0.5)
+
+    def forward(self, x):
+        return torch.func.vmap(self.drop, randomness="different")(self.drop(x))
+
+
+def encoder(norm_first=False, layers=2):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.2, batch_first=True, norm_first=norm_first)
+    return nn.TransformerEncoder(layer, layers, enable_nested_tensor=not norm_first)
+
+
+MODELS = {
+    "MLP": (mlp, (4, 6)),
+    "MLP of torch's": (lambda: mlp(nn.Dropout), (4, 6)),
+    "MLP alpha": (lambda: mlp(fdt.AlphaDropout), (4, 6)),
+    "MLP Gaussian": (lambda: mlp(fdt.GaussianDropout), (4, 6)),
+    "MLP in place": (lambda: nn.Sequential(nn.Linear(6, 6), fdt.Dropout(0.5, inplace=True)), (4, 6)),
+    "CNN": (cnn, (2, 2, 8, 8)),
+    "LSTM": (lambda: First(nn.LSTM(6, 5, 2, dropout=0.5)), (4, 2, 6)),
+    "LSTM behind dropout": (lambda: nn.Sequential(fdt.Dropout(0.5), First(nn.LSTM(6, 5))), (4, 2, 6)),
+    "variational LSTM": (
+        lambda: First(fdt.VariationalLSTM(6, 5, 2, dropout_input=0.3, dropout_recurrent=0.3, dropout_output=0.3)),
+        (4, 2, 6),
+    ),
+    "DropConnect": (lambda: fdt.DropConnect(nn.Linear(6, 3)), (4, 6)),
+    "DropConnect GRU": (lambda: First(fdt.DropConnect(nn.GRU(6, 5))), (4, 2, 6)),
+    "transformer": (encoder, (3, 5, 8)),
+    "DropPath": (lambda: nn.Sequential(fdt.DropPath(0.3), fdt.VariationalDropout(0.5, 1), nn.Linear(8, 2)), (3, 5, 8)),
+    "functional": (Functional, (4, 6)),
+    "control flow": (Fickle, (4, 6)),
+    "noise": (Noisy, (4, 3)),
+    "map": (PerSample, (4, 6)),
+}
+
+
+def built(name):
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    return make().eval(), torch.randn(shape)
+
+
+def modes(model):
+    return {path: module.training for path, module in model.named_modules()}
+
+
+def turned_on(model):
+    return {path for path, training in modes(model).items() if training}
+
+
+class Calls:
+    """How often a model is called."""
+
+    def __init__(self, model):
+        self.count = 0
+        model.register_forward_pre_hook(self)
+
+    def __call__(self, *_):
+        self.count += 1
+
+
+# ---- mc_dropout ----
+
+
+class DropPath(nn.Module):
+    """What timm's has: by this name, and p by that."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop_prob = 0.1
+
+
+ZOO = {
+    "ours": fdt.Dropout,
+    "torchs": nn.Dropout,
+    "feature": nn.Dropout2d,
+    "alpha": nn.FeatureAlphaDropout,
+    "block": lambda: fdt.DropBlock2d(0.1, 3),
+    "path": DropPath,
+    "attention": lambda: nn.MultiheadAttention(8, 2, dropout=0.1),
+    "rnn": lambda: nn.GRU(8, 8, 2, dropout=0.1),
+    "connect": lambda: fdt.DropConnect(nn.Linear(8, 8)),
+    "words": lambda: fdt.EmbeddingDropout(nn.Embedding(4, 8)),
+    "variational": lambda: fdt.VariationalGRU(8, 8),
+}
+QUIET = {
+    "norm": lambda: nn.BatchNorm1d(8),
+    "sync": lambda: nn.SyncBatchNorm(8),
+    "instance": lambda: nn.InstanceNorm1d(8, track_running_stats=True),
+    "linear": lambda: nn.Linear(8, 8),
+    "attention without": lambda: nn.MultiheadAttention(8, 2),
+    "rnn without": lambda: nn.LSTM(8, 8, 2),
+    "noise": lambda: nn.RReLU(),
+}
+
+
+def test_mc_dropout_turns_on_dropout_alone():
+    model = nn.ModuleDict({name: make() for name, make in (ZOO | QUIET).items()}).eval()
+    with mc_dropout(model):
+        rates = {f"variational.dropout_{name}" for name in ("input", "recurrent", "output")}
+        assert turned_on(model) == set(ZOO) - {"variational"} | rates
+    assert not turned_on(model)
+
+
+def test_mc_dropout_restores_mixed_modes_and_those_changed_inside():
+    model = mlp().eval()
+    model[0].train()
+    model[5].train()
+    before = modes(model)
+    with mc_dropout(model):
+        assert turned_on(model) == {"0", "2", "5"}
+        model[2].eval()
+    assert modes(model) == before
+
+
+def test_mc_dropout_restores_modes_after_an_error():
+    model = mlp().eval()
+    with pytest.raises(KeyError, match="inside"), mc_dropout(model):
+        raise KeyError("inside")
+    assert not turned_on(model)
+
+
+def test_mc_dropout_nests():
+    model = mlp().eval()
+    with mc_dropout(model):
+        with mc_dropout(model):
+            assert turned_on(model) == {"2", "5"}
+        assert turned_on(model) == {"2", "5"}
+    assert not turned_on(model)
+
+
+def test_mc_dropout_decorates():
+    model = mlp().eval()
+
+    @mc_dropout(model)
+    def inside():
+        return turned_on(model)
+
+    assert inside() == inside() == {"2", "5"}
+    assert not turned_on(model)
+
+
+def test_mc_dropout_turns_on_a_model_that_is_a_dropout():
+    model, x = fdt.Dropout(0.5).eval(), torch.ones(1000)
+    with mc_dropout(model):
+        assert (model(x) == 0).any()
+    assert_equal(model(x), x)
+
+
+def test_mc_dropout_leaves_batch_normalisation_in_evaluation():
+    model, x = built("CNN")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with mc_dropout(model):
+        assert not torch.equal(model(x), model(x))
+    assert_equal(tuple(model.state_dict().values()), tuple(before.values()))
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
+def test_mc_dropout_reaches_into_fused_transformers(norm_first, padding):
+    torch.manual_seed(0)
+    model, x = encoder(norm_first).eval(), torch.randn(3, 5, 8)
+    mask = torch.arange(5) >= torch.tensor([[5], [3], [4]]) if padding else None
+    with torch.no_grad():
+        first, again = (model(x, src_key_padding_mask=mask) for _ in range(2))
+        assert_equal(first, again)
+        with mc_dropout(model):
+            assert not any(module.training for module in model.modules() if isinstance(module, nn.LayerNorm))
+            assert not torch.allclose(model(x, src_key_padding_mask=mask), model(x, src_key_padding_mask=mask))
+    assert not turned_on(model)
+
+
+@pytest.mark.parametrize("path", ["layers.1.dropout", "layers.0.self_attn"])
+def test_mc_dropout_turns_on_one_place_in_a_transformer(path):
+    torch.manual_seed(0)
+    model, x = encoder().eval(), torch.randn(3, 5, 8)
+    mask = torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    with torch.no_grad(), mc_dropout(model, lambda at, _: at == path):
+        assert turned_on(model) == {path, "", "layers.0", "layers.1"}
+        assert not torch.allclose(model(x, src_key_padding_mask=mask), model(x, src_key_padding_mask=mask))
+
+
+def test_mc_dropout_leaves_transformers_without_dropout_fused():
+    model = nn.ModuleList([encoder(), fdt.Dropout()]).eval()
+    with mc_dropout(model, lambda path, _: path == "1"):
+        assert turned_on(model) == {"1"}
+
+
+def test_filter_picks_fewer_modules():
+    model = mlp().eval()
+    with mc_dropout(model, lambda path, module: path == "5"):
+        assert turned_on(model) == {"5"}
+
+
+class Mixed(Functional):
+    """Reads its mode for dropout and for something else."""
+
+    def forward(self, x):
+        return super().forward(x) + (1.0 if self.training else 0.0)
+
+
+def test_filter_picks_further_modules():
+    model, x = nn.Sequential(Mixed(always=False), nn.BatchNorm1d(6)).eval(), torch.ones(4, 6)
+    with (
+        pytest.warns(UserWarning, match=r"stay as they are: 0 \(Mixed\); to turn them on give filter="),
+        mc_dropout(model),
+    ):
+        assert_equal(model(x), model(x))
+    with mc_dropout(model, lambda path, module: isinstance(module, Functional)):
+        assert turned_on(model) == {"0"}
+        assert not torch.equal(model(x), model(x))
+
+
+class Early(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        return F.dropout(x, 0.5)
+
+
+class EarlyAndMore(nn.Module):
+    def forward(self, x):
+        if not self.training:
+            return x
+        x = x + 1.0
+        return F.dropout(x, 0.5)
+
+
+class Skips(nn.Module):
+    p = 0.5
+
+    def forward(self, x):
+        if self.p == 0.0 or not self.training:
+            return x
+        return x * x.new_empty(x.shape[0], 1).bernoulli_(self.p) / self.p
+
+
+class ByName(nn.Module):
+    def forward(self, x):
+        mode = self.training
+        return F.dropout(x, 0.5, mode)
+
+
+def dropped_as(module, x):
+    return F.dropout(x, 0.5, module.training)
+
+
+class ByHelper(nn.Module):
+    def forward(self, x):
+        return dropped_as(self, x)
+
+
+class ByString(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5, getattr(self, "training"))  # noqa: B009
+
+
+class OfAnother(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.child = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return F.dropout(x, 0.5, self.child.training)
+
+
+class OfDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return F.dropout(x, self.drop.p, self.drop.training)
+
+
+class Always(nn.Module):
+    def forward(self, x):
+        return F.dropout(x, 0.5)
+
+
+@pytest.mark.parametrize("cls", [Early, OfDropout, Always])
+def test_modules_that_can_be_told_drop(cls, recwarn):
+    assert mc_predict(cls(), torch.ones(9, 3), 30, seed=1, strict=True).std.all()
+    assert not [str(warning.message) for warning in recwarn]
+
+
+@pytest.mark.parametrize("cls", [EarlyAndMore, Skips, ByName, ByHelper, ByString, OfAnother])
+def test_modules_that_can_not_be_told_are_named(cls):
+    """Beside dropout too, which leaves no other trace of them."""
+    model, x = nn.Sequential(cls(), nn.Dropout(0.5)), torch.ones(9, 3)
+    with pytest.warns(UserWarning, match=rf"stay as they are: 0 \({cls.__name__}\); to turn them on") as caught:
+        mc_predict(model, x, 3)
+    assert len(caught) == 1
+    with (
+        pytest.warns(UserWarning, match="stay as they are"),
+        pytest.raises(RuntimeError, match=rf"nothing was dropped .*these may drop .*the model \({cls.__name__}\)"),
+    ):
+        mc_predict(cls(), x, 3, strict=True)
+    assert mc_predict(cls(), x, 30, seed=1, strict=True, filter=lambda path, module: True).std.all()
+
+
+def test_filter_is_asked_about_every_name_and_never_turns_on_batch_normalisation():
+    model = nn.ModuleDict({name: make() for name, make in (ZOO | QUIET).items()}).eval()
+    model["again"] = model["ours"]
+    asked = []
+    with mc_dropout(model, lambda path, module: asked.append(path) or path != "linear"):
+        assert turned_on(model) == set(modes(model)) - {"norm", "sync", "instance", "linear"}
+    assert {"ours", "again", "linear"} < set(asked)
+
+
+def test_filter_must_be_callable():
+    with pytest.raises(TypeError, match="filter must be callable, but got str"), mc_dropout(mlp(), "5"):
+        pass
+
+
+# ---- the samples ----
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_samples_are_the_same_in_any_batch(name):
+    model, x = built(name)
+    runs = [mc_predict(model, x, 16, seed=5, batch=batch, keep_samples=True) for batch in BATCHES]
+    alone = runs[0].samples
+    assert len(alone.flatten(1).unique(dim=0)) > 12
+    for run in runs[1:]:
+        torch.testing.assert_close(run.samples, alone)
+        torch.testing.assert_close(run.mean, runs[0].mean)
+        torch.testing.assert_close(run.std, runs[0].std, rtol=1e-4, atol=1e-6)
+    assert not turned_on(model)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+def test_masks_are_a_function_of_seed_sample_and_call(batch, backend):
+    model, x = nn.Sequential(fdt.Dropout(0.3), fdt.Dropout(0.5, store="seed")), torch.randn(5, 40)
+
+    def seed(sample, call):
+        return seed_source.mixed(seed_source.mixed(2**63 + 9, sample + 1), call + 1)
+
+    samples = mc_predict(model, x, 9, seed=2**63 + 9, batch=batch, keep_samples=True).samples
+    for s, y in enumerate(samples):
+        assert_equal(y, fdt.dropout(fdt.dropout(x, 0.3, seed=seed(s, 0)), 0.5, seed=seed(s, 1)))
+
+
+class SamplesAnother(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        self.options, self.drop, self.inner = options, fdt.Dropout(0.5), mlp()
+
+    def forward(self, x):
+        return mc_predict(self.inner, self.drop(x), 5, **self.options).mean + self.drop(x)
+
+
+@pytest.mark.parametrize("inner", [1, None])
+def test_a_model_that_samples_another_has_the_same_samples_in_any_batch(inner):
+    torch.manual_seed(0)
+    model, x = SamplesAnother(seed=1, batch=inner), torch.randn(4, 6)
+    model.inner = nn.Sequential(fdt.Dropout(0.5), fdt.Dropout2d(0.5), nn.Tanh())
+    one, two, many = (
+        mc_predict(model, x[None, None], 9, seed=3, batch=batch, keep_samples=True).samples for batch in (1, 2, None)
+    )
+    torch.testing.assert_close(two, one)
+    torch.testing.assert_close(many, one)
+
+
+@pytest.mark.parametrize("batch", [1, None])
+@pytest.mark.parametrize("randomness", ["same", "different"])
+def test_a_map_around_sampling_has_the_masks_of_the_seed(randomness, batch, recwarn):
+    x = torch.randn(3, 8)
+    model = nn.Sequential(fdt.Dropout(0.5), nn.Tanh())
+    sample = lambda row: mc_predict(model, row, 6, seed=1, batch=batch)  # noqa: E731
+    mapped = torch.func.vmap(lambda row: (sample(row).mean, sample(row).std), randomness=randomness)(x)
+    for i, row in enumerate(x):
+        alone = sample(row)
+        torch.testing.assert_close((mapped[0][i], mapped[1][i]), (alone.mean, alone.std))
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_seeds_mix_alike_as_numbers_and_as_arrays():
+    seeds = [0, 1, 2**63, 2**64 - 1]
+    offsets = [1, 2, 77, 2**64 - 1]
+    many = seed_source.mixed(np.array(seeds, np.uint64)[:, None], np.array(offsets, np.uint64))
+    assert many.tolist() == [[seed_source.mixed(seed, offset) for offset in offsets] for seed in seeds]
+    assert seed_source.mixed(7, np.array(offsets, np.uint64)).tolist() == [seed_source.mixed(7, o) for o in offsets]
+
+
+@pytest.mark.parametrize("name", ["MLP", "MLP of torch's", "noise"])
+@pytest.mark.parametrize("batch", [1, None])
+def test_same_seed_same_samples(name, batch):
+    model, x = built(name)
+    first, again, other = (mc_predict(model, x, 5, seed=seed, batch=batch, keep_samples=True) for seed in (3, 3, 4))
+    assert_equal(again.samples, first.samples)
+    assert not (other.samples == first.samples).all(0).any()
+
+
+@pytest.mark.parametrize("name", ["MLP", "MLP of torch's", "noise"])
+@pytest.mark.parametrize("batch", [1, None])
+def test_a_given_seed_leaves_torchs_generator_alone(name, batch):
+    model, x = built(name)
+    before = torch.get_rng_state()
+    mc_predict(model, x, 5, seed=3, batch=batch)
+    assert_equal(torch.get_rng_state(), before)
+
+
+def test_without_a_seed_torchs_generator_gives_one_number():
+    model, x = built("MLP")
+    torch.manual_seed(8)
+    first, after = mc_predict(model, x, 5).mean, torch.get_rng_state()
+    torch.manual_seed(8)
+    number = int(torch.empty((), dtype=torch.int64).random_())
+    assert_equal(torch.get_rng_state(), after)
+    assert_equal(mc_predict(model, x, 5, seed=number).mean, first)
+    assert not torch.equal(mc_predict(model, x, 5).mean, first)
+
+
+def test_seeds_given_inside_of_the_model_stay():
+    class Fixed(nn.Module):
+        def forward(self, x):
+            return fdt.dropout(x, 0.5, seed=4)
+
+    samples = mc_predict(Fixed(), torch.ones(40), 6, keep_samples=True).samples
+    assert_equal(samples, fdt.dropout(torch.ones(40), 0.5, seed=4).expand(6, 40))
+
+
+def test_other_threads_draw_from_torchs_generator():
+    class Elsewhere(nn.Module):
+        def forward(self, x):
+            thread = threading.Thread(target=lambda: seeds.append(seed_source.sample_seeds()))
+            thread.start()
+            thread.join()
+            assert seed_source.sample_seeds() is not None
+            return x
+
+    seeds = []
+    mc_predict(Elsewhere(), torch.ones(3), 2, batch=1)
+    assert seeds == [None, None]
+    assert seed_source.sample_seeds() is None
+
+
+def test_sampling_goes_on_after_an_error():
+    class Fails(nn.Module):
+        def forward(self, x):
+            raise ZeroDivisionError("the model's own")
+
+    model = nn.Sequential(fdt.Dropout(), nn.BatchNorm1d(3), Fails()).train()
+    state = torch.get_rng_state()
+    with pytest.raises(ZeroDivisionError, match="the model's own"):
+        mc_predict(model, torch.ones(2, 3), seed=1)
+    assert turned_on(model) == set(modes(model))
+    assert seed_source.sample_seeds() is None
+    assert_equal(torch.get_rng_state(), state)
+
+
+def test_an_error_of_a_later_sample_surfaces():
+    model, calls = mlp(), []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise ZeroDivisionError("third")
+
+    model.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError, match="third"):
+        mc_predict(model, torch.ones(2, 6), batch=1)
+
+
+# ---- passes ----
+
+
+@pytest.mark.parametrize(
+    ("samples", "batch", "passes"), [(1, None, 1), (2, None, 2), (50, None, 3), (50, 8, 8), (5, 1, 5)]
+)
+def test_samples_share_passes(samples, batch, passes):
+    model, x = built("MLP")
+    calls = Calls(model)
+    mc_predict(model, x, samples, batch=batch)
+    assert calls.count == passes
+
+
+def test_what_comes_before_the_first_dropout_is_computed_once_in_a_pass():
+    model, x = built("MLP")
+    batched = {}
+
+    def note(path):
+        return lambda module, arguments: batched.setdefault(path, []).append(
+            torch._C._functorch.is_batchedtensor(arguments[0])
+        )
+
+    for path in ("0", "3"):
+        model.get_submodule(path).register_forward_pre_hook(note(path))
+    mc_predict(model, x, 9)
+    assert batched == {"0": [False] * 3, "3": [False, True, False]}
+
+
+def test_a_pass_has_as_many_samples_as_have_room(monkeypatch):
+    model, x = built("MLP")
+    activations = 4 * (4 * 16 * 6 + 4 * 3)  # bytes that the seven modules return
+    activations += 2 * (8 + 4 * 16 // 8)  # and the seeds and masks of two of them
+    monkeypatch.setattr(sampling, "PASS_BYTES", 5 * (activations + sampling.STATISTICS_BYTES * 12) + 100)
+    calls = Calls(model)
+    mc_predict(model, x, 22)
+    assert calls.count == 1 + 4 + 1
+    monkeypatch.setattr(sampling, "PASS_BYTES", 1)
+    mc_predict(model, x, 21)
+    assert calls.count == 6 + 21
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_a_model_that_can_not_be_mapped_runs_sample_by_sample():
+    model, x = built("control flow")
+    calls = Calls(model)
+    mc_predict(model, x, 6)
+    assert calls.count == 1 + 1 + 5  # alone, mapped in vain, the others
+
+
+@pytest.mark.parametrize("name", ["noise", "LSTM"])
+def test_randomness_that_samples_might_share_runs_sample_by_sample(name):
+    model, x = built(name)
+    calls = Calls(model)
+    mc_predict(model, x, 6, batch=3)
+    assert calls.count == 1 + 1 + 5  # alone, again with torch's dropout rerouted, the others
+
+
+def test_dropout_out_of_sight_of_a_map_is_refused():
+    """Of a layer that nothing mapped goes into: torch runs it outside of the map, and all samples would be one."""
+    model, x = built("LSTM")
+    seeds = seed_source.SampleSeeds(1)
+    seeds.begin(0, 4)
+    with (
+        torch.no_grad(),
+        mc_dropout(model),
+        fdt.enabled(),
+        seed_source.taken_from(seeds),
+        pytest.raises(RuntimeError, match="vmap"),
+    ):
+        torch.func.vmap(lambda _: model(x), randomness="different")(torch.empty(4))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_samples_do_not_pile_up(keep):
+    """The most memory that tensors shaped like the output hold at the start of any pass."""
+    model, x = nn.Sequential(fdt.Dropout(0.5), nn.Linear(6, 977)), torch.randn(2, 6)
+
+    def peak(samples):
+        held = []
+
+        def note(*_):
+            tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.shape[-1:] == (977,)]
+            held.append(sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values()))
+
+        handle = model.register_forward_pre_hook(note)
+        mc_predict(model, x, samples, batch=4, keep_samples=keep)
+        handle.remove()
+        return max(held)
+
+    gc.freeze()  # what is there already is not looked through, nor need it be later
+    assert peak(80) - peak(16) == (64 * 2 * 977 * 4 if keep else 0)
+
+
+# ---- around the model ----
+
+
+def test_the_model_runs_in_evaluation_but_for_dropout_and_gets_its_modes_back():
+    model, x = built("CNN")
+    expected = mc_predict(model, x, 5, seed=2)
+    model.train()
+    model[0].eval()
+    before, state = modes(model), {name: value.clone() for name, value in model.state_dict().items()}
+    prediction = mc_predict(model, x, 5, seed=2)
+    assert modes(model) == before
+    assert_equal(tuple(model.state_dict().values()), tuple(state.values()))
+    assert_equal(prediction.mean, expected.mean)
+    assert prediction.std.max() > 0
+
+
+def test_no_gradients():
+    model, x = built("MLP")
+    prediction = mc_predict(model, x.requires_grad_(), 4, task="classification", keep_samples=True)
+    values = [prediction.mean, prediction.std, prediction.entropy, prediction.mutual_information, prediction.samples]
+    assert not any(value.requires_grad for value in values)
+    assert torch.is_grad_enabled()
+    model(x).sum().backward()  # nothing is left that can't be trained on
+
+
+def test_filter_leaves_out_functional_dropout():
+    model, x = Functional(always=False), torch.ones(4, 6)
+    assert mc_predict(model, x, 50, seed=1).std.all()
+    with pytest.warns(UserWarning, match="nothing was dropped"):
+        assert not mc_predict(model, x, 50, seed=1, filter=lambda path, module: False).std.any()
+
+
+def test_torchs_dropout_is_torchs_again_afterwards():
+    model, x = built("functional")
+    assert mc_predict(model, x, 5).std.max() > 0
+    assert not context.is_enabled()
+    with fdt.enabled():
+        mc_predict(model, x, 5)
+        assert context.is_enabled()
+
+
+def test_compiled_code_is_left_alone(monkeypatch):
+    assert sys.modules["torch._dynamo"] is _dynamo  # nothing is reset where nothing can be compiled
+    resets = []
+    monkeypatch.setattr(torch.compiler, "reset", lambda: resets.append(1))
+    enable.register()
+    resets.clear()
+    for name in ("MLP", "CNN", "MLP of torch's"):
+        mc_predict(*built(name), 5)
+    assert not resets
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_compiled_models_give_the_same_samples(batch):
+    model, x = built("MLP")
+    expected = mc_predict(model, x, 6, seed=3, keep_samples=True).samples
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(mc_predict(compiled, x, 6, seed=3, batch=batch, keep_samples=True).samples, expected)
+
+
+@pytest.mark.parametrize("batch", [1, None])
+def test_arguments(batch):
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = fdt.Dropout(0.5)
+
+        def forward(self, x, y, scale=1):
+            return self.drop(x) + y * scale
+
+    x, y = torch.ones(3, 4), torch.full((3, 4), 10.0)
+    mean = mc_predict(Both(), (x, y), 200, seed=1, batch=batch).mean
+    assert ((mean - 11).abs() < 0.5).all()
+    torch.testing.assert_close(mc_predict(Both(), (x, y, 2), 200, seed=1, batch=batch).mean, mean + 10)
+
+
+def test_a_packed_sequence_is_one_argument():
+    class Last(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.drop = nn.LSTM(3, 5), fdt.Dropout(0.5)
+
+        def forward(self, packed):
+            return self.drop(self.lstm(packed)[1][0])
+
+    prediction = mc_predict(Last(), pack_sequence([torch.ones(4, 3), torch.ones(2, 3)]), 6)
+    assert prediction.mean.shape == (1, 2, 5)
+    assert prediction.std.max() > 0
+
+
+@pytest.mark.parametrize("make", [fdt.Dropout, nn.Dropout, nn.ReLU], ids=["ours", "torch's", "not dropout"])
+@pytest.mark.parametrize("batch", [1, None])
+def test_arguments_stay_as_they_are(make, batch):
+    first = make(inplace=True) if make is nn.ReLU else make(0.3, inplace=True)
+    model, x = nn.Sequential(first, fdt.Dropout(0.3), nn.Linear(100, 1)), torch.ones(2, 100)
+    x[0] = -1.0
+    before = x.clone()
+    out_of_place = copy.deepcopy(model)
+    out_of_place[0].inplace = False
+    samples = mc_predict(model, x, 20, seed=1, batch=batch, keep_samples=True).samples
+    assert_equal(x, before)
+    torch.testing.assert_close(samples, mc_predict(out_of_place, x, 20, seed=1, batch=1, keep_samples=True).samples)
+    assert first.inplace
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("make", [fdt.Dropout, fdt.AlphaDropout, nn.Dropout2d], ids=["ours", "alpha", "torch's"])
+def test_dropout_in_place_is_mapped(make, inplace):
+    with fdt.enabled():
+        model = nn.Sequential(nn.Linear(6, 6), make(0.3, inplace=inplace), nn.Linear(6, 6))
+        calls = Calls(model)
+        mc_predict(model, torch.ones(4, 6), 50)
+    assert calls.count == 3
+    assert model[1].inplace is inplace
+
+
+def test_dropout_is_in_place_again_after_an_error():
+    model = nn.Sequential(fdt.Dropout(0.3, inplace=True), nn.Linear(6, 6))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        mc_predict(model, torch.ones(4, 5))
+    assert model[0].inplace
+
+
+class Leaves(nn.Module):
+    """What forward leaves behind: as a buffer that the next call reads, as attributes, old and new, with a hook."""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = fdt.Dropout(0.5)
+        self.register_buffer("total", torch.zeros(4))
+        self.last, self.seen = None, {}
+
+    def forward(self, x):
+        y = self.drop(x)
+        self.total = self.total * 0.5 + y
+        self.last = self.seen["y"] = y
+        self.kept = [y]
+        return y
+
+
+@pytest.mark.parametrize("batch", [1, 5, None])
+def test_what_the_model_keeps_is_of_the_last_sample(batch):
+    model, x = Leaves(), torch.ones(4)
+    samples = mc_predict(model, x, 12, seed=1, batch=batch, keep_samples=True).samples
+    for left in (model.last, model.seen["y"], model.kept[0]):
+        assert_equal(left, samples[-1])
+    assert_equal(model.total.isfinite(), torch.ones(4, dtype=torch.bool))
+    model.state_dict()["total"].tolist()
+
+
+def test_a_map_leaves_no_tensors_where_it_fails():
+    class Fails(Leaves):
+        def forward(self, x):
+            y = super().forward(x)
+            return y if y.sum() > -1 else x
+
+    calls = Calls(model := Fails())
+    samples = mc_predict(model, torch.ones(4), 6, seed=1, keep_samples=True).samples
+    assert calls.count == 1 + 1 + 5
+    assert_equal(model.last, samples[-1])
+
+
+@pytest.mark.parametrize("batch", [1, 3, None])
+def test_scripted_models(batch):
+    scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(scripted, fdt.Dropout(0.5)), torch.randn(4, 6)
+    samples = mc_predict(model, x, 6, seed=2, batch=batch, keep_samples=True).samples
+    plain = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), fdt.Dropout(0.5))
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(samples, mc_predict(plain, x, 6, seed=2, keep_samples=True).samples)
+
+
+def test_a_model_that_is_scripted_whole():
+    torch.manual_seed(0)
+    model, x = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5, inplace=True))).eval(), torch.ones(4, 6)
+    prediction = mc_predict(model, x, 50, seed=1, filter=lambda path, module: True)
+    assert prediction.std.max() > 0
+    assert not turned_on(model)
+
+
+@pytest.mark.parametrize("batch", [1, 3, None])
+@pytest.mark.parametrize("kind", ["dropout", "gaussian_dropout"])
+def test_behind_a_graph_break_no_frame_of_ours_is_compiled(kind, batch):
+    class Broken(nn.Module):
+        def forward(self, x):
+            _dynamo.graph_break()
+            seed = torch.ops.fastdrop.draw(x, [])
+            _dynamo.graph_break()
+            return getattr(fdt, kind)(x, 0.5, seed=seed) + getattr(fdt, kind)(x, 0.5)
+
+    def note(graph, inputs):
+        frames.update(node.stack_trace.lstrip().splitlines()[0] for node in graph.graph.nodes if node.stack_trace)
+        return graph.forward
+
+    torch.compiler.reset()  # of code compiled for the other cases
+    frames = set()
+    model, x = Broken(), torch.ones(4, 6)
+    expected = mc_predict(model, x, 8, seed=3, batch=1, keep_samples=True).samples
+    compiled = torch.compile(model, backend=note)
+    samples = mc_predict(compiled, x, 8, seed=3, batch=batch, keep_samples=True).samples
+    torch.testing.assert_close(samples, expected)
+    assert frames  # the outermost ones: what is called inside may be compiled with its caller
+    assert not [frame for frame in frames if "_random.py" in frame or "_ops.py" in frame]
+
+
+# ---- statistics ----
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_mean_and_std_are_those_of_the_samples(batch, offset):
+    model, x = built("MLP")
+    nn.init.constant_(model[-1].bias, offset)
+    prediction = mc_predict(model, x, 50, seed=1, batch=batch, keep_samples=True)
+    assert isinstance(prediction, Prediction)
+    assert prediction.samples.shape == (50, 4, 3)
+    samples = prediction.samples.double()
+    assert_equal(prediction.mean, samples.mean(0).float())
+    torch.testing.assert_close(prediction.std, samples.std(0).float(), rtol=1e-6, atol=0)
+    assert prediction.entropy is None
+    assert prediction.mutual_information is None
+
+
+def test_prediction_is_frozen_and_keeps_no_samples_unasked():
+    prediction = mc_predict(*built("MLP"), 3)
+    assert prediction.samples is None
+    with pytest.raises(AttributeError):
+        prediction.mean = 0
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize(("shape", "axis"), [((4, 3), -1), ((2, 3, 4, 5), 1), ((3,), 0), ((2, 3, 4), -2)])
+@pytest.mark.parametrize("outputs", ["logits", "probabilities"])
+def test_entropy_and_mutual_information_match_their_formulas(batch, shape, axis, outputs):
+    x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    model = nn.Sequential(fdt.Dropout(0.5), *([nn.Softmax(axis)] if outputs == "probabilities" else []))
+    options = {"task": "classification", "class_axis": axis, "outputs": outputs, "keep_samples": True}
+    prediction = mc_predict(model, x, 20, seed=6, batch=batch, **options)
+
+    logits = mc_predict(fdt.Dropout(0.5), x, 20, seed=6, keep_samples=True).samples
+    along = axis if axis < 0 else axis + 1
+    probabilities = logits.softmax(along)
+    mean = probabilities.mean(0)
+    entropy = -(mean * mean.log()).sum(axis)
+    of_samples = -(probabilities * probabilities.log()).sum(along)
+    torch.testing.assert_close(prediction.samples, probabilities)
+    torch.testing.assert_close(prediction.mean, mean)
+    torch.testing.assert_close(prediction.std, probabilities.std(0))
+    torch.testing.assert_close(prediction.entropy, entropy)
+    torch.testing.assert_close(prediction.mutual_information, entropy - of_samples.mean(0))
+    assert (prediction.mutual_information > 0).all()
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("task", ["regression", "classification"])
+def test_a_model_without_dropout_is_sure_of_itself(task, dtype, batch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7)).to(dtype).eval(), torch.randn(50, 6, dtype=dtype)
+    prediction = mc_predict(model, x, 50, batch=batch, task=task)
+    assert not prediction.std.any()
+    y = model(x).detach()
+    if task == "regression":
+        assert_equal(prediction.mean, y)
+    else:
+        torch.testing.assert_close(prediction.mean, y.softmax(-1))
+        assert not prediction.mutual_information.any()
+
+
+def test_entropy_of_certain_and_of_uniform_probabilities():
+    x = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
+    prediction = mc_predict(nn.Identity(), x, 3, task="classification", outputs="probabilities")
+    torch.testing.assert_close(prediction.entropy, torch.tensor([0.0, math.log(4)]))
+    assert_equal(prediction.mutual_information, torch.zeros(2))
+
+
+def test_samples_that_disagree_are_all_mutual_information():
+    """Each sample is sure of one of two classes: all of the entropy, log 2, is the model's."""
+
+    class Switch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = fdt.Dropout(0.5)
+
+        def forward(self, x):
+            one = self.drop(x) / 2
+            return torch.stack([one, 1 - one], -1)
+
+    prediction = mc_predict(Switch(), torch.ones(20), 2000, seed=0, task="classification", outputs="probabilities")
+    assert_equal(prediction.mutual_information, prediction.entropy)
+    torch.testing.assert_close(prediction.entropy, torch.full((20,), math.log(2)), rtol=0, atol=0.01)
+
+
+def test_one_sample_has_no_standard_deviation():
+    prediction = mc_predict(*built("MLP"), 1, task="classification", keep_samples=True)
+    assert prediction.std.isnan().all()
+    assert_equal(prediction.mean, prediction.samples[0])
+    assert not prediction.mutual_information.any()
+
+
+@pytest.mark.parametrize(
+    ("returned", "expected"),
+    [
+        (torch.float64, torch.float64),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.int64, torch.float32),
+        (torch.bool, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("batch", [1, None])
+def test_dtypes(returned, expected, batch):
+    class Cast(nn.Module):
+        def forward(self, x):
+            return x.to(returned)
+
+    model, x = nn.Sequential(fdt.Dropout(0.5), Cast()), torch.ones(2, 3)
+    prediction = mc_predict(model, x, 40, seed=1, batch=batch, keep_samples=True)
+    assert {prediction.mean.dtype, prediction.std.dtype, prediction.samples.dtype} == {expected}
+    torch.testing.assert_close(prediction.mean, prediction.samples.mean(0))
+    torch.testing.assert_close(prediction.std, prediction.samples.std(0))
+
+
+@pytest.mark.parametrize("batch", [1, None])
+@pytest.mark.parametrize("drop", [fdt.Dropout, nn.Dropout], ids=["ours", "torchs"])
+def test_moments_of_a_linear_model_match_the_closed_form(drop, batch):
+    """w . dropout(x) has mean w . x, which is evaluation's output, and variance p / (1 - p) sum w^2 x^2."""
+    torch.manual_seed(0)
+    p, samples = 0.3, 2000
+    model, x = nn.Sequential(drop(p), nn.Linear(50, 4)), torch.randn(8, 50)
+    prediction = mc_predict(model, x, samples, seed=7, batch=batch)
+    variance = p / (1 - p) * (x**2 @ (model[1].weight ** 2).T)
+    error = (prediction.mean - model.eval()(x)) / (variance / samples).sqrt()
+    assert error.abs().max() < 4.5
+    assert 0.7 < error.std() < 1.3  # neither too large nor too small
+    torch.testing.assert_close(prediction.std**2, variance, rtol=0.2, atol=0)
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"samples": 0}, ValueError, "samples must be at least 1, but got 0"),
+        ({"samples": -3}, ValueError, "samples must be at least 1, but got -3"),
+        ({"samples": 2.5}, TypeError, "samples must be an int, but got float"),
+        ({"samples": "5"}, TypeError, "samples must be a number, but got str"),
+        ({"batch": 0}, ValueError, "batch must be at least 1, but got 0"),
+        ({"batch": 1.5}, TypeError, "batch must be an int, but got float"),
+        ({"seed": -1}, ValueError, r"seed must be from 0 to 2\*\*64 - 1, but got -1"),
+        ({"seed": 0.5}, TypeError, "seed must be an int, but got float"),
+        ({"task": "ranking"}, ValueError, "task must be one of 'regression', 'classification', but got 'ranking'"),
+        ({"outputs": "odds"}, ValueError, "outputs must be one of 'logits', 'probabilities', but got 'odds'"),
+        ({"filter": 3}, TypeError, "filter must be callable, but got int"),
+        ({"task": "classification", "class_axis": 2}, IndexError, r"expected to be in range of \[-2, 1\], but got 2"),
+        ({"task": "classification", "class_axis": -3}, IndexError, r"expected to be in range of \[-2, 1\], but got -3"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_mc_predict_refuses(options, error, message):
+    model, x = built("MLP")
+    model.train()
+    state = torch.get_rng_state()
+    with pytest.raises(error, match=message):
+        mc_predict(model, x, **({"seed": 1} | options))
+    assert turned_on(model) == set(modes(model))
+    assert_equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"), [((torch.ones(1),), "tuple"), (None, "NoneType"), (torch.ones(1) * 1j, "torch.complex64")]
+)
+def test_mc_predict_refuses_what_is_no_tensor_of_real_numbers(returned, got):
+    class Returns(nn.Module):
+        def forward(self, x):
+            return returned
+
+    with pytest.raises(TypeError, match=f"model must return a Tensor of real numbers, but got {got}"):
+        mc_predict(Returns(), torch.ones(1))
+
+
+# ---- progress ----
+
+
+class Bar:
+    """What tqdm's does."""
+
+    made: ClassVar[list[Bar]] = []
+
+    def __init__(self, total, **_):
+        self.total, self.done, self.closed = total, 0, False
+        self.made.append(self)
+
+    def update(self, count):
+        self.done += count
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.closed = True
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    monkeypatch.setattr(Bar, "made", [])
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
+    return Bar.made
+
+
+@pytest.mark.parametrize("batch", [1, 4, None])
+def test_progress_counts_samples(bars, batch):
+    mc_predict(*built("MLP"), 11, batch=batch, progress=True)
+    (bar,) = bars
+    assert (bar.total, bar.done, bar.closed) == (11, 11, True)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("progress", "long", "stderr", "shown"),
+    [
+        (None, True, Terminal, True),
+        (None, True, io.StringIO, False),
+        (None, False, Terminal, False),
+        (False, True, Terminal, False),
+        (True, False, io.StringIO, True),
+    ],
+)
+def test_progress_is_shown_on_long_runs_on_a_terminal(bars, monkeypatch, progress, long, stderr, shown):
+    monkeypatch.setattr(monte_carlo, "LONG", 0.0 if long else 1e9)
+    monkeypatch.setattr(sys, "stderr", stderr())
+    mc_predict(*built("MLP"), 3, progress=progress)
+    assert len(bars) == shown
+
+
+def test_progress_without_tqdm(monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert mc_predict(*built("MLP"), 3, progress=True).mean.shape == (4, 3)
