@@ -220,7 +220,7 @@ MUTATIONS = (
     Mutation(
         "a stream's offset stays",
         "fastdrop/core/random.py",
-        "self._offset = offset + 1 if offset < _checks.UINT64_END - 1 else 0",
+        "self._offset = offset + 1 if offset < checks.UINT64_END - 1 else 0",
         "self._offset = offset",
         "tests/core/test_random.py",
     ),
@@ -370,14 +370,14 @@ MUTATIONS = (
     Mutation(
         "backward of a seed's mask with another scale",
         "fastdrop/torch/functional/routing.py",
-        "return _kernels.forward(dy, _random.for_kernel(kept, dy), cut, (a, 0.0, 0.0), cells_shape, False)[0], None",
-        "return _kernels.forward(dy, _random.for_kernel(kept, dy), cut, (1.0, 0.0, 0.0), cells_shape, False)[0], None",
+        "mask_kernels.forward(dy, seeds.for_kernel(kept, dy), cut, (a, 0.0, 0.0), cells_shape, False)[0], None",
+        "mask_kernels.forward(dy, seeds.for_kernel(kept, dy), cut, (1.0, 0.0, 0.0), cells_shape, False)[0], None",
         "tests/torch/functional/test_dropout.py",
     ),
     Mutation(
         "backward of bits adds alpha's shift",
         "fastdrop/torch/ops/mask.py",
-        "    law = kinds.slope(law)\n",
+        "    law = variants.slope(law)\n",
         "",
         "tests/torch/functional/test_gradients.py",
     ),
@@ -412,8 +412,8 @@ MUTATIONS = (
     Mutation(
         "in place is not told to autograd",
         "fastdrop/torch/functional/routing.py",
-        "    if inplace:\n        torch.autograd.graph.increment_version(x)\n    return _kernels.forward(",
-        "    return _kernels.forward(",
+        "    if inplace:\n        torch.autograd.graph.increment_version(x)\n    return mask_kernels.forward(",
+        "    return mask_kernels.forward(",
         "tests/torch/functional/test_dropout.py",
     ),
     Mutation(

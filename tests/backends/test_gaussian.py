@@ -25,7 +25,7 @@ FARTHEST = math.sqrt(2 * 32 * math.log(2))  # the radius of the smallest uniform
 
 
 def normals(n=N, *, first=0, seed=1, offset=0):
-    return reference._normals(first, n, seed, offset)
+    return reference.mask._normals(first, n, seed, offset)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_normals_are_those_of_the_transform(first):
 def test_angles_turn_all_the_way_round():
     """Each pair is a point, and their directions are spread evenly. Where quarters meet, one is missing, one double."""
     steps = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
-    z0, z1 = reference._normal_pair(np.full_like(steps, 1 << 31), steps)
+    z0, z1 = reference.mask._normal_pair(np.full_like(steps, 1 << 31), steps)
     directions = np.sort(np.arctan2(z1.astype(np.float64), z0.astype(np.float64)))
     turn = 2 * math.pi / steps.size
     gaps = np.sort(np.diff(directions)) / turn
@@ -76,7 +76,7 @@ def test_angles_turn_all_the_way_round():
 def test_radii_at_their_ends():
     """u is never 0, so that no number is infinite; where it rounds to 1 both are 0."""
     ends = np.array([0, 1, LOW], np.uint32)
-    z0, z1 = reference._normal_pair(ends, np.zeros_like(ends))
+    z0, z1 = reference.mask._normal_pair(ends, np.zeros_like(ends))
     assert z0.tolist()[:2] == [np.float32(FARTHEST)] * 2
     assert (z0[2], z1[2]) == (0, 0)
 

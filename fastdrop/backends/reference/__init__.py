@@ -3,6 +3,7 @@
 `mask` says it for masks and plain dropout, `rows` for the fused primitives.
 """
 
+from ...core.random import philox4x32_10
 from .mask import (
     describe,
     dilate_bits,
@@ -31,6 +32,7 @@ __all__ = [
     "masked_affine",
     "norm_backward",
     "norm_forward",
+    "philox4x32_10",
     "pointwise_backward",
     "pointwise_forward",
     "set_num_threads",

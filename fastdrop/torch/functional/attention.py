@@ -22,7 +22,7 @@ from ...core.random import keep_scale, threshold
 from ..ops import fused as fused_ops
 from ..ops import mask as mask_ops
 from ..runtime import fused_kernels, mask_kernels, nested, seeds
-from ..runtime.dispatch import hide_from_dynamo, is_plain
+from ..runtime.dispatch import can_call_kernel, hide_from_dynamo, is_plain
 from . import routing
 from .fused import softmax_dropout
 from .routing import for_subclasses
@@ -447,7 +447,7 @@ def _gradients(
         *gradients, dmask = _composed_backward(*data, mask, p, scale, *shapes)
     else:
         op = mask_ops.overload(torch.ops.fastdrop.attention_backward, p)
-        backward = _attention_backward if routing._straight(dy) else op
+        backward = _attention_backward if can_call_kernel(dy) else op
         gradients = backward(*data, p, causal, scale, *shapes, wanted)
     return *(x if want else None for x, want in zip(gradients, wanted, strict=True)), dmask
 

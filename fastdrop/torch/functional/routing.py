@@ -22,7 +22,7 @@ from ...core import checks, variants
 from ...core.random import DROP_ALL, threshold
 from ..ops import mask as mask_ops
 from ..runtime import mask_kernels, nested, seeds, tracing
-from ..runtime.dispatch import is_plain, is_transformed
+from ..runtime.dispatch import can_call_kernel, is_plain, is_transformed
 
 __all__ = ["autocast_dtype", "check_tensor", "drop", "drop_block", "eager_probability", "for_subclasses", "gaussian"]
 
@@ -109,7 +109,7 @@ class _Fast(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         (kept,) = ctx.saved_tensors
         _, cut, (a, _, _), cells_shape, bits, _, p, law = ctx.call
-        if not _straight(dy):
+        if not can_call_kernel(dy):
             return mask_ops.masked(dy, kept, p, cells_shape, bits, law), None
         if bits:
             return mask_kernels.apply(dy, kept, (a, 0.0, 0.0), cells_shape), None
@@ -120,11 +120,6 @@ class _Fast(torch.autograd.Function):
 # backward, which looks for a `vjp`: two microseconds of twenty for a small tensor.
 _apply_fast = super(torch.autograd.Function, _Fast).apply
 _Fast._backward_cls.apply = _Fast.backward  # type: ignore[attr-defined]
-
-
-def _straight(dy: Tensor) -> bool:
-    """Whether backward may call a kernel, or must leave an op for whoever looks at it."""
-    return not _is_compiling() and not torch.is_grad_enabled() and is_plain(dy)
 
 
 def _compiled(
@@ -252,7 +247,7 @@ class _FastBlocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         words, kept = ctx.saved_tensors
-        if _straight(dy):
+        if can_call_kernel(dy):
             dx = mask_kernels.keep_blocks(dy, words, kept, ctx.cells_shape)
         else:
             dx = torch.ops.fastdrop.keep_blocks(dy, words, kept, ctx.cells_shape or dy.shape)
@@ -309,7 +304,7 @@ class _FastGaussian(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         (seed,) = ctx.saved_tensors
-        if _straight(dy):
+        if can_call_kernel(dy):
             dx = mask_kernels.gaussian(dy, seeds.for_kernel(seed, dy), variants.spread(ctx.p))
         else:
             dx = torch.ops.fastdrop.gaussian(dy, seed, ctx.p)

@@ -27,9 +27,8 @@ from ...core import checks
 from ...core.activations import ACTIVATIONS, keeps_signs
 from ...core.mask import word_count
 from ...core.random import keep_scale, threshold
-from ..functional.routing import _straight
 from ..runtime import fused_kernels, mask_kernels, seeds
-from ..runtime.dispatch import hide_from_dynamo, is_transformed
+from ..runtime.dispatch import can_call_kernel, hide_from_dynamo, is_transformed
 from . import mask as mask_ops
 from .mask import overload
 
@@ -328,7 +327,7 @@ def _composes() -> bool:
 
 
 def _gradient_of(name: str, dy: Tensor, p: P) -> Any:
-    return KERNELS[name][0] if _straight(dy) else overload(getattr(torch.ops.fastdrop, name), p)
+    return KERNELS[name][0] if can_call_kernel(dy) else overload(getattr(torch.ops.fastdrop, name), p)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from torch._C._dynamo import eval_frame
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-__all__ = ["hide_from_dynamo", "is_lazy", "is_plain", "is_transformed", "read_address"]
+__all__ = ["can_call_kernel", "hide_from_dynamo", "is_lazy", "is_plain", "is_transformed", "read_address"]
 
 
 def _plain_keys() -> frozenset[int]:
@@ -73,6 +73,11 @@ def read_address(x: Tensor) -> int:
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` surrounds the call."""
     return peek_interpreter_stack() is not None
+
+
+def can_call_kernel(dy: Tensor) -> bool:
+    """Whether backward may call a kernel, or must leave an op for whoever looks at it."""
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and is_plain(dy)
 
 
 def hide_from_dynamo(*functions: Callable[..., Any]) -> None:

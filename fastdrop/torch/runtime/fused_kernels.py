@@ -5,8 +5,8 @@ Data is ``[..., columns]`` of one dtype, the residual stream of the same or of f
 compute in: float64 for float64, else float32. Words are those of `mask_kernels.draw`, or None where everything is kept;
 forward functions may be asked to draw them first, as `words_for` says.
 
-As in `mask_kernels` there is no autograd here, no generator, and of checks only those without which kernels would read past
-the end of what an op was called with, or of what hooks on saved tensors gave back. Strides may be any. Results of
+As in `mask_kernels` there is no autograd here, no generator, and of checks only those without which kernels would read
+past the end of what an op was called with, or of what hooks on saved tensors gave back. Strides may be any. Results of
 pointwise functions have the strides that torch gives the result of an element-wise op on x, or on the residual and x,
 those of softmax the strides of one on the scores, and gradients of one on dy. Norms and what is kept are contiguous.
 """

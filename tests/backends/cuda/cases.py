@@ -308,14 +308,14 @@ COMPUTED = {np.float32: 4e-6, np.float64: 1e-13}
 
 def stored(dtype, values):
     return (
-        reference.float32_to_bfloat16(values.astype(np.float32))
+        reference.storage.float32_to_bfloat16(values.astype(np.float32))
         if dtype.name == "bfloat16"
         else values.astype(dtype.storage)
     )
 
 
 def numbers_of(dtype, values):
-    return (reference.bfloat16_to_float32(values) if dtype.name == "bfloat16" else values).astype(np.float64)
+    return (reference.storage.bfloat16_to_float32(values) if dtype.name == "bfloat16" else values).astype(np.float64)
 
 
 def fused(gpu, primitive, pair, rows, columns, *, given="", words=True, shift=0, over=None, content=None, **numbers):

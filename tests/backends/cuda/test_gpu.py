@@ -114,7 +114,7 @@ def poison(n, storage):
 
 def numbers(tag, n):
     x = np.random.default_rng(tag).normal(size=n).astype(np.float32)
-    return reference.float32_to_bfloat16(x) if tag == BFLOAT16 else x.astype(STORAGE[tag])
+    return reference.storage.float32_to_bfloat16(x) if tag == BFLOAT16 else x.astype(STORAGE[tag])
 
 
 def where():

@@ -24,7 +24,7 @@ from numba.cuda.simulator.kernel import FakeCUDAKernel
 
 from fastdrop.backends.cuda.compile import Variant, packer
 from fastdrop.backends.cuda.tile import BATCH, LANES, TILE_CELLS, VECTOR_BYTES
-from fastdrop.backends.reference import bfloat16_to_float32, float32_to_bfloat16
+from fastdrop.backends.reference.storage import bfloat16_to_float32, float32_to_bfloat16
 from fastdrop.core.checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 STORAGE = {FLOAT32: np.float32, FLOAT64: np.float64, FLOAT16: np.float16, BFLOAT16: np.uint16}
