@@ -113,7 +113,7 @@ BAD_BLOCKS = [
 ]
 BAD_NOISE_SHAPES = [
     *((shape, ValueError) for shape in ((5,), (2, 3, 4, 5, 1), (), (3, 3, 4, 5), (2, 3, 4, 0), (2, 3, 4, -1))),
-    *((shape, TypeError) for shape in ((2, 3, 4, 1.0), ("2", "3", "4", "5"), 3, "ab")),
+    *((shape, TypeError) for shape in ((2, 3, 4, 1.0), ("2", "3", "4", "5"), 3, "abcd")),
 ]
 ARGUMENTS = {  # value, error, parts of the message
     "p": [
@@ -126,7 +126,7 @@ ARGUMENTS = {  # value, error, parts of the message
     "time_axis": [(axis, error, allowed, "got", came) for axis, error, allowed, came in BAD_AXES],
     "mode": [(v, ValueError, "'batch', 'row'", "got", repr(v)) for v in ("rows", "Row", "", None, 0, True)],
     "block_size": [(size, error, allowed, "got", repr(size)) for size, error, allowed in BAD_BLOCKS],
-    "noise_shape": [(shape, error, "got", "a" if shape == "ab" else shape) for shape, error in BAD_NOISE_SHAPES],
+    "noise_shape": [(shape, error, "got", "a" if shape == "abcd" else shape) for shape, error in BAD_NOISE_SHAPES],
 }
 
 
