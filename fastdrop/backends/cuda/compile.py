@@ -96,7 +96,7 @@ class Variant(NamedTuple):
 
     def __str__(self) -> str:
         if self.on_rows:
-            return f"{self.body}-{self.dtype}-{self.sum_dtype}-{self.form or 'both'}-{self.activation}"
+            return f"{self.body}-{self.dtype}-{self.residual_dtype}-{self.form or 'both'}-{self.activation}"
         affine = ("scale" if self.plain else "affine") + "-counted" * self.counted
         return "-".join((self.body, str(self.dtype), self.form or "only", affine))
 
