@@ -244,7 +244,10 @@ ERRORS = {
     "p": (lambda x: fdt.dropout(x, 1.5), "dropout probability has to be between 0 and 1, but got 1.5"),
     "p in evaluation": (lambda x: fdt.dropout(x, -0.1, False), "has to be between 0 and 1, but got -0.1"),
     "p in a tensor": (lambda x: fdt.dropout(x, torch.tensor(1.5)), "has to be between 0 and 1, but got 1.5"),
-    "p of blocks": (lambda x: fdt.drop_block2d(x[None], torch.tensor(-0.1), 2), "drop probability has to be"),
+    "p of blocks": (
+        lambda x: fdt.drop_block2d(x[None], torch.tensor(-0.1), 2),
+        "probability has to be between 0 and 1",
+    ),
     "Gaussian p of 1": (lambda x: fdt.gaussian_dropout(x, 1.0), "p must be below 1 for Gaussian dropout"),
     "store": (lambda x: fdt.dropout(x, store="bytes"), "store must be one of 'bits', 'seed', but got 'bytes'"),
     "noise_shape": (lambda x: fdt.dropout(x, noise_shape=(2, 4, 5)), "noise_shape must be 1, None or the full extent"),
