@@ -278,21 +278,21 @@ MUTATIONS = (
         "fastdrop/schedules.py",
         "return _mix(self.start, self.end, (1.0 - math.cos(math.pi * fraction)) / 2)",
         "return _mix(self.start, self.end, math.sin(math.pi * fraction / 2))",
-        "tests/core/test_schedules.py",
+        "tests/test_schedules.py",
     ),
     Mutation(
         "warm-up takes steps from its schedule",
         "fastdrop/schedules.py",
         "return self.schedule(step - self.steps)",
         "return self.schedule(step)",
-        "tests/core/test_schedules.py",
+        "tests/test_schedules.py",
     ),
     Mutation(
         "a value of piecewise one step late",
         "fastdrop/schedules.py",
         "return self.values[bisect_right(self.boundaries, step)]",
         "return self.values[bisect_right(self.boundaries, step - 1)]",
-        "tests/core/test_schedules.py",
+        "tests/test_schedules.py",
     ),
     # ---- Numba ----
     Mutation(
