@@ -1,4 +1,4 @@
-"""The fused ops for arrays on a GPU, without a GPU: stand-ins for arrays of CuPy and Numba, kernels of the reference."""
+"""The fused ops for arrays on a GPU, without a GPU: stand-ins for CuPy's and Numba's arrays, the reference's kernels."""
 
 from __future__ import annotations
 

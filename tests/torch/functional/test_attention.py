@@ -101,6 +101,8 @@ CASES = {
     "broadcast": ((2, 3, 5, 8), (3, 7, 8), (2, 1, 7, 8), None, {}),
 }
 
+COMPILED = ("plain", "bool (B, 1, 1, S)", "float (L, S)", "causal wide", "grouped")
+
 
 def tensors_of(case, dtype=torch.float64):
     *shapes, mask, options = CASES[case]
@@ -403,12 +405,7 @@ def test_hooks_that_change_what_was_kept_are_found_out():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "case",
-    some(
-        ("plain", "bool (B, 1, 1, S)", "float (L, S)", "causal wide", "grouped"), ("float (L, S)", "grouped"), "others"
-    ),
-)
+@pytest.mark.parametrize("case", some(COMPILED, ("float (L, S)", "grouped"), "the two cases that are not slow"))
 def test_compiled_equals_eager(case):
     tensors, mask, options = tensors_of(case)
     function = torch.compile(
