@@ -154,10 +154,10 @@ def dilate_bits(to: Words, words: Words, outer: int, n: int, inner: int, block: 
 
 def pointwise_forward(
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     x: Array,
-    bias: Array | None,
-    factor: Array | None,
+    input_bias: Array | None,
+    multiplier: Array | None,
     residual: Array | None,
     words: Words | None,
     y: Array,
@@ -169,10 +169,10 @@ def pointwise_forward(
 ) -> None:
     if _lib.fd_pointwise_forward(
         dtype,
-        sum_dtype,
+        residual_dtype,
         _address(x),
-        _at(bias),
-        _at(factor),
+        _at(input_bias),
+        _at(multiplier),
         _at(residual),
         _at(words),
         _address(y),
@@ -187,14 +187,14 @@ def pointwise_forward(
 
 def pointwise_backward(
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     dy: Array,
     x: Array | None,
-    bias: Array | None,
-    factor: Array | None,
+    input_bias: Array | None,
+    multiplier: Array | None,
     words: Words | None,
     dx: Array,
-    dfactor: Array | None,
+    dmultiplier: Array | None,
     sums: Array | None,
     rows: int,
     columns: int,
@@ -204,14 +204,14 @@ def pointwise_backward(
 ) -> None:
     if _lib.fd_pointwise_backward(
         dtype,
-        sum_dtype,
+        residual_dtype,
         _address(dy),
         _at(x),
-        _at(bias),
-        _at(factor),
+        _at(input_bias),
+        _at(multiplier),
         _at(words),
         _address(dx),
-        _at(dfactor),
+        _at(dmultiplier),
         _at(sums),
         rows,
         columns,
@@ -224,15 +224,15 @@ def pointwise_backward(
 
 def norm_forward(
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     x: Array,
-    bias: Array | None,
+    input_bias: Array | None,
     residual: Array | None,
     words: Words | None,
     weight: Array | None,
-    shift: Array | None,
+    norm_bias: Array | None,
     y: Array,
-    sum: Array,
+    residual_out: Array,
     statistics: Array,
     rows: int,
     columns: int,
@@ -242,15 +242,15 @@ def norm_forward(
 ) -> None:
     if _lib.fd_norm_forward(
         dtype,
-        sum_dtype,
+        residual_dtype,
         _address(x),
-        _at(bias),
+        _at(input_bias),
         _at(residual),
         _at(words),
         _at(weight),
-        _at(shift),
+        _at(norm_bias),
         _address(y),
-        _address(sum),
+        _address(residual_out),
         _address(statistics),
         rows,
         columns,
@@ -263,10 +263,10 @@ def norm_forward(
 
 def norm_backward(
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     dy: Array,
-    dsum: Array | None,
-    sum: Array,
+    dresidual_out: Array | None,
+    residual_out: Array,
     statistics: Array,
     weight: Array | None,
     words: Words | None,
@@ -281,10 +281,10 @@ def norm_backward(
 ) -> None:
     if _lib.fd_norm_backward(
         dtype,
-        sum_dtype,
+        residual_dtype,
         _address(dy),
-        _at(dsum),
-        _address(sum),
+        _at(dresidual_out),
+        _address(residual_out),
         _address(statistics),
         _at(weight),
         _at(words),
@@ -314,7 +314,7 @@ def softmax_forward(
     outer_stride: int,
     head_stride: int,
     query_stride: int,
-    scale: float,
+    softmax_scale: float,
     a: float,
     causal: int,
 ) -> None:
@@ -332,7 +332,7 @@ def softmax_forward(
         outer_stride,
         head_stride,
         query_stride,
-        scale,
+        softmax_scale,
         a,
         causal,
     ):
@@ -348,11 +348,11 @@ def softmax_backward(
     y: Array | None,
     rows: int,
     columns: int,
-    scale: float,
+    softmax_scale: float,
     a: float,
 ) -> None:
     if _lib.fd_softmax_backward(
-        dtype, _address(dy), _address(probabilities), _at(words), _address(dx), _at(y), rows, columns, scale, a
+        dtype, _address(dy), _address(probabilities), _at(words), _address(dx), _at(y), rows, columns, softmax_scale, a
     ):
         raise _refusal()
 
