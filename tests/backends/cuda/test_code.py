@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bench import cuda_report as report
-from bench.cuda_report import CAPABILITIES, Flow, Instruction
+from bench.gpu import machine_code as report
+from bench.gpu.machine_code import CAPABILITIES, Flow, Instruction
 from fastdrop.backends.cuda import compile
 from fastdrop.backends.cuda.compile import Capability, Variant
 from fastdrop.core.activations import SILU

@@ -1,4 +1,4 @@
-"""Turns a benchmark JSON of the torch face into a report: python -m bench.report_torch RESULTS.json.
+"""Turns a benchmark JSON of the torch face into a report: python -m bench.torch.report_torch RESULTS.json.
 
 It writes RESULTS.md and RESULTS.png: the targets, misses on top, then every case.
 """
@@ -9,9 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastdrop.cli.contenders import F_DROPOUT
-
-from .report import machine_line, write
+from ..contenders import F_DROPOUT
+from ..report import machine_line, write
 
 ELEMENTS = {"1k": 1000, "64k": 1 << 16, "1M": 1 << 20, "16M": 1 << 24}
 STEP_LIMITS = {"TransformerEncoder": 1.06, "MLP": 1.05}  # of the step at p = 0

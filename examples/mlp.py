@@ -1,6 +1,6 @@
-"""A network in NumPy with dropout between its layers: the demo's model, and an example of how fastdrop is used.
+"""A network in NumPy with dropout between its layers: the model of demo.py, and an example of how fastdrop is used.
 
-Rectifiers and dropout work in place: a hidden layer keeps its activations and its mask for backward, nothing else.
+Rectifiers and dropout work in place, so a hidden layer keeps only its activations and its mask for backward.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..arrays.dropout import dropout, dropout_backward
-from ..core.mask import PackedMask, SeededMask
-from ..core.random import Stream
-from .contenders import numpy_dropout, numpy_dropout_backward
+from bench.contenders import numpy_dropout, numpy_dropout_backward
+from fastdrop import PackedMask, SeededMask, Stream, dropout, dropout_backward
 
 Array = NDArray[Any]
 

@@ -1,4 +1,4 @@
-"""Turns a benchmark JSON of the fused kernels into a report: python -m bench.report_fused RESULTS.json.
+"""Turns a benchmark JSON of the fused kernels into a report: python -m bench.torch.report_fused RESULTS.json.
 
 It writes RESULTS.md and RESULTS.png: the targets, misses on top, then every case.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from .limits import Row, Suite
+from ..report import Row, Suite
 
 ADD, MUL, GELU, LAYER_NORM, SOFTMAX = "torch.add", "torch.mul", "F.gelu", "F.layer_norm", "F.softmax"
 COMPILED, P_ZERO, KEPT = "the formula, compiled", "plain torch at p = 0", "bytes kept by plain torch at p = 0.1"

@@ -22,9 +22,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_device
+from bench.gpu import device as gpu_device
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 GRACE_SECONDS = 5.0  # for an item that was begun in time
 TIME_OVER = "the section's time was over before it ended"
 

@@ -15,10 +15,10 @@ import pytest
 import fastdrop as fd
 from fastdrop import backends
 from fastdrop.backends import c as native
-from fastdrop.cli import contenders
 
+from .. import contenders
+from ..pairing import SETTLE_SECONDS, alternate
 from . import cases
-from .pairing import SETTLE_SECONDS, alternate
 
 CASE_SECONDS = {"all": 0.5, "quick": 2.5}
 COMPILED = "compiled F.dropout"

@@ -11,8 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_timing as timing
-from bench.gpu_timing import BACKWARD, BOTH, COPY, FORWARD, OURS, THEIRS
+from bench.gpu import timing
+from bench.gpu.timing import BACKWARD, BOTH, COPY, FORWARD, OURS, THEIRS
 
 PRINTED = 11_500  # characters
 SHOWN = 14  # items that did not end well

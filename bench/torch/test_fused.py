@@ -9,16 +9,14 @@ from typing import Any
 
 import pytest
 
-from fastdrop.cli import contenders
-
-from . import memory
-from .pairing import SETTLE_SECONDS, alternate
+from .. import contenders, memory
+from ..pairing import SETTLE_SECONDS, alternate
 from .report_fused import ADD, ADD_AND_NORM, ATTENTION, COMPILED, GELU, KEPT, LAYER_NORM, MUL, P_ZERO, SOFTMAX
 
 torch = pytest.importorskip("torch")
 fdt = pytest.importorskip("fastdrop.torch")
-models = pytest.importorskip("bench.models")
-cases = pytest.importorskip("bench.fused_cases")
+models = pytest.importorskip("bench.torch.models")
+cases = pytest.importorskip("bench.torch.fused_cases")
 FEWEST_SCORES = pytest.importorskip("fastdrop.torch.models.enable").FEWEST_SCORES
 F = torch.nn.functional
 

@@ -1,4 +1,4 @@
-"""Turns a benchmark JSON of the family into a report: python -m bench.report_family RESULTS.json.
+"""Turns a benchmark JSON of the family into a report: python -m bench.torch.report_family RESULTS.json.
 
 It writes RESULTS.md and RESULTS.png: the targets, misses on top, then every case.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from .limits import Row, Suite
+from ..report import Row, Suite
 
 # kind: (operations judged, at most: of the first peer's time)
 LIMITS = {

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import backends
-from ..arrays.dropout import dropout, dropout_backward
-from ..core import checks
-from ..core.mask import empty_words
-from ..core.random import Stream, keep_scale, threshold
+from fastdrop import Stream, backends, dropout, dropout_backward
+from fastdrop.core import checks
+from fastdrop.core.mask import empty_words
+from fastdrop.core.random import keep_scale, threshold
 
 Array = NDArray[Any]
 

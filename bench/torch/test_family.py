@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import fastdrop as fd
-from fastdrop.cli import contenders
 
-from .pairing import SETTLE_SECONDS, alternate
+from .. import contenders
+from ..pairing import SETTLE_SECONDS, alternate
 
 torch = pytest.importorskip("torch")
 fdt = pytest.importorskip("fastdrop.torch")

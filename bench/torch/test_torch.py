@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from fastdrop.cli import contenders
-
-from .pairing import SETTLE_SECONDS, alternate
+from .. import contenders
+from ..pairing import SETTLE_SECONDS, alternate
 from .report_torch import ELEMENTS, P_ZERO, SEED
 
 torch = pytest.importorskip("torch")
 fdt = pytest.importorskip("fastdrop.torch")
-models = pytest.importorskip("bench.models")
+models = pytest.importorskip("bench.torch.models")
 
 OPERATIONS = ("no grad", "forward+backward")
 FUNCTION_SECONDS, STEP_SECONDS = 3.0, 15.0

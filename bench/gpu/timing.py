@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from bench.gpu_guard import Item, Skip, Task, one_line
+from bench.gpu.guard import Item, Skip, Task, one_line
 from fastdrop import backends
 from fastdrop.backends.cuda import driver
 from fastdrop.core.checks import BFLOAT16, FLOAT32
@@ -215,9 +215,9 @@ def compiled_dropout(machine: Any, p: float) -> Callable[[Any], Any]:
 def triton_dropout() -> Any:
     if importlib.util.find_spec("triton") is None:
         raise Skip("triton is not installed")
-    from bench import gpu_triton
+    from bench.gpu import triton_dropout
 
-    return gpu_triton
+    return triton_dropout
 
 
 def choose_triton(task: Task) -> dict[str, Any]:
@@ -332,7 +332,7 @@ def time_kernels(task: Task, size: str, dtype_name: str, p: float) -> dict[str, 
 
 
 def fused(quick: bool) -> dict[str, Item]:
-    from bench import fused_cases
+    from bench.torch import fused_cases
 
     items: dict[str, Item] = {COMPILE_WORKS: try_compile}
     sizes, dtypes = (FUSED_SIZES[:1], FUSED_DTYPES[:2]) if quick else (FUSED_SIZES, FUSED_DTYPES)
@@ -343,7 +343,7 @@ def fused(quick: bool) -> dict[str, Item]:
 
 def time_fused(task: Task, name: str, size: str, dtype_name: str) -> dict[str, Any]:
     """Whole calls and their gradients, beside torch's formula, eager and compiled."""
-    from bench import fused_cases
+    from bench.torch import fused_cases
 
     machine, torch, ours = task.machine, task.machine.torch, fused_cases.FUSED[name]
     x = rotation(machine, machine.matrices[size], dtype_name)

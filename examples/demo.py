@@ -1,9 +1,12 @@
-"""``fastdrop demo``: what dropout is for, on real data, and what it costs here against what people use today.
+"""Shows what dropout does to a network in NumPy, and what it costs beside F.dropout and plain NumPy.
 
-Decides the experiment. 400 of scikit-learn's 1,797 digits are few enough that a network of 300,000 weights learns them
-by heart; with and without dropout it starts from the same weights and sees the same batches, on three splits, so that
-what is shown is not one split's luck. Speed and memory are measured on one large layer, with one thread each since
-NumPy has no more, and on the training step.
+    python examples/demo.py            # under a minute
+    python examples/demo.py --quick    # a few seconds, to see that it runs
+
+`make demo` runs it first. It trains a network on scikit-learn's digits with and without dropout. 400 of the 1,797
+digits are so few that 300,000 weights learn them by heart. Both networks start from the same weights and see the same
+batches. Three splits of the data show that the result is not one split's luck. Then it times one large layer, with one
+thread each because NumPy has no more, and the training step.
 """
 
 from __future__ import annotations
@@ -14,26 +17,24 @@ import importlib.util
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import __version__, backends
-from ..core.random import Stream
-from . import contenders
-from .contenders import F_DROPOUT, FASTDROP, NUMPY, TORCH_MUL, Buffers
-from .mlp import MLP, Dropout, FastDropout, NumpyDropout
-from .timing import Timing, alternate
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where bench/ is
 
-HELP = "train a network with and without dropout, time it, draw a picture"
-DESCRIPTION = (
-    "Trains a network on scikit-learn's digits with and without dropout, compares speed and memory of a dropout layer "
-    "with F.dropout (where torch is installed) and plain NumPy, prints both and draws a picture. Takes under a minute."
-)
+from mlp import MLP, Dropout, FastDropout, NumpyDropout
+
+from bench import contenders
+from bench.contenders import F_DROPOUT, FASTDROP, NUMPY, TORCH_MUL, Buffers
+from bench.timing import Timing, alternate
+from fastdrop import Stream, __version__, backends
+
 EXTRA = ("sklearn", "matplotlib", "rich")
 
 Array = NDArray[Any]
@@ -55,13 +56,6 @@ LIGHT = {FASTDROP: "#7fbfbb", F_DROPOUT: "#efc18f", NUMPY: "#aeb7d2", TORCH_MUL:
 WITH, WITHOUT = "#0b7a75", "#c0392b"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--output", metavar="FILE", default="fastdrop-demo.png", help="the picture (default: %(default)s)"
-    )
-    parser.add_argument("--quick", action="store_true", help="few epochs and short timings, to see that it runs")
-
-
 @dataclass(frozen=True)
 class Layer:
     """How one dropout layer fares: forward and backward."""
@@ -71,7 +65,7 @@ class Layer:
     elements: int
 
     def names(self) -> list[str]:
-        """Who was timed, in the order to show them."""
+        """The contenders that were timed, in the order to show them."""
         return [name for name in (FASTDROP, F_DROPOUT, NUMPY, TORCH_MUL) if name in self.timings[P]]
 
     def nanoseconds(self, p: float, name: str) -> float:
@@ -82,13 +76,17 @@ class Layer:
         return self.timings[p][name].median / self.timings[p][FASTDROP].median
 
 
-def main(args: argparse.Namespace) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", default="fastdrop-demo.png", help="the picture (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="few epochs and short timings, to see that it runs")
+    args = parser.parse_args(arguments)
     if any(importlib.util.find_spec(name) is None for name in EXTRA):
-        print("fastdrop demo needs scikit-learn, matplotlib and rich: pip install 'fastdrop[demo]'", file=sys.stderr)
+        print("the demo needs scikit-learn, matplotlib and rich: pip install 'fastdrop[demo]'", file=sys.stderr)
         return 1
     problem = _cannot_write(args.output)
     if problem:
-        print(f"fastdrop demo: {problem}", file=sys.stderr)
+        print(f"demo: {problem}", file=sys.stderr)
         return 1
     from rich.console import Console
 
@@ -361,3 +359,7 @@ def _finish_bars(axes: Any, labels: list[str], quantity: str) -> None:
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel(quantity)
     axes.grid(axis="x")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
