@@ -347,14 +347,14 @@ MUTATIONS = (
     ),
     Mutation(
         "CUDA: the factor's gradient is not masked",
-        "fastdrop/backends/cuda/rows.py",
+        "fastdrop/backends/cuda/pointwise.py",
         "store_data(dmultiplier + cell * item, kept(bits, of_multiplier(g, h)))",
         "store_data(dmultiplier + cell * item, of_multiplier(g, h))",
         CUDA_ROWS,
     ),
     Mutation(
         "CUDA: a panel loses its last row",
-        "fastdrop/backends/cuda/rows.py",
+        "fastdrop/backends/cuda/teams.py",
         "        if panel < longer:\n            end += ONE",
         "        if panel + ONE < longer:\n            end += ONE",
         CUDA_ROWS,
