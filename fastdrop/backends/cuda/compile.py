@@ -71,7 +71,7 @@ class Variant(NamedTuple):
 
     ``form`` is where elementwise's bits come from (drawn, drawn_shifted, stored), how wide the accesses of strided and
     of most kernels on rows are (wide, narrow). ``plain``: b = 0. ``counted``: the scale is a by a count on the device.
-    ``sum_dtype``, the residual stream's storage type, and ``activation`` are for kernels on rows.
+    ``residual_dtype``, the residual stream's storage type, and ``activation`` are for kernels on rows.
     """
 
     body: str
@@ -84,7 +84,7 @@ class Variant(NamedTuple):
 
     def __str__(self) -> str:
         if self.on_rows:
-            return f"{self.body}-{self.dtype}-{self.sum_dtype}-{self.form or 'both'}-{self.activation}"
+            return f"{self.body}-{self.dtype}-{self.residual_dtype}-{self.form or 'both'}-{self.activation}"
         affine = ("scale" if self.plain else "affine") + "-counted" * self.counted
         return "-".join((self.body, str(self.dtype), self.form or "only", affine))
 
