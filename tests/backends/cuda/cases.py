@@ -1,5 +1,6 @@
-"""Shared by the tests of the CUDA primitives, on `gpu_stub.Gpu` or a real GPU: calls by address between guards, what the
-reference makes of them, and layouts.
+"""Shared by the tests of the CUDA primitives, on `gpu_stub.Gpu` and on a real GPU.
+
+Here are calls by address on arrays between guards, the reference's results for them, and layouts.
 """
 
 from __future__ import annotations
@@ -528,7 +529,9 @@ def assert_activations_as_reference(gpu, activation, pair, columns):
     """Forward, with the bits that a relu keeps, and backward, by both of the ways that its kernels go."""
     numbers, pair = {"a": 1.25, "activation": ACTIVATIONS[activation]}, PAIR[pair]
     signs = "signs" if activation == "relu" else ""
-    assert_fused_as_reference(gpu, "pointwise_forward", pair, 5, columns, given=f"bias factor {signs}", **numbers)
+    assert_fused_as_reference(
+        gpu, "pointwise_forward", pair, 5, columns, given=f"input_bias multiplier {signs}", **numbers
+    )
     assert_fused_as_reference(
         gpu, "pointwise_backward", pair, 5, columns, given="x input_bias multiplier dmultiplier", **numbers
     )

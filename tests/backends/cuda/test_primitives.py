@@ -503,10 +503,10 @@ def test_nothing_to_do_launches_nothing(gpu):
 # ---- costs ----
 
 
-@pytest.mark.parametrize(("dtype", "most"), [(F32, 20), (DTYPES[3], 20)], ids=str, indirect=["dtype"])
-def test_instructions_per_element(gpu, dtype, most):
-    """A GPU's memory moves 400 to 800 G elements/s where it issues some 29,000 G instructions: few must do."""
-    n = 64 * 1024
+@pytest.mark.parametrize("dtype", [F32, DTYPES[3]], ids=str, indirect=True)
+def test_instructions_per_element(gpu, dtype):
+    """Of PTX, of which machine code needs half: see the instruction budget in docs/design.md."""
+    n = 16 * 1024
     forward(gpu, dtype, n)
     (launch,) = gpu.launches
-    assert launch.executed.total() * 32 / n < most
+    assert launch.executed.total() * 32 / n < 32
