@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from ...core.random import keep_scale, threshold
 from ..runtime.dispatch import hide_from_dynamo
-from .dropout import VariationalDropout, is_traced, traced
+from .base import is_traced, trace_call
+from .dropout import VariationalDropout
 
 __all__ = ["VariationalGRU", "VariationalLSTM"]
 
@@ -35,7 +36,7 @@ class _Variational(nn.RNNBase):
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         if is_traced(self, input):
-            return traced(self, input, hx)
+            return trace_call(self, input, hx)
         rates = self.dropout_input, self.dropout_recurrent, self.dropout_output
         unfit = isinstance(input, Tensor) and (input.dim() not in (2, 3) or not input.numel())  # torch says so
         if unfit or not any(map(_drops, rates)):

@@ -22,13 +22,13 @@ from ..functional.routing import for_onnx, is_exported_to_onnx, refuse_onnx
 from ..ops import mask as mask_ops
 from ..runtime import tracing
 from ..runtime.dispatch import hide_from_dynamo, is_transformed
-from .dropout import Rated, is_traced, traced
+from .base import Rated, is_traced, trace_call
 
 __all__ = ["DropConnect", "EmbeddingDropout"]
 
 
 class EmbeddingDropout(Rated):
-    """A `torch.nn.Embedding` whose rows are dropped whole: in each call a word is there everywhere, or nowhere.
+    """A `torch.nn.Embedding` that drops whole rows: in each call a word is either kept or dropped everywhere.
 
     In training ``y = embedding(input)`` is 0 for the words dropped, each with probability p, and multiplied by
     ``1 / (1 - p)`` for the others; their gradient likewise, so that a dropped row's is exactly 0. One cell per row of
@@ -62,7 +62,7 @@ class EmbeddingDropout(Rated):
             raise TypeError(f"embedding must be a torch.nn.Embedding, but got {type(embedding).__name__}")
         self.embedding = embedding
 
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
         y: Tensor = self.embedding(input)
         p = self.rate
         if not self.training or (not isinstance(p, Tensor) and p == 0.0):
@@ -72,7 +72,7 @@ class EmbeddingDropout(Rated):
         rows = dropout(y.new_ones(self.embedding.num_embeddings), p)
         return mask_ops.masked(y, _packed(rows[input] != 0.0), p, [*input.shape, 1], True)
 
-    def _evaluated(self, input: Tensor) -> Tensor:
+    def evaluate(self, input: Tensor) -> Tensor:
         y: Tensor = self.embedding(input)
         return y
 
@@ -149,7 +149,7 @@ class DropConnect(Rated):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if args and is_traced(self, args[0]):
-            return traced(self, *args, **kwargs)
+            return trace_call(self, *args, **kwargs)
         p = self.rate
         if not self.training or (not isinstance(p, Tensor) and p == 0.0):
             return self.module(*args, **kwargs)

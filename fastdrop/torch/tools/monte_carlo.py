@@ -22,8 +22,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from ...core import checks
 from ..models.enable import register
 from ..models.rates import rate_name
+from ..models.source.gates import Gate, gate_of
 from ..runtime import context, seeds
-from .gates import Gate, gate_of
 from .sampling import passes
 
 __all__ = ["Prediction", "mc_dropout", "mc_predict"]

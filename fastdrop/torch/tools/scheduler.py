@@ -10,7 +10,7 @@ from torch import nn
 from ...core import checks
 from ..models.rates import number, rate_name, set_rate
 from ..models.report import Report, Row
-from ..models.source import functional_drops, lenders, rate_text
+from ..models.source.forward import functional_drops, lenders, rate_text
 
 __all__ = ["DropoutScheduler"]
 

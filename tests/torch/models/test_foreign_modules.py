@@ -267,7 +267,7 @@ def test_converted_modules_follow_a_scheduler(case):
     assert model(x) is x
     scheduler.step()
     assert module.p == pytest.approx(0.2)
-    assert float(module._rate) == pytest.approx(0.2)
+    assert float(module.rate_tensor) == pytest.approx(0.2)
     fdt.revert(model)
     assert "_rate" not in vars(module)
 

@@ -690,14 +690,14 @@ def test_every_drop_path_of_transformers_is_known():
     from fastdrop.torch.models import drop_path as drop_path_rules
 
     transformers = pytest.importorskip("transformers")
-    known, found = drop_path_rules._known(drop_path_rules.DROP_PATHS), 0
+    known, found = drop_path_rules._known_functions(drop_path_rules.DROP_PATHS), 0
     for path in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
         text = path.read_text()
         for match in re.finditer(r"^class \w*DropPath\(nn\.Module\):\n", text, re.MULTILINE):
             body = re.match(r"(?:(?:    .*)?\n)+", text[match.end() :])
             (kind,) = ast.parse(match[0] + body[0]).body
             (forward,) = [node for node in kind.body if getattr(node, "name", "") == "forward"]
-            assert drop_path_rules._normalised(forward) in known, path
+            assert drop_path_rules._normalise(forward) in known, path
             found += 1
     assert found > 20
 

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from torch import nn
 
 import fastdrop.torch as fdt
-from fastdrop.torch.nn.dropout import Rated
+from fastdrop.torch.nn.base import Rated
 
 from ..cases import WAYS, assert_equal, numbers_drawn, saved_tensors, under
 
@@ -293,16 +293,16 @@ def all_modules():
 def test_rate_is_p_until_a_scheduler_drives_it_and_a_graph_reads_it(monkeypatch):
     for module in all_modules():
         assert isinstance(module, Rated)
-        assert module._rate is None
+        assert module.rate_tensor is None
         assert module.rate == 0.5
         module.p = 0.25
         assert type(module.rate) is float
-        module._rate = torch.tensor(0.75, dtype=torch.float64)
+        module.rate_tensor = torch.tensor(0.75, dtype=torch.float64)
         assert module.rate == 0.25  # eager code has the float
         with monkeypatch.context() as patch:
             patch.setattr(torch.compiler, "is_compiling", lambda: True)
-            assert module.rate is module._rate
-            module._rate = None
+            assert module.rate is module.rate_tensor
+            module.rate_tensor = None
             assert module.rate == 0.25
 
 
@@ -312,7 +312,7 @@ def test_scheduler_drives_every_module():
     assert len(scheduler.paths) == len(model)
     for p in (0.1, 0.2, 0.30000000000000004):
         assert {module.p for module in model} == {p}
-        assert {module._rate.item() for module in model} == {p}
+        assert {module.rate_tensor.item() for module in model} == {p}
         scheduler.step()
 
 
@@ -321,7 +321,7 @@ def test_a_driven_module_copies_and_has_no_state():
         fdt.DropoutScheduler(module, lambda step: 0.25)
         assert not module.state_dict()
         twin = copy.deepcopy(module)
-        assert (twin.p, float(twin._rate), twin._rate is not module._rate) == (0.25, 0.25, True)
+        assert (twin.p, float(twin.rate_tensor), twin.rate_tensor is not module.rate_tensor) == (0.25, 0.25, True)
 
 
 @pytest.mark.parametrize("module", [fdt.Dropout(0.5), fdt.Dropout2d(0.5), fdt.StochasticDepth(0.5, "row")], ids=repr)

@@ -183,7 +183,7 @@ def test_embedding_compiled_reads_a_rate_that_changes():
     module, graphs = EmbeddingDropout(nn.Embedding(WORDS, WIDTH), 0.5), []
     compiled = torch.compile(module, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
     for p in (0.1, 0.9, 0.0, 1.0):
-        module.p, module._rate = p, torch.tensor(p, dtype=torch.float64)
+        module.p, module.rate_tensor = p, torch.tensor(p, dtype=torch.float64)
         assert_equal(seeded(compiled, IDS["33"]), seeded(module, IDS["33"]))
     assert len(graphs) == 1
     torch.compiler.reset()
@@ -560,7 +560,7 @@ def test_compiled_connections_read_a_rate_that_changes():
     module, graphs, x = DropConnect(nn.Linear(8, 8)), [], torch.randn(2, 8)
     compiled = torch.compile(module, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
     for p in (0.1, 0.9, 1.0):
-        module.p, module._rate = p, torch.tensor(p, dtype=torch.float64)
+        module.p, module.rate_tensor = p, torch.tensor(p, dtype=torch.float64)
         assert_equal(seeded(compiled, x), seeded(module, x))
     assert len(graphs) == 1
     torch.compiler.reset()
