@@ -1,7 +1,7 @@
 """Which modules drop, and in which attribute each keeps its drop probability.
 
-The scheduler, `audit`, `mc_dropout` and the reports ask `rate_name`: for `nn.Dropout` it is "p", for timm's ``DropPath``
-"drop_prob", for `nn.LSTM` with dropout "dropout", and None for a module that doesn't drop.
+The scheduler, `audit`, `mc_dropout` and the reports ask `rate_name`. For `nn.Dropout` it is "p", for timm's DropPath
+"drop_prob", for `nn.LSTM` with dropout "dropout". It is None for a module that doesn't drop.
 """
 
 from __future__ import annotations
