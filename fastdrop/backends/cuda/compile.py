@@ -28,20 +28,8 @@ Capability = tuple[int, int]
 
 OLDEST: Capability = (7, 5)
 
-# What machine code hangs on beside the variant.
-SOURCES = (
-    "_checks.py",
-    "activations.py",
-    "stream.py",
-    "backends/_curves.py",
-    "backends/_scalars.py",
-    "backends/_cuda/compile.py",
-    "backends/_cuda/tile.py",
-    "backends/_cuda/words.py",
-    "backends/_cuda/kernels.py",
-    "backends/_cuda/row_words.py",
-    "backends/_cuda/rows.py",
-)
+# Source files that decide, beside the variant, what the machine code is: patterns within fastdrop/.
+SOURCES = ("core/*.py", "backends/numba/math.py", "backends/numba/scalars.py", "backends/cuda/*.py")
 PACKAGES = (
     "numba",
     "numba-cuda",
@@ -230,8 +218,9 @@ def _fingerprint() -> str:
     if _seen is None:
         digest = hashlib.sha256()
         folder = Path(__file__).parents[2]
-        for source in SOURCES:
-            digest.update((folder / source).read_bytes())
+        for pattern in SOURCES:
+            for source in sorted(folder.glob(pattern)):
+                digest.update(source.read_bytes())
         for package in PACKAGES:
             digest.update(f"{package} {_version(package)}\n".encode())
         _seen = digest.hexdigest()[:16]
