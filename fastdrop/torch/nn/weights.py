@@ -257,7 +257,7 @@ class _SavedTensor:
 
 
 class _Recipe:
-    """Stands for a dropped weight of which nodes store views: backward computes it again from the weight and its mask."""
+    """Stands for a dropped weight of which nodes store views. Backward computes it from the weight and its mask."""
 
     def __init__(self, value: Tensor, weight: Tensor, words: Tensor, p: float | Tensor) -> None:
         self.weight, self.words, self.p = _SavedTensor(weight), words, p

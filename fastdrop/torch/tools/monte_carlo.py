@@ -185,10 +185,10 @@ def mc_predict(
     The k-th dropout of sample s has a seed that depends on ``seed``, s and k only. So the result is the same, up to
     rounding, for any ``batch``. This holds for fastdrop's dropout, also inside another map or another sampled model. If
     a model draws other random numbers, it runs inside `enabled`, which makes torch's dropout fastdrop's for this
-    thread. If it still draws others, samples run one by one, and torch's random operators draw from a generator of the sample.
-    torch's default generators stay unused, except for a few operators that take no other: these get the default
-    generator for one call, and its state is restored afterwards. A thread that draws from it in that moment changes
-    their numbers.
+    thread. If it still draws others, samples run one by one, and torch's random operators draw from generators of the
+    sample. torch's default generators stay unused, except for a few operators that take no other: these get the
+    default generator for one call, and its state is restored afterwards. A thread that draws from it in that moment
+    changes their numbers.
 
     Parameters
     ----------

@@ -59,8 +59,9 @@ class DropoutScheduler:
     lasts until the next step, as a learning rate does.
 
     Under ``torch.compile``, fastdrop's modules read p from a tensor once a scheduler drives them, so nothing is
-    compiled again if p changes. In torch's own modules p is a constant of the compiled code: each value of p compiles again, and
-    after 8 values (``torch._dynamo.config.recompile_limit``) the code runs uncompiled. So `convert` the model first.
+    compiled again if p changes. In torch's own modules p is a constant of the compiled code: each value of p
+    compiles again, and after 8 values (``torch._dynamo.config.recompile_limit``) the code runs uncompiled. So
+    `convert` the model first.
 
     Parameters
     ----------
