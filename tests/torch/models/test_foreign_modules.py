@@ -269,7 +269,7 @@ def test_converted_modules_follow_a_scheduler(case):
     assert module.p == pytest.approx(0.2)
     assert float(module.rate_tensor) == pytest.approx(0.2)
     fdt.revert(model)
-    assert "_rate" not in vars(module)
+    assert "rate_tensor" not in vars(module)
 
 
 def test_timms_drop_block_multiplies_its_probability(packages):

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdrop.torch as fdt
 from fastdrop.torch.models.fuse import transformers_layers
-from fastdrop.torch.models.fuse.torch_layers import fuse, unfuse
+from fastdrop.torch.models.fuse.fuse import fuse, unfuse
 
 from ...cases import ROOT, output_of
 from ..cases import assert_equal, saved_tensors, under

@@ -19,7 +19,8 @@ from torch.nn import functional as F
 import fastdrop.torch as fdt
 from fastdrop.__main__ import main
 from fastdrop.schedules import constant
-from fastdrop.torch.tools.audit import RULES, AuditReport, audit
+from fastdrop.torch.tools.audit import AuditReport, audit
+from fastdrop.torch.tools.pitfalls import PITFALLS
 from fastdrop.torch.tools.scheduler import DropoutScheduler
 
 IMAGE = torch.zeros(2, 3, 16, 16)
@@ -416,14 +417,14 @@ def test_rule(rule, model, example, paths):
         assert not seen.limit
         assert found(seen, rule) == paths
     for finding in traced:
-        assert finding.severity == RULES[finding.rule].severity
+        assert finding.severity == PITFALLS[finding.rule].severity
         assert finding.what
         assert finding.why
         assert finding.remedy
 
 
 def test_every_rule_has_models_that_break_it_and_models_that_do_not():
-    assert set(CASES) | {"few samples"} == set(RULES)
+    assert set(CASES) | {"few samples"} == set(PITFALLS)
     for cases in CASES.values():
         assert {bool(paths) for _, _, paths in cases.values()} == {True, False}
 
@@ -477,18 +478,20 @@ def test_report_prints_a_table():
     assert str(audit(model)) == (
         "module  severity  finding\n"
         "1       warning   Dropout(p=0.9) drops more than 0.7\n"
-        "                  why: so little is left that most networks underfit (Srivastava et al. 2014, section 7.3)\n"
-        "                  do: p from 0.2 to 0.5 for hidden units, 0.1 in transformers, 0.1 to 0.3 for channels\n"
+        "                  why: so little is kept that most networks underfit (Srivastava et al. 2014, section 7.3)\n"
+        "                  do: use a p from 0.2 to 0.5 for hidden units, 0.1 in transformers, 0.1 to 0.3 for\n"
+        "                    channels\n"
         "1       warning   Dropout(p=0.9) comes straight after the convolution 0\n"
-        "                  why: neighbouring pixels say nearly the same, so what is dropped is still there in those\n"
-        "                    beside it, and little is regularised (Tompson et al. 2015; Ghiasi et al. 2018)\n"
-        "                  do: Dropout2d (1d, 3d), which drops whole channels, or DropBlock2d, which drops blocks\n"
+        "                  why: neighbouring pixels are nearly equal, so the network finds a dropped value beside\n"
+        "                    it, and dropout regularises little (Tompson et al. 2015; Ghiasi et al. 2018)\n"
+        "                  do: use Dropout2d (1d, 3d), which drops whole channels, or DropBlock2d, which drops\n"
+        "                    blocks\n"
         "1       warning   Dropout(p=0.9) comes straight before the batch normalisation 2\n"
-        "                  why: dropout changes the variance in training alone, and the running variance that is\n"
-        "                    used in evaluation is then wrong (Li et al. 2019)\n"
-        "                  do: move it behind the last batch normalisation\n"
+        "                  why: dropout changes the variance in training only, so the running variance that\n"
+        "                    evaluation uses is wrong (Li et al. 2019)\n"
+        "                  do: move it after the last batch normalisation\n"
         "3       note      Dropout(p=0) drops nothing\n"
-        "                  why: it does no work\n"
+        "                  why: it costs a call and does nothing\n"
         "                  do: remove it, or give it a p above 0"
     )
 
