@@ -39,7 +39,7 @@ $(VENV)/.packages: requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.packages $(C_SOURCES) $(C_HEADERS) csrc/ffi_build.py setup.py pyproject.toml
+$(VENV)/.built: $(VENV)/.packages $(C_SOURCES) $(C_HEADERS) csrc/ffi_build.py fastdrop/backends/primitives.py setup.py pyproject.toml
 	@echo "== building the C extension"
 	FASTDROP_CFLAGS="-Wall -Wextra" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
@@ -103,6 +103,7 @@ lint: $(VENV)/.packages
 	$(BIN)/clang-format --dry-run --Werror $(C_FORMATTED)
 
 format: $(VENV)/.packages
+	$(BIN)/python csrc/ops_def.py
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FORMATTED)

@@ -79,12 +79,12 @@ class Variant(NamedTuple):
     form: str = ""
     plain: bool = True
     counted: bool = False
-    sum_dtype: int = 0
+    residual_dtype: int = 0
     activation: int = 0
 
     def __str__(self) -> str:
         if self.on_rows:
-            return f"{self.body}-{self.dtype}-{self.sum_dtype}-{self.form or 'both'}-{self.activation}"
+            return f"{self.body}-{self.dtype}-{self.residual_dtype}-{self.form or 'both'}-{self.activation}"
         affine = ("scale" if self.plain else "affine") + "-counted" * self.counted
         return "-".join((self.body, str(self.dtype), self.form or "only", affine))
 
@@ -126,7 +126,7 @@ def _translated(variant: Variant, cc: Capability, output: str) -> Any:
     from . import mask as mask_bodies
 
     def row_vocabulary(wide: bool) -> Any:
-        return vector_intrinsics.RowVocabulary(variant.dtype, cc, variant.sum_dtype, wide)
+        return vector_intrinsics.RowVocabulary(variant.dtype, cc, variant.residual_dtype, wide)
 
     of_code = {"Q": types.uint64, "I": types.uint32, "f": types.float32, "d": types.float64}
     if variant.on_rows:
