@@ -190,10 +190,10 @@ class DropConnect(Rated):
                 dropped.append((name, weight, for_onnx(weight, p, None, "inverted", None, None)))
                 continue
             seed = tracing.draw(weight)
-            value, words = mask_ops.overload(torch.ops.fastdrop.forward, p)(weight, seed, p, None, True)
+            value, saved_mask = mask_ops.overload(torch.ops.fastdrop.forward, p)(weight, seed, p, None, True)
             dropped.append((name, weight, value))
             if hooked and not weight.is_inference():
-                recipes[_storage(value)] = _Recipe(value, weight, words, p)
+                recipes[_storage(value)] = _Recipe(value, weight, saved_mask, p)
         return dropped, _save_as(recipes) if recipes else contextlib.nullcontext()
 
     def extra_repr(self) -> str:
@@ -259,8 +259,8 @@ class _SavedTensor:
 class _Recipe:
     """Stands for a dropped weight of which nodes store views. Backward computes it from the weight and its mask."""
 
-    def __init__(self, value: Tensor, weight: Tensor, words: Tensor, p: float | Tensor) -> None:
-        self.weight, self.words, self.p = _SavedTensor(weight), words, p
+    def __init__(self, value: Tensor, weight: Tensor, saved_mask: Tensor, p: float | Tensor) -> None:
+        self.weight, self.saved_mask, self.p = _SavedTensor(weight), saved_mask, p
         self.version, self.dtype = value._version, value.dtype
         self.views = self.used = 0
         self.value: Tensor | None = None
@@ -272,7 +272,7 @@ class _Recipe:
     def view(self, shape: Any, stride: Any, offset: Any) -> Tensor:
         weight, value = self.weight(), self.value
         if value is None:
-            value = self.value = mask_ops.masked(weight, self.words, self.p, None, True)
+            value = self.value = mask_ops.masked(weight, self.saved_mask, self.p, None, True)
         self.used = (self.used + 1) % self.views
         if not self.used:  # a recurrent layer has a view for each step: computed for the first, freed after the last
             self.value = None
@@ -294,4 +294,4 @@ def _save_as(recipes: dict[int, _Recipe]) -> saved_tensors_hooks:
             return partial(recipe.view, x.shape, x.stride(), x.storage_offset())
         return _SavedTensor(x) if outside is None else partial(outside[1], outside[0](x))
 
-    return saved_tensors_hooks(pack, lambda kept: kept())
+    return saved_tensors_hooks(pack, lambda saved: saved())

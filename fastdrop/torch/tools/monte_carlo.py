@@ -242,7 +242,7 @@ def mc_predict(
         checks.uint64(name, value)
     checks.choice("task", task, TASKS)
     checks.choice("outputs", outputs, OUTPUTS)
-    number = seeds.draw(None) if seed is None else checks.uint64("seed", seed)
+    first_seed = seeds.draw(None) if seed is None else checks.uint64("seed", seed)
     arguments, keywords = _inputs(x, kwargs)
     moments, entropies = _Moments(), _Moments()
 
@@ -257,14 +257,14 @@ def mc_predict(
         warnings.warn(message, stacklevel=4)
 
     chosen = _chosen(model, filter, 3)
-    run = passes(model, arguments, keywords, samples, number, batch, _output_selector(output), without_draws)
+    run = passes(model, arguments, keywords, samples, first_seed, batch, _output_selector(output), without_draws)
     with contextlib.ExitStack() as stack, context.appearing(_in_sampling(model, chosen)), context.without_gradients():
         chunks = stack.enter_context(contextlib.closing(run))
         started = time.perf_counter()
         first = next(chunks)
         advance = stack.enter_context(_bar(progress, samples, time.perf_counter() - started))
         dtype = torch.promote_types(first.dtype, torch.float32)
-        kept = first.new_empty((samples, *first.shape[1:]), dtype=dtype) if keep_samples else None
+        kept_samples = first.new_empty((samples, *first.shape[1:]), dtype=dtype) if keep_samples else None
         if task == "classification":
             first[0].size(class_axis)  # raises what torch raises
             class_axis %= first.dim() - 1
@@ -272,17 +272,17 @@ def mc_predict(
             if task == "classification":
                 chunk = chunk.softmax(class_axis + 1, dtype=torch.float64) if outputs == "logits" else chunk.double()
                 entropies.add(torch.special.entr(chunk).sum(class_axis + 1))
-            if kept is not None:
-                kept[moments.count :][: len(chunk)] = chunk
+            if kept_samples is not None:
+                kept_samples[moments.count :][: len(chunk)] = chunk
             moments.add(chunk)
             advance(len(chunk))
 
     mean, std = moments.result()
     if task == "regression":
-        return Prediction(mean.to(dtype), std.to(dtype), samples=kept)
+        return Prediction(mean.to(dtype), std.to(dtype), samples=kept_samples)
     entropy = torch.special.entr(mean).sum(class_axis)
     information = (entropy - entropies.result()[0]).clamp_(min=0.0)
-    return Prediction(mean.to(dtype), std.to(dtype), entropy.to(dtype), information.to(dtype), kept)
+    return Prediction(mean.to(dtype), std.to(dtype), entropy.to(dtype), information.to(dtype), kept_samples)
 
 
 def _inputs(x: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -157,19 +157,19 @@ class _OwnGenerators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        draw = functools.partial(func, *args, **kwargs)
+        call = functools.partial(func, *args, **kwargs)
         if _is_random(func) and kwargs.get("generator") is None and not _is_fake(args, kwargs):
             generator, overload = self._generator(args, kwargs), _overload_with_generator(func)
             before = None if self.used else generator.get_state()
             if overload is None:
-                result = _with_default_generator(generator, draw)
+                result = _with_default_generator(generator, call)
             else:
                 result = overload(*args, **{**kwargs, "generator": generator})
             # Random operators don't always draw: attention with a rate of 0 doesn't, nor `rrelu` in evaluation.
             if before is not None:
                 self.used = func._opname in UNMARKED or not torch.equal(before, generator.get_state())
         else:
-            result = draw()
+            result = call()
         if not func.is_view and not func._schema.is_mutable:
             self.bytes += sum(x.nbytes for x in tree_leaves(result) if isinstance(x, Tensor))
         return result
@@ -217,7 +217,7 @@ def _overload_with_generator(op: Any) -> Any:
 _default_generators = threading.Lock()
 
 
-def _with_default_generator(generator: torch.Generator, draw: Callable[[], Any]) -> Any:
+def _with_default_generator(generator: torch.Generator, call: Callable[[], Any]) -> Any:
     """Calls an operator that takes no generator, while the default generator has the state of another.
 
     A thread that draws from the default generator in that moment draws from that state too.
@@ -229,7 +229,7 @@ def _with_default_generator(generator: torch.Generator, draw: Callable[[], Any])
         before = default.get_state()
         try:
             default.set_state(generator.get_state())
-            result = draw()
+            result = call()
             generator.set_state(default.get_state())
         finally:
             default.set_state(before)

@@ -78,22 +78,22 @@ def fuse(model: nn.Module) -> Report:
     """
     rows: list[Row] = []
     owners = Owners(model)
-    told: set[int] = set()  # modules that drop and have a place in another module's row
+    in_other_rows: set[int] = set()  # modules inside one that has a row
     for path, module in model.named_modules():
         known = _fused_class(module)
         if known is FusedSequential:
             rows += _fuse_sequence(path, module)
-            told.update(map(id, module.children()))
+            in_other_rows.update(map(id, module.children()))
         elif known is not None:
             name = type(module).__name__
             reason = changed_code(module, known) or known.obstacle(module)
-            told.update(map(id, module.children()))
+            in_other_rows.update(map(id, module.children()))
             if reason:
                 rows.append(Row(path, name, None, reason))
             elif not isinstance(module, Fused):
                 change_class(module, known)
                 rows.append(Row(path, name, type(module).__name__))
-        elif rate_name(module) is not None and id(module) not in told:
+        elif rate_name(module) is not None and id(module) not in in_other_rows:
             rows.append(_row_left(path, module, why_lent(owners, module) or f"{UNKNOWN}; {reach(module)}"))
         if not isinstance(module, Fused):
             rows += functional_rows(path, module, owners)
