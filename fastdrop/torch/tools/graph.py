@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from ..models.rates import rate_name
 from ..runtime.context import overriding, without_gradients
 
-# The kind of an op, by the file of torch that defines its module's class or a base class of that ...
+# The kind of a step, by the file of torch that defines its module's class or a base class of that ...
 MODULES = {
     "torch.nn.modules.conv": "convolution",
     "torch.nn.modules.batchnorm": "batch norm",
@@ -56,7 +56,7 @@ KINDS = {name: kind for kind, names in FUNCTIONS.items() for name in names.split
 
 
 @dataclass(eq=False)
-class Op:
+class Step:
     """A module that is one step of the model, or a function that the module at ``path`` calls."""
 
     path: str
@@ -65,10 +65,9 @@ class Op:
     function: Any = None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    sources: list[tuple[Op, int]] = field(
-        default_factory=list
-    )  # for each tensor it takes, which op made it and as which result
-    users: list[Op] = field(default_factory=list)
+    # For each tensor that it takes: the step that made it, and the position among that step's results.
+    sources: list[tuple[Step, int]] = field(default_factory=list)
+    users: list[Step] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -77,10 +76,10 @@ class Op:
 
 @dataclass
 class LayerGraph:
-    """The ops in the order in which they run, those that make the model's outputs, and why there aren't more."""
+    """The steps in the order in which they run, those that make the model's outputs, and why there aren't more."""
 
-    ops: list[Op]
-    outputs: list[Op]
+    steps: list[Step]
+    outputs: list[Step]
     limit: str = ""
 
     @classmethod
@@ -109,9 +108,9 @@ class LayerGraph:
             torch.default_generator.set_state(state)
 
 
-def backward(op: Op, through: set[str]) -> Iterator[tuple[Op, int]]:
-    """The ops before an op, the nearest first, and which of their results it takes. Looks past ops of given kinds."""
-    pending = deque(op.sources)
+def backward(step: Step, through: set[str]) -> Iterator[tuple[Step, int]]:
+    """The steps before a step, the nearest first, and which results of them it takes. Looks past given kinds."""
+    pending = deque(step.sources)
     seen = set(pending)
     while pending:
         source, result = pending.popleft()
@@ -121,9 +120,9 @@ def backward(op: Op, through: set[str]) -> Iterator[tuple[Op, int]]:
             seen.update(source.sources)
 
 
-def forward(op: Op, through: set[str]) -> Iterator[Op]:
-    """The ops after an op, the nearest first. Looks past ops of given kinds."""
-    pending = deque(op.users)
+def forward(step: Step, through: set[str]) -> Iterator[Step]:
+    """The steps after a step, the nearest first. Looks past given kinds."""
+    pending = deque(step.users)
     seen = set(pending)
     while pending:
         user = pending.popleft()
@@ -148,17 +147,17 @@ def _module_kind(module: nn.Module) -> str:
 
 
 def _is_whole(module: nn.Module) -> bool:
-    """Whether a module is one op. Modules of unknown kind are not: the functions that they call are ops."""
+    """Whether a module is one step. Modules of unknown kind are not: the functions that they call are steps."""
     if _module_kind(module) != "other" or isinstance(module, nn.MultiheadAttention):
         return True
     return type(module).__module__.startswith("torch.nn") and next(module.children(), None) is None
 
 
-def _connect(op: Op, sources: list[tuple[Op, int]]) -> Op:
-    op.sources = sources
+def _connect(step: Step, sources: list[tuple[Step, int]]) -> Step:
+    step.sources = sources
     for source, _ in sources:
-        source.users.append(op)
-    return op
+        source.users.append(step)
+    return step
 
 
 def _first_line(error: Exception) -> str:
@@ -175,26 +174,26 @@ def _run(model: nn.Module, inputs: tuple[Any, ...]) -> LayerGraph:
         result = model(*inputs)
     scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
     limit = "scripted modules can't be looked into" if scripted else ""
-    return LayerGraph(recorder.ops, [op for op, _ in recorder.makers(result)], limit)
+    return LayerGraph(recorder.steps, [step for step, _ in recorder.makers(result)], limit)
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes which op makes each tensor: hooks see modules, the function mode sees functions called between them."""
+    """Notes which step makes each tensor: hooks see modules, the function mode sees functions called between them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.ops: list[Op] = []
-        self._made: dict[int, tuple[Op, int]] = {}
+        self.steps: list[Step] = []
+        self._made: dict[int, tuple[Step, int]] = {}
         self._kept: list[Tensor] = []  # so that no new tensor gets the id of an old one
         self._callers = [""]
-        self._whole = 0  # how many modules that are one op are running
+        self._whole = 0  # how many modules that are one step are running
         for path, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                 continue
             module.register_forward_pre_hook(self._entering(path, _is_whole(module)))
             module.register_forward_hook(self._leaving(path, _is_whole(module)), with_kwargs=True)
 
-    def makers(self, tensors: Any) -> list[tuple[Op, int]]:
+    def makers(self, tensors: Any) -> list[tuple[Step, int]]:
         leaves = tree_leaves(tensors)
         return [self._made[id(leaf)] for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) in self._made]
 
@@ -202,8 +201,8 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if self._whole:
             return result
-        op = Op(self._callers[-1], getattr(func, "__name__", str(func)), None, func, args, kwargs or {})
-        return self._record(op, (args, kwargs), result)
+        step = Step(self._callers[-1], getattr(func, "__name__", str(func)), None, func, args, kwargs or {})
+        return self._record(step, (args, kwargs), result)
 
     def _entering(self, path: str, whole: bool) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
@@ -217,24 +216,24 @@ class _Recorder(TorchFunctionMode):
             self._callers.pop()
             self._whole -= whole
             if whole and not self._whole:
-                return self._record(Op(path, type(module).__name__, module), (args, kwargs), result)
+                return self._record(Step(path, type(module).__name__, module), (args, kwargs), result)
             return None
 
         return hook
 
-    def _record(self, op: Op, given: Any, result: Any) -> Any:
+    def _record(self, step: Step, given: Any, result: Any) -> Any:
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not made:
             return result
-        _connect(op, self.makers(given))
-        self.ops.append(op)
-        if op.kind == "dropout" and isinstance(result, Tensor):
-            # In evaluation dropout returns its input, which other ops may take as well. A view tells them apart.
+        _connect(step, self.makers(given))
+        self.steps.append(step)
+        if step.kind == "dropout" and isinstance(result, Tensor):
+            # In evaluation dropout returns its input, which other steps may take as well. A view tells them apart.
             with torch._C.DisableTorchFunction():
                 result = result.view_as(result)
             made = [result]
         for i, tensor in enumerate(made):
-            self._made[id(tensor)] = op, i
+            self._made[id(tensor)] = step, i
         self._kept += made
         return result
 
@@ -250,31 +249,31 @@ class _Tracer(fx.Tracer):
 def _trace(model: nn.Module) -> LayerGraph:
     traced = _Tracer().trace(model)
     graph = LayerGraph([], [])
-    made: dict[fx.Node, tuple[Op, int]] = {}
+    made: dict[fx.Node, tuple[Step, int]] = {}
     for node in traced.nodes:
         sources = [made[source] for source in node.all_input_nodes if source in made]
         if node.op == "output":
-            graph.outputs = [op for op, _ in sources]
+            graph.outputs = [step for step, _ in sources]
         elif node.op == "call_module":
             module = model.get_submodule(node.target)
-            op = Op(node.target, type(module).__name__, module)
-            made[node] = op, 0
-            graph.ops.append(_connect(op, sources))
+            step = Step(node.target, type(module).__name__, module)
+            made[node] = step, 0
+            graph.steps.append(_connect(step, sources))
         elif node.target is operator.getitem and sources and _returns_several(node.args[0], sources[0][0]):
             made[node] = sources[0][0], node.args[1]
         elif node.op in ("call_function", "call_method"):
             name = node.target if node.op == "call_method" else node.target.__name__
             caller = next(reversed(node.meta.get("nn_module_stack") or {"": None}))
             name = "__get__" if name == "getattr" else name  # the name that it has when the model runs
-            op = Op(caller, name, None, node.target, node.args, node.kwargs)
-            made[node] = op, 0
-            graph.ops.append(_connect(op, sources))
+            step = Step(caller, name, None, node.target, node.args, node.kwargs)
+            made[node] = step, 0
+            graph.steps.append(_connect(step, sources))
     return graph
 
 
-def _returns_several(node: fx.Node, op: Op) -> bool:
+def _returns_several(node: fx.Node, step: Step) -> bool:
     """Whether indexing what a node returns picks one of several results, and not a part of a tensor."""
-    return node.op == "call_module" and isinstance(op.module, nn.RNNBase | nn.LSTMCell | nn.MultiheadAttention)
+    return node.op == "call_module" and isinstance(step.module, nn.RNNBase | nn.LSTMCell | nn.MultiheadAttention)
 
 
 # ---- by the order in nn.Sequential ----
@@ -285,13 +284,13 @@ def _in_sequences(model: nn.Module, limit: str) -> LayerGraph:
     inner = {id(child) for module in model.modules() if isinstance(module, nn.Sequential) for child in module}
     for path, module in model.named_modules():
         if isinstance(module, nn.Sequential) and id(module) not in inner:
-            last: list[tuple[Op, int]] = []
+            last: list[tuple[Step, int]] = []
             for below, part in _flatten(path, module):
-                op = _connect(Op(below, type(part).__name__, part), last)
-                graph.ops.append(op)
-                last = [(op, 0)]
+                step = _connect(Step(below, type(part).__name__, part), last)
+                graph.steps.append(step)
+                last = [(step, 0)]
             if module is model:
-                graph.outputs = [op for op, _ in last]
+                graph.outputs = [step for step, _ in last]
     return graph
 
 

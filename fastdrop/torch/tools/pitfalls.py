@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from ..models.drop_path import is_drop_path
 from ..models.rates import number, rate_name
 from ..nn.base import RATE_TENSOR
-from .graph import LayerGraph, Op, backward, forward
+from .graph import LayerGraph, Step, backward, forward
 
 __all__ = ["PITFALLS", "Pitfall", "Subject"]
 
@@ -41,7 +41,7 @@ GRANULARITY_OF = {name: granularity for granularity, names in GRANULARITIES.item
 CHANGES_VARIANCE = ("elements", "features", "blocks", "held over time")
 OF_ELEMENTS = ("elements", "elements, alpha")
 OF_FEATURES = ("features", "features, alpha")
-PASSES_SHIFT = {"pointwise", "pooling", "shape", "join"}  # kinds of ops whose output has the changed variance too
+PASSES_SHIFT = {"pointwise", "pooling", "shape", "join"}  # kinds of steps whose output has the changed variance too
 
 
 @dataclass(frozen=True)
@@ -68,71 +68,71 @@ class Subject:
     def drops(self) -> list[DropSite]:
         modules = []
         for path, module in self.model.named_modules():
-            op = Op(path, type(module).__name__, module)
-            p = _rate(op)
+            step = Step(path, type(module).__name__, module)
+            p = _rate(step)
             if p is not None:
                 on = module.training and not self.model.training
-                modules.append(DropSite(path, _label(op), _granularity(op), p, module, on))
+                modules.append(DropSite(path, _label(step), _granularity(step), p, module, on))
         calls = []
-        for op in self.graph.ops:
-            p, on = _called_with(op)
+        for step in self.graph.steps:
+            p, on = _called_with(step)
             if p is not None:
-                calls.append(DropSite(op.path, _label(op), GRANULARITY_OF[op.name], p, None, on))
+                calls.append(DropSite(step.path, _label(step), GRANULARITY_OF[step.name], p, None, on))
         return modules + calls
 
-    def dropped(self, *granularities: str) -> Iterator[Op]:
-        """The ops that drop with one of the granularities."""
-        for op in self.graph.ops:
-            if op.kind == "dropout" and _granularity(op) in granularities and _rate(op):
-                yield op
+    def dropped(self, *granularities: str) -> Iterator[Step]:
+        """The steps that drop with one of the granularities."""
+        for step in self.graph.steps:
+            if step.kind == "dropout" and _granularity(step) in granularities and _rate(step):
+                yield step
 
 
-def _granularity(op: Op) -> str:
-    if op.module is not None:
+def _granularity(step: Step) -> str:
+    if step.module is not None:
         named = next(
-            (GRANULARITY_OF[cls.__name__] for cls in type(op.module).__mro__ if cls.__name__ in GRANULARITY_OF), ""
+            (GRANULARITY_OF[cls.__name__] for cls in type(step.module).__mro__ if cls.__name__ in GRANULARITY_OF), ""
         )
-        return named or ("samples" if rate_name(op.module) == "drop_prob" and is_drop_path(type(op.module)) else "")
-    return GRANULARITY_OF.get(op.name, "") if op.kwargs.get("noise_shape") is None else ""
+        return named or ("samples" if rate_name(step.module) == "drop_prob" and is_drop_path(type(step.module)) else "")
+    return GRANULARITY_OF.get(step.name, "") if step.kwargs.get("noise_shape") is None else ""
 
 
-def _called_with(op: Op) -> tuple[float | None, bool]:
+def _called_with(step: Step) -> tuple[float | None, bool]:
     """p of a call of a function that drops, and whether it drops in evaluation; None for p if it is no such call."""
-    if op.module is not None or op.name not in GRANULARITY_OF:
+    if step.module is not None or step.name not in GRANULARITY_OF:
         return None, False
-    if op.name == "scaled_dot_product_attention":
-        p = op.kwargs.get("dropout_p", op.args[4] if len(op.args) > 4 else 0.0)
+    if step.name == "scaled_dot_product_attention":
+        p = step.kwargs.get("dropout_p", step.args[4] if len(step.args) > 4 else 0.0)
         return (float(p), True) if isinstance(p, int | float) and p else (None, False)
     try:
-        bound = inspect.signature(op.function).bind(*op.args, **op.kwargs)
+        bound = inspect.signature(step.function).bind(*step.args, **step.kwargs)
         bound.apply_defaults()
         given = bound.arguments
     except (TypeError, ValueError):  # torch's own builtins have no signature
-        given = dict(zip(("input", "p", "training"), op.args, strict=False)) | op.kwargs
+        given = dict(zip(("input", "p", "training"), step.args, strict=False)) | step.kwargs
     p, training = given.get("p"), given.get("training", given.get("train"))
     return float(p) if isinstance(p, int | float) else None, training is True
 
 
-def _rate(op: Op) -> float | None:
+def _rate(step: Step) -> float | None:
     """p of a module or function that drops; None for any other."""
-    if op.module is None:
-        return _called_with(op)[0]
-    name = rate_name(op.module)
-    return None if name is None else number(op.module, name)
+    if step.module is None:
+        return _called_with(step)[0]
+    name = rate_name(step.module)
+    return None if name is None else number(step.module, name)
 
 
-def _label(op: Op) -> str:
+def _label(step: Step) -> str:
     """A module or function with its rate, such as "Dropout(p=0.5)"."""
-    if op.module is not None:
-        name = rate_name(op.module)
+    if step.module is not None:
+        name = rate_name(step.module)
     else:
-        name = "dropout_p" if op.name == "scaled_dot_product_attention" else "p"
-    return f"{op.name}({name}={_rate(op):g})"
+        name = "dropout_p" if step.name == "scaled_dot_product_attention" else "p"
+    return f"{step.name}({name}={_rate(step):g})"
 
 
-def _place(op: Op) -> str:
-    """An op for a sentence: the path of a module, or a function and where it is called."""
-    return op.path or op.name if op.module is not None else f"{op.name} in {op.path or 'the model'}"
+def _place(step: Step) -> str:
+    """A step for a sentence: the path of a module, or a function and where it is called."""
+    return step.path or step.name if step.module is not None else f"{step.name} in {step.path or 'the model'}"
 
 
 # ---- the functions that find: each yields paths and what is there ----
@@ -172,48 +172,48 @@ def _nothing(subject: Subject) -> Found:
 
 
 def _output(subject: Subject) -> Found:
-    outputs = {id(op) for op in subject.graph.outputs}
-    for op in subject.dropped(*OF_ELEMENTS, *OF_FEATURES):
-        after = [op, *forward(op, {"pointwise", "shape"})]
+    outputs = {id(step) for step in subject.graph.outputs}
+    for step in subject.dropped(*OF_ELEMENTS, *OF_FEATURES):
+        after = [step, *forward(step, {"pointwise", "shape"})]
         if any(id(end) in outputs for end in after) and all(end.kind in ("pointwise", "shape") for end in after[1:]):
-            yield op.path, f"{_label(op)} is applied to the model's output"
+            yield step.path, f"{_label(step)} is applied to the model's output"
 
 
 def _after_convolution(subject: Subject) -> Found:
-    for op in subject.dropped(*OF_ELEMENTS):
-        before = backward(op, {"pointwise", "pooling", "join", "norm", "batch norm"})
+    for step in subject.dropped(*OF_ELEMENTS):
+        before = backward(step, {"pointwise", "pooling", "join", "norm", "batch norm"})
         convolution = next((source for source, _ in before if source.kind == "convolution"), None)
         if convolution:
-            yield op.path, f"{_label(op)} comes straight after the convolution {_place(convolution)}"
+            yield step.path, f"{_label(step)} comes straight after the convolution {_place(convolution)}"
 
 
 def _before_batch_norm(subject: Subject) -> Found:
-    for op in subject.dropped(*CHANGES_VARIANCE):
-        norm = _batch_norm(op, PASSES_SHIFT)
+    for step in subject.dropped(*CHANGES_VARIANCE):
+        norm = _batch_norm(step, PASSES_SHIFT)
         if norm:
-            yield op.path, f"{_label(op)} comes straight before the batch normalisation {_place(norm)}"
+            yield step.path, f"{_label(step)} comes straight before the batch normalisation {_place(norm)}"
 
 
 def _before_batch_norm_of_next(subject: Subject) -> Found:
-    for op in subject.dropped(*CHANGES_VARIANCE):
-        norm = _batch_norm(op, PASSES_SHIFT | {"linear", "convolution"})
-        if norm and not _batch_norm(op, PASSES_SHIFT):
-            yield op.path, f"{_label(op)} comes one layer before the batch normalisation {_place(norm)}"
+    for step in subject.dropped(*CHANGES_VARIANCE):
+        norm = _batch_norm(step, PASSES_SHIFT | {"linear", "convolution"})
+        if norm and not _batch_norm(step, PASSES_SHIFT):
+            yield step.path, f"{_label(step)} comes one layer before the batch normalisation {_place(norm)}"
 
 
-def _batch_norm(op: Op, through: set[str]) -> Op | None:
+def _batch_norm(step: Step, through: set[str]) -> Step | None:
     """The nearest batch normalisation that uses running statistics in evaluation."""
-    reached = (user for user in forward(op, through) if user.kind == "batch norm")
+    reached = (user for user in forward(step, through) if user.kind == "batch norm")
     return next((user for user in reached if getattr(user.module, "track_running_stats", True)), None)
 
 
 def _recurrent_connection(subject: Subject) -> Found:
     between = {"pointwise", "norm", "shape"}
-    for op in subject.dropped(*OF_ELEMENTS):
-        feeds = {id(user.module) for user in forward(op, between) if user.kind == "recurrent"}
-        for source, _ in backward(op, between):
+    for step in subject.dropped(*OF_ELEMENTS):
+        feeds = {id(user.module) for user in forward(step, between) if user.kind == "recurrent"}
+        for source, _ in backward(step, between):
             if source.kind == "recurrent" and id(source.module) in feeds:
-                yield op.path, f"{_label(op)} is on the recurrent connection of {_place(source)}"
+                yield step.path, f"{_label(step)} is on the recurrent connection of {_place(source)}"
 
 
 def _between_layers(subject: Subject) -> Found:
@@ -223,13 +223,13 @@ def _between_layers(subject: Subject) -> Found:
 
 
 def _beside_recurrent(subject: Subject) -> Found:
-    for op in subject.dropped(*OF_ELEMENTS):
-        for source, result in backward(op, {"pointwise", "norm"}):
+    for step in subject.dropped(*OF_ELEMENTS):
+        for source, result in backward(step, {"pointwise", "norm"}):
             if isinstance(source.module, nn.RNNBase) and result == 0:
-                yield op.path, f"{_label(op)} draws a new mask at each time step of the output of {_place(source)}"
-        for user in forward(op, {"pointwise", "norm"}):
+                yield step.path, f"{_label(step)} draws a new mask at each time step of the output of {_place(source)}"
+        for user in forward(step, {"pointwise", "norm"}):
             if isinstance(user.module, nn.RNNBase):
-                yield op.path, f"{_label(op)} draws a new mask at each time step of the input of {_place(user)}"
+                yield step.path, f"{_label(step)} draws a new mask at each time step of the input of {_place(user)}"
 
 
 def _one_layer(subject: Subject) -> Found:
@@ -247,18 +247,18 @@ def _small_network(subject: Subject) -> Found:
 
 
 def _narrow_layer(subject: Subject) -> Found:
-    for op in subject.dropped(*OF_ELEMENTS, *OF_FEATURES):
-        for source, _ in backward(op, {"pointwise", "norm", "batch norm"}):
-            units = _units(source, _granularity(op) in OF_FEATURES)
+    for step in subject.dropped(*OF_ELEMENTS, *OF_FEATURES):
+        for source, _ in backward(step, {"pointwise", "norm", "batch norm"}):
+            units = _units(source, _granularity(step) in OF_FEATURES)
             if units is not None and 0 < units <= FEW_UNITS:
-                yield op.path, f"{_label(op)} drops among the {units} units of {_place(source)}"
+                yield step.path, f"{_label(step)} drops among the {units} units of {_place(source)}"
 
 
-def _units(op: Op, of_channels: bool) -> int | None:
+def _units(step: Step, of_channels: bool) -> int | None:
     names = {"linear": "out_features", "recurrent": "hidden_size", "embedding": "embedding_dim"}
     if of_channels:
         names = {"convolution": "out_channels"}
-    units = getattr(op.module, names.get(op.kind, ""), None)
+    units = getattr(step.module, names.get(step.kind, ""), None)
     return units if isinstance(units, int) else None
 
 

@@ -213,16 +213,16 @@ def train(model, scheduler, steps):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_twenty_values_of_p_compile_once_and_equal_eager():
+def test_values_of_p_compile_once_and_equal_eager():
     model = perceptron()
     with torch.inference_mode():
         DropoutScheduler(model, FALL).step()  # its tensors must serve training too
-    schedule = exponential(0.5, 0.9, floor=0.1)
-    eager = train(model, DropoutScheduler(model, schedule), 20)
+    schedule = exponential(0.5, 0.7, floor=0.1)
+    eager = train(model, DropoutScheduler(model, schedule), 7)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    results = train(compiled, DropoutScheduler(compiled, schedule), 20)
+    results = train(compiled, DropoutScheduler(compiled, schedule), 7)
     assert counters["stats"]["unique_graphs"] == 1
-    assert len({p for p, _, _ in results}) == 17  # then the floor
+    assert len({p for p, _, _ in results}) == 6  # then the floor
     torch.testing.assert_close(results, eager)
 
 
