@@ -91,25 +91,27 @@ class Fused(nn.Module):
         if "original" not in own:  # somebody's subclass of a fused class
             return reduced
         given = [own["original"] if argument is type(self) else argument for argument in arguments]
-        return (_rebuild, (own.get("known", type(self)), make, given), *rest)
+        return (_rebuild, (own.get("fused_class", type(self)), make, given), *rest)
 
 
-def _rebuild(known: type[Fused], make: Any, arguments: list[Any]) -> Any:
+def _rebuild(fused_class: type[Fused], make: Any, arguments: list[Any]) -> Any:
     module = make(*arguments)
-    change_class(module, known)
+    change_class(module, fused_class)
     return module
 
 
-def change_class(module: nn.Module, known: type[Fused]) -> None:
+def change_class(module: nn.Module, fused_class: type[Fused]) -> None:
     """Changes a module's class to the fused one; if its class is a subclass of the original, to a fused subclass."""
-    module.__class__ = _subclass_of_both(type(module), known)  # type: ignore[arg-type]
+    module.__class__ = _subclass_of_both(type(module), fused_class)  # type: ignore[arg-type]
 
 
 @functools.cache
-def _subclass_of_both(theirs: Any, known: Any) -> type[Fused]:
-    if theirs is getattr(known, "original", None):
-        return known  # type: ignore[no-any-return]
-    return type(f"Fused{theirs.__name__}", (known, theirs), {"original": theirs, "known": known})
+def _subclass_of_both(original: Any, fused_class: Any) -> type[Fused]:
+    if original is getattr(fused_class, "original", None):
+        return fused_class  # type: ignore[no-any-return]
+    return type(
+        f"Fused{original.__name__}", (fused_class, original), {"original": original, "fused_class": fused_class}
+    )
 
 
 def scripted_as(method: Callable[..., Any]) -> Callable[[Method], Method]:
@@ -128,30 +130,30 @@ def scripted_as(method: Callable[..., Any]) -> Callable[[Method], Method]:
 
 def original_class(module: nn.Module) -> type[nn.Module]:
     """The class that a module had before `fuse`."""
-    kind = type(module)
-    return kind.original if issubclass(kind, Fused) else kind
+    cls = type(module)
+    return cls.original if issubclass(cls, Fused) else cls
 
 
-def changed_code(module: nn.Module, known: type[Fused]) -> str:
+def changed_code(module: nn.Module, fused_class: type[Fused]) -> str:
     """Which of a module's methods isn't the code that the fused class was written for. `fuse` asks once."""
-    if reason := replaced_method(module, known):
+    if reason := replaced_method(module, fused_class):
         return reason
-    kind = original_class(module)
-    base = getattr(known, "original", kind)
-    for name, torch_method in known.METHODS.items():
-        method = getattr(kind, name)
+    cls = original_class(module)
+    base = getattr(fused_class, "original", cls)
+    for name, torch_method in fused_class.METHODS.items():
+        method = getattr(cls, name)
         if torch_method is None:  # transformers decorates its methods
             method = inspect.unwrap(method)
         named = (method.__module__, method.__qualname__) == (base.__module__, f"{base.__qualname__}.{name}")
         if not named or torch_method not in (None, method):
-            return f"its {name} is not {class_name(base, kind) if base is not kind else base.__name__}'s"
-    if known.ARGUMENTS and " ".join(inspect.signature(kind.forward).parameters) != known.ARGUMENTS:
+            return f"its {name} is not {class_name(base, cls) if base is not cls else base.__name__}'s"
+    if fused_class.ARGUMENTS and " ".join(inspect.signature(cls.forward).parameters) != fused_class.ARGUMENTS:
         return "its forward is that of an unknown version of transformers"
     return ""
 
 
-def replaced_method(module: nn.Module, known: type[Fused]) -> str:
-    for name in known.METHODS:
+def replaced_method(module: nn.Module, fused_class: type[Fused]) -> str:
+    for name in fused_class.METHODS:
         if name in module.__dict__:
             return f"its {name} {REPLACED}"
     return ""
@@ -190,12 +192,12 @@ def norm_obstacle(name: str, norm: Any) -> str:
 def activation_name(function: Any) -> str | None:
     """The fused functions' name of an activation, which is a function or a module; None if they don't have it."""
     if isinstance(function, nn.Module):
-        kind = type(function)
-        if kind is nn.GELU:
+        cls = type(function)
+        if cls is nn.GELU:
             return "gelu" if function.approximate == "none" else "gelu_tanh"
-        if kind is nn.ReLU or kind is nn.SiLU:
-            return "relu" if kind is nn.ReLU else "silu"
-        return TRANSFORMERS_ACTIVATIONS.get((kind.__module__, kind.__name__))
+        if cls is nn.ReLU or cls is nn.SiLU:
+            return "relu" if cls is nn.ReLU else "silu"
+        return TRANSFORMERS_ACTIVATIONS.get((cls.__module__, cls.__name__))
     if isinstance(function, functools.partial):
         tanh = function.func is F.gelu and not function.args and function.keywords == {"approximate": "tanh"}
         return "gelu_tanh" if tanh else None
