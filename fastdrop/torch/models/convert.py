@@ -7,10 +7,10 @@ hooks, its mode and its p stay.
 from __future__ import annotations
 
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from ...core import checks
 from ..nn.base import RATE_TENSOR, Rated
+from ..runtime.dispatch.modules import TorchDropout
 from .classes import class_for
 from .reasons import functional_rows, why_left, why_lent
 from .report import Report, Row
@@ -65,7 +65,7 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
     for path, module in model.named_modules():
         routed.update(id(getattr(module, name)) for name in getattr(type(module), "ATTENTIONS", ()))
         become = class_for(module)
-        before = repr(module) if become or isinstance(module, (_DropoutNd, Rated)) else type(module).__name__
+        before = repr(module) if become or isinstance(module, (TorchDropout, Rated)) else type(module).__name__
         reason = "" if id(module) in routed else why_lent(owners, module) or why_left(module)
         if become is not None and not reason:
             setattr(module, BEFORE, type(module))

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from ..nn.base import Rated
+from ..runtime.dispatch.modules import TorchDropout
 from .classes import TORCH_CLASSES, class_for, is_listed, unsupported_option
 from .fuse.rules import changed_code
 from .fuse.transformers_layers import fused_class
@@ -41,7 +41,7 @@ def why_left(module: nn.Module) -> str:
         if "forward" in vars(module):
             return "its forward was replaced on the object itself"
         return unsupported_option(module)
-    if isinstance(module, _DropoutNd):
+    if isinstance(module, TorchDropout):
         theirs = next(cls for cls in type(module).__mro__ if cls.__module__ == nn.Dropout.__module__)
         named = f"{class_name(type(module), theirs)}, " if type(module).__name__ == theirs.__name__ else ""
         return f"{named}a subclass of nn.{theirs.__name__}; its forward may be its own"
@@ -66,7 +66,7 @@ def why_lent(owners: Owners, module: nn.Module) -> str:
 
     It is "" too if the module is fastdrop's, or if the source doesn't tell whether anything calls it.
     """
-    if isinstance(module, Rated) or not (class_for(module) or isinstance(module, _DropoutNd)):
+    if isinstance(module, Rated) or not (class_for(module) or isinstance(module, TorchDropout)):
         return ""
     if owners.use_of(module) != "lent":
         return ""
@@ -86,7 +86,7 @@ def reach(module: nn.Module) -> str:
         return "fdt.convert or fdt.enable reaches it" if is_listed(module) else "fdt.convert reaches it"
     if isinstance(module, torch.jit.ScriptModule):
         return "fdt.enable reaches it"
-    if isinstance(module, _DropoutNd):
+    if isinstance(module, TorchDropout):
         return "fdt.enable reaches it if it calls torch's dropout"
     return "nothing of fastdrop reaches it"
 

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from ..models.rates import rate_name
 from ..runtime.context import overriding, without_gradients
+from ..runtime.dispatch.compilers import stance_kept
+from ..runtime.dispatch.modes import without_function_overrides
+from ..runtime.dispatch.ops import tree_leaves
 
 # The kind of a step, by the file of torch that defines its module's class or a base class of that ...
 MODULES = {
@@ -91,11 +93,9 @@ class LayerGraph:
         except Exception as error:  # whatever a model's own __deepcopy__ or train may raise
             return _in_sequences(model, f"the model can't be copied ({_first_line(error)})")
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        from torch._dynamo import eval_frame  # `set_stance` imports it too
-
-        state, stance = torch.default_generator.get_state(), eval_frame._stance
+        state = torch.default_generator.get_state()
         try:
-            with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            with stance_kept(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
                 if example is not None:
                     return _run(twin, example if isinstance(example, tuple) else (example,))
                 try:
@@ -104,7 +104,6 @@ class LayerGraph:
                     limit = f"the model can't be traced ({_first_line(error)}); give an example_input"
                     return _in_sequences(model, limit)
         finally:  # in case an exception from a signal ended torch's contexts early
-            eval_frame._stance = stance
             torch.default_generator.set_state(state)
 
 
@@ -229,7 +228,7 @@ class _Recorder(TorchFunctionMode):
         self.steps.append(step)
         if step.kind == "dropout" and isinstance(result, Tensor):
             # In evaluation dropout returns its input, which other steps may take as well. A view tells them apart.
-            with torch._C.DisableTorchFunction():
+            with without_function_overrides():
                 result = result.view_as(result)
             made = [result]
         for i, tensor in enumerate(made):

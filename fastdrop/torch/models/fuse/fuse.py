@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from ...nn.base import Rated
+from ...runtime.dispatch.modules import TorchDropout, children_of
 from ..rates import rate_name
 from ..reasons import functional_rows, reach, why_left, why_lent
 from ..report import Report, Row
@@ -112,13 +112,13 @@ def _fused_class(module: nn.Module) -> Any:
 def _fuse_sequence(path: str, sequence: Any) -> list[Row]:
     """A row for the sequence if it changes, and one for each of its modules that drops and is left."""
     name, reason = type(sequence).__name__, changed_code(sequence, FusedSequential)
-    runs = [find_run(sequence, i) for i in range(len(sequence._modules))]
+    runs = [find_run(sequence, i) for i in range(len(children_of(sequence)))]
     parts = [" + ".join(run.names) for run in runs if isinstance(run, Run)]
     rows = []
     if parts and not reason and not isinstance(sequence, Fused):
         change_class(sequence, FusedSequential)
         rows.append(Row(path, name, f"{type(sequence).__name__}: {', '.join(parts)}"))
-    for (inner, module), run in zip(sequence._modules.items(), runs, strict=True):
+    for (inner, module), run in zip(children_of(sequence).items(), runs, strict=True):
         why = f"in a {name}: {reason}" if reason else run
         if rate_name(module) is not None and isinstance(why, str):
             rows.append(_row_left(f"{path}.{inner}" if path else inner, module, why))
@@ -126,7 +126,7 @@ def _fuse_sequence(path: str, sequence: Any) -> list[Row]:
 
 
 def _row_left(path: str, module: nn.Module, reason: str) -> Row:
-    before = repr(module) if isinstance(module, _DropoutNd | Rated) else type(module).__name__
+    before = repr(module) if isinstance(module, TorchDropout | Rated) else type(module).__name__
     by_itself = isinstance(module, nn.MultiheadAttention | nn.RNNBase)
     return Row(path, before, None, why_left(module) if by_itself else reason)
 

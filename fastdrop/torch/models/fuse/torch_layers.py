@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 from ...functional import fused
 from ...functional.attention import scaled_dot_product_attention
 from ...nn.base import is_traced, trace_call
+from ...runtime.dispatch.modules import DECODER_BLOCKS, ENCODER_BLOCKS, additive_mask, children_of
 from .rules import (
     DROPOUTS,
     Fused,
@@ -59,7 +60,7 @@ class Run(NamedTuple):
 
 def find_run(sequence: nn.Sequential, last: int) -> Run | str:
     """The run that ends with the module at a position of a sequence, or why there is none."""
-    names, modules = list(sequence._modules), list(sequence._modules.values())
+    names, modules = list(children_of(sequence)), list(children_of(sequence).values())
     drop: Any = modules[last]
     activation = activation_name(modules[last - 1]) if last else None
     start = last - (1 if activation is None else 2)
@@ -82,7 +83,7 @@ class FusedSequential(Fused, nn.Sequential):
 
     @scripted_as(nn.Sequential.forward)
     def forward(self, input: Any) -> Any:
-        modules: list[Any] = list(self._modules.values())
+        modules: list[Any] = list(children_of(self).values())
         runs: dict[int, Run] = {}
         for i, module in enumerate(modules):
             if type(module) in DROPOUTS and module.training and not isinstance(input, fx.Proxy):
@@ -116,7 +117,7 @@ class _Layer(Fused):
             attention = getattr(module, name)
             if reason := module_obstacle(name, attention, nn.MultiheadAttention):
                 return reason
-            if attention.bias_k is not None or attention.add_zero_attn or not attention._qkv_same_embed_dim:
+            if attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None:
                 return f"{name} has keys and values of its own"
         for name in ("linear1", "linear2"):
             if reason := module_obstacle(name, getattr(module, name), nn.Linear):
@@ -144,7 +145,7 @@ class _Layer(Fused):
 
 class FusedTransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     original = nn.TransformerEncoderLayer
-    METHODS = _methods(nn.TransformerEncoderLayer, "forward", "_sa_block", "_ff_block")
+    METHODS = _methods(nn.TransformerEncoderLayer, "forward", *ENCODER_BLOCKS)
     ATTENTIONS = ("self_attn",)
     DROPS = ("dropout", "dropout1", "dropout2")
     NORMS = ("norm1", "norm2")
@@ -177,7 +178,7 @@ class FusedTransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
 
 class FusedTransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     original = nn.TransformerDecoderLayer
-    METHODS = _methods(nn.TransformerDecoderLayer, "forward", "_sa_block", "_mha_block", "_ff_block")
+    METHODS = _methods(nn.TransformerDecoderLayer, "forward", *DECODER_BLOCKS)
     ATTENTIONS = ("self_attn", "multihead_attn")
     DROPS = ("dropout", "dropout1", "dropout2", "dropout3")
     NORMS = ("norm1", "norm2", "norm3")
@@ -250,10 +251,10 @@ def _merge_masks(
     heads: int, batch: int, mask: Tensor | None, padding: Tensor | None, is_causal: bool, dtype: torch.dtype
 ) -> tuple[Tensor | None, bool]:
     """Both masks as one that is added, and whether attention is causal, which torch takes without padding only."""
-    padding = F._canonical_mask(padding, "key_padding_mask", F._none_or_dtype(mask), "attn_mask", dtype)
+    padding = additive_mask(padding, "key_padding_mask", None if mask is None else mask.dtype, "attn_mask", dtype)
     if padding is None and is_causal:
         return None, True
-    mask = F._canonical_mask(mask, "attn_mask", None, "", dtype, False)
+    mask = additive_mask(mask, "attn_mask", None, "", dtype, False)
     if mask is not None and mask.dim() == 3:
         mask = mask.unflatten(0, (batch, heads))
     if padding is None:

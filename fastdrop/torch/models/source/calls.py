@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch._ops import OpOverload, OpOverloadPacket
 
+from ...runtime.dispatch.ops import OpOverload, OpOverloadPacket
 from .attributes import Chain
 
 __all__ = ["DRAWS", "DROPS", "ENABLE", "ENABLE_CPU", "Drop", "Rate", "draws_numbers", "drops", "reach_of"]

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ...runtime.dispatch.modules import forward_hooks_of
 from .attributes import CONTAINERS, children_of, guards_hold, modules_at, modules_in, values_at
 from .calls import Drop
 from .forward import has_library_forward, lenders, other_methods, uses_of
@@ -31,8 +32,7 @@ class Owners:
         self._uses: dict[int, set[str]] = defaultdict(set)
         self._drops: dict[int, tuple[nn.Module, Drop]] = {}
         for owner in model.modules():
-            hooks = (*owner._forward_hooks.values(), *owner._forward_pre_hooks.values())
-            if any(package_of(hook) not in KNOWN_HOOKS for hook in hooks):
+            if any(package_of(hook) not in KNOWN_HOOKS for hook in forward_hooks_of(owner)):
                 self._note([*owner.modules()][1:], "other")
             if has_library_forward(owner):
                 if not isinstance(owner, LISTS):

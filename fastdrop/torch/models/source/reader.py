@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
+from ...runtime.dispatch.modules import CHILDREN, TorchDropout
 from .attributes import Chain, Guards
 from .calls import DROPS, ENABLE, Drop, Rate, draws_numbers, drops, reach_of
 from .functions import LIBRARIES, definition, global_value, package_of, python_function
@@ -140,7 +140,7 @@ class Reader(ast.NodeVisitor):
             self._use(chain[:-1], "p")
         else:
             self._use(chain, "other")
-            self.uses.asks_by_name |= chain[-1] in ("_modules", "__dict__")
+            self.uses.asks_by_name |= chain[-1] in (CHILDREN, "__dict__")
             own = inspect.getattr_static(self.cls, chain[0], None) if len(chain) == 1 else None
             if isinstance(own, property):
                 own = own.fget
@@ -204,7 +204,7 @@ class Reader(ast.NodeVisitor):
         if len(chain) == 1:
             method = inspect.getattr_static(self.cls, chain[0], None)
             self.uses.asks_by_name |= chain[0] in ("children", "named_children", "modules", "named_modules")
-        self.uses.asks_by_name |= chain[:1] == ("_modules",)
+        self.uses.asks_by_name |= chain[:1] == (CHILDREN,)
         if method is not None:
             return self._follow(method, node, not isinstance(method, staticmethod | classmethod))
         self.uses.held.append((functools.partial(self._drop_if_held, node, ast.unparse(node.func)), chain, self.guards))
@@ -230,7 +230,7 @@ class Reader(ast.NodeVisitor):
             else:
                 self.uses.asks_by_name = True
         if isinstance(target, type):
-            if issubclass(target, _DropoutNd) and target.__module__ == nn.Dropout.__module__:
+            if issubclass(target, TorchDropout) and target.__module__ == nn.Dropout.__module__:
                 self._add(self._drop_of(node, written, ("p", 0, 0.5), ENABLE))
         elif drops(target):
             self._add(self._drop_of(node, written, DROPS[target], reach_of(target)))

@@ -11,8 +11,7 @@ import sys
 import types
 from typing import Any
 
-from torch._ops import OpOverloadPacket
-
+from ...runtime.dispatch.ops import OpOverloadPacket
 from .attributes import Chain
 from .functions import global_value
 
