@@ -502,7 +502,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a rate as a tensor keeps its first value",
-        "fastdrop/torch/nn/dropout.py",
+        "fastdrop/torch/nn/base.py",
         "            self.drive(value)",
         "            pass",
         "tests/torch/tools/test_scheduler.py",

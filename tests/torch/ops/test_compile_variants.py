@@ -286,11 +286,11 @@ def test_compiled_module_with_a_rate_compiles_once(name):
     """Driven as a scheduler does it: p changes, its tensor is another, and the graph stays."""
     way = WAYS[name]
     module = nn.Sequential(nn.Identity(), way.module(0.5))
-    module[1]._rate = torch.tensor(0.5, dtype=torch.float64)
+    module[1].rate_tensor = torch.tensor(0.5, dtype=torch.float64)
     ours, x = compiled(module), normal(way.shape)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for p in (0.5, 0.1, 0.25, 0.0, *way.p):
-            module[1].p, module[1]._rate = p, torch.tensor(p, dtype=torch.float64)
+            module[1].p, module[1].rate_tensor = p, torch.tensor(p, dtype=torch.float64)
             assert_equals_eager(module, ours, x, seeds=(0,))
 
 
@@ -308,11 +308,11 @@ def test_compiled_drop_path():
     for scale_by_keep in (True, False):
         torch.compiler.reset()
         module = nn.Sequential(fdt.DropPath(0.5, scale_by_keep))
-        module[0]._rate = torch.tensor(0.5, dtype=torch.float64)
+        module[0].rate_tensor = torch.tensor(0.5, dtype=torch.float64)
         ours, x = compiled(module), normal((60, 3))
         with torch._dynamo.config.patch(error_on_recompile=True):
             for p in (0.5, 0.1, 0.0, 1.0):
-                module[0].p, module[0]._rate = p, torch.tensor(p, dtype=torch.float64)
+                module[0].p, module[0].rate_tensor = p, torch.tensor(p, dtype=torch.float64)
                 assert_equals_eager(module, ours, x, seeds=(0,))
 
 
