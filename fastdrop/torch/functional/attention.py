@@ -22,7 +22,7 @@ from ...core.random import keep_scale, threshold
 from ..ops import fused as fused_ops
 from ..ops import mask as mask_ops
 from ..runtime import fused_kernels, mask_kernels, nested, seeds
-from ..runtime.dispatch import can_call_kernel, hide_from_dynamo, is_plain
+from ..runtime.dispatch import can_call_kernel, hide_from_dynamo, is_eager_dense
 from . import routing
 from .fused import softmax_dropout
 from .routing import for_subclasses
@@ -248,7 +248,7 @@ def _has_known_dtypes(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 
 def is_direct(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether kernels may read all of it, here and now, and nothing else wants to see what they do."""
-    return all(x is None or (x.is_cpu and is_plain(x)) for x in (query, key, value, mask))
+    return all(x is None or (x.is_cpu and is_eager_dense(x)) for x in (query, key, value, mask))
 
 
 class _Call(NamedTuple):

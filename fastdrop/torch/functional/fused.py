@@ -19,7 +19,7 @@ from ..ops import fused as fused_ops
 from ..ops import mask as mask_ops
 from ..ops.mask import overload
 from ..runtime import fused_kernels, mask_kernels, nested, seeds
-from ..runtime.dispatch import is_plain
+from ..runtime.dispatch import is_eager_dense
 from . import routing
 from .routing import for_subclasses
 
@@ -392,7 +392,7 @@ class _Call:
         self.wanted = recording and any(tensor.requires_grad for tensor in given)
         self.bits = store == "bits" and recording and any(tensor.requires_grad for tensor in masked)
         self.compiles = tracing and not x.is_complex() and not routing.is_transformed_there()
-        self.plain = not tracing and all(is_plain(tensor) for tensor in given) and not x.is_complex()
+        self.plain = not tracing and all(is_eager_dense(tensor) for tensor in given) and not x.is_complex()
         self.onnx = not self.plain and routing.is_exported_to_onnx()
         if self.onnx:
             self.compiles = False
@@ -584,7 +584,7 @@ class _Softmax(torch.autograd.Function):
 
 
 def _direct(function: type[torch.autograd.Function]) -> Any:
-    """Its ``apply``, and backward's, past the Python that looks for functorch, which `is_plain` has ruled out."""
+    """Its ``apply``, and backward's, past the Python that looks for functorch, which `is_eager_dense` has ruled out."""
     function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
     return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 

@@ -27,7 +27,7 @@ from ...core.mask import word_count
 from ...core.random import threshold
 from ..runtime import mask_kernels, tracing
 from ..runtime import seeds as seed_source
-from ..runtime.dispatch import hide_from_dynamo, is_plain, is_transformed
+from ..runtime.dispatch import hide_from_dynamo, is_eager_dense, is_transformed
 
 DRAW = "draw(Tensor like, SymInt[] size, Tensor? after=None) -> Tensor"
 FORWARD = (
@@ -310,7 +310,7 @@ def _interpreter() -> Any:
 def _is_plain_within(info: _Info, *tensors: Tensor) -> bool:
     """Whether nothing but this map surrounds the call: kernels may be called at once."""
     with info.interpreter.lower():
-        return all(is_plain(x) and not (x.requires_grad and torch.is_grad_enabled()) for x in tensors)
+        return all(is_eager_dense(x) and not (x.requires_grad and torch.is_grad_enabled()) for x in tensors)
 
 
 def _batched(op: Any, rule: Any) -> Any:

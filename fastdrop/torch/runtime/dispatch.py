@@ -20,7 +20,7 @@ from torch._C._dynamo import eval_frame
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
-__all__ = ["can_call_kernel", "hide_from_dynamo", "is_lazy", "is_plain", "is_transformed", "read_address"]
+__all__ = ["can_call_kernel", "hide_from_dynamo", "is_eager_dense", "is_lazy", "is_transformed", "read_address"]
 
 
 def _plain_keys() -> frozenset[int]:
@@ -45,7 +45,7 @@ def _on_cuda(keys: int) -> int:
 PLAIN = _plain_keys()
 
 
-def is_plain(x: Tensor) -> bool:
+def is_eager_dense(x: Tensor) -> bool:
     """Whether x is memory, on the CPU or a CUDA device, and no mode, transform, forward-mode AD or `torch.jit.trace` is
     around."""
     return (
@@ -77,7 +77,7 @@ def is_transformed() -> bool:
 
 def can_call_kernel(dy: Tensor) -> bool:
     """Whether backward may call a kernel, or must leave an op for whoever looks at it."""
-    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and is_plain(dy)
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and is_eager_dense(dy)
 
 
 def hide_from_dynamo(*functions: Callable[..., Any]) -> None:
