@@ -227,8 +227,8 @@ MUTATIONS = (
     Mutation(
         "p = 1 keeps the last word",
         "fastdrop/core/mask.py",
-        "words[:] = 0 if cut == DROP_ALL else 0xFFFFFFFF",
-        "words[:-1] = 0 if cut == DROP_ALL else 0xFFFFFFFF",
+        "words[:] = 0 if threshold == DROP_ALL else 0xFFFFFFFF",
+        "words[:-1] = 0 if threshold == DROP_ALL else 0xFFFFFFFF",
         "tests/core/test_mask.py tests/arrays/test_dropout.py",
     ),
     Mutation(
@@ -419,7 +419,7 @@ MUTATIONS = (
     Mutation(
         "standard scaling scales in training",
         "fastdrop/core/variants.py",
-        '    if law == "standard":\n        return 1.0, 0.0, 0.0\n',
+        '    if scaling == "standard":\n        return Coefficients(1.0, 0.0, 0.0)\n',
         "",
         "tests/torch/functional/test_variants.py",
     ),
