@@ -386,11 +386,11 @@ def test_compiled_module_with_a_rate_compiles_once(name):
     """Driven as a scheduler does it: p changes, its tensor is another, and the graph stays."""
     make, rates, shape = MODULES[name]
     module = nn.Sequential(nn.Identity(), make(0.5))
-    module[1]._rate = torch.tensor(0.5, dtype=torch.float64)
+    module[1].rate_tensor = torch.tensor(0.5, dtype=torch.float64)
     ours, x = compiled(module), normal(shape)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for p in (0.5, 0.1, 0.0, *rates):
-            module[1].p, module[1]._rate = p, torch.tensor(p, dtype=torch.float64)
+            module[1].p, module[1].rate_tensor = p, torch.tensor(p, dtype=torch.float64)
             assert_equals_eager(module, ours, x)
 
 
