@@ -67,17 +67,17 @@ BITS_ALONE = ("dilate_bits", "count_bits")
 
 # Of each kernel on rows what is likely to be called most, and what takes the most registers.
 ROWS = (
-    *(Variant("pointwise_forward", BFLOAT16, sum_dtype=BFLOAT16, activation=code) for code in (NONE, RELU, GELU)),
-    Variant("pointwise_forward", FLOAT32, sum_dtype=FLOAT32, activation=GELU),
-    *(Variant("pointwise_backward", dtype, sum_dtype=dtype, activation=SILU) for dtype in (FLOAT32, BFLOAT16)),
-    Variant("pointwise_columns", BFLOAT16, "wide", sum_dtype=FLOAT32, activation=GELU),
-    *(Variant("norm_forward", dtype, "wide", sum_dtype=FLOAT32) for dtype in (FLOAT32, BFLOAT16)),
-    *(Variant("norm_backward", dtype, "wide", sum_dtype=FLOAT32) for dtype in (FLOAT32, BFLOAT16)),
-    Variant("norm_backward", FLOAT64, "wide", sum_dtype=FLOAT64),
-    Variant("norm_columns", BFLOAT16, "wide", sum_dtype=BFLOAT16),
+    *(Variant("pointwise_forward", BFLOAT16, residual_dtype=BFLOAT16, activation=code) for code in (NONE, RELU, GELU)),
+    Variant("pointwise_forward", FLOAT32, residual_dtype=FLOAT32, activation=GELU),
+    *(Variant("pointwise_backward", dtype, residual_dtype=dtype, activation=SILU) for dtype in (FLOAT32, BFLOAT16)),
+    Variant("pointwise_columns", BFLOAT16, "wide", residual_dtype=FLOAT32, activation=GELU),
+    *(Variant("norm_forward", dtype, "wide", residual_dtype=FLOAT32) for dtype in (FLOAT32, BFLOAT16)),
+    *(Variant("norm_backward", dtype, "wide", residual_dtype=FLOAT32) for dtype in (FLOAT32, BFLOAT16)),
+    Variant("norm_backward", FLOAT64, "wide", residual_dtype=FLOAT64),
+    Variant("norm_columns", BFLOAT16, "wide", residual_dtype=BFLOAT16),
     Variant("add_panels", FLOAT32, "narrow"),
-    *(Variant("softmax_forward", dtype, "wide", sum_dtype=dtype) for dtype in (FLOAT32, BFLOAT16)),
-    Variant("softmax_backward", FLOAT16, "wide", sum_dtype=FLOAT16),
+    *(Variant("softmax_forward", dtype, "wide", residual_dtype=dtype) for dtype in (FLOAT32, BFLOAT16)),
+    Variant("softmax_backward", FLOAT16, "wide", residual_dtype=FLOAT16),
 )
 FLAT = ("pointwise_forward", "pointwise_backward")
 CURVES = {code: name for name, code in ACTIVATIONS.items()}
@@ -594,7 +594,7 @@ def stored_bytes(variant: Variant) -> float:
     if variant.body == "draw_words":
         return 1 / 8
     if variant.body == "pointwise_forward":
-        return ITEM_BYTES[variant.sum_dtype]
+        return ITEM_BYTES[variant.residual_dtype]
     return item_bytes(variant) * (2 if variant.body == "pointwise_backward" else 1)
 
 
@@ -692,7 +692,7 @@ def name(variant: Variant) -> str:
         return variant.body
     form = f" {variant.form.replace('_', ' ')}" if variant.form else ""
     if variant.on_rows:
-        stream = f" on {DTYPES[variant.sum_dtype]}" if variant.sum_dtype != variant.dtype else ""
+        stream = f" on {DTYPES[variant.residual_dtype]}" if variant.residual_dtype != variant.dtype else ""
         last = f"{stream}, {CURVES[variant.activation]}" if variant.activation else stream
     else:
         last = ", affine" * (not variant.plain) + ", scale of a count" * variant.counted

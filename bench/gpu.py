@@ -96,10 +96,10 @@ def every_variant() -> list[Variant]:
     found += [Variant(body, tag, form, counted=True) for tag in tags for body, form in counted]
     for body, forms in (("elementwise", ("drawn", "drawn_shifted", "stored")), ("strided", ("wide", "narrow"))):
         found += [Variant(body, tag, form, plain) for tag in tags for form in forms for plain in (True, False)]
-    found += [Variant("add_panels", tag, "narrow", sum_dtype=tag) for tag in (FLOAT32, FLOAT64)]
+    found += [Variant("add_panels", tag, "narrow", residual_dtype=tag) for tag in (FLOAT32, FLOAT64)]
     forms = "wide", "narrow"
     for tag, of_sum in (*zip(tags, tags, strict=True), (FLOAT16, FLOAT32), (BFLOAT16, FLOAT32)):
-        of = partial(Variant, dtype=tag, sum_dtype=of_sum)
+        of = partial(Variant, dtype=tag, residual_dtype=of_sum)
         for code in ACTIVATIONS.values():
             found += [of(body, activation=code) for body in ("pointwise_forward", "pointwise_backward")]
             found += [of("pointwise_columns", form=form, activation=code) for form in forms]

@@ -161,9 +161,9 @@ static work_t dilate_bits_work(const dilate_bits_args *a) {
     return (work_t){.units = n, .cells = 1, .bytes = n / 8};
 }
 
-static int good_dtypes(int dtype, int sum_dtype) {
-    return good_dtype(dtype) && good_dtype(sum_dtype) &&
-           (dtype == sum_dtype || (sum_dtype == FD_FLOAT32 && dtype != FD_FLOAT64));
+static int good_dtypes(int dtype, int residual_dtype) {
+    return good_dtype(dtype) && good_dtype(residual_dtype) &&
+           (dtype == residual_dtype || (residual_dtype == FD_FLOAT32 && dtype != FD_FLOAT64));
 }
 
 static int good_rows(uint64_t rows, uint64_t columns) {
@@ -175,16 +175,16 @@ static int good_rows(uint64_t rows, uint64_t columns) {
 static int good_activation(int activation) { return activation >= FD_NO_ACTIVATION && activation <= FD_SILU; }
 
 static int pointwise_forward_good(const pointwise_forward_args *a) {
-    return a->x && a->y && good_dtypes(a->dtype, a->sum_dtype) && good_rows(a->rows, a->columns) &&
+    return a->x && a->y && good_dtypes(a->dtype, a->residual_dtype) && good_rows(a->rows, a->columns) &&
            good_activation(a->activation) && (!a->signs || (a->activation == FD_RELU && a->signs != a->words));
 }
 static work_t pointwise_forward_work(const pointwise_forward_args *a) {
-    return by_cells(a->rows * a->columns, a->sum_dtype);
+    return by_cells(a->rows * a->columns, a->residual_dtype);
 }
 
 static int pointwise_backward_good(const pointwise_backward_args *a) {
-    int needs_x = a->activation != FD_NO_ACTIVATION || a->dfactor;
-    return a->dy && a->dx && (a->x || !needs_x) && good_dtypes(a->dtype, a->sum_dtype) &&
+    int needs_x = a->activation != FD_NO_ACTIVATION || a->dmultiplier;
+    return a->dy && a->dx && (a->x || !needs_x) && good_dtypes(a->dtype, a->residual_dtype) &&
            good_rows(a->rows, a->columns) && good_activation(a->activation) && (!a->sums || a->panels);
 }
 static work_t pointwise_backward_work(const pointwise_backward_args *a) {
@@ -193,17 +193,17 @@ static work_t pointwise_backward_work(const pointwise_backward_args *a) {
 }
 
 static int norm_forward_good(const norm_forward_args *a) {
-    return a->x && a->y && a->sum && a->statistics && good_dtypes(a->dtype, a->sum_dtype) &&
+    return a->x && a->y && a->residual_out && a->statistics && good_dtypes(a->dtype, a->residual_dtype) &&
            good_rows(a->rows, a->columns);
 }
-static work_t norm_forward_work(const norm_forward_args *a) { return by_rows(a->rows, a->columns, a->sum_dtype); }
+static work_t norm_forward_work(const norm_forward_args *a) { return by_rows(a->rows, a->columns, a->residual_dtype); }
 
 static int norm_backward_good(const norm_backward_args *a) {
-    return a->dy && a->sum && a->statistics && (a->dx || a->dresidual) && good_dtypes(a->dtype, a->sum_dtype) &&
-           good_rows(a->rows, a->columns) && (!a->sums || a->panels);
+    return a->dy && a->residual_out && a->statistics && (a->dx || a->dresidual) &&
+           good_dtypes(a->dtype, a->residual_dtype) && good_rows(a->rows, a->columns) && (!a->sums || a->panels);
 }
 static work_t norm_backward_work(const norm_backward_args *a) {
-    const int type = a->dresidual ? a->sum_dtype : a->dtype;
+    const int type = a->dresidual ? a->residual_dtype : a->dtype;
     if (!a->sums) return by_rows(a->rows, a->columns, type);
     return by_panels(a->rows * a->columns, type, a->sums, a->panels, 3 * a->columns);
 }

@@ -119,8 +119,8 @@ static void C(add)(const C(t) * x, const C(t) * bias, C(t) * to, uint64_t n) {
 #undef BODY
 }
 
-static void C(times)(const C(t) * x, const C(t) * factor, C(t) * to, uint64_t n) {
-#define BODY(left) C(put)(to + i, C(few)(x + i, left) * C(few)(factor + i, left), left, 0);
+static void C(times)(const C(t) * x, const C(t) * multiplier, C(t) * to, uint64_t n) {
+#define BODY(left) C(put)(to + i, C(few)(x + i, left) * C(few)(multiplier + i, left), left, 0);
     FOR_LANES(n, BODY);
 #undef BODY
 }
@@ -389,25 +389,25 @@ INLINE const C(t) * C(columns_next)(C(columns_t) * c, uint64_t *n) {
 }
 
 typedef struct {
-    C(t) x[STRIP_CELLS], factor[STRIP_CELLS], residual[STRIP_CELLS], y[STRIP_CELLS];
+    C(t) x[STRIP_CELLS], multiplier[STRIP_CELLS], residual[STRIP_CELLS], y[STRIP_CELLS];
 } C(rooms_t);
 
 /* Elements at .. at+n-1, n at most a strip, under part of the bias. */
 INLINE void C(point)(const pointwise_forward_args *args, const bits_t *bits, C(rooms_t) * rooms, const C(t) * bias,
                      uint64_t at, uint64_t n, C(v) a, int stream) {
-    const int type = args->dtype, sum_type = args->sum_dtype;
+    const int type = args->dtype, residual_type = args->residual_dtype;
     const C(t) *h = C(view)(type, args->x, at, n, rooms->x);
-    const C(t) *factor = C(view)(type, args->factor, at, n, rooms->factor);
-    const C(t) *residual = C(view)(sum_type, args->residual, at, n, rooms->residual);
-    C(t) *y = C(place)(sum_type, args->y, at, rooms->y, 0);
+    const C(t) *multiplier = C(view)(type, args->multiplier, at, n, rooms->multiplier);
+    const C(t) *residual = C(view)(residual_type, args->residual, at, n, rooms->residual);
+    C(t) *y = C(place)(residual_type, args->y, at, rooms->y, 0);
     uint32_t alive[STRIP_CELLS / 32];
     int activation = args->activation;
-    if (factor) {
+    if (multiplier) {
         if (activation == FD_RELU)
             C(drop)(h, bias, NULL, rooms->x, bits, at, n, C(set1)(1), FD_RELU, alive, 0);
         else
             C(activate)(h, bias, rooms->x, n, activation);
-        C(times)(rooms->x, factor, rooms->x, n);
+        C(times)(rooms->x, multiplier, rooms->x, n);
         h = rooms->x;
         bias = NULL;
         activation = FD_NO_ACTIVATION;
@@ -418,7 +418,7 @@ INLINE void C(point)(const pointwise_forward_args *args, const bits_t *bits, C(r
     } else {
         C(drop)(h, bias, residual, y, bits, at, n, a, activation, alive, stream && y != rooms->y);
     }
-    C(deliver)(sum_type, args->y, at, n, y, stream);
+    C(deliver)(residual_type, args->y, at, n, y, stream);
     if (args->signs) copy_bits(args->signs, at, alive, 0, n);
 }
 
@@ -428,9 +428,9 @@ static void C(pointwise_forward)(const pointwise_forward_args *args, uint64_t be
     C(columns_t) bias;
     C(rooms_t) rooms;
     drawing_open(&drawing, args->words, args->rows * args->columns, args->draw, begin, end);
-    C(columns_open)(&bias, args->bias, args->columns, begin);
+    C(columns_open)(&bias, args->input_bias, args->columns, begin);
     for (uint64_t at = begin, n; at < end; at += n) {
-        uint64_t lead = args->stream ? C(to_line)(args->sum_dtype, args->y, at) : 0;
+        uint64_t lead = args->stream ? C(to_line)(args->residual_dtype, args->y, at) : 0;
         n = min_u64(end - at, strip_after(lead));
         const C(t) *part = C(columns_next)(&bias, &n);
         draw_until(&drawing, at + n);
@@ -449,21 +449,22 @@ static void C(add_to_columns)(const C(t) * g, C(t) * sums, uint64_t columns, uin
 
 static void C(backward_cells)(const pointwise_backward_args *args, uint64_t begin, uint64_t end, C(t) * sums) {
     const bits_t bits = {args->words, args->rows * args->columns};
-    const int type = args->dtype, sum_type = args->sum_dtype;
+    const int type = args->dtype, residual_type = args->residual_dtype;
     const C(v) a = C(set1)(args->a);
     C(columns_t) biases;
-    C(t) room_g[STRIP_CELLS], room_h[STRIP_CELLS], room_factor[STRIP_CELLS], room_dx[STRIP_CELLS], other[STRIP_CELLS];
-    C(columns_open)(&biases, args->bias, args->columns, begin);
+    C(t)
+    room_g[STRIP_CELLS], room_h[STRIP_CELLS], room_multiplier[STRIP_CELLS], room_dx[STRIP_CELLS], other[STRIP_CELLS];
+    C(columns_open)(&biases, args->input_bias, args->columns, begin);
     for (uint64_t at = begin, n; at < end; at += n) {
         n = min_u64(end - at, STRIP_CELLS);
         const C(t) *bias = C(columns_next)(&biases, &n);
-        const C(t) *g = C(view)(sum_type, args->dy, at, n, room_g), *h = C(view)(type, args->x, at, n, room_h);
-        const C(t) *factor = C(view)(type, args->factor, at, n, room_factor);
+        const C(t) *g = C(view)(residual_type, args->dy, at, n, room_g), *h = C(view)(type, args->x, at, n, room_h);
+        const C(t) *multiplier = C(view)(type, args->multiplier, at, n, room_multiplier);
         if (h && bias) {
             C(add)(h, bias, room_h, n);
             h = room_h;
         }
-        if (args->dfactor) {
+        if (args->dmultiplier) {
             C(activate)(h, NULL, other, n, args->activation);
             C(times)(g, other, other, n);
         }
@@ -471,17 +472,17 @@ static void C(backward_cells)(const pointwise_backward_args *args, uint64_t begi
             C(activate_back)(g, h, room_g, n, args->activation);
             g = room_g;
         }
-        if (factor) {
-            C(times)(g, factor, room_g, n);
+        if (multiplier) {
+            C(times)(g, multiplier, room_g, n);
             g = room_g;
         }
         C(t) *dx = C(place)(type, args->dx, at, room_dx, args->stream);
         C(mask_strip)(g, dx, &bits, at, n, a, 0);
         C(deliver)(type, args->dx, at, n, dx, args->stream);
         if (sums) C(add_to_columns)(dx, sums, args->columns, at % args->columns, n);
-        if (args->dfactor) { /* last: it may lie over factor */
+        if (args->dmultiplier) { /* last: it may lie over multiplier */
             C(mask_strip)(other, other, &bits, at, n, a, 0);
-            C(deliver)(type, args->dfactor, at, n, other, args->stream);
+            C(deliver)(type, args->dmultiplier, at, n, other, args->stream);
         }
     }
     if (args->stream) stream_fence();
@@ -556,7 +557,7 @@ static void C(normalise)(const C(t) * x, C(t) * y, const C(t) * weight, const C(
 enum { C(row_cells) = 4096 };
 
 static void C(norm_forward)(const norm_forward_args *args, uint64_t begin, uint64_t end) {
-    const int type = args->dtype, sum_type = args->sum_dtype, narrow = C(size)(sum_type) < sizeof(C(t));
+    const int type = args->dtype, residual_type = args->residual_dtype, narrow = C(size)(residual_type) < sizeof(C(t));
     const uint64_t columns = args->columns;
     const int fits = columns <= C(row_cells), stream = args->stream && fits;
     const C(v) a = C(set1)(args->a);
@@ -566,27 +567,30 @@ static void C(norm_forward)(const norm_forward_args *args, uint64_t begin, uint6
     drawing_open(&drawing, args->words, args->rows * columns, args->draw, begin * columns, end * columns);
     for (uint64_t r = begin; r < end; r++) {
         const uint64_t first = r * columns;
-        C(t) *row = fits && (stream || narrow) ? room : narrow ? NULL : (C(t) *)args->sum + first; /* NULL: by strips */
+        C(t) *row = fits && (stream || narrow) ? room
+                    : narrow                   ? NULL
+                                               : (C(t) *)args->residual_out + first; /* NULL: by strips */
         double total = 0, squares = 0;
         for (uint64_t j = 0, n; j < columns; j += n) {
             const uint64_t at = first + j;
             n = min_u64(columns - j, STRIP_CELLS);
-            const C(t) *h = C(view)(type, args->x, at, n, x), *bias = args->bias;
+            const C(t) *h = C(view)(type, args->x, at, n, x), *bias = args->input_bias;
             C(t) *to = row ? row + j : other;
             draw_until(&drawing, at + n);
-            C(drop)(h, bias ? bias + j : NULL, C(view)(sum_type, args->residual, at, n, residual), to, &drawing.bits,
-                    at, n, a, FD_NO_ACTIVATION, NULL, 0);
+            C(drop)(h, bias ? bias + j : NULL, C(view)(residual_type, args->residual, at, n, residual), to,
+                    &drawing.bits, at, n, a, FD_NO_ACTIVATION, NULL, 0);
             if (narrow) { /* statistics are those of what is stored */
-                C(deliver)(sum_type, args->sum, at, n, to, 0);
-                C(view)(sum_type, args->sum, at, n, to);
+                C(deliver)(residual_type, args->residual_out, at, n, to, 0);
+                C(view)(residual_type, args->residual_out, at, n, to);
             }
             if (args->centred) total += C(strip_sum)(to, n, 0, 0);
         }
-        if (stream && !narrow) C(deliver)(sum_type, args->sum, first, columns, row, 1);
+        if (stream && !narrow) C(deliver)(residual_type, args->residual_out, first, columns, row, 1);
         const C(t) mean = (C(t))(total / (double)columns);
         for (uint64_t j = 0, n; j < columns; j += n) {
             n = min_u64(columns - j, STRIP_CELLS);
-            squares += C(strip_sum)(row ? row + j : C(view)(sum_type, args->sum, first + j, n, other), n, mean, 1);
+            squares += C(strip_sum)(row ? row + j : C(view)(residual_type, args->residual_out, first + j, n, other), n,
+                                    mean, 1);
         }
         const C(t) rstd = (C(t))(1 / sqrt(squares / (double)columns + args->eps));
         C(put_one)(statistics + 2 * r, mean);
@@ -595,9 +599,10 @@ static void C(norm_forward)(const norm_forward_args *args, uint64_t begin, uint6
             const uint64_t at = first + j, lead = stream ? C(to_line)(type, args->y, at) : 0;
             n = min_u64(columns - j, strip_after(lead));
             C(t) *y = C(place)(type, args->y, at, x, 0);
-            C(normalise)(row ? row + j : C(view)(sum_type, args->sum, at, n, other), y,
+            C(normalise)(row ? row + j : C(view)(residual_type, args->residual_out, at, n, other), y,
                          args->weight ? (const C(t) *)args->weight + j : NULL,
-                         args->shift ? (const C(t) *)args->shift + j : NULL, n, mean, rstd, stream && !lead && y != x);
+                         args->norm_bias ? (const C(t) *)args->norm_bias + j : NULL, n, mean, rstd,
+                         stream && !lead && y != x);
             C(deliver)(type, args->y, at, n, y, stream && !lead);
         }
     }
@@ -635,7 +640,7 @@ static void C(norm_look)(const C(t) * dy, const C(t) * x, const C(t) * weight, C
 }
 
 /* The second look: the row's gradient. Meanwhile the next row is on its way: a quarter of the time. */
-static void C(norm_slope)(const C(t) * dy, const C(t) * x, const C(t) * weight, const C(t) * dsum, C(t) * to,
+static void C(norm_slope)(const C(t) * dy, const C(t) * x, const C(t) * weight, const C(t) * dresidual_out, C(t) * to,
                           uint64_t n, const C(moments_t) * m, const void *next_dy, uint64_t dy_size, const void *next_x,
                           uint64_t x_size) {
 #define BODY(left)                                                                                                     \
@@ -645,7 +650,7 @@ static void C(norm_slope)(const C(t) * dy, const C(t) * x, const C(t) * weight, 
         C(v) g = C(few)(dy + i, left), normal = (C(few)(x + i, left) - m->mean) * m->rstd;                             \
         if (weight) g = g * C(few)(weight + i, left);                                                                  \
         g = (g - m->of_g - normal * m->of_gx) * m->rstd;                                                               \
-        if (dsum) g = g + C(few)(dsum + i, left);                                                                      \
+        if (dresidual_out) g = g + C(few)(dresidual_out + i, left);                                                    \
         C(put)(to + i, g, left, 0);                                                                                    \
     }
     FOR_LANES(n, BODY);
@@ -655,11 +660,13 @@ static void C(norm_slope)(const C(t) * dy, const C(t) * x, const C(t) * weight, 
 /* Rows begin .. end-1, and their part of the sums unless that is NULL. */
 static void C(norm_back)(const norm_backward_args *args, uint64_t begin, uint64_t end, C(t) * sums) {
     const bits_t bits = {args->words, args->rows * args->columns};
-    const int type = args->dtype, sum_type = args->sum_dtype;
-    const uint64_t columns = args->columns, dy_size = C(size)(type), x_size = C(size)(sum_type);
+    const int type = args->dtype, residual_type = args->residual_dtype;
+    const uint64_t columns = args->columns, dy_size = C(size)(type), x_size = C(size)(residual_type);
     const C(t) *statistics = args->statistics;
     const C(v) a = C(set1)(args->a);
-    C(t) room_dy[STRIP_CELLS], room_x[STRIP_CELLS], room_dsum[STRIP_CELLS], slope[STRIP_CELLS], room_dx[STRIP_CELLS];
+    C(t)
+    room_dy[STRIP_CELLS], room_x[STRIP_CELLS], room_dresidual_out[STRIP_CELLS], slope[STRIP_CELLS],
+        room_dx[STRIP_CELLS];
     for (uint64_t r = begin; r < end; r++) {
         double of_g = 0, of_gx = 0;
         C(moments_t) m;
@@ -668,7 +675,8 @@ static void C(norm_back)(const norm_backward_args *args, uint64_t begin, uint64_
         for (uint64_t j = 0, n; j < columns; j += n) {
             const uint64_t at = r * columns + j;
             n = min_u64(columns - j, STRIP_CELLS);
-            C(norm_look)(C(view)(type, args->dy, at, n, room_dy), C(view)(sum_type, args->sum, at, n, room_x),
+            C(norm_look)(C(view)(type, args->dy, at, n, room_dy),
+                         C(view)(residual_type, args->residual_out, at, n, room_x),
                          args->weight ? (const C(t) *)args->weight + j : NULL, sums ? sums + j : NULL,
                          sums ? sums + columns + j : NULL, n, &m, &of_g, &of_gx);
         }
@@ -677,13 +685,14 @@ static void C(norm_back)(const norm_backward_args *args, uint64_t begin, uint64_
         for (uint64_t j = 0, n; j < columns; j += n) {
             const uint64_t at = r * columns + j;
             n = min_u64(columns - j, STRIP_CELLS);
-            C(t) *to = args->dresidual ? C(place)(sum_type, args->dresidual, at, slope, args->stream) : slope;
-            C(norm_slope)(C(view)(type, args->dy, at, n, room_dy), C(view)(sum_type, args->sum, at, n, room_x),
+            C(t) *to = args->dresidual ? C(place)(residual_type, args->dresidual, at, slope, args->stream) : slope;
+            C(norm_slope)(C(view)(type, args->dy, at, n, room_dy),
+                          C(view)(residual_type, args->residual_out, at, n, room_x),
                           args->weight ? (const C(t) *)args->weight + j : NULL,
-                          C(view)(sum_type, args->dsum, at, n, room_dsum), to, n, &m,
+                          C(view)(residual_type, args->dresidual_out, at, n, room_dresidual_out), to, n, &m,
                           (const char *)args->dy + (at + columns) * dy_size, dy_size,
-                          (const char *)args->sum + (at + columns) * x_size, x_size);
-            if (args->dresidual) C(deliver)(sum_type, args->dresidual, at, n, to, args->stream);
+                          (const char *)args->residual_out + (at + columns) * x_size, x_size);
+            if (args->dresidual) C(deliver)(residual_type, args->dresidual, at, n, to, args->stream);
             if (!args->dx && !sums) continue;
             C(t) *dx = args->dx ? C(place)(type, args->dx, at, room_dx, args->stream) : room_dx;
             C(mask_strip)(to, dx, &bits, at, n, a, 0);
@@ -757,7 +766,7 @@ static void C(softmax_forward)(const softmax_forward_args *args, uint64_t begin,
     const int type = args->dtype;
     const uint64_t columns = args->columns;
     const int fits = columns <= C(row_cells);
-    const C(v) a = C(set1)(args->a), scale = C(set1)(args->scale);
+    const C(v) a = C(set1)(args->a), scale = C(set1)(args->softmax_scale);
     C(t) row[C(row_cells)], x[STRIP_CELLS], room_p[STRIP_CELLS], room_y[STRIP_CELLS];
     drawing_t drawing;
     drawing_open(&drawing, args->words, args->rows * columns, args->draw, begin * columns, end * columns);
@@ -836,7 +845,7 @@ static void C(softmax_backward)(const softmax_backward_args *args, uint64_t begi
     const int type = args->dtype;
     const uint64_t columns = args->columns;
     const int fits = columns <= C(row_cells);
-    const C(v) a = C(set1)(args->a), scale = C(set1)(args->scale);
+    const C(v) a = C(set1)(args->a), scale = C(set1)(args->softmax_scale);
     C(t) row[C(row_cells)], room_g[STRIP_CELLS], room_p[STRIP_CELLS], other[STRIP_CELLS], dropped[STRIP_CELLS];
     for (uint64_t r = begin; r < end; r++) {
         const uint64_t first = r * columns;

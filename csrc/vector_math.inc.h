@@ -1,8 +1,8 @@
 /* exp, tanh, erf and the normal distribution in words of the lane vocabulary: included by kernels.inc.h.
  *
  * float32 by polynomials fitted for the purpose, at most 2 ulp from the true value over the whole range, subnormal
- * results included; NaN stays NaN. Coefficients are fastdrop/core/activations.py's, highest power first. float64 goes to the
- * C library, a lane at a time: it is there to be right.
+ * results included; NaN stays NaN. Coefficients are fastdrop/core/activations.py's, highest power first. float64 goes
+ * to the C library, a lane at a time: it is there to be right.
  */
 static const float EXP[] = {1.38358019285e-3f,
                             8.37564503033e-3f,

@@ -348,8 +348,8 @@ MUTATIONS = (
     Mutation(
         "CUDA: the factor's gradient is not masked",
         "fastdrop/backends/cuda/rows.py",
-        "store_data(dfactor + cell * item, kept(bits, of_factor(g, h)))",
-        "store_data(dfactor + cell * item, of_factor(g, h))",
+        "store_data(dmultiplier + cell * item, kept(bits, of_multiplier(g, h)))",
+        "store_data(dmultiplier + cell * item, of_multiplier(g, h))",
         CUDA_ROWS,
     ),
     Mutation(

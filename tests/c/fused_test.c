@@ -17,8 +17,8 @@ typedef struct {
 } operand_t;
 
 typedef struct {
-    int dtype, sum_dtype, activation, flag; /* flag: centred or causal */
-    uint32_t drawn;                         /* threshold of a forward that draws its words; 0: they are given */
+    int dtype, residual_dtype, activation, flag; /* flag: centred or causal */
+    uint32_t drawn;                              /* threshold of a forward that draws its words; 0: they are given */
     uint64_t rows, columns, panels, heads, queries, strides[3];
 } case_t;
 
@@ -39,19 +39,19 @@ static const uint32_t THRESHOLDS[] = {0x80000000, 0x19000000, 0x19990000, 0x4000
 #define MAYBE_DRAWN(op, ...) (c->drawn ? fd_##op##_drawn(SEED, OFFSET, c->drawn, __VA_ARGS__) : fd_##op(__VA_ARGS__))
 
 static int pointwise_forward(const case_t *c, void *const *p) {
-    return MAYBE_DRAWN(pointwise_forward, c->dtype, c->sum_dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], c->rows,
-                       c->columns, SCALE, c->activation);
+    return MAYBE_DRAWN(pointwise_forward, c->dtype, c->residual_dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6],
+                       c->rows, c->columns, SCALE, c->activation);
 }
 static int pointwise_backward(const case_t *c, void *const *p) {
-    return fd_pointwise_backward(c->dtype, c->sum_dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], c->rows,
+    return fd_pointwise_backward(c->dtype, c->residual_dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], c->rows,
                                  c->columns, c->panels, SCALE, c->activation);
 }
 static int norm_forward(const case_t *c, void *const *p) {
-    return MAYBE_DRAWN(norm_forward, c->dtype, c->sum_dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8],
+    return MAYBE_DRAWN(norm_forward, c->dtype, c->residual_dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8],
                        c->rows, c->columns, SCALE, EPS, c->flag);
 }
 static int norm_backward(const case_t *c, void *const *p) {
-    return fd_norm_backward(c->dtype, c->sum_dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], c->rows,
+    return fd_norm_backward(c->dtype, c->residual_dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], c->rows,
                             c->columns, c->panels, SCALE, c->flag);
 }
 static int softmax_forward(const case_t *c, void *const *p) {
@@ -93,7 +93,7 @@ static int is_output(const operand_t *o) { return o->role == OUT || o->role == M
 
 static int dtype_of(const case_t *c, const operand_t *o) {
     int wide = c->dtype == FD_FLOAT64 ? FD_FLOAT64 : FD_FLOAT32;
-    return o->kind == DATA ? c->dtype : o->kind == STREAM ? c->sum_dtype : wide;
+    return o->kind == DATA ? c->dtype : o->kind == STREAM ? c->residual_dtype : wide;
 }
 
 /* Up to the end of the last row's line of the mask, and no further. */
@@ -187,7 +187,7 @@ static int has(const test_t *t, int i) { return !(t->absent >> i & 1); }
 static void fail(const test_t *t, const char *what, int operand) {
     char text[200];
     snprintf(text, sizeof text, "%s: %s, operand %d, dtypes %d %d, absent %x, activation %d", t->op->name, what,
-             operand, t->c.dtype, t->c.sum_dtype, t->absent, t->c.activation);
+             operand, t->c.dtype, t->c.residual_dtype, t->absent, t->c.activation);
     expect(0, text, t->isa, t->c.rows, t->c.columns);
 }
 
@@ -368,7 +368,7 @@ static test_t test_of(int op, const int dtypes[2], uint64_t rows, uint64_t colum
     test_t t = {&OPS[op], {0}, 0, state, isa};
     case_t *c = &t.c;
     *c = (case_t){.dtype = dtypes[0],
-                  .sum_dtype = dtypes[1],
+                  .residual_dtype = dtypes[1],
                   .activation = (int)(state >> 8) % (FD_SILU + 1),
                   .flag = (int)(state >> 12 & 1),
                   .rows = rows,
@@ -456,12 +456,12 @@ void check_fused_refusals(void) {
         {"cells past 2^60", fd_pointwise_forward(0, 0, x, NULL, NULL, NULL, words, y, NULL, 1ull << 40, 1 << 21, 1, 0)},
         {"rows past 2^64", fd_pointwise_forward(0, 0, x, NULL, NULL, NULL, words, y, NULL, 1ull << 63, 4, 1, 0)},
         {"activation", fd_pointwise_forward(0, 0, x, NULL, NULL, NULL, words, y, NULL, 2, 4, 1, 5)},
-        {"narrower sum", fd_pointwise_forward(0, 2, x, NULL, NULL, NULL, words, y, NULL, 2, 4, 1, 0)},
+        {"narrower residual", fd_pointwise_forward(0, 2, x, NULL, NULL, NULL, words, y, NULL, 2, 4, 1, 0)},
         {"float64 and float32", fd_pointwise_forward(1, 0, x, NULL, NULL, NULL, words, y, NULL, 1, 4, 1, 0)},
         {"signs of gelu", fd_pointwise_forward(0, 0, x, NULL, NULL, NULL, NULL, y, words, 2, 4, 1, FD_GELU)},
         {"signs over words", fd_pointwise_forward(0, 0, x, NULL, NULL, NULL, words, y, words, 2, 4, 1, FD_RELU)},
         {"gelu without x", fd_pointwise_backward(0, 0, x, NULL, NULL, NULL, words, y, NULL, NULL, 2, 4, 1, 1, FD_GELU)},
-        {"dfactor without x", fd_pointwise_backward(0, 0, x, NULL, NULL, x, words, y, y + 4, NULL, 1, 4, 1, 1, 0)},
+        {"dmultiplier without x", fd_pointwise_backward(0, 0, x, NULL, NULL, x, words, y, y + 4, NULL, 1, 4, 1, 1, 0)},
         {"no panels", fd_pointwise_backward(0, 0, x, NULL, NULL, NULL, words, y, NULL, y + 4, 1, 4, 0, 1, 0)},
         {"no statistics", fd_norm_forward(0, 0, x, NULL, NULL, NULL, NULL, NULL, y, y, NULL, 2, 4, 1, 1, 1)},
         {"no output", fd_norm_backward(0, 0, x, NULL, x, x, NULL, words, NULL, NULL, y, 2, 4, 1, 1, 1)},

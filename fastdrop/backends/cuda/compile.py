@@ -28,20 +28,8 @@ Capability = tuple[int, int]
 
 OLDEST: Capability = (7, 5)
 
-# What machine code hangs on beside the variant.
-SOURCES = (
-    "_checks.py",
-    "activations.py",
-    "stream.py",
-    "backends/_curves.py",
-    "backends/_scalars.py",
-    "backends/_cuda/compile.py",
-    "backends/_cuda/tile.py",
-    "backends/_cuda/words.py",
-    "backends/_cuda/kernels.py",
-    "backends/_cuda/row_words.py",
-    "backends/_cuda/rows.py",
-)
+# Source files that decide, beside the variant, what the machine code is: patterns within fastdrop/.
+SOURCES = ("core/*.py", "backends/numba/math.py", "backends/numba/scalars.py", "backends/cuda/*.py")
 PACKAGES = (
     "numba",
     "numba-cuda",
@@ -91,12 +79,12 @@ class Variant(NamedTuple):
     form: str = ""
     plain: bool = True
     counted: bool = False
-    sum_dtype: int = 0
+    residual_dtype: int = 0
     activation: int = 0
 
     def __str__(self) -> str:
         if self.on_rows:
-            return f"{self.body}-{self.dtype}-{self.sum_dtype}-{self.form or 'both'}-{self.activation}"
+            return f"{self.body}-{self.dtype}-{self.residual_dtype}-{self.form or 'both'}-{self.activation}"
         affine = ("scale" if self.plain else "affine") + "-counted" * self.counted
         return "-".join((self.body, str(self.dtype), self.form or "only", affine))
 
@@ -138,7 +126,7 @@ def _translated(variant: Variant, cc: Capability, output: str) -> Any:
     from . import mask as mask_bodies
 
     def row_vocabulary(wide: bool) -> Any:
-        return vector_intrinsics.RowVocabulary(variant.dtype, cc, variant.sum_dtype, wide)
+        return vector_intrinsics.RowVocabulary(variant.dtype, cc, variant.residual_dtype, wide)
 
     of_code = {"Q": types.uint64, "I": types.uint32, "f": types.float32, "d": types.float64}
     if variant.on_rows:
@@ -230,8 +218,9 @@ def _fingerprint() -> str:
     if _seen is None:
         digest = hashlib.sha256()
         folder = Path(__file__).parents[2]
-        for source in SOURCES:
-            digest.update((folder / source).read_bytes())
+        for pattern in SOURCES:
+            for source in sorted(folder.glob(pattern)):
+                digest.update(source.read_bytes())
         for package in PACKAGES:
             digest.update(f"{package} {_version(package)}\n".encode())
         _seen = digest.hexdigest()[:16]

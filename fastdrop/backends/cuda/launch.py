@@ -214,10 +214,10 @@ def pointwise_forward_at(
     device: int,
     stream: int,
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     x: int,
-    bias: int,
-    factor: int,
+    input_bias: int,
+    multiplier: int,
     residual: int,
     words: int,
     y: int,
@@ -230,24 +230,24 @@ def pointwise_forward_at(
     """Here and below 0 is in the place of an array that isn't given."""
     n = rows * columns
     if n:
-        wide = _in_vectors(dtype, columns if bias else 0, x, bias, factor, residual, y)
+        wide = _in_vectors(dtype, columns if input_bias else 0, x, input_bias, multiplier, residual, y)
         whole, threads = _whole(dtype, n, wide)
-        kernel = _rows_kernel(device, "pointwise_forward", dtype, sum_dtype, activation=activation)
-        kernel.launch(stream, threads, x, bias, factor, residual, words, y, signs, n, columns, whole, a)
+        kernel = _rows_kernel(device, "pointwise_forward", dtype, residual_dtype, activation=activation)
+        kernel.launch(stream, threads, x, input_bias, multiplier, residual, words, y, signs, n, columns, whole, a)
 
 
 def pointwise_backward_at(
     device: int,
     stream: int,
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     dy: int,
     x: int,
-    bias: int,
-    factor: int,
+    input_bias: int,
+    multiplier: int,
     words: int,
     dx: int,
-    dfactor: int,
+    dmultiplier: int,
     sums: int,
     rows: int,
     columns: int,
@@ -255,16 +255,16 @@ def pointwise_backward_at(
     a: float,
     activation: int,
 ) -> None:
-    n, arrays = rows * columns, (dy, x, bias, factor, words, dx, dfactor)
-    aligned = dy, x, bias, factor, dx, dfactor
+    n, arrays = rows * columns, (dy, x, input_bias, multiplier, words, dx, dmultiplier)
+    aligned = dy, x, input_bias, multiplier, dx, dmultiplier
     if sums:
         _columns_at(
-            device, stream, dtype, sum_dtype, arrays, aligned, sums, rows, columns, panels, columns, a, activation
+            device, stream, dtype, residual_dtype, arrays, aligned, sums, rows, columns, panels, columns, a, activation
         )
         _add_panels_at(device, stream, dtype, sums, panels, columns)
     elif n:
-        whole, threads = _whole(dtype, n, _in_vectors(dtype, columns if bias else 0, *aligned))
-        kernel = _rows_kernel(device, "pointwise_backward", dtype, sum_dtype, activation=activation)
+        whole, threads = _whole(dtype, n, _in_vectors(dtype, columns if input_bias else 0, *aligned))
+        kernel = _rows_kernel(device, "pointwise_backward", dtype, residual_dtype, activation=activation)
         kernel.launch(stream, threads, *arrays, n, columns, whole, a)
 
 
@@ -272,15 +272,15 @@ def norm_forward_at(
     device: int,
     stream: int,
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     x: int,
-    bias: int,
+    input_bias: int,
     residual: int,
     words: int,
     weight: int,
-    shift: int,
+    norm_bias: int,
     y: int,
-    sum: int,
+    residual_out: int,
     statistics: int,
     rows: int,
     columns: int,
@@ -289,10 +289,10 @@ def norm_forward_at(
     centred: int,
 ) -> None:
     if rows:
-        wide = _in_vectors(dtype, columns, x, bias, residual, weight, shift, y, sum)
+        wide = _in_vectors(dtype, columns, x, input_bias, residual, weight, norm_bias, y, residual_out)
         by_block, threads = _teams(rows, columns)
-        kernel = _rows_kernel(device, "norm_forward", dtype, sum_dtype, wide)
-        arrays = x, bias, residual, words, weight, shift, y, sum, statistics
+        kernel = _rows_kernel(device, "norm_forward", dtype, residual_dtype, wide)
+        arrays = x, input_bias, residual, words, weight, norm_bias, y, residual_out, statistics
         kernel.launch(stream, threads, *arrays, rows, columns, by_block, centred, a, eps)
 
 
@@ -300,10 +300,10 @@ def norm_backward_at(
     device: int,
     stream: int,
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     dy: int,
-    dsum: int,
-    sum: int,
+    dresidual_out: int,
+    residual_out: int,
     statistics: int,
     weight: int,
     words: int,
@@ -319,21 +319,23 @@ def norm_backward_at(
     """With sums there must be a dresidual or a dx, which the bias's gradient is the sum of, as it was rounded."""
     width = 3 * columns
     if sums:  # first, for dx may lie over dy
-        kernel = _rows_kernel(device, "norm_columns", dtype, sum_dtype, _in_vectors(dtype, columns, dy, sum, sums))
+        kernel = _rows_kernel(
+            device, "norm_columns", dtype, residual_dtype, _in_vectors(dtype, columns, dy, residual_out, sums)
+        )
         threads = _column_threads(dtype, columns, panels)
-        kernel.launch(stream, threads, dy, sum, statistics, sums, rows, columns, panels)
+        kernel.launch(stream, threads, dy, residual_out, statistics, sums, rows, columns, panels)
     if rows:
-        wide = _in_vectors(dtype, columns, dy, dsum, sum, weight, dx, dresidual)
+        wide = _in_vectors(dtype, columns, dy, dresidual_out, residual_out, weight, dx, dresidual)
         by_block, threads = _teams(rows, columns)
-        kernel = _rows_kernel(device, "norm_backward", dtype, sum_dtype, wide)
-        inputs = dy, dsum, sum, statistics, weight, words
+        kernel = _rows_kernel(device, "norm_backward", dtype, residual_dtype, wide)
+        inputs = dy, dresidual_out, residual_out, statistics, weight, words
         kernel.launch(stream, threads, *inputs, dx, dresidual, rows, columns, by_block, centred, a)
     if sums:
-        dropped = dx and (sum_dtype == dtype or not dresidual)
-        g, tag, under, scale = (dx, dtype, 0, 1.0) if dropped else (dresidual, sum_dtype, words, a)
-        of_bias = sums + 2 * columns * ITEM_BYTES[_computed(dtype)]
+        dropped = dx and (residual_dtype == dtype or not dresidual)
+        g, tag, under, scale = (dx, dtype, 0, 1.0) if dropped else (dresidual, residual_dtype, words, a)
+        of_input_bias = sums + 2 * columns * ITEM_BYTES[_computed(dtype)]
         arrays = g, 0, 0, 0, under, 0, 0
-        _columns_at(device, stream, dtype, tag, arrays, (g,), of_bias, rows, columns, panels, width, scale, 0)
+        _columns_at(device, stream, dtype, tag, arrays, (g,), of_input_bias, rows, columns, panels, width, scale, 0)
         _add_panels_at(device, stream, dtype, sums, panels, width)
 
 
@@ -353,7 +355,7 @@ def softmax_forward_at(
     outer_stride: int,
     head_stride: int,
     query_stride: int,
-    scale: float,
+    softmax_scale: float,
     a: float,
     causal: int,
 ) -> None:
@@ -365,7 +367,7 @@ def softmax_forward_at(
         divisions = [part for extent in (queries, heads) for part in (extent, *_division(extent))]
         kernel = _rows_kernel(device, "softmax_forward", dtype, dtype, wide)
         arrays = x, mask, words, probabilities, y
-        kernel.launch(stream, threads, *arrays, rows, columns, *divisions, *strides, by_block, causal, scale, a)
+        kernel.launch(stream, threads, *arrays, rows, columns, *divisions, *strides, by_block, causal, softmax_scale, a)
 
 
 def softmax_backward_at(
@@ -379,21 +381,21 @@ def softmax_backward_at(
     y: int,
     rows: int,
     columns: int,
-    scale: float,
+    softmax_scale: float,
     a: float,
 ) -> None:
     if rows:
         wide = _in_vectors(dtype, columns, dy, probabilities, dx, y)
         by_block, threads = _teams(rows, columns)
         kernel = _rows_kernel(device, "softmax_backward", dtype, dtype, wide)
-        kernel.launch(stream, threads, dy, probabilities, words, dx, y, rows, columns, by_block, scale, a)
+        kernel.launch(stream, threads, dy, probabilities, words, dx, y, rows, columns, by_block, softmax_scale, a)
 
 
 def _columns_at(
     device: int,
     stream: int,
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     arrays: tuple[int, ...],
     aligned: tuple[int, ...],
     sums: int,
@@ -406,7 +408,7 @@ def _columns_at(
 ) -> None:
     """`pointwise_backward` with a sum for each panel, ``width`` from one to the next."""
     wide = _in_vectors(dtype, columns, *aligned, sums)
-    kernel = _rows_kernel(device, "pointwise_columns", dtype, sum_dtype, wide, activation)
+    kernel = _rows_kernel(device, "pointwise_columns", dtype, residual_dtype, wide, activation)
     kernel.launch(stream, _column_threads(dtype, columns, panels), *arrays, sums, rows, columns, panels, width, a)
 
 
@@ -417,11 +419,11 @@ def _add_panels_at(device: int, stream: int, dtype: int, sums: int, panels: int,
 
 
 def _rows_kernel(
-    device: int, body: str, dtype: int, sum_dtype: int, wide: bool | None = None, activation: int = 0
+    device: int, body: str, dtype: int, residual_dtype: int, wide: bool | None = None, activation: int = 0
 ) -> driver.Kernel:
     """``wide`` None: both ways in one kernel."""
     form = "" if wide is None else "wide" if wide else "narrow"
-    return driver.device(device).kernel(body, dtype, form, sum_dtype=sum_dtype, activation=activation)
+    return driver.device(device).kernel(body, dtype, form, residual_dtype=residual_dtype, activation=activation)
 
 
 def _in_vectors(dtype: int, columns: int, *addresses: int) -> bool:

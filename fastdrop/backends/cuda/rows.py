@@ -30,7 +30,7 @@ TWO, ALL = U(2), U(0xFFFFFFFF)
 def _loads(v: Any) -> Any:
     """Loads of what may not be there: data, numbers of the residual stream, of the arithmetic; and bits."""
     load_data, load_sums, load_numbers, load_word = v.load_data, v.load_sums, v.load_numbers, v.load_word
-    item, sum_item, number_item = U(v.item_bytes), U(v.sum_bytes), U(v.number_bytes)
+    item, sum_item, number_item = U(v.item_bytes), U(v.residual_bytes), U(v.number_bytes)
 
     @v.inline
     def data_or(otherwise, address, cell):
@@ -71,18 +71,18 @@ def _arithmetic(v: Any) -> Any:
 def _forward(v: Any, activation: int) -> Any:
     data_or, sums_or, numbers_or, bits_at = _loads(v)
     load_data, store_sums, kept, above, spread = v.load_data, v.store_sums, v.kept, v.above, v.spread
-    item, sum_item, zero, one = U(v.item_bytes), U(v.sum_bytes), v.number(0), v.number(1)
+    item, sum_item, zero, one = U(v.item_bytes), U(v.residual_bytes), v.number(0), v.number(1)
     activate = curves(v.doubles).activations[activation]
     plus, _ = _arithmetic(v)
     value = v.each(lambda h, f, a: activate(h) * f * a, "vvn")
 
     @v.inline
-    def forward(cell, column, x, bias, factor, residual, words, y, a):
+    def forward(cell, column, x, input_bias, multiplier, residual, words, y, a):
         """The elements from ``cell`` on; the bits of those kept and not at or below 0."""
         zeros = spread(zero)
         h = load_data(x + cell * item)
-        b = numbers_or(zeros, bias, column)
-        f = data_or(spread(one), factor, cell)
+        b = numbers_or(zeros, input_bias, column)
+        f = data_or(spread(one), multiplier, cell)
         r = sums_or(zeros, residual, cell)
         bits = bits_at(words, cell)
         h = plus(h, b)
@@ -95,26 +95,26 @@ def _forward(v: Any, activation: int) -> Any:
 def _backward(v: Any, activation: int) -> Any:
     data_or, _, numbers_or, bits_at = _loads(v)
     load_sums, store_data, kept, spread = v.load_sums, v.store_data, v.kept, v.spread
-    item, sum_item, zero, one = U(v.item_bytes), U(v.sum_bytes), v.number(0), v.number(1)
+    item, sum_item, zero, one = U(v.item_bytes), U(v.residual_bytes), v.number(0), v.number(1)
     functions = curves(v.doubles)
     activate, slope = functions.activations[activation], functions.slopes[activation]
     plus, times = _arithmetic(v)
     of_input = v.each(lambda g, h, f: g * slope(h) * f, "vvv")
-    of_factor = v.each(lambda g, h: g * activate(h), "vv")
+    of_multiplier = v.each(lambda g, h: g * activate(h), "vv")
 
     @v.inline
-    def backward(cell, column, dy, x, bias, factor, words, dx, dfactor, a):
+    def backward(cell, column, dy, x, input_bias, multiplier, words, dx, dmultiplier, a):
         """The gradients of the elements from ``cell`` on; that of the input."""
         zeros = spread(zero)
         g = load_sums(dy + cell * sum_item)
         h = data_or(zeros, x, cell)
-        b = numbers_or(zeros, bias, column)
-        f = data_or(spread(one), factor, cell)
+        b = numbers_or(zeros, input_bias, column)
+        f = data_or(spread(one), multiplier, cell)
         bits = bits_at(words, cell)
         g, h = times(g, a), plus(h, b)
         result = kept(bits, of_input(g, h, f))
-        if dfactor:
-            store_data(dfactor + cell * item, kept(bits, of_factor(g, h)))
+        if dmultiplier:
+            store_data(dmultiplier + cell * item, kept(bits, of_multiplier(g, h)))
         if dx:
             store_data(dx + cell * item, result)
         return result
@@ -141,12 +141,12 @@ def _forward_over(v: Any, activation: int) -> Any:
     lane_index, store_word, count, has_signs = v.lane, v.store_word, U(v.count), activation == RELU
 
     @v.inline
-    def over(first, end, x, bias, factor, residual, words, y, signs, columns, a):
+    def over(first, end, x, input_bias, multiplier, residual, words, y, signs, columns, a):
         begin, step, column, column_step = walk(first, columns)
         while begin < end:  # whole warps, since lanes put their bits together
             cell, bits = begin + U(lane_index()) * count, U(0)
             if cell < end:
-                bits = forward(cell, column, x, bias, factor, residual, words, y, a)
+                bits = forward(cell, column, x, input_bias, multiplier, residual, words, y, a)
             if has_signs and signs:
                 word = gather(bits, lane_index())
                 if cell < end and cell & LOW_5 == U(0):
@@ -162,10 +162,10 @@ def _forward_over(v: Any, activation: int) -> Any:
 def pointwise_forward(wide: Any, narrow: Any, activation: int) -> Any:
     over_vectors, over_items = _forward_over(wide, activation), _forward_over(narrow, activation)
 
-    def kernel(x, bias, factor, residual, words, y, signs, n, columns, whole, a):
+    def kernel(x, input_bias, multiplier, residual, words, y, signs, n, columns, whole, a):
         """``whole`` elements in vectors, full words of them; what is left one by one."""
-        over_vectors(U(0), whole, x, bias, factor, residual, words, y, signs, columns, a)
-        over_items(whole, n, x, bias, factor, residual, words, y, signs, columns, a)
+        over_vectors(U(0), whole, x, input_bias, multiplier, residual, words, y, signs, columns, a)
+        over_items(whole, n, x, input_bias, multiplier, residual, words, y, signs, columns, a)
 
     return kernel
 
@@ -174,11 +174,11 @@ def _backward_over(v: Any, activation: int) -> Any:
     walk, backward, lane_index, count = _walk(v), _backward(v, activation), v.lane, U(v.count)
 
     @v.inline
-    def over(first, end, dy, x, bias, factor, words, dx, dfactor, columns, a):
+    def over(first, end, dy, x, input_bias, multiplier, words, dx, dmultiplier, columns, a):
         begin, step, column, column_step = walk(first, columns)
         cell = begin + U(lane_index()) * count
         while cell < end:
-            backward(cell, column, dy, x, bias, factor, words, dx, dfactor, a)
+            backward(cell, column, dy, x, input_bias, multiplier, words, dx, dmultiplier, a)
             cell += step
             column += column_step
             if column >= columns:
@@ -190,9 +190,9 @@ def _backward_over(v: Any, activation: int) -> Any:
 def pointwise_backward(wide: Any, narrow: Any, activation: int) -> Any:
     over_vectors, over_items = _backward_over(wide, activation), _backward_over(narrow, activation)
 
-    def kernel(dy, x, bias, factor, words, dx, dfactor, n, columns, whole, a):
-        over_vectors(U(0), whole, dy, x, bias, factor, words, dx, dfactor, columns, a)
-        over_items(whole, n, dy, x, bias, factor, words, dx, dfactor, columns, a)
+    def kernel(dy, x, input_bias, multiplier, words, dx, dmultiplier, n, columns, whole, a):
+        over_vectors(U(0), whole, dy, x, input_bias, multiplier, words, dx, dmultiplier, columns, a)
+        over_items(whole, n, dy, x, input_bias, multiplier, words, dx, dmultiplier, columns, a)
 
     return kernel
 
@@ -260,7 +260,7 @@ def pointwise_columns(v: Any, activation: int) -> Any:
     backward, (plus, _) = _backward(v, activation), _arithmetic(v)
     number_item, zero = U(v.number_bytes), v.number(0)
 
-    def kernel(dy, x, bias, factor, words, dx, dfactor, sums, rows, columns, panels, width, a):
+    def kernel(dy, x, input_bias, multiplier, words, dx, dmultiplier, sums, rows, columns, panels, width, a):
         """`pointwise_backward`, and the sum of dx by columns; ``width`` is from one panel's to the next one's."""
         warp = own_warp()
         number, end = U(block_index()), tasks(columns, panels)
@@ -271,7 +271,9 @@ def pointwise_columns(v: Any, activation: int) -> Any:
             if column < columns:
                 while row < stop:
                     cell = row * columns + column
-                    total = plus(total, backward(cell, column, dy, x, bias, factor, words, dx, dfactor, a))
+                    total = plus(
+                        total, backward(cell, column, dy, x, input_bias, multiplier, words, dx, dmultiplier, a)
+                    )
                     row += warps
             total = over_warps(total)
             if warp == U(0) and column < columns:
@@ -285,32 +287,32 @@ def norm_columns(v: Any) -> Any:
     (tasks, task_of), own_warp, over_warps, warps = _tasks(v), _own_warp(v), _over_warps(v), U(v.team_warps)
     block_index, blocks, spread, store_numbers = v.block, v.blocks, v.spread, v.store_numbers
     load_data, load_sums, load_number, (plus, _) = v.load_data, v.load_sums, v.load_number, _arithmetic(v)
-    item, sum_item, number_item, zero = U(v.item_bytes), U(v.sum_bytes), U(v.number_bytes), v.number(0)
+    item, sum_item, number_item, zero = U(v.item_bytes), U(v.residual_bytes), U(v.number_bytes), v.number(0)
     add_normal = v.each(lambda total, g, s, mean, rstd: total + g * ((s - mean) * rstd), "vvvnn")
 
-    def kernel(dy, sum, statistics, sums, rows, columns, panels):
+    def kernel(dy, residual_out, statistics, sums, rows, columns, panels):
         """The gradients of a norm's weight and shift, the first two lines of a panel's three."""
         warp = own_warp()
         number, end = U(block_index()), tasks(columns, panels)
         while number < end:
             panel, row, stop, column = task_of(number, rows, columns, panels)
             row += warp
-            of_weight, of_shift = spread(zero), spread(zero)
+            of_weight, of_norm_bias = spread(zero), spread(zero)
             if column < columns:
                 while row < stop:
                     cell = row * columns + column
-                    g, s = load_data(dy + cell * item), load_sums(sum + cell * sum_item)
+                    g, s = load_data(dy + cell * item), load_sums(residual_out + cell * sum_item)
                     mean = load_number(statistics + row * TWO * number_item)
                     rstd = load_number(statistics + (row * TWO + ONE) * number_item)
                     of_weight = add_normal(of_weight, g, s, mean, rstd)
-                    of_shift = plus(of_shift, g)
+                    of_norm_bias = plus(of_norm_bias, g)
                     row += warps
             of_weight = over_warps(of_weight)
-            of_shift = over_warps(of_shift)
+            of_norm_bias = over_warps(of_norm_bias)
             if warp == U(0) and column < columns:
                 at = sums + (panel * U(3) * columns + column) * number_item
                 store_numbers(at, of_weight)
-                store_numbers(at + columns * number_item, of_shift)
+                store_numbers(at + columns * number_item, of_norm_bias)
             number += U(blocks())
 
     return kernel
@@ -387,22 +389,38 @@ def norm_forward(v: Any) -> Any:
     team, row_sum, total, (plus, times) = _teams(v), _over_team(v, lambda a, b: a + b), v.total, _arithmetic(v)
     load_data, store_data, store_sums, store_number = v.load_data, v.store_data, v.store_sums, v.store_number
     kept, rounded, spread, root = v.kept, v.rounded, v.spread, v.number_root
-    item, sum_item, number_item = U(v.item_bytes), U(v.sum_bytes), U(v.number_bytes)
+    item, sum_item, number_item = U(v.item_bytes), U(v.residual_bytes), U(v.number_bytes)
     number, zero, one = v.number, v.number(0), v.number(1)
     add_square = v.each(lambda total, s, mean: total + (s - mean) * (s - mean), "vvn")
     normal = v.each(lambda s, mean, rstd, w, b: (s - mean) * rstd * w + b, "vnnvv")
 
     @v.inline
-    def summed(cell, column, x, bias, residual, words, a):
+    def summed(cell, column, x, input_bias, residual, words, a):
         """Elements of the sum, as they are stored."""
         zeros = spread(zero)
         h = load_data(x + cell * item)
-        b = numbers_or(zeros, bias, column)
+        b = numbers_or(zeros, input_bias, column)
         r = sums_or(zeros, residual, cell)
         bits = bits_at(words, cell)
         return rounded(plus(kept(bits, times(plus(h, b), a)), r))
 
-    def kernel(x, bias, residual, words, weight, shift, y, sum, statistics, rows, columns, by_block, centred, a, eps):
+    def kernel(
+        x,
+        input_bias,
+        residual,
+        words,
+        weight,
+        norm_bias,
+        y,
+        residual_out,
+        statistics,
+        rows,
+        columns,
+        by_block,
+        centred,
+        a,
+        eps,
+    ):
         row, row_step, first, step = team(by_block)
         extent = number(columns)
         while row < rows:
@@ -411,12 +429,12 @@ def norm_forward(v: Any) -> Any:
             if centred:
                 found, column = spread(zero), first
                 while column < columns:
-                    found = plus(found, summed(begin + column, column, x, bias, residual, words, a))
+                    found = plus(found, summed(begin + column, column, x, input_bias, residual, words, a))
                     column += step
                 mean = row_sum(total(found), by_block) / extent
             found, column = spread(zero), first
             while column < columns:
-                s = summed(begin + column, column, x, bias, residual, words, a)
+                s = summed(begin + column, column, x, input_bias, residual, words, a)
                 found = add_square(found, s, mean)
                 column += step
             rstd = one / root(row_sum(total(found), by_block) / extent + eps)
@@ -424,9 +442,9 @@ def norm_forward(v: Any) -> Any:
             while column < columns:
                 cell = begin + column
                 w = numbers_or(spread(one), weight, column)
-                b = numbers_or(spread(zero), shift, column)
-                s = summed(cell, column, x, bias, residual, words, a)
-                store_sums(sum + cell * sum_item, s)
+                b = numbers_or(spread(zero), norm_bias, column)
+                s = summed(cell, column, x, input_bias, residual, words, a)
+                store_sums(residual_out + cell * sum_item, s)
                 store_data(y + cell * item, normal(s, mean, rstd, w, b))
                 column += step
             if first == U(0):
@@ -442,7 +460,7 @@ def norm_backward(v: Any) -> Any:
     team, row_sum, total, (plus, times) = _teams(v), _over_team(v, lambda a, b: a + b), v.total, _arithmetic(v)
     load_data, load_sums, load_number = v.load_data, v.load_sums, v.load_number
     store_data, store_sums, kept, spread = v.store_data, v.store_sums, v.kept, v.spread
-    item, sum_item, number_item = U(v.item_bytes), U(v.sum_bytes), U(v.number_bytes)
+    item, sum_item, number_item = U(v.item_bytes), U(v.residual_bytes), U(v.number_bytes)
     number, zero, one = v.number, v.number(0), v.number(1)
     weighted = v.each(lambda g, w: g * w, "vv")
     add_normal = v.each(lambda total, g, s, mean, rstd: total + g * ((s - mean) * rstd), "vvvnn")
@@ -450,7 +468,9 @@ def norm_backward(v: Any) -> Any:
         lambda g, s, d, mean, rstd, of_g, of_normal: (g - of_g - (s - mean) * rstd * of_normal) * rstd + d, "vvvnnnn"
     )
 
-    def kernel(dy, dsum, sum, statistics, weight, words, dx, dresidual, rows, columns, by_block, centred, a):
+    def kernel(
+        dy, dresidual_out, residual_out, statistics, weight, words, dx, dresidual, rows, columns, by_block, centred, a
+    ):
         row, row_step, first, step = team(by_block)
         extent = number(columns)
         while row < rows:
@@ -460,7 +480,7 @@ def norm_backward(v: Any) -> Any:
             plain, by_normal, column = spread(zero), spread(zero), first
             while column < columns:
                 cell = begin + column
-                g, s = load_data(dy + cell * item), load_sums(sum + cell * sum_item)
+                g, s = load_data(dy + cell * item), load_sums(residual_out + cell * sum_item)
                 g = weighted(g, numbers_or(spread(one), weight, column))
                 plain, by_normal = plus(plain, g), add_normal(by_normal, g, s, mean, rstd)
                 column += step
@@ -471,8 +491,8 @@ def norm_backward(v: Any) -> Any:
             column = first
             while column < columns:
                 cell = begin + column
-                g, s = load_data(dy + cell * item), load_sums(sum + cell * sum_item)
-                d, bits = sums_or(spread(zero), dsum, cell), bits_at(words, cell)
+                g, s = load_data(dy + cell * item), load_sums(residual_out + cell * sum_item)
+                d, bits = sums_or(spread(zero), dresidual_out, cell), bits_at(words, cell)
                 g = weighted(g, numbers_or(spread(one), weight, column))
                 slope = slope_of(g, s, d, mean, rstd, of_g, of_normal)
                 if dresidual:
@@ -492,7 +512,7 @@ def softmax_forward(v: Any) -> Any:
     load_data, store_data, kept, spread, multiply_high = v.load_data, v.store_data, v.kept, v.spread, v.multiply_high
     item, count, zero, one, lowest = U(v.item_bytes), U(v.count), v.number(0), v.number(1), v.number(-np.inf)
     exponential = curves(v.doubles).exponential
-    scaled = v.each(lambda x, m, scale: x * scale + m, "vvn")
+    scaled = v.each(lambda x, m, softmax_scale: x * softmax_scale + m, "vvn")
     first_of = v.each(lambda s, j, left, beyond: s if j < left else beyond, "vjkn")
     larger = v.each(lambda a, b: b if b > a else a, "vv")
     powers = v.each(lambda s, top: exponential(s - top), "vn")
@@ -505,11 +525,11 @@ def softmax_forward(v: Any) -> Any:
         return s
 
     @v.inline
-    def scores(cell, column, x, mask, line, keys, scale):
+    def scores(cell, column, x, mask, line, keys, softmax_scale):
         """Of keys that are seen; minus infinity beyond."""
         s = load_data(x + cell * item)
         m = numbers_or(spread(zero), mask, line + column)
-        return up_to(keys, column, scaled(s, m, scale), lowest)
+        return up_to(keys, column, scaled(s, m, softmax_scale), lowest)
 
     @v.inline
     def divided(n, multiplier, shift):
@@ -535,7 +555,7 @@ def softmax_forward(v: Any) -> Any:
         query_stride,
         by_block,
         causal,
-        scale,
+        softmax_scale,
         a,
     ):
         row, row_step, first, step = team(by_block)
@@ -550,14 +570,14 @@ def softmax_forward(v: Any) -> Any:
                 keys = min(columns, query + ONE)
             found, column = spread(lowest), first
             while column < keys:
-                found = larger(found, scores(begin + column, column, x, mask, line, keys, scale))
+                found = larger(found, scores(begin + column, column, x, mask, line, keys, softmax_scale))
                 column += step
             top = row_most(most(found), by_block)
             if top == lowest:  # nothing is left, and the sum is 0; or there is a NaN, which it shows
                 top = zero
             found, column = spread(zero), first
             while column < keys:
-                s = scores(begin + column, column, x, mask, line, keys, scale)
+                s = scores(begin + column, column, x, mask, line, keys, softmax_scale)
                 found = plus(found, powers(s, top))
                 column += step
             share = row_sum(total(found), by_block)
@@ -567,7 +587,7 @@ def softmax_forward(v: Any) -> Any:
             while column < columns:
                 cell, p = begin + column, spread(zero)
                 if column < keys:
-                    s = scores(cell, column, x, mask, line, keys, scale)
+                    s = scores(cell, column, x, mask, line, keys, softmax_scale)
                     p = up_to(keys, column, times(powers(s, top), share), zero)
                 if probabilities:
                     store_data(probabilities + cell * item, p)
@@ -584,9 +604,9 @@ def softmax_backward(v: Any) -> Any:
     load_data, store_data, kept, spread = v.load_data, v.store_data, v.kept, v.spread
     item, zero = U(v.item_bytes), v.number(0)
     add_product = v.each(lambda total, g, p: total + g * p, "vvv")
-    slope = v.each(lambda g, p, dot, scale: (g - dot) * p * scale, "vvnn")
+    slope = v.each(lambda g, p, dot, softmax_scale: (g - dot) * p * softmax_scale, "vvnn")
 
-    def kernel(dy, probabilities, words, dx, y, rows, columns, by_block, scale, a):
+    def kernel(dy, probabilities, words, dx, y, rows, columns, by_block, softmax_scale, a):
         row, row_step, first, step = team(by_block)
         while row < rows:
             begin = row * columns
@@ -604,7 +624,7 @@ def softmax_backward(v: Any) -> Any:
                 bits = bits_at(words, cell)
                 if y:
                     store_data(y + cell * item, kept(bits, times(p, a)))
-                store_data(dx + cell * item, slope(kept(bits, times(g, a)), p, dot, scale))
+                store_data(dx + cell * item, slope(kept(bits, times(g, a)), p, dot, softmax_scale))
                 column += step
             row += row_step
 

@@ -28,12 +28,12 @@ SHARED = 3  # address space
 class RowVocabulary(Vocabulary):
     """What kernels of one pair of storage types are written in, for threads that hold vectors or elements."""
 
-    def __init__(self, dtype: int, cc: tuple[int, int], sum_dtype: int, wide: bool) -> None:
+    def __init__(self, dtype: int, cc: tuple[int, int], residual_dtype: int, wide: bool) -> None:
         super().__init__(dtype, cc, plain=True)
         count = self.vector_items if wide else 1
         self.count, self.doubles, self.team_warps = count, dtype == FLOAT64, TEAM_WARPS
-        stream, plain = Vocabulary(sum_dtype, cc, True), Vocabulary(FLOAT64 if self.doubles else FLOAT32, cc, True)
-        self.sum_bytes, self.number_bytes = stream.item_bytes, plain.item_bytes
+        stream, plain = Vocabulary(residual_dtype, cc, True), Vocabulary(FLOAT64 if self.doubles else FLOAT32, cc, True)
+        self.residual_bytes, self.number_bytes = stream.item_bytes, plain.item_bytes
         self.number: Any = np.float64 if self.doubles else np.float32  # of constants
         n: Any = types.float64 if self.doubles else types.float32
         self._stream, self._number_type, self._vector_type = stream, n, types.UniTuple(n, count)

@@ -157,10 +157,10 @@ def dilate_bits(to: Words, words: Words, outer: int, n: int, inner: int, block: 
 
 def pointwise_forward(
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     x: Array,
-    bias: Array | None,
-    factor: Array | None,
+    input_bias: Array | None,
+    multiplier: Array | None,
     residual: Array | None,
     words: Words | None,
     y: Array,
@@ -170,21 +170,21 @@ def pointwise_forward(
     a: float,
     activation: int,
 ) -> None:
-    at = _addresses(x, bias, factor, residual, words, y, signs)
-    arguments = dtype, sum_dtype, *at, columns, _real(dtype, a), activation
+    at = _addresses(x, input_bias, multiplier, residual, words, y, signs)
+    arguments = dtype, residual_dtype, *at, columns, _real(dtype, a), activation
     _over_ranges(row_kernels.pointwise_forward, arguments, rows * columns)
 
 
 def pointwise_backward(
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     dy: Array,
     x: Array | None,
-    bias: Array | None,
-    factor: Array | None,
+    input_bias: Array | None,
+    multiplier: Array | None,
     words: Words | None,
     dx: Array,
-    dfactor: Array | None,
+    dmultiplier: Array | None,
     sums: Array | None,
     rows: int,
     columns: int,
@@ -192,8 +192,8 @@ def pointwise_backward(
     a: float,
     activation: int,
 ) -> None:
-    at = _addresses(dy, x, bias, factor, words, dx, dfactor, sums)
-    arguments = dtype, sum_dtype, *at, rows, columns, panels, _real(dtype, a), activation
+    at = _addresses(dy, x, input_bias, multiplier, words, dx, dmultiplier, sums)
+    arguments = dtype, residual_dtype, *at, rows, columns, panels, _real(dtype, a), activation
     if sums is None:
         _over_ranges(row_kernels.pointwise_backward, arguments, rows * columns)
     else:
@@ -203,15 +203,15 @@ def pointwise_backward(
 
 def norm_forward(
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     x: Array,
-    bias: Array | None,
+    input_bias: Array | None,
     residual: Array | None,
     words: Words | None,
     weight: Array | None,
-    shift: Array | None,
+    norm_bias: Array | None,
     y: Array,
-    sum: Array,
+    residual_out: Array,
     statistics: Array,
     rows: int,
     columns: int,
@@ -219,17 +219,17 @@ def norm_forward(
     eps: float,
     centred: int,
 ) -> None:
-    at = _addresses(x, bias, residual, words, weight, shift, y, sum, statistics)
-    arguments = dtype, sum_dtype, *at, columns, _real(dtype, a), float(eps), int(centred)
+    at = _addresses(x, input_bias, residual, words, weight, norm_bias, y, residual_out, statistics)
+    arguments = dtype, residual_dtype, *at, columns, _real(dtype, a), float(eps), int(centred)
     _over_ranges(row_kernels.norm_forward, arguments, rows, cells=columns)
 
 
 def norm_backward(
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     dy: Array,
-    dsum: Array | None,
-    sum: Array,
+    dresidual_out: Array | None,
+    residual_out: Array,
     statistics: Array,
     weight: Array | None,
     words: Words | None,
@@ -242,8 +242,8 @@ def norm_backward(
     a: float,
     centred: int,
 ) -> None:
-    at = _addresses(dy, dsum, sum, statistics, weight, words, dx, dresidual, sums)
-    arguments = dtype, sum_dtype, *at, rows, columns, panels, _real(dtype, a), int(centred)
+    at = _addresses(dy, dresidual_out, residual_out, statistics, weight, words, dx, dresidual, sums)
+    arguments = dtype, residual_dtype, *at, rows, columns, panels, _real(dtype, a), int(centred)
     _over_ranges(row_kernels.norm_backward, arguments, panels, cells=rows * columns // panels)
     if sums is not None:
         _add_panels(sums, panels)
@@ -263,12 +263,12 @@ def softmax_forward(
     outer_stride: int,
     head_stride: int,
     query_stride: int,
-    scale: float,
+    softmax_scale: float,
     a: float,
     causal: int,
 ) -> None:
     at, strides = _addresses(x, mask, words, probabilities, y), (outer_stride, head_stride, query_stride)
-    arguments = dtype, *at, columns, heads, queries, *strides, _real(dtype, scale), _real(dtype, a), int(causal)
+    arguments = dtype, *at, columns, heads, queries, *strides, _real(dtype, softmax_scale), _real(dtype, a), int(causal)
     _over_ranges(row_kernels.softmax_forward, arguments, rows, cells=columns)
 
 
@@ -281,11 +281,11 @@ def softmax_backward(
     y: Array | None,
     rows: int,
     columns: int,
-    scale: float,
+    softmax_scale: float,
     a: float,
 ) -> None:
     at = _addresses(dy, probabilities, words, dx, y)
-    arguments = dtype, *at, columns, _real(dtype, scale), _real(dtype, a)
+    arguments = dtype, *at, columns, _real(dtype, softmax_scale), _real(dtype, a)
     _over_ranges(row_kernels.softmax_backward, arguments, rows, cells=columns)
 
 

@@ -389,28 +389,30 @@ def _largest(h, n):
 
 
 @kernel
-def pointwise_forward(begin, end, dtype, sum_dtype, x, bias, factor, residual, words, y, signs, columns, a, activation):
+def pointwise_forward(
+    begin, end, dtype, residual_dtype, x, input_bias, multiplier, residual, words, y, signs, columns, a, activation
+):
     """Over cells, from one where a word of the signs begins."""
     columns, strip = U(columns), U(STRIP_CELLS)
-    biases = _columns(bias, columns, strip, a)
+    biases = _columns(input_bias, columns, strip, a)
     h, other = np.full(strip, a), np.full(strip, a)
     stop = U(end)
     for at in range(U(begin), stop, strip):
         n = min(stop - at, strip)
         _take(dtype, x, at, n, h)
-        if bias:
+        if input_bias:
             _add(h, biases, at % columns, n)
         if signs:
             _write_signs(h, words, signs, at, n)
         _activate(h, n, activation)
-        if factor:
-            _take(dtype, factor, at, n, other)
+        if multiplier:
+            _take(dtype, multiplier, at, n, other)
             _multiply(h, other, n)
         _drop(h, words, at, n, a)
         if residual:
-            _take(sum_dtype, residual, at, n, other)
+            _take(residual_dtype, residual, at, n, other)
             _add(h, other, U(0), n)
-        _deliver(sum_dtype, y, at, n, h)
+        _deliver(residual_dtype, y, at, n, h)
 
 
 @stage
@@ -432,11 +434,27 @@ def _first_row(panel, rows, panels):
 
 @kernel
 def pointwise_backward(
-    begin, end, dtype, sum_dtype, dy, x, bias, factor, words, dx, dfactor, sums, rows, columns, panels, a, activation
+    begin,
+    end,
+    dtype,
+    residual_dtype,
+    dy,
+    x,
+    input_bias,
+    multiplier,
+    words,
+    dx,
+    dmultiplier,
+    sums,
+    rows,
+    columns,
+    panels,
+    a,
+    activation,
 ):
     """Over cells or, with sums, over panels."""
     rows, columns, panels, strip = U(rows), U(columns), U(panels), U(STRIP_CELLS)
-    biases = _columns(bias, columns, strip, a)
+    biases = _columns(input_bias, columns, strip, a)
     g, h, other = np.full(strip, a), np.full(strip, a), np.full(strip, a)
     line = np.full(columns if sums else U(0), a)
     at, stop = U(begin), U(end)
@@ -446,24 +464,24 @@ def pointwise_backward(
             at, stop = _first_row(panel, rows, panels) * columns, _first_row(panel + U(1), rows, panels) * columns
         while at < stop:
             n = min(stop - at, strip)
-            _take(sum_dtype, dy, at, n, g)
+            _take(residual_dtype, dy, at, n, g)
             if x:
                 _take(dtype, x, at, n, h)
-                if bias:
+                if input_bias:
                     _add(h, biases, at % columns, n)
-            if dfactor:
+            if dmultiplier:
                 _copy(other, h, n)
                 _activate(other, n, activation)
                 _multiply(other, g, n)
                 _drop(other, words, at, n, a)
             _times_slope(g, h, n, activation)
-            if factor:
-                _take(dtype, factor, at, n, h)
+            if multiplier:
+                _take(dtype, multiplier, at, n, h)
                 _multiply(g, h, n)
             _drop(g, words, at, n, a)
             _deliver(dtype, dx, at, n, g)
-            if dfactor:
-                _deliver(dtype, dfactor, at, n, other)
+            if dmultiplier:
+                _deliver(dtype, dmultiplier, at, n, other)
             if sums:
                 _add_to_columns(line, columns, g, at % columns, n)
             at += n
@@ -493,15 +511,15 @@ def norm_forward(
     begin,
     end,
     dtype,
-    sum_dtype,
+    residual_dtype,
     x,
-    bias,
+    input_bias,
     residual,
     words,
     weight,
-    shift,
+    norm_bias,
     y,
-    sum,
+    residual_out,
     statistics,
     columns,
     a,
@@ -510,21 +528,21 @@ def norm_forward(
 ):
     """Over rows."""
     columns, none = U(columns), U(0)
-    biases, weights = _columns(bias, columns, none, a), _columns(weight, columns, none, a)
-    shifts = _columns(shift, columns, none, a)
+    biases, weights = _columns(input_bias, columns, none, a), _columns(weight, columns, none, a)
+    norm_biases = _columns(norm_bias, columns, none, a)
     h, other = np.full(columns, a), np.full(columns, a)
     for r in range(U(begin), U(end)):
         at = r * columns
         _take(dtype, x, at, columns, h)
-        if bias:
+        if input_bias:
             _add(h, biases, U(0), columns)
         _drop(h, words, at, columns, a)
         if residual:
-            _take(sum_dtype, residual, at, columns, other)
+            _take(residual_dtype, residual, at, columns, other)
             _add(h, other, U(0), columns)
-        _deliver(sum_dtype, sum, at, columns, h)
-        if sum_dtype in (FLOAT16, BFLOAT16):  # statistics are those of what is stored
-            _take(sum_dtype, sum, at, columns, h)
+        _deliver(residual_dtype, residual_out, at, columns, h)
+        if residual_dtype in (FLOAT16, BFLOAT16):  # statistics are those of what is stored
+            _take(residual_dtype, residual_out, at, columns, h)
         mean = _as(_sum(h, columns) / np.float64(columns) if centred else 0.0, a)
         variance = _sum_of_squares(h, columns, mean) / np.float64(columns)
         rstd = _as(1.0 / math.sqrt(variance + eps), a)
@@ -533,8 +551,8 @@ def norm_forward(
         _normalise(h, columns, mean, rstd)
         if weight:
             _multiply(h, weights, columns)
-        if shift:
-            _add(h, shifts, U(0), columns)
+        if norm_bias:
+            _add(h, norm_biases, U(0), columns)
         _deliver(dtype, y, at, columns, h)
 
 
@@ -550,10 +568,10 @@ def norm_backward(
     begin,
     end,
     dtype,
-    sum_dtype,
+    residual_dtype,
     dy,
-    dsum,
-    sum,
+    dresidual_out,
+    residual_out,
     statistics,
     weight,
     words,
@@ -571,40 +589,40 @@ def norm_backward(
     weights = _columns(weight, columns, U(0), a)
     g, normal = np.full(columns, a), np.full(columns, a)
     width = columns if sums else U(0)
-    of_weight, of_shift, of_bias = np.full(width, a), np.full(width, a), np.full(width, a)
+    of_weight, of_norm_bias, of_input_bias = np.full(width, a), np.full(width, a), np.full(width, a)
     for panel in range(U(begin), U(end)):
         of_weight[:] = 0
-        of_shift[:] = 0
-        of_bias[:] = 0
+        of_norm_bias[:] = 0
+        of_input_bias[:] = 0
         for r in range(_first_row(panel, rows, panels), _first_row(panel + U(1), rows, panels)):
             at = r * columns
             mean, rstd = fetch(statistics, U(2) * r, a), fetch(statistics, U(2) * r + U(1), a)
             _take(dtype, dy, at, columns, g)
-            _take(sum_dtype, sum, at, columns, normal)
+            _take(residual_dtype, residual_out, at, columns, normal)
             _normalise(normal, columns, mean, rstd)
             if sums:
                 _multiply_add(of_weight, g, normal, columns)
-                _add(of_shift, g, U(0), columns)
+                _add(of_norm_bias, g, U(0), columns)
             if weight:
                 _multiply(g, weights, columns)
             of_g = _as(_sum(g, columns) / np.float64(columns) if centred else 0.0, a)
             of_normal = _as(_dot(g, normal, columns) / np.float64(columns), a)
             _norm_slope(g, normal, columns, of_g, of_normal, rstd)
-            if dsum:
-                _take(sum_dtype, dsum, at, columns, normal)
+            if dresidual_out:
+                _take(residual_dtype, dresidual_out, at, columns, normal)
                 _add(g, normal, U(0), columns)
             if dresidual:
-                _deliver(sum_dtype, dresidual, at, columns, g)
+                _deliver(residual_dtype, dresidual, at, columns, g)
             if dx or sums:
                 _drop(g, words, at, columns, a)
             if dx:
                 _deliver(dtype, dx, at, columns, g)
             if sums:
-                _add(of_bias, g, U(0), columns)
+                _add(of_input_bias, g, U(0), columns)
         if sums:
             _put_line(sums, U(3) * panel, of_weight)
-            _put_line(sums, U(3) * panel + U(1), of_shift)
-            _put_line(sums, U(3) * panel + U(2), of_bias)
+            _put_line(sums, U(3) * panel + U(1), of_norm_bias)
+            _put_line(sums, U(3) * panel + U(2), of_input_bias)
 
 
 # ---- softmax ----
@@ -626,7 +644,7 @@ def softmax_forward(
     outer_stride,
     head_stride,
     query_stride,
-    scale,
+    softmax_scale,
     a,
     causal,
 ):
@@ -637,7 +655,7 @@ def softmax_forward(
         at, query, head, outer = r * columns, r % queries, r // queries % heads, r // queries // heads
         keys = min(columns, query + U(1)) if causal else columns
         _take(dtype, x, at, keys, h)
-        _scale(h, keys, scale)
+        _scale(h, keys, softmax_scale)
         if mask:
             line = outer * U(outer_stride) + head * U(head_stride) + query * U(query_stride)
             _take_as(mask, line, keys, other, a)
@@ -655,14 +673,14 @@ def softmax_forward(
 
 
 @stage
-def _softmax_slope(g, p, n, dot, scale):
+def _softmax_slope(g, p, n, dot, softmax_scale):
     """g becomes the gradient of the scores."""
     for i in range(U(0), n):
-        g[i] = (g[i] - dot) * p[i] * scale
+        g[i] = (g[i] - dot) * p[i] * softmax_scale
 
 
 @kernel
-def softmax_backward(begin, end, dtype, dy, probabilities, words, dx, y, columns, scale, a):
+def softmax_backward(begin, end, dtype, dy, probabilities, words, dx, y, columns, softmax_scale, a):
     """Over rows."""
     columns = U(columns)
     g, p = np.full(columns, a), np.full(columns, a)
@@ -671,7 +689,7 @@ def softmax_backward(begin, end, dtype, dy, probabilities, words, dx, y, columns
         _take(dtype, dy, at, columns, g)
         _take(dtype, probabilities, at, columns, p)
         _drop(g, words, at, columns, a)
-        _softmax_slope(g, p, columns, _as(_dot(g, p, columns), a), scale)
+        _softmax_slope(g, p, columns, _as(_dot(g, p, columns), a), softmax_scale)
         _deliver(dtype, dx, at, columns, g)
         if y:
             _drop(p, words, at, columns, a)

@@ -37,10 +37,10 @@ Doubles = NDArray[np.float64]
 
 def pointwise_forward(
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     x: Array,
-    bias: Array | None,
-    factor: Array | None,
+    input_bias: Array | None,
+    multiplier: Array | None,
     residual: Array | None,
     words: Words | None,
     y: Array,
@@ -58,30 +58,30 @@ def pointwise_forward(
     shape = rows, columns
     with np.errstate(all="ignore"):
         h = _wide(dtype, x, shape)
-        if bias is not None:
-            h = h + bias
+        if input_bias is not None:
+            h = h + input_bias
         keep = _bits(words, shape)
         if signs is not None:
             write_bits(signs, 0, (keep & ~(h <= 0)).reshape(-1))
         h = activated(h, activation)
-        if factor is not None:
-            h = h * _wide(dtype, factor, shape)
+        if multiplier is not None:
+            h = h * _wide(dtype, multiplier, shape)
         result = np.where(keep, h * a, 0.0)
         if residual is not None:
-            result = result + _wide(sum_dtype, residual, shape)
-        _store(sum_dtype, y, result)
+            result = result + _wide(residual_dtype, residual, shape)
+        _store(residual_dtype, y, result)
 
 
 def pointwise_backward(
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     dy: Array,
     x: Array | None,
-    bias: Array | None,
-    factor: Array | None,
+    input_bias: Array | None,
+    multiplier: Array | None,
     words: Words | None,
     dx: Array,
-    dfactor: Array | None,
+    dmultiplier: Array | None,
     sums: Array | None,
     rows: int,
     columns: int,
@@ -96,20 +96,20 @@ def pointwise_backward(
     """
     shape = rows, columns
     with np.errstate(all="ignore"):
-        g = _wide(sum_dtype, dy, shape) * a
+        g = _wide(residual_dtype, dy, shape) * a
         keep = _bits(words, shape)
         slope = g
         if x is not None:
             h = _wide(dtype, x, shape)
-            if bias is not None:
-                h = h + bias
+            if input_bias is not None:
+                h = h + input_bias
             slope = g * activation_slope(h, activation)
             scaled = g * activated(h, activation)
-        if factor is not None:
-            slope = slope * _wide(dtype, factor, shape)
+        if multiplier is not None:
+            slope = slope * _wide(dtype, multiplier, shape)
         slope = np.where(keep, slope, 0.0)
-        if dfactor is not None:
-            _store(dtype, dfactor, np.where(keep, scaled, 0.0))
+        if dmultiplier is not None:
+            _store(dtype, dmultiplier, np.where(keep, scaled, 0.0))
         _store(dtype, dx, slope)
         if sums is not None:
             sums.reshape(panels, columns)[0] = slope.sum(0)
@@ -117,15 +117,15 @@ def pointwise_backward(
 
 def norm_forward(
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     x: Array,
-    bias: Array | None,
+    input_bias: Array | None,
     residual: Array | None,
     words: Words | None,
     weight: Array | None,
-    shift: Array | None,
+    norm_bias: Array | None,
     y: Array,
-    sum: Array,
+    residual_out: Array,
     statistics: Array,
     rows: int,
     columns: int,
@@ -140,26 +140,28 @@ def norm_forward(
     which makes a root mean square of the deviation.
     """
     shape = rows, columns
-    pointwise_forward(dtype, sum_dtype, x, bias, None, residual, words, sum, None, rows, columns, a, 0)
+    pointwise_forward(
+        dtype, residual_dtype, x, input_bias, None, residual, words, residual_out, None, rows, columns, a, 0
+    )
     with np.errstate(all="ignore"):
-        stored = _wide(sum_dtype, sum, shape)
+        stored = _wide(residual_dtype, residual_out, shape)
         mean = stored.mean(1, keepdims=True) if centred else np.zeros((rows, 1))
         rstd = 1.0 / np.sqrt(np.square(stored - mean).mean(1, keepdims=True) + eps)
         statistics.reshape(rows, 2)[...] = np.concatenate([mean, rstd], 1)
         normal = (stored - mean) * rstd
         if weight is not None:
             normal = normal * weight
-        if shift is not None:
-            normal = normal + shift
+        if norm_bias is not None:
+            normal = normal + norm_bias
         _store(dtype, y, normal)
 
 
 def norm_backward(
     dtype: int,
-    sum_dtype: int,
+    residual_dtype: int,
     dy: Array,
-    dsum: Array | None,
-    sum: Array,
+    dresidual_out: Array | None,
+    residual_out: Array,
     statistics: Array,
     weight: Array | None,
     words: Words | None,
@@ -179,21 +181,21 @@ def norm_backward(
     with np.errstate(all="ignore"):
         g = _wide(dtype, dy, shape)
         mean, rstd = np.split(statistics.reshape(rows, 2).astype(np.float64), 2, 1)
-        normal = (_wide(sum_dtype, sum, shape) - mean) * rstd
-        of_weight, of_shift = (g * normal).sum(0), g.sum(0)
+        normal = (_wide(residual_dtype, residual_out, shape) - mean) * rstd
+        of_weight, of_norm_bias = (g * normal).sum(0), g.sum(0)
         if weight is not None:
             g = g * weight
         of_g = g.mean(1, keepdims=True) if centred else 0.0
         slope = (g - of_g - normal * (g * normal).mean(1, keepdims=True)) * rstd
-        if dsum is not None:
-            slope = slope + _wide(sum_dtype, dsum, shape)
+        if dresidual_out is not None:
+            slope = slope + _wide(residual_dtype, dresidual_out, shape)
         dropped = np.where(_bits(words, shape), slope * a, 0.0)
         if dresidual is not None:
-            _store(sum_dtype, dresidual, slope)
+            _store(residual_dtype, dresidual, slope)
         if dx is not None:
             _store(dtype, dx, dropped)
         if sums is not None:
-            sums.reshape(panels, 3, columns)[0] = of_weight, of_shift, dropped.sum(0)
+            sums.reshape(panels, 3, columns)[0] = of_weight, of_norm_bias, dropped.sum(0)
 
 
 def softmax_forward(
@@ -210,7 +212,7 @@ def softmax_forward(
     outer_stride: int,
     head_stride: int,
     query_stride: int,
-    scale: float,
+    softmax_scale: float,
     a: float,
     causal: int,
 ) -> None:
@@ -222,7 +224,7 @@ def softmax_forward(
     """
     shape = rows, columns
     with np.errstate(all="ignore"):
-        scores = _wide(dtype, x, shape) * scale
+        scores = _wide(dtype, x, shape) * softmax_scale
         row = np.arange(rows)
         query, head, outer = row % queries, row // queries % heads, row // queries // heads
         if mask is not None:
@@ -250,7 +252,7 @@ def softmax_backward(
     y: Array | None,
     rows: int,
     columns: int,
-    scale: float,
+    softmax_scale: float,
     a: float,
 ) -> None:
     """``dx = scale * probabilities * (g - (g * probabilities).sum())`` by rows, with ``g = bit ? a * dy : 0``.
@@ -263,7 +265,7 @@ def softmax_backward(
         g = np.where(keep, _wide(dtype, dy, shape) * a, 0.0)
         if y is not None:
             _store(dtype, y, np.where(keep, p * a, 0.0))
-        _store(dtype, dx, (g - (g * p).sum(1, keepdims=True)) * p * scale)
+        _store(dtype, dx, (g - (g * p).sum(1, keepdims=True)) * p * softmax_scale)
 
 
 def activated(h: Doubles, activation: int) -> Doubles:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..ops.attention import ATTENTION, Attention, has_known_dtypes, is_regular, repeat_heads
 from ..runtime import dtypes, nested
 from ..runtime.dispatch import hide_from_dynamo, is_eager_dense
+from ..runtime.dispatch.ops import composed_attention
 from . import onnx
 from .fused import softmax_dropout
 from .plan import (
@@ -158,7 +159,7 @@ def _refuse(
             pass
     with torch.no_grad():
         _torchs(*tensors, 0.0, *options)
-        torch.ops.aten._scaled_dot_product_attention_math(*tensors, 0.0, causal, scale=scale, enable_gqa=gqa)
+        composed_attention(*tensors, 0.0, causal, scale=scale, enable_gqa=gqa)
 
 
 def _torchs(query: Any, key: Any, value: Any, mask: Any, p: float, causal: bool, scale: Any, gqa: bool) -> Tensor:

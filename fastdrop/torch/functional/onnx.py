@@ -8,15 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..runtime.dispatch.compilers import constant_in_graphs
+
 __all__ = ["drop", "is_exported", "refuse"]
 
 
+@constant_in_graphs
 def is_exported() -> bool:
     """Whether `torch.onnx.export` looks at the call. It is asked while a call is traced, and not by the graph."""
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
-
-
-is_exported._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def drop(x: Tensor, p: Any, source: tuple[Any, Any], mask_shape: Any = None, scaling: str = "inverted") -> Tensor:

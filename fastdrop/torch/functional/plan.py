@@ -16,14 +16,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ...core import checks
 from ..ops import mask as mask_ops
 from ..runtime import seeds, tracing
 from ..runtime.dispatch import is_eager_dense, is_transformed
+from ..runtime.dispatch.compilers import constant_in_graphs
+from ..runtime.dispatch.tensors import check_inplace, is_in_dispatch_mode, may_be_differentiated_forward
 from . import onnx
 
 __all__ = [
@@ -97,7 +97,7 @@ def next_seed(way: str, x: Tensor, source: Source, inplace: bool = False) -> Any
         if seed is not None:
             seed = seeds.given(seed, generator, x)
         if inplace:
-            _check_inplace(x)
+            check_inplace(x)
         if seed is not None:
             return seed
         return seeds.draw_cuda(x.device, generator) if x.is_cuda else seeds.draw(generator)
@@ -142,14 +142,14 @@ def _is_traced_number(p: Any) -> bool:
     """Whether p is a tensor whose number a mode or a subclass, such as `make_fx` has, would not tell."""
     if not isinstance(p, Tensor):
         return False
-    return bool(_len_torch_dispatch_stack()) or type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return is_in_dispatch_mode() or type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def is_p_differentiated(p: Any) -> bool:
     """Whether somebody may want a derivative with respect to p."""
     if not isinstance(p, Tensor):
         return False
-    return p.requires_grad or (not _is_compiling() and (forward_ad._current_level >= 0 or is_transformed()))
+    return p.requires_grad or (not _is_compiling() and may_be_differentiated_forward())
 
 
 def _refuse_gradient() -> None:
@@ -197,22 +197,7 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device) if on else None
 
 
+@constant_in_graphs
 def _is_transformed_there() -> bool:
     """`is_transformed` of a call that is being compiled. It is asked while the call is traced, and not by the graph."""
     return is_transformed()
-
-
-_is_transformed_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _check_inplace(x: Tensor) -> None:
-    """Raises torch's own error if torch would not let x be written to, before anything is drawn or written."""
-    base = x._base
-    view = base is not None and (
-        (base.requires_grad and base.is_leaf)
-        or torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT
-    )
-    forbidden = torch.is_grad_enabled() and x.requires_grad and (x.is_leaf or view)
-    outside = x.is_inference() and not torch.is_inference_mode_enabled()
-    if forbidden or outside or torch._debug_has_internal_overlap(x) == 1:
-        x.mul_(1)

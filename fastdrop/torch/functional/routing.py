@@ -15,9 +15,10 @@ from ...core import checks, variants
 from ...core.random import DROP_ALL
 from ...core.random import threshold as threshold_of
 from ..ops import mask as mask_ops
-from ..ops.record import direct
 from ..runtime import dtypes, mask_kernels, nested, seeds
 from ..runtime.dispatch import can_call_kernel
+from ..runtime.dispatch.ops import fast_apply
+from ..runtime.dispatch.tensors import jit_trace
 from . import onnx
 from .plan import (
     KERNEL,
@@ -98,7 +99,7 @@ class Dropout(torch.autograd.Function):
         return dx, None, None, None
 
 
-_apply_dropout = direct(Dropout)
+_apply_dropout = fast_apply(Dropout)
 
 
 def _drop_by_ops(
@@ -145,7 +146,7 @@ def _full_extents(cells: Any, x: Tensor) -> Any:
 
 def _numbers(cells: Any) -> Any:
     """Extents as numbers, because those of a tensor's shape are tensors in `torch.jit.trace`."""
-    return cells if torch._C._get_tracing_state() is None else [int(extent) for extent in cells]
+    return cells if jit_trace() is None else [int(extent) for extent in cells]
 
 
 def _evaluated(x: Tensor, p: Any, inplace: bool) -> Tensor:

@@ -12,12 +12,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ...core.mask import word_count
 from ...core.random import keep_scale, threshold
 from ..runtime import dtypes, fused_kernels, mask_kernels
-from ..runtime.dispatch import is_transformed
+from ..runtime.dispatch.tensors import may_be_differentiated_forward
 from ..runtime.dtypes import wide
 from ..runtime.fused_kernels import Mask
 from . import mask as mask_ops
@@ -78,7 +77,7 @@ def is_differentiated() -> bool:
     """Whether somebody wants the derivative of the gradient that is computed now."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
-    return forward_ad._current_level >= 0 or is_transformed()
+    return may_be_differentiated_forward()
 
 
 @contextlib.contextmanager

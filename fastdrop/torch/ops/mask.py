@@ -22,6 +22,7 @@ from ...core.random import threshold
 from ..runtime import dtypes, mask_kernels, tracing
 from ..runtime import seeds as seed_source
 from ..runtime.dispatch import hide_from_dynamo
+from ..runtime.dispatch.ops import innermost_map
 from . import batching
 from .record import Maybe, MaybeSizes, Op, P, Seed, Sizes, called_by_inductor, library, saved_mask, schema
 
@@ -137,8 +138,8 @@ def _forward_tangents(saved: Saved, dx: Maybe, *_: Any) -> tuple[Maybe, None]:
     return None if dx is None else masked(dx, *saved), None
 
 
-def _one_p(dims: Any) -> None:
-    if dims.p is not None:
+def _one_p(axes: Any) -> None:
+    if axes.p is not None:
         raise ValueError("vmap over p, the dropout probability, is not supported: p must be one number for all samples")
 
 
@@ -147,19 +148,19 @@ def _for_all(x: Tensor, cells: Any) -> list[Any]:
     return [1, *(x.shape[1:] if cells is None else cells)]
 
 
-def _forward_batched(batch: batching.Batch, op: Any, dims: Any, call: Forward) -> Any:
-    _one_p(dims)
+def _forward_batched(around: Any, op: Any, axes: Any, call: Forward) -> Any:
+    _one_p(axes)
     x, cells = call.x, call.mask_shape
-    if dims.seed is None:
-        x = x.movedim(dims.x, 0)
+    if axes.seed is None:
+        x = x.movedim(axes.x, 0)
         return op(*call._replace(x=x, mask_shape=_for_all(x, cells))), (0, None)
-    if not batch.size or not batch.is_eager_dense_within(x, call.seed):
-        return batching.by_sample(batch, op, dims, call)
-    x = x.expand(batch.size, *x.shape) if dims.x is None else x.movedim(dims.x, 0)
-    cut, seeds = threshold(probability(call.p)), seed_source.for_kernels(call.seed.movedim(dims.seed, 0), x)
+    if not around.batch_size or not around.is_eager_dense_within(x, call.seed):
+        return batching.by_sample(around, op, axes, call)
+    x = x.expand(around.batch_size, *x.shape) if axes.x is None else x.movedim(axes.x, 0)
+    cut, seeds = threshold(probability(call.p)), seed_source.for_kernels(call.seed.movedim(axes.seed, 0), x)
     affine, cells = variants.affine(call.scaling, cut), mask_shape(cells, x[0])
     y, words = mask_kernels.forward_each(x, seeds, cut, affine, cells, call.store_bits)
-    return (y, y.new_empty((batch.size, 0), dtype=torch.int32) if words is None else words), (0, 0)
+    return (y, y.new_empty((around.batch_size, 0), dtype=torch.int32) if words is None else words), (0, 0)
 
 
 FORWARD = Op(
@@ -180,11 +181,11 @@ def _backward(call: Backward) -> Tensor:
     return mask_kernels.apply(call.dy, words, affine, mask_shape(call.mask_shape, call.dy))
 
 
-def _backward_batched(batch: batching.Batch, op: Any, dims: Any, call: Backward) -> Any:
-    _one_p(dims)
-    if dims.saved_mask is not None:
-        return batching.by_sample(batch, op, dims, call)
-    dy = call.dy.movedim(dims.dy, 0)
+def _backward_batched(around: Any, op: Any, axes: Any, call: Backward) -> Any:
+    _one_p(axes)
+    if axes.saved_mask is not None:
+        return batching.by_sample(around, op, axes, call)
+    dy = call.dy.movedim(axes.dy, 0)
     return op(*call._replace(dy=dy, mask_shape=_for_all(dy, call.mask_shape))), 0
 
 
@@ -248,9 +249,9 @@ def _slope_in_p(saved: Any) -> Tensor:
     return torch.where(inside, (GAUSSIAN(saved._replace(x=x)) - x) / (2.0 * safe * (1.0 - safe)), 0.0)
 
 
-def _gaussian_batched(batch: batching.Batch, op: Any, dims: Any, call: Gaussian) -> Any:
-    _one_p(dims)
-    return batching.by_sample(batch, op, dims, call)
+def _gaussian_batched(around: Any, op: Any, axes: Any, call: Gaussian) -> Any:
+    _one_p(axes)
+    return batching.by_sample(around, op, axes, call)
 
 
 GAUSSIAN = Op(
@@ -303,12 +304,12 @@ def _draw_blocks_outputs(call: DrawBlocks) -> Blocks:
     return Blocks(words, call.like.new_empty((), dtype=torch.int64))
 
 
-def _draw_blocks_batched(batch: batching.Batch, op: Any, dims: Any, call: DrawBlocks) -> Any:
-    _one_p(dims)
-    call = call._replace(like=batching.sample_like(call.like, dims.like))
-    if dims.seed is None:
+def _draw_blocks_batched(around: Any, op: Any, axes: Any, call: DrawBlocks) -> Any:
+    _one_p(axes)
+    call = call._replace(like=batching.sample_like(call.like, axes.like))
+    if axes.seed is None:
         return op(*call), (None, None)
-    return batching.by_sample(batch, op, dims._replace(like=None), call)
+    return batching.by_sample(around, op, axes._replace(like=None), call)
 
 
 def _keep_blocks(call: KeepBlocks, inplace: bool = False) -> Tensor:
@@ -316,10 +317,10 @@ def _keep_blocks(call: KeepBlocks, inplace: bool = False) -> Tensor:
     return mask_kernels.keep_blocks(call.x, words, call.kept_count, cells, inplace)
 
 
-def _keep_blocks_batched(batch: batching.Batch, op: Any, dims: Any, call: KeepBlocks) -> Any:
-    if dims.saved_mask is not None or dims.kept_count is not None:
-        return batching.by_sample(batch, op, dims, call)
-    return op(*call._replace(x=call.x.movedim(dims.x, 0), mask_shape=[1, *call.mask_shape])), 0
+def _keep_blocks_batched(around: Any, op: Any, axes: Any, call: KeepBlocks) -> Any:
+    if axes.saved_mask is not None or axes.kept_count is not None:
+        return batching.by_sample(around, op, axes, call)
+    return op(*call._replace(x=call.x.movedim(axes.x, 0), mask_shape=[1, *call.mask_shape])), 0
 
 
 DRAW_BLOCKS = Op(
@@ -365,22 +366,19 @@ def _draw_outputs(like: Tensor, size: list[int], after: Tensor | None = None) ->
 def _draw_batched(like: Tensor, size: list[int], after: Tensor | None = None) -> Tensor:
     """The kernel for the key of vmap's mode, and not that of batched tensors: with randomness="different" each sample
     draws, whether its data is batched or not."""
-    interpreter = batching.interpreter()
-    randomness = interpreter.randomness()
-    if randomness == "error":
+    around = innermost_map()
+    if around.randomness == "error":
         raise RuntimeError(
             "vmap: called random operation while in randomness error mode. Please either use the 'same' or 'different' "
             "randomness flags on vmap or perform the randomness operation out of vmap"
         )
-    level = interpreter.level()
-    like, _ = torch._C._functorch._unwrap_batched(like, level)
-    after = None if after is None else torch._C._functorch._unwrap_batched(after, level)[0]
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)):
-        if randomness == "same":
+    like, _ = around.unwrap(like)
+    after, _ = around.unwrap(after)
+    with around.below("FuncTorchVmapMode"):
+        if around.randomness == "same":
             seed: Tensor = torch.ops.fastdrop.draw(like, size, after)
             return seed
-        seeds = torch.ops.fastdrop.draw(like, [interpreter.batch_size(), *size], after)
-        return torch._C._functorch._add_batch_dim(seeds, 0, level)
+        return around.wrap(torch.ops.fastdrop.draw(like, [around.batch_size, *size], after), 0)
 
 
 library.define(

@@ -19,7 +19,6 @@ forward-mode AD without a word, and refuse to be transformed.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -28,11 +27,11 @@ from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
-from torch.autograd import forward_ad
 
-from ..runtime import seeds, tracing
-from ..runtime.dispatch import can_call_kernel, hide_from_dynamo, is_transformed
+from ..runtime import seeds
+from ..runtime.dispatch import can_call_kernel, hide_from_dynamo
+from ..runtime.dispatch.compilers import let_inductor_call
+from ..runtime.dispatch.ops import below_autograd, fast_apply, register_batching, register_derivative
 from . import batching
 
 __all__ = [
@@ -46,7 +45,6 @@ __all__ = [
     "Seed",
     "Sizes",
     "called_by_inductor",
-    "direct",
     "library",
     "saved_mask",
     "schema",
@@ -164,7 +162,7 @@ class Op:
             found = gradients(ctx.needs_input_grad[2:], unpack_saved(ctx), *grads)
             return None, None, *found, *rest[len(found) :]
 
-        return direct(self._function(forward=forward, backward=backward))
+        return fast_apply(self._function(forward=forward, backward=backward))
 
     def _of_op(self) -> Any:
         """The autograd function of the op. Its forward calls the op's next kernel, and it can be transformed.
@@ -175,17 +173,17 @@ class Op:
         signature, results_of, differentiable = self.signature, self.results, self.differentiable
         single = results_of is Tensor
         if saved_of is None or gradients is None or differentiable is None:
-            return self._function(forward=_below_autograd, setup_context=lambda ctx, inputs, output: None)
+            return self._function(forward=below_autograd, setup_context=lambda ctx, inputs, output: None)
 
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             call = signature(*inputs[2:])  # the dispatcher leaves out arguments that have their default
             results = output if single else results_of(*output)
             if not single:
                 ctx.mark_non_differentiable(*results[differentiable(call) :])
-            saved = saved_of(call, results, ctx.needs_input_grad[2:])
+            ctx.rest = (None,) * (len(inputs) - 2)
+            saved = saved_of(call, results, ctx.needs_input_grad[-len(ctx.rest) :])
             for_tangents = None if tangents is None else saved if wider is None else wider(call)
             save(ctx, saved, for_tangents)
-            ctx.rest = (None,) * (len(inputs) - 2)
 
         def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
             found = gradients(ctx.needs_input_grad[2:], unpack_saved(ctx), *grads)
@@ -195,7 +193,7 @@ class Op:
             assert tangents is not None
             return tangents(unpack_saved(ctx), *given)
 
-        methods = {"forward": _below_autograd, "setup_context": setup_context, "backward": backward}
+        methods = {"forward": below_autograd, "setup_context": setup_context, "backward": backward}
         return self._function(**methods, **({} if tangents is None else {"jvp": jvp}))
 
     def _function(self, **methods: Any) -> Any:
@@ -221,8 +219,8 @@ class Op:
             if self.differentiable is None:
                 library.impl(name, torch.library.fallthrough_kernel, "Autograd")
             else:
-                library.impl(name, _autograd(op, function), "Autograd", with_keyset=True)
-            library.impl(name, batching.kernel(op, self.signature, self.vmap), "FuncTorchBatched")
+                register_derivative(library, name, op, function)
+            register_batching(library, name, op, batching.of_arguments(op, self.signature, self.vmap))
 
     def _kernel(self, function: Callable[[Any], Any], overload: int, fake: bool = False) -> Any:
         """``function`` as the dispatcher calls it, behind checks of what every op asks of its arguments.
@@ -320,44 +318,13 @@ def called_by_inductor(name: str, fake: Any) -> Any:
 
     @functools.wraps(fake)
     def called(*arguments: Any) -> Any:
-        tracing.let_inductor_call(f"fastdrop::{name}")
+        let_inductor_call(f"fastdrop::{name}")
         return fake(*arguments)
 
     return called
 
 
 # ---- autograd ----
-
-
-def _below_autograd(op: Any, keyset: Any, *arguments: Any) -> Any:
-    """The op's next kernel. `Function` has turned derivatives off, but transforms further out want theirs."""
-    outer = is_transformed()
-    on = (torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True)) if outer else ()
-    with contextlib.ExitStack() as stack:
-        for context in (*on, torch._C._AutoDispatchBelowAutograd()):
-            stack.enter_context(context)
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-
-def _autograd(op: Any, function: type[torch.autograd.Function]) -> Any:
-    """A kernel for autograd's key. It takes one level of derivatives, because the dispatcher goes from one transform
-    to the next. `Function.apply` itself would start again from the outermost transform."""
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-    def kernel(keyset: Any, *arguments: Any) -> Any:
-        if not is_transformed():
-            return apply(op, keyset, *arguments)
-        with enable_single_level_autograd_function():
-            return apply(op, keyset, *arguments)
-
-    hide_from_dynamo(kernel)
-    return kernel
-
-
-def direct(function: type[torch.autograd.Function]) -> Any:
-    """Its ``apply``, and backward's, without the Python that looks for functorch, which `is_eager_dense` rules out."""
-    function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
 
 def save(ctx: Any, saved: Any, for_tangents: Any = None) -> None:

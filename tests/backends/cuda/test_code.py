@@ -181,10 +181,10 @@ def test_report_has_each_kernel_once() -> None:
     variants = report.VARIANTS + report.ROWS
     assert {variant.body for variant in variants} == {*compile.PARAMETERS, *compile.ROW_PARAMETERS}
     assert len({report.name(variant) for variant in variants}) == len(variants)
-    assert report.name(Variant("norm_forward", BFLOAT16, "wide", sum_dtype=FLOAT32)) == (
+    assert report.name(Variant("norm_forward", BFLOAT16, "wide", residual_dtype=FLOAT32)) == (
         "norm_forward wide, bfloat16 on float32"
     )
-    assert report.name(Variant("pointwise_backward", FLOAT16, sum_dtype=FLOAT16, activation=SILU)) == (
+    assert report.name(Variant("pointwise_backward", FLOAT16, residual_dtype=FLOAT16, activation=SILU)) == (
         "pointwise_backward, float16, silu"
     )
 
@@ -192,13 +192,13 @@ def test_report_has_each_kernel_once() -> None:
 def test_bytes_that_a_pass_stores_per_element() -> None:
     assert report.stored_bytes(Variant("draw_words")) == 1 / 8
     assert report.stored_bytes(Variant("strided", FLOAT64, "wide")) == 8
-    assert report.stored_bytes(Variant("pointwise_forward", BFLOAT16, sum_dtype=FLOAT32)) == 4
-    assert report.stored_bytes(Variant("pointwise_backward", FLOAT16, sum_dtype=FLOAT32)) == 4  # dx, dfactor
+    assert report.stored_bytes(Variant("pointwise_forward", BFLOAT16, residual_dtype=FLOAT32)) == 4
+    assert report.stored_bytes(Variant("pointwise_backward", FLOAT16, residual_dtype=FLOAT32)) == 4  # dx, dfactor
 
 
 @pytest.mark.parametrize("cc", [(7, 5), (12, 0)], ids=capability)
 def test_oldest_and_newest_capability_on_rows(cc: Capability, tools: None) -> None:
-    code = linked(Variant("norm_forward", BFLOAT16, "wide", sum_dtype=FLOAT32), cc)
+    code = linked(Variant("norm_forward", BFLOAT16, "wide", residual_dtype=FLOAT32), cc)
     assert (code.resources.spill_stores, code.resources.stack) == (0, 0)
     assert_packed_as_laid_out(code)
 

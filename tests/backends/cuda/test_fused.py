@@ -79,21 +79,21 @@ def test_pointwise_forward_over_many_tiles(gpu):
     """Vectors, then what is left of the last word; the column of each found again and again."""
     numbers = {"a": 1.25, "activation": ACTIVATIONS["relu"]}
     assert_fused_as_reference(
-        gpu, "pointwise_forward", PAIR["float32"], 501, 28, given="bias residual signs", **numbers
+        gpu, "pointwise_forward", PAIR["float32"], 501, 28, given="input_bias residual signs", **numbers
     )
     assert_fused_as_reference(gpu, "pointwise_forward", PAIR["float32"], 1, 9001, given="residual signs", **numbers)
-    assert_fused_as_reference(gpu, "pointwise_forward", PAIR["float32"], 301, 27, given="bias signs", **numbers)
+    assert_fused_as_reference(gpu, "pointwise_forward", PAIR["float32"], 301, 27, given="input_bias signs", **numbers)
 
 
 @pytest.mark.parametrize("columns", [SHORT_ROW, SHORT_ROW + 4, 66_000])
 def test_rows_of_any_length(gpu, columns):
-    given = {"given": "residual weight shift", **norm_numbers(1)}
+    given = {"given": "residual weight norm_bias", **norm_numbers(1)}
     assert_fused_as_reference(gpu, "norm_forward", PAIR["float32"], 2, columns, **given)
     softmax = NO_MASK | {"a": 1.25, "scale": 3.0, "causal": 0}
     assert_fused_as_reference(gpu, "softmax_forward", PAIR["float32"], 2, columns, given="probabilities", **softmax)
     given = {"given": "weight dx sums", **norm_numbers(1)}
     assert_fused_as_reference(gpu, "norm_backward", PAIR["float32"], 2, columns, **given)
-    assert_fused_as_reference(gpu, "softmax_backward", PAIR["float32"], 2, columns, a=1.25, scale=3.0)
+    assert_fused_as_reference(gpu, "softmax_backward", PAIR["float32"], 2, columns, a=1.25, softmax_scale=3.0)
 
 
 # ---- order ----

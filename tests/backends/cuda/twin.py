@@ -286,12 +286,15 @@ class Vocabulary:
 class RowVocabulary(Vocabulary):
     """The same for `fastdrop.backends.cuda.vector_intrinsics`. What a thread holds is an array of numbers."""
 
-    def __init__(self, dtype: int, memory: Memory, sum_dtype: int, wide: bool, warps: int) -> None:
+    def __init__(self, dtype: int, memory: Memory, residual_dtype: int, wide: bool, warps: int) -> None:
         super().__init__(dtype, True, memory)
         self.count, self.doubles, self.team_warps = self.vector_items if wide else 1, dtype == FLOAT64, warps
         self.number = self._computed
-        self.number_bytes, self.sum_bytes = np.dtype(self.number).itemsize, np.dtype(STORAGE[sum_dtype]).itemsize
-        self._sum_dtype, self._plain = sum_dtype, FLOAT64 if self.doubles else FLOAT32
+        self.number_bytes, self.residual_bytes = (
+            np.dtype(self.number).itemsize,
+            np.dtype(STORAGE[residual_dtype]).itemsize,
+        )
+        self._residual_dtype, self._plain = residual_dtype, FLOAT64 if self.doubles else FLOAT32
         self._block = _Block()
 
     def each(self, function: Callable[..., Any], codes: str) -> Any:
@@ -313,7 +316,7 @@ class RowVocabulary(Vocabulary):
         return np.where(keep != 0, vector, self.number(0))
 
     def rounded(self, vector: Any) -> Any:
-        return self._widened(self._sum_dtype, self._narrowed(self._sum_dtype, vector))
+        return self._widened(self._residual_dtype, self._narrowed(self._residual_dtype, vector))
 
     def total(self, vector: Any) -> Any:
         return vector.sum(dtype=self.number)
@@ -363,10 +366,10 @@ class RowVocabulary(Vocabulary):
         self._write(self.dtype, address, vector)
 
     def load_sums(self, address: Any) -> Any:
-        return self._read(self._sum_dtype, address, self.count)
+        return self._read(self._residual_dtype, address, self.count)
 
     def store_sums(self, address: Any, vector: Any) -> None:
-        self._write(self._sum_dtype, address, vector)
+        self._write(self._residual_dtype, address, vector)
 
     def load_numbers(self, address: Any) -> Any:
         return self._read(self._plain, address, self.count)
@@ -495,7 +498,7 @@ class Kernel:
 
     def _row_vocabulary(self, wide: bool) -> RowVocabulary:
         variant = self._variant
-        return RowVocabulary(variant.dtype, self._device.memory, variant.sum_dtype, wide, self._device.warps)
+        return RowVocabulary(variant.dtype, self._device.memory, variant.residual_dtype, wide, self._device.warps)
 
 
 def run(body: Callable[[], Any], blocks: int, warps: int) -> None:
