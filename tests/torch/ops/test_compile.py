@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdrop.torch as fdt
 from fastdrop.core.random import threshold
-from fastdrop.torch.functional.routing import KEEPS_ALL
+from fastdrop.torch.functional.plan import KEEPS_ALL
 
 from ..cases import DISTINCT, assert_equal, gradient, saved_tensors, under
 from .compiling import assert_equals_eager, assert_same, compiled, fresh_compiler, graphs, some
