@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdrop.torch as fdt
 from fastdrop.core.random import threshold
-from fastdrop.torch.functional.routing import KEEPS_ALL
+from fastdrop.torch.functional.plan import KEEPS_ALL
 
 from ..cases import DISTINCT, assert_equal, gradient, saved_tensors, under
 from .compiling import assert_equals_eager, assert_same, compiled, fresh_compiler, graphs, some
@@ -386,11 +386,11 @@ def test_compiled_module_with_a_rate_compiles_once(name):
     """Driven as a scheduler does it: p changes, its tensor is another, and the graph stays."""
     make, rates, shape = MODULES[name]
     module = nn.Sequential(nn.Identity(), make(0.5))
-    module[1]._rate = torch.tensor(0.5, dtype=torch.float64)
+    module[1].rate_tensor = torch.tensor(0.5, dtype=torch.float64)
     ours, x = compiled(module), normal(shape)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for p in (0.5, 0.1, 0.0, *rates):
-            module[1].p, module[1]._rate = p, torch.tensor(p, dtype=torch.float64)
+            module[1].p, module[1].rate_tensor = p, torch.tensor(p, dtype=torch.float64)
             assert_equals_eager(module, ours, x)
 
 
