@@ -398,15 +398,15 @@ MUTATIONS = (
     Mutation(
         "a budget of 0 is left",
         "fastdrop/torch/runtime/tracing.py",
-        "if config.activation_memory_budget == 0:",
-        "if config.activation_memory_budget < 0:",
+        "if memory_budget() == 0:",
+        "if memory_budget() < 0:",
         "tests/torch/runtime/test_tracing.py",
     ),
     Mutation(
         "vmap gives all samples one seed",
         "fastdrop/torch/ops/mask.py",
-        "seeds = torch.ops.fastdrop.draw(like, [interpreter.batch_size(), *size], after)",
-        "seeds = torch.ops.fastdrop.draw(like, size, after).expand(interpreter.batch_size(), *size)",
+        "return around.wrap(torch.ops.fastdrop.draw(like, [around.batch_size, *size], after), 0)",
+        "return around.wrap(torch.ops.fastdrop.draw(like, size, after).expand(around.batch_size, *size), 0)",
         "tests/torch/ops/test_transforms.py",
     ),
     Mutation(
@@ -454,8 +454,8 @@ MUTATIONS = (
     Mutation(
         "fuse leaves out hooks",
         "fastdrop/torch/models/fuse/rules.py",
-        'return f"{name} has hooks"',
-        'return ""',
+        "if hooks := hook_obstacle(module):",
+        "if False and (hooks := hook_obstacle(module)):",
         "tests/torch/models/test_fuse.py",
     ),
     Mutation(
@@ -481,9 +481,9 @@ MUTATIONS = (
     ),
     Mutation(
         "compiled code of one state runs in the other",
-        "fastdrop/torch/runtime/context.py",
-        "builder.guard_manager.root.add_lambda_guard(lambda _: question() == answer, parts, guard.user_stack)",
-        "builder.guard_manager.root.add_lambda_guard(lambda _: True, parts, guard.user_stack)",
+        "fastdrop/torch/runtime/dispatch/compilers.py",
+        "builder.guard_manager.root.add_lambda_guard(holds, [reason], guard.user_stack)",
+        "builder.guard_manager.root.add_lambda_guard(lambda _: True, [reason], guard.user_stack)",
         "tests/torch/runtime/test_threads.py tests/torch/models/test_enable.py",
     ),
     Mutation(
