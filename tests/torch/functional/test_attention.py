@@ -21,6 +21,7 @@ import fastdrop.torch as fdt
 from fastdrop.torch.functional import attention
 from fastdrop.torch.functional.attention import scaled_dot_product_attention
 from fastdrop.torch.models import enable
+from fastdrop.torch.ops import attention as attention_op
 
 from ..cases import Log, Named, assert_equal, numbers_drawn, saved_tensors, under
 from ..ops.compiling import some
@@ -125,7 +126,7 @@ def both(case, dtype):
 @pytest.fixture(params=[1 << 20, 80, 20], ids=["one block", "blocks", "heads"])
 def block(request, monkeypatch):
     """How much is worked on at once: here everything, or a few heads, whose bits begin anywhere in a word."""
-    monkeypatch.setattr(attention, "BLOCK", request.param)
+    monkeypatch.setattr(attention_op, "BLOCK", request.param)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -157,6 +158,20 @@ def test_dtypes_equal_the_formula(case, dtype):
     dy = normal(*expected(*tensors).shape, dtype=dtype, seed=7)
     results = with_gradients(ours, tensors, dy)
     assert_close(results, with_gradients(expected, [x.double() for x in tensors], dy), dtype)
+
+
+def test_float32_mask_with_16_bit_data():
+    tensors, _, _ = tensors_of("plain", torch.bfloat16)
+    mask = normal(5, 7, dtype=torch.float32)
+    y = scaled_dot_product_attention(*tensors, mask, P, seed=SEED)
+    assert_close([y], [formula(*tensors, mask)], torch.bfloat16)
+
+
+def test_large_scores_of_float16_stay_finite():
+    """Products are float32's."""
+    query = torch.full((2, 4, 64), 100.0, dtype=torch.float16)
+    y = scaled_dot_product_attention(query, query, query, dropout_p=P, seed=SEED)
+    assert_close([y], [formula(query, query, query)], torch.float16)
 
 
 def test_mask_is_that_of_dropout():
@@ -264,7 +279,7 @@ def test_each_argument_may_want_a_gradient_alone(wanted):
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["own heads", "shared heads"])
 def test_gradients_of_any_order(monkeypatch, grouped):
-    monkeypatch.setattr(attention, "BLOCK", 9)
+    monkeypatch.setattr(attention_op, "BLOCK", 9)
     heads = 1 if grouped else 2
     tensors = [normal(h, 3, 2, seed=i).requires_grad_() for i, h in enumerate((2, heads, heads))]
     mask = torch.zeros(3, 3).double()
