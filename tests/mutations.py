@@ -454,7 +454,7 @@ MUTATIONS = (
     Mutation(
         "fuse leaves out hooks",
         "fastdrop/torch/models/fuse/rules.py",
-        'return f"{name} has hooks"',
+        'return f"{name} {hooks}"',
         'return ""',
         "tests/torch/models/test_fuse.py",
     ),
