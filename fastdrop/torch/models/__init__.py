@@ -1,1 +1,1 @@
-"""Changes to models that exist: `enable`, `convert`, `fuse`, `fold_scaling`, and how they find what drops in a model."""
+"""Changes to models that exist: `enable`, `convert`, `fuse`, `fold_scaling`, and how they find what drops."""
