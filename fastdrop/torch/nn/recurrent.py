@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from ...core.random import keep_scale, threshold
 from ..runtime.dispatch import hide_from_dynamo
+from ..runtime.dispatch.modules import flat_weights_of
 from .base import is_traced, trace_call
 from .dropout import VariationalDropout
 
@@ -49,7 +50,7 @@ class _Variational(nn.RNNBase):
 
     def _run(self, input: Any, begin: States | None) -> tuple[Any, States]:
         """Runs layer by layer. Inside, time is the first axis, and the rows of a packed sequence stay packed."""
-        self._update_flat_weights()
+        flat = flat_weights_of(self) or [weight for own in self.all_weights for weight in own]
         packed = input if isinstance(input, PackedSequence) else None
         sizes = None if packed is None else packed.batch_sizes
         single = packed is None and input.dim() == 2
@@ -67,11 +68,11 @@ class _Variational(nn.RNNBase):
             x = x.transpose(0, 1)
 
         directions = 2 if self.bidirectional else 1
-        per_layer = len(self._flat_weights) // self.num_layers
+        per_layer = len(flat) // self.num_layers
         end = []
         for layer in range(self.num_layers):
             states = tuple(state[layer * directions :][:directions] for state in begin)
-            weights: list[Any] = self._flat_weights[layer * per_layer :][:per_layer]
+            weights: list[Any] = flat[layer * per_layer :][:per_layer]
             x, states = self._layer(_drop_held(self.dropout_input, x, packed), states, weights, packed)
             end.append(states)
         x = _drop_held(self.dropout_output, x, packed)

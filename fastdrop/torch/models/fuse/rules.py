@@ -21,6 +21,7 @@ from ...nn.base import Rated
 from ...runtime import cuda
 from ...runtime.dispatch.compilers import constant_in_graphs
 from ...runtime.dispatch.modules import hook_obstacle
+from ...runtime.dtypes import HALVES
 from ..enable import is_supported
 from ..report import class_name
 
@@ -260,6 +261,6 @@ def add_then_norm(h: Tensor, bias: Tensor | None, x: Tensor, drop: Any, norm: An
 def norm_of_sum(h: Tensor, bias: Tensor | None, x: Tensor, drop: Any, norm: Any) -> Tensor:
     """``norm(x + drop(h + bias))``, in the sum's dtype: it is the residual stream of post-norm layers."""
     h, x = _match_dtypes(h, x, False)
-    if h.is_cuda and h.dtype in fused.HALVES and torch.is_autocast_enabled("cuda"):  # which computes norms in float32
+    if h.is_cuda and h.dtype in HALVES and torch.is_autocast_enabled("cuda"):  # which computes norms in float32
         h, x = h.float(), x.float()
     return add_then_norm(h, bias, x, drop, norm)[0]
