@@ -232,7 +232,7 @@ def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> None:
         # Only closure variables and builtins: the function is made anew below.
         if not is_enabled_there() or not is_ours(input) or is_refused(self):
             return forward(self, input)
-        return ours.drop(self, input)
+        return ours.drop_input(self, input)
 
     wanted = {
         name: value for cls in reversed(ours.__mro__) if issubclass(cls, Rated) for name, value in vars(cls).items()
