@@ -59,7 +59,7 @@ except ImportError as error:
     from importlib.util import find_spec
 
     if find_spec("torch") is None:
-        raise ImportError(f'fastdrop.torch needs torch 2.11 or later: pip install "fastdrop[torch]" ({error})') from error
+        raise ImportError('fastdrop.torch needs torch 2.11 or later: pip install "fastdrop[torch]"') from error
     import torch
 
     raise ImportError(f"fastdrop.torch does not work with torch {torch.__version__}: {error}") from error

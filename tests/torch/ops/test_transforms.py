@@ -620,8 +620,8 @@ def test_jit_trace_of_evaluation_has_no_dropout(x):
     net = network("bits").eval()
     traced = torch.jit.trace(net, x)
     assert_equal(traced(x), net(x))
-    assert "dropout" not in str(traced.inlined_graph)
-    assert "fastdrop::" not in str(traced.inlined_graph)
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert not any("drop" in kind for kind in kinds)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -51,7 +51,8 @@ def register_derivative(
     # `Function.apply` itself would start again from the outermost transform. The dispatcher goes from one to the next,
     # so each kernel is one level of derivatives.
     methods = {method: staticmethod(getattr(function, method)) for method in FUNCTION_METHODS}
-    apply = type(function.__name__, (_one_level_function,), methods).apply
+    single: Any = type(function.__name__, (_one_level_function,), methods)
+    apply = single.apply
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         if not is_transformed():
