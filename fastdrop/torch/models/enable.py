@@ -22,15 +22,18 @@ import torch
 from torch import Tensor
 
 from ...core import variants
-from ..functional.attention import attend, compose, is_direct, is_regular, trace
-from ..functional.routing import KEEPS_ALL, drop
+from ..functional.attention import attend, compose, is_direct, trace
+from ..functional.plan import KEEPS_ALL, NO_SOURCE
+from ..functional.routing import drop
 from ..nn.dropout import Rated
-from ..runtime import context, cuda, mask_kernels
+from ..ops.attention import is_regular
+from ..runtime import context, cuda
 from ..runtime.context import drops_in_scripts, is_enabled, note_traced
 from ..runtime.dispatch import is_transformed
 from ..runtime.dispatch.compilers import FakeTensor, FunctionalTensor, is_dynamo_imported
 from ..runtime.dispatch.modules import UNSCRIPTED
 from ..runtime.dispatch.ops import TRANSFORMS, call_as_torch, check_overridable, forget_kernels, kernel_in_transforms
+from ..runtime.dtypes import DTYPES
 from .convert import FOREIGN, refusal
 
 __all__ = ["disable", "enable", "enabled"]
@@ -174,7 +177,7 @@ def _kernel(name: str, features: bool, law: str, inplace: bool) -> Any:
             return torchs(input, p, train)
         cells = variants.feature_cells(tuple(input.shape), 1) if features else None
         try:
-            return drop(input, p, train, inplace, None, None, cells, "bits", law)
+            return drop(input, p, train, inplace, NO_SOURCE, cells, "bits", law)
         except (NotImplementedError, TypeError):
             if _is_known(input):
                 raise
@@ -205,9 +208,9 @@ def _attention(
     if known and is_regular(*arguments, *options):
         if any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in arguments):
             traced = compose if is_transformed() or not query.is_cpu else trace
-            return traced(*arguments, dropout_p, *options)
+            return traced(arguments, dropout_p, options)
         if query.numel() // query.shape[-1] * key.shape[-2] >= FEWEST_SCORES and is_direct(*arguments):
-            return attend(*arguments, dropout_p, *options)
+            return attend(arguments, dropout_p, options)
     op = torch.ops.aten.scaled_dot_product_attention.default
     return call_as_torch(op, *arguments, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
@@ -245,7 +248,7 @@ def _is_ours(x: Any) -> bool:
 
 def _ours(x: Tensor, p: float) -> bool:
     """Whether fastdrop has it; torch refuses a bad p in its own words."""
-    if not (_is_known(x) or _is_wrapper(x)) or x.dtype not in mask_kernels.DTYPES or not 0.0 <= p <= 1.0:
+    if not (_is_known(x) or _is_wrapper(x)) or x.dtype not in DTYPES or not 0.0 <= p <= 1.0:
         return False
     return x.is_cpu or (x.is_cuda and cuda.is_usable(x.get_device()))
 

@@ -17,8 +17,8 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ...core import checks
+from ..functional import onnx
 from ..functional.dropout import dropout
-from ..functional.routing import for_onnx, is_exported_to_onnx, refuse_onnx
 from ..ops import mask as mask_ops
 from ..runtime import tracing
 from ..runtime.dispatch import hide_from_dynamo, is_transformed
@@ -75,8 +75,8 @@ class EmbeddingDropout(Rated):
         p = self.rate
         if not self.training or (not isinstance(p, Tensor) and p == 0.0):
             return y
-        if is_exported_to_onnx():
-            refuse_onnx("words that are dropped")
+        if onnx.is_exported():
+            onnx.refuse("words that are dropped")
         rows = dropout(y.new_ones(self.embedding.num_embeddings), p)
         return mask_ops.masked(y, _packed(rows[input] != 0.0), p, [*input.shape, 1], True)
 
@@ -189,11 +189,11 @@ class DropConnect(Rated):
             weight = getattr(self.module.get_submodule(path), own)
             if any(weight is other for _, other, _ in dropped):
                 continue
-            if is_exported_to_onnx():
-                dropped.append((name, weight, for_onnx(weight, p, None, "inverted", None, None)))
+            if onnx.is_exported():
+                dropped.append((name, weight, onnx.drop(weight, p, (None, None))))
                 continue
             seed = tracing.draw(weight)
-            value, words = mask_ops.overload(torch.ops.fastdrop.forward, p)(weight, seed, p, None, True)
+            value, words = mask_ops.FORWARD(mask_ops.Forward(weight, seed, p, None, True))
             dropped.append((name, weight, value))
             if hooked and not weight.is_inference():
                 recipes[storage_id(value)] = _Recipe(value, weight, words, p)

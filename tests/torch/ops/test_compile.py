@@ -692,7 +692,7 @@ def test_onnx_of_evaluation_runs(x):
 
 def test_keeping_all_begins_where_the_threshold_does():
     from fastdrop.core.random import threshold
-    from fastdrop.torch.functional.routing import KEEPS_ALL
+    from fastdrop.torch.functional.plan import KEEPS_ALL
 
     assert threshold(KEEPS_ALL) == 0
     assert threshold(math.nextafter(KEEPS_ALL, 1)) == 1

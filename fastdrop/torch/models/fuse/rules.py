@@ -17,6 +17,7 @@ from ...nn.dropout import Rated
 from ...runtime import cuda
 from ...runtime.dispatch.compilers import constant_in_graphs
 from ...runtime.dispatch.modules import hook_obstacle
+from ...runtime.dtypes import HALVES
 from ..enable import _ours
 from ..report import class_name
 
@@ -253,6 +254,6 @@ def add_then_norm(h: Tensor, bias: Tensor | None, x: Tensor, drop: Any, norm: An
 def norm_of_sum(h: Tensor, bias: Tensor | None, x: Tensor, drop: Any, norm: Any) -> Tensor:
     """``norm(x + drop(h + bias))``: the residual stream of post-norm layers, and so of the sum's dtype."""
     h, x = _alike(h, x, False)
-    if h.is_cuda and h.dtype in fused.HALVES and torch.is_autocast_enabled("cuda"):  # under which norms are float32
+    if h.is_cuda and h.dtype in HALVES and torch.is_autocast_enabled("cuda"):  # under which norms are float32
         h, x = h.float(), x.float()
     return add_then_norm(h, bias, x, drop, norm)[0]
