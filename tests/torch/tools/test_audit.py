@@ -6,7 +6,6 @@ import copy
 import random
 import subprocess
 import sys
-import warnings
 from collections import OrderedDict
 
 import pytest
@@ -19,60 +18,16 @@ from torch.nn import functional as F
 import fastdrop.torch as fdt
 from fastdrop.__main__ import main
 from fastdrop.schedules import constant
-from fastdrop.torch.tools.audit import RULES, AuditReport, audit
+from fastdrop.torch.tools.audit import AuditReport, audit
+from fastdrop.torch.tools.pitfalls import PITFALLS
 from fastdrop.torch.tools.scheduler import DropoutScheduler
+
+from ..module_cases import Calls, DropPath, StochasticDepth, one_layer
 
 IMAGE = torch.zeros(2, 3, 16, 16)
 ROW = torch.zeros(2, 128)
 SEQUENCE = torch.zeros(5, 2, 64)
 TOKENS = torch.zeros(5, 2, dtype=torch.int64)
-
-
-class Calls(nn.Module):
-    """A model out of a function of its modules and its input."""
-
-    def __init__(self, forward, **modules):
-        super().__init__()
-        self.function = forward
-        for name, module in modules.items():
-            self.add_module(name, module)
-
-    def forward(self, x):
-        return self.function(self, x)
-
-
-class StochasticDepth(nn.Module):
-    """torchvision's, by name."""
-
-    def __init__(self, p=0.1):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        return x
-
-
-class DropPath(StochasticDepth):
-    """timm's, by name."""
-
-    def __init__(self, drop_prob=0.1):
-        nn.Module.__init__(self)
-        self.drop_prob = drop_prob
-
-
-class MyDropout(nn.Dropout):
-    pass
-
-
-class MyConv(nn.Conv2d):
-    pass
-
-
-def one_layer(kind):
-    """With dropout, of which torch itself warns."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return kind(64, 64, 1, dropout=0.3)
 
 
 def wide():
@@ -111,6 +66,11 @@ def recurrent(forward, layer=None, **options):
     )
 
 
+def net(forward, **modules):
+    """A forward of one's own over a layer, a dropout and others."""
+    return Calls(forward, **{"a": wide(), "drop": nn.Dropout(0.3), **modules})
+
+
 def concatenated(self, x):
     return self.out(torch.cat([self.norm(torch.cat([x, self.drop(x)], 1)), x], 1))
 
@@ -119,100 +79,67 @@ def concatenated(self, x):
 CASES = {
     "left on": {
         "module": (in_evaluation(nn.Sequential(wide(), nn.Dropout(0.5), wide()), "1"), ROW, ["1"]),
-        "ours": (in_evaluation(nn.Sequential(wide(), fdt.Dropout(0.5), wide()), "1"), ROW, ["1"]),
         "attention": (
             in_evaluation(nn.Sequential(wide(), nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, 0.1)})), "1.a"),
             None,
             ["1.a"],
         ),
         "DropPath": (in_evaluation(nn.Sequential(wide(), DropPath(), wide()), "1"), ROW, ["1"]),
-        "function": (Calls(lambda self, x: self.a(F.dropout(x)), a=wide()), ROW, [""]),
-        "our function": (Calls(lambda self, x: self.a(fdt.dropout(x, 0.2)), a=wide()), ROW, [""]),
-        "builtin": (Calls(lambda self, x: self.a(torch.dropout(x, 0.2, True)), a=wide()), ROW, [""]),
+        "our function": (net(lambda s, x: s.a(fdt.dropout(x, 0.2))), ROW, [""]),
+        "builtin": (net(lambda s, x: s.a(torch.dropout(x, 0.2, True))), ROW, [""]),
         "function in a module": (
-            nn.Sequential(wide(), Calls(lambda self, x: self.a(F.dropout2d(x, 0.5)), a=wide())),
+            nn.Sequential(wide(), net(lambda s, x: s.a(F.dropout2d(x, 0.5)))),
             torch.zeros(2, 4, 5, 128),
             ["1"],
         ),
-        "fused attention": (
-            Calls(lambda self, x: self.a(F.scaled_dot_product_attention(x, x, x, dropout_p=0.1)), a=wide()),
-            ROW,
-            [""],
-        ),
+        "fused attention": (net(lambda s, x: s.a(F.scaled_dot_product_attention(x, x, x, dropout_p=0.1))), ROW, [""]),
         "all of it training": (nn.Sequential(wide(), nn.Dropout(0.5), wide()), ROW, []),
-        "all of it evaluating": (in_evaluation(nn.Sequential(wide(), nn.Dropout(0.5), wide())), ROW, []),
         "norm left on": (in_evaluation(nn.Sequential(nn.BatchNorm1d(128), wide(), nn.Dropout(), wide()), "0"), ROW, []),
         "p of 0": (in_evaluation(nn.Sequential(wide(), nn.Dropout(0.0), wide()), "1"), ROW, []),
-        "function that follows": (
-            Calls(lambda self, x: self.a(F.dropout(x, 0.5, training=self.training)), a=wide()),
-            ROW,
-            [],
-        ),
-        "function with p of 0": (Calls(lambda self, x: self.a(F.dropout(x, 0.0)), a=wide()), ROW, []),
+        "function with p of 0": (net(lambda s, x: s.a(F.dropout(x, 0.0))), ROW, []),
         "attention that follows": (
-            Calls(
-                lambda self, x: self.a(
-                    F.scaled_dot_product_attention(x, x, x, dropout_p=0.1 if self.training else 0.0)
-                ),
-                a=wide(),
-            ),
+            net(lambda s, x: s.a(F.scaled_dot_product_attention(x, x, x, dropout_p=0.1 if s.training else 0.0))),
             ROW,
             [],
         ),
     },
     "drops everything": {
         "p of 1": (nn.Sequential(wide(), nn.Dropout(1.0), wide()), ROW, ["1"]),
-        "function": (
-            Calls(lambda self, x: self.a(F.alpha_dropout(x, 1.0, self.training)), a=wide()),
-            ROW,
-            [""],
-        ),
+        "function": (net(lambda s, x: s.a(F.alpha_dropout(x, 1.0, s.training))), ROW, [""]),
         "p below 1": (nn.Sequential(wide(), nn.Dropout(0.9), wide()), ROW, []),
     },
     "on the output": {
         "last": (nn.Sequential(wide(), wide(), nn.Dropout(0.5)), ROW, ["2"]),
         "before softmax": (nn.Sequential(wide(), fdt.Dropout(0.5), nn.Softmax(-1)), ROW, ["1"]),
-        "function": (
-            Calls(lambda self, x: F.log_softmax(F.dropout(self.a(x), 0.5, self.training).flatten(1), -1), a=wide()),
-            ROW,
-            [""],
-        ),
+        "function": (net(lambda s, x: F.log_softmax(F.dropout(s.a(x), 0.5, s.training).flatten(1), -1)), ROW, [""]),
         "one of two": (
-            Calls(lambda self, x: {"a": self.a(x), "b": self.drop(x)}, a=wide(), drop=MyDropout()),
+            net(lambda s, x: {"a": s.a(x), "b": s.drop(x)}, drop=type("MyDropout", (nn.Dropout,), {})()),
             ROW,
             ["drop"],
         ),
-        "before the last layer": (nn.Sequential(wide(), nn.Dropout(0.5), wide()), ROW, []),
-        "residual": (Calls(lambda self, x: x + self.drop(self.a(x)), a=wide(), drop=nn.Dropout()), ROW, []),
-        "returned and used": (
-            Calls(lambda self, x: ((y := self.drop(x)), self.a(y)), a=wide(), drop=nn.Dropout()),
-            ROW,
-            [],
-        ),
+        "residual": (net(lambda s, x: x + s.drop(s.a(x))), ROW, []),
+        "returned and used": (net(lambda s, x: ((y := s.drop(x)), s.a(y))), ROW, []),
         "depth": (nn.Sequential(wide(), StochasticDepth(0.1)), ROW, []),
     },
     "high rate": {
         "module": (nn.Sequential(wide(), nn.Dropout(0.8), wide()), ROW, ["1"]),
-        "DropPath": (nn.Sequential(wide(), DropPath(0.75), wide()), ROW, ["1"]),
         "attention": (nn.ModuleDict({"a": nn.MultiheadAttention(8, 2, dropout=0.9)}), None, ["a"]),
         "recurrent": (nn.LSTM(64, 64, 2, dropout=0.9), SEQUENCE, [""]),
-        "function": (Calls(lambda self, x: self.a(F.dropout(x, p=0.8, training=self.training)), a=wide()), ROW, [""]),
         "0.7": (nn.Sequential(wide(), nn.Dropout(0.7), wide()), ROW, []),
         "1": (nn.Sequential(wide(), nn.Dropout(1.0), wide()), ROW, []),
     },
     "after a convolution": {
-        "straight": (head(conv(), nn.Dropout(0.3)), IMAGE, ["1"]),
         "ours": (head(conv(), fdt.Dropout(0.3)), IMAGE, ["1"]),
         "through all": (head(conv(), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.3)), IMAGE, ["4"]),
-        "subclass": (head(MyConv(3, 64, 3), nn.GELU(), nn.AlphaDropout(0.3)), IMAGE, ["2"]),
+        "subclass": (head(type("MyConv", (nn.Conv2d,), {})(3, 64, 3), nn.GELU(), nn.AlphaDropout(0.3)), IMAGE, ["2"]),
         "nested": (
             head(nn.Sequential(conv(), nn.Sequential(nn.ReLU())), nn.Sequential(nn.Dropout(0.3))),
             IMAGE,
             ["1.0"],
         ),
         "functions": (
-            Calls(
-                lambda self, x: self.a(F.dropout(F.max_pool2d(self.c(x).relu(), 2), 0.3, self.training).flatten(1)),
+            net(
+                lambda s, x: s.a(F.dropout(F.max_pool2d(s.c(x).relu(), 2), 0.3, s.training).flatten(1)),
                 c=conv(),
                 a=nn.LazyLinear(10),
             ),
@@ -220,26 +147,17 @@ CASES = {
             [""],
         ),
         "concatenation": (
-            Calls(
-                lambda self, x: self.a(self.drop(torch.cat([self.c(x), self.c(x)], 1)).flatten(1)),
-                c=conv(),
-                a=nn.LazyLinear(10),
-                drop=nn.Dropout(0.3),
-            ),
+            net(lambda s, x: s.a(s.drop(torch.cat([s.c(x), s.c(x)], 1)).flatten(1)), c=conv(), a=nn.LazyLinear(10)),
             IMAGE,
             ["drop"],
         ),
         "channels": (head(conv(), nn.ReLU(), nn.Dropout2d(0.3)), IMAGE, []),
-        "our blocks": (head(conv(), nn.ReLU(), fdt.DropBlock2d(0.3, 3)), IMAGE, []),
         "flattened": (head(conv(), nn.Flatten(), nn.Dropout(0.3)), IMAGE, []),
         "pooled": (head(conv(), nn.AdaptiveAvgPool2d(1), nn.Dropout(0.3)), IMAGE, []),
-        "linear": (head(wide(), nn.ReLU(), nn.Dropout(0.3)), ROW, []),
         "p of 0": (head(conv(), nn.Dropout(0.0)), IMAGE, []),
         "whole channels by noise_shape": (
-            Calls(
-                lambda self, x: self.a(
-                    fdt.dropout(self.c(x), 0.3, self.training, noise_shape=(None, None, 1, 1)).flatten(1)
-                ),
+            net(
+                lambda s, x: s.a(fdt.dropout(s.c(x), 0.3, s.training, noise_shape=(None, None, 1, 1)).flatten(1)),
                 c=conv(),
                 a=nn.LazyLinear(10),
             ),
@@ -248,24 +166,14 @@ CASES = {
         ),
     },
     "before batch normalisation": {
-        "straight": (head(wide(), nn.Dropout(0.3), nn.BatchNorm1d(128)), ROW, ["1"]),
         "through activation and pool": (
             head(conv(), fdt.Dropout2d(0.3), nn.ReLU(), nn.MaxPool2d(2), nn.BatchNorm2d(64)),
             IMAGE,
             ["1"],
         ),
-        "concatenation": (
-            Calls(concatenated, norm=nn.BatchNorm1d(256), drop=nn.Dropout(0.3), out=nn.LazyLinear(10)),
-            ROW,
-            ["drop"],
-        ),
+        "concatenation": (net(concatenated, norm=nn.BatchNorm1d(256), out=nn.LazyLinear(10)), ROW, ["drop"]),
         "function": (
-            Calls(
-                lambda self, x: self.a(
-                    F.batch_norm(F.dropout(x, 0.3, self.training), torch.zeros(128), torch.ones(128))
-                ),
-                a=wide(),
-            ),
+            net(lambda s, x: s.a(F.batch_norm(F.dropout(x, 0.3, s.training), torch.zeros(128), torch.ones(128)))),
             ROW,
             [""],
         ),
@@ -277,16 +185,7 @@ CASES = {
             ROW,
             [],
         ),
-        "another branch": (
-            Calls(
-                lambda self, x: self.a(self.drop(x)) + self.norm(x),
-                a=wide(),
-                drop=nn.Dropout(),
-                norm=nn.BatchNorm1d(128),
-            ),
-            ROW,
-            [],
-        ),
+        "another branch": (net(lambda s, x: s.a(s.drop(x)) + s.norm(x), norm=nn.BatchNorm1d(128)), ROW, []),
     },
     "before the next layer's batch normalisation": {
         "perceptron": (
@@ -295,30 +194,19 @@ CASES = {
             ["3"],
         ),
         "straight": (head(wide(), nn.Dropout(0.3), nn.BatchNorm1d(128), wide()), ROW, []),
-        "none to come": (head(wide(), nn.BatchNorm1d(128), nn.Dropout(0.3), wide()), ROW, []),
     },
     "on a recurrent connection": {
-        "GRUCell": (unrolled(nn.GRUCell, lambda self, h: self.drop(h)), SEQUENCE, ["drop"]),
-        "RNNCell and function": (
-            unrolled(nn.RNNCell, lambda self, h: F.dropout(h, 0.3, self.training)),
-            SEQUENCE,
-            [""],
-        ),
+        "GRUCell": (unrolled(nn.GRUCell, lambda s, h: s.drop(h)), SEQUENCE, ["drop"]),
         "LSTMCell": (
-            Calls(
-                lambda self, x: self.cell(x[1], (self.drop((s := self.cell(x[0]))[0]), s[1]))[0],
-                cell=nn.LSTMCell(64, 64),
-                drop=nn.Dropout(),
-            ),
+            net(lambda s, x: s.cell(x[1], (s.drop((s := s.cell(x[0]))[0]), s[1]))[0], cell=nn.LSTMCell(64, 64)),
             SEQUENCE,
             ["drop"],
         ),
-        "off it": (unrolled(nn.GRUCell, lambda self, h: h), SEQUENCE, []),
+        "off it": (unrolled(nn.GRUCell, lambda s, h: h), SEQUENCE, []),
         "of what is given out": (
-            Calls(
-                lambda self, x: self.out(self.drop(h := self.cell(x[0])) + self.drop(self.cell(x[1], h))),
+            net(
+                lambda s, x: s.out(s.drop(h := s.cell(x[0])) + s.drop(s.cell(x[1], h))),
                 cell=nn.GRUCell(64, 64),
-                drop=nn.Dropout(),
                 out=wide(),
             ),
             None,
@@ -327,33 +215,20 @@ CASES = {
     },
     "between recurrent layers": {
         "LSTM": (nn.LSTM(64, 64, 2, dropout=0.3), SEQUENCE, [""]),
-        "GRU": (nn.ModuleList([nn.GRU(64, 64, 3, dropout=0.3)]), None, ["0"]),
         "no dropout": (nn.LSTM(64, 64, 2), SEQUENCE, []),
         "one layer": (one_layer(nn.LSTM), SEQUENCE, []),
     },
     "beside a recurrent layer": {
-        "after": (recurrent(lambda self, x: self.out(self.drop(self.rnn(x)[0]))), SEQUENCE, ["drop"]),
-        "after activation": (
-            recurrent(lambda self, x: self.out(self.drop(self.act(self.rnn(x)[0])))),
-            SEQUENCE,
-            ["drop"],
-        ),
-        "before": (recurrent(lambda self, x: self.rnn(self.drop(x))[0]), SEQUENCE, ["drop"]),
+        "after activation": (recurrent(lambda s, x: s.out(s.drop(s.act(s.rnn(x)[0])))), SEQUENCE, ["drop"]),
         "embedding": (
-            Calls(
-                lambda self, x: self.rnn(self.drop(self.e(x)))[0],
-                e=nn.Embedding(100, 64),
-                drop=nn.Dropout(),
-                rnn=nn.GRU(64, 64),
-            ),
+            net(lambda s, x: s.rnn(s.drop(s.e(x)))[0], e=nn.Embedding(100, 64), rnn=nn.GRU(64, 64)),
             TOKENS,
             ["drop"],
         ),
-        "the last step": (recurrent(lambda self, x: self.out(self.drop(self.rnn(x)[0][-1]))), SEQUENCE, []),
-        "the last state": (recurrent(lambda self, x: self.out(self.drop(self.rnn(x)[1][0]))), SEQUENCE, []),
+        "the last state": (recurrent(lambda s, x: s.out(s.drop(s.rnn(x)[1][0]))), SEQUENCE, []),
         "held over time": (
-            Calls(
-                lambda self, x: self.out(self.drop(self.rnn(x)[0])),
+            net(
+                lambda s, x: s.out(s.drop(s.rnn(x)[0])),
                 rnn=nn.GRU(64, 64),
                 drop=fdt.VariationalDropout(0.3, 0),
                 out=nn.Linear(64, 64),
@@ -361,17 +236,16 @@ CASES = {
             SEQUENCE,
             [],
         ),
-        "none": (recurrent(lambda self, x: self.out(self.rnn(x)[0])), SEQUENCE, []),
+        "none": (recurrent(lambda s, x: s.out(s.rnn(x)[0])), SEQUENCE, []),
     },
     "one layer": {
         "LSTM": (one_layer(nn.LSTM), SEQUENCE, [""]),
-        "inside": (nn.ModuleDict({"a": one_layer(nn.RNN)}), None, ["a"]),
         "two": (nn.LSTM(64, 64, 2, dropout=0.3), SEQUENCE, []),
         "no dropout": (nn.LSTM(64, 64), SEQUENCE, []),
     },
     "small network": {
         "2-4-1": (nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1)), torch.zeros(3, 2), [""]),
-        "function": (Calls(lambda self, x: self.a(F.dropout(x, 0.1, self.training)), a=nn.Linear(4, 4)), None, [""]),
+        "function": (net(lambda s, x: s.a(F.dropout(x, 0.1, s.training)), a=nn.Linear(4, 4)), None, [""]),
         "large": (nn.Sequential(wide(), nn.Dropout(0.5), wide()), ROW, []),
         "no dropout": (nn.Sequential(nn.Linear(2, 4), nn.ReLU()), torch.zeros(3, 2), []),
         "not known yet": (nn.Sequential(nn.LazyLinear(4), nn.Dropout(0.5), nn.LazyLinear(1)), None, []),
@@ -379,7 +253,7 @@ CASES = {
     "narrow layer": {
         "linear": (nn.Sequential(nn.Linear(128, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 128)), ROW, ["2"]),
         "channels": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout2d(0.5), nn.Conv2d(8, 128, 3)), IMAGE, ["1"]),
-        "recurrent": (recurrent(lambda self, x: self.out(self.drop(self.rnn(x)[1])), nn.GRU(64, 8)), None, ["drop"]),
+        "recurrent": (recurrent(lambda s, x: s.out(s.drop(s.rnn(x)[1])), nn.GRU(64, 8)), None, ["drop"]),
         "wide": (nn.Sequential(nn.Linear(128, 32), nn.Dropout(0.5), nn.Linear(32, 128)), ROW, []),
         "pixels": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(0.5), nn.Conv2d(8, 128, 3)), IMAGE, []),
     },
@@ -416,14 +290,14 @@ def test_rule(rule, model, example, paths):
         assert not seen.limit
         assert found(seen, rule) == paths
     for finding in traced:
-        assert finding.severity == RULES[finding.rule].severity
+        assert finding.severity == PITFALLS[finding.rule].severity
         assert finding.what
         assert finding.why
         assert finding.remedy
 
 
 def test_every_rule_has_models_that_break_it_and_models_that_do_not():
-    assert set(CASES) | {"few samples"} == set(RULES)
+    assert set(CASES) | {"few samples"} == set(PITFALLS)
     for cases in CASES.values():
         assert {bool(paths) for _, _, paths in cases.values()} == {True, False}
 
@@ -438,14 +312,6 @@ def test_few_samples():
         audit(model, samples=-1)
     with pytest.raises(TypeError, match="samples must be a number"):
         audit(model, samples="many")
-
-
-def test_a_shared_dropout_is_fine_and_told_of_once():
-    shared = nn.Dropout(0.3)
-    assert not audit(nn.Sequential(wide(), shared, wide(), shared, wide()))
-    shared.p = 0.9
-    (finding,) = audit(nn.ModuleDict({"a": shared, "b": nn.Sequential(wide(), shared, wide(), shared, wide())}))
-    assert (finding.path, finding.rule) == ("a", "high rate")
 
 
 def test_a_scheduler_may_be_at_0_for_now():
@@ -463,12 +329,6 @@ def test_a_sound_model_has_no_findings():
     assert not report.limit
 
 
-def test_findings_differ_by_the_input_of_one_module_only_if_they_are_others():
-    """A dropout that is used in each of ten time steps is one finding."""
-    report = audit(unrolled(nn.GRUCell, lambda self, h: self.drop(h)), SEQUENCE)
-    assert len(report) == 1
-
-
 # ---- the report ----
 
 
@@ -477,18 +337,20 @@ def test_report_prints_a_table():
     assert str(audit(model)) == (
         "module  severity  finding\n"
         "1       warning   Dropout(p=0.9) drops more than 0.7\n"
-        "                  why: so little is left that most networks underfit (Srivastava et al. 2014, section 7.3)\n"
-        "                  do: p from 0.2 to 0.5 for hidden units, 0.1 in transformers, 0.1 to 0.3 for channels\n"
+        "                  why: so little is kept that most networks underfit (Srivastava et al. 2014, section 7.3)\n"
+        "                  do: use a p from 0.2 to 0.5 for hidden units, 0.1 in transformers, 0.1 to 0.3 for\n"
+        "                    channels\n"
         "1       warning   Dropout(p=0.9) comes straight after the convolution 0\n"
-        "                  why: neighbouring pixels say nearly the same, so what is dropped is still there in those\n"
-        "                    beside it, and little is regularised (Tompson et al. 2015; Ghiasi et al. 2018)\n"
-        "                  do: Dropout2d (1d, 3d), which drops whole channels, or DropBlock2d, which drops blocks\n"
+        "                  why: neighbouring pixels are nearly equal, so the network finds a dropped value beside\n"
+        "                    it, and dropout regularises little (Tompson et al. 2015; Ghiasi et al. 2018)\n"
+        "                  do: use Dropout2d (1d, 3d), which drops whole channels, or DropBlock2d, which drops\n"
+        "                    blocks\n"
         "1       warning   Dropout(p=0.9) comes straight before the batch normalisation 2\n"
-        "                  why: dropout changes the variance in training alone, and the running variance that is\n"
-        "                    used in evaluation is then wrong (Li et al. 2019)\n"
-        "                  do: move it behind the last batch normalisation\n"
+        "                  why: dropout changes the variance in training only, so the running variance that\n"
+        "                    evaluation uses is wrong (Li et al. 2019)\n"
+        "                  do: move it after the last batch normalisation\n"
         "3       note      Dropout(p=0) drops nothing\n"
-        "                  why: it does no work\n"
+        "                  why: it costs a call and does nothing\n"
         "                  do: remove it, or give it a p above 0"
     )
 
@@ -542,10 +404,9 @@ class Remembers(nn.Module):
         return self.last
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluating"])
 @pytest.mark.parametrize("fails", [False, True], ids=["runs", "fails"])
-def test_audit_leaves_model_and_generators_alone(fails, training):
-    model = Remembers().train(training)
+def test_audit_leaves_model_and_generators_alone(fails):
+    model = Remembers()
     model.fails = fails
     model.drop.eval()
     state, modes = copy.deepcopy(model.state_dict()), [module.training for module in model.modules()]
@@ -566,11 +427,6 @@ def test_audit_leaves_model_and_generators_alone(fails, training):
     assert random.getstate() == generators[1]
     assert torch.equal(x, before)
     assert torch.is_grad_enabled()
-
-
-def test_audit_raises_what_the_model_raises_on_the_example():
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        audit(nn.Sequential(wide(), nn.Dropout()), torch.zeros(2, 3))
 
 
 def test_audit_takes_several_inputs():
@@ -606,13 +462,6 @@ def test_a_model_that_cannot_be_traced_is_read_by_its_sequences():
     assert not seen.limit
 
 
-def test_a_sequence_that_cannot_be_traced_has_an_output():
-    model = nn.Sequential(Calls(branches, body=wide(), out=wide()), nn.Sequential(nn.Dropout(0.5)))
-    report = audit(model)
-    assert report.limit
-    assert found(report, "on the output") == ["1.0"]
-
-
 def test_a_function_that_cannot_be_traced_needs_an_example():
     model = Calls(lambda self, x: branches(self, F.dropout(x, 0.5)), body=wide(), out=wide())
     assert not audit(model)
@@ -642,24 +491,17 @@ class StrangeRates(nn.Module):
         self.e.p = None
 
 
-def compiled():
-    model = nn.Sequential(wide(), nn.Dropout(0.9), wide())
-    return torch.compile(model, backend="eager")
-
-
 ODD = {
     "no forward": (lambda: nn.Module(), None),
     "empty": (lambda: nn.Sequential(), ROW),
-    "dropout alone": (lambda: nn.Dropout(0.2), ROW),
     "returns None": (lambda: Calls(lambda self, x: None, d=nn.Dropout()), ROW),
-    "returns text": (lambda: Calls(lambda self, x: "x", d=nn.Dropout()), ROW),
     "returns its input": (lambda: Calls(lambda self, x: x, d=nn.Dropout()), ROW),
     "uncopyable": (Uncopyable, ROW),
     "strange rates": (StrangeRates, None),
     "lazy": (lambda: nn.Sequential(nn.LazyConv2d(64, 3), nn.LazyBatchNorm2d(), nn.Dropout2d(), nn.Flatten()), IMAGE),
     "scripted": (lambda: torch.jit.script(nn.Sequential(wide(), nn.Dropout(), wide())), ROW),
     "fx": (lambda: torch.fx.symbolic_trace(nn.Sequential(wide(), nn.Dropout(), wide())), ROW),
-    "compiled": (compiled, ROW),
+    "compiled": (lambda: torch.compile(nn.Sequential(wide(), nn.Dropout(0.9), wide()), backend="eager"), ROW),
     "parametrized": (lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(wide()), nn.Dropout(), wide()), ROW),
     "containers": (lambda: nn.ModuleDict({"a": nn.ModuleList([nn.Dropout(0.1)]), "b": nn.ParameterList()}), None),
     "meta": (lambda: nn.Sequential(wide(), nn.Dropout(), wide()).to("meta"), ROW.to("meta")),
@@ -677,10 +519,6 @@ ODD = {
         SEQUENCE,
     ),
     "in place": (lambda: nn.Sequential(wide(), nn.ReLU(True), nn.Dropout(0.5, inplace=True), wide()), ROW),
-    "sparse attribute": (
-        lambda: Calls(lambda self, x: self.d(x), d=nn.Dropout(), e=nn.Embedding(9, 9, sparse=True)),
-        ROW,
-    ),
 }
 
 
@@ -764,17 +602,6 @@ def test_command_exits_by_what_it_found(arguments, code, text, capsys):
     assert main(["audit", *arguments.split()]) == code
     printed = capsys.readouterr()
     assert text in (printed.err if code == 2 else printed.out)
-
-
-@pytest.mark.usefixtures("models")
-@pytest.mark.parametrize("name", ["sound", "class", "fails"])
-def test_command_in_a_process_of_its_own(name):
-    arguments, code, text = COMMANDS[name]
-    command = [sys.executable, "-m", "fastdrop", "audit", *arguments.split()]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == code, result.stderr
-    assert text in (result.stderr if code == 2 else result.stdout)
-    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.usefixtures("models")
