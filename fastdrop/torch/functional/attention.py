@@ -29,8 +29,9 @@ from .plan import (
     autocast_dtype,
     check_unused_seed,
     for_subclasses,
-    next_seed,
     plan_call,
+    seed_for_kernel,
+    seed_for_ops,
 )
 
 __all__ = ["scaled_dot_product_attention"]
@@ -200,7 +201,7 @@ def _are_on_cpu(*tensors: Tensor | None) -> bool:
 def attend(arguments: Arguments, p: float, options: TorchOptions, source: Source = NO_SOURCE) -> Tensor:
     """Attention by the kernel. Arguments are regular, and eager dense tensors on the CPU."""
     wanted, query = _is_wanted(arguments), arguments[0]
-    call = Attention(*arguments, next_seed(KERNEL, query, source), p, options[0], _scale(query, options[1]), wanted)
+    call = Attention(*arguments, seed_for_kernel(query, source), p, options[0], _scale(query, options[1]), wanted)
     y: Tensor = ATTENTION.call_kernel(call, wanted)[0]
     return y
 
@@ -210,7 +211,7 @@ def trace(arguments: Arguments, p: Any, options: TorchOptions, source: Source = 
     if onnx.is_exported():
         return compose(arguments, p, options, source)
     query = arguments[0]
-    random = next_seed(FUSED_OP, query, source), p
+    random = seed_for_ops(query, source), p
     call = Attention(*arguments, *random, options[0], _scale(query, options[1]), _is_wanted(arguments))
     y: Tensor = ATTENTION(call)[0]
     return y

@@ -10,6 +10,7 @@ their own adjoints, and all have derivatives of any order, reverse and forward.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple, get_type_hints
 
@@ -204,8 +205,13 @@ class Gaussian(NamedTuple):
 
 
 def _gaussian(call: Gaussian, inplace: bool = False) -> Tensor:
-    sigma = variants.spread(checks.gaussian_probability(probability(call.p)))
-    return mask_kernels.gaussian(call.x, kernel_seed(call.seed, call.x), sigma, inplace)
+    p = call.p if type(call.p) is float else probability(call.p)
+    return mask_kernels.gaussian(call.x, kernel_seed(call.seed, call.x), _sigma(p), inplace)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sigma(p: float) -> float:
+    return variants.spread(checks.gaussian_probability(probability(p)))
 
 
 # The op is linear in x. It also has a gradient for p if p is a tensor: y = x (1 + sigma n) with sigma a function of p.
