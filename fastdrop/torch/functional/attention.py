@@ -63,11 +63,11 @@ def scaled_dot_product_attention(
         ``(L, E)`` and ``(H, L, E)`` too.
     key, value : Tensor of the same dtype, ``(*, H, S, E)`` and ``(*, H, S, Ev)``
     attn_mask : Tensor of bool, float32 or query's dtype, broadcastable to ``(*, H, L, S)``, optional
-        Added to the scores; of bool, False excludes a key. A query that sees no key gets 0.
+        Added to the scores. In a mask of bool, False excludes a key. A query that sees no key gets 0.
     dropout_p : float
-        Drop probability of each of the ``(*, H, L, S)`` weights, 0 to 1; as in torch it drops outside of training too.
+        Drop probability of each of the ``(*, H, L, S)`` weights, 0 to 1. As in torch, it drops outside of training too.
     is_causal : bool
-        A query sees the keys up to its own number; not together with attn_mask.
+        A query sees the keys up to its own number. Not together with attn_mask.
     scale : float, optional
         None is ``1 / sqrt(E)``.
     enable_gqa : bool
@@ -86,8 +86,8 @@ def scaled_dot_product_attention(
     ValueError, TypeError
         A bad dropout_p, seed or generator, as in `dropout`.
 
-    Kept for backward: the weights before dropout, in query's dtype, and a bit for each. Where nothing is dropped, and
-    on a GPU without a seed or generator, it is torch's own. It has a gradient of any order and a forward-mode
+    Kept for backward: the weights before dropout, in query's dtype, and a bit for each. If nothing is dropped, and on
+    a GPU without a seed or generator, torch's own function is called. It has a gradient of any order and a forward-mode
     derivative, and works under ``torch.compile``, ``torch.func``, autocast and checkpointing. Gradients of an attn_mask
     and of higher order are composed of torch's ops around `dropout`, under the same mask. So is all of it under a
     transform, on a GPU, and where heads or batches broadcast; it then keeps 8 1/8 bytes for a weight (16 1/8 for
