@@ -227,8 +227,8 @@ MUTATIONS = (
     Mutation(
         "p = 1 keeps the last word",
         "fastdrop/core/mask.py",
-        "words[:] = 0 if cut == DROP_ALL else 0xFFFFFFFF",
-        "words[:-1] = 0 if cut == DROP_ALL else 0xFFFFFFFF",
+        "words[:] = 0 if threshold == DROP_ALL else 0xFFFFFFFF",
+        "words[:-1] = 0 if threshold == DROP_ALL else 0xFFFFFFFF",
         "tests/core/test_mask.py tests/arrays/test_dropout.py",
     ),
     Mutation(
@@ -347,14 +347,14 @@ MUTATIONS = (
     ),
     Mutation(
         "CUDA: the factor's gradient is not masked",
-        "fastdrop/backends/cuda/rows.py",
+        "fastdrop/backends/cuda/pointwise.py",
         "store_data(dmultiplier + cell * item, kept(bits, of_multiplier(g, h)))",
         "store_data(dmultiplier + cell * item, of_multiplier(g, h))",
         CUDA_ROWS,
     ),
     Mutation(
         "CUDA: a panel loses its last row",
-        "fastdrop/backends/cuda/rows.py",
+        "fastdrop/backends/cuda/teams.py",
         "        if panel < longer:\n            end += ONE",
         "        if panel + ONE < longer:\n            end += ONE",
         CUDA_ROWS,
@@ -419,7 +419,7 @@ MUTATIONS = (
     Mutation(
         "standard scaling scales in training",
         "fastdrop/core/variants.py",
-        '    if law == "standard":\n        return 1.0, 0.0, 0.0\n',
+        '    if scaling == "standard":\n        return Coefficients(1.0, 0.0, 0.0)\n',
         "",
         "tests/torch/functional/test_variants.py",
     ),
@@ -502,7 +502,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a rate as a tensor keeps its first value",
-        "fastdrop/torch/nn/dropout.py",
+        "fastdrop/torch/nn/base.py",
         "            self.drive(value)",
         "            pass",
         "tests/torch/tools/test_scheduler.py",
