@@ -21,8 +21,8 @@ from torch.utils.checkpoint import checkpoint
 import fastdrop.torch as fdt
 from fastdrop.torch.functional import attention
 from fastdrop.torch.functional.attention import scaled_dot_product_attention
-from fastdrop.torch.ops import attention as attention_ops
 from fastdrop.torch.models import enable
+from fastdrop.torch.ops import attention as attention_ops
 
 from ..cases import Log, Named, assert_equal, numbers_drawn, saved_tensors, under
 
