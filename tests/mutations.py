@@ -405,8 +405,8 @@ MUTATIONS = (
     Mutation(
         "vmap gives all samples one seed",
         "fastdrop/torch/ops/mask.py",
-        "seeds = torch.ops.fastdrop.draw(like, [interpreter.batch_size(), *size], after)",
-        "seeds = torch.ops.fastdrop.draw(like, size, after).expand(interpreter.batch_size(), *size)",
+        "torch.ops.fastdrop.draw(like, [around.batch_size, *size], after)",
+        "torch.ops.fastdrop.draw(like, size, after).expand(around.batch_size, *size)",
         "tests/torch/ops/test_transforms.py",
     ),
     Mutation(
