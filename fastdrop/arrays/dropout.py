@@ -16,7 +16,7 @@ from ..core.mask import GaussianNoise, PackedMask, empty_words, gaussian_noise, 
 from ..core.random import check_random_state, random_state, threshold_and_scale
 from .array_ops import Array, BitMask, Mask, RandomState, Shape
 from .host import draw_cells
-from .masking import Options, array_ops, copy_to_output, drop, masked, multiply_by_noise
+from .masking import array_ops, copy_to_output, drop, masked, multiply_by_noise
 
 __all__ = [
     "alpha_dropout",
@@ -100,7 +100,7 @@ def dropout(
     mask_shape_of: Callable[[Shape], Shape] | None = None
     if noise_shape is not None:
         mask_shape_of = lambda shape: checks.noise_shape(noise_shape, shape)  # noqa: E731
-    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), Options(training, store, rng, out))
+    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out))
 
 
 def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> Array:
@@ -211,7 +211,7 @@ def alpha_dropout(
     >>> y.round(4), round(mask.scale, 4)
     (array([-0.7792, -0.7792,  0.7792,  0.7792]), 0.8864)
     """
-    return drop("x", x, p, None, "alpha", Options(training, store, rng, out))
+    return drop("x", x, p, None, "alpha", (training, store, rng, out))
 
 
 def drop_connect(
@@ -237,7 +237,7 @@ def drop_connect(
     array([[0., 0., 2.],
            [2., 0., 2.]], dtype=float32)
     """
-    return drop("w", w, p, None, checks.scaling(scaling), Options(training, store, rng, out))
+    return drop("w", w, p, None, checks.scaling(scaling), (training, store, rng, out))
 
 
 def gaussian_dropout(

@@ -15,7 +15,7 @@ from ..core import checks, variants
 from ..core.mask import PackedMask, packed_mask
 from ..core.random import check_random_state, random_state, threshold_and_scale
 from .array_ops import Array, BitMask, RandomState, Shape
-from .masking import Options, array_ops, copy_to_output, drop, masked
+from .masking import array_ops, copy_to_output, drop, masked
 
 __all__ = ["drop_block", "feature_alpha_dropout", "feature_dropout", "stochastic_depth", "variational_dropout"]
 
@@ -55,9 +55,7 @@ def feature_dropout(
     (array([[0., 0.],
            [2., 2.]]), 4)
     """
-    return drop(
-        "x", x, p, _mask_shape_of_features(channel_axis), checks.scaling(scaling), Options(training, store, rng, out)
-    )
+    return drop("x", x, p, _mask_shape_of_features(channel_axis), checks.scaling(scaling), (training, store, rng, out))
 
 
 def feature_alpha_dropout(
@@ -80,7 +78,7 @@ def feature_alpha_dropout(
     array([[-0.7792, -0.7792],
            [ 0.7792,  0.7792]])
     """
-    return drop("x", x, p, _mask_shape_of_features(channel_axis), "alpha", Options(training, store, rng, out))
+    return drop("x", x, p, _mask_shape_of_features(channel_axis), "alpha", (training, store, rng, out))
 
 
 def variational_dropout(
@@ -122,7 +120,7 @@ def variational_dropout(
     def mask_shape_of(shape: Shape) -> Shape:
         return variants.shared_cells(shape, checks.axis("time_axis", time_axis, len(shape)))
 
-    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), Options(training, store, rng, out))
+    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out))
 
 
 def stochastic_depth(
@@ -163,7 +161,7 @@ def stochastic_depth(
         checks.at_least("x", len(shape), 1, "an axis of samples")
         return variants.sample_cells(shape, mode)
 
-    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), Options(training, store, rng, out))
+    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out))
 
 
 def drop_block(
