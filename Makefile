@@ -46,7 +46,7 @@ $(VENV)/.built: $(VENV)/.packages $(C_SOURCES) $(C_HEADERS) csrc/ffi_build.py fa
 
 demo: $(VENV)/.built
 	@echo "== demo"
-	$(BIN)/python -m fastdrop demo
+	$(BIN)/python examples/demo.py
 	@echo "== the same for torch: a small transformer, with torch's dropout and with fastdrop's"
 	$(BIN)/python examples/transformer.py --quick --output fastdrop-transformer.png
 
@@ -72,28 +72,25 @@ fuzz: $(VENV)/.built
 
 bench: $(VENV)/.built
 	@echo "== benchmarks"
-	$(BIN)/python bench/run.py
+	$(BIN)/python -m bench.run
 
 bench-quick: $(VENV)/.built
-	$(BIN)/python bench/run.py --quick
+	$(BIN)/python -m bench.run --quick
 
 bench-torch: $(VENV)/.built
-	$(BIN)/python bench/run.py --torch
+	$(BIN)/python -m bench.run --torch
 
 bench-family: $(VENV)/.built
-	$(BIN)/python bench/run.py --family
+	$(BIN)/python -m bench.run --family
 
 bench-fused: $(VENV)/.built
-	$(BIN)/python bench/run.py --fused
+	$(BIN)/python -m bench.run --fused
 
 cuda-report: $(VENV)/.built
-	$(BIN)/python -m bench.cuda_report
+	$(BIN)/python -m bench.gpu.machine_code
 
 report: $(VENV)/.built
-	$(BIN)/python -m bench.report bench/results/all.json
-	$(BIN)/python -m bench.report_torch bench/results/torch.json
-	$(BIN)/python -m bench.report_family bench/results/family.json
-	$(BIN)/python -m bench.report_fused bench/results/fused.json
+	$(BIN)/python -m bench.run --report
 
 lint: $(VENV)/.packages
 	@echo "== ruff, mypy, clang-format"

@@ -115,7 +115,7 @@ def test_numba_without_room_to_compile_raises_in_the_caller(tmp_path):
 NO_THREADS = """
 import numpy as np
 import fastdrop as fd
-from fastdrop.backends import numba_cpu
+from fastdrop.backends.numba import threads
 fd.use_backend("numba")
 x = np.ones(1 << 20, np.float32)
 fd.set_num_threads(1)
@@ -123,7 +123,7 @@ want = fd.dropout(x, 0.5, rng=0)[0]
 fd.set_num_threads(4)
 class Pool:
     def submit(self, *work): raise RuntimeError("can't start new thread")
-numba_cpu._workers = Pool
+threads._workers = Pool
 assert (fd.dropout(x, 0.5, rng=0)[0] == want).all()
 print("same")
 """

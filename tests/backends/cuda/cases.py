@@ -1,5 +1,6 @@
-"""What tests of the CUDA primitives share, for `gpu_stub.Gpu` and `twin.Device`: calls by address between guards, what
-the reference makes of them, and layouts.
+"""Shared by the tests of the CUDA primitives, on `gpu_stub.Gpu` and on a real GPU.
+
+Here are calls by address on arrays between guards, the reference's results for them, and layouts.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ AXES = {
     "five axes": ((2, 1), (3, 0), (2, 50), (5, 2), (8, 100)),
     "seven axes": ((2, 300), (1, 9), (2, 0), (3, 11), (2, 1), (2, 0), (4, 40)),
     "words apart": ((3, 3200), (4, 320), (8, 32)),
+    "vectors of any stride": ((3, 1), (5, 1001), (7, 17), (16, 170)),
+    "vectors of neighbours": ((3, 2003), (5, 0), (2, 501), (32, 1)),
+    "vectors that share a cell": ((3, 409), (5, 31), (2, 3), (16, 0)),
+    "elements of any stride": ((3, 1), (5, 1001), (7, 17), (9, 170)),
 }
 
 
@@ -524,7 +529,9 @@ def assert_activations_as_reference(gpu, activation, pair, columns):
     """Forward, with the bits that a relu keeps, and backward, by both of the ways that its kernels go."""
     numbers, pair = {"a": 1.25, "activation": ACTIVATIONS[activation]}, PAIR[pair]
     signs = "signs" if activation == "relu" else ""
-    assert_fused_as_reference(gpu, "pointwise_forward", pair, 5, columns, given=f"bias factor {signs}", **numbers)
+    assert_fused_as_reference(
+        gpu, "pointwise_forward", pair, 5, columns, given=f"input_bias multiplier {signs}", **numbers
+    )
     assert_fused_as_reference(
         gpu, "pointwise_backward", pair, 5, columns, given="x input_bias multiplier dmultiplier", **numbers
     )
