@@ -31,8 +31,8 @@ PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(FLOAT16, FLOAT32), (BFLOAT16, F
 # rows that begin anywhere within a word.
 SHAPES = ((1, 1), (3, 5), (7, 100), (33, 48), (2, 1000), (5, 8200), (1, 70_001), (200, 300))
 
-# What an array holds for each element: a number of dtype, of residual_dtype or a bit; or, in the type of the arithmetic, a
-# number for each column, one for each element, two for each row, one or three for each column of every panel.
+# What an array holds for each element: a number of dtype, one of residual_dtype, or a bit; or, in the type of the
+# arithmetic, a number for each column, one for each element, two for each row, one or three for each column of a panel.
 DATA, STREAM, BITS, COLUMN, MASK, STATISTICS, LINE, LINES = range(8)
 INPUTS = {
     "pointwise_forward": {"x": DATA, "input_bias": COLUMN, "multiplier": DATA, "residual": STREAM, "words": BITS},

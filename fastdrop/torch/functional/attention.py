@@ -23,6 +23,7 @@ from ..ops import fused as fused_ops
 from ..ops import mask as mask_ops
 from ..runtime import fused_kernels, mask_kernels, nested, seeds
 from ..runtime.dispatch import can_call_kernel, hide_from_dynamo, is_eager_dense
+from ..runtime.dispatch.ops import composed_attention
 from . import routing
 from .fused import softmax_dropout
 from .routing import for_subclasses
@@ -163,7 +164,7 @@ def _refuse(
             pass
     with torch.no_grad():
         _torchs(*tensors, 0.0, *options)
-        torch.ops.aten._scaled_dot_product_attention_math(*tensors, 0.0, causal, scale=scale, enable_gqa=gqa)
+        composed_attention(*tensors, 0.0, causal, scale=scale, enable_gqa=gqa)
 
 
 def _torchs(query: Any, key: Any, value: Any, mask: Any, p: float, causal: bool, scale: Any, gqa: bool) -> Tensor:

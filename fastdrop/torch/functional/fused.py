@@ -20,6 +20,7 @@ from ..ops import mask as mask_ops
 from ..ops.mask import overload
 from ..runtime import fused_kernels, mask_kernels, nested, seeds
 from ..runtime.dispatch import is_eager_dense
+from ..runtime.dispatch.ops import fast_apply
 from . import routing
 from .routing import for_subclasses
 
@@ -583,13 +584,7 @@ class _Softmax(torch.autograd.Function):
         return *fused_ops.softmax_gradients(ctx.needs_input_grad[:2], dy, dprobabilities, *mask_ops._kept(ctx)), None
 
 
-def _direct(function: type[torch.autograd.Function]) -> Any:
-    """Its ``apply``, and backward's, past the Python that looks for functorch, which `is_eager_dense` has ruled out."""
-    function._backward_cls.apply = function.backward  # type: ignore[attr-defined]
-    return super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-
-_apply_pointwise, _apply_norm, _apply_softmax = _direct(_Pointwise), _direct(_Norm), _direct(_Softmax)
+_apply_pointwise, _apply_norm, _apply_softmax = fast_apply(_Pointwise), fast_apply(_Norm), fast_apply(_Softmax)
 
 
 def _stored(words: Tensor | None, seed: Any) -> Tensor | None:

@@ -14,8 +14,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
-from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ...core import checks, variants
@@ -23,6 +21,9 @@ from ...core.random import DROP_ALL, threshold
 from ..ops import mask as mask_ops
 from ..runtime import mask_kernels, nested, seeds, tracing
 from ..runtime.dispatch import can_call_kernel, is_eager_dense, is_transformed
+from ..runtime.dispatch.compilers import constant_in_graphs
+from ..runtime.dispatch.ops import fast_apply
+from ..runtime.dispatch.tensors import check_inplace, is_in_dispatch_mode, jit_trace, may_be_differentiated_forward
 
 __all__ = ["autocast_dtype", "check_tensor", "drop", "drop_block", "eager_probability", "for_subclasses", "gaussian"]
 
@@ -116,10 +117,7 @@ class _Fast(torch.autograd.Function):
         return mask_kernels.forward(dy, seeds.for_kernel(kept, dy), cut, (a, 0.0, 0.0), cells_shape, False)[0], None
 
 
-# Skips `Function.apply`, whose Python looks for functorch, and its counterpart in backward, which looks for a `vjp`.
-# `is_eager_dense` has ruled both out. This saves two microseconds of twenty for a small tensor.
-_apply_fast = super(torch.autograd.Function, _Fast).apply
-_Fast._backward_cls.apply = _Fast.backward  # type: ignore[attr-defined]
+_apply_fast = fast_apply(_Fast)
 
 
 def _compiled(
@@ -177,7 +175,7 @@ def _by_ops(
 
 def _extents(cells: Any) -> Any:
     """A mask's shape as ops take it: what `torch.jit.trace` finds in a tensor's shape are tensors."""
-    return cells if torch._C._get_tracing_state() is None else [int(extent) for extent in cells]
+    return cells if jit_trace() is None else [int(extent) for extent in cells]
 
 
 def _evaluated(x: Tensor, scale: Any, inplace: bool) -> Tensor:
@@ -314,12 +312,10 @@ class _FastGaussian(torch.autograd.Function):
 # ---- export to ONNX ----
 
 
+@constant_in_graphs
 def is_exported_to_onnx() -> bool:
     """Whether `torch.onnx.export` looks at the call; asked while it traces, not by the graph."""
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
-
-
-is_exported_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def for_onnx(
@@ -354,7 +350,7 @@ def _number_of_seed(
     if seed is not None:
         seed = seeds.given(seed, generator, x)
     if inplace:
-        _check_inplace(x)
+        check_inplace(x)
     if seed is not None:
         return seed
     return seeds.draw_cuda(x.device, generator) if x.is_cuda else seeds.draw(generator)
@@ -393,14 +389,14 @@ def _is_traced_number(p: Any) -> bool:
     """Whether p is a tensor of which a mode or a subclass, such as `make_fx` has, would not tell the number."""
     if not isinstance(p, Tensor):
         return False
-    return bool(_len_torch_dispatch_stack()) or type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return is_in_dispatch_mode() or type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def _is_differentiated(p: Any) -> bool:
     """Whether somebody may want a derivative with respect to p."""
     if not isinstance(p, Tensor):
         return False
-    return p.requires_grad or (not _is_compiling() and (forward_ad._current_level >= 0 or is_transformed()))
+    return p.requires_grad or (not _is_compiling() and may_be_differentiated_forward())
 
 
 def _refuse_gradient() -> None:
@@ -410,12 +406,10 @@ def _refuse_gradient() -> None:
     )
 
 
+@constant_in_graphs
 def is_transformed_there() -> bool:
     """`is_transformed` of a call that is being compiled: asked while it is traced, not by the graph."""
     return is_transformed()
-
-
-is_transformed_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -428,19 +422,6 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
 def check_tensor(x: Any) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"input must be a Tensor, but got {type(x).__name__}")
-
-
-def _check_inplace(x: Tensor) -> None:
-    """Raises torch's own error where torch would not have x written to, before anything is drawn or written."""
-    base = x._base
-    view = base is not None and (
-        (base.requires_grad and base.is_leaf)
-        or torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT
-    )
-    forbidden = torch.is_grad_enabled() and x.requires_grad and (x.is_leaf or view)
-    outside = x.is_inference() and not torch.is_inference_mode_enabled()
-    if forbidden or outside or torch._debug_has_internal_overlap(x) == 1:
-        x.mul_(1)
 
 
 def _number(p: Any) -> float:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from ...core import checks
 from ..nn import dropout as ours
 from ..nn.dropout import Rated
+from ..runtime.dispatch.modules import TorchDropout
 from .drop_path import is_drop_path
 from .rates import rate_name
 from .report import Report, Row, class_name
@@ -121,7 +121,7 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
     for path, module in model.named_modules():
         routed.update(id(getattr(module, name)) for name in getattr(type(module), "ATTENTIONS", ()))
         become = class_for(module)
-        before = repr(module) if become or isinstance(module, (_DropoutNd, Rated)) else type(module).__name__
+        before = repr(module) if become or isinstance(module, (TorchDropout, Rated)) else type(module).__name__
         reason = "" if id(module) in routed else why_lent(owners, module) or why_left(module)
         if become is not None and not reason:
             setattr(module, BEFORE, type(module))
@@ -146,7 +146,7 @@ def why_lent(owners: Owners, module: nn.Module) -> str:
 
     Nothing for any other, for one of ours, and in doubt.
     """
-    if isinstance(module, Rated) or not (class_for(module) or isinstance(module, _DropoutNd)):
+    if isinstance(module, Rated) or not (class_for(module) or isinstance(module, TorchDropout)):
         return ""
     if owners.use_of(module) != "lent":
         return ""
@@ -168,7 +168,7 @@ def reach(module: nn.Module) -> str:
         return "fdt.convert or fdt.enable reaches it" if named else "fdt.convert reaches it"
     if isinstance(module, torch.jit.ScriptModule):
         return "fdt.enable reaches it"
-    if isinstance(module, _DropoutNd):
+    if isinstance(module, TorchDropout):
         return "fdt.enable reaches it if it calls torch's dropout"
     return "nothing of fastdrop reaches it"
 
@@ -233,7 +233,7 @@ def why_left(module: nn.Module) -> str:
         if "forward" in vars(module):
             return "its forward was replaced on the object itself"
         return refusal(module)
-    if isinstance(module, _DropoutNd):
+    if isinstance(module, TorchDropout):
         theirs = next(cls for cls in type(module).__mro__ if cls.__module__ == nn.Dropout.__module__)
         named = f"{class_name(type(module), theirs)}, " if type(module).__name__ == theirs.__name__ else ""
         return f"{named}a subclass of nn.{theirs.__name__}; its forward may be its own"

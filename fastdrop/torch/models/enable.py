@@ -20,8 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ...core import variants
 from ..functional.attention import attend, compose, is_direct, is_regular, trace
@@ -30,13 +28,15 @@ from ..nn.dropout import Rated
 from ..runtime import context, cuda, mask_kernels
 from ..runtime.context import drops_in_scripts, is_enabled, note_traced
 from ..runtime.dispatch import is_transformed
+from ..runtime.dispatch.compilers import FakeTensor, FunctionalTensor, is_dynamo_imported
+from ..runtime.dispatch.modules import UNSCRIPTED
+from ..runtime.dispatch.ops import TRANSFORMS, call_as_torch, check_overridable, forget_kernels, kernel_in_transforms
 from .convert import FOREIGN, refusal
 
 __all__ = ["disable", "enable", "enabled"]
 
 # Calls on CPU and CUDA tensors without and with autograd, and calls inside of torch.func's transforms: from Python, and
 # from torch's own C++ under vmap, where attention drops.
-TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
 KEYS = ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA", TRANSFORMS, "FuncTorchVmapMode")
 
 # aten's ops, each with its in-place form: whether whole channels are dropped, and the law.
@@ -49,8 +49,8 @@ OPS = {
 # Attention, of tensors on the CPU where it drops; elsewhere it is torch's, and its dropout ours.
 ATTENTION = "scaled_dot_product_attention"
 ATTENTION_KEYS = ("CPU", "AutogradCPU")
+OVERRIDDEN = (*OPS, *(name + "_" for name in OPS), ATTENTION)
 GRAFTED = "_fastdrop_grafted"  # on the forward of timm's and torchvision's classes, once it is ours
-UNSCRIPTED = "__jit_unused_properties__"  # where TorchScript looks for properties to leave out
 FEWEST_SCORES = 1 << 15  # below, the Python around a call costs more than its kernels save
 
 _library: torch.library.Library | None = None  # never taken away: another thread may be on its way to a kernel
@@ -126,15 +126,17 @@ def register() -> None:
         with _lock:
             # An exception from a signal may end this anywhere; the next call does it again.
             if not _is_registered:
+                overridden = [getattr(torch.ops.aten, name).default for name in OVERRIDDEN]
+                check_overridable(*overridden)
                 _library = _library or torch.library.Library("aten", "IMPL")
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # torch says that it has kernels for transforms itself
-                    for name, keys, kernel in _kernels_toregister():
+                    for name, keys, kernel in _kernels_to_register():
                         for key in keys:
                             _library.impl(name, kernel, key)
-                for name in (*OPS, *(name + "_" for name in OPS), ATTENTION):
-                    getattr(torch.ops.aten, name).default._dispatch_cache.clear()  # tracing keeps kernels it found
-                if "torch._dynamo" in sys.modules:
+                for op in overridden:
+                    forget_kernels(op)
+                if is_dynamo_imported():
                     torch.compiler.reset()  # what was compiled before has no guard
                 _is_registered = True
     for (module, name), ours in FOREIGN.items():
@@ -144,7 +146,7 @@ def register() -> None:
                 _graft(theirs, ours)
 
 
-def _kernels_toregister() -> Iterator[tuple[str, tuple[str, ...], Any]]:
+def _kernels_to_register() -> Iterator[tuple[str, tuple[str, ...], Any]]:
     for name, (features, law) in OPS.items():
         for inplace in (False, True):
             yield name + "_" * inplace, KEYS, _kernel(name + "_" * inplace, features, law, inplace)
@@ -154,15 +156,13 @@ def _kernels_toregister() -> Iterator[tuple[str, tuple[str, ...], Any]]:
 def _kernel(name: str, features: bool, law: str, inplace: bool) -> Any:
     """What one of aten's ops does while enabled."""
     op = getattr(torch.ops.aten, name).default
-    # Not the composite implementation: inside of transforms torch has others.
-    transformed = torch.library.get_kernel(op, TRANSFORMS)
-    transforms = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, TRANSFORMS))
+    transformed = kernel_in_transforms(op)
 
     def torchs(input: Tensor, p: float, train: bool) -> Tensor:
         if is_transformed():
-            result: Tensor = transformed.call_boxed(transforms, input, p, train)
+            result: Tensor = transformed(input, p, train)
             return result
-        return _torchs(op, input, p, train)
+        return call_as_torch(op, input, p, train)
 
     def kernel(input: Tensor, p: float, train: bool) -> Tensor:
         on = is_enabled()
@@ -209,7 +209,7 @@ def _attention(
         if query.numel() // query.shape[-1] * key.shape[-2] >= FEWEST_SCORES and is_direct(*arguments):
             return attend(*arguments, dropout_p, *options)
     op = torch.ops.aten.scaled_dot_product_attention.default
-    return _torchs(op, *arguments, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return call_as_torch(op, *arguments, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> None:
@@ -270,9 +270,3 @@ def _is_wrapper(x: Tensor) -> bool:
 def _is_called_from_python() -> bool:
     """Whether the kernel that asks was called by one of torch's Python functions, and not from scripted code."""
     return sys._getframe(2).f_code.co_filename == torch.nn.functional.__file__
-
-
-def _torchs(op: Any, *arguments: Any, **options: Any) -> Tensor:
-    """What torch does when nobody overrides it."""
-    result: Tensor = op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *arguments, **options)
-    return result

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.dropout import _DropoutNd
 
 from ...core.random import DROP_ALL, threshold
 from ..nn import dropout as ours
+from ..runtime.dispatch.modules import TorchDropout, hook_obstacle
 from .convert import Report, Row
 
 __all__ = ["fold_scaling"]
@@ -71,9 +71,9 @@ def fold_scaling(model: nn.Module) -> Report:
     uses = _Uses(model)
     rows = []
     for path, module in list(model.named_modules()):
-        if not isinstance(module, _DropoutNd | ours.Rated):
+        if not isinstance(module, TorchDropout | ours.Rated):
             continue
-        before = repr(module) if isinstance(module, _DropoutNd) else type(module).__name__
+        before = repr(module) if isinstance(module, TorchDropout) else type(module).__name__
         if getattr(module, "scaling", None) != "standard":
             rows.append(Row(path, before, None, "no factor in evaluation: nothing to fold"))
             continue
@@ -165,5 +165,5 @@ class _Uses:
         name = getattr(node.target, "__name__", node.target) if module is None else self.paths[module]
         if node.kwargs.get("inplace") or getattr(module, "inplace", False):
             raise _Left(f"{name} writes in place")
-        if module is not None and (module._forward_hooks or module._forward_pre_hooks):
-            raise _Left(f"{name} has hooks")
+        if module is not None and (hooks := hook_obstacle(module, gradients=False)):
+            raise _Left(f"{name} {hooks}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numbers
 
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from ..nn.dropout import Rated
+from ..runtime.dispatch.modules import TorchDropout
 from .drop_path import is_drop_path
 
 # Of packages that need not be installed: recognised by the names of a module's class and of those it derives from.
@@ -27,7 +27,7 @@ def rate_name(module: nn.Module) -> str | None:
     if isinstance(module, nn.MultiheadAttention | nn.RNNBase):
         drops = number(module, "dropout") and getattr(module, "num_layers", 2) > 1
         return "dropout" if drops else None
-    if isinstance(module, _DropoutNd | Rated) or _was_dropout(module):
+    if isinstance(module, TorchDropout | Rated) or _was_dropout(module):
         return "p"
     for cls in type(module).__mro__:
         for name in NAMES.get(cls.__name__, ()):
@@ -40,7 +40,7 @@ def rate_name(module: nn.Module) -> str | None:
 def _was_dropout(module: nn.Module) -> bool:
     """Whether a scripted module was one of torch's that drop."""
     theirs = getattr(nn, getattr(module, "original_name", ""), None)
-    return isinstance(theirs, type) and issubclass(theirs, _DropoutNd)
+    return isinstance(theirs, type) and issubclass(theirs, TorchDropout)
 
 
 def number(module: nn.Module, name: str) -> float | None:

@@ -30,8 +30,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch._ops import OpOverload, OpOverloadPacket
-from torch.nn.modules.dropout import _DropoutNd
+
+from ..runtime.dispatch.modules import CHILDREN, TorchDropout, forward_hooks_of
+from ..runtime.dispatch.ops import OpOverload, OpOverloadPacket
 
 __all__ = [
     "Drop",
@@ -219,7 +220,7 @@ class Owners:
         self._kinds: dict[int, set[str]] = defaultdict(set)
         self._drops: dict[int, tuple[nn.Module, Drop]] = {}
         for owner in model.modules():
-            if any(map(_is_theirs, (*owner._forward_hooks.values(), *owner._forward_pre_hooks.values()))):
+            if any(map(_is_theirs, forward_hooks_of(owner))):
                 self._mark([*owner.modules()][1:], "other")
             if _is_known(owner):
                 if not isinstance(owner, LISTS):
@@ -639,7 +640,7 @@ class _Reader(ast.NodeVisitor):
             self._use(chain[:-1], "p")
         else:
             self._use(chain, "other")
-            self.uses.by_name |= chain[-1] in ("_modules", "__dict__")
+            self.uses.by_name |= chain[-1] in (CHILDREN, "__dict__")
             own = inspect.getattr_static(self.kind, chain[0], None) if len(chain) == 1 else None
             if isinstance(own, property):
                 own = own.fget
@@ -703,7 +704,7 @@ class _Reader(ast.NodeVisitor):
         if len(chain) == 1:
             method = inspect.getattr_static(self.kind, chain[0], None)
             self.uses.by_name |= chain[0] in ("children", "named_children", "modules", "named_modules")
-        self.uses.by_name |= chain[:1] == ("_modules",)
+        self.uses.by_name |= chain[:1] == (CHILDREN,)
         if method is not None:
             return self._follow(method, node, not isinstance(method, staticmethod | classmethod))
         self.uses.held.append((functools.partial(self._held, node, ast.unparse(node.func)), chain, self.guards))
@@ -727,7 +728,7 @@ class _Reader(ast.NodeVisitor):
             else:
                 self.uses.by_name = True
         if isinstance(target, type):
-            if issubclass(target, _DropoutNd) and target.__module__ == nn.Dropout.__module__:
+            if issubclass(target, TorchDropout) and target.__module__ == nn.Dropout.__module__:
                 self._add(self._drop(node, written, ("p", 0, 0.5), ENABLE))
         elif _drops(target):
             self._add(self._drop(node, written, DROPS[target], REACH.get(target, ENABLE)))

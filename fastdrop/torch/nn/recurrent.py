@@ -91,7 +91,7 @@ class _Variational(nn.RNNBase):
     ) -> tuple[Tensor, States]:
         """One layer's output and last states, in all its directions."""
         if not _drops(self.dropout_recurrent):
-            fused = getattr(torch._VF, self.mode.lower())
+            fused = getattr(torch, self.mode.lower())
             options = self._as_torchs(begin), weights, self.bias, 1, 0.0, self.training, self.bidirectional
             y, *end = fused(x, *options, False) if packed is None else fused(x, packed.batch_sizes, *options)
             return y, tuple(end)

@@ -22,6 +22,14 @@ from ..functional.routing import for_onnx, is_exported_to_onnx, refuse_onnx
 from ..ops import mask as mask_ops
 from ..runtime import tracing
 from ..runtime.dispatch import hide_from_dynamo, is_transformed
+from ..runtime.dispatch.modules import (
+    can_have_twins,
+    flat_weights_of,
+    make_twin,
+    outer_saved_tensor_hooks,
+    run_on_flat_weights,
+)
+from ..runtime.dispatch.tensors import storage_id, version_of
 from .dropout import Rated, is_traced, traced
 
 __all__ = ["DropConnect", "EmbeddingDropout"]
@@ -153,8 +161,8 @@ class DropConnect(Rated):
         p = self.rate
         if not self.training or (not isinstance(p, Tensor) and p == 0.0):
             return self.module(*args, **kwargs)
-        if isinstance(self.module, nn.RNNBase):
-            return self._run_recurrent(args, kwargs)
+        if isinstance(self.module, nn.RNNBase) and (flat_weights := flat_weights_of(self.module)) is not None:
+            return self._run_recurrent(flat_weights, args, kwargs)
         dropped, hooks = self._dropped_weights()
         values = {name: value for name, _, value in dropped}
         with hooks:
@@ -162,17 +170,13 @@ class DropConnect(Rated):
                 return functional_call(self.module, values, args, kwargs)
             return _run_twin(self.module, {id(weight): value for _, weight, value in dropped}, args, kwargs)
 
-    def _run_recurrent(self, args: Any, kwargs: Any) -> Any:
+    def _run_recurrent(self, flat_weights: list[Tensor], args: Any, kwargs: Any) -> Any:
         """The weights that run are in a list beside the parameters, which `functional_call` doesn't know."""
-        module: Any = self.module
-        module._update_flat_weights()
         dropped, hooks = self._dropped_weights()
         instead = {id(weight): value for _, weight, value in dropped}
-        flat = [instead.get(id(weight), weight) for weight in module._flat_weights]
-        twin = _twin(module, {}, {})
-        vars(twin)["_flat_weights"] = flat
+        flat = [instead.get(id(weight), weight) for weight in flat_weights]
         with hooks:
-            return twin(*args, **kwargs)
+            return run_on_flat_weights(self.module, flat, *args, **kwargs)
 
     def _dropped_weights(self) -> tuple[list[tuple[str, Tensor, Tensor]], contextlib.AbstractContextManager[Any]]:
         """Names, weights and their dropped values for one call, and what to make it in."""
@@ -192,7 +196,7 @@ class DropConnect(Rated):
             value, words = mask_ops.overload(torch.ops.fastdrop.forward, p)(weight, seed, p, None, True)
             dropped.append((name, weight, value))
             if hooked and not weight.is_inference():
-                recipes[_storage(value)] = _Recipe(value, weight, words, p)
+                recipes[storage_id(value)] = _Recipe(value, weight, words, p)
         return dropped, _kept_as(recipes) if recipes else contextlib.nullcontext()
 
     def extra_repr(self) -> str:
@@ -209,20 +213,21 @@ hide_from_dynamo(DropConnect._run_recurrent)
 
 def _can_have_twin(module: nn.Module) -> bool:
     """Not what is scripted, nor what has a forward of its own on the object, which may hold the object."""
-    return not any(isinstance(m, torch.jit.ScriptModule) or "forward" in vars(m) for m in module.modules())
+    return can_have_twins and not any(
+        isinstance(m, torch.jit.ScriptModule) or "forward" in vars(m) for m in module.modules()
+    )
 
 
 def _twin(module: nn.Module, values: dict[int, Tensor], twins: dict[int, nn.Module]) -> Any:
     """A module with the attributes and buffers of another, but for values in place of its parameters, by their id."""
     twin = twins.get(id(module))
     if twin is None:
-        twin = twins[id(module)] = object.__new__(type(module))
-        vars(twin).update(vars(module))
-        parameters: Any = {name: values.get(id(weight), weight) for name, weight in module._parameters.items()}
-        children: Any = {
-            name: None if child is None else _twin(child, values, twins) for name, child in module._modules.items()
-        }
-        vars(twin).update(_parameters=parameters, _modules=children)
+        twin = make_twin(
+            module,
+            lambda weight: values.get(id(weight), weight),
+            lambda child: _twin(child, values, twins),
+        )
+        twins[id(module)] = twin
     return twin
 
 
@@ -244,13 +249,13 @@ class _Kept:
     """A tensor that a node of the graph keeps. Where there are hooks torch leaves watching its version to them."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.version = tensor.detach(), tensor._version
+        self.tensor, self.version = tensor.detach(), version_of(tensor)
 
     def __call__(self) -> Tensor:
-        if self.tensor._version != self.version:
+        if version_of(self.tensor) != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "
-                f"[{self.tensor.type()} {list(self.tensor.shape)}] is at version {self.tensor._version}; expected "
+                f"[{self.tensor.type()} {list(self.tensor.shape)}] is at version {version_of(self.tensor)}; expected "
                 f"version {self.version} instead"
             )
         return self.tensor
@@ -261,13 +266,15 @@ class _Recipe:
 
     def __init__(self, value: Tensor, weight: Tensor, words: Tensor, p: float | Tensor) -> None:
         self.weight, self.words, self.p = _Kept(weight), words, p
-        self.version, self.dtype = value._version, value.dtype
+        self.version, self.dtype = version_of(value), value.dtype
         self.views = self.used = 0
         self.value: Tensor | None = None
 
     def makes(self, view: Tensor) -> bool:
         """Whether it makes a tensor in its value's storage: not if that was written to or is seen as something else."""
-        return view._version == self.version and view.dtype == self.dtype and not view.is_conj() and not view.is_neg()
+        return (
+            version_of(view) == self.version and view.dtype == self.dtype and not view.is_conj() and not view.is_neg()
+        )
 
     def view(self, shape: Any, stride: Any, offset: Any) -> Tensor:
         weight, value = self.weight(), self.value
@@ -279,16 +286,12 @@ class _Recipe:
         return value.as_strided(shape, stride, offset)
 
 
-def _storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata if x.layout is torch.strided else 0
-
-
 def _kept_as(recipes: dict[int, _Recipe]) -> saved_tensors_hooks:
     """Has nodes made inside keep dropped weights, known by their storage, as recipes, and all else as outside."""
-    outside = torch._C._autograd._top_saved_tensors_default_hooks(False)  # torch asks the innermost hooks alone
+    outside = outer_saved_tensor_hooks(False)  # torch asks the innermost hooks alone
 
     def pack(x: Tensor) -> Callable[[], Tensor]:
-        recipe = recipes.get(_storage(x))
+        recipe = recipes.get(storage_id(x))
         if recipe is not None and recipe.makes(x):
             recipe.views += 1
             return partial(recipe.view, x.shape, x.stride(), x.storage_offset())

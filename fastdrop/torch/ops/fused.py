@@ -21,14 +21,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from ...core import checks
 from ...core.activations import ACTIVATIONS, keeps_signs
 from ...core.mask import word_count
 from ...core.random import keep_scale, threshold
 from ..runtime import fused_kernels, mask_kernels, seeds
-from ..runtime.dispatch import can_call_kernel, hide_from_dynamo, is_transformed
+from ..runtime.dispatch import can_call_kernel, hide_from_dynamo
+from ..runtime.dispatch.ops import below_autograd
+from ..runtime.dispatch.tensors import may_be_differentiated_forward
 from . import mask as mask_ops
 from .mask import overload
 
@@ -323,7 +324,7 @@ def _composes() -> bool:
     """Whether somebody wants a gradient's derivative."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
-    return forward_ad._current_level >= 0 or is_transformed()
+    return may_be_differentiated_forward()
 
 
 def _gradient_of(name: str, dy: Tensor, p: P) -> Any:
@@ -538,7 +539,7 @@ class _Op(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        return mask_ops._below_autograd(*arguments)
+        return below_autograd(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

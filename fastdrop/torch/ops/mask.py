@@ -12,22 +12,21 @@ and refuse to be transformed.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function  # type: ignore[attr-defined]
-from torch.autograd import forward_ad
 
 from ...core import checks, variants
 from ...core.mask import word_count
 from ...core.random import threshold
 from ..runtime import mask_kernels, tracing
 from ..runtime import seeds as seed_source
-from ..runtime.dispatch import hide_from_dynamo, is_eager_dense, is_transformed
+from ..runtime.dispatch import hide_from_dynamo
+from ..runtime.dispatch.compilers import let_inductor_call
+from ..runtime.dispatch.ops import below_autograd, innermost_map, register_batching, register_derivative
 
 DRAW = "draw(Tensor like, SymInt[] size, Tensor? after=None) -> Tensor"
 FORWARD = (
@@ -163,16 +162,6 @@ def masked(x: Tensor, kept: Tensor, p: float | Tensor, noise_shape: Any, bits: b
     return again
 
 
-def _below_autograd(op: Any, keyset: Any, *arguments: Any) -> Any:
-    """The op's next kernel. `Function` has turned derivatives off; transforms further out want theirs."""
-    outer = is_transformed()
-    on = (torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True)) if outer else ()
-    with contextlib.ExitStack() as stack:
-        for context in (*on, torch._C._AutoDispatchBelowAutograd()):
-            stack.enter_context(context)
-        return op.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
-
-
 def _keep(ctx: Any, *values: Any) -> None:
     """Keeps tensors as autograd wants it, others as they are; `_kept` has them again."""
     tensors = [value if isinstance(value, Tensor) else None for value in values]
@@ -188,7 +177,7 @@ def _kept(ctx: Any) -> list[Any]:
 class _Forward(torch.autograd.Function):
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        return _below_autograd(*arguments)
+        return below_autograd(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -212,7 +201,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(*arguments: Any) -> Any:
-        return _below_autograd(*arguments)
+        return below_autograd(*arguments)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -278,81 +267,24 @@ def _slope_in_p(op: Any, x: Tensor, seed: Tensor, p: Tensor) -> Tensor:
     return torch.where(inside, (op(wide, seed, p) - wide) / (2.0 * safe * (1.0 - safe)), 0.0)
 
 
-def _autograd(op: Any, function: type[torch.autograd.Function]) -> Any:
-    """A kernel for autograd's key: one level of derivatives, as the dispatcher goes from one transform to the next."""
-    # `Function.apply` itself would start again from the outermost transform.
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
-
-    def kernel(keyset: Any, *arguments: Any) -> Any:
-        if not is_transformed():
-            return apply(op, keyset, *arguments)
-        with enable_single_level_autograd_function():
-            return apply(op, keyset, *arguments)
-
-    hide_from_dynamo(kernel)
-    return kernel
-
-
 # ---- vmap ----
-
-
-class _Info(NamedTuple):
-    """What a rule is told of the map."""
-
-    batch_size: int
-    interpreter: Any
-
-
-def _interpreter() -> Any:
-    return torch._functorch.pyfunctorch.retrieve_current_functorch_interpreter()
-
-
-def _is_plain_within(info: _Info, *tensors: Tensor) -> bool:
-    """Whether nothing but this map surrounds the call: kernels may be called at once."""
-    with info.interpreter.lower():
-        return all(is_eager_dense(x) and not (x.requires_grad and torch.is_grad_enabled()) for x in tensors)
-
-
-def _batched(op: Any, rule: Any) -> Any:
-    """A kernel for vmap's key. That of `torch.library.register_vmap` does the same with trees, in twice the time."""
-
-    def kernel(*arguments: Any) -> Any:
-        interpreter = _interpreter()
-        level, info = interpreter.level(), _Info(interpreter.batch_size(), interpreter)
-        unwrap, wrap = torch._C._functorch._unwrap_batched, torch._C._functorch._add_batch_dim
-        unwrapped = [unwrap(value, level) if isinstance(value, Tensor) else (value, None) for value in arguments]
-        values, in_dims = zip(*unwrapped, strict=True)
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchBatched)):
-            if all(dim is None for dim in in_dims):
-                return op(*values)
-            results, out_dims = rule(info, in_dims, *values)
-        if isinstance(results, Tensor):
-            return results if out_dims is None else wrap(results, out_dims, level)
-        stacked = zip(results, out_dims, strict=True)
-        return tuple(result if dim is None else wrap(result, dim, level) for result, dim in stacked)
-
-    hide_from_dynamo(kernel)
-    return kernel
 
 
 def _draw_vmap(like: Tensor, size: list[int], after: Tensor | None = None) -> Tensor:
     """On the key of the mode and not of batched tensors: under "different" each sample draws, batched or not."""
-    interpreter = _interpreter()
-    randomness = interpreter.randomness()
-    if randomness == "error":
+    around = innermost_map()
+    if around.randomness == "error":
         raise RuntimeError(
             "vmap: called random operation while in randomness error mode. Please either use the 'same' or 'different' "
             "randomness flags on vmap or perform the randomness operation out of vmap"
         )
-    level = interpreter.level()
-    like, _ = torch._C._functorch._unwrap_batched(like, level)
-    after = None if after is None else torch._C._functorch._unwrap_batched(after, level)[0]
-    with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.FuncTorchVmapMode)):
-        if randomness == "same":
+    like, _ = around.unwrap(like)
+    after, _ = around.unwrap(after)
+    with around.below("FuncTorchVmapMode"):
+        if around.randomness == "same":
             seed: Tensor = torch.ops.fastdrop.draw(like, size, after)
             return seed
-        seeds = torch.ops.fastdrop.draw(like, [interpreter.batch_size(), *size], after)
-        return torch._C._functorch._add_batch_dim(seeds, 0, level)
+        return around.wrap(torch.ops.fastdrop.draw(like, [around.batch_size, *size], after), 0)
 
 
 def _forward_vmap(
@@ -371,7 +303,7 @@ def _forward_vmap(
         x = x.movedim(in_dims[0], 0)
         return op(x, seed, p, [1, *(x.shape[1:] if noise_shape is None else noise_shape)], bits, law), (0, None)
     seeds = seed.movedim(in_dims[1], 0)
-    if info.batch_size and _is_plain_within(info, x, seed):
+    if info.batch_size and info.is_eager_dense_within(x, seed):
         x = x.expand(info.batch_size, *x.shape) if in_dims[0] is None else x.movedim(in_dims[0], 0)
         cut, cells = threshold(probability(p)), cells_shape(noise_shape, x[0])
         y, kept = mask_kernels.forward_each(
@@ -475,7 +407,7 @@ def _called_by_inductor(name: str, fake: Any) -> Any:
 
     @functools.wraps(fake)
     def called(*arguments: Any) -> Any:
-        tracing.let_inductor_call(own)
+        let_inductor_call(own)
         return fake(*arguments)
 
     return called
@@ -548,8 +480,8 @@ def _register(name: str, schema: str, kernel: Any, fake: Any, vmap: Any, functio
     if function is None:
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     else:
-        library.impl(name, _autograd(own, function), "Autograd", with_keyset=True)
-    library.impl(name, _batched(own, vmap), "FuncTorchBatched")
+        register_derivative(library, name, own, function)
+    register_batching(library, name, own, vmap)
 
 
 for _suffix, _type in P_TYPES.items():

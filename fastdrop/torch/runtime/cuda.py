@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import backends
 from ...core.grid import cell_axes
 from .dispatch import read_address
+from .dispatch.tensors import current_stream
 
 Shape = tuple[int, ...]
 Affine = tuple[float, float, float]
@@ -35,7 +36,7 @@ def is_usable(device: int) -> bool:
 def place(x: Tensor) -> tuple[int, int]:
     """(device, stream) that work on x goes to."""
     device = x.get_device()
-    return device, torch._C._cuda_getCurrentRawStream(device)
+    return device, current_stream(device)
 
 
 def forward(

@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from ..models.rates import rate_name
 from ..runtime.context import overriding, without_gradients
+from ..runtime.dispatch.compilers import stance_kept
+from ..runtime.dispatch.modes import without_function_overrides
+from ..runtime.dispatch.ops import tree_leaves
 
 # What an op is, by the file of torch in which its module's class, or one that it derives from, is defined ...
 MODULES = {
@@ -89,11 +91,9 @@ class Flow:
         except Exception as error:  # whatever a model's own __deepcopy__ or train may raise
             return _in_sequences(model, f"the model can't be copied ({_first_line(error)})")
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        from torch._dynamo import eval_frame  # which `set_stance` imports
-
-        state, stance = torch.default_generator.get_state(), eval_frame._stance
+        state = torch.default_generator.get_state()
         try:
-            with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            with stance_kept(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
                 if example is not None:
                     return _run(twin, example if isinstance(example, tuple) else (example,))
                 try:
@@ -102,7 +102,6 @@ class Flow:
                     limit = f"the model can't be traced ({_first_line(error)}); give an example_input"
                     return _in_sequences(model, limit)
         finally:  # where an exception from a signal kept torch's contexts from it
-            eval_frame._stance = stance
             torch.default_generator.set_state(state)
 
 
@@ -227,7 +226,7 @@ class _Recorder(TorchFunctionMode):
         self.ops.append(op)
         if op.kind == "dropout" and isinstance(result, Tensor):
             # In evaluation it gives back what it was given, which others may take as well.
-            with torch._C.DisableTorchFunction():
+            with without_function_overrides():
                 result = result.view_as(result)
             made = [result]
         for i, tensor in enumerate(made):

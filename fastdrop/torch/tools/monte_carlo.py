@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ...core import checks
 from ..models.enable import register
 from ..models.rates import rate_name
 from ..runtime import context, seeds
+from ..runtime.dispatch.modules import TorchNorm
 from .gates import Gate, gate_of
 from .sampling import passes
 
@@ -94,7 +94,7 @@ def _chosen(model: nn.Module, filter: Filter | None, stacklevel: int) -> set[nn.
     else:
         checks.function("filter", filter)
         named = model.named_modules(remove_duplicate=False)
-        chosen = {module for path, module in named if not isinstance(module, _NormBase) and filter(path, module)}
+        chosen = {module for path, module in named if not isinstance(module, TorchNorm) and filter(path, module)}
     for encoder in [module for module in modules if isinstance(module, FUSED)]:
         if not chosen.isdisjoint(encoder.modules()):
             chosen.update(module for module in encoder.modules() if isinstance(module, FUSED))
@@ -104,7 +104,7 @@ def _chosen(model: nn.Module, filter: Filter | None, stacklevel: int) -> set[nn.
 
 
 def _gate(module: nn.Module) -> Gate:
-    norm = isinstance(module, _NormBase | torch.jit.ScriptModule)
+    norm = isinstance(module, TorchNorm | torch.jit.ScriptModule)
     return Gate.NOTHING if norm else gate_of(module)
 
 

@@ -15,14 +15,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.func import vmap
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..models.enable import enabled
 from ..runtime import seeds
 from ..runtime.context import dispatching
+from ..runtime.dispatch.compilers import FakeTensor
+from ..runtime.dispatch.modes import DispatchMode
+from ..runtime.dispatch.modules import buffers_of, is_compiled, uncompiled
+from ..runtime.dispatch.ops import argument_names, is_unmarked_random, tree_leaves, tree_map_only, writes_to_arguments
 
 __all__ = ["passes"]
 
@@ -95,9 +96,9 @@ class _Sampler:
 
     def first(self) -> tuple[Any, int | None]:
         """Sample 0, and the bytes that operators returned for it, if they can be seen."""
-        model = getattr(self.model, "_orig_mod", self.model)  # eager operators can be seen, compiled ones not all
+        model = uncompiled(self.model)  # eager operators can be seen, compiled ones not all
         y, own = self._watched_run(model)
-        size = None if any(map(_is_compiled, model.modules())) else own.bytes
+        size = None if any(map(_is_out_of_sight, model.modules())) else own.bytes
         if model is not self.model:
             y, own = self._watched_run(self.model)
         self.draws_torchs = own.used
@@ -133,16 +134,12 @@ class _Sampler:
         return tree_map_only(Tensor, Tensor.clone, (self.arguments, self.keywords))
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether its operators may run out of sight of dispatch modes."""
-    return (
-        isinstance(module, torch.jit.ScriptModule)
-        or "_orig_mod" in module._modules
-        or module._compiled_call_impl is not None
-    )
+def _is_out_of_sight(module: nn.Module) -> bool:
+    """Whether its operators may run where dispatch modes don't see them."""
+    return isinstance(module, torch.jit.ScriptModule) or is_compiled(module)
 
 
-class _OwnGenerators(TorchDispatchMode):
+class _OwnGenerators(DispatchMode):  # type: ignore[misc]
     """Has torch's random operators draw from generators of their own, seeded alike on each device."""
 
     def __init__(self, seed: int) -> None:
@@ -167,10 +164,10 @@ class _OwnGenerators(TorchDispatchMode):
                 result = taker(*args, **{**kwargs, "generator": generator})
             # Operators that may draw needn't: attention with a rate of 0, `rrelu` in evaluation.
             if before is not None:
-                self.used = func._opname in UNMARKED or not torch.equal(before, generator.get_state())
+                self.used = is_unmarked_random(func) or not torch.equal(before, generator.get_state())
         else:
             result = draw()
-        if not func.is_view and not func._schema.is_mutable:
+        if not func.is_view and not writes_to_arguments(func):
             self.bytes += sum(x.nbytes for x in tree_leaves(result) if isinstance(x, Tensor))
         return result
 
@@ -192,23 +189,19 @@ def _is_fake(args: Any, kwargs: Any) -> bool:
     return any(isinstance(x, FakeTensor) or x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
 
 
-# Not marked as random by torch, but draws, by a seed that it is given.
-UNMARKED = ("_cudnn_init_dropout_state",)
-
-
 def _is_random(op: Any) -> bool:
-    return op.namespace == "aten" and (torch.Tag.nondeterministic_seeded in op.tags or op._opname in UNMARKED)
+    return op.namespace == "aten" and (torch.Tag.nondeterministic_seeded in op.tags or is_unmarked_random(op))
 
 
 def _that_takes_generators(op: Any) -> Any:
     """The operator itself, or its overload that has a generator beside the same arguments."""
-    names = [argument.name for argument in op._schema.arguments]
+    names = argument_names(op)
     if "generator" in names:
         return op
     packet = op.overloadpacket
     for overload in packet.overloads():
         other = getattr(packet, overload)
-        others = [argument.name for argument in other._schema.arguments]
+        others = argument_names(other)
         if "generator" in others and [name for name in others if name != "generator"] == names:
             return other
     return None
@@ -240,7 +233,7 @@ def _with_default_generator(generator: torch.Generator, draw: Callable[[], Any])
 def _left_alone(model: nn.Module) -> Iterator[None]:
     """Modules get back the attributes and buffers that were changed: a map's tensors are dead when it ends."""
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    before = [(own, own.copy()) for module in modules for own in (vars(module), module._buffers)]
+    before = [(own, own.copy()) for module in modules for own in (vars(module), buffers_of(module))]
 
     def restore() -> None:
         for own, had in before:

@@ -10,12 +10,13 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from ...functional import fused
 from ...nn import dropout as ours
 from ...nn.dropout import Rated
 from ...runtime import cuda
+from ...runtime.dispatch.compilers import constant_in_graphs
+from ...runtime.dispatch.modules import hook_obstacle
 from ..enable import _ours
 from ..report import class_name
 
@@ -163,14 +164,8 @@ def call_obstacle(name: str, module: Any) -> str:
     """As `obstacle`, for a module whose class is known to be right."""
     if "forward" in module.__dict__:
         return f"{name}'s forward {REPLACED}"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _has_any_global_hook()
-    ):
-        return f"{name} has hooks"
+    if hooks := hook_obstacle(module):
+        return f"{name} {hooks}"
     if getattr(module, "scaling", None) == "standard":
         return f"{name} doesn't scale what it keeps"
     return ""
@@ -219,12 +214,9 @@ def is_taken(x: Any) -> bool:
     return not x.is_nested and (x.is_cpu or (x.is_cuda and _is_usable(x.get_device())))
 
 
+@constant_in_graphs
 def _is_usable(device: int) -> bool:
     return cuda.is_usable(device)
-
-
-# A compiler asks once and does not look inside. `torch.compiler.assume_constant_result` does this, and imports dynamo.
-_is_usable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def options_of(drop: Any) -> dict[str, Any]:

@@ -13,11 +13,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from ...functional import fused
 from ...functional.attention import scaled_dot_product_attention
 from ...nn.dropout import Rated, is_traced, traced
+from ...runtime.dispatch.modules import DECODER_BLOCKS, ENCODER_BLOCKS, TorchDropout, additive_mask, children_of
 from ..convert import functional_rows, reach, why_left, why_lent
 from ..rates import rate_name
 from ..report import Report, Row
@@ -126,13 +126,13 @@ def _known(module: nn.Module) -> Any:
 def _fuse_sequence(path: str, sequence: Any) -> list[Row]:
     """Its own line, if it changes, and one for each of its modules that drops and is left, by position."""
     name, reason = type(sequence).__name__, change(sequence, FusedSequential)
-    runs = [_run_to(sequence, i) for i in range(len(sequence._modules))]
+    runs = [_run_to(sequence, i) for i in range(len(children_of(sequence)))]
     parts = [" + ".join(run.names) for run in runs if isinstance(run, _Run)]
     rows = []
     if parts and not reason and not isinstance(sequence, Fused):
         become(sequence, FusedSequential)
         rows.append(Row(path, name, f"{type(sequence).__name__}: {', '.join(parts)}"))
-    for (inner, module), run in zip(sequence._modules.items(), runs, strict=True):
+    for (inner, module), run in zip(children_of(sequence).items(), runs, strict=True):
         why = f"in a {name}: {reason}" if reason else run
         if rate_name(module) is not None and isinstance(why, str):
             rows.append(_left(f"{path}.{inner}" if path else inner, module, why))
@@ -140,7 +140,7 @@ def _fuse_sequence(path: str, sequence: Any) -> list[Row]:
 
 
 def _left(path: str, module: nn.Module, reason: str) -> Row:
-    before = repr(module) if isinstance(module, _DropoutNd | Rated) else type(module).__name__
+    before = repr(module) if isinstance(module, TorchDropout | Rated) else type(module).__name__
     by_itself = isinstance(module, nn.MultiheadAttention | nn.RNNBase)
     return Row(path, before, None, why_left(module) if by_itself else reason)
 
@@ -191,7 +191,7 @@ class _Run(NamedTuple):
 
 def _run_to(sequence: nn.Sequential, last: int) -> _Run | str:
     """The run that ends with a sequence's module, or why there is none."""
-    names, modules = list(sequence._modules), list(sequence._modules.values())
+    names, modules = list(children_of(sequence)), list(children_of(sequence).values())
     drop: Any = modules[last]
     activation = activation_name(modules[last - 1]) if last else None
     start = last - (1 if activation is None else 2)
@@ -212,7 +212,7 @@ class FusedSequential(Fused, nn.Sequential):
 
     @scripted_as(nn.Sequential.forward)
     def forward(self, input: Any) -> Any:
-        modules: list[Any] = list(self._modules.values())
+        modules: list[Any] = list(children_of(self).values())
         runs: dict[int, _Run] = {}
         for i, module in enumerate(modules):
             if type(module) in DROPOUTS and module.training and not isinstance(input, fx.Proxy):
@@ -246,7 +246,7 @@ class _Layer(Fused):
             attention = getattr(module, name)
             if reason := obstacle(name, attention, nn.MultiheadAttention):
                 return reason
-            if attention.bias_k is not None or attention.add_zero_attn or not attention._qkv_same_embed_dim:
+            if attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None:
                 return f"{name} has keys and values of its own"
         for name in ("linear1", "linear2"):
             if reason := obstacle(name, getattr(module, name), nn.Linear):
@@ -274,7 +274,7 @@ class _Layer(Fused):
 
 class FusedTransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     original = nn.TransformerEncoderLayer
-    METHODS = _methods(nn.TransformerEncoderLayer, "forward", "_sa_block", "_ff_block")
+    METHODS = _methods(nn.TransformerEncoderLayer, "forward", *ENCODER_BLOCKS)
     ATTENTIONS = ("self_attn",)
     DROPS = ("dropout", "dropout1", "dropout2")
     NORMS = ("norm1", "norm2")
@@ -307,7 +307,7 @@ class FusedTransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
 
 class FusedTransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     original = nn.TransformerDecoderLayer
-    METHODS = _methods(nn.TransformerDecoderLayer, "forward", "_sa_block", "_mha_block", "_ff_block")
+    METHODS = _methods(nn.TransformerDecoderLayer, "forward", *DECODER_BLOCKS)
     ATTENTIONS = ("self_attn", "multihead_attn")
     DROPS = ("dropout", "dropout1", "dropout2", "dropout3")
     NORMS = ("norm1", "norm2", "norm3")
@@ -380,10 +380,10 @@ def _merged(
     heads: int, batch: int, mask: Tensor | None, padding: Tensor | None, is_causal: bool, dtype: torch.dtype
 ) -> tuple[Tensor | None, bool]:
     """An additive mask, and whether causality is left to attention: as torch takes its hint, without padding alone."""
-    padding = F._canonical_mask(padding, "key_padding_mask", F._none_or_dtype(mask), "attn_mask", dtype)
+    padding = additive_mask(padding, "key_padding_mask", None if mask is None else mask.dtype, "attn_mask", dtype)
     if padding is None and is_causal:
         return None, True
-    mask = F._canonical_mask(mask, "attn_mask", None, "", dtype, False)
+    mask = additive_mask(mask, "attn_mask", None, "", dtype, False)
     if mask is not None and mask.dim() == 3:
         mask = mask.unflatten(0, (batch, heads))
     if padding is None:
