@@ -1,7 +1,6 @@
 """The CUDA kernels' vocabulary: loads, stores and warp operations that Numba has no words for, as LLVM instructions.
 
-A `Vocabulary` is made per storage type and compute capability. Kernel bodies (`kernels`) are written against it;
-the tests have a second one of plain Python, in which the same bodies run in Numba's simulator.
+A `Vocabulary` is made per storage type and compute capability. Kernel bodies are written against it.
 
 A warp sweeps a tile of 1,024 cells. Lane ``l`` owns word ``l`` of the tile; with ``V`` elements in 16 bytes, lane ``l``
 of sweep ``s`` handles elements ``(32 s + l) V`` and on, whose bits it fetches from lane ``s V + (l V >> 5)``.
