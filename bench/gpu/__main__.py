@@ -45,7 +45,7 @@ from .processes import ROOT, Item, Skip, Task, failed, one_line, run_for, run_it
 
 TOTAL_SECONDS, QUICK_SECONDS = 450.0, 200.0
 NO_GPU = 2  # exit code
-GPU_TESTS = "tests/backends/cuda/test_gpu.py"
+GPU_TESTS = ("tests/backends/cuda/test_gpu.py", "tests/backends/cuda/test_gpu_torch.py")
 PACKAGES = ("fastdrop", "torch", "triton", "numba", "numba-cuda", "cuda-bindings", "nvidia-nvjitlink", "numpy")
 
 
@@ -111,7 +111,7 @@ def compile_one(cc: tuple[int, int], variant: Variant) -> None:
 def pytest_command(*arguments: str) -> list[str]:
     """Without the other tests' conftest.py and options, which may need what isn't installed here."""
     flags = ["--noconftest", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short"]
-    return [sys.executable, "-m", "pytest", *flags, GPU_TESTS, *arguments]
+    return [sys.executable, "-m", "pytest", *flags, *GPU_TESTS, *arguments]
 
 
 def suite(quick: bool) -> dict[str, Item]:
@@ -119,7 +119,7 @@ def suite(quick: bool) -> dict[str, Item]:
         code, text = run_for(pytest_command("-v", "-rfE", "--maxfail=40"), task.left() - 5.0)
         return judged_suite(code, text, task.dry_run)
 
-    return {GPU_TESTS: test}
+    return {"tests": test}
 
 
 def judged_suite(code: int | None, text: str, may_skip: bool = False) -> dict[str, Any]:
@@ -152,7 +152,7 @@ class Section:
 SECTIONS = {
     "machine": Section("the machine", machine, 60),
     "build": Section("compiling the kernels", build, 75),
-    "suite": Section(f"the tests in {GPU_TESTS}", suite, 130),
+    "suite": Section("the tests that need a GPU", suite, 130),
     "kernels": Section("times of kernels", timing.kernels, 140),
     "host": Section("time on the host", timing.host, 25),
     "channels": Section("a decision per channel", timing.channels, 20),
