@@ -35,13 +35,6 @@ SUMS = ("bias's sums", "norm's gradients")
 GRADIENT = "softmax's gradient"
 
 
-@pytest.fixture
-def recorded(gpu):
-    """The driver records launches and doesn't run them: addresses need not be any."""
-    gpu.executes = False
-    return gpu
-
-
 # ---- results ----
 
 
