@@ -28,7 +28,7 @@ from fastdrop.backends.cuda import compile, driver
 from fastdrop.backends.cuda import launch as numba_cuda
 from fastdrop.backends.cuda.compile import Variant
 
-from ..backends.cuda import cases as cuda_cases
+from ..backends.cuda import fused_cases as cuda_cases
 from ..cases import ROOT
 
 # ---- figures ----

@@ -26,7 +26,7 @@ torch = pytest.importorskip("torch", reason="CUDA tensors come from torch")
 if not torch.cuda.is_available():
     pytest.skip("this torch has no CUDA", allow_module_level=True)
 
-from .cases import (
+from .fused_cases import (
     NO_MASK,
     PAIR,
     ROWS_CASES,
