@@ -221,16 +221,16 @@ def printed(data: Data) -> str:
 
 
 def save(data: Data, folder: Path) -> list[Path]:
-    """Writes the JSON and the report, each whole or not at all."""
+    """Writes the JSON, then the report, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     about = next(iter(results(data, "machine")), {})
     of = f"{about.get('device', 'unknown')} {data.get('part', '')}"
     stem = "gpu-" + re.sub(r"[^a-z0-9]+", "-", of.lower()).strip("-")
     written = []
-    for suffix, text in ((".json", json.dumps(data, indent=1) + "\n"), (".md", report(data))):
+    for suffix, made in ((".json", lambda: json.dumps(data, indent=1) + "\n"), (".md", lambda: report(data))):
         file = folder / f"{stem}{suffix}"
         part = file.with_suffix(f"{suffix}.part")
-        part.write_text(text)
+        part.write_text(made())
         part.replace(file)
         written.append(file)
     return written
