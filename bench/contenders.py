@@ -110,7 +110,7 @@ def fastdrop(buffers: Buffers, p: float) -> Contender:
 
 def kernels(backend: Any, buffers: Buffers, p: float) -> Contender:
     """A backend's primitives over memory that is there: `fastdrop` less what Python costs around them."""
-    _, tag = checks.data("x", buffers.x)
+    _, tag = checks.as_array("x", buffers.x)
     x, dy, y, dx = (a.view(np.uint16) if tag == checks.BFLOAT16 else a for a in vars(buffers).values())
     n, cut, words = x.size, threshold(p), empty_words(x.size)
     scale, forward, backward = keep_scale(cut), backend.dropout_forward, backend.masked_affine

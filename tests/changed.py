@@ -1,9 +1,9 @@
 """Prints the tests of what has changed: `make check` runs them.
 
 Changed is what the working tree and this branch have changed since the branch left ``main``, or, with a clean tree on
-``main`` itself, what the last commit changed. A test file stands for itself. A module is tested by the test files of its name in the folder of
-tests/ that mirrors its own, or else by those that `TABLE` names for its folder. The files of `SMOKE` always run,
-because they hold rules that any change can break.
+``main`` itself, what the last commit changed. A test file stands for itself. A module is tested by the test files of
+its name in the folder of tests/ that mirrors its own, or else by those that `TABLE` names for its folder. The files of
+`SMOKE` always run, because they hold rules that any change can break.
 """
 
 from __future__ import annotations

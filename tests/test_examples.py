@@ -1,4 +1,4 @@
-"""The examples and their notebook, in their small form: they run, print what they found and draw it."""
+"""The examples and their notebook, in their quick form: they run, print results and draw a picture of them."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ def beside_examples(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow("test_notebook_runs")
 @pytest.mark.parametrize("name", PICTURES)
 def test_example_draws_what_it_found(name, beside_examples, tmp_path, capsys, monkeypatch):
     example = importlib.import_module(name)

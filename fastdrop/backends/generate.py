@@ -37,7 +37,21 @@ def primitive(body: Callable[[Any], None]) -> Callable[..., None]:
 
     The record's fields are the primitive's arguments.
     """
-    names = PRIMITIVES[body.__name__].names
-    fields = ", ".join(f"{name}={name}" for name in names)
+    return _from_record(body, PRIMITIVES[body.__name__].names, ())
+
+
+def primitive_at(*options: str) -> Callable[[Callable[[Any], None]], Callable[..., None]]:
+    """The same for ``<primitive>_at``, which takes a device and a stream first and options, 0 by default, by name."""
+
+    def decorate(body: Callable[[Any], None]) -> Callable[..., None]:
+        names = PRIMITIVES[body.__name__.removesuffix("_at")].names
+        return _from_record(body, ["device", "stream", *names], options)
+
+    return decorate
+
+
+def _from_record(body: Callable[[Any], None], names: list[str], options: tuple[str, ...]) -> Callable[..., None]:
+    fields = ", ".join(f"{name}={name}" for name in [*names, *options])
+    parameters = ", ".join([*names, *(["*"] if options else []), *(f"{option}=0" for option in options)])
     scope = {"body": body, "Record": SimpleNamespace, "__name__": body.__module__}
-    return function(body.__name__, ", ".join(names), f"body(Record({fields}))", scope, body.__doc__)
+    return function(body.__name__, parameters, f"body(Record({fields}))", scope, body.__doc__)

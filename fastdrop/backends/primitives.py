@@ -43,11 +43,13 @@ class Primitive(NamedTuple):
         return [parameter.name for parameter in self.parameters]
 
 
-# Numbers. Codes and counts are ints; of a seed all 64 bits count.
-CODE = Parameter("code", "int")  # of a dtype or an activation, or a flag
+# Numbers. Codes and counts are ints; a seed may need all 64 bits.
+CODE = Parameter("code", "int")  # of a dtype or an activation
+FLAG = Parameter("flag", "int")
 COUNT = Parameter("count", "uint64_t")
 SEED = Parameter("seed", "uint64_t")
-NUMBER = Parameter("number", "double")
+NUMBER = Parameter("number", "double")  # rounded to the type of the arithmetic
+DOUBLE = Parameter("double", "double")  # taken as it is, or rounded to float32, for every dtype
 # Arrays. Those of the last four kinds hold numbers of the type that is computed in: float64 for float64 data, else
 # float32.
 WORDS = Parameter("words", "const void *")  # packed bits, uint32
@@ -136,7 +138,7 @@ TABLE = (
         n=COUNT,
         seed=SEED,
         offset=SEED,
-        sigma=NUMBER,
+        sigma=DOUBLE,
     ),
     _primitive(
         "dilate_bits",
@@ -211,8 +213,8 @@ TABLE = (
         rows=COUNT,
         columns=COUNT,
         a=NUMBER,
-        eps=NUMBER,
-        centred=CODE,
+        eps=DOUBLE,
+        centred=FLAG,
     ),
     _primitive(
         "norm_backward",
@@ -234,7 +236,7 @@ TABLE = (
         columns=COUNT,
         panels=COUNT,
         a=NUMBER,
-        centred=CODE,
+        centred=FLAG,
     ),
     _primitive(
         "softmax_forward",
@@ -258,7 +260,7 @@ TABLE = (
         query_stride=COUNT,
         softmax_scale=NUMBER,
         a=NUMBER,
-        causal=CODE,
+        causal=FLAG,
     ),
     _primitive(
         "softmax_backward",

@@ -50,7 +50,7 @@ class RowVocabulary(Vocabulary):
             return define(type, (u64,), load), define(void, (u64, type), store)
 
         self.load_data, self.store_data = memory(self, v, count)
-        self.load_sums, self.store_sums = memory(stream, v, count)
+        self.load_residual, self.store_residual = memory(stream, v, count)
         self.load_numbers, self.store_numbers = memory(plain, v, count)
         self.load_number, self.store_number = memory(plain, n, 1)
         self.number_root = define(n, (n,), operation("nvvm.sqrt.rn.d" if self.doubles else "nvvm.sqrt.rn.f"))

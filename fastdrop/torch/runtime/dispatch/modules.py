@@ -30,8 +30,9 @@ TorchDropout: Any = named("torch.nn.modules.dropout._DropoutNd", functools.reduc
 TorchNorm: Any = named("torch.nn.modules.batchnorm._NormBase", functools.reduce(operator.or_, _NORMS))
 
 # Methods in which torch's transformer layers drop, beside forward.
-ENCODER_BLOCKS = ("_sa_block", "_ff_block")
-DECODER_BLOCKS = ("_sa_block", "_mha_block", "_ff_block")
+_BLOCKS = ("_sa_block", "_mha_block", "_ff_block")
+ENCODER_BLOCKS = tuple(name for name in _BLOCKS if hasattr(nn.TransformerEncoderLayer, name))
+DECODER_BLOCKS = tuple(name for name in _BLOCKS if hasattr(nn.TransformerDecoderLayer, name))
 
 UNSCRIPTED = "__jit_unused_properties__"  # where TorchScript looks for a class's properties to leave out
 CHILDREN = "_modules"  # where code may look for a module's children, beside children()
@@ -95,15 +96,14 @@ def forward_hooks_of(module: nn.Module) -> list[Any]:
 def hook_obstacle(module: nn.Module, gradients: bool = True) -> str:
     """Says if a module, or all modules, have hooks, which would not be called if its call was left out."""
     kinds = ["_forward_hooks", "_forward_pre_hooks", *(["_backward_hooks", "_backward_pre_hooks"] * gradients)]
-    if not all(hasattr(module, kind) for kind in kinds):
-        return "may have hooks, which this torch doesn't tell"
-    if any(getattr(module, kind) for kind in kinds):
-        return "has hooks"
-    if not gradients:
-        return ""
-    if _has_global_hook is None:
-        return "may have hooks, which this torch doesn't tell"
-    return "has hooks" if _has_global_hook() else ""
+    for kind in kinds:
+        if not hasattr(module, kind):
+            return f"may have hooks: torch lacks {kind}, which tells"
+        if getattr(module, kind):
+            return "has hooks"
+    if gradients and _has_global_hook is None:
+        return "may have hooks: torch lacks torch.nn.modules.module._has_any_global_hook, which tells"
+    return "has hooks" if gradients and _has_global_hook() else ""
 
 
 def _hooks(module: nn.Module, kind: str) -> list[Any]:
@@ -120,6 +120,8 @@ outer_saved_tensor_hooks: Callable[[bool], Any] = named(
 
 def flat_weights_of(module: Any) -> list[Tensor] | None:
     """The weights that a recurrent layer runs on, a list beside its parameters. None if it runs on the parameters."""
+    if not can_have_twins:
+        return None
     try:
         module._update_flat_weights()
         weights: list[Tensor] = module._flat_weights
