@@ -38,7 +38,9 @@ class Cuda:
     def __init__(self) -> None:
         import torch
 
-        self.torch, self.device = torch, torch.device("cuda", 0)
+        from fastdrop.torch.runtime.dispatch.tensors import current_stream
+
+        self.torch, self.device, self._current_stream = torch, torch.device("cuda", 0), current_stream
         torch.cuda.set_device(self.device)
         self._properties = torch.cuda.get_device_properties(self.device)
         self.l2_bytes = int(getattr(self._properties, "L2_cache_size", 0)) or 64 << 20
@@ -52,7 +54,7 @@ class Cuda:
         }  # fmt: skip
 
     def stream(self) -> int:
-        return int(self.torch._C._cuda_getCurrentRawStream(0))
+        return int(self._current_stream(0))
 
     def synchronize(self) -> None:
         self.torch.cuda.synchronize()
@@ -85,7 +87,7 @@ class Cuda:
         return replay
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        self.torch._dynamo.reset()
+        self.torch.compiler.reset()
         return self.torch.compile(function, dynamic=False)
 
     @contextlib.contextmanager
