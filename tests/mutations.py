@@ -38,6 +38,7 @@ MASKS, PRIMITIVES, ROWS = (
 )
 OPS, FUSED, FAMILY = "tests/arrays/test_dropout.py", "tests/arrays/test_fused.py", "tests/arrays/test_variants.py"
 CUDA, CUDA_ROWS = "tests/backends/cuda/test_primitives.py", "tests/backends/cuda/test_fused.py"
+CUDA_NOISE = "tests/backends/cuda/test_noise.py"
 
 MUTATIONS = (
     # ---- C ----
@@ -336,14 +337,14 @@ MUTATIONS = (
         "fastdrop/backends/cuda/mask.py",
         "element = (counter << U(2)) - three * (counter & (NOISE_COUNTERS - ONE)) - first",
         "element = (counter << U(2)) - three * (counter & (NOISE_COUNTERS - ONE)) - first + ONE",
-        CUDA,
+        CUDA_NOISE,
     ),
     Mutation(
         "CUDA: blocks one cell too short",
         "fastdrop/backends/cuda/mask.py",
         "while back <= row - length:",
         "while back < row - length:",
-        CUDA,
+        CUDA_NOISE,
     ),
     Mutation(
         "CUDA: the factor's gradient is not masked",
