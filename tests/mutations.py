@@ -38,7 +38,6 @@ MASKS, PRIMITIVES, ROWS = (
 )
 OPS, FUSED, FAMILY = "tests/arrays/test_dropout.py", "tests/arrays/test_fused.py", "tests/arrays/test_variants.py"
 CUDA, CUDA_ROWS = "tests/backends/cuda/test_primitives.py", "tests/backends/cuda/test_fused.py"
-CUDA_NOISE = "tests/backends/cuda/test_noise.py"
 
 MUTATIONS = (
     # ---- C ----
@@ -279,21 +278,21 @@ MUTATIONS = (
         "fastdrop/schedules.py",
         "return _mix(self.start, self.end, (1.0 - math.cos(math.pi * fraction)) / 2)",
         "return _mix(self.start, self.end, math.sin(math.pi * fraction / 2))",
-        "tests/core/test_schedules.py",
+        "tests/test_schedules.py",
     ),
     Mutation(
         "warm-up takes steps from its schedule",
         "fastdrop/schedules.py",
         "return self.schedule(step - self.steps)",
         "return self.schedule(step)",
-        "tests/core/test_schedules.py",
+        "tests/test_schedules.py",
     ),
     Mutation(
         "a value of piecewise one step late",
         "fastdrop/schedules.py",
         "return self.values[bisect_right(self.boundaries, step)]",
         "return self.values[bisect_right(self.boundaries, step - 1)]",
-        "tests/core/test_schedules.py",
+        "tests/test_schedules.py",
     ),
     # ---- Numba ----
     Mutation(
@@ -337,14 +336,14 @@ MUTATIONS = (
         "fastdrop/backends/cuda/mask.py",
         "element = (counter << U(2)) - three * (counter & (NOISE_COUNTERS - ONE)) - first",
         "element = (counter << U(2)) - three * (counter & (NOISE_COUNTERS - ONE)) - first + ONE",
-        CUDA_NOISE,
+        CUDA,
     ),
     Mutation(
         "CUDA: blocks one cell too short",
         "fastdrop/backends/cuda/mask.py",
         "while back <= row - length:",
         "while back < row - length:",
-        CUDA_NOISE,
+        CUDA,
     ),
     Mutation(
         "CUDA: the factor's gradient is not masked",
@@ -399,15 +398,15 @@ MUTATIONS = (
     Mutation(
         "a budget of 0 is left",
         "fastdrop/torch/runtime/tracing.py",
-        "if config.activation_memory_budget == 0:",
-        "if config.activation_memory_budget < 0:",
+        "if memory_budget() == 0:",
+        "if memory_budget() < 0:",
         "tests/torch/runtime/test_tracing.py",
     ),
     Mutation(
         "vmap gives all samples one seed",
         "fastdrop/torch/ops/mask.py",
-        "torch.ops.fastdrop.draw(like, [around.batch_size, *size], after)",
-        "torch.ops.fastdrop.draw(like, size, after).expand(around.batch_size, *size)",
+        "return around.wrap(torch.ops.fastdrop.draw(like, [around.batch_size, *size], after), 0)",
+        "return around.wrap(torch.ops.fastdrop.draw(like, size, after).expand(around.batch_size, *size), 0)",
         "tests/torch/ops/test_transforms.py",
     ),
     Mutation(
@@ -455,8 +454,8 @@ MUTATIONS = (
     Mutation(
         "fuse leaves out hooks",
         "fastdrop/torch/models/fuse/rules.py",
-        'return f"{name} {hooks}"',
-        'return ""',
+        "if hooks := hook_obstacle(module):",
+        "if False and (hooks := hook_obstacle(module)):",
         "tests/torch/models/test_fuse.py",
     ),
     Mutation(
@@ -482,9 +481,9 @@ MUTATIONS = (
     ),
     Mutation(
         "compiled code of one state runs in the other",
-        "fastdrop/torch/runtime/context.py",
-        "builder.guard_manager.root.add_lambda_guard(lambda _: question() == answer, parts, guard.user_stack)",
-        "builder.guard_manager.root.add_lambda_guard(lambda _: True, parts, guard.user_stack)",
+        "fastdrop/torch/runtime/dispatch/compilers.py",
+        "builder.guard_manager.root.add_lambda_guard(holds, [reason], guard.user_stack)",
+        "builder.guard_manager.root.add_lambda_guard(lambda _: True, [reason], guard.user_stack)",
         "tests/torch/runtime/test_threads.py tests/torch/models/test_enable.py",
     ),
     Mutation(
@@ -500,48 +499,6 @@ MUTATIONS = (
         "information = (entropy - entropies.result()[0]).clamp_(min=0.0)",
         "information = entropies.result()[0]",
         "tests/torch/tools/test_monte_carlo.py",
-    ),
-    Mutation(
-        "a branch that can't run counts as one that does",
-        "fastdrop/torch/models/source/attributes.py",
-        "attribute(module, chain) is not (not truth) for chain, truth in guards",
-        "True for chain, truth in guards",
-        "tests/torch/models/test_reports.py",
-    ),
-    Mutation(
-        "fold_scaling leaves the factor out",
-        "fastdrop/torch/models/fold.py",
-        "layer.weight.mul_(keep)",
-        "layer.weight.mul_(1.0)",
-        "tests/torch/models/test_fold.py",
-    ),
-    Mutation(
-        "the recurrent mask drops nothing",
-        "fastdrop/torch/nn/recurrent.py",
-        "hidden = state[0].masked_fill(dropped[:rows], 0.0)",
-        "hidden = state[0]",
-        "tests/torch/nn/test_recurrent.py",
-    ),
-    Mutation(
-        "a dropped weight is computed again for each view",
-        "fastdrop/torch/nn/weights.py",
-        "self.used = (self.used + 1) % self.views",
-        "self.used = 0",
-        "tests/torch/nn/test_weights.py",
-    ),
-    Mutation(
-        "audit says of a rate of 1 that it is high",
-        "fastdrop/torch/tools/pitfalls.py",
-        "if HIGH_RATE < drop.p < 1.0:",
-        "if HIGH_RATE < drop.p:",
-        "tests/torch/tools/test_audit.py",
-    ),
-    Mutation(
-        "a scheduler forgets a p that was set by hand",
-        "fastdrop/torch/tools/scheduler.py",
-        "return own if now == last else now",
-        "return own",
-        "tests/torch/tools/test_scheduler_rates.py",
     ),
     Mutation(
         "a rate as a tensor keeps its first value",
