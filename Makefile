@@ -16,11 +16,12 @@ C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-err
 C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST_DEPENDS))
 OUT := build/c
 
-.PHONY: help demo test bench bench-quick bench-torch bench-family bench-fused cuda-report fuzz report lint format sanitize test-c test-neon package clean
+.PHONY: help demo test check test-all bench bench-quick bench-torch bench-family bench-fused cuda-report fuzz report lint format sanitize test-c test-neon package clean
 
 help:
 	@echo "make demo       train a network in NumPy and a transformer in torch, beside what is used today; two pictures"
-	@echo "make test       the whole test suite"
+	@echo "make test       the test suite; make check: lint, and a few cases of the tests of what you changed (a minute);"
+	@echo "                make test-all: also what is slow; FASTDROP_TEST_EVERYTHING=1 lifts the limits of any of them"
 	@echo "make bench      plain dropout, every kernel (about a quarter of an hour), then the report"
 	@echo "                bench-quick: the speed table alone; bench-torch: torch's function and training steps"
 	@echo "                bench-family: the other kinds of dropout; bench-fused: fused kernels"
@@ -38,20 +39,30 @@ $(VENV)/.packages: requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.packages $(C_SOURCES) $(C_HEADERS) csrc/ffi_build.py setup.py pyproject.toml
+$(VENV)/.built: $(VENV)/.packages $(C_SOURCES) $(C_HEADERS) csrc/ffi_build.py fastdrop/backends/primitives.py setup.py pyproject.toml
 	@echo "== building the C extension"
 	FASTDROP_CFLAGS="-Wall -Wextra" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	@touch $@
 
 demo: $(VENV)/.built
 	@echo "== demo"
-	$(BIN)/python -m fastdrop demo
+	$(BIN)/python examples/demo.py
 	@echo "== the same for torch: a small transformer, with torch's dropout and with fastdrop's"
 	$(BIN)/python examples/transformer.py --quick --output fastdrop-transformer.png
 
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
+
 test: $(VENV)/.built
 	@echo "== test suite and doctests"
-	$(BIN)/python -m pytest -q -n 2
+	$(PYTEST)
+
+test-all: $(VENV)/.built
+	@echo "== test suite and doctests, slow tests too"
+	$(PYTEST) --tier all
+
+check: $(VENV)/.built lint
+	@echo "== a few cases of the tests of what has changed"
+	$(PYTEST) --tier check $$($(BIN)/python -m tests.changed)
 
 SECONDS := 60
 
@@ -61,28 +72,25 @@ fuzz: $(VENV)/.built
 
 bench: $(VENV)/.built
 	@echo "== benchmarks"
-	$(BIN)/python bench/run.py
+	$(BIN)/python -m bench.run
 
 bench-quick: $(VENV)/.built
-	$(BIN)/python bench/run.py --quick
+	$(BIN)/python -m bench.run --quick
 
 bench-torch: $(VENV)/.built
-	$(BIN)/python bench/run.py --torch
+	$(BIN)/python -m bench.run --torch
 
 bench-family: $(VENV)/.built
-	$(BIN)/python bench/run.py --family
+	$(BIN)/python -m bench.run --family
 
 bench-fused: $(VENV)/.built
-	$(BIN)/python bench/run.py --fused
+	$(BIN)/python -m bench.run --fused
 
 cuda-report: $(VENV)/.built
-	$(BIN)/python -m bench.cuda_report
+	$(BIN)/python -m bench.gpu.machine_code
 
 report: $(VENV)/.built
-	$(BIN)/python -m bench.report bench/results/all.json
-	$(BIN)/python -m bench.report_torch bench/results/torch.json
-	$(BIN)/python -m bench.report_family bench/results/family.json
-	$(BIN)/python -m bench.report_fused bench/results/fused.json
+	$(BIN)/python -m bench.run --report
 
 lint: $(VENV)/.packages
 	@echo "== ruff, mypy, clang-format"
@@ -92,6 +100,7 @@ lint: $(VENV)/.packages
 	$(BIN)/clang-format --dry-run --Werror $(C_FORMATTED)
 
 format: $(VENV)/.packages
+	$(BIN)/python csrc/ops_def.py
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(C_FORMATTED)

@@ -1,4 +1,7 @@
-"""Benchmarks say nothing of wrong kernels: no run without a passing selftest. The machine goes into the JSON."""
+"""Sets up the CPU benchmarks: which files a run collects, the selftest before it, what the JSON says of the machine.
+
+A run stops when the selftest fails, because the time of a wrong kernel means nothing.
+"""
 
 from __future__ import annotations
 

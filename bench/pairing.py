@@ -1,6 +1,6 @@
 """How a benchmark meets its peers: pytest-benchmark times fastdrop, and before each of its rounds every peer once.
 
-So all meet the same machine, and ratios are taken within a round, as `fastdrop.cli.timing` explains.
+So all meet the same machine, and ratios are taken within a round, as `timing` explains.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from fastdrop.cli.timing import MIN_ROUNDS, SAMPLE_SECONDS, UNCACHED_SECONDS, sample
+from .timing import MIN_ROUNDS, SAMPLE_SECONDS, UNCACHED_SECONDS, sample
 
 MAX_ROUNDS = 151
 # With several threads each callable first runs for so long untimed, where any is fast enough to be prepared at all:

@@ -1,36 +1,18 @@
-"""Turns a benchmark JSON into a report: python -m bench.report RESULTS.json writes RESULTS.md and RESULTS.png.
+"""Reports of suites whose every case is held to peers: the targets, misses on top, then every case, and a picture.
 
-First the targets the project holds itself to, misses on top; then every case: ns per element, GB/s, ratio to the limit
-and to each peer, all from the paired samples of one run.
+A suite says what a case may take at most of a peer's time; the rest is here.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SIZE_NAMES = {1 << 16: "64k", 1 << 20: "1M", 1 << 24: "16M", 1 << 26: "64M", 1000: "1000"}
-PEER_COLUMNS = ("scale limit", "torch.mul", "F.dropout", "compiled F.dropout", "NumPy", "C", "bits")
-K64, M1, M16, M64 = 1 << 16, 1 << 20, 1 << 24, 1 << 26
-
-# (what, peer, {size: at most}, and the case it is read from); ratios, medians of paired samples
-# ruff: noqa: E501
-TARGETS = [
-    ("C forward, p = 0.1", "torch.mul", {K64: 1.6, M1: 1.0, M16: 0.9, M64: 0.9}, ("forward", "best", "float32", 0.1, 1)),
-    ("C forward, p = 0.5", "torch.mul", {K64: 1.05, M1: 1.0, M16: 1.0, M64: 1.0}, ("forward", "best", "float32", 0.5, 1)),
-    ("C backward", "torch.mul", {K64: 1.0, M1: 1.0, M16: 0.75, M64: 0.75}, ("backward", "best", "float32", 0.1, 1)),
-    ("forward + backward, 2 threads, against torch.mul twice", "torch.mul", {M1: 1.0, M16: 1.0, M64: 1.0},
-     ("forward+backward", "best", "float32", 0.1, 2)),
-    ("bfloat16 forward", "torch.mul", {K64: 1.4, M1: 1.4, M16: 1.0, M64: 1.0}, ("forward", "best", "bfloat16", 0.1, 1)),
-    ("float16 forward", "torch.mul", {K64: 1.4, M1: 1.4, M16: 1.0, M64: 1.0}, ("forward", "best", "float16", 0.1, 1)),
-    ("AVX2 forward, p = 0.1", "torch.mul", {K64: 3.0, M16: 1.2}, ("forward", "c-avx2", "float32", 0.1, 1)),
-    ("Numba forward against C, p = 0.1", "C", {K64: 2.0, M16: 1.3}, ("forward", "numba", "float32", 0.1, 1)),
-    ("store=\"seed\" backward against bits", "bits", {M16: 1.2}, ("backward", "seed", "float32", 0.1, 1)),
-]  # fmt: skip
-CALL_MICROSECONDS = 4.0
+Row = dict[str, Any]
+ALL_CASES = "## Every case"
 
 
 def write(arguments: list[str], usage: str, report: Callable[..., str], plot: Callable[..., None], details: str) -> int:
@@ -59,133 +41,86 @@ def machine_line(run: dict[str, Any]) -> str:
     )
 
 
-def report(run: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    lines = [
-        "# Benchmark report",
-        "",
-        machine_line(run),
-        "",
-        "Medians of alternating samples; every ratio is the median of ratios taken round by round. A case is a kernel: "
-        'the backend\'s primitive over memory that is there, called from Python. A "call" is the public function '
-        "(`fd.dropout(x, p, out=y)`), with its checks, its random state and a new mask; the dropouts people use today "
-        "stand beside those.",
-        "",
-        "## Targets",
-        "",
-        "| what | size | at most | measured | |",
-        "|---|---|---|---|---|",
-    ]
-    judged = sorted(targets(rows, "kernel"), key=lambda row: row[3] <= row[2])
-    for what, size, limit, measured, unit in judged:
-        lines.append(f"| {what} | {size} | {limit:g}{unit} | {measured:.2f}{unit} | {verdict(measured, limit)} |")
-    lines += ["", "The same for whole calls:", ""]
-    lines += ["| what | size | at most | measured | |", "|---|---|---|---|---|"]
-    for what, size, limit, measured, unit in targets(rows, "call"):
-        lines.append(f"| {what} | {size} | {limit:g}{unit} | {measured:.2f}{unit} | {verdict(measured, limit)} |")
-    lines += [
-        "",
-        "## Every case",
-        "",
-        "| case | ns/element | GB/s | " + " | ".join(f"/ {p}" for p in PEER_COLUMNS) + " |",
-    ]
-    lines.append("|---" * (3 + len(PEER_COLUMNS)) + "|")
-    for row in rows:
-        ns = 1e9 * row["seconds"] / row["size"]
-        ratios = [row["peers"].get(peer, {}).get("ratio") for peer in PEER_COLUMNS]
-        cells = [name(row), f"{ns:.3f}", f"{row['bytes_per_element'] / ns:.1f}"]
-        lines.append("| " + " | ".join(cells + [f"{r:.3g}" if r else "" for r in ratios]) + " |")
-    return "\n".join(lines) + "\n"
+@dataclass(frozen=True)
+class Suite:
+    """``limit(row, peer)``: at most this share of the peer's value (time, or bytes), None where nothing is asked."""
 
+    title: str
+    intro: str
+    limit: Callable[[Row, str], float | None]
+    picture: str
 
-def name(row: dict[str, Any]) -> str:
-    threads = f", {row['threads']} threads" if row["threads"] > 1 else ""
-    store = ", seed" if row["store"] == "seed" else ""
-    level = "" if row["level"] == "kernel" else ", call"
-    return f"{row['operation']} {row['variant']} {row['dtype']} {SIZE_NAMES[row['size']]} p={row['p']}{threads}{level}{store}"
+    def main(self, arguments: list[str], usage: str) -> int:
+        return write(arguments, usage, self.report, self.plot, ALL_CASES)
 
-
-def verdict(measured: float, limit: float) -> str:
-    return "met" if measured <= limit else "**missed**"
-
-
-def targets(rows: list[dict[str, Any]], level: str) -> list[tuple[str, str, float, float, str]]:
-    """(what, size, at most, measured, unit) of each target that this run measured."""
-    best = next((row["variant"] for row in rows if row["operation"] == "whole call"), None)
-    found = []
-    for what, peer, limits, (operation, variant, dtype, p, threads) in TARGETS:
-        for size, limit in limits.items():
-            wanted = {
-                "operation": operation, "dtype": dtype, "p": p, "threads": threads, "size": size,
-                "variant": best if variant in ("best", "seed") else variant,
-                "store": "seed" if variant == "seed" else "bits", "level": "call" if variant == "seed" else level,
-            }  # fmt: skip
-            for row in rows:
-                if threads > 1 and not row.get("settle"):
-                    continue  # timed on threads that had to wake first: no ratio to hold anything to
-                if all(row.get(key) == value for key, value in wanted.items()) and peer in row["peers"]:
-                    found.append((what, SIZE_NAMES[size], limit, row["peers"][peer]["ratio"], "x"))
-    for row in rows if level == "kernel" else []:
-        if row["operation"] == "whole call":
-            found.append(
-                ("`fd.dropout` of 1,000 elements, whole call", "1000", CALL_MICROSECONDS, 1e6 * row["seconds"], " us")
+    def report(self, run: dict[str, Any], rows: list[Row]) -> str:
+        lines = [f"# Benchmark report: {self.title}", "", machine_line(run), "", self.intro, "", "## Targets", ""]
+        lines += ["| kind | case | against | must be | measured | |", "|---|---|---|---|---|---|"]
+        judged = [(row, peer, limit) for row, peer in pairs(rows) if (limit := self.limit(row, peer)) is not None]
+        for row, peer, limit in sorted(judged, key=lambda one: ratio(*one[:2]) <= one[2]):
+            value, faster = ratio(row, peer), limit < 0.5
+            must = f"{1 / limit:.0f}x faster" if faster else f"at most {limit}"
+            measured = f"{1 / value:.1f}x" if faster else f"{value:.2f}"
+            met = "met" if value <= limit else "**missed**"
+            lines.append(f"| {row['kind']} | {case(row)} | {peer} | {must} | {measured} | {met} |")
+        lines += ["", ALL_CASES, "", "| kind | case | fastdrop, ms | ns/element | peer | peer, ms | ratio |"]
+        lines += ["|---|---|---|---|---|---|---|"]
+        for row, peer in pairs(rows):
+            theirs = row["peers"][peer]
+            if "bytes" in theirs:
+                continue
+            lines.append(
+                f"| {row['kind']} | {case(row)} | {1e3 * row['seconds']:.3f} | {per_element(row)} | {peer} | "
+                f"{1e3 * theirs['seconds']:.3f} | {theirs['ratio']:.3f} |"
             )
-    return found
+        return "\n".join(lines) + "\n"
+
+    def plot(self, run: dict[str, Any], rows: list[Row], path: Path) -> None:
+        """Each case's time as a share of its peer's, one thread, beside its limit."""
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        one_thread = [row for row in rows if row["threads"] == 1]
+        shown = pairs(one_thread)[::-1]
+        limits = [self.limit(row, peer) for row, peer in shown]
+        figure, axis = plt.subplots(figsize=(10, 0.32 * len(shown) + 1.2), layout="constrained")
+        colors = [
+            "#aaaaaa" if limit is None else "#2ca02c" if ratio(*one) <= limit else "#d62728"
+            for one, limit in zip(shown, limits, strict=True)
+        ]
+        bars = axis.barh(range(len(shown)), [ratio(*one) for one in shown], color=colors)
+        labels = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}
+        axis.bar_label(bars, fmt=" %.2f", fontsize=8, padding=2, bbox=labels, zorder=4)
+        for i, limit in enumerate(limits):
+            if limit is not None:
+                axis.plot([limit, limit], [i - 0.45, i + 0.45], color="black", linewidth=2)
+        axis.set_yticks(
+            range(len(shown)),
+            [f"{row['kind']}: {row['operation']}, {row['layout']}  /  {peer}" for row, peer in shown],
+            fontsize=8,
+        )
+        axis.set(xscale="log", xlabel="share of the peer's; black: at most this")
+        axis.margins(x=0.08)
+        axis.set_ylim(-0.7, len(shown) - 0.3)
+        axis.grid(axis="x", alpha=0.3)
+        figure.suptitle(f"{self.picture}, float32, one thread ({run['machine_info']['cpu_name']})")
+        figure.savefig(path, dpi=130)
 
 
-STYLES: dict[str, dict[str, Any]] = {
-    "fastdrop, c-avx512": {"color": "#d62728"},
-    "fastdrop, c-neon": {"color": "#d62728"},
-    "fastdrop, c-avx2": {"color": "#ff7f0e"},
-    "fastdrop, numba": {"color": "#e377c2"},
-    "fastdrop, c-scalar": {"color": "#bc8a5f"},
-    "fastdrop, numpy": {"color": "#d9c27a"},
-    "F.dropout": {"color": "#1f77b4", "linestyle": ":", "linewidth": 2.2},
-    "compiled F.dropout": {"color": "#17becf", "linestyle": ":", "linewidth": 2.2},
-    "NumPy": {"color": "#2ca02c", "linestyle": ":", "linewidth": 2.2},
-    "torch.mul": {"color": "#555555", "linestyle": "--"},
-    "scale limit": {"color": "#aaaaaa", "linestyle": "--"},
-}
+def pairs(rows: list[Row]) -> list[tuple[Row, str]]:
+    return [(row, peer) for row in rows for peer in row["peers"]]
 
 
-def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
-    """ns per element over size, forward and backward: fastdrop, the peers, the limit."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    best = next((row["variant"] for row in rows if row["operation"] == "whole call"), None)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
-    for axis, operation in zip(axes, ("forward", "backward"), strict=True):
-        curves: dict[str, dict[int, float]] = {}
-        for row in rows:
-            if (row["operation"], row["dtype"], row["p"], row["threads"]) != (operation, "float32", 0.1, 1):
-                continue
-            if row["store"] != "bits":
-                continue
-            if row["variant"] == best:
-                for peer, times in row["peers"].items():
-                    curves.setdefault(peer, {})[row["size"]] = 1e9 * times["seconds"] / row["size"]
-            if row["level"] == "call":
-                continue
-            label = f"fastdrop, {row['variant']}"
-            curves.setdefault(label, {})[row["size"]] = 1e9 * row["seconds"] / row["size"]
-        for label, points in sorted(curves.items(), key=lambda item: -max(item[1].values())):
-            style = {"linewidth": 1.4, **STYLES.get(label, {})}
-            if label == f"fastdrop, {best}":
-                style.update(linewidth=3.0, zorder=5)
-            sizes = sorted(points)
-            axis.plot(sizes, [points[size] for size in sizes], marker="o", markersize=4, label=label, **style)
-        axis.set(xscale="log", yscale="log", title=operation, xlabel="elements")
-        axis.set_xticks(list(SIZE_NAMES)[:4], [SIZE_NAMES[size] for size in list(SIZE_NAMES)[:4]])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("ns per element")
-    handles, labels = axes[0].get_legend_handles_labels()  # forward has every curve
-    axes[1].legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    figure.suptitle(f"Dropout of float32, p = 0.1, one thread ({run['machine_info']['cpu_name']})")
-    figure.savefig(path, dpi=130)
+def ratio(row: Row, peer: str) -> float:
+    return float(row["peers"][peer]["ratio"])
 
 
-if __name__ == "__main__":
-    sys.exit(write(sys.argv[1:], __doc__, report, plot, "## Every case"))
+def per_element(row: Row) -> str:
+    """Nanoseconds, where elements say something."""
+    return f"{1e9 * row['seconds'] / row['elements']:.3f}" if "elements" in row else ""
+
+
+def case(row: Row) -> str:
+    return f"{row['operation']}, {row['layout']}, {row['threads']} thread{'s' if row['threads'] > 1 else ''}"

@@ -1,4 +1,9 @@
-"""Runs the benchmarks and the report: python bench/run.py [--quick | --torch | --family | --fused] [--name NAME]."""
+"""Runs a set of CPU benchmarks, then writes its report: `python -m bench.run [--quick | --torch | --family | --fused]`.
+
+The sets are the keys of `REPORTS`; without an option all of plain dropout runs. Results go to bench/results: NAME.json
+(not under version control), NAME.md and NAME.png. `--report` runs nothing and writes the reports of the JSON files that
+are there.
+"""
 
 from __future__ import annotations
 
@@ -8,35 +13,43 @@ import sys
 from pathlib import Path
 
 BENCH = Path(__file__).resolve().parent
+RESULTS = BENCH / "results"
 REPORTS = {
-    "quick": "bench.report",
-    "torch": "bench.report_torch",
-    "family": "bench.report_family",
-    "fused": "bench.report_fused",
-    "all": "bench.report",
+    "quick": "bench.cpu.report",
+    "torch": "bench.torch.report_torch",
+    "family": "bench.torch.report_family",
+    "fused": "bench.torch.report_fused",
+    "all": "bench.cpu.report",
 }
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="the speed table alone, a few minutes")
-    parser.add_argument("--torch", action="store_true", help="the torch face and training steps, a few minutes")
-    parser.add_argument("--family", action="store_true", help="the other kinds of dropout, a few minutes")
-    parser.add_argument("--fused", action="store_true", help="fused kernels, eight minutes")
-    parser.add_argument("--name", default=None, help="of the files under bench/results (default: all, or the suite's)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="plain dropout, the speed table alone: four minutes")
+    parser.add_argument("--torch", action="store_true", help="torch's function and training steps: five minutes")
+    parser.add_argument("--family", action="store_true", help="the other kinds of dropout: five minutes")
+    parser.add_argument("--fused", action="store_true", help="fused kernels: eight minutes")
+    parser.add_argument("--report", action="store_true", help="only write the reports of the results that are there")
+    parser.add_argument("--name", help="of the files in bench/results (default: the set's name)")
     args = parser.parse_args()
+    if args.report:
+        found = {name: module for name, module in REPORTS.items() if (RESULTS / f"{name}.json").exists()}
+        if not found:
+            print(f"there are no results in {RESULTS}: run make bench first")
+        return max((report(module, RESULTS / f"{name}.json") for name, module in found.items()), default=1)
     cases = next((name for name in REPORTS if getattr(args, name, False)), "all")
-    report = REPORTS[cases]
-    results = BENCH / "results" / f"{args.name or cases}.json"
+    results = RESULTS / f"{args.name or cases}.json"
     command = [
-        sys.executable, "-m", "pytest", str(BENCH), "-q", "--cases", cases, "-p", "no:cacheprovider",
+        sys.executable, "-m", "pytest", "bench/cpu", "bench/torch", "-q", "--cases", cases, "-p", "no:cacheprovider",
         "--benchmark-json", str(results), "--benchmark-disable-gc", "--benchmark-columns", "median,iqr,rounds",
         "--benchmark-sort", "name", "--no-header",
     ]  # fmt: skip
     status = subprocess.run(command, cwd=BENCH.parent, check=False).returncode
-    return (
-        status or subprocess.run([sys.executable, "-m", report, str(results)], cwd=BENCH.parent, check=False).returncode
-    )
+    return status or report(REPORTS[cases], results)
+
+
+def report(module: str, results: Path) -> int:
+    return subprocess.run([sys.executable, "-m", module, str(results)], cwd=BENCH.parent, check=False).returncode
 
 
 if __name__ == "__main__":

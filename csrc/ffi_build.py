@@ -1,13 +1,14 @@
-"""Builds fastdrop._native: the C sources of this folder behind a cdef made from fastdrop.h and ops.def.
+"""Builds fastdrop._native: the C sources of this folder, and what cffi needs to know of them.
 
-The cdef is derived, never written down: ops.def declares each primitive once, and this file only spells those rows out
-in the form cffi's parser reads. Each primitive comes in two forms: ``fd_<name>`` takes what `ffi.from_buffer` makes of
-an array, ``fd_<name>_at`` takes addresses as integers and the most threads the call may use, for callers whose memory
-and threads are another library's.
+The primitives' prototypes are made from the table in fastdrop/backends/primitives.py, the others are read from
+fastdrop.h. Each primitive comes in two forms: ``fd_<name>`` takes what `ffi.from_buffer` makes of an array;
+``fd_<name>_at`` takes addresses as integers, after the number of threads that the call may use, for callers whose
+memory and threads belong to another library.
 """
 
 import os
 import re
+import runpy
 from pathlib import Path
 
 from cffi import FFI
@@ -21,33 +22,15 @@ HEADERS = sorted(path.name for pattern in ("*.h", "*.def") for path in HERE.glob
 COMPILE_ARGS = ["-std=c11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread", "-g0"]
 
 COMMENT = re.compile(r"/\*.*?\*/", re.S)
-ROW = re.compile(r"#define (\w+)_PARAMETERS\(FIRST, NEXT\)((?:.*\\\n)*.*)\nFD_(DRAWING_)?OP\((\w+), \1_PARAMETERS\)")
-DRAW = re.compile(r"#define DRAW_PARAMETERS\(FIRST, NEXT\)((?:.*\\\n)*.*)\n")
-PARAMETER = re.compile(r"(?:FIRST|NEXT)\(([^,]+), (\w+)\)")
-
-
-def primitives() -> dict[str, list[tuple[str, str]]]:
-    """Each primitive's (C type, name) parameters, as ops.def lists them."""
-    return {name: PARAMETER.findall(body) for _, body, _, name in ROW.findall(_list())}
-
-
-def entry_points() -> dict[str, list[tuple[str, str]]]:
-    """The primitives, and ``<name>_drawn`` of those that can draw their words."""
-    draw = PARAMETER.findall("".join(DRAW.findall(_list())))
-    drawn = {f"{name}_drawn": draw + PARAMETER.findall(body) for _, body, draws, name in ROW.findall(_list()) if draws}
-    return primitives() | drawn
-
-
-def _list() -> str:
-    return COMMENT.sub("", (HERE / "ops.def").read_text())
+TABLE = runpy.run_path(str(HERE.parent / "fastdrop" / "backends" / "primitives.py"))
 
 
 def addressed() -> dict[str, tuple[str, str]]:
     """The prototype of each ``fd_<name>_at`` and its body."""
     forms = {}
-    for name, parameters in entry_points().items():
-        declared = ", ".join(f"{'uintptr_t' if '*' in type_ else type_} {parameter}" for type_, parameter in parameters)
-        passed = ", ".join(f"({type_}){parameter}" for type_, parameter in parameters)
+    for name, parameters in TABLE["entry_points"]().items():
+        declared = ", ".join(f"{'uintptr_t' if p.is_array else p.c_type} {p.name}" for p in parameters)
+        passed = ", ".join(f"({p.c_type}){p.name}" for p in parameters)
         prototype = f"int fd_{name}_at(int threads, {declared})"
         body = f"fd_limit_threads(threads); int status = fd_{name}({passed}); fd_limit_threads(0); return status;"
         forms[name] = prototype, body
@@ -57,8 +40,8 @@ def addressed() -> dict[str, tuple[str, str]]:
 def cdef() -> str:
     """Every prototype of the ABI, for cffi."""
     prototypes = [
-        f"int fd_{name}({', '.join(f'{type_} {parameter}' for type_, parameter in parameters)});"
-        for name, parameters in entry_points().items()
+        f"int fd_{name}({', '.join(f'{p.c_type} {p.name}' for p in parameters)});"
+        for name, parameters in TABLE["entry_points"]().items()
     ]
     prototypes += [f"{prototype};" for prototype, _ in addressed().values()]
     header = COMMENT.sub("", (HERE / "fastdrop.h").read_text())

@@ -13,18 +13,12 @@ from .arrays.dropout import (
     alpha_dropout,
     apply_mask,
     draw_mask,
-    drop_block,
     drop_connect,
     dropout,
     dropout_backward,
-    feature_alpha_dropout,
-    feature_dropout,
     gaussian_dropout,
-    stochastic_depth,
-    variational_dropout,
 )
 from .arrays.fused import (
-    Saved,
     bias_act_dropout,
     bias_dropout_add,
     dropout_add,
@@ -32,6 +26,14 @@ from .arrays.fused import (
     dropout_add_rms_norm,
     softmax_dropout,
     swiglu_dropout,
+)
+from .arrays.saved import Saved
+from .arrays.structured import (
+    drop_block,
+    feature_alpha_dropout,
+    feature_dropout,
+    stochastic_depth,
+    variational_dropout,
 )
 from .backends import explain, get_num_threads, set_num_threads, show_config, use_backend
 from .core.mask import GaussianNoise, PackedMask, SeededMask

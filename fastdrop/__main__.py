@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from types import ModuleType
 
 from . import __version__, backends
-from .cli import audit, bench, demo, info, selftest
+from .cli import audit, info, selftest
 
-COMMANDS: dict[str, ModuleType] = {"info": info, "selftest": selftest, "demo": demo, "bench": bench, "audit": audit}
+COMMANDS: dict[str, ModuleType] = {"info": info, "selftest": selftest, "audit": audit}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

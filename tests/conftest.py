@@ -1,14 +1,17 @@
-"""Fixtures: every backend x instruction set that can run here, every dtype, and state left as it was found.
+"""The three sizes of the test suite, and fixtures for every backend, instruction set and dtype that can run here.
 
-Primitives are tested on each of them. What stands on primitives calls them all alike and is tested on fewer: the NumPy
-face on each backend with its best instruction set, torch's on C and NumPy. ``FASTDROP_TEST_EVERYTHING=1`` tests all on
-all.
+`make test` leaves out the tests marked ``slow``. `make test-all` (``--tier all``) adds them. `make check`
+(``--tier check``) runs at most `FEW` cases of each test. Only tests/backends and the C tests run the full product of
+backends, instruction sets and dtypes, because everything above calls all primitives in the same way: tests of the NumPy
+face use the default backend, except those marked ``every_backend``, and tests of the torch face use C and NumPy.
+``FASTDROP_TEST_EVERYTHING=1`` lifts all these limits in any of the three.
 """
 
 from __future__ import annotations
 
 import gc
 import os
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,50 +25,75 @@ from fastdrop.backends import c as native
 from .cases import DTYPES, VARIANTS, Dtype, activated
 
 HERE = Path(__file__).parent
-collect_ignore = ["c"]  # a C program and what feeds it; `make sanitize` runs them
+collect_ignore = ["c"]  # C programs; `make test-c` and `make sanitize` run them
+EVERYTHING = os.environ.get("FASTDROP_TEST_EVERYTHING") == "1"
+FEW = 4  # cases of a test in `make check`
 
-# No deadline: no test is about time. `variant` lasts for all examples of a test, as it should.
-settings.register_profile(
-    "fastdrop", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
-settings.load_profile("fastdrop")
+# No test is about time, so none has a deadline. A fixture such as `variant` lasts for all examples of a test.
+health = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+settings.register_profile("all", deadline=None, suppress_health_check=health)
+settings.register_profile("test", settings.get_profile("all"), max_examples=40)
+settings.register_profile("check", settings.get_profile("all"), max_examples=10)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--tier", choices=("check", "test", "all"), default="test", help="how much of the suite runs")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "slow(guard): only in `make test-all`; guard names the quicker test of the same")
+    config.addinivalue_line("markers", "every_backend: of the tests of the NumPy face, one that runs on each backend")
     config.addinivalue_line("markers", "large: arrays beyond 2**31 elements; several GB of memory")
+    settings.load_profile("all" if EVERYTHING else config.getoption("--tier"))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leaves out what would only call primitives once more, by the values of `variant` and `backend`."""
-    if os.environ.get("FASTDROP_TEST_EVERYTHING") == "1":
+    """Leaves out what this tier does not run."""
+    if EVERYTHING:
         return
-    best = f"c-{native.isa()}" if native.unavailable() is None else "c-scalar"
-    other = {name for name in VARIANTS if name.startswith("c-")} - {best}
-    left_out = []
-    for item in items:
-        if HERE not in item.path.parents:
-            continue
-        room, parameters = item.path.relative_to(HERE).parts[0], getattr(getattr(item, "callspec", None), "params", {})
-        names = {
-            parameters.get(fixture) for fixture in ("variant", "backend") if isinstance(parameters.get(fixture), str)
-        }
-        repeats = names & {"torch": other | {"numba"}, "arrays": other, "core": other}.get(room, set())
-        if repeats:
-            left_out.append(item)
+    tier = config.getoption("--tier")
+    left_out = {
+        item for item in items if _repeats_primitives(item) or (tier != "all" and item.get_closest_marker("slow"))
+    }
+    if tier == "check":
+        tests = defaultdict(list)
+        for item in items:
+            if item not in left_out:
+                tests[item.nodeid.partition("[")[0]].append(item)
+        for cases in tests.values():
+            few = {cases[i * len(cases) // FEW] for i in range(FEW)}
+            left_out.update(case for case in cases if case not in few)
     if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        gone = set(left_out)
-        items[:] = [item for item in items if item not in gone]
+        config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+        items[:] = [item for item in items if item not in left_out]
+
+
+def _repeats_primitives(item: pytest.Item) -> bool:
+    """Whether an item differs from another only in a backend or instruction set that its room does not test."""
+    if HERE not in item.path.parents:
+        return False
+    room = item.path.relative_to(HERE).parts[0]
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    used = [parameters.get(fixture) for fixture in ("variant", "compiled", "backend")]
+    best = f"c-{native.isa()}" if native.unavailable() is None else "numba"
+    tested = {best, best.partition("-")[0]}
+    if room == "torch":
+        tested |= {"numpy"}
+    elif room not in ("arrays", "core"):
+        return False
+    elif item.get_closest_marker("every_backend"):
+        tested |= {"numpy", "numba"}
+    return any(isinstance(name, str) and name not in tested for name in used)
 
 
 def pytest_collection_finish() -> None:
-    """No test's garbage collection need look through the tests themselves: they are a million objects."""
+    """Keeps the garbage collector from looking through the collected tests, which are very many objects."""
     gc.freeze()
 
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    """The primitives of one backend x instruction set, which is also the active one."""
+    """The primitives of one backend and instruction set, which is also the active one."""
     with activated(request.param) as module:
         yield module
 
@@ -84,7 +112,7 @@ def compiled(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
 
 @pytest.fixture(params=["numpy", "numba", "c"])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend's name, active with its best instruction set."""
+    """The name of each backend, which is active with its best instruction set."""
     with activated(request.param):
         yield request.param
 
@@ -96,7 +124,7 @@ def dtype(request: pytest.FixtureRequest) -> Dtype:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """The number of threads is as before afterwards."""
+    """Puts fastdrop's number of threads back."""
     before = fd.get_num_threads()
     yield
     fd.set_num_threads(before)

@@ -166,7 +166,7 @@ class Plan:
         self.op = op
 
     def words(self) -> Spec:
-        cells = math.prod(self.shape if "noise" not in self.takes else self.noise)
+        cells = math.prod(self.shape if "mask_shape" not in self.takes else self.noise)
         return Spec(((cells + 31) // 32,), torch.int32)
 
     takes: frozenset[str] = frozenset()
@@ -180,10 +180,9 @@ class Plan:
     def residual(self) -> Spec:
         return Spec(self.shape, self.stream or self.dtype)
 
-    def kept(self) -> Spec:
-        if self.op == "keep_blocks":
-            return Spec((), torch.int64)
-        return self.words() if self.bits else Spec((), torch.int64)
+    def saved_mask(self) -> Spec:
+        """Words, or the seed in backward ops that are told of it by ``store_bits``."""
+        return self.words() if self.bits or "store_bits" not in self.takes else Spec((), torch.int64)
 
     def mask(self) -> Spec:
         drop = self.rng.randint(0, len(self.shape))
@@ -196,28 +195,28 @@ def _of(method: str) -> Callable[[Plan], Any]:
 
 
 RECIPES: dict[str, Callable[[Plan], Any]] = {
-    **dict.fromkeys(("x", "like", "scores", "factor", "up"), _of("data")),
+    **dict.fromkeys(("x", "like", "scores", "multiplier"), _of("data")),
     "dy": lambda plan: Spec(plan.y, plan.dtype) if "attention" in plan.op else plan.dy(),
-    **dict.fromkeys(("residual", "sum", "dsum"), _of("residual")),
-    **dict.fromkeys(("bias", "weight", "shift"), _of("columns")),
-    "words": _of("words"),
-    "kept": _of("kept"),
-    "mask": _of("mask"),
+    **dict.fromkeys(("residual", "residual_out", "dresidual_out"), _of("residual")),
+    **dict.fromkeys(("input_bias", "weight", "norm_bias"), _of("columns")),
+    "saved_mask": _of("saved_mask"),
+    "kept_count": lambda plan: Spec((), torch.int64),
+    "attn_mask": _of("mask"),
     "seed": lambda plan: Spec((), torch.int64),
     "statistics": lambda plan: Spec((math.prod(plan.shape[:-1]), 2), plan.wide),
     "probabilities": lambda plan: Spec(plan.matrices if "attention" in plan.op else plan.shape, plan.dtype),
     **{name: lambda plan, name=name: Spec(getattr(plan, name), plan.dtype) for name in ("query", "key", "value")},
     **{f"{name}_shape": lambda plan, name=name: list(getattr(plan, name)) for name in ("query", "key", "value")},
-    "noise_shape": lambda plan: list(plan.noise),
+    "mask_shape": lambda plan: list(plan.noise),
     "size": lambda plan: list(plan.shape[:1]),
     "block_size": lambda plan: [
         plan.rng.randint(1, 4) for _ in range(plan.rng.randint(1, max(1, len(plan.shape) - 1)))
     ],
     "activation": lambda plan: plan.rng.choice((None, "relu", "gelu", "gelu_tanh", "silu")),
-    "law": lambda plan: plan.rng.choice(("inverted", "standard", "alpha", "alpha_slope")),
+    "scaling": lambda plan: plan.rng.choice(("inverted", "standard", "alpha", "alpha_slope")),
     "dtype": lambda plan: plan.dtype,
-    "bits": lambda plan: plan.bits,
-    "scale": lambda plan: plan.rng.choice((1.0, 0.3)),
+    "store_bits": lambda plan: plan.bits,
+    "softmax_scale": lambda plan: plan.rng.choice((1.0, 0.3)),
     "eps": lambda plan: 1e-5,
 }
 Plan.dy = lambda plan: plan.residual() if plan.op == "pointwise_backward" else plan.data()  # type: ignore[attr-defined]
@@ -327,8 +326,7 @@ def a_call(seed: int, number: int, using: tuple[str, ...]) -> Call:
     schema = rng.choice(_schemas())
     op = schema.name.removeprefix("fastdrop::")
     plan = Plan(rng, op)
-    if any(argument.name == "noise_shape" for argument in schema.arguments):
-        plan.takes = frozenset(["noise"])
+    plan.takes = frozenset(argument.name for argument in schema.arguments)
     arguments = [_argument(rng, plan, argument) for argument in schema.arguments]
     differentiated = rng.random() < 0.4
     for i, value in enumerate(arguments):

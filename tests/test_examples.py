@@ -1,8 +1,9 @@
-"""The examples and their notebook, in their small form: they run, print what they found and draw it."""
+"""The examples and their notebook, in their quick form: they run, print results and draw a picture of them."""
 
 from __future__ import annotations
 
 import importlib
+import subprocess
 import sys
 
 import numpy as np
@@ -27,6 +28,7 @@ def beside_examples(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow("test_notebook_runs")
 @pytest.mark.parametrize("name", PICTURES)
 def test_example_draws_what_it_found(name, beside_examples, tmp_path, capsys, monkeypatch):
     example = importlib.import_module(name)
@@ -50,6 +52,15 @@ def test_example_draws_what_it_found(name, beside_examples, tmp_path, capsys, mo
         assert np.isfinite(values).all()
         assert axis.get_title(loc="left")
         assert axis.get_xlabel() or len(axis.get_xticklabels()) > 1
+
+
+def test_demo_draws_its_picture(tmp_path):
+    picture = tmp_path / "demo.png"
+    command = [sys.executable, str(EXAMPLES / "demo.py"), "--quick", "--output", str(picture)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "dropout p = 0.5" in done.stdout
 
 
 def test_every_example_is_in_the_notebook():

@@ -1,1 +1,1 @@
-"""The NumPy API: arrays in memory, and on a GPU those of CuPy and Numba."""
+"""The NumPy API: the ops of `fastdrop`, on arrays in memory and on a GPU. `masking.py` shows how an op works."""

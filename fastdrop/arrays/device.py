@@ -1,8 +1,8 @@
-"""Arrays on a GPU, as the NumPy API's flow (`ops`, `fused`) asks for them: CuPy's and Numba's.
+"""Arrays on a GPU: how those of CuPy and Numba reach the CUDA backend.
 
-They come by the CUDA array interface; results and masks are arrays of the kind that came. Work goes to the stream that
-the array names (CuPy: the current one), nothing is waited for and nothing crosses to the host, but for DropBlock's
-count. This module owns what such arrays must be and how they are made.
+The ops call `DEVICE` for arrays that have the CUDA array interface. Results and masks
+are arrays of the same library as the argument. Work is submitted to the stream that the array names (CuPy: the current
+one). Nothing waits and nothing is copied to the host, except that DropBlock reads the number of kept cells.
 """
 
 from __future__ import annotations
@@ -17,42 +17,17 @@ import numpy as np
 from ..backends import cuda_backend
 from ..core import checks
 from ..core.grid import cell_axes
-from ..core.mask import PackedMask, in_memory, word_count
-from ..core.random import DROP_ALL
+from ..core.mask import to_host, word_count
+from ..core.random import DROP_ALL, State
+from .array_ops import BlockPasses, DeferredDraw, Scaling, Shape
 
-__all__ = [
-    "additive",
-    "apart",
-    "apply",
-    "cast",
-    "check_words",
-    "contiguous",
-    "copy",
-    "detached",
-    "dilated",
-    "draw_into",
-    "draw_or_defer",
-    "draw_words",
-    "empty",
-    "empty_words_like",
-    "forward",
-    "gaussian",
-    "in_order",
-    "is_on_device",
-    "kept",
-    "output",
-    "run",
-    "taken",
-    "taken_mask",
-    "target",
-    "zeros",
-]
+__all__ = ["DEVICE", "DeviceOps", "is_on_device"]
 
 DLPACK_CUDA = 2
 
 
-class Memory(NamedTuple):
-    """Where an array lies."""
+class Place(NamedTuple):
+    """Where an array lies. An empty array has the address 0."""
 
     address: int
     device: int
@@ -60,232 +35,202 @@ class Memory(NamedTuple):
 
 
 def is_on_device(x: Any) -> bool:
-    """Whether x says that its memory is a GPU's."""
-    if _root(x) == "torch":  # whose tensors may raise other errors where they haven't the attributes
+    """Whether x says that its memory is on a GPU."""
+    if _root(x) == "torch":  # the attributes below may raise other errors than AttributeError on a torch tensor
         return bool(getattr(x, "is_cuda", False))
     if hasattr(x, "__cuda_array_interface__"):
         return True
-    ask = getattr(x, "__dlpack_device__", None)
-    return ask is not None and ask()[0] == DLPACK_CUDA
+    dlpack_device = getattr(x, "__dlpack_device__", None)
+    return dlpack_device is not None and dlpack_device()[0] == DLPACK_CUDA
 
 
-def taken(name: str, x: Any) -> tuple[Any, int]:
-    """x, which kernels can take, and its dtype's tag."""
-    return x, _tag(name, x)
+class DeviceOps:
+    """`ArrayOps` for arrays of CuPy and Numba, which must be C-contiguous."""
 
+    __slots__ = ()
 
-def output(out: Any, x: Any, name: str) -> Any:
-    """out if it may take the result for x, a new array like x if it is None."""
-    if out is None:
-        return _empty(x, tuple(x.shape), x.dtype)
-    if out is x:
-        return x
-    if not hasattr(out, "__cuda_array_interface__"):
-        raise TypeError(f"out must be an array on the GPU, as {name} is, but got {type(out).__name__}")
-    _tag("out", out)
-    checks.takes_result(out, x, name, not out.__cuda_array_interface__["data"][1])
-    apart(out, x, name)
-    _same_device(x, out)
-    return out
+    on_device = True
 
+    def as_array(self, name: str, value: Any) -> tuple[Any, int]:
+        return value, _tag(name, value)
 
-def apart(out: Any, x: Any, name: str) -> None:
-    """Raises if they share memory, unless element on element."""
-    if _meet(out, x) and not _coincide(out, x):
-        raise checks.overlaps(name)
+    def as_attention_mask(self, name: str, value: Any) -> Any:
+        _check_order(name, value)
+        if value.dtype != np.bool_:
+            checks.dtype_tag(f"{name}, unless boolean,", np.dtype(value.dtype))
+        return value
 
+    def output_array(self, out: Any, x: Any, name: str) -> Any:
+        if out is None:
+            return _empty(x, tuple(x.shape), x.dtype)
+        if out is x:
+            return x
+        if not hasattr(out, "__cuda_array_interface__"):
+            raise TypeError(f"out must be an array on the GPU, as {name} is, but got {type(out).__name__}")
+        _tag("out", out)
+        checks.check_output(out, x, name, not out.__cuda_array_interface__["data"][1])
+        self.check_no_overlap(out, x, name)
+        _places(x, out)
+        return out
 
-def copy(y: Any, x: Any) -> None:
-    source, target = _same_device(x, y)
-    if source.address:
-        cuda_backend().copy_at(source.device, source.stream, target.address, source.address, _size(x))
+    def check_no_overlap(self, out: Any, x: Any, name: str) -> None:
+        if _overlap(out, x) and not _same_elements(out, x):
+            raise checks.overlap_error(name)
 
+    def check_mask_memory(self, name: str, words: Any) -> None:
+        if isinstance(words, np.ndarray):
+            raise TypeError("mask must be of an array on the GPU, or a SeededMask, but got a PackedMask in memory")
 
-def check_words(name: str, mask: PackedMask) -> None:
-    """Raises unless the mask lies on a GPU."""
-    if isinstance(mask.words, np.ndarray):
-        raise TypeError("mask must be of an array on the GPU, or a SeededMask, but got a PackedMask in memory")
+    def copy_into(self, y: Any, x: Any) -> None:
+        source, target = _places(x, y)
+        if source.address:
+            cuda_backend().copy_at(source.device, source.stream, target.address, source.address, _size(x))
 
+    # ---- masks ----
 
-def empty_words_like(x: Any, cells: int) -> Any:
-    return _empty(x, (word_count(cells),), np.uint32)
+    def empty_words(self, like: Any, cells: int) -> Any:
+        return _empty(like, (word_count(cells),), np.uint32)
 
-
-def draw_words(like: Any, cells: int, first: int, seed: int, offset: int, cut: int) -> Any:
-    """The words of a mask of so many cells, any threshold; bits past the last are not 0 where it keeps all."""
-    words = empty_words_like(like, cells)
-    draw_into(words, like, cells, first, seed, offset, cut)
-    return words
-
-
-def draw_into(words: Any, like: Any, cells: int, first: int, seed: int, offset: int, cut: int) -> None:
-    """The same into words that are there, on the stream of like."""
-    if cells:
-        at, stream = _memory(words), _memory(like).stream
-        if 0 < cut < DROP_ALL:
-            cuda_backend().draw_bits_at(at.device, stream, at.address, 0, first, cells, seed, offset, cut)
+    def draw_words(self, words: Any, like: Any, cells: int, state: State, threshold: int) -> None:
+        """Unused bits of the last word are not 0 if the mask keeps everything."""
+        if not cells:
+            return
+        place, stream = _place(words), _place(like).stream
+        if 0 < threshold < DROP_ALL:
+            cuda_backend().draw_bits_at(place.device, stream, place.address, 0, 0, cells, *state, threshold)
         else:
-            cuda_backend().fill_at(
-                at.device, stream, at.address, 0 if cut == DROP_ALL else 0xFFFFFFFF, word_count(cells)
-            )
+            word = 0 if threshold == DROP_ALL else 0xFFFFFFFF
+            cuda_backend().fill_at(place.device, stream, place.address, word, word_count(cells))
 
+    def draw_or_defer(self, words: Any, like: Any, cells: int, state: State, threshold: int) -> DeferredDraw | None:
+        """CUDA's primitives read words that were drawn before: nothing is deferred."""
+        self.draw_words(words, like, cells, state, threshold)
+        return None
 
-def draw_or_defer(words: Any, like: Any, cells: int, seed: int, offset: int, cut: int) -> None:
-    """Draws words; nothing is left to `run`."""
-    draw_into(words, like, cells, 0, seed, offset, cut)
+    def widen_blocks(self, words: Any, buffers: list[Any], passes: BlockPasses) -> Any:
+        for buffer, (outer, n, inner, block) in zip(buffers, passes, strict=True):
+            target, source = _place(buffer), _place(words)
+            addresses = target.address, source.address
+            cuda_backend().dilate_bits_at(target.device, source.stream, *addresses, outer, n, inner, block)
+            words = buffer
+        return words
 
+    def kept_count(self, words: Any) -> int:
+        """Waits for the GPU and copies eight bytes from it."""
+        count = _empty(words, (1,), np.uint64)
+        place, stream = _place(count), _place(words).stream
+        cuda_backend().fill_at(place.device, stream, place.address, 0, 2)
+        n = math.prod(words.shape)
+        cuda_backend().count_bits_at(place.device, stream, _place(words).address, n, place.address)
+        return int(to_host(count)[0])
 
-def dilated(words: Any, rooms: list[Any], passes: tuple[tuple[int, int, int, int], ...]) -> Any:
-    """Words after each of DropBlock's passes, which have a room each."""
-    for to, (outer, n, inner, block) in zip(rooms, passes, strict=True):
-        target, source = _memory(to), _memory(words)
-        cuda_backend().dilate_bits_at(
-            target.device, source.stream, target.address, source.address, outer, n, inner, block
+    # ---- the primitives of plain dropout ----
+
+    def kernel_arrays(self, x: Any, y: Any, mask_shape: Shape) -> tuple[Any, Any]:
+        return x, y
+
+    def dropout_forward(
+        self, tag: int, x: Any, y: Any, words: Any, state: State, threshold: int, coefficients: Scaling
+    ) -> None:
+        source, target = _places(x, y)
+        addresses = source.address, target.address, 0 if words is None else _place(words).address
+        n = math.prod(x.shape)
+        cuda_backend().dropout_forward_at(
+            source.device, source.stream, tag, *addresses, 0, n, *state, threshold, *coefficients
         )
-        words = to
-    return words
 
+    def gaussian_multiply(self, tag: int, x: Any, y: Any, state: State, sigma: float) -> None:
+        source, target = _places(x, y)
+        at = source.device, source.stream, tag, source.address, target.address
+        cuda_backend().gaussian_multiply_at(*at, 0, math.prod(x.shape), *state, sigma)
 
-def kept(words: Any) -> int:
-    """How many cells words keep: waits for the GPU, and for eight bytes from there."""
-    total = _empty(words, (1,), np.uint64)
-    at, stream = _memory(total), _memory(words).stream
-    cuda_backend().fill_at(at.device, stream, at.address, 0, 2)
-    cuda_backend().count_bits_at(at.device, stream, _memory(words).address, math.prod(words.shape), at.address)
-    return int(in_memory(total)[0])
+    def apply_mask(self, tag: int, x: Any, y: Any, words: Any, mask_shape: Shape, coefficients: Scaling) -> None:
+        shape = tuple(x.shape)
+        if math.prod(shape):
+            source, target, mask = _places(x, y, words)
+            at = source.device, source.stream, tag, source.address, target.address, mask.address
+            cuda_backend().strided_affine_at(*at, 0, cell_axes(shape, mask_shape), *coefficients)
 
+    # ---- the fused primitives ----
 
-def in_order(x: Any, y: Any, cells_shape: tuple[int, ...]) -> tuple[Any, Any]:
-    """x and y, which are contiguous."""
-    return x, y
+    def empty(self, like: Any, shape: Shape, dtype: Any) -> Any:
+        return _empty(like, shape, dtype)
 
+    def zeros(self, like: Any, shape: Shape, dtype: Any) -> Any:
+        array = _empty(like, shape, dtype)
+        if math.prod(shape):
+            place = _place(array)
+            cuda_backend().fill_at(place.device, _place(like).stream, place.address, 0, _size(array) // 4)
+        return array
 
-def forward(
-    tag: int,
-    x: Any,
-    y: Any,
-    words: Any,
-    seed: int,
-    offset: int,
-    cut: int,
-    a: float,
-    b: float,
-    c: float,
-) -> None:
-    """y = x under a mask of its shape that is drawn and, unless words is None, kept."""
-    source, target = _same_device(x, y)
-    keep = 0 if words is None else _memory(words).address
-    at = source.device, source.stream, tag, source.address, target.address
-    cuda_backend().dropout_forward_at(*at, keep, 0, math.prod(x.shape), seed, offset, cut, a, b, c)
-
-
-def gaussian(tag: int, x: Any, y: Any, seed: int, offset: int, sigma: float) -> None:
-    """y = x times its Gaussian factors."""
-    source, target = _same_device(x, y)
-    at = source.device, source.stream, tag, source.address, target.address
-    cuda_backend().gaussian_multiply_at(*at, 0, math.prod(x.shape), seed, offset, sigma)
-
-
-def apply(tag: int, x: Any, y: Any, words: Any, cells_shape: tuple[int, ...], a: float, b: float, c: float) -> None:
-    """y = x under stored bits of a mask that fits."""
-    shape = tuple(x.shape)
-    if math.prod(shape):
-        source, target, keep = _same_device(x, y, words)
-        at = source.device, source.stream, tag, source.address, target.address, keep.address
-        cuda_backend().strided_affine_at(*at, 0, cell_axes(shape, cells_shape), a, b, c)
-
-
-# ---- rows, for the fused ops ----
-
-
-def taken_mask(name: str, value: Any) -> Any:
-    """A mask that is an array on a GPU, of booleans or floats."""
-    _check_order(name, value)
-    if value.dtype != np.bool_:
-        checks.dtype_tag(f"{name}, unless boolean,", np.dtype(value.dtype))
-    return value
-
-
-def empty(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    return _empty(like, shape, dtype)
-
-
-def zeros(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    array = _empty(like, shape, dtype)
-    if math.prod(shape):
-        at = _memory(array)
-        cuda_backend().fill_at(at.device, _memory(like).stream, at.address, 0, _size(array) // 4)
-    return array
-
-
-def contiguous(x: Any) -> Any:
-    """x, for `taken` refuses what isn't."""
-    return x
-
-
-def target(y: Any) -> Any:
-    """y, for `output` refuses what isn't contiguous."""
-    return y
-
-
-def detached(x: Any, y: Any) -> Any:
-    """x, or a copy if writing y might change it."""
-    if not _meet(x, y):
+    def as_contiguous(self, x: Any) -> Any:
+        """x itself, because `as_array` refuses arrays that are not contiguous."""
         return x
-    apart = _empty(x, tuple(x.shape), x.dtype)
-    copy(apart, x)
-    return apart
+
+    def output_buffer(self, y: Any) -> Any:
+        """y itself, because `output_array` refuses arrays that are not contiguous."""
+        return y
+
+    def copy_if_overlapping(self, x: Any, y: Any) -> Any:
+        if not _overlap(x, y):
+            return x
+        copy = _empty(x, tuple(x.shape), x.dtype)
+        self.copy_into(copy, x)
+        return copy
+
+    def cast(self, name: str, x: Any, dtype: Any) -> Any:
+        """An array of Numba must already have the dtype."""
+        if x.dtype == dtype:
+            return x
+        if _library(name, x) != "cupy":
+            raise TypeError(f"{name} must have dtype {np.dtype(dtype)} as an array of Numba, but got {x.dtype}")
+        with x.device:
+            return x.astype(dtype)
+
+    def as_additive_mask(self, name: str, mask: Any, shape: Shape, dtype: Any) -> Any:
+        """An array of Numba must already have the dtype and the shape."""
+        given = (1,) * (len(shape) - len(mask.shape)) + tuple(mask.shape)
+        if given == shape and mask.dtype == dtype:
+            return mask
+        if _library(name, mask) != "cupy":
+            if mask.dtype != dtype:
+                raise TypeError(f"{name} must have dtype {np.dtype(dtype)} as an array of Numba, but got {mask.dtype}")
+            raise ValueError(f"{name} must have shape {shape} as an array of Numba, but got {given}")
+        cupy = _cupy()
+        with mask.device:
+            if mask.dtype == np.bool_:
+                mask = cupy.where(mask, 0.0, -np.inf)
+            return cupy.ascontiguousarray(cupy.broadcast_to(mask, shape), dtype)
+
+    def run_primitive(
+        self,
+        primitive: str,
+        dtypes: tuple[int, ...],
+        arrays: tuple[Any, ...],
+        numbers: tuple[float, ...],
+        draw: DeferredDraw | None = None,
+    ) -> None:
+        """The first array, which is never None, names the stream."""
+        given = iter(_places(*(x for x in arrays if x is not None)))
+        places = [Place(0, -1, 0) if x is None else next(given) for x in arrays]
+        device, stream = places[0].device, places[0].stream
+        addresses = (place.address for place in places)
+        getattr(cuda_backend(), f"{primitive}_at")(device, stream, *dtypes, *addresses, *numbers)
 
 
-def cast(name: str, x: Any, dtype: Any) -> Any:
-    """x as numbers of a dtype; arrays of Numba must have it."""
-    if x.dtype == dtype:
-        return x
-    if _kind(name, x) != "cupy":
-        raise TypeError(f"{name} must have dtype {np.dtype(dtype)} as an array of Numba, but got {x.dtype}")
-    with x.device:
-        return x.astype(dtype)
-
-
-def additive(name: str, mask: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A mask as what is added to scores, contiguous and of a shape that it broadcasts to; Numba's must be that."""
-    given = (1,) * (len(shape) - len(mask.shape)) + tuple(mask.shape)
-    if given == shape and mask.dtype == dtype:
-        return mask
-    if _kind(name, mask) != "cupy":
-        if mask.dtype != dtype:
-            raise TypeError(f"{name} must have dtype {np.dtype(dtype)} as an array of Numba, but got {mask.dtype}")
-        raise ValueError(f"{name} must have shape {shape} as an array of Numba, but got {given}")
-    cupy = _cupy()
-    with mask.device:
-        if mask.dtype == np.bool_:
-            mask = cupy.where(mask, 0.0, -np.inf)
-        return cupy.ascontiguousarray(cupy.broadcast_to(mask, shape), dtype)
-
-
-def run(
-    primitive: str, dtypes: tuple[int, ...], arrays: tuple[Any, ...], numbers: tuple[float, ...], draw: None = None
-) -> None:
-    """A fused primitive on arrays, of which the first names the stream."""
-    at = iter(_same_device(*(x for x in arrays if x is not None)))
-    places = [Memory(0, -1, 0) if x is None else next(at) for x in arrays]
-    device, stream = places[0].device, places[0].stream
-    getattr(cuda_backend(), f"{primitive}_at")(device, stream, *dtypes, *(place.address for place in places), *numbers)
-
-
-# ---- arrays ----
+DEVICE = DeviceOps()
 
 
 def _tag(name: str, x: Any) -> int:
-    """The dtype's tag of an array that kernels can take."""
-    _kind(name, x)
+    """The dtype's tag of an array that kernels accept."""
+    _library(name, x)
     tag = checks.dtype_tag(name, np.dtype(x.dtype))
     _check_order(name, x)
     return tag
 
 
 def _check_order(name: str, x: Any) -> None:
-    _kind(name, x)
+    _library(name, x)
     described = x.__cuda_array_interface__
     strides = described.get("strides")
     if strides is not None and math.prod(x.shape):
@@ -296,8 +241,8 @@ def _check_order(name: str, x: Any) -> None:
             step *= extent
 
 
-def _kind(name: str, x: Any) -> str:
-    """Whose array it is: cupy or numba."""
+def _library(name: str, x: Any) -> str:
+    """The library of the array: "cupy" or "numba"."""
     root = _root(x)
     if root in ("cupy", "numba") and hasattr(x, "__cuda_array_interface__"):
         return root
@@ -309,11 +254,11 @@ def _kind(name: str, x: Any) -> str:
     )
 
 
-_cupy_held: Any = None  # at the interpreter's exit sys.modules has it no more
+_cupy_held: Any = None  # sys.modules no longer has it at the interpreter's exit
 
 
 def _cupy() -> Any:
-    """CuPy, which is there wherever one of its arrays is."""
+    """CuPy, which is imported if one of its arrays exists."""
     global _cupy_held
     _cupy_held = sys.modules.get("cupy") or _cupy_held
     return _cupy_held
@@ -324,14 +269,14 @@ def _root(x: Any) -> str:
     return type(x).__module__.partition(".")[0]
 
 
-def _memory(x: Any) -> Memory:
+def _place(x: Any) -> Place:
     with x.device if _root(x) == "cupy" else contextlib.nullcontext():  # CuPy names the current device's stream
         described = x.__cuda_array_interface__
     address = described["data"][0]
     if not math.prod(described["shape"]):
-        return Memory(0, -1, 0)
-    # The interface numbers the default streams as the driver does.
-    return Memory(address, cuda_backend().device_of(address), described.get("stream") or 0)
+        return Place(0, -1, 0)
+    # The interface gives the default streams the same numbers as the driver.
+    return Place(address, cuda_backend().device_of(address), described.get("stream") or 0)
 
 
 def _address(x: Any) -> int:
@@ -339,32 +284,32 @@ def _address(x: Any) -> int:
 
 
 def _size(x: Any) -> int:
-    """Bytes."""
+    """Size in bytes."""
     return int(math.prod(x.shape) * np.dtype(x.__cuda_array_interface__["typestr"]).itemsize)
 
 
-def _meet(x: Any, y: Any) -> bool:
+def _overlap(x: Any, y: Any) -> bool:
     """Whether they share memory."""
     return _address(x) < _address(y) + _size(y) and _address(y) < _address(x) + _size(x)
 
 
-def _coincide(x: Any, y: Any) -> bool:
-    """Whether they, of one shape, are the same elements."""
+def _same_elements(x: Any, y: Any) -> bool:
+    """Whether two arrays of one shape are the same elements."""
     return _address(x) == _address(y) and bool(x.dtype == y.dtype)
 
 
-def _same_device(x: Any, *others: Any) -> list[Memory]:
-    memories = [_memory(array) for array in (x, *others)]
-    devices = sorted({memory.device for memory in memories if memory.device >= 0})
+def _places(*arrays: Any) -> list[Place]:
+    """The places of arrays, which must lie on one GPU."""
+    places = [_place(array) for array in arrays]
+    devices = sorted({place.device for place in places if place.device >= 0})
     if len(devices) > 1:
         raise ValueError(f"x, out and mask must lie on one GPU, but got GPUs {', '.join(map(str, devices))}")
-    return memories
+    return places
 
 
 def _empty(like: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """An array of the kind and on the GPU of another, not yet written."""
-    if _kind("x", like) == "cupy":
+    """An uninitialised array of the same library and on the same GPU as another."""
+    if _library("x", like) == "cupy":
         with like.device:
             return _cupy().empty(shape, dtype)
-    at = _memory(like)
-    return cuda_backend().empty(shape, dtype, at.device, like.stream)
+    return cuda_backend().empty(shape, dtype, _place(like).device, like.stream)

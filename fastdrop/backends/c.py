@@ -1,16 +1,21 @@
-"""The C backend: hands pointers to ``fastdrop._native`` and decides nothing but the instruction set.
+"""The C backend: hands arrays, or addresses, to ``fastdrop._native``.
 
-``FASTDROP_ISA`` forces one by name; a name that is unknown or that this CPU lacks is an error, never a fallback.
+Its primitives are made from the table when they are first asked for (`__getattr__`); nothing is decided here but the
+instruction set. ``FASTDROP_ISA`` forces one by name; a name that is unknown or that this CPU lacks is an error, never
+a fallback.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
+
+from .generate import function
+from .primitives import Parameter, entry_points
 
 _native: Any
 try:
@@ -20,31 +25,11 @@ except ImportError as error:
     _import_error = str(error)
 
 Array = NDArray[Any]
-Words = NDArray[np.uint32]
 
 if _native is not None:
     _lib: Any = _native.lib
     _address: Any = _native.ffi.from_buffer
-    _no_words: Any = _native.ffi.NULL
     STREAM_BYTES: int = _lib.FD_STREAM_BYTES  # outputs from here on are written around the cache
-    # The primitives by address: most threads first, then as below but with integers for pointers, 0 for none. They
-    # return 0, or a negative code and have done nothing.
-    draw_bits_at: Any = _lib.fd_draw_bits_at
-    dropout_forward_at: Any = _lib.fd_dropout_forward_at
-    masked_affine_at: Any = _lib.fd_masked_affine_at
-    gaussian_multiply_at: Any = _lib.fd_gaussian_multiply_at
-    dilate_bits_at: Any = _lib.fd_dilate_bits_at
-    pointwise_forward_at: Any = _lib.fd_pointwise_forward_at
-    pointwise_backward_at: Any = _lib.fd_pointwise_backward_at
-    norm_forward_at: Any = _lib.fd_norm_forward_at
-    norm_backward_at: Any = _lib.fd_norm_backward_at
-    softmax_forward_at: Any = _lib.fd_softmax_forward_at
-    softmax_backward_at: Any = _lib.fd_softmax_backward_at
-    # Those that write the words they work under, as `draw_bits` of cells from 0 on: seed, offset and threshold follow
-    # the threads. Their time goes by while data is on its way.
-    pointwise_forward_drawn_at: Any = _lib.fd_pointwise_forward_drawn_at
-    norm_forward_drawn_at: Any = _lib.fd_norm_forward_drawn_at
-    softmax_forward_drawn_at: Any = _lib.fd_softmax_forward_drawn_at
 
 
 def unavailable() -> str | None:
@@ -101,271 +86,41 @@ def philox4x32_10(counter: tuple[int, ...], key: tuple[int, ...]) -> list[int]:
     return list(out)
 
 
-def draw_bits(words: Words, position: int, first: int, n: int, seed: int, offset: int, threshold: int) -> None:
-    if _lib.fd_draw_bits(_address(words), position, first, n, seed, offset, threshold):
-        raise _refusal()
-
-
-def dropout_forward(
-    dtype: int,
-    x: Array,
-    y: Array,
-    words: Words | None,
-    first: int,
-    n: int,
-    seed: int,
-    offset: int,
-    threshold: int,
-    a: float,
-    b: float,
-    c: float,
-) -> None:
-    bits = _no_words if words is None else _address(words)
-    if _lib.fd_dropout_forward(dtype, _address(x), _address(y), bits, first, n, seed, offset, threshold, a, b, c):
-        raise _refusal()
-
-
-def masked_affine(
-    dtype: int,
-    x: Array,
-    y: Array,
-    words: Words,
-    position: int,
-    outer: int,
-    repeat: int,
-    inner: int,
-    a: float,
-    b: float,
-    c: float,
-) -> None:
-    if _lib.fd_masked_affine(dtype, _address(x), _address(y), _address(words), position, outer, repeat, inner, a, b, c):
-        raise _refusal()
-
-
-def gaussian_multiply(dtype: int, x: Array, y: Array, first: int, n: int, seed: int, offset: int, sigma: float) -> None:
-    if _lib.fd_gaussian_multiply(dtype, _address(x), _address(y), first, n, seed, offset, sigma):
-        raise _refusal()
-
-
-def dilate_bits(to: Words, words: Words, outer: int, n: int, inner: int, block: int) -> None:
-    if _lib.fd_dilate_bits(_address(to), _address(words), outer, n, inner, block):
-        raise _refusal()
-
-
-def pointwise_forward(
-    dtype: int,
-    sum_dtype: int,
-    x: Array,
-    bias: Array | None,
-    factor: Array | None,
-    residual: Array | None,
-    words: Words | None,
-    y: Array,
-    signs: Words | None,
-    rows: int,
-    columns: int,
-    a: float,
-    activation: int,
-) -> None:
-    if _lib.fd_pointwise_forward(
-        dtype,
-        sum_dtype,
-        _address(x),
-        _at(bias),
-        _at(factor),
-        _at(residual),
-        _at(words),
-        _address(y),
-        _at(signs),
-        rows,
-        columns,
-        a,
-        activation,
-    ):
-        raise _refusal()
-
-
-def pointwise_backward(
-    dtype: int,
-    sum_dtype: int,
-    dy: Array,
-    x: Array | None,
-    bias: Array | None,
-    factor: Array | None,
-    words: Words | None,
-    dx: Array,
-    dfactor: Array | None,
-    sums: Array | None,
-    rows: int,
-    columns: int,
-    panels: int,
-    a: float,
-    activation: int,
-) -> None:
-    if _lib.fd_pointwise_backward(
-        dtype,
-        sum_dtype,
-        _address(dy),
-        _at(x),
-        _at(bias),
-        _at(factor),
-        _at(words),
-        _address(dx),
-        _at(dfactor),
-        _at(sums),
-        rows,
-        columns,
-        panels,
-        a,
-        activation,
-    ):
-        raise _refusal()
-
-
-def norm_forward(
-    dtype: int,
-    sum_dtype: int,
-    x: Array,
-    bias: Array | None,
-    residual: Array | None,
-    words: Words | None,
-    weight: Array | None,
-    shift: Array | None,
-    y: Array,
-    sum: Array,
-    statistics: Array,
-    rows: int,
-    columns: int,
-    a: float,
-    eps: float,
-    centred: int,
-) -> None:
-    if _lib.fd_norm_forward(
-        dtype,
-        sum_dtype,
-        _address(x),
-        _at(bias),
-        _at(residual),
-        _at(words),
-        _at(weight),
-        _at(shift),
-        _address(y),
-        _address(sum),
-        _address(statistics),
-        rows,
-        columns,
-        a,
-        eps,
-        centred,
-    ):
-        raise _refusal()
-
-
-def norm_backward(
-    dtype: int,
-    sum_dtype: int,
-    dy: Array,
-    dsum: Array | None,
-    sum: Array,
-    statistics: Array,
-    weight: Array | None,
-    words: Words | None,
-    dx: Array | None,
-    dresidual: Array | None,
-    sums: Array | None,
-    rows: int,
-    columns: int,
-    panels: int,
-    a: float,
-    centred: int,
-) -> None:
-    if _lib.fd_norm_backward(
-        dtype,
-        sum_dtype,
-        _address(dy),
-        _at(dsum),
-        _address(sum),
-        _address(statistics),
-        _at(weight),
-        _at(words),
-        _at(dx),
-        _at(dresidual),
-        _at(sums),
-        rows,
-        columns,
-        panels,
-        a,
-        centred,
-    ):
-        raise _refusal()
-
-
-def softmax_forward(
-    dtype: int,
-    x: Array,
-    mask: Array | None,
-    words: Words | None,
-    probabilities: Array | None,
-    y: Array,
-    rows: int,
-    columns: int,
-    heads: int,
-    queries: int,
-    outer_stride: int,
-    head_stride: int,
-    query_stride: int,
-    scale: float,
-    a: float,
-    causal: int,
-) -> None:
-    if _lib.fd_softmax_forward(
-        dtype,
-        _address(x),
-        _at(mask),
-        _at(words),
-        _at(probabilities),
-        _address(y),
-        rows,
-        columns,
-        heads,
-        queries,
-        outer_stride,
-        head_stride,
-        query_stride,
-        scale,
-        a,
-        causal,
-    ):
-        raise _refusal()
-
-
-def softmax_backward(
-    dtype: int,
-    dy: Array,
-    probabilities: Array,
-    words: Words | None,
-    dx: Array,
-    y: Array | None,
-    rows: int,
-    columns: int,
-    scale: float,
-    a: float,
-) -> None:
-    if _lib.fd_softmax_backward(
-        dtype, _address(dy), _address(probabilities), _at(words), _address(dx), _at(y), rows, columns, scale, a
-    ):
-        raise _refusal()
-
-
 def drawn(primitive: str, seed: int, offset: int, threshold: int, *arguments: Any) -> None:
-    """A fused forward primitive that writes the words it works under."""
-    given = [_at(x) if x is None or isinstance(x, np.ndarray) else x for x in arguments]
-    if getattr(_lib, f"fd_{primitive}_drawn")(seed, offset, threshold, *given):
-        raise _refusal()
+    """A fused forward primitive that writes the mask words that it works under, while data is on its way."""
+    _entry_point(f"{primitive}_drawn")(seed, offset, threshold, *arguments)
 
 
-def _at(array: Array | None) -> Any:
-    return _no_words if array is None else _address(array)
+def __getattr__(name: str) -> Any:
+    """A primitive that is asked for the first time; then it is an attribute of this module.
+
+    ``<primitive>`` and ``<primitive>_drawn`` take arrays. ``<primitive>_at`` and ``<primitive>_drawn_at`` take the
+    number of threads that may be used, then the same with addresses for arrays, 0 for none; they return 0, or a
+    negative code and have done nothing.
+    """
+    if _native is None or name.removesuffix("_at") not in entry_points():
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = _entry_point(name)
+    return globals()[name]
+
+
+@functools.cache
+def _entry_point(name: str) -> Any:
+    native = getattr(_lib, f"fd_{name}")
+    if name.endswith("_at"):
+        return native
+    parameters = entry_points()[name]
+    names = ", ".join(parameter.name for parameter in parameters)
+    scope = {"call": native, "address": _address, "null": _native.ffi.NULL, "refusal": _refusal}
+    return function(name, names, f"if call({', '.join(map(_passed, parameters))}): raise refusal()", scope)
+
+
+def _passed(parameter: Parameter) -> str:
+    """How a wrapper hands a parameter on."""
+    name = parameter.name
+    if not parameter.is_array:
+        return name
+    return f"null if {name} is None else address({name})" if parameter.optional else f"address({name})"
 
 
 def _name(isa: int) -> str:

@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import backends
+from ..arrays.array_ops import compute_dtype
 from ..arrays.dropout import draw_mask, dropout, dropout_backward
 from ..arrays.fused import (
     bias_act_dropout,
     bias_dropout_add,
-    computed,
     dropout_add,
     dropout_add_layer_norm,
     dropout_add_rms_norm,
@@ -347,8 +347,8 @@ def _fused_calls(
     normal = np.resize(np.random.default_rng(SEED).standard_normal(4 * math.prod(ROWS)), (4, *shape))
     wide = dtype if dtype.itemsize > 2 else np.dtype(np.float32)
     x, residual, other = (place(array.astype(dtype)) for array in normal[:3])
-    wide_residual, mask = place(normal[1].astype(wide)), place(normal[3].astype(computed(dtype)))
-    columns = place(normal[3, 0].astype(computed(dtype)))
+    wide_residual, mask = place(normal[1].astype(wide)), place(normal[3].astype(compute_dtype(dtype)))
+    columns = place(normal[3, 0].astype(compute_dtype(dtype)))
     biases = {"bias": columns, "x_bias": columns}
     causal = shape == ROWS  # among thousands of keys, rows that see few would not be average
     return {

@@ -36,14 +36,14 @@ _tags: dict[np.dtype[Any], int] = {
 }
 
 
-def data(name: str, value: Any) -> tuple[Array, int]:
+def as_array(name: str, value: Any) -> tuple[Array, int]:
     """The value as a plain ndarray, and its dtype's tag."""
-    array: Array = value if type(value) is np.ndarray else plain(name, value)
+    array: Array = value if type(value) is np.ndarray else as_ndarray(name, value)
     tag = _tags.get(array.dtype)
     return array, dtype_tag(name, array.dtype) if tag is None else tag
 
 
-def plain(name: str, value: Any) -> Array:
+def as_ndarray(name: str, value: Any) -> Array:
     """The value as an ndarray of that very class: of an instance of a subclass a view.
 
     Subclasses may keep other shapes, indices or meanings of their own: np.matrix has two axes whatever is asked for.
@@ -140,7 +140,7 @@ def scaling(value: str) -> str:
     return value
 
 
-def no_random_state(rng: Any) -> TypeError:
+def random_state_error(rng: Any) -> TypeError:
     return TypeError(
         f"rng must be None, an int seed, a fastdrop.Stream or a numpy.random.Generator, but got {type(rng).__name__}"
     )
@@ -226,19 +226,19 @@ def broadcasts(name: str, shape: tuple[int, ...], of: str, full: tuple[int, ...]
         raise ValueError(f"{name} must broadcast to the shape of {of}, {full}, but got {shape}")
 
 
-def beside(name: str, on_gpu: bool, of: str, of_on_gpu: bool) -> None:
+def check_same_memory(name: str, on_gpu: bool, of: str, of_on_gpu: bool) -> None:
     """Raises unless two arrays lie both in memory or both on a GPU."""
     if on_gpu != of_on_gpu:
         there, here = ("on a GPU", "in memory") if of_on_gpu else ("in memory", "on a GPU")
         raise TypeError(f"{name} must be {there}, as {of} is, but got one {here}")
 
 
-def spatial(name: str, ndim: int) -> None:
+def check_spatial_axes(name: str, ndim: int) -> None:
     if not 3 <= ndim <= 5:
         raise ValueError(f"{name} must have the axes (N, C, *) with one to three spatial ones, but got {ndim} axes")
 
 
-def mask_grid(name: str, data_shape: tuple[int, ...], mask_shape: tuple[int, ...], shared: bool = True) -> None:
+def check_mask_shape(name: str, data_shape: tuple[int, ...], mask_shape: tuple[int, ...], shared: bool = True) -> None:
     """Raises unless the mask's extents are the data's or, where decisions may be shared, 1."""
     fits = len(data_shape) == len(mask_shape) and all(
         m == d or (shared and m == 1) for m, d in zip(mask_shape, data_shape, strict=True)
@@ -264,7 +264,7 @@ def first_cell(value: Any, cells: int) -> int:
 def words(value: Any, cells: int, count: int) -> NDArray[np.uint32]:
     if not isinstance(value, np.ndarray) or value.dtype != np.uint32:
         raise TypeError(f"words must be an array of uint32, but got {getattr(value, 'dtype', type(value).__name__)}")
-    array: NDArray[np.uint32] = plain("words", value)
+    array: NDArray[np.uint32] = as_ndarray("words", value)
     if array.shape != (count,) or not array.flags.c_contiguous:
         raise ValueError(f"words must be {count} contiguous words for {cells} cells, but got shape {array.shape}")
     if cells & 31 and int(array[-1]) >> (cells & 31):
@@ -273,19 +273,19 @@ def words(value: Any, cells: int, count: int) -> NDArray[np.uint32]:
 
 
 def keep_flags(keep: ArrayLike) -> NDArray[np.bool_]:
-    flags = plain("keep", keep)
+    flags = as_ndarray("keep", keep)
     if flags.dtype != np.bool_:
         raise TypeError(f"keep must be boolean, True = keep, but got dtype {flags.dtype}")
     return flags
 
 
-def nothing_kept(name: str, bits: Array, scale: float) -> None:
+def check_nothing_kept(name: str, bits: Array, scale: float) -> None:
     """p = 1, or what rounds to it in 32 bits, has no scale for what is kept."""
     if scale == 0.0 and bits.any():
         raise ValueError(f"p = 1 drops everything, but {name} would keep something")
 
 
-def output(out: Any, x: Array, name: str) -> Array:
+def output_array(out: Any, x: Array, name: str) -> Array:
     """A plain view of out if it may take the result for x, a new array like x if it is None."""
     if out is None:
         return np.empty_like(x)
@@ -294,9 +294,9 @@ def output(out: Any, x: Array, name: str) -> Array:
         return x
     if not isinstance(out, np.ndarray):
         raise TypeError(f"out must be an ndarray, but got {type(out).__name__}")
-    result = plain("out", out)
-    takes_result(result, x, name, result.flags.writeable)
-    apart(result, x, name)
+    result = as_ndarray("out", out)
+    check_output(result, x, name, result.flags.writeable)
+    check_no_overlap(result, x, name)
     if not result.flags.forc and _overlaps_itself(result):
         raise ValueError(
             f"out must not have elements that overlap one another, but got strides {result.strides} for shape "
@@ -305,14 +305,14 @@ def output(out: Any, x: Array, name: str) -> Array:
     return result
 
 
-def apart(out: Array, x: Array, name: str) -> None:
+def check_no_overlap(out: Array, x: Array, name: str) -> None:
     """Raises if they share memory, unless element on element."""
     own = out.flags.owndata and x.flags.owndata  # memory of their own: no need to compare addresses
     if not own and np.may_share_memory(out, x) and not _same_elements(out, x) and _overlap(out, x):
-        raise overlaps(name)
+        raise overlap_error(name)
 
 
-def takes_result(out: Any, x: Any, name: str, writeable: bool) -> None:
+def check_output(out: Any, x: Any, name: str, writeable: bool) -> None:
     """Raises unless out, an array of x's kind, has what it takes."""
     if out.dtype != x.dtype:
         raise TypeError(f"out must have {name}'s dtype, {x.dtype}, but got {out.dtype}")
@@ -322,7 +322,7 @@ def takes_result(out: Any, x: Any, name: str, writeable: bool) -> None:
         raise ValueError("out must be writeable, but got a read-only array")
 
 
-def overlaps(name: str) -> ValueError:
+def overlap_error(name: str) -> ValueError:
     return ValueError(f"out must be {name} itself or not share memory with it, but got one that overlaps in part")
 
 

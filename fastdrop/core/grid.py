@@ -20,7 +20,7 @@ Axis = tuple[int, int]  # extent, stride in cells: 0 where a decision is shared
 SMALL_PIECE = 1 << 14  # elements; the call of a kernel takes as long as copying some such number
 
 
-def cell_axes(shape: tuple[int, ...], cells_shape: tuple[int, ...]) -> list[Axis]:
+def cell_axes(shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> list[Axis]:
     """(extent, stride in cells) of each axis of data under a mask: 0 where a decision is shared.
 
     >>> cell_axes((8, 3, 5, 5), (8, 3, 1, 1))
@@ -28,7 +28,7 @@ def cell_axes(shape: tuple[int, ...], cells_shape: tuple[int, ...]) -> list[Axis
     """
     axes: list[Axis] = []
     stride = 1
-    for extent, cells in zip(reversed(shape), reversed(cells_shape), strict=True):
+    for extent, cells in zip(reversed(shape), reversed(mask_shape), strict=True):
         axes.append((extent, stride if cells == extent else 0))
         stride *= cells
     return axes[::-1]
@@ -62,7 +62,7 @@ class Grid:
 
     @classmethod
     @lru_cache(maxsize=256)
-    def of(cls, shape: tuple[int, ...], cells_shape: tuple[int, ...]) -> Grid:
+    def of(cls, shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> Grid:
         """The grid of C-ordered data of one shape under a mask of another: equal on each axis, or 1 in the mask.
 
         >>> Grid.of((8, 3, 5, 5), (8, 3, 1, 1))
@@ -72,13 +72,13 @@ class Grid:
         >>> Grid.of((2, 3, 4, 5), (1, 3, 1, 5))
         Grid(outer=3, repeat=4, inner=5, lead=((2, 0),))
         """
-        grid = cls.over(cell_axes(shape, cells_shape))
+        grid = cls.over(cell_axes(shape, mask_shape))
         assert grid is not None  # in C order the innermost cells lie side by side
         return grid
 
     @classmethod
     @lru_cache(maxsize=256)
-    def in_memory(cls, shape: tuple[int, ...], strides: tuple[int, ...], cells_shape: tuple[int, ...]) -> Grid | None:
+    def in_memory(cls, shape: tuple[int, ...], strides: tuple[int, ...], mask_shape: tuple[int, ...]) -> Grid | None:
         """The grid of data as it lies, strides in elements: None where its elements or their cells lie apart, and where
         pieces would be so small that a copy in logical order costs less.
 
@@ -88,7 +88,7 @@ class Grid:
         order = memory_order(shape, strides)
         if order is None:
             return None
-        axes = cell_axes(shape, cells_shape)
+        axes = cell_axes(shape, mask_shape)
         grid = cls.over([axes[axis] for axis in order])
         return grid if grid is None or not grid.lead or grid.size >= SMALL_PIECE else None
 

@@ -1,7 +1,8 @@
-"""What forward leaves for backward: one bit per cell, or nothing but the random state.
+"""Masks as values: what the forward pass hands to the backward pass.
 
-This module owns the packed format: uint32 words, bit ``j`` of word ``w`` is cell ``32 w + j``, least significant first,
-1 = keep, unused bits of the last word 0, little-endian in memory.
+Users get a `PackedMask` (one bit per cell), a `SeededMask` or `GaussianNoise` (nothing but a random state) from the ops
+of `fastdrop.arrays`. The packed format is decided here: words are uint32, bit ``j`` of word ``w`` is cell ``32 w + j``,
+least significant bit first, 1 = keep; unused bits of the last word are 0; memory is little-endian.
 """
 
 from __future__ import annotations
@@ -13,18 +14,31 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import checks
-from .random import DROP_ALL, keep_scale, threshold
+from .random import DROP_ALL, State, keep_scale, threshold
 
-__all__ = ["GaussianNoise", "PackedMask", "SeededMask", "empty_words", "word_count"]
+__all__ = [
+    "GaussianNoise",
+    "PackedMask",
+    "SeededMask",
+    "empty_words",
+    "fill_words",
+    "gaussian_noise",
+    "packed_mask",
+    "popcount",
+    "seeded_mask",
+    "state_of",
+    "to_host",
+    "word_count",
+]
 
 UINT32 = np.dtype(np.uint32)
 LINE_BYTES = 64
-# From here on kernels write around the cache, a line of mask at a time, and want lines to start where words do.
+# Masks of so many words and more are written past the cache, one cache line at a time: they must start on a line.
 ALIGNED_FROM_WORDS = 1 << 16
 
 
 def word_count(cells: int) -> int:
-    """Words that hold so many cells."""
+    """The number of words for so many cells."""
     return (cells + 31) >> 5
 
 
@@ -38,15 +52,23 @@ def empty_words(cells: int) -> NDArray[np.uint32]:
     return padded[skip : skip + n]
 
 
+def fill_words(words: NDArray[np.uint32], cells: int, threshold: int) -> None:
+    """Writes a mask that needs no draw: keep all (threshold 0) or drop all (threshold 2**32)."""
+    words[:] = 0 if threshold == DROP_ALL else 0xFFFFFFFF
+    if threshold != DROP_ALL and cells & 31:
+        words[-1] = (1 << (cells & 31)) - 1
+
+
 def popcount(words: NDArray[np.uint32]) -> int:
+    """The number of bits that are 1."""
     if hasattr(np, "bitwise_count"):
         return int(np.bitwise_count(words).sum(dtype=np.int64))
-    step = 1 << 16  # NumPy 1: by way of unpacked bits, a piece at a time
+    step = 1 << 16  # NumPy 1 has no bitwise_count: unpack the bits, a piece at a time
     return sum(int(np.unpackbits(words[i : i + step].view(np.uint8)).sum()) for i in range(0, words.size, step))
 
 
-def in_memory(words: Any) -> NDArray[np.uint32]:
-    """Words that may lie on a GPU, copied from there: CuPy's and Numba's arrays have a method each."""
+def to_host(words: Any) -> NDArray[np.uint32]:
+    """Words in the host's memory: those on a GPU, in an array of CuPy or Numba, are copied."""
     if isinstance(words, np.ndarray):
         return words
     copied: NDArray[np.uint32] = words.get() if hasattr(words, "get") else words.copy_to_host()
@@ -56,19 +78,20 @@ def in_memory(words: Any) -> NDArray[np.uint32]:
 class PackedMask:
     """A dropout mask at one bit per cell.
 
-    The mask of an array on a GPU has its words there, in an array of the same kind; counting, comparing, unpacking and
-    pickling it copies them and waits.
+    The mask of an array on a GPU keeps its words on that GPU, in an array of the same library. Counting, comparing,
+    unpacking and pickling such a mask wait for the GPU and copy the words to the host.
 
     Parameters
     ----------
     words : ndarray of uint32, C-contiguous, ``ceil(cells / 32)`` of them
-        Bit ``j`` of word ``w`` is cell ``32 w + j`` of ``shape`` in C order; 1 keeps. Bits past the last cell are 0.
+        Bit ``j`` of word ``w`` is cell ``32 w + j`` of ``shape`` in C order; 1 means keep. Bits past the last
+        cell are 0.
     shape : tuple of int
-        The mask's own shape: 1 on axes that share a decision.
+        The mask's own shape: 1 on axes along which elements share a decision.
     p : float
         Drop probability that the mask was drawn with.
     scale : float, optional
-        What kept elements are multiplied by; by default inverted dropout's, ``1 / (1 - p)``.
+        The multiplier of kept elements; by default that of inverted dropout, ``1 / (1 - p)``.
 
     Raises
     ------
@@ -95,19 +118,9 @@ class PackedMask:
         self._words = checks.words(words, math.prod(self._shape), word_count(math.prod(self._shape)))
         if scale is None:
             self._scale = keep_scale(threshold(self._p))
-            checks.nothing_kept("words", self._words, self._scale)
+            checks.check_nothing_kept("words", self._words, self._scale)
         else:
             self._scale = checks.finite("scale", scale)
-
-    @classmethod
-    def _of(cls, words: NDArray[np.uint32], shape: tuple[int, ...], p: float, scale: float) -> PackedMask:
-        """Without checks, from parts known to be right."""
-        self = object.__new__(cls)
-        self._words = words
-        self._shape = shape
-        self._p = p
-        self._scale = scale
-        return self
 
     @classmethod
     def from_bool(cls, keep: ArrayLike, p: float) -> PackedMask:
@@ -117,12 +130,12 @@ class PackedMask:
         """
         flags, p = checks.keep_flags(keep), checks.probability(p)
         scale = keep_scale(threshold(p))
-        checks.nothing_kept("keep", flags, scale)
+        checks.check_nothing_kept("keep", flags, scale)
         packed = np.zeros(4 * word_count(flags.size), np.uint8)
         bits = np.packbits(flags.reshape(-1), bitorder="little")
         packed[: bits.size] = bits
         words = packed.view("<u4").astype(np.uint32, copy=False)
-        return cls._of(words, flags.shape, p, scale)
+        return packed_mask(words, flags.shape, p, scale)
 
     @property
     def words(self) -> NDArray[np.uint32]:
@@ -149,11 +162,11 @@ class PackedMask:
     @property
     def kept(self) -> int:
         """Number of cells kept."""
-        return popcount(in_memory(self._words))
+        return popcount(to_host(self._words))
 
     def to_bool(self) -> NDArray[np.bool_]:
         """The mask as booleans of ``shape``, True = keep (1 byte per cell)."""
-        little = in_memory(self._words).astype("<u4", copy=False).view(np.uint8)
+        little = to_host(self._words).astype("<u4", copy=False).view(np.uint8)
         cells = math.prod(self._shape)
         return np.unpackbits(little, count=cells, bitorder="little").view(np.bool_).reshape(self._shape)
 
@@ -161,19 +174,19 @@ class PackedMask:
         if not isinstance(other, PackedMask):
             return NotImplemented
         same = (self._shape, self._p, self._scale) == (other._shape, other._p, other._scale)
-        return same and np.array_equal(in_memory(self._words), in_memory(other._words))
+        return same and np.array_equal(to_host(self._words), to_host(other._words))
 
     __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedMask, (np.ascontiguousarray(in_memory(self._words)), self._shape, self._p, self._scale)
+        return PackedMask, (np.ascontiguousarray(to_host(self._words)), self._shape, self._p, self._scale)
 
     def __repr__(self) -> str:
         return f"PackedMask(shape={self._shape}, p={self._p}, kept={self.kept}, nbytes={self.nbytes})"
 
 
 class _Drawn:
-    """What is drawn again from a random state wherever it is needed: zero bytes per cell."""
+    """A mask or noise that is drawn again from its random state whenever it is needed: zero bytes per cell."""
 
     __slots__ = ("_offset", "_p", "_seed", "_shape")
 
@@ -215,7 +228,7 @@ class _Drawn:
 
 
 class SeededMask(_Drawn):
-    """A dropout mask as what it is drawn from: zero bytes per cell, drawn again wherever it is needed.
+    """A dropout mask stored as its random state: zero bytes per cell. The bits are drawn again when they are needed.
 
     Parameters
     ----------
@@ -224,7 +237,7 @@ class SeededMask(_Drawn):
     shape, p, scale
         As for `PackedMask`.
 
-    ``draw_mask(mask.shape, mask.p, rng=Stream(mask.seed, mask.offset))`` is the same mask, packed.
+    ``draw_mask(mask.shape, mask.p, rng=Stream(mask.seed, mask.offset))`` gives the same mask, packed.
 
     >>> import fastdrop as fd, numpy as np
     >>> x = np.ones(1000, np.float32)
@@ -248,13 +261,6 @@ class SeededMask(_Drawn):
         self._threshold = threshold(self._p)
         self._scale = keep_scale(self._threshold) if scale is None else checks.finite("scale", scale)
 
-    @classmethod
-    def _of(cls, seed: int, offset: int, shape: tuple[int, ...], p: float, scale: float, cut: int) -> SeededMask:
-        self = object.__new__(cls)
-        self._seed, self._offset, self._shape = seed, offset, shape
-        self._p, self._scale, self._threshold = p, scale, cut
-        return self
-
     @property
     def threshold(self) -> int:
         return self._threshold
@@ -268,16 +274,16 @@ class SeededMask(_Drawn):
 
 
 class GaussianNoise(_Drawn):
-    """Gaussian dropout's factors as what they are drawn from: zero bytes, drawn again in the backward pass.
+    """Gaussian dropout's multipliers stored as their random state: zero bytes. The backward pass draws them again.
 
     Parameters
     ----------
     seed, offset : int
         Random state, from 0 to 2**64 - 1.
     shape : tuple of int
-        Of the data: each element has a factor of its own.
+        The data's shape: each element has a multiplier of its own.
     p : float
-        The probability, from 0 to below 1, whose dropout has the factors' variance, ``p / (1 - p)``.
+        From 0 to below 1: the multipliers have mean 1 and variance ``p / (1 - p)``, as dropout's have at this p.
 
     Raises TypeError or ValueError for anything else.
 
@@ -297,18 +303,39 @@ class GaussianNoise(_Drawn):
         self._shape = checks.shape("shape", shape)
         self._p = checks.gaussian_probability(p)
 
-    @classmethod
-    def _of(cls, seed: int, offset: int, shape: tuple[int, ...], p: float) -> GaussianNoise:
-        self = object.__new__(cls)
-        self._seed, self._offset, self._shape, self._p = seed, offset, shape, p
-        return self
-
     def __reduce__(self) -> tuple[Any, ...]:
         return GaussianNoise, (self._seed, self._offset, self._shape, self._p)
 
 
-def fill_words(words: NDArray[np.uint32], cells: int, cut: int) -> None:
-    """The masks that need no draw: keep all (threshold 0) or drop all (threshold 2**32)."""
-    words[:] = 0 if cut == DROP_ALL else 0xFFFFFFFF
-    if cut != DROP_ALL and cells & 31:
-        words[-1] = (1 << (cells & 31)) - 1
+# ---- masks made from checked parts: the ops use these, users the constructors ----
+
+
+def packed_mask(words: NDArray[np.uint32], shape: tuple[int, ...], p: float, scale: float) -> PackedMask:
+    """A `PackedMask` without the constructor's checks."""
+    mask = object.__new__(PackedMask)
+    mask._words = words
+    mask._shape = shape
+    mask._p = p
+    mask._scale = scale
+    return mask
+
+
+def seeded_mask(state: State, shape: tuple[int, ...], p: float, scale: float, threshold: int) -> SeededMask:
+    """A `SeededMask` without the constructor's checks."""
+    mask = object.__new__(SeededMask)
+    mask._seed, mask._offset = state
+    mask._shape, mask._p, mask._scale, mask._threshold = shape, p, scale, threshold
+    return mask
+
+
+def state_of(mask: SeededMask | GaussianNoise) -> State:
+    """The seed and the offset that a mask or noise is drawn from."""
+    return mask._seed, mask._offset
+
+
+def gaussian_noise(state: State, shape: tuple[int, ...], p: float) -> GaussianNoise:
+    """`GaussianNoise` without the constructor's checks."""
+    noise = object.__new__(GaussianNoise)
+    noise._seed, noise._offset = state
+    noise._shape, noise._p = shape, p
+    return noise

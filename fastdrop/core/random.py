@@ -1,7 +1,8 @@
-"""Random state: which (seed, offset) a mask is drawn from, and the generator that turns it into bits.
+"""Random numbers: streams of (seed, offset), the Philox generator, and the threshold and scale of a probability.
 
-This module owns the counter rule of the mask (docs/design.md, section 1): the mask word of index ``w`` is made of eight
-groups of four bit planes; group ``g`` is one Philox4x32-10 block under the key ``seed`` at the counter
+Every op asks `random_state` for the seed and offset of its draw; users make a `Stream` or call `manual_seed`. The rule
+that turns them into bits is decided here (docs/design.md, section 1): mask word ``w`` is made of eight groups of four
+bit planes, and group ``g`` is one Philox4x32-10 block with the key ``seed`` and the counter
 ``(w low, w high | 1 << 27 | g << 29, offset low, offset high)``.
 """
 
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 from . import checks
 
 __all__ = [
+    "State",
     "Stream",
     "check_random_state",
     "keep_scale",
@@ -31,17 +33,18 @@ __all__ = [
 ]
 
 UInt32Array = NDArray[np.uint32]
+State = tuple[int, int]  # seed, offset
 
 ROUNDS = 10
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)  # key increments: golden ratio, sqrt(3) - 1
-MASK_DOMAIN = 1 << 27  # bits 27-28 of counter word 1: 1 = mask bits; 0 is left to torch and cuRAND
+MASK_DOMAIN = 1 << 27  # bits 27-28 of counter word 1: 1 = mask bits; 0 is free for torch and cuRAND
 NOISE_DOMAIN = 2 << 27  # Gaussian noise
-CHILD_DOMAIN = 3 << 27  # seeds and offsets of streams that a stream spawns
+CHILD_DOMAIN = 3 << 27  # seed and offset of a child stream
 GROUP_SHIFT = 29
 PLANES_PER_GROUP = 4
 GROUPS = 8
-# Noise. A tile of 64 cells is made of 16 counters: cell ``16 k + j`` of it is normal k of counter j.
+# Noise: 16 counters make a tile of 64 cells. Cell ``16 k + j`` of the tile is normal k of counter j.
 NOISE_CELLS, NOISE_COUNTERS = 64, 16
 # ln(1 + x) / x**3 + 1 / (2 x) - 1 / x**2 for sqrt(1/2) <= 1 + x < sqrt(2), highest power first; ln 2 in two parts.
 # Source: Moshier, Cephes 2.2, 1992, logf; so are the sine and the cosine, for angles up to pi / 4.
@@ -66,7 +69,7 @@ LOW = 0xFFFFFFFF
 
 
 def threshold(p: float) -> int:
-    """``round_half_even(p * 2**32)``: a cell is dropped when its 32-bit draw is below it.
+    """``round_half_even(p * 2**32)``: a cell is dropped when its 32-bit draw is below the threshold.
 
     >>> threshold(0.5) == 2**31, threshold(1e-10), threshold(1.0) == 2**32
     (True, 0, True)
@@ -76,13 +79,13 @@ def threshold(p: float) -> int:
 
 @lru_cache(maxsize=1024)
 def threshold_and_scale(p: float) -> tuple[int, float]:
-    """`threshold` and its `keep_scale`, remembered: networks use few p."""
-    cut = threshold(p)
-    return cut, keep_scale(cut)
+    """`threshold` and its `keep_scale`, cached because a network uses few different p."""
+    drop_threshold = threshold(p)
+    return drop_threshold, keep_scale(drop_threshold)
 
 
 def keep_scale(threshold: int) -> float:
-    """``1 / (1 - threshold / 2**32)``: inverted dropout's multiplier, of the probability that is really used.
+    """``1 / (1 - threshold / 2**32)``: inverted dropout's multiplier, for the drop probability that is really used.
 
     >>> keep_scale(2**31)
     2.0
@@ -91,9 +94,10 @@ def keep_scale(threshold: int) -> float:
 
 
 def nearest(numerator: int, denominator: int) -> float:
-    """A quotient rounded to nearest whatever the CPU's mode: what is remembered must not depend on who asked first.
+    """The quotient, rounded to nearest under any rounding mode of the CPU.
 
-    Python divides ints of more than 53 bits by integer arithmetic.
+    Cached results must not depend on the mode of the first caller. Python divides ints of more than 53 bits by integer
+    arithmetic, which no mode changes.
 
     >>> nearest(1, 3) == 1 / 3
     True
@@ -128,18 +132,17 @@ def philox4x32_10(
 
 
 class Stream:
-    """A seed and a running offset: each draw takes the next offset, so no two draws of a stream share a bit.
+    """A seed and a running offset. Each draw takes the next offset, so the draws of a stream are independent.
 
     Parameters
     ----------
     seed, offset : int
-        From 0 to 2**64 - 1. The offset wraps.
+        From 0 to 2**64 - 1. After the last offset comes 0.
     spawned : int
-        How many children the stream has had; see `spawn`.
+        The number of children that the stream has already made; see `spawn`.
 
-    Taking is thread-safe. Streams compare by value and pickle. A copy goes on from where the original stands, and so
-    does a stream in a forked process: it repeats what the original draws next. Give each worker a stream of its own,
-    by `spawn`.
+    Drawing is thread-safe. Streams compare by value and can be pickled. A copy, or a stream in a forked process, draws
+    the same as the original draws next. Use `spawn` to give each worker a stream of its own.
 
     Raises TypeError or ValueError for anything else.
 
@@ -172,11 +175,11 @@ class Stream:
 
     @property
     def spawned(self) -> int:
-        """How many children the stream has had."""
+        """The number of children that the stream has made."""
         return self._spawned
 
-    def take(self) -> tuple[int, int]:
-        """``(seed, offset)`` for one draw; the offset is then used up."""
+    def take(self) -> State:
+        """``(seed, offset)`` for one draw. The next call gives the next offset."""
         with self._lock:
             offset = self._offset
             self._offset = offset + 1 if offset < checks.UINT64_END - 1 else 0
@@ -185,9 +188,9 @@ class Stream:
     def spawn(self, n_children: int) -> list[Stream]:
         """Returns independent child streams, one for each worker, as `numpy.random.Generator.spawn` does.
 
-        Child ``i`` of a seed is the same wherever and whenever it is spawned. Another call goes on with the next
-        children. What the stream itself draws does not change. A child's seed and offset are a Philox block of this
-        stream's seed (docs/design.md, section 1), so children of children are independent as well.
+        Child ``i`` depends on the stream's seed and on ``i`` only. The next call makes the next children. The stream's
+        own draws do not change. A child's seed and offset are a Philox block of this stream's seed (docs/design.md,
+        section 1), so children of children are independent as well.
 
         Parameters
         ----------
@@ -197,7 +200,7 @@ class Stream:
         Raises
         ------
         TypeError, ValueError
-            n_children is not an int, or below 0, or more than the children that are left of 2**59.
+            n_children is not an int, is below 0, or would make more than 2**59 children in all.
 
         >>> import fastdrop as fd
         >>> stream = fd.Stream(7)
@@ -236,7 +239,7 @@ class Stream:
         return f"Stream(seed={self._seed}, offset={self._offset}{spawned})"
 
 
-# All there are, for their locks' sake: a child forked while a thread held one would never get it.
+# All streams. A forked child gives each a new lock, because a thread of the parent may hold the old one forever.
 _streams: weakref.WeakValueDictionary[int, Stream] = weakref.WeakValueDictionary()
 
 
@@ -249,13 +252,13 @@ _seeded_by_user = False
 
 
 def check_random_state(rng: Any) -> None:
-    """Raises what `random_state` would, without drawing."""
+    """Raises the errors of `random_state`, but draws nothing."""
     if not (rng is None or isinstance(rng, (Stream, np.random.Generator))):
         random_state(rng)
 
 
-def random_state(rng: Any) -> tuple[int, int]:
-    """(seed, offset) for one draw, from any of the forms that ``rng`` may have; None is the process-wide stream."""
+def random_state(rng: Any) -> State:
+    """(seed, offset) for one draw, from any value that ``rng`` may have; None is the process-wide stream."""
     if rng is None:
         return _default.take()
     if type(rng) is int:
@@ -266,15 +269,15 @@ def random_state(rng: Any) -> tuple[int, int]:
         return int(rng.integers(0, checks.UINT64_END, dtype=np.uint64)), 0
     if isinstance(rng, (int, np.integer)) and not isinstance(rng, bool):
         return checks.uint64("rng, as a seed,", rng), 0
-    raise checks.no_random_state(rng)
+    raise checks.random_state_error(rng)
 
 
 def manual_seed(seed: int) -> Stream:
     """Restarts the process-wide stream at ``seed`` and returns it.
 
-    A forked child goes on with its parent's seeded stream, as with `numpy.random.seed`, and so repeats what the parent
-    and its other children draw; `Stream.spawn` gives each a stream of its own. Left unseeded, a child gets a seed of
-    its own.
+    A forked child continues its parent's seeded stream, as with `numpy.random.seed`, and so draws the same as the
+    parent and the other children; `Stream.spawn` gives each a stream of its own. Without a call of this function each
+    child gets a random seed of its own.
 
     >>> import fastdrop as fd
     >>> fd.manual_seed(0)

@@ -1,7 +1,8 @@
-"""Every kind of dropout as a grid, a draw and an affine.
+"""What each kind of dropout is, in numbers: which cells it draws, and what becomes of kept and dropped elements.
 
-This module owns the cells that each kind draws and what becomes of kept and dropped ones; the NumPy and the torch face
-ask it alike. It knows numbers and shapes alone.
+The NumPy face (`fastdrop.arrays`) and the torch face call the same functions here, so both drop alike. For example,
+feature dropout of an array of shape (8, 3, 5, 5) draws a mask of shape (8, 3, 1, 1), and inverted scaling at p = 0.5
+multiplies what is kept by 2. This module knows shapes and numbers only, no arrays.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from .random import DROP_ALL, keep_scale, nearest, threshold
 
 __all__ = [
     "Blocks",
+    "Coefficients",
     "affine",
     "blocks",
     "feature_cells",
@@ -28,43 +30,55 @@ __all__ = [
 
 Shape = tuple[int, ...]
 
-LAWS = ("inverted", "standard", "alpha", "alpha_slope")
+SCALINGS = (*checks.SCALINGS, "alpha", "alpha_slope")
 
-# SELU's value far to the left is -lambda alpha: what alpha dropout drops to, before it restores mean and variance.
+# SELU's limit for x far below 0 is -lambda alpha: alpha dropout sets dropped elements to it before it restores mean
+# and variance.
 SELU_FLOOR = -1.7580993408473766
 
 
-@lru_cache(maxsize=1024)
-def affine(law: str, cut: int) -> tuple[float, float, float]:
-    """``(a, b, c)``: kept x becomes ``a x + b``, dropped x becomes c.
+class Coefficients(NamedTuple):
+    """A kept x becomes ``scale * x + shift``, a dropped x becomes ``dropped``."""
 
-    "inverted" keeps the mean, "standard" leaves what is kept. "alpha" keeps mean 0 and variance 1, SELU's fixed point:
-    with ``q`` the probability really used and ``f`` the floor, ``a = ((1 - q) (1 + q f**2)) ** -1/2``, ``b = -a q f``
-    and ``c = a f (1 - q)`` (Klambauer et al. 2017). "slope" in its name: b and c left out, as in a gradient.
+    scale: float
+    shift: float
+    dropped: float
+
+
+@lru_cache(maxsize=1024)
+def affine(scaling: str, threshold: int) -> Coefficients:
+    """The coefficients of a scaling for masks drawn with a threshold.
+
+    "inverted" keeps the mean. "standard" leaves kept elements as they are. "alpha" keeps mean 0 and variance 1, which
+    is SELU's fixed point: with ``q`` the drop probability that is really used and ``f`` SELU's floor, ``scale = ((1 -
+    q) (1 + q f**2)) ** -1/2``, ``shift = -scale q f`` and ``dropped = scale f (1 - q)`` (Klambauer et al. 2017).
+    "alpha_slope" is the derivative of "alpha": the same scale, no shift, and 0 for what is dropped.
 
     >>> affine("inverted", 2**31), affine("standard", 2**31)
-    ((2.0, 0.0, 0.0), (1.0, 0.0, 0.0))
+    (Coefficients(scale=2.0, shift=0.0, dropped=0.0), Coefficients(scale=1.0, shift=0.0, dropped=0.0))
     """
-    checks.choice("law", law, LAWS)
-    if law == "standard":
-        return 1.0, 0.0, 0.0
-    if law == "inverted" or cut == DROP_ALL:  # where everything is dropped all are 0
-        return keep_scale(cut), 0.0, 0.0
-    q, f = Fraction(cut, DROP_ALL), Fraction(SELU_FLOOR)
+    checks.choice("scaling", scaling, SCALINGS)
+    if scaling == "standard":
+        return Coefficients(1.0, 0.0, 0.0)
+    if scaling == "inverted" or threshold == DROP_ALL:  # where everything is dropped all are 0
+        return Coefficients(keep_scale(threshold), 0.0, 0.0)
+    q, f = Fraction(threshold, DROP_ALL), Fraction(SELU_FLOOR)
     square = 1 / ((1 - q) * (1 + q * f**2))
-    # By integers, because what is remembered must not depend on the rounding mode of who asked first.
+    # Integer arithmetic, because the cached result must not depend on the rounding mode of the first caller.
     a = Fraction(math.isqrt((square.numerator << 256) // square.denominator), 1 << 128)
-    kept, shift, dropped = (nearest(x.numerator, x.denominator) for x in (a, -a * q * f, a * f * (1 - q)))
-    return (kept, 0.0, 0.0) if law == "alpha_slope" else (kept, shift, dropped)
+    scale, shift, dropped = (nearest(x.numerator, x.denominator) for x in (a, -a * q * f, a * f * (1 - q)))
+    return Coefficients(scale, 0.0, 0.0) if scaling == "alpha_slope" else Coefficients(scale, shift, dropped)
 
 
-def slope(law: str) -> str:
-    """The law of the derivative."""
-    return "alpha_slope" if law == "alpha" else law
+def slope(scaling: str) -> str:
+    """The scaling of the derivative."""
+    return "alpha_slope" if scaling == "alpha" else scaling
 
 
 def feature_cells(shape: Shape, channel_axis: int) -> Shape:
-    """A cell for each channel of each sample: axis 0 is the samples', unless it is the channels' own.
+    """The mask's shape for feature dropout: a cell for each channel of each sample.
+
+    Axis 0 counts samples, unless it is the channel axis itself.
 
     >>> feature_cells((8, 3, 5, 5), 1), feature_cells((8, 5, 5, 3), 3), feature_cells((3, 5, 5), 0)
     ((8, 3, 1, 1), (8, 1, 1, 3), (3, 1, 1))
@@ -73,7 +87,7 @@ def feature_cells(shape: Shape, channel_axis: int) -> Shape:
 
 
 def shared_cells(shape: Shape, *shared: int) -> Shape:
-    """One cell along the axes named, as variational dropout has along time.
+    """The mask's shape where one decision is shared along the given axes, as in variational dropout along time.
 
     >>> shared_cells((8, 100, 32), 1)
     (8, 1, 32)
@@ -82,7 +96,7 @@ def shared_cells(shape: Shape, *shared: int) -> Shape:
 
 
 def sample_cells(shape: Shape, mode: str) -> Shape:
-    """Stochastic depth's: one for each sample ("row"), or one for all ("batch").
+    """The mask's shape for stochastic depth: a cell for each sample ("row"), or one for all ("batch").
 
     >>> sample_cells((8, 3, 5, 5), "row"), sample_cells((8, 3, 5, 5), "batch")
     ((8, 1, 1, 1), (1, 1, 1, 1))
@@ -91,9 +105,11 @@ def sample_cells(shape: Shape, mode: str) -> Shape:
 
 
 class Blocks(NamedTuple):
-    """DropBlock's geometry: cells of ``seeds`` are dropped with probability gamma, and with each a block of cells.
+    """DropBlock's geometry.
 
-    ``passes`` widen the seeds to the mask, axis after axis: (outer, n, inner, block) of each `dilate_bits`.
+    A mask of shape ``seeds`` is drawn with drop probability ``gamma``; each dropped cell of it drops a whole block.
+    ``passes`` widen the seeds to the full mask, one axis at a time: each holds the (outer, n, inner, block) of one
+    `dilate_bits`.
     """
 
     seeds: Shape
@@ -102,15 +118,17 @@ class Blocks(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def blocks(cells: Shape, p: float, block_size: Shape) -> Blocks:
-    """DropBlock's geometry over the last ``len(block_size)`` axes of a mask; blocks lie inside, cut to the extents.
+def blocks(mask_shape: Shape, p: float, block_size: Shape) -> Blocks:
+    """DropBlock's geometry over the last ``len(block_size)`` axes of a mask.
+
+    Every block lies inside of the mask. A block longer than an axis is shortened to it.
 
     ``gamma = p / prod(block) * prod(extent / (extent - block + 1))``, Ghiasi et al. 2018, section 3.
 
     >>> blocks((8, 3, 10, 10), 0.1, (3, 3))
     Blocks(seeds=(8, 3, 8, 8), gamma=0.017361111111111112, passes=((192, 8, 1, 3), (24, 8, 10, 3)))
     """
-    lead, extents = cells[: -len(block_size)], cells[-len(block_size) :]
+    lead, extents = mask_shape[: -len(block_size)], mask_shape[-len(block_size) :]
     sizes = [min(size, extent) for size, extent in zip(block_size, extents, strict=True)]
     free = [extent - size + 1 for extent, size in zip(extents, sizes, strict=True)]
     passes = []
@@ -129,7 +147,9 @@ def blocks(cells: Shape, p: float, block_size: Shape) -> Blocks:
 
 
 def spread(p: float) -> float:
-    """Standard deviation of Gaussian dropout's factor, ``(p / (1 - p)) ** 1/2``: the variance that dropout at p has.
+    """Standard deviation of Gaussian dropout's multiplier, ``(p / (1 - p)) ** 1/2``.
+
+    Its variance is that of dropout's multiplier at the same p.
 
     >>> spread(0.5)
     1.0
@@ -138,5 +158,8 @@ def spread(p: float) -> float:
 
 
 def panels(rows: int) -> int:
-    """In how many panels of rows fused kernels sum over rows: a function of the shape, and with it the sums' order."""
+    """The number of panels of rows in which fused kernels sum over rows.
+
+    It depends on the shape only, and so does the order of the sums.
+    """
     return min(32, max(1, rows // 16))

@@ -32,10 +32,11 @@ try:
         softmax_dropout,
         swiglu_dropout,
     )
-    from .models.convert import Report, convert, revert
+    from .models.convert import convert, revert
     from .models.enable import disable, enable, enabled
     from .models.fold import fold_scaling
-    from .models.fuse.torch_layers import fuse, unfuse
+    from .models.fuse.fuse import fuse, unfuse
+    from .models.report import Report
     from .nn.dropout import (
         AlphaDropout,
         DropBlock2d,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import fastdrop as fd
-from fastdrop.arrays import host
+from fastdrop.arrays.host import HostOps
 from fastdrop.cli import selftest
 from fastdrop.core.random import keep_scale, threshold
 
@@ -698,13 +698,13 @@ MASKS = [
 
 def elements_given(monkeypatch):
     """The sizes of attention masks as they come to the primitive."""
-    sizes, run = [], host.run
+    sizes, run = [], HostOps.run_primitive
 
-    def spy(primitive, dtypes, arrays, *rest):
+    def spy(ops, primitive, dtypes, arrays, *rest):
         sizes.append(arrays[1].size)
-        return run(primitive, dtypes, arrays, *rest)
+        return run(ops, primitive, dtypes, arrays, *rest)
 
-    monkeypatch.setattr(host, "run", spy)
+    monkeypatch.setattr(HostOps, "run_primitive", spy)
     return sizes
 
 

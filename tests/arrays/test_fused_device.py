@@ -108,7 +108,7 @@ def gpu(monkeypatch):
         ascontiguousarray=ascontiguousarray,
     )
     monkeypatch.setitem(sys.modules, "cupy", cupy)
-    monkeypatch.setattr(device, "cuda", lambda: gpu)
+    monkeypatch.setattr(device, "cuda_backend", lambda: gpu)
     gpu.there = lambda x: x if x is None else FullArray(gpu.keep(np.array(x, order="C")), gpu)
     gpu.by_numba = lambda x: x if x is None else NumbaArray(gpu.keep(np.array(x, order="C")), gpu)
     return gpu

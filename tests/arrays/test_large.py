@@ -22,6 +22,7 @@ from fastdrop.core.random import keep_scale, threshold
 from ..cases import DTYPES, assert_same_bits
 
 pytestmark = pytest.mark.large
+GUARD = "test_draw_bits_at_positions_beyond_2_32 and test_shared_mask_beyond_2_32_elements"
 
 PIECE = 1000
 
@@ -54,6 +55,7 @@ def keep_of(part: slice, p: float, rng: int) -> np.ndarray:
     return fd.draw_mask(part.stop - part.start, p, rng=rng, first_cell=part.start).to_bool()
 
 
+@pytest.mark.slow(GUARD)
 def test_dropout_and_noise_beyond_2_31_elements():
     """In place, all of it in memory: 4 GiB, which the system takes longest to provide.
 
@@ -108,6 +110,7 @@ def repeating(n: int, repeat: int) -> Iterator[np.ndarray]:
         os.close(file)
 
 
+@pytest.mark.slow(GUARD)
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create, which Linux has")
 def test_torch_dropout_beyond_2_31_elements():
     """Output and gradient are all there, 4 GiB each."""
@@ -128,6 +131,7 @@ def test_torch_dropout_beyond_2_31_elements():
             assert_same_bits(dx[part].numpy(), want, part)
 
 
+@pytest.mark.slow(GUARD)
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create, which Linux has")
 def test_dropout_beyond_2_32_elements(threads):
     """Only the last part of y outlives the pass over it, written in order by one thread: it holds element 2**32."""
@@ -149,7 +153,7 @@ def test_dropout_beyond_2_32_elements(threads):
 
 
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create, which Linux has")
-@pytest.mark.parametrize("cells", [(1, 1024), (2**22 + 1, 1)], ids=str)
+@pytest.mark.parametrize("cells", [pytest.param((1, 1024), marks=pytest.mark.slow(GUARD)), (2**22 + 1, 1)], ids=str)
 def test_shared_mask_beyond_2_32_elements(cells, threads):
     """One row of cells for all rows, or one cell per row; the last rows are what is left to see."""
     needs(2)
@@ -165,6 +169,7 @@ def test_shared_mask_beyond_2_32_elements(cells, threads):
             assert_same_bits(y.reshape(rows, 1024)[row], 2 * keep[row].astype(np.float16), row)
 
 
+@pytest.mark.slow(GUARD)
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create, which Linux has")
 @pytest.mark.parametrize("channel_axis", [1, 2], ids=["channels first", "channels last"])
 def test_feature_dropout_beyond_2_32_elements(channel_axis, threads):
@@ -188,6 +193,7 @@ def test_feature_dropout_beyond_2_32_elements(channel_axis, threads):
                 assert_same_bits(y.reshape(shape)[sample], want, sample)
 
 
+@pytest.mark.slow(GUARD)
 def test_mask_beyond_2_32_cells():
     """Drawn, counted, and read again far inside."""
     needs(3)

@@ -1,4 +1,4 @@
-"""Every kind of dropout as a call, the data it is shown with, and its law in naive NumPy."""
+"""The table of all kinds of dropout in the NumPy API: the call, the shape of its data, and its law in plain NumPy."""
 
 from __future__ import annotations
 
@@ -89,12 +89,15 @@ BLOCKS = {
 
 # Shapes without an extent of 1, so that each layout is one; some with ragged words.
 MASKED = {
+    "dropout": Kind(fd.dropout, (37, 53), drawn(37, 53)),
+    "dropout, shared along two axes": Kind(
+        partial(fd.dropout, noise_shape=(1, None, 1, None)), (3, 4, 5, 6), drawn(1, 4, 1, 6)
+    ),
     "feature_dropout, channels first": _feature((6, 7, 5, 9), 1, 6, 7, 1, 1),
     "feature_dropout, channels last": _feature((6, 5, 9, 7), -1, 6, 1, 1, 7),
     "feature_dropout, channels between": _feature((6, 5, 7, 9), 2, 6, 1, 7, 1),
     "feature_dropout, one sample": _feature((33, 5, 9), 0, 33, 1, 1),
     "feature_dropout, three spatial axes": _feature((3, 8, 2, 3, 4), -4, 3, 8, 1, 1, 1),
-    "feature_dropout, no spatial axis": _feature((33, 7), 1, 33, 7),
     "alpha_dropout": Kind(fd.alpha_dropout, (6, 7, 41), drawn(6, 7, 41), ()),
     "feature_alpha_dropout, channels first": _feature((6, 7, 5, 9), 1, 6, 7, 1, 1, alpha=True),
     "feature_alpha_dropout, channels last": _feature((6, 5, 9, 7), 3, 6, 1, 1, 7, alpha=True),

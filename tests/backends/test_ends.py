@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fastdrop as fd
-from fastdrop.arrays import host
+from fastdrop.arrays.host import HostOps
 from fastdrop.core.random import philox4x32_10
 
 from ..cases import output_of
@@ -44,9 +44,8 @@ class Allocator:
         self.left = -1  # no limit
         for place, name in [(np, "empty"), (np, "empty_like"), (np, "zeros"), (np, "ascontiguousarray")]:
             monkeypatch.setattr(place, name, self.counted(getattr(place, name)))
-        contiguous = host.contiguous
         copied = self.counted(lambda x: x.copy("C"))
-        monkeypatch.setattr(host, "contiguous", lambda x: contiguous(x) if x.flags.c_contiguous else copied(x))
+        monkeypatch.setattr(HostOps, "as_contiguous", lambda ops, x: x if x.flags.c_contiguous else copied(x))
 
     def counted(self, make):
         def call(*args, **more):
@@ -116,7 +115,7 @@ def test_numba_without_room_to_compile_raises_in_the_caller(tmp_path):
 NO_THREADS = """
 import numpy as np
 import fastdrop as fd
-from fastdrop.backends import numba_cpu
+from fastdrop.backends.numba import threads
 fd.use_backend("numba")
 x = np.ones(1 << 20, np.float32)
 fd.set_num_threads(1)
@@ -124,7 +123,7 @@ want = fd.dropout(x, 0.5, rng=0)[0]
 fd.set_num_threads(4)
 class Pool:
     def submit(self, *work): raise RuntimeError("can't start new thread")
-numba_cpu._workers = Pool
+threads._workers = Pool
 assert (fd.dropout(x, 0.5, rng=0)[0] == want).all()
 print("same")
 """

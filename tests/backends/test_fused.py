@@ -31,17 +31,24 @@ PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(FLOAT16, FLOAT32), (BFLOAT16, F
 # rows that begin anywhere within a word.
 SHAPES = ((1, 1), (3, 5), (7, 100), (33, 48), (2, 1000), (5, 8200), (1, 70_001), (200, 300))
 
-# What an array holds for each element: a number of dtype, of sum_dtype or a bit; or, in the type of the arithmetic, a
-# number for each column, one for each element, two for each row, one or three for each column of every panel.
+# What an array holds for each element: a number of dtype, one of residual_dtype, or a bit; or, in the type of the
+# arithmetic, a number for each column, one for each element, two for each row, one or three for each column of a panel.
 DATA, STREAM, BITS, COLUMN, MASK, STATISTICS, LINE, LINES = range(8)
 INPUTS = {
-    "pointwise_forward": {"x": DATA, "bias": COLUMN, "factor": DATA, "residual": STREAM, "words": BITS},
-    "pointwise_backward": {"dy": STREAM, "x": DATA, "bias": COLUMN, "factor": DATA, "words": BITS},
-    "norm_forward": {"x": DATA, "bias": COLUMN, "residual": STREAM, "words": BITS, "weight": COLUMN, "shift": COLUMN},
+    "pointwise_forward": {"x": DATA, "input_bias": COLUMN, "multiplier": DATA, "residual": STREAM, "words": BITS},
+    "pointwise_backward": {"dy": STREAM, "x": DATA, "input_bias": COLUMN, "multiplier": DATA, "words": BITS},
+    "norm_forward": {
+        "x": DATA,
+        "input_bias": COLUMN,
+        "residual": STREAM,
+        "words": BITS,
+        "weight": COLUMN,
+        "norm_bias": COLUMN,
+    },
     "norm_backward": {
         "dy": DATA,
-        "dsum": STREAM,
-        "sum": STREAM,
+        "dresidual_out": STREAM,
+        "residual_out": STREAM,
         "statistics": STATISTICS,
         "weight": COLUMN,
         "words": BITS,
@@ -51,8 +58,8 @@ INPUTS = {
 }
 OUTPUTS = {
     "pointwise_forward": {"y": STREAM, "signs": BITS},
-    "pointwise_backward": {"dx": DATA, "dfactor": DATA, "sums": LINE},
-    "norm_forward": {"y": DATA, "sum": STREAM, "statistics": STATISTICS},
+    "pointwise_backward": {"dx": DATA, "dmultiplier": DATA, "sums": LINE},
+    "norm_forward": {"y": DATA, "residual_out": STREAM, "statistics": STATISTICS},
     "norm_backward": {"dx": DATA, "dresidual": STREAM, "sums": LINES},
     "softmax_forward": {"probabilities": DATA, "y": DATA},
     "softmax_backward": {"dx": DATA, "y": DATA},
@@ -61,10 +68,26 @@ OUTPUTS = {
 STREAMED = [(FLOAT32, FLOAT32), (BFLOAT16, BFLOAT16), (BFLOAT16, FLOAT32)]
 # Telling combinations of what a call has not.
 ABSENT = {
-    "pointwise_forward": ["", "words", "factor", "bias factor", "residual", "bias factor residual", "bias words"],
-    "pointwise_backward": ["", "words", "factor dfactor", "sums", "bias", "bias sums", "x bias factor dfactor"],
-    "norm_forward": ["", "residual", "weight shift", "bias words", "shift"],
-    "norm_backward": ["", "dsum", "weight sums", "dx", "dresidual", "words", "dsum dx"],
+    "pointwise_forward": [
+        "",
+        "words",
+        "multiplier",
+        "input_bias multiplier",
+        "residual",
+        "input_bias multiplier residual",
+        "input_bias words",
+    ],
+    "pointwise_backward": [
+        "",
+        "words",
+        "multiplier dmultiplier",
+        "sums",
+        "input_bias",
+        "input_bias sums",
+        "x input_bias multiplier dmultiplier",
+    ],
+    "norm_forward": ["", "residual", "weight norm_bias", "input_bias words", "norm_bias"],
+    "norm_backward": ["", "dresidual_out", "weight sums", "dx", "dresidual", "words", "dresidual_out dx"],
     "softmax_forward": ["", "mask", "probabilities", "words", "mask probabilities"],
     "softmax_backward": ["", "y", "words"],
 }
@@ -90,7 +113,7 @@ class Case:
     heads: int = 1
     queries: int = 0  # 0: as many as there are rows
     strides: tuple[int, int, int] | None = None  # of the mask; None: a line for each query
-    scale: float = 0.3
+    softmax_scale: float = 0.3
     causal: int = 0
 
     @property
@@ -122,7 +145,7 @@ class Case:
         strides = self.strides or (0, 0, self.columns)
         numbers = {
             "dtype": self.dtype.tag,
-            "sum_dtype": self.stream.tag,
+            "residual_dtype": self.stream.tag,
             "panels": panels(self.rows),
             "queries": queries,
             **dict(zip(("outer_stride", "head_stride", "query_stride"), strides, strict=True)),
@@ -149,7 +172,7 @@ def numbers_of(case: Case) -> dict[str, np.ndarray]:
             exponentials = np.exp(rng.normal(size=shape))
             arrays[name] = case.dtype.narrow(exponentials / exponentials.sum(1, keepdims=True))
         elif name == "statistics":
-            arrays[name] = moments(case, arrays["sum"]).astype(storage)
+            arrays[name] = moments(case, arrays["residual_out"]).astype(storage)
         else:
             arrays[name] = case.type_of(kind).narrow(rng.normal(size=size))
     arrays = {name: array.reshape(-1) for name, array in arrays.items()}
@@ -204,15 +227,15 @@ def expected_of(case: Case) -> dict[str, np.ndarray]:
 def assert_results_close(case: Case, results: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
     """A norm's are held to the sum that it stored, on which one rounding may differ."""
     if case.op == "norm_forward" and case.rows:
-        values = case.stream.wide(results["sum"]).reshape(case.rows, case.columns)
-        statistics = moments(case, results["sum"])
+        values = case.stream.wide(results["residual_out"]).reshape(case.rows, case.columns)
+        statistics = moments(case, results["residual_out"])
         y = (values - statistics[:, :1]) * statistics[:, 1:]
         arrays = numbers_of(case)
-        y = y * arrays.get("weight", 1.0) + arrays.get("shift", 0.0)
+        y = y * arrays.get("weight", 1.0) + arrays.get("norm_bias", 0.0)
         real = case.type_of(STATISTICS)
         assert_close(real.wide(results["statistics"]), statistics.reshape(-1), real, ("statistics", case))
         assert_close(case.dtype.wide(results["y"]), y.reshape(-1), case.dtype, ("y", case))
-        expected = {"sum": expected["sum"]}
+        expected = {"residual_out": expected["residual_out"]}
     for name, wanted in expected.items():
         if case.outputs[name] == BITS:
             assert_same_bits(results[name], wanted, (name, case))
@@ -266,8 +289,8 @@ def test_activations_as_reference(compiled, dtype, activation):
     borders = np.cumsum([part.size for part in parts])[:-1]
     h = dtype.narrow(np.concatenate(parts))
     for op, absent in (
-        ("pointwise_forward", "bias factor residual words signs"),
-        ("pointwise_backward", "bias words sums"),
+        ("pointwise_forward", "input_bias multiplier residual words signs"),
+        ("pointwise_backward", "input_bias words sums"),
     ):
         case = Case(op, dtype, dtype, h.size, 1, absent, ACTIVATIONS[activation], a=1.0)
         arrays = dict(numbers_of(case)) | {"x": h}
@@ -282,8 +305,11 @@ def test_activations_as_reference(compiled, dtype, activation):
 def test_relu_leaves_a_zero_to_be_multiplied(variant, dtype):
     """Like any other number of the activation's, in both passes: by infinity it is NaN, by -2 it is -0."""
     x, factor = ([-1, -1, -1, 0, 0, 1, 1, 2], [np.inf, -2, 3, np.nan, -1, np.inf, np.nan, -3])
-    given = {"x": x, "factor": factor, "dy": np.ones(8)}
-    for op, absent in (("pointwise_forward", "bias residual words"), ("pointwise_backward", "bias words sums")):
+    given = {"x": x, "multiplier": factor, "dy": np.ones(8)}
+    for op, absent in (
+        ("pointwise_forward", "input_bias residual words"),
+        ("pointwise_backward", "input_bias words sums"),
+    ):
         case = Case(op, dtype, dtype, 2, 4, absent, RELU)
         arrays = {name: dtype.narrow(np.array(given[name], np.float64)) for name in case.inputs}
         got = run(variant, case, arrays)
@@ -309,7 +335,7 @@ def test_no_rows(variant, op):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("absent", ["", "words", "bias"], ids=["all", "no words", "no bias"])
+@pytest.mark.parametrize("absent", ["", "words", "input_bias"], ids=["all", "no words", "no bias"])
 def test_signs_bit_for_bit(variant, dtype, absent):
     for rows, columns in ((1, 1), (3, 5), (1, 31), (1, 32), (1, 33), (7, 100), (16, 32), (3, 1365), (2, 5000)):
         case = Case("pointwise_forward", dtype, dtype, rows, columns, absent, RELU)
@@ -336,7 +362,7 @@ def test_dropped_elements_leave_no_trace(variant, dtype, stream, activation):
     for rows, columns in ((7, 100), (3, 1365)):
         case = Case("pointwise_forward", dtype, stream, rows, columns, "residual", activation)
         clean = numbers_of(case)
-        results = run(variant, case, dict(clean) | {name: poisoned(case, clean, name) for name in ("x", "factor")})
+        results = run(variant, case, dict(clean) | {name: poisoned(case, clean, name) for name in ("x", "multiplier")})
         assert_same_results(results, run(variant, case), case)
         dropped = results["y"][~kept(case, clean["words"])]
         assert_same_bits(dropped, np.zeros_like(dropped), case)
@@ -351,7 +377,7 @@ def test_dropped_elements_leave_no_trace(variant, dtype, stream, activation):
         clean = numbers_of(case)
         results = run(variant, case, dict(clean) | {name: poisoned(case, clean, name) for name in ("dy", "x")})
         assert_same_results(results, run(variant, case), case)
-        for name in ("dx", "dfactor"):
+        for name in ("dx", "dmultiplier"):
             dropped = results[name][~kept(case, clean["words"])]
             assert_same_bits(dropped, np.zeros_like(dropped), (name, case))
 
@@ -363,9 +389,9 @@ def test_dropped_elements_leave_no_trace_in_norms(variant, dtype, stream):
     arrays = dict(clean) | {"x": poisoned(case, clean, "x")}
     assert_same_results(run(variant, case, arrays), run(variant, case), case)
     case = Case("norm_backward", dtype, stream, 7, 100)
-    dsum = numbers_of(case)["dsum"].copy()
-    dsum[:300] = stream.narrow(np.array([np.nan]))
-    results = run(variant, case, dict(numbers_of(case)) | {"dsum": dsum})
+    dresidual_out = numbers_of(case)["dresidual_out"].copy()
+    dresidual_out[:300] = stream.narrow(np.array([np.nan]))
+    results = run(variant, case, dict(numbers_of(case)) | {"dresidual_out": dresidual_out})
     dropped = results["dx"][~kept(case, numbers_of(case)["words"])]
     assert_same_bits(dropped, np.zeros_like(dropped), case)
 
@@ -413,8 +439,8 @@ def test_norm_backward_of_even_rows(compiled, dtype, stream):
     for columns in (1, 5, 33, 101):
         case = Case("norm_backward", dtype, stream, 3, columns, eps=1e-12)
         even = np.full(3 * columns, 2.0 ** (np.finfo(dtype.computed).maxexp - 18))
-        arrays = dict(numbers_of(case)) | {"sum": stream.narrow(even)}
-        arrays["statistics"] = moments(case, arrays["sum"]).astype(dtype.computed).reshape(-1)
+        arrays = dict(numbers_of(case)) | {"residual_out": stream.narrow(even)}
+        arrays["statistics"] = moments(case, arrays["residual_out"]).astype(dtype.computed).reshape(-1)
         assert_results_close(case, run(compiled, case, arrays), run(reference, case, arrays))
 
 
@@ -484,10 +510,10 @@ def test_softmax_takes_masks_of_any_strides(compiled, strides, causal):
 # ---- memory ----
 
 IN_PLACE = {
-    "pointwise_forward": [{"y": "x"}, {"y": "residual"}, {"y": "factor"}],
-    "pointwise_backward": [{"dx": "dy"}, {"dx": "x", "dfactor": "factor"}, {"dx": "dy", "dfactor": "x"}],
-    "norm_forward": [{"sum": "residual", "y": "x"}, {"sum": "x"}],
-    "norm_backward": [{"dx": "dy", "dresidual": "dsum"}, {"dresidual": "sum"}],
+    "pointwise_forward": [{"y": "x"}, {"y": "residual"}, {"y": "multiplier"}],
+    "pointwise_backward": [{"dx": "dy"}, {"dx": "x", "dmultiplier": "multiplier"}, {"dx": "dy", "dmultiplier": "x"}],
+    "norm_forward": [{"residual_out": "residual", "y": "x"}, {"residual_out": "x"}],
+    "norm_backward": [{"dx": "dy", "dresidual": "dresidual_out"}, {"dresidual": "residual_out"}],
     "softmax_forward": [{"probabilities": "x"}, {"y": "x"}],
     "softmax_backward": [{"dx": "dy"}, {"dx": "probabilities"}, {"dx": "dy", "y": "probabilities"}],
 }
@@ -588,7 +614,9 @@ def test_threads_never_change_a_bit(compiled, threads, op, absent, rows, columns
 def test_panels_decide_the_order_of_sums(compiled):
     """In float32, where the order shows: a panel's sum is taken before it is added to the others."""
     rows, columns = 64, 3
-    case = Case("pointwise_backward", FLOAT32, FLOAT32, rows, columns, "x bias factor dfactor words", a=1.0)
+    case = Case(
+        "pointwise_backward", FLOAT32, FLOAT32, rows, columns, "x input_bias multiplier dmultiplier words", a=1.0
+    )
     dy = np.full((rows, columns), 2.0**-24, np.float32)
     dy[0] = 1.0
     first = rows // panels(rows)

@@ -303,7 +303,7 @@ def test_heavy_packages_are_imported_in_their_places_only(source):
 
 
 def test_backends_do_not_import_each_other():
-    """But for CUDA, whose kernels are made of the scalars that Numba's are made of."""
+    """But for CUDA, whose kernels are made of the scalars that Numba's are made of. The table serves them all."""
     places = {"c.py": "c", "reference/": "reference", "numba/": "numba", "cuda/": "cuda"}
     for source in SOURCES:
         own = next((name for place, name in places.items() if source.as_posix().startswith("backends/" + place)), None)
@@ -312,7 +312,8 @@ def test_backends_do_not_import_each_other():
             shared = own == "cuda" and name.startswith(
                 ("fastdrop.backends.numba.scalars", "fastdrop.backends.numba.math")
             )
-            assert shared or not reached or reached[0] == own, f"{source} imports {name}"
+            allowed = own, "primitives", "generate"
+            assert shared or not reached or reached[0] in allowed, f"{source} imports {name}"
 
 
 def test_public_names():

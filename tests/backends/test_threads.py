@@ -209,16 +209,16 @@ def test_num_threads_defaults_to_the_cpus_this_process_may_use():
 @pytest.mark.parametrize("extra", [0, 1, 5, 511, 65_535])
 def test_numba_ranges_tile_the_whole(parts, extra, lead, monkeypatch):
     """However many threads: parts meet, at multiples of a block, and end where the whole ends."""
-    numba_cpu = pytest.importorskip("fastdrop.backends.numba.launch")
-    if reason := numba_cpu.unavailable():
-        pytest.skip(reason)
+    pytest.importorskip("numba")
+    from fastdrop.backends.numba import threads
+
     seen = []
-    n = parts * numba_cpu.GRAIN_CELLS + extra
-    monkeypatch.setattr(numba_cpu, "_num_threads", parts)
-    numba_cpu._over_ranges(lambda begin, end: seen.append((begin, end)), (), n, lead)
+    n = parts * threads.GRAIN_CELLS + extra
+    monkeypatch.setattr(threads, "_num_threads", parts)
+    threads.over_ranges(lambda begin, end: seen.append((begin, end)), (), n, lead)
     assert seen[0] == (0, 0)  # compiled before any thread starts
     seen = sorted(seen[1:])
     assert (seen[0][0], seen[-1][1]) == (0, n)
     assert [end for _, end in seen[:-1]] == [begin for begin, _ in seen[1:]]
     assert all(begin < end for begin, end in seen)
-    assert all((lead + begin) % numba_cpu.BLOCK_CELLS == 0 for begin, _ in seen[1:])
+    assert all((lead + begin) % threads.BLOCK_CELLS == 0 for begin, _ in seen[1:])

@@ -18,9 +18,13 @@ from unittest import mock
 
 import pytest
 
-from bench import gpu, gpu_device, gpu_guard, gpu_report, gpu_timing
-from bench.gpu_guard import Lines, Skip, Task
-from bench.gpu_timing import Contender
+from bench.gpu import __main__ as gpu
+from bench.gpu import device as gpu_device
+from bench.gpu import guard as gpu_guard
+from bench.gpu import report as gpu_report
+from bench.gpu import timing as gpu_timing
+from bench.gpu.guard import Lines, Skip, Task
+from bench.gpu.timing import Contender
 from fastdrop.backends.cuda import compile, driver
 from fastdrop.backends.cuda import launch as numba_cuda
 from fastdrop.backends.cuda.compile import Variant
@@ -70,7 +74,7 @@ def data_pointers(tensors, n):
 @pytest.mark.parametrize("name", FUSED)
 def test_bytes_moved_are_those_of_arguments_results_and_what_is_kept(name, dtype):
     torch = pytest.importorskip("torch")
-    from bench import fused_cases
+    from bench.torch import fused_cases
 
     assert tuple(fused_cases.FUSED) == FUSED
     fused, x = fused_cases.FUSED[name], torch.randn(40, 24, dtype=getattr(torch, dtype))
@@ -402,7 +406,7 @@ def test_every_contender_of_a_fused_function_takes_part():
 @pytest.mark.parametrize(("part", "step"), [(0, "forward"), (-1, "backward")])
 def test_fused_functions_are_not_timed_while_they_are_wrong(monkeypatch, part, step):
     pytest.importorskip("torch")
-    from bench import fused_cases
+    from bench.torch import fused_cases
 
     monkeypatch.setattr(fused_cases, "results" if part == 0 else "gradients", wrong_at_first(fused_cases, step))
     with pytest.raises(AssertionError, match=f"{step} is wrong"):
@@ -441,7 +445,7 @@ def recorder(monkeypatch):
 
 def test_every_fused_kernel_is_compiled_before_it_is_timed(recorder, monkeypatch):
     torch = pytest.importorskip("torch")
-    from bench import fused_cases
+    from bench.torch import fused_cases
     from fastdrop import backends
     from fastdrop.torch.runtime import cuda as cuda_runtime
 
@@ -541,7 +545,7 @@ def test_triton_kernels_compile(dtype):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from bench import gpu_triton
+    from bench.gpu import triton_dropout as gpu_triton
 
     for name, block in gpu_triton.CHOICES:
         kernel, _ = gpu_triton.kernels()[name]

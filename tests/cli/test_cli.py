@@ -48,25 +48,10 @@ def wrong_bits(words, *arguments):
 RIGHT_BITS = reference.draw_bits
 
 
-def test_selftest_fails_on_one_wrong_bit_and_bench_refuses(capsys, monkeypatch):
+def test_selftest_fails_on_one_wrong_bit(capsys, monkeypatch):
     monkeypatch.setattr(reference, "draw_bits", wrong_bits)
     before = backends.active()
     assert not selftest.run(print=lambda line: None)
     assert main(["selftest"]) == 1
     assert capsys.readouterr().out.splitlines()[-1].startswith("FAIL")
-    assert main(["bench", "--sizes", "1k"]) == 1
     assert backends.active() is before
-
-
-def test_demo_draws_its_picture(tmp_path, capsys):
-    picture = tmp_path / "demo.png"
-    assert main(["demo", "--quick", "--output", str(picture)]) == 0
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "dropout p = 0.5" in capsys.readouterr().out
-
-
-def test_bench_prints_ratios(capsys):
-    assert main(["bench", "--sizes", "4k", "--seconds", "0.05"]) == 0
-    out = capsys.readouterr().out
-    assert "forward" in out
-    assert "backward" in out

@@ -29,10 +29,10 @@ def cells_of(grid, elements):
 @given(axes)
 def test_grid_pieces_match_broadcasting(axes):
     shape = tuple(extent for extent, _ in axes)
-    cells_shape = tuple(1 if shared else extent for extent, shared in axes)
-    cells = np.arange(math.prod(cells_shape)).reshape(cells_shape)
+    mask_shape = tuple(1 if shared else extent for extent, shared in axes)
+    cells = np.arange(math.prod(mask_shape)).reshape(mask_shape)
     expected = np.broadcast_to(cells, shape).reshape(-1)
-    grid = Grid.of(shape, cells_shape)
+    grid = Grid.of(shape, mask_shape)
     assert (cells_of(grid, math.prod(shape)) == expected).all()
     assert grid.size * math.prod(extent for extent, _ in grid.lead) == math.prod(shape)
 
@@ -52,10 +52,10 @@ def test_grid_over_memory_matches_broadcasting(drawn):
     """Data in any order of its axes: a grid gives each element its logical cell, or there is none."""
     axes, order = drawn
     shape = tuple(extent for extent, _ in axes)
-    cells_shape = tuple(1 if shared else extent for extent, shared in axes)
-    cells = np.arange(math.prod(cells_shape)).reshape(cells_shape)
+    mask_shape = tuple(1 if shared else extent for extent, shared in axes)
+    cells = np.arange(math.prod(mask_shape)).reshape(mask_shape)
     expected = np.broadcast_to(cells, shape).transpose(order).reshape(-1)
-    by_axis = cell_axes(shape, cells_shape)
+    by_axis = cell_axes(shape, mask_shape)
     grid = Grid.over([by_axis[axis] for axis in order])
     if grid is None:
         assert expected.size == 0 or expected[1] - expected[0] > 1

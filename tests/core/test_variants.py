@@ -18,7 +18,7 @@ from fastdrop.core.random import DROP_ALL
 
 from ..cases import THRESHOLDS
 
-LAWS = ("inverted", "standard", "alpha", "alpha_slope")
+SCALINGS = ("inverted", "standard", "alpha", "alpha_slope")
 CUTS = {"T=0": 0, **THRESHOLDS}
 ULP = 2.0**-52
 
@@ -71,15 +71,15 @@ def test_affine_alpha_keeps_mean_0_and_variance_1(cut):
 
 @cuts
 def test_affine_slope_is_the_derivative(cut):
-    for law in LAWS:
-        a, _, _ = variants.affine(law, cut)
-        assert variants.affine(variants.slope(law), cut) == (a, 0.0, 0.0)
-        assert variants.slope(variants.slope(law)) == variants.slope(law)
+    for scaling in SCALINGS:
+        a, _, _ = variants.affine(scaling, cut)
+        assert variants.affine(variants.slope(scaling), cut) == (a, 0.0, 0.0)
+        assert variants.slope(variants.slope(scaling)) == variants.slope(scaling)
 
 
 def test_affine_of_everything_dropped_is_zero():
     """But for standard scaling, whose scale is never needed then."""
-    assert {law: variants.affine(law, DROP_ALL) for law in LAWS} == {
+    assert {scaling: variants.affine(scaling, DROP_ALL) for scaling in SCALINGS} == {
         "inverted": (0.0, 0.0, 0.0),
         "standard": (1.0, 0.0, 0.0),
         "alpha": (0.0, 0.0, 0.0),
@@ -88,14 +88,14 @@ def test_affine_of_everything_dropped_is_zero():
 
 
 def test_affine_of_nothing_dropped_changes_nothing():
-    for law in LAWS:
-        a, b, _ = variants.affine(law, 0)
+    for scaling in SCALINGS:
+        a, b, _ = variants.affine(scaling, 0)
         assert (a, b) == (1.0, 0.0)
 
 
-@pytest.mark.parametrize("law", LAWS)
-def test_affine_is_finite_up_to_the_last_threshold(law):
-    assert all(map(math.isfinite, variants.affine(law, DROP_ALL - 1)))
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_affine_is_finite_up_to_the_last_threshold(scaling):
+    assert all(map(math.isfinite, variants.affine(scaling, DROP_ALL - 1)))
 
 
 # ---- spread ----
@@ -254,6 +254,6 @@ def test_public_names():
     assert set(variants.__all__) == {name for name in own if not name.startswith("_")}
 
 
-def test_affine_refuses_an_unknown_law():
-    with pytest.raises(ValueError, match="law must be one of 'inverted', 'standard', 'alpha', 'alpha_slope'"):
+def test_affine_refuses_an_unknown_scaling():
+    with pytest.raises(ValueError, match="scaling must be one of 'inverted', 'standard', 'alpha', 'alpha_slope'"):
         variants.affine("invertd", 1 << 31)

@@ -315,9 +315,43 @@ KINDS = {
     ),
 }
 
-# The same once for each of its stores.
-WAYS = {
-    name if len(kind.stores) == 1 else f"{name}, {store}": kind.stored_as(store)
-    for name, kind in KINDS.items()
-    for store in kind.stores
+# Plain dropout as rows of the same table; its own tests are elsewhere in most folders.
+PLAIN = {
+    "dropout": Kind((7, 33), (7, 33), fdt.dropout, fd.dropout, fdt.Dropout),
+    "dropout shared": Kind(
+        (7, 5, 6), (1, 5, 1), partial(fdt.dropout, noise_shape=(1, None, 1)), partial(fd.dropout, noise_shape=(1, 5, 1))
+    ),
+}
+
+
+def by_store(kinds: dict[str, Kind]) -> dict[str, Kind]:
+    """The same once for each of its stores."""
+    return {
+        name if len(kind.stores) == 1 else f"{name}, {store}": kind.stored_as(store)
+        for name, kind in kinds.items()
+        for store in kind.stores
+    }
+
+
+WAYS = by_store(KINDS)
+ALL_WAYS = by_store(PLAIN | KINDS)
+# Kinds differ in how they find their cells, which NumPy's values test for `ALL_WAYS`. What comes after is the same for
+# many: one way stands for each that differs from all others once the cells are known.
+DISTINCT = {
+    name: ALL_WAYS[name]
+    for name in (
+        "dropout, bits",
+        "dropout, seed",
+        "dropout shared, bits",
+        "dropout standard, bits",
+        "dropout2d, seed",
+        "alpha_dropout, bits",
+        "feature_alpha_dropout, seed",
+        "variational_dropout batch first, bits",
+        "drop_connect, bits",
+        "drop_block2d",
+        "drop_block2d coupled",
+        "stochastic_depth batch, bits",
+        "gaussian_dropout",
+    )
 }

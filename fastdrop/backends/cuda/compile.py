@@ -28,20 +28,8 @@ Capability = tuple[int, int]
 
 OLDEST: Capability = (7, 5)
 
-# What machine code hangs on beside the variant.
-SOURCES = (
-    "_checks.py",
-    "activations.py",
-    "stream.py",
-    "backends/_curves.py",
-    "backends/_scalars.py",
-    "backends/_cuda/compile.py",
-    "backends/_cuda/tile.py",
-    "backends/_cuda/words.py",
-    "backends/_cuda/kernels.py",
-    "backends/_cuda/row_words.py",
-    "backends/_cuda/rows.py",
-)
+# Source files that decide, beside the variant, what the machine code is: patterns within fastdrop/.
+SOURCES = ("core/*.py", "backends/numba/math.py", "backends/numba/scalars.py", "backends/cuda/*.py")
 PACKAGES = (
     "numba",
     "numba-cuda",
@@ -55,8 +43,8 @@ INSTALL = "pip install 'fastdrop[cuda]'"
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 
-# Parameters of each body, of `kernels` and of `rows`, as `struct` codes: the kernels' ABI. F is what elements are
-# computed in, A that or a count.
+# Parameters of each body as `struct` codes: the kernels' ABI. F is the type of the arithmetic; A is that, or float64
+# where a count on the device divides it. The second table is that of the fused kernels.
 PARAMETERS = {
     "draw_words": "QQQQQQQII",
     "elementwise": "QQQQQQQQQIIQAFF",
@@ -81,9 +69,10 @@ ROW_PARAMETERS = {
 class Variant(NamedTuple):
     """A kernel: which body, for which storage type, in which form.
 
-    ``form`` is where elementwise's bits come from (drawn, drawn_shifted, stored), how wide the accesses of strided and
-    of most kernels on rows are (wide, narrow). ``plain``: b = 0. ``counted``: the scale is a by a count on the device.
-    ``sum_dtype``, the residual stream's storage type, and ``activation`` are for kernels on rows.
+    ``form`` says where the bits of elementwise come from (drawn, drawn_shifted, stored), or how wide the accesses of
+    strided and of most fused kernels are (wide, narrow). ``plain``: b is 0. ``counted``: the scale is a, divided by a
+    count on the device. ``residual_dtype``, in which the residual stream is stored, and ``activation`` are for fused
+    kernels.
     """
 
     body: str
@@ -91,18 +80,18 @@ class Variant(NamedTuple):
     form: str = ""
     plain: bool = True
     counted: bool = False
-    sum_dtype: int = 0
+    residual_dtype: int = 0
     activation: int = 0
 
     def __str__(self) -> str:
         if self.on_rows:
-            return f"{self.body}-{self.dtype}-{self.sum_dtype}-{self.form or 'both'}-{self.activation}"
+            return f"{self.body}-{self.dtype}-{self.residual_dtype}-{self.form or 'both'}-{self.activation}"
         affine = ("scale" if self.plain else "affine") + "-counted" * self.counted
         return "-".join((self.body, str(self.dtype), self.form or "only", affine))
 
     @property
     def on_rows(self) -> bool:
-        """Whether it is one of `rows`."""
+        """Whether it is a fused one, of `pointwise`, `norm` or `softmax`."""
         return self.body in ROW_PARAMETERS
 
     @property
@@ -134,20 +123,29 @@ def _translated(variant: Variant, cc: Capability, output: str) -> Any:
     _ready_numba_cuda()
     from numba import cuda, types
 
-    from . import intrinsics, rows, vector_intrinsics
-    from . import mask as mask_bodies
-
-    def row_vocabulary(wide: bool) -> Any:
-        return vector_intrinsics.RowVocabulary(variant.dtype, cc, variant.sum_dtype, wide)
-
     of_code = {"Q": types.uint64, "I": types.uint32, "f": types.float32, "d": types.float64}
-    if variant.on_rows:
-        function = rows.build(row_vocabulary, variant.body, variant.form, variant.activation)
-    else:
-        vocabulary = intrinsics.Vocabulary(variant.dtype, cc, variant.plain, variant.counted)
-        function = mask_bodies.build(vocabulary, variant.body, variant.form)
     signature = types.void(*(of_code[c] for c in variant.codes))
-    return cuda.compile(function, signature, device=False, cc=cc, output=output, abi="numba")[0]  # type: ignore
+    return cuda.compile(_body(variant, cc), signature, device=False, cc=cc, output=output, abi="numba")[0]  # type: ignore
+
+
+def _body(variant: Variant, cc: Capability) -> Any:
+    """The Python function of a kernel, in the vocabulary of its variant."""
+    from . import mask, norm, pointwise, softmax
+    from .intrinsics import Vocabulary
+    from .vector_intrinsics import RowVocabulary
+
+    body, form, activation = variant.body, variant.form, variant.activation
+    if not variant.on_rows:
+        options = {"elementwise": (form,), "strided": (form == "wide",)}.get(body, ())
+        return getattr(mask, body)(Vocabulary(variant.dtype, cc, variant.plain, variant.counted), *options)
+    wide, narrow = (RowVocabulary(variant.dtype, cc, variant.residual_dtype, wide) for wide in (True, False))
+    if body in ("pointwise_forward", "pointwise_backward"):
+        return getattr(pointwise, body)(wide, narrow, activation)
+    vocabulary = wide if form == "wide" else narrow
+    if body == "pointwise_columns":
+        return pointwise.pointwise_columns(vocabulary, activation)
+    module = norm if body.startswith("norm") else softmax if body.startswith("softmax") else pointwise
+    return getattr(module, body)(vocabulary)
 
 
 def _ready_numba_cuda() -> None:
@@ -230,8 +228,9 @@ def _fingerprint() -> str:
     if _seen is None:
         digest = hashlib.sha256()
         folder = Path(__file__).parents[2]
-        for source in SOURCES:
-            digest.update((folder / source).read_bytes())
+        for pattern in SOURCES:
+            for source in sorted(folder.glob(pattern)):
+                digest.update(source.read_bytes())
         for package in PACKAGES:
             digest.update(f"{package} {_version(package)}\n".encode())
         _seen = digest.hexdigest()[:16]

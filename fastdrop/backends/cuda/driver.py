@@ -168,14 +168,14 @@ class Device:
         form: str = "",
         plain: bool = True,
         counted: bool = False,
-        sum_dtype: int = 0,
+        residual_dtype: int = 0,
         activation: int = 0,
     ) -> Kernel:
         """A `Variant` by its parts."""
-        found = self._kernels.get((body, dtype, form, plain, counted, sum_dtype, activation))
+        found = self._kernels.get((body, dtype, form, plain, counted, residual_dtype, activation))
         if found is not None:
             return found
-        return self._load(Variant(body, dtype, form, plain, counted, sum_dtype, activation))
+        return self._load(Variant(body, dtype, form, plain, counted, residual_dtype, activation))
 
     def _load(self, variant: Variant) -> Kernel:
         driver = self.driver

@@ -1,12 +1,12 @@
 """The CUDA backend: the primitives on a GPU's memory, by kernels written in Numba.
 
-This module chooses the kernel and the path of each call and lays out its parameters. The same words bit for bit as on
-the CPU; values too, but that a NaN that is computed with comes out as the GPU's one NaN. The fused primitives agree to
-a tolerance, as on every backend.
+`fastdrop.arrays.device` and `fastdrop.torch.runtime.cuda` call it. This module chooses the kernel and the path of each
+call and lays out its parameters. Mask words are the same bit for bit as on the CPU. So are values, except that a NaN
+that is computed with becomes the GPU's one NaN; the fused primitives agree to a tolerance, as on every backend.
 
-Memory comes as addresses on a device and work goes to a stream: ``*_at(device, stream, ...)``, otherwise with the
-parameters that `reference` gives the primitives. A seed may lie on the device: then ``seed_at`` is its address and
-nobody waits for it, and a captured graph reads it anew at each replay.
+Memory comes as addresses on a device and work goes to a stream: ``<primitive>_at(device, stream, ...)``, with the
+parameters that the table gives the primitive. A seed may lie on the device: then ``seed_at`` is its address, nobody
+waits for it, and a captured graph reads it anew at each replay.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 
 from ...core.checks import FLOAT32, FLOAT64
 from ...core.random import NOISE_CELLS, NOISE_COUNTERS, PLANES_PER_GROUP
+from ..generate import primitive_at
 from . import driver
 from .tile import COUNTED, ITEM_BYTES, LANES, SHORT_ROW, TILE_CELLS, VECTOR_BYTES
 
@@ -44,97 +45,54 @@ def prepare(device: int) -> None:
     driver.device(device).kernel("draw_words")
 
 
-def draw_bits_at(
-    device: int,
-    stream: int,
-    words: int,
-    position: int,
-    first: int,
-    n: int,
-    seed: int,
-    offset: int,
-    threshold: int,
-    *,
-    seed_at: int = 0,
-) -> None:
-    if n:
-        kernel = driver.device(device).kernel("draw_words")
-        threads = (position % 32 + n + 31) // 32
-        groups = _groups(threshold)
-        kernel.launch(stream, threads, words, position, first, n, seed, seed_at, offset, threshold, groups)
+@primitive_at("seed_at")
+def draw_bits_at(p: Any) -> None:
+    if p.n:
+        kernel = driver.device(p.device).kernel("draw_words")
+        threads = (p.position % 32 + p.n + 31) // 32
+        draw = p.seed, p.seed_at, p.offset, p.threshold, _groups(p.threshold)
+        kernel.launch(p.stream, threads, p.words, p.position, p.first, p.n, *draw)
 
 
-def dropout_forward_at(
-    device: int,
-    stream: int,
-    dtype: int,
-    x: int,
-    y: int,
-    words: int,
-    first: int,
-    n: int,
-    seed: int,
-    offset: int,
-    threshold: int,
-    a: float,
-    b: float,
-    c: float,
-    *,
-    seed_at: int = 0,
-) -> None:
-    """``words`` 0: they are not kept."""
-    if n:
-        form = "drawn_shifted" if first & 31 else "drawn"
-        whole, threads = _tiles(x, y, n)
-        kernel = driver.device(device).kernel("elementwise", dtype, form, b == 0.0 and c == 0.0)
-        draw = seed, seed_at, offset, threshold, _groups(threshold)
-        kernel.launch(stream, threads, x, y, words, first, n, whole, *draw, 0, a, b, c)
+@primitive_at("seed_at")
+def dropout_forward_at(p: Any) -> None:
+    """``words`` 0: they are not stored."""
+    if p.n:
+        form = "drawn_shifted" if p.first & 31 else "drawn"
+        whole, threads = _tiles(p.x, p.y, p.n)
+        kernel = driver.device(p.device).kernel("elementwise", p.dtype, form, p.b == 0.0 and p.c == 0.0)
+        draw = p.seed, p.seed_at, p.offset, p.threshold, _groups(p.threshold)
+        kernel.launch(p.stream, threads, p.x, p.y, p.words, p.first, p.n, whole, *draw, 0, p.a, p.b, p.c)
 
 
-def masked_affine_at(
-    device: int,
-    stream: int,
-    dtype: int,
-    x: int,
-    y: int,
-    words: int,
-    position: int,
-    outer: int,
-    repeat: int,
-    inner: int,
-    a: float,
-    b: float,
-    c: float,
-    *,
-    kept_at: int = 0,
-) -> None:
+@primitive_at("kept_at")
+def masked_affine_at(p: Any) -> None:
     """``kept_at``: kept elements become ``a / kept * x + b`` for the uint64 kept at this address, 0 x + b for 0."""
-    if repeat == 1:
-        _stored_affine_at(device, stream, dtype, x, y, words, position, outer * inner, a, b, c, kept_at)
+    place, affine = (p.device, p.stream), (p.a, p.b, p.c)
+    if p.repeat == 1:
+        _stored_affine_at(place, p.dtype, (p.x, p.y, p.words), p.position, p.outer * p.inner, affine, p.kept_at)
         return
-    axes = (outer, inner), (repeat, 0), (inner, 1)
-    strided_affine_at(device, stream, dtype, x, y, words, position, axes, a, b, c, kept_at=kept_at)
+    axes = (p.outer, p.inner), (p.repeat, 0), (p.inner, 1)
+    strided_affine_at(*place, p.dtype, p.x, p.y, p.words, p.position, axes, *affine, kept_at=p.kept_at)
 
 
 def _stored_affine_at(
-    device: int,
-    stream: int,
+    place: tuple[int, int],
     dtype: int,
-    x: int,
-    y: int,
-    words: int,
+    arrays: tuple[int, int, int],
     position: int,
     n: int,
-    a: float,
-    b: float,
-    c: float,
+    affine: tuple[float, float, float],
     kept_at: int,
 ) -> None:
     """An element for each cell, in the cells' order."""
     if n:
+        device, stream = place
+        x, y, _ = arrays
         whole, threads = _tiles(x, y, n)
-        kernel = driver.device(device).kernel("elementwise", dtype, "stored", b == 0.0 and c == 0.0, kept_at != 0)
-        kernel.launch(stream, threads, x, y, words, position, n, whole, 0, 0, 0, 0, 0, kept_at, a, b, c)
+        plain = affine[1] == affine[2] == 0.0
+        kernel = driver.device(device).kernel("elementwise", dtype, "stored", plain, kept_at != 0)
+        kernel.launch(stream, threads, *arrays, position, n, whole, 0, 0, 0, 0, 0, kept_at, *affine)
 
 
 def strided_affine_at(
@@ -157,7 +115,7 @@ def strided_affine_at(
     axes = _collapsed(axes)
     n = math.prod(extent for extent, _ in axes)
     if not axes or axes == [(n, 1)] or not n:
-        _stored_affine_at(device, stream, dtype, x, y, words, position, n, a, b, c, kept_at)
+        _stored_affine_at((device, stream), dtype, (x, y, words), position, n, (a, b, c), kept_at)
         return
     if len(axes) > DIMS or n >= INDEX_END:
         for start, cell, part in _parts(axes):
@@ -176,32 +134,22 @@ def strided_affine_at(
     kernel.launch(stream, threads, x, y, words, position, n, *divisions, outermost, kept_at, a, b, c)
 
 
-def gaussian_multiply_at(
-    device: int,
-    stream: int,
-    dtype: int,
-    x: int,
-    y: int,
-    first: int,
-    n: int,
-    seed: int,
-    offset: int,
-    sigma: float,
-    *,
-    seed_at: int = 0,
-) -> None:
-    if n:
-        kernel = driver.device(device).kernel("gaussian_multiply", dtype)
-        tiles = -(-(first % NOISE_CELLS + n) // NOISE_CELLS)
-        kernel.launch(stream, tiles * NOISE_COUNTERS, x, y, first, n, seed, seed_at, offset, sigma)
+@primitive_at("seed_at")
+def gaussian_multiply_at(p: Any) -> None:
+    if p.n:
+        kernel = driver.device(p.device).kernel("gaussian_multiply", p.dtype)
+        tiles = -(-(p.first % NOISE_CELLS + p.n) // NOISE_CELLS)
+        draw = p.seed, p.seed_at, p.offset
+        kernel.launch(p.stream, tiles * NOISE_COUNTERS, p.x, p.y, p.first, p.n, *draw, p.sigma)
 
 
-def dilate_bits_at(device: int, stream: int, to: int, words: int, outer: int, n: int, inner: int, block: int) -> None:
-    row = (n + block - 1) * inner
-    cells = outer * row
+@primitive_at()
+def dilate_bits_at(p: Any) -> None:
+    row = (p.n + p.block - 1) * p.inner
+    cells = p.outer * row
     if cells:
-        kernel = driver.device(device).kernel("dilate_bits")
-        kernel.launch(stream, -(-cells // 32), to, words, cells, row, *_division(row), n * inner, inner)
+        kernel = driver.device(p.device).kernel("dilate_bits")
+        kernel.launch(p.stream, -(-cells // 32), p.to, p.words, cells, row, *_division(row), p.n * p.inner, p.inner)
 
 
 def count_bits_at(device: int, stream: int, words: int, count: int, kept: int) -> None:
@@ -210,218 +158,110 @@ def count_bits_at(device: int, stream: int, words: int, count: int, kept: int) -
         driver.device(device).kernel("count_bits").launch(stream, -(-count // COUNTED), words, count, kept)
 
 
-def pointwise_forward_at(
-    device: int,
-    stream: int,
-    dtype: int,
-    sum_dtype: int,
-    x: int,
-    bias: int,
-    factor: int,
-    residual: int,
-    words: int,
-    y: int,
-    signs: int,
-    rows: int,
-    columns: int,
-    a: float,
-    activation: int,
-) -> None:
-    """Here and below 0 is in the place of an array that isn't given."""
-    n = rows * columns
+@primitive_at()
+def pointwise_forward_at(p: Any) -> None:
+    """Here and below 0 stands for an array that is absent."""
+    n = p.rows * p.columns
     if n:
-        wide = _in_vectors(dtype, columns if bias else 0, x, bias, factor, residual, y)
-        whole, threads = _whole(dtype, n, wide)
-        kernel = _rows_kernel(device, "pointwise_forward", dtype, sum_dtype, activation=activation)
-        kernel.launch(stream, threads, x, bias, factor, residual, words, y, signs, n, columns, whole, a)
+        wide = _in_vectors(p.dtype, p.columns if p.input_bias else 0, p.x, p.input_bias, p.multiplier, p.residual, p.y)
+        whole, threads = _whole(p.dtype, n, wide)
+        arrays = p.x, p.input_bias, p.multiplier, p.residual, p.words, p.y, p.signs
+        kernel = _fused_kernel(p, "pointwise_forward", activation=p.activation)
+        kernel.launch(p.stream, threads, *arrays, n, p.columns, whole, p.a)
 
 
-def pointwise_backward_at(
-    device: int,
-    stream: int,
-    dtype: int,
-    sum_dtype: int,
-    dy: int,
-    x: int,
-    bias: int,
-    factor: int,
-    words: int,
-    dx: int,
-    dfactor: int,
-    sums: int,
-    rows: int,
-    columns: int,
-    panels: int,
-    a: float,
-    activation: int,
-) -> None:
-    n, arrays = rows * columns, (dy, x, bias, factor, words, dx, dfactor)
-    aligned = dy, x, bias, factor, dx, dfactor
-    if sums:
-        _columns_at(
-            device, stream, dtype, sum_dtype, arrays, aligned, sums, rows, columns, panels, columns, a, activation
-        )
-        _add_panels_at(device, stream, dtype, sums, panels, columns)
+@primitive_at()
+def pointwise_backward_at(p: Any) -> None:
+    n, arrays = p.rows * p.columns, (p.dy, p.x, p.input_bias, p.multiplier, p.words, p.dx, p.dmultiplier)
+    aligned = p.dy, p.x, p.input_bias, p.multiplier, p.dx, p.dmultiplier
+    if p.sums:
+        wide = _in_vectors(p.dtype, p.columns, *aligned, p.sums)
+        kernel = _fused_kernel(p, "pointwise_columns", wide, p.activation)
+        sizes = p.rows, p.columns, p.panels, p.columns
+        kernel.launch(p.stream, _column_threads(p), *arrays, p.sums, *sizes, p.a)
+        _add_panels(p, p.columns)
     elif n:
-        whole, threads = _whole(dtype, n, _in_vectors(dtype, columns if bias else 0, *aligned))
-        kernel = _rows_kernel(device, "pointwise_backward", dtype, sum_dtype, activation=activation)
-        kernel.launch(stream, threads, *arrays, n, columns, whole, a)
+        whole, threads = _whole(p.dtype, n, _in_vectors(p.dtype, p.columns if p.input_bias else 0, *aligned))
+        kernel = _fused_kernel(p, "pointwise_backward", activation=p.activation)
+        kernel.launch(p.stream, threads, *arrays, n, p.columns, whole, p.a)
 
 
-def norm_forward_at(
-    device: int,
-    stream: int,
-    dtype: int,
-    sum_dtype: int,
-    x: int,
-    bias: int,
-    residual: int,
-    words: int,
-    weight: int,
-    shift: int,
-    y: int,
-    sum: int,
-    statistics: int,
-    rows: int,
-    columns: int,
-    a: float,
-    eps: float,
-    centred: int,
-) -> None:
-    if rows:
-        wide = _in_vectors(dtype, columns, x, bias, residual, weight, shift, y, sum)
-        by_block, threads = _teams(rows, columns)
-        kernel = _rows_kernel(device, "norm_forward", dtype, sum_dtype, wide)
-        arrays = x, bias, residual, words, weight, shift, y, sum, statistics
-        kernel.launch(stream, threads, *arrays, rows, columns, by_block, centred, a, eps)
+@primitive_at()
+def norm_forward_at(p: Any) -> None:
+    if p.rows:
+        arrays = p.x, p.input_bias, p.residual, p.words, p.weight, p.norm_bias, p.y, p.residual_out, p.statistics
+        aligned = p.x, p.input_bias, p.residual, p.weight, p.norm_bias, p.y, p.residual_out
+        by_block, threads = _teams(p.rows, p.columns)
+        kernel = _fused_kernel(p, "norm_forward", _in_vectors(p.dtype, p.columns, *aligned))
+        kernel.launch(p.stream, threads, *arrays, p.rows, p.columns, by_block, p.centred, p.a, p.eps)
 
 
-def norm_backward_at(
-    device: int,
-    stream: int,
-    dtype: int,
-    sum_dtype: int,
-    dy: int,
-    dsum: int,
-    sum: int,
-    statistics: int,
-    weight: int,
-    words: int,
-    dx: int,
-    dresidual: int,
-    sums: int,
-    rows: int,
-    columns: int,
-    panels: int,
-    a: float,
-    centred: int,
-) -> None:
-    """With sums there must be a dresidual or a dx, which the bias's gradient is the sum of, as it was rounded."""
-    width = 3 * columns
-    if sums:  # first, for dx may lie over dy
-        kernel = _rows_kernel(device, "norm_columns", dtype, sum_dtype, _in_vectors(dtype, columns, dy, sum, sums))
-        threads = _column_threads(dtype, columns, panels)
-        kernel.launch(stream, threads, dy, sum, statistics, sums, rows, columns, panels)
-    if rows:
-        wide = _in_vectors(dtype, columns, dy, dsum, sum, weight, dx, dresidual)
-        by_block, threads = _teams(rows, columns)
-        kernel = _rows_kernel(device, "norm_backward", dtype, sum_dtype, wide)
-        inputs = dy, dsum, sum, statistics, weight, words
-        kernel.launch(stream, threads, *inputs, dx, dresidual, rows, columns, by_block, centred, a)
-    if sums:
-        dropped = dx and (sum_dtype == dtype or not dresidual)
-        g, tag, under, scale = (dx, dtype, 0, 1.0) if dropped else (dresidual, sum_dtype, words, a)
-        of_bias = sums + 2 * columns * ITEM_BYTES[_computed(dtype)]
-        arrays = g, 0, 0, 0, under, 0, 0
-        _columns_at(device, stream, dtype, tag, arrays, (g,), of_bias, rows, columns, panels, width, scale, 0)
-        _add_panels_at(device, stream, dtype, sums, panels, width)
+@primitive_at()
+def norm_backward_at(p: Any) -> None:
+    """With sums there must be a dresidual or a dx: the gradient of input_bias is the sum of that, as it was rounded."""
+    if p.sums:  # first, because dx may lie over dy
+        kernel = _fused_kernel(p, "norm_columns", _in_vectors(p.dtype, p.columns, p.dy, p.residual_out, p.sums))
+        inputs = p.dy, p.residual_out, p.statistics
+        kernel.launch(p.stream, _column_threads(p), *inputs, p.sums, p.rows, p.columns, p.panels)
+    if p.rows:
+        aligned = p.dy, p.dresidual_out, p.residual_out, p.weight, p.dx, p.dresidual
+        arrays = p.dy, p.dresidual_out, p.residual_out, p.statistics, p.weight, p.words, p.dx, p.dresidual
+        by_block, threads = _teams(p.rows, p.columns)
+        kernel = _fused_kernel(p, "norm_backward", _in_vectors(p.dtype, p.columns, *aligned))
+        kernel.launch(p.stream, threads, *arrays, p.rows, p.columns, by_block, p.centred, p.a)
+    if p.sums:
+        _sum_input_bias(p)
+        _add_panels(p, 3 * p.columns)
 
 
-def softmax_forward_at(
-    device: int,
-    stream: int,
-    dtype: int,
-    x: int,
-    mask: int,
-    words: int,
-    probabilities: int,
-    y: int,
-    rows: int,
-    columns: int,
-    heads: int,
-    queries: int,
-    outer_stride: int,
-    head_stride: int,
-    query_stride: int,
-    scale: float,
-    a: float,
-    causal: int,
-) -> None:
-    if rows:
-        strides = outer_stride, head_stride, query_stride
-        lines = [stride * ITEM_BYTES[_computed(dtype)] for stride in strides] if mask else []
-        wide = _in_vectors(dtype, columns, x, mask, *lines, probabilities, y)
-        by_block, threads = _teams(rows, columns)
-        divisions = [part for extent in (queries, heads) for part in (extent, *_division(extent))]
-        kernel = _rows_kernel(device, "softmax_forward", dtype, dtype, wide)
-        arrays = x, mask, words, probabilities, y
-        kernel.launch(stream, threads, *arrays, rows, columns, *divisions, *strides, by_block, causal, scale, a)
+def _sum_input_bias(p: Any) -> None:
+    """The third line of each panel's sums: of dx if that is as exact as dresidual, otherwise of dresidual, masked."""
+    from_dx = p.dx and (p.residual_dtype == p.dtype or not p.dresidual)
+    g, dtype, words, scale = (p.dx, p.dtype, 0, 1.0) if from_dx else (p.dresidual, p.residual_dtype, p.words, p.a)
+    sums = p.sums + 2 * p.columns * ITEM_BYTES[_computed(p.dtype)]
+    form = "wide" if _in_vectors(p.dtype, p.columns, g, sums) else "narrow"
+    kernel = driver.device(p.device).kernel("pointwise_columns", p.dtype, form, residual_dtype=dtype)
+    sizes = p.rows, p.columns, p.panels, 3 * p.columns
+    kernel.launch(p.stream, _column_threads(p), g, 0, 0, 0, words, 0, 0, sums, *sizes, scale)
 
 
-def softmax_backward_at(
-    device: int,
-    stream: int,
-    dtype: int,
-    dy: int,
-    probabilities: int,
-    words: int,
-    dx: int,
-    y: int,
-    rows: int,
-    columns: int,
-    scale: float,
-    a: float,
-) -> None:
-    if rows:
-        wide = _in_vectors(dtype, columns, dy, probabilities, dx, y)
-        by_block, threads = _teams(rows, columns)
-        kernel = _rows_kernel(device, "softmax_backward", dtype, dtype, wide)
-        kernel.launch(stream, threads, dy, probabilities, words, dx, y, rows, columns, by_block, scale, a)
+@primitive_at()
+def softmax_forward_at(p: Any) -> None:
+    if p.rows:
+        strides = p.outer_stride, p.head_stride, p.query_stride
+        lines = [stride * ITEM_BYTES[_computed(p.dtype)] for stride in strides] if p.mask else []
+        wide = _in_vectors(p.dtype, p.columns, p.x, p.mask, *lines, p.probabilities, p.y)
+        by_block, threads = _teams(p.rows, p.columns)
+        divisions = [part for extent in (p.queries, p.heads) for part in (extent, *_division(extent))]
+        arrays = p.x, p.mask, p.words, p.probabilities, p.y
+        numbers = by_block, p.causal, p.softmax_scale, p.a
+        kernel = _fused_kernel(p, "softmax_forward", wide)
+        kernel.launch(p.stream, threads, *arrays, p.rows, p.columns, *divisions, *strides, *numbers)
 
 
-def _columns_at(
-    device: int,
-    stream: int,
-    dtype: int,
-    sum_dtype: int,
-    arrays: tuple[int, ...],
-    aligned: tuple[int, ...],
-    sums: int,
-    rows: int,
-    columns: int,
-    panels: int,
-    width: int,
-    a: float,
-    activation: int,
-) -> None:
-    """`pointwise_backward` with a sum for each panel, ``width`` from one to the next."""
-    wide = _in_vectors(dtype, columns, *aligned, sums)
-    kernel = _rows_kernel(device, "pointwise_columns", dtype, sum_dtype, wide, activation)
-    kernel.launch(stream, _column_threads(dtype, columns, panels), *arrays, sums, rows, columns, panels, width, a)
+@primitive_at()
+def softmax_backward_at(p: Any) -> None:
+    if p.rows:
+        wide = _in_vectors(p.dtype, p.columns, p.dy, p.probabilities, p.dx, p.y)
+        by_block, threads = _teams(p.rows, p.columns)
+        arrays = p.dy, p.probabilities, p.words, p.dx, p.y
+        kernel = _fused_kernel(p, "softmax_backward", wide)
+        kernel.launch(p.stream, threads, *arrays, p.rows, p.columns, by_block, p.softmax_scale, p.a)
 
 
-def _add_panels_at(device: int, stream: int, dtype: int, sums: int, panels: int, width: int) -> None:
-    if panels > 1:
-        tag = _computed(dtype)
-        _rows_kernel(device, "add_panels", tag, tag, False).launch(stream, width, sums, panels, width)
+def _add_panels(p: Any, width: int) -> None:
+    """All panels' lines of sums, of so many numbers, into the first."""
+    if p.panels > 1:
+        tag = _computed(p.dtype)
+        kernel = driver.device(p.device).kernel("add_panels", tag, "narrow", residual_dtype=tag)
+        kernel.launch(p.stream, width, p.sums, p.panels, width)
 
 
-def _rows_kernel(
-    device: int, body: str, dtype: int, sum_dtype: int, wide: bool | None = None, activation: int = 0
-) -> driver.Kernel:
-    """``wide`` None: both ways in one kernel."""
+def _fused_kernel(p: Any, body: str, wide: bool | None = None, activation: int = 0) -> driver.Kernel:
+    """The kernel for a call's dtypes; ``wide`` None: both ways in one kernel."""
     form = "" if wide is None else "wide" if wide else "narrow"
-    return driver.device(device).kernel(body, dtype, form, sum_dtype=sum_dtype, activation=activation)
+    residual_dtype = getattr(p, "residual_dtype", p.dtype)
+    return driver.device(p.device).kernel(body, p.dtype, form, residual_dtype=residual_dtype, activation=activation)
 
 
 def _in_vectors(dtype: int, columns: int, *addresses: int) -> bool:
@@ -443,9 +283,9 @@ def _teams(rows: int, columns: int) -> tuple[int, int]:
     return (1, rows * driver.THREADS) if columns > SHORT_ROW else (0, rows * LANES)
 
 
-def _column_threads(dtype: int, columns: int, panels: int) -> int:
+def _column_threads(p: Any) -> int:
     """Of blocks whose warps' lanes take 16 bytes of data."""
-    return panels * -(-columns // (LANES * VECTOR_BYTES // ITEM_BYTES[dtype])) * driver.THREADS
+    return int(p.panels * -(-p.columns // (LANES * VECTOR_BYTES // ITEM_BYTES[p.dtype])) * driver.THREADS)
 
 
 def _computed(dtype: int) -> int:

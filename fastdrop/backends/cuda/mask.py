@@ -1,12 +1,23 @@
-"""The bodies of the CUDA kernels, each once, in the words of a vocabulary (`words`).
+"""The bodies of the CUDA kernels for masks and plain dropout.
 
-``draw_words``: a thread draws a word. ``elementwise``: a warp takes a tile of 1,024 cells, lane ``l`` drawing or
-loading word ``l``, then sweeps it. ``strided``: a thread takes a vector or an element, whose cells lie at any strides:
-masks shared along axes, and data whose order in memory isn't the mask's. ``gaussian_multiply``: a thread draws four
-normal numbers, and takes their elements. ``dilate_bits``: a thread makes a word. ``count_bits``: a warp adds once.
+`compile` makes kernels of them; a body is written in the words of a vocabulary (`intrinsics`).
 
-What counts tiles, words and bytes has 64 bits. Elements of strided data are numbered with 32, since each number is
-divided by the extents: the launcher cuts larger data.
+draw_words
+    A thread draws a word.
+elementwise
+    A warp takes a tile of 1,024 cells: lane ``l`` draws or loads word ``l``, then the warp sweeps the tile.
+strided
+    A thread takes a vector or an element, whose cells lie at any strides: for masks that are shared along axes, and for
+    data whose order in memory is not the mask's.
+gaussian_multiply
+    A thread draws four normal numbers and takes their elements.
+dilate_bits
+    A thread makes a word.
+count_bits
+    A thread counts the bits of several words; then its warp adds once.
+
+Numbers of tiles, words and bytes have 64 bits. Elements of strided data are numbered with 32, because each number is
+divided by the extents; the launcher splits larger data.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -21,15 +32,13 @@ import numpy as np
 from ...core import random as stream
 from ...core.random import GROUP_SHIFT, LOW, MASK_DOMAIN, NOISE_DOMAIN, PLANES_PER_GROUP
 from ..numba.scalars import decide_group, normal_pair, philox
-from . import tile as cut
+from . import tile as shares
+from .teams import LANES, LOW_5, ONE, WORD_BYTES, WORD_SHIFT, U, indices, thread_counter, warp_counter
 
-U = np.uint64
-ONE, WORD_SHIFT, HALF = U(1), U(5), U(32)
-LOW_32, LOW_5 = U(LOW), U(31)
+HALF, LOW_32 = U(32), U(LOW)
 DOMAIN, NOISE, GROUP_AT = U(MASK_DOMAIN), U(NOISE_DOMAIN), U(GROUP_SHIFT)
-WORD_BYTES, VECTOR_BYTES = U(4), U(cut.VECTOR_BYTES)
-LANES, BATCH = U(cut.LANES), U(cut.BATCH)
-TILE, TILE_SHIFT = U(cut.TILE_CELLS), U(cut.TILE_CELLS.bit_length() - 1)
+VECTOR_BYTES, BATCH = U(shares.VECTOR_BYTES), U(shares.BATCH)
+TILE, TILE_SHIFT = U(shares.TILE_CELLS), U(shares.TILE_CELLS.bit_length() - 1)
 NOISE_CELLS, NOISE_COUNTERS = U(stream.NOISE_CELLS), U(stream.NOISE_COUNTERS)  # of a tile of noise
 
 
@@ -68,34 +77,6 @@ def _seeds(v: Any) -> Any:
         return seed
 
     return seed_of
-
-
-def _indices(v: Any) -> Any:
-    return v.lane, v.thread, v.block, v.blocks, v.block_threads
-
-
-def thread_counter(v: Any) -> Any:
-    _, thread_index, block_index, blocks, block_threads = _indices(v)
-
-    @v.inline
-    def threads():
-        """(this thread's number, how many there are)."""
-        return U(block_index()) * U(block_threads()) + U(thread_index()), U(blocks()) * U(block_threads())
-
-    return threads
-
-
-def warp_counter(v: Any) -> Any:
-    _, thread_index, block_index, blocks, block_threads = _indices(v)
-    uniform = v.uniform
-
-    @v.inline
-    def warps():
-        """(number of this warp's first thread, how many threads there are)."""
-        first = U(block_index()) * U(block_threads()) + (U(uniform(thread_index() >> 5)) << WORD_SHIFT)
-        return first, U(blocks()) * U(block_threads())
-
-    return warps
 
 
 def draw_words(v: Any) -> Any:
@@ -137,7 +118,7 @@ def elementwise(v: Any, source: str) -> Any:
     draw, seed_of = _drawing(v), _seeds(v)
     drawn, shifted = source != "stored", source == "drawn_shifted"
     item = U(v.item_bytes)
-    lane_index, thread_index, block_index, blocks, block_threads = _indices(v)
+    lane_index, thread_index, block_index, blocks, block_threads = indices(v)
     load_word, store_word, uniform = v.load_word, v.store_word, v.uniform
     load_tile, store_tile, load_rest, store_rest = v.load_tile, v.store_tile, v.load_rest, v.store_rest
     scale_of = v.scale
@@ -338,13 +319,3 @@ def count_bits(v: Any) -> Any:
             add_long(kept, U(found))
 
     return kernel
-
-
-def build(v: Any, body: str, form: str) -> Any:
-    """The Python function of a kernel."""
-    if body == "elementwise":
-        return elementwise(v, form)
-    if body == "strided":
-        return strided(v, form == "wide")
-    alone = draw_words, gaussian_multiply, dilate_bits, count_bits
-    return {make.__name__: make for make in alone}[body](v)

@@ -1,4 +1,4 @@
-"""How work is cut: numbers that the launcher, the kernels and their vocabulary share."""
+"""How work is divided: numbers that the launcher, the kernels and their vocabulary share."""
 
 from __future__ import annotations
 

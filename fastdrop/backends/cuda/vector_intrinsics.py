@@ -28,12 +28,12 @@ SHARED = 3  # address space
 class RowVocabulary(Vocabulary):
     """What kernels of one pair of storage types are written in, for threads that hold vectors or elements."""
 
-    def __init__(self, dtype: int, cc: tuple[int, int], sum_dtype: int, wide: bool) -> None:
+    def __init__(self, dtype: int, cc: tuple[int, int], residual_dtype: int, wide: bool) -> None:
         super().__init__(dtype, cc, plain=True)
         count = self.vector_items if wide else 1
         self.count, self.doubles, self.team_warps = count, dtype == FLOAT64, TEAM_WARPS
-        stream, plain = Vocabulary(sum_dtype, cc, True), Vocabulary(FLOAT64 if self.doubles else FLOAT32, cc, True)
-        self.sum_bytes, self.number_bytes = stream.item_bytes, plain.item_bytes
+        stream, plain = Vocabulary(residual_dtype, cc, True), Vocabulary(FLOAT64 if self.doubles else FLOAT32, cc, True)
+        self.residual_bytes, self.number_bytes = stream.item_bytes, plain.item_bytes
         self.number: Any = np.float64 if self.doubles else np.float32  # of constants
         n: Any = types.float64 if self.doubles else types.float32
         self._stream, self._number_type, self._vector_type = stream, n, types.UniTuple(n, count)
@@ -50,7 +50,7 @@ class RowVocabulary(Vocabulary):
             return define(type, (u64,), load), define(void, (u64, type), store)
 
         self.load_data, self.store_data = memory(self, v, count)
-        self.load_sums, self.store_sums = memory(stream, v, count)
+        self.load_residual, self.store_residual = memory(stream, v, count)
         self.load_numbers, self.store_numbers = memory(plain, v, count)
         self.load_number, self.store_number = memory(plain, n, 1)
         self.number_root = define(n, (n,), operation("nvvm.sqrt.rn.d" if self.doubles else "nvvm.sqrt.rn.f"))

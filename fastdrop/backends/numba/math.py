@@ -1,8 +1,8 @@
-"""exp, erf, tanh, the normal distribution and activations, as scalars of the Numba backends: for CPU and CUDA.
+"""exp, tanh, the normal distribution and activations, as scalar functions for the Numba and CUDA kernels.
 
-float32 by the polynomials of `core.activations`, exp, erf and tanh at most 2 ulp from the true value, subnormal
-results included; without branches, so that loops over them are vectorised. float64 by Numba's math: it is there to be
-right. NaN stays NaN.
+float32 uses the polynomials of `core.activations`: exp and tanh are at most 2 ulp from the true value, subnormal
+results included. There are no branches, so loops over these functions are vectorised. float64 uses Numba's math. NaN
+stays NaN. `curves` makes the functions of one type; its two tables hold the activations and their slopes by code.
 """
 
 from __future__ import annotations
@@ -37,22 +37,18 @@ def multiply_add(typingctx: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 class Curves(NamedTuple):
-    """Functions of one type: those of mathematics, the activations and their slopes by code, and both by a code that
-    is known only at run time."""
+    """Functions of one type. ``activations`` and ``slopes`` are by code, each of (h)."""
 
-    exponential: Any  # (x)
-    erf: Any  # no kernel needs it: gelu takes the normal distribution
+    exponential: Any
     tanh: Any
-    activations: dict[int, Any]  # each (h)
+    activations: dict[int, Any]
     slopes: dict[int, Any]
-    activated: Any  # (h, activation)
-    activation_slope: Any
 
 
 @cache
 def curves(double: bool) -> Curves:
     """Of float64 or of float32."""
-    exponential, erf, tanh, below = (_exponential64, _erf64, _tanh64, _below64) if double else _curves32()
+    exponential, tanh, below = (_exponential64, _tanh64, _below64) if double else _curves32()
     real: Any = np.float64 if double else np.float32
     zero, half, one, minus_half = real(0), real(0.5), real(1), real(-0.5)
     density = real(at.NORMAL_DENSITY)
@@ -110,43 +106,18 @@ def curves(double: bool) -> Curves:
         g = gate(h)
         return g * multiply_add(h, one - g, one)
 
-    @scalar
-    def activated(h: Any, activation: Any) -> Any:
-        if activation == RELU:
-            return relu(h)
-        if activation == GELU:
-            return gelu(h)
-        if activation == GELU_TANH:
-            return gelu_tanh(h)
-        if activation == SILU:
-            return silu(h)
-        return h
-
-    @scalar
-    def activation_slope(h: Any, activation: Any) -> Any:
-        if activation == RELU:
-            return relu_slope(h)
-        if activation == GELU:
-            return gelu_slope(h)
-        if activation == GELU_TANH:
-            return gelu_tanh_slope(h)
-        if activation == SILU:
-            return silu_slope(h)
-        return one
-
     values = {NONE: same, RELU: relu, GELU: gelu, GELU_TANH: gelu_tanh, SILU: silu}
     slopes = {NONE: same_slope, RELU: relu_slope, GELU: gelu_slope, GELU_TANH: gelu_tanh_slope, SILU: silu_slope}
-    return Curves(exponential, erf, tanh, values, slopes, activated, activation_slope)
+    return Curves(exponential, tanh, values, slopes)
 
 
-def _curves32() -> tuple[Any, Any, Any, Any]:
-    exp_of, exp2_of, erf_near, erf_far, tail_of, tanh_near = (
-        polynomial(coefficients, multiply_add)
-        for coefficients in (at.EXP, at.EXP2, at.ERF_NEAR, at.ERF_FAR, at.TAIL, at.TANH_NEAR)
+def _curves32() -> tuple[Any, Any, Any]:
+    exp_of, exp2_of, tail_of, tanh_near = (
+        polynomial(coefficients, multiply_add) for coefficients in (at.EXP, at.EXP2, at.TAIL, at.TANH_NEAR)
     )
     log2_e, minus_ln2_high, minus_ln2_low = F(at.LOG2_E), F(-LN2_HIGH), F(-LN2_LOW)
     lowest, highest = F(at.EXP_LOWEST), F(at.EXP_HIGHEST)
-    erf_seam, erf_end, tanh_seam, tanh_end = F(at.ERF_SEAM), F(at.ERF_END), F(at.TANH_SEAM), F(at.TANH_END)
+    tanh_seam, tanh_end = F(at.TANH_SEAM), F(at.TANH_END)
     tail_end = F(at.TAIL_END)
     zero, one, two = F(0), F(1), F(2)
     whole, whole_bits = F(1.5 * 2**23), S(0x4B400000)  # adding it leaves a whole number, in the lowest bits
@@ -188,33 +159,19 @@ def _curves32() -> tuple[Any, Any, Any, Any]:
         return math.copysign(magnitude, x)
 
     @scalar
-    def erf(x: Any) -> Any:
-        t = abs(x)
-        near = multiply_add(erf_near(t * t), t, t)
-        far = one - exp2_within(erf_far(erf_end if t > erf_end else t))
-        magnitude = near if t < erf_seam else far
-        return math.copysign(magnitude, x)
-
-    @scalar
     def below(h: Any) -> Any:
-        """The probability of a standard normal number to be below h: not by erf, of which only rounding is left for
-        low h."""
+        """The probability that a standard normal number is below h. Not by erf, which keeps no digits for low h."""
         t = abs(h)
         tail = exp2_within(tail_of(tail_end if t > tail_end else t))
         tail = zero if t > tail_end else tail
         return tail if h < zero else one - tail
 
-    return exponential, erf, tanh, below
+    return exponential, tanh, below
 
 
 @scalar
 def _exponential64(x: Any) -> Any:
     return math.exp(x)
-
-
-@scalar
-def _erf64(x: Any) -> Any:
-    return math.erf(x)
 
 
 @scalar

@@ -185,56 +185,56 @@ def polynomial(coefficients: tuple[float, ...], multiply_add: Any) -> Any:
 normals = normal_pair(operator.add, operator.mul, np.sqrt)
 
 
-def coefficients(law: Any, like: Any) -> Any:
-    """A law, ``(a,)`` or ``(a, b, c)`` in float64, in the type that elements of array ``like`` are computed in."""
+def as_computed(coefficients: Any, like: Any) -> Any:
+    """Coefficients, ``(a,)`` or ``(a, b, c)``, in the type that elements of the array ``like`` are computed in."""
     raise NotImplementedError
 
 
-def affine(v: Any, law: Any) -> Any:
+def affine(v: Any, coefficients: Any) -> Any:
     """What becomes of a number that is kept."""
     raise NotImplementedError
 
 
-def dropped(law: Any) -> Any:
+def dropped(coefficients: Any) -> Any:
     """What becomes of one that is not."""
     raise NotImplementedError
 
 
-@overload(coefficients, inline="always")
-def _coefficients(law: Any, like: Any) -> Any:
+@overload(as_computed, inline="always")
+def _as_computed(coefficients: Any, like: Any) -> Any:
     compute = np.float64 if like.dtype == types.float64 else np.float32
 
-    def scale(law: Any, like: Any) -> Any:
-        return (compute(law[0]),)
+    def scale(coefficients: Any, like: Any) -> Any:
+        return (compute(coefficients[0]),)
 
-    def whole(law: Any, like: Any) -> Any:
-        return compute(law[0]), compute(law[1]), compute(law[2])
+    def whole(coefficients: Any, like: Any) -> Any:
+        return compute(coefficients[0]), compute(coefficients[1]), compute(coefficients[2])
 
-    return scale if len(law) == 1 else whole
+    return scale if len(coefficients) == 1 else whole
 
 
 @overload(affine, inline="always")
-def _affine(v: Any, law: Any) -> Any:
-    def scale(v: Any, law: Any) -> Any:
-        return v * law[0]
+def _affine(v: Any, coefficients: Any) -> Any:
+    def scale(v: Any, coefficients: Any) -> Any:
+        return v * coefficients[0]
 
-    def whole(v: Any, law: Any) -> Any:
-        return v * law[0] + law[1]
+    def whole(v: Any, coefficients: Any) -> Any:
+        return v * coefficients[0] + coefficients[1]
 
-    return scale if len(law) == 1 else whole
+    return scale if len(coefficients) == 1 else whole
 
 
 @overload(dropped, inline="always")
-def _dropped(law: Any) -> Any:
-    zero = np.float64(0) if law.dtype == types.float64 else np.float32(0)
+def _dropped(coefficients: Any) -> Any:
+    zero = np.float64(0) if coefficients.dtype == types.float64 else np.float32(0)
 
-    def scale(law: Any) -> Any:
+    def scale(coefficients: Any) -> Any:
         return zero
 
-    def whole(law: Any) -> Any:
-        return law[2]
+    def whole(coefficients: Any) -> Any:
+        return coefficients[2]
 
-    return scale if len(law) == 1 else whole
+    return scale if len(coefficients) == 1 else whole
 
 
 def widen(v: Any) -> Any:

@@ -1,17 +1,7 @@
-"""The NumPy backend, and the contract of the primitives: what every backend must do is what is written here.
+"""Masks and plain dropout in NumPy: draw bits, apply them, gaussian noise, widen what is dropped.
 
-All backends have the same functions with the same parameters in the same order as ``csrc/ops.def``. They take what
-`fastdrop.arrays.dropout` has checked and never validate, allocate results or call each other:
-
-* ``x`` and ``y`` are C-contiguous arrays of the same number of elements, of the dtype that the tag ``dtype`` names;
-  bfloat16 comes as its bits, uint16. ``y`` may be ``x``.
-* ``words`` is a contiguous array of uint32 that has room for the bits.
-* ``0 < threshold < 2**32``: keeping all and dropping all need no draw.
-* Kept elements become ``a * x + b``, dropped ones ``c``, selected and not multiplied: a dropped inf or NaN leaves no
-  trace. With ``b == c == 0`` it is ``a * x`` and exactly +0. float32 and float64 are computed in themselves, 16-bit
-  types in float32 with ``a``, ``b`` and ``c`` rounded to it, and rounded once at the end, to nearest even.
-
-The fused primitives are in `rows`, with their contract.
+The package's docstring has the contract that all primitives share; what a mask's bits are is defined here and in
+`core.random`. `_keep_words` draws: bit i of word w decides cell ``32 * w + i``.
 """
 
 from __future__ import annotations
@@ -41,6 +31,7 @@ from ...core.random import (
     SQRT_HALF_BITS,
     philox4x32_10,
 )
+from ..generate import primitive
 from .storage import bfloat16_to_float32, float32_to_bfloat16, unpack_bits, write_bits
 
 Array = NDArray[Any]
@@ -49,115 +40,81 @@ Words = NDArray[np.uint32]
 CHUNK_WORDS = 1 << 14  # drawn at a time; bounds the temporaries at a few MB
 
 
-def unavailable() -> str | None:
-    """Why this backend can't run here; None if it can."""
-    return None
-
-
-def describe() -> str:
-    """One line for `show_config`."""
-    return f"NumPy {np.__version__}"
-
-
-def set_num_threads(n: int) -> None:
-    """NumPy runs on the calling thread."""
-
-
-def draw_bits(words: Words, position: int, first: int, n: int, seed: int, offset: int, threshold: int) -> None:
+@primitive
+def draw_bits(p: Any) -> None:
     """Draws cells ``first .. first+n-1`` and writes them at bits ``position .. position+n-1`` of words.
 
     Bits below ``position`` in its word stay, bits above the last one written in its word are cleared.
     """
-    for at in range(0, n, 32 * CHUNK_WORDS):
-        count = min(n - at, 32 * CHUNK_WORDS)
-        cell = first + at
+    for at in range(0, p.n, 32 * CHUNK_WORDS):
+        count = min(p.n - at, 32 * CHUNK_WORDS)
+        cell = p.first + at
         lead = cell & 31
-        drawn = _keep_words(cell >> 5, word_count(lead + count), seed, offset, threshold)
-        write_bits(words, position + at, unpack_bits(drawn, lead, count))
+        drawn = _keep_words(cell >> 5, word_count(lead + count), p.seed, p.offset, p.threshold)
+        write_bits(p.words, p.position + at, unpack_bits(drawn, lead, count))
 
 
-def dropout_forward(
-    dtype: int,
-    x: Array,
-    y: Array,
-    words: Words | None,
-    first: int,
-    n: int,
-    seed: int,
-    offset: int,
-    threshold: int,
-    a: float,
-    b: float,
-    c: float,
-) -> None:
+@primitive
+def dropout_forward(p: Any) -> None:
     """Element i < n is decided by cell ``first + i``; its bit goes to bit i of words too, unless that is None."""
-    bits = np.empty(word_count(n), np.uint32) if words is None else words
-    draw_bits(bits, 0, first, n, seed, offset, threshold)
-    masked_affine(dtype, x, y, bits, 0, 1, 1, n, a, b, c)
+    bits = np.empty(word_count(p.n), np.uint32) if p.words is None else p.words
+    draw_bits(bits, 0, p.first, p.n, p.seed, p.offset, p.threshold)
+    masked_affine(p.dtype, p.x, p.y, bits, 0, 1, 1, p.n, p.a, p.b, p.c)
 
 
-def masked_affine(
-    dtype: int,
-    x: Array,
-    y: Array,
-    words: Words,
-    position: int,
-    outer: int,
-    repeat: int,
-    inner: int,
-    a: float,
-    b: float,
-    c: float,
-) -> None:
+@primitive
+def masked_affine(p: Any) -> None:
     """Data ``[outer, repeat, inner]`` under stored bits: element (o, r, i) by bit ``position + o * inner + i``."""
-    keep = unpack_bits(words, position, outer * inner).reshape(outer, 1, inner)
-    source, target = x.reshape(outer, repeat, inner), y.reshape(outer, repeat, inner)
-    if dtype == BFLOAT16:
+    keep = unpack_bits(p.words, p.position, p.outer * p.inner).reshape(p.outer, 1, p.inner)
+    source, target = p.x.reshape(p.outer, p.repeat, p.inner), p.y.reshape(p.outer, p.repeat, p.inner)
+    if p.dtype == BFLOAT16:
         source = bfloat16_to_float32(source)
-    elif dtype == FLOAT16:
+    elif p.dtype == FLOAT16:
         source = source.astype(np.float32)
     kind = source.dtype.type
     with np.errstate(all="ignore"):  # inf and NaN in data are data
-        kept = source * kind(a)
-        if b != 0.0 or c != 0.0:
-            kept += kind(b)
-        result = np.where(keep, kept, kind(c))
-        target[...] = float32_to_bfloat16(result) if dtype == BFLOAT16 else result
+        kept = source * kind(p.a)
+        if p.b != 0.0 or p.c != 0.0:
+            kept += kind(p.b)
+        result = np.where(keep, kept, kind(p.c))
+        target[...] = float32_to_bfloat16(result) if p.dtype == BFLOAT16 else result
 
 
-def gaussian_multiply(dtype: int, x: Array, y: Array, first: int, n: int, seed: int, offset: int, sigma: float) -> None:
+@primitive
+def gaussian_multiply(p: Any) -> None:
     """``y[i] = x[i] * (1 + sigma * z)`` with z the standard normal number of cell ``first + i``, for i < n.
 
     Cells are below 2**61. The factor is float32 for every dtype, computed by the steps of `_normals` in their order,
     each rounded to nearest even and none contracted with the next, so that all backends have it bit for bit; then the
     product is as for the affine: float64 in itself, 16-bit types in float32, rounded once.
     """
-    source, target = x.reshape(-1), y.reshape(-1)
-    one, spread = np.float32(1), np.float32(sigma)
-    for at in range(0, n, 32 * CHUNK_WORDS):
-        part = slice(at, min(n, at + 32 * CHUNK_WORDS))
-        factor = one + spread * _normals(first + at, part.stop - at, seed, offset)
+    source, target = p.x.reshape(-1), p.y.reshape(-1)
+    one, spread = np.float32(1), np.float32(p.sigma)
+    for at in range(0, p.n, 32 * CHUNK_WORDS):
+        part = slice(at, min(p.n, at + 32 * CHUNK_WORDS))
+        factor = one + spread * _normals(p.first + at, part.stop - at, p.seed, p.offset)
         values = source[part]
-        if dtype == BFLOAT16:
+        if p.dtype == BFLOAT16:
             values = bfloat16_to_float32(values)
         with np.errstate(all="ignore"):
-            if dtype == FLOAT16:
+            if p.dtype == FLOAT16:
                 values = values.astype(np.float32)
             result = values * factor
-            target[part] = float32_to_bfloat16(result) if dtype == BFLOAT16 else result
+            target[part] = float32_to_bfloat16(result) if p.dtype == BFLOAT16 else result
 
 
-def dilate_bits(to: Words, words: Words, outer: int, n: int, inner: int, block: int) -> None:
+@primitive
+def dilate_bits(p: Any) -> None:
     """Widens what is dropped along an axis: bits ``[outer, n, inner]`` of words to bits ``[outer, n + block - 1,
     inner]`` of to, where cell i is kept if those of the cells ``i - block + 1 .. i`` that there are, are kept.
 
     ``to`` and ``words`` are different arrays; bits past the last in the last word of ``to`` become 0.
     """
-    keep = unpack_bits(words, 0, outer * n * inner).reshape(outer, n, inner)
-    result = np.ones((outer, n + block - 1, inner), np.bool_)
-    for shift in range(block):
-        result[:, shift : shift + n] &= keep
-    write_bits(to, 0, result.reshape(-1))
+    keep = unpack_bits(p.words, 0, p.outer * p.n * p.inner).reshape(p.outer, p.n, p.inner)
+    result = np.ones((p.outer, p.n + p.block - 1, p.inner), np.bool_)
+    for shift in range(p.block):
+        result[:, shift : shift + p.n] &= keep
+    write_bits(p.to, 0, result.reshape(-1))
 
 
 def _normals(first: int, n: int, seed: int, offset: int) -> NDArray[np.float32]:

@@ -1,4 +1,7 @@
-"""How the NumPy backend reads and writes what others have kernels for: packed bits and bfloat16."""
+"""How the NumPy backend reads and writes packed bits, bfloat16 and the data of the fused primitives.
+
+NumPy has no type for bfloat16, so it comes as its bits in uint16: `bfloat16_to_float32` and back.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...core.checks import BFLOAT16
+
 Array = NDArray[Any]
 Words = NDArray[np.uint32]
+Doubles = NDArray[np.float64]
 
 
 def bfloat16_to_float32(bits: Array) -> Array:
@@ -36,3 +42,21 @@ def write_bits(words: Words, position: int, keep: NDArray[np.bool_]) -> None:
     bits[:lead] = unpack_bits(words, position - lead, lead)
     bits[lead : lead + keep.size] = keep
     words[start:stop] = np.packbits(bits, bitorder="little").view("<u4")
+
+
+def read_bits(words: Words | None, shape: tuple[int, int]) -> NDArray[np.bool_]:
+    """Bits of rows and columns; all of them set where there are no words."""
+    if words is None:
+        return np.ones(shape, np.bool_)
+    return unpack_bits(words, 0, shape[0] * shape[1]).reshape(shape)
+
+
+def read_doubles(dtype: int, x: Array, shape: tuple[int, int]) -> Doubles:
+    values = bfloat16_to_float32(x) if dtype == BFLOAT16 else x
+    return values.reshape(shape).astype(np.float64)
+
+
+def write_doubles(dtype: int, to: Array, values: Doubles) -> None:
+    """Rounds to the dtype."""
+    flat = to.reshape(values.shape)
+    flat[...] = float32_to_bfloat16(values.astype(np.float32)) if dtype == BFLOAT16 else values

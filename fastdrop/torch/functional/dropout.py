@@ -1,21 +1,21 @@
-"""Every kind of dropout as a function: its cells and its law. `routing` does the rest."""
+"""Every kind of dropout as a function; those of whole channels and of blocks are in `channels`.
+
+Each function works out the shape of its mask and its scaling. `routing` does the rest.
+"""
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ...core import checks, variants
-from ..ops.mask import cells_shape
 from ..runtime.nested import shape_of
-from .routing import check_tensor, drop, drop_block, eager_probability, gaussian
+from .channels import drop_block2d, drop_block3d, dropout1d, dropout2d, dropout3d, feature_alpha_dropout
+from .plan import check_tensor, eager_probability, for_subclasses
+from .routing import drop, gaussian
 
 __all__ = [
     "alpha_dropout",
@@ -32,24 +32,7 @@ __all__ = [
     "variational_dropout",
 ]
 
-Shape = tuple[int, ...]
 Seed = int | Tensor | None
-Function = TypeVar("Function", bound=Callable[..., Tensor])
-
-
-def _for_subclasses(function: Function) -> Function:
-    """Lets tensor subclasses have their way with a function, as torch's own do."""
-
-    first = next(iter(inspect.signature(function).parameters))
-
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        x = args[0] if args else kwargs.get(first)
-        if has_torch_function_unary(x):
-            return handle_torch_function(called, (x,), *args, **kwargs)
-        return function(*args, **kwargs)
-
-    return called  # type: ignore[return-value]
 
 
 def dropout(
@@ -119,7 +102,7 @@ def dropout(
     >>> x = torch.arange(1.0, 7.0, requires_grad=True)
     >>> y = fdt.dropout(x, 0.5, seed=4)
     >>> y
-    tensor([ 0.,  0.,  6.,  8.,  0., 12.], grad_fn=<_FastBackward>)
+    tensor([ 0.,  0.,  6.,  8.,  0., 12.], grad_fn=<DropoutBackward>)
     >>> y.sum().backward()
     >>> x.grad
     tensor([0., 0., 2., 2., 0., 2.])
@@ -142,103 +125,11 @@ def dropout(
         checks.scaling(scaling)
     if noise_shape is not None and not torch.compiler.is_compiling() and not getattr(input, "is_nested", False):
         check_tensor(input)
-        noise_shape = cells_shape(noise_shape, input)
-    return drop(input, p, training, inplace, generator, seed, noise_shape, store, scaling)
+        noise_shape = checks.noise_shape(noise_shape, tuple(input.shape))
+    return drop(input, p, training, inplace, (generator, seed), noise_shape, store, scaling)
 
 
-@_for_subclasses
-def dropout1d(
-    input: Tensor,
-    p: float | Tensor = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-    *,
-    generator: torch.Generator | None = None,
-    seed: Seed = None,
-    store: str = "bits",
-) -> Tensor:
-    """Returns input with whole channels dropped: `torch.nn.functional.dropout1d`, faster.
-
-    Parameters
-    ----------
-    input : Tensor, ``(N, C, L)`` or ``(C, L)``
-    p, training, inplace, generator, seed, store
-        As in `dropout`, and so are the errors; RuntimeError for input of other ranks, as torch's.
-
-    Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
-    Source: Tompson et al., CVPR 2015.
-
-    >>> import torch, fastdrop.torch as fdt
-    >>> fdt.dropout1d(torch.ones(2, 2, 3), 0.5, seed=4)[..., 0]
-    tensor([[0., 0.],
-            [2., 2.]])
-    """
-    return _features(F.dropout1d, (2, 3), 3, input, p, training, inplace, generator, seed, store)
-
-
-@_for_subclasses
-def dropout2d(
-    input: Tensor,
-    p: float | Tensor = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-    *,
-    generator: torch.Generator | None = None,
-    seed: Seed = None,
-    store: str = "bits",
-) -> Tensor:
-    """Returns input with whole channels dropped: `torch.nn.functional.dropout2d`, faster.
-
-    Parameters
-    ----------
-    input : Tensor, ``(N, C, H, W)``
-        Of three axes it is taken for ``(N, C, L)``, with torch's warning; other ranks are deprecated there, and here.
-    p, training, inplace, generator, seed, store
-        As in `dropout`, and so are the errors; channels-last tensors are read and written as they lie.
-
-    Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
-    Source: Tompson et al., CVPR 2015.
-
-    >>> import torch, fastdrop.torch as fdt
-    >>> fdt.dropout2d(torch.ones(2, 2, 3, 3), 0.5, seed=4)[..., 0, 0]
-    tensor([[0., 0.],
-            [2., 2.]])
-    """
-    return _features(F.dropout2d, (4,), None, input, p, training, inplace, generator, seed, store)
-
-
-@_for_subclasses
-def dropout3d(
-    input: Tensor,
-    p: float | Tensor = 0.5,
-    training: bool = True,
-    inplace: bool = False,
-    *,
-    generator: torch.Generator | None = None,
-    seed: Seed = None,
-    store: str = "bits",
-) -> Tensor:
-    """Returns input with whole channels dropped: `torch.nn.functional.dropout3d`, faster.
-
-    Parameters
-    ----------
-    input : Tensor, ``(N, C, D, H, W)`` or ``(C, D, H, W)``
-        Other ranks are deprecated, with torch's warning.
-    p, training, inplace, generator, seed, store
-        As in `dropout`, and so are the errors.
-
-    Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
-    Source: Tompson et al., CVPR 2015.
-
-    >>> import torch, fastdrop.torch as fdt
-    >>> fdt.dropout3d(torch.ones(2, 2, 3, 3, 3), 0.5, seed=4)[..., 0, 0, 0]
-    tensor([[0., 0.],
-            [2., 2.]])
-    """
-    return _features(F.dropout3d, (4, 5), 5, input, p, training, inplace, generator, seed, store)
-
-
-@_for_subclasses
+@for_subclasses
 def alpha_dropout(
     input: Tensor,
     p: float | Tensor = 0.5,
@@ -267,34 +158,10 @@ def alpha_dropout(
     >>> fdt.alpha_dropout(torch.zeros(4), 0.5, True, seed=4)
     tensor([-0.7792, -0.7792,  0.7792,  0.7792])
     """
-    return drop(input, p, training, inplace, generator, seed, None, store, "alpha")
+    return drop(input, p, training, inplace, (generator, seed), None, store, "alpha")
 
 
-@_for_subclasses
-def feature_alpha_dropout(
-    input: Tensor,
-    p: float | Tensor = 0.5,
-    training: bool = False,
-    inplace: bool = False,
-    *,
-    generator: torch.Generator | None = None,
-    seed: Seed = None,
-    store: str = "bits",
-) -> Tensor:
-    """Returns `alpha_dropout` of input, whole channels dropped: `torch.nn.functional.feature_alpha_dropout`, faster.
-
-    Parameters, errors and what is kept are `alpha_dropout`'s, but a bit is a channel's of a sample; input is
-    ``(N, C, *)``, RuntimeError if it has fewer axes.
-
-    >>> import torch, fastdrop.torch as fdt
-    >>> fdt.feature_alpha_dropout(torch.zeros(2, 2, 3), 0.5, True, seed=4)[..., 0]
-    tensor([[-0.7792, -0.7792],
-            [ 0.7792,  0.7792]])
-    """
-    return drop(input, p, training, inplace, generator, seed, _channels(input, p, training), store, "alpha")
-
-
-@_for_subclasses
+@for_subclasses
 def variational_dropout(
     input: Tensor,
     p: float | Tensor,
@@ -330,10 +197,10 @@ def variational_dropout(
     checks.scaling(scaling)
     check_tensor(input)
     cells = variants.shared_cells(shape_of(input), checks.axis("time_axis", time_axis, input.dim()))
-    return drop(input, p, training, inplace, generator, seed, cells, store, scaling)
+    return drop(input, p, training, inplace, (generator, seed), cells, store, scaling)
 
 
-@_for_subclasses
+@for_subclasses
 def drop_connect(
     weight: Tensor,
     p: float | Tensor = 0.5,
@@ -357,10 +224,10 @@ def drop_connect(
             [2., 0., 2.]])
     """
     checks.scaling(scaling)
-    return drop(weight, p, training, False, generator, seed, None, store, scaling)
+    return drop(weight, p, training, False, (generator, seed), None, store, scaling)
 
 
-@_for_subclasses
+@for_subclasses
 def stochastic_depth(
     input: Tensor,
     p: float | Tensor,
@@ -398,72 +265,10 @@ def stochastic_depth(
     if not torch.compiler.is_compiling():
         p = eager_probability(p, "drop probability")
     cells = variants.sample_cells(shape_of(input), mode)
-    return drop(input, p, training, inplace, generator, seed, cells, store, scaling)
+    return drop(input, p, training, inplace, (generator, seed), cells, store, scaling)
 
 
-@_for_subclasses
-def drop_block2d(
-    input: Tensor,
-    p: float | Tensor,
-    block_size: int | tuple[int, int],
-    inplace: bool = False,
-    *,
-    training: bool = True,
-    couple_channels: bool = False,
-    generator: torch.Generator | None = None,
-    seed: Seed = None,
-) -> Tensor:
-    """Returns input with blocks of neighbouring cells dropped, scaled by cells / cells kept: torchvision's, faster.
-
-    Parameters
-    ----------
-    input : Tensor of a float dtype, ``(N, C, H, W)``
-    p : float or Tensor of one number
-        Share of cells to drop, 0 to 1; p = 1 gives zeros.
-    block_size : int or tuple of int
-        Extent of a block on each spatial axis, cut to input's on each by itself, as in timm; odd or even.
-    inplace, training, generator, seed
-        As in `dropout`, and so are the errors; ValueError for other ranks, as torchvision's. (Its ``eps`` isn't there:
-        where nothing is kept, nothing is divided.)
-    couple_channels : bool
-        One mask for all channels of a sample, as in timm; else each has its own.
-
-    Kept for backward: a bit per cell and 8 bytes. A seed's mask is that of `fastdrop.drop_block`. Source: Ghiasi et
-    al., NeurIPS 2018.
-
-    >>> import torch, fastdrop.torch as fdt
-    >>> fdt.drop_block2d(torch.ones(1, 1, 4, 6), 0.3, 2, seed=3)[0, 0]
-    tensor([[1.2000, 1.2000, 1.2000, 1.2000, 1.2000, 1.2000],
-            [1.2000, 0.0000, 0.0000, 1.2000, 1.2000, 1.2000],
-            [1.2000, 0.0000, 0.0000, 1.2000, 1.2000, 1.2000],
-            [1.2000, 1.2000, 1.2000, 1.2000, 1.2000, 1.2000]])
-    """
-    return drop_block(input, p, block_size, 2, inplace, training, couple_channels, generator, seed)
-
-
-@_for_subclasses
-def drop_block3d(
-    input: Tensor,
-    p: float | Tensor,
-    block_size: int | tuple[int, int, int],
-    inplace: bool = False,
-    *,
-    training: bool = True,
-    couple_channels: bool = False,
-    generator: torch.Generator | None = None,
-    seed: Seed = None,
-) -> Tensor:
-    """Returns `drop_block2d` in three spatial axes, ``(N, C, D, H, W)``: torchvision's, faster.
-
-    >>> import torch, fastdrop.torch as fdt
-    >>> y = fdt.drop_block3d(torch.ones(1, 2, 6, 6, 6), 0.1, 3, seed=3)
-    >>> y.shape, bool((y == 0).any()), round(float(y.mean()), 4)
-    (torch.Size([1, 2, 6, 6, 6]), True, 1.0)
-    """
-    return drop_block(input, p, block_size, 3, inplace, training, couple_channels, generator, seed)
-
-
-@_for_subclasses
+@for_subclasses
 def gaussian_dropout(
     input: Tensor,
     p: float | Tensor = 0.5,
@@ -490,35 +295,4 @@ def gaussian_dropout(
     >>> fdt.gaussian_dropout(torch.ones(3), 0.5, seed=4)
     tensor([-0.4915,  1.1203,  1.2279])
     """
-    return gaussian(input, p, training, inplace, generator, seed)
-
-
-def _features(
-    theirs: Callable[..., Tensor],
-    ranks: tuple[int, ...],
-    batched: int | None,
-    x: Tensor,
-    p: float | Tensor,
-    training: bool,
-    inplace: bool,
-    generator: torch.Generator | None,
-    seed: Seed,
-    store: str,
-) -> Tensor:
-    """Channels dropped. ``theirs`` is torch's function for these ranks; at ``batched`` (None: at all) x has samples."""
-    check_tensor(x)
-    rank = x.dim()
-    if rank not in ranks:
-        theirs(x, 0.0, False)  # says what torch says of others, and does nothing
-    if batched is None or rank == batched or not rank:
-        cells = _channels(x, p, training)
-    else:
-        cells = variants.feature_cells(shape_of(x), 0)
-    return drop(x, p, training, inplace, generator, seed, cells, store, "inverted")
-
-
-def _channels(x: Tensor, p: float | Tensor, training: bool) -> Shape:
-    check_tensor(x)
-    if x.dim() < 2 and training and (isinstance(p, Tensor) or p != 0.0):
-        raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
-    return variants.feature_cells(shape_of(x), 1)
+    return gaussian(input, p, training, inplace, (generator, seed))

@@ -1,453 +1,234 @@
-"""How a call reaches a kernel, and the adapters that give it a gradient.
+"""The three kinds of dropout that all functions and modules are made of: `drop`, `drop_block` and `gaussian`.
 
-Plain eager tensors take an `autograd.Function` that calls the kernel at once; compilers, tracers, transforms, modes and
-subclasses take the ops of `ops.mask`, which serve all of those and cost three times as much. What functions and modules
-offer is `drop` with cells and a law of its own, `drop_block` or `gaussian`.
+Each takes its way from `plan_call`. Eager dense tensors go to the kernel, and if a gradient is wanted through an
+autograd function that calls the kernel at once. Everybody else gets the ops of `ops.mask`.
 """
 
 from __future__ import annotations
 
-import functools
-import sys
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
-from torch.autograd import forward_ad
-from torch.overrides import handle_torch_function, has_torch_function
 
 from ...core import checks, variants
-from ...core.random import DROP_ALL, threshold
+from ...core.random import DROP_ALL
+from ...core.random import threshold as threshold_of
 from ..ops import mask as mask_ops
-from ..runtime import mask_kernels, nested, seeds, tracing
-from ..runtime.dispatch import can_call_kernel, is_plain, is_transformed
+from ..runtime import dtypes, mask_kernels, nested, seeds
+from ..runtime.dispatch import can_call_kernel
+from ..runtime.dispatch.ops import fast_apply
+from ..runtime.dispatch.tensors import jit_trace
+from . import onnx
+from .plan import (
+    KERNEL,
+    MASK_OPS,
+    ONNX,
+    Source,
+    check_tensor,
+    check_unused_seed,
+    is_p_differentiated,
+    next_seed,
+    plan_call,
+)
 
-__all__ = ["autocast_dtype", "check_tensor", "drop", "drop_block", "eager_probability", "for_subclasses", "gaussian"]
-
-KEEPS_ALL = 2.0**-33  # p up to here rounds to a threshold of 0
+__all__ = ["drop", "drop_block", "gaussian"]
 
 _is_compiling = torch.compiler.is_compiling
 
-Shape = tuple[int, ...]
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
-def for_subclasses(function: Function) -> Function:
-    """Lets tensor subclasses, in the place of any argument, have their way with a function, as torch's own do."""
-
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values())
-        if has_torch_function(given):
-            return handle_torch_function(called, given, *args, **kwargs)
-        return function(*args, **kwargs)
-
-    return called  # type: ignore[return-value]
-
 
 def drop(
-    x: Tensor,
-    p: float | Tensor,
-    training: bool,
-    inplace: bool,
-    generator: torch.Generator | None,
-    seed: int | Tensor | None,
-    cells_shape: Any,
-    store: str,
-    law: str,
+    x: Tensor, p: float | Tensor, training: bool, inplace: bool, source: Source, cells: Any, store: str, scaling: str
 ) -> Tensor:
-    """Everything that keeps or drops: ``cells_shape`` fits x, or is None for every element; ``law`` is the affine's."""
-    if _is_compiling() or (type(p) is not float and _is_traced_number(p)):
-        return _compiled(x, p, training, inplace, generator, seed, cells_shape, store, law)
-    p = eager_probability(p)
+    """Everything that keeps or drops. ``source`` is the generator and the seed, and ``cells`` the mask's shape, which
+    fits x, or None if each element has its own cell. ``scaling`` is one of `variants.affine`."""
+    if type(x) is not Tensor:
+        check_tensor(x)
+    way, p, drops = plan_call(x, p, training)
     if store != "bits":
         checks.choice("store", store, checks.STORES)
-    cut = threshold(p)  # type: ignore[arg-type]
-    if not training or cut == 0:
-        check_tensor(x)
-        _check_unused(seed, generator)
-        return _evaluated(x, 1.0 - cut / DROP_ALL, inplace) if law == "standard" and cut else x
-    try:
-        known = x.dtype in mask_kernels.DTYPES
-    except AttributeError:
-        known = False
-    if not known:
-        check_tensor(x)
-        mask_kernels.check_dtype(x)
-    if law == "alpha":
-        mask_kernels.check_real(x, "alpha dropout")
-    if cells_shape is not None and not x.is_nested and cells_shape == x.shape:
-        cells_shape = None
-    if not is_plain(x):
-        return _by_ops(x, p, inplace, generator, seed, cells_shape, store == "bits", law)
-    number = _number_of_seed(x, generator, seed, inplace)
-    affine = variants.affine(law, cut)
+    if not drops:
+        check_unused_seed(source)
+        return _evaluated(x, p, inplace) if scaling == "standard" and not training else x
+    if way != KERNEL:
+        return _drop_by_ops(x, p, way, inplace, source, cells, store, scaling)
+    if x.dtype not in dtypes.DTYPES:
+        dtypes.check_dtype(x)
+    if scaling == "alpha":
+        dtypes.check_real(x, "alpha dropout")
+    if cells is not None and cells == x.shape:
+        cells = None
+    seed = next_seed(way, x, source, inplace)
+    threshold = threshold_of(p)  # type: ignore[arg-type]
+    affine = variants.affine(scaling, threshold)
     if x.requires_grad and torch.is_grad_enabled():
-        result: Tensor = _apply_fast(x, (number, cut, affine, cells_shape, store == "bits", inplace, p, law))
+        result: Tensor = _apply_dropout(x, seed, inplace, (threshold, affine, cells, store == "bits", p, scaling))
         return result
     if inplace:
         torch.autograd.graph.increment_version(x)
-    return mask_kernels.forward(x, number, cut, affine, cells_shape, False, inplace)[0]
+    return mask_kernels.forward(x, seed, threshold, affine, cells, False, inplace)[0]
 
 
-class _Fast(torch.autograd.Function):
-    """Plain eager tensors: straight to the kernel. In the old style, which costs a quarter of ``setup_context``'s."""
+class Dropout(torch.autograd.Function):
+    """Dropout of eager dense tensors. It is in the old style, which costs a quarter of ``setup_context``'s.
+
+    The record of ``forward`` would make the same function, but this one computes threshold and affine once for both
+    passes. For a small tensor that is a tenth of the call.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: tuple[Any, ...]) -> Tensor:
-        seed, cut, affine, cells_shape, bits, inplace, _, _ = call
-        y, words = mask_kernels.forward(x, seed, cut, affine, cells_shape, bits, inplace)
+    def forward(ctx: Any, x: Tensor, seed: Any, inplace: bool, drawn: tuple[Any, ...]) -> Tensor:
+        threshold, affine, cells, store_bits, _, _ = ctx.drawn = drawn
+        y, words = mask_kernels.forward(x, seed, threshold, affine, cells, store_bits, inplace)
         ctx.save_for_backward(seeds.as_tensor(seed) if words is None else words)
-        ctx.call = (None, *call[1:]) if isinstance(seed, Tensor) else call  # kept where needed, and not twice
         if inplace:
             ctx.mark_dirty(x)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
-        (kept,) = ctx.saved_tensors
-        _, cut, (a, _, _), cells_shape, bits, _, p, law = ctx.call
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+        (saved_mask,) = ctx.saved_tensors
+        threshold, (a, _, _), cells, store_bits, p, scaling = ctx.drawn
         if not can_call_kernel(dy):
-            return mask_ops.masked(dy, kept, p, cells_shape, bits, law), None
-        if bits:
-            return mask_kernels.apply(dy, kept, (a, 0.0, 0.0), cells_shape), None
-        return mask_kernels.forward(dy, seeds.for_kernel(kept, dy), cut, (a, 0.0, 0.0), cells_shape, False)[0], None
+            dx = mask_ops.masked(dy, saved_mask, p, cells, store_bits, scaling)
+        elif store_bits:
+            dx = mask_kernels.apply(dy, saved_mask, (a, 0.0, 0.0), cells)
+        else:
+            seed = seeds.for_kernel(saved_mask, dy)
+            dx, _ = mask_kernels.forward(dy, seed, threshold, (a, 0.0, 0.0), cells, False)
+        return dx, None, None, None
 
 
-# Past `Function.apply`, whose Python looks for functorch (which `is_plain` has ruled out), and past its counterpart in
-# backward, which looks for a `vjp`: two microseconds of twenty for a small tensor.
-_apply_fast = super(torch.autograd.Function, _Fast).apply
-_Fast._backward_cls.apply = _Fast.backward  # type: ignore[attr-defined]
+_apply_dropout = fast_apply(Dropout)
 
 
-def _compiled(
-    x: Tensor,
-    p: Any,
-    training: bool,
-    inplace: bool,
-    generator: Any,
-    seed: Any,
-    noise_shape: Any,
-    store: str,
-    law: str,
+def _drop_by_ops(
+    x: Tensor, p: Any, way: str, inplace: bool, source: Source, cells: Any, store: str, scaling: str
 ) -> Tensor:
-    """What a compiler looks into: as little as can be."""
-    if store != "bits" and store != "seed":
-        raise ValueError(f"store must be one of 'bits', 'seed', but got {store!r}")
-    p = traced_probability(p)
-    if not training and law == "standard":
-        cut = torch.round(p.double() * DROP_ALL) if isinstance(p, Tensor) else threshold(p)
-        return _evaluated(x, 1.0 - cut / DROP_ALL, inplace)
-    if not training or (not isinstance(p, Tensor) and p <= KEEPS_ALL):
-        return x
-    if noise_shape is not None and not x.is_nested:
-        if len(noise_shape) != x.dim():
-            raise ValueError("noise_shape must have one entry per axis of x")
-        noise_shape = [x.shape[i] if cells is None else cells for i, cells in enumerate(noise_shape)]
-    return _by_ops(x, p, inplace, generator, seed, noise_shape, store == "bits", law)
+    """`drop` for everybody but eager dense tensors. Compilers look into this function: it does as little as it can.
 
-
-def _by_ops(
-    x: Tensor, p: Any, inplace: bool, generator: Any, seed: Any, cells_shape: Any, bits: bool, law: str
-) -> Tensor:
-    """Compilers, tracers, transforms, forward-mode AD, modes and subclasses: the ops and nothing else.
-
-    Nested tensors come by here too; what is called on their values then finds its own way.
+    Nested tensors come here too. `drop` is called on their values, and takes its own way.
     """
+    if not _is_compiling():
+        dtypes.check_dtype(x)
+        if scaling == "alpha":
+            dtypes.check_real(x, "alpha dropout")
     if x.is_nested:
-        store = "bits" if bits else "seed"
 
         def dropped(values: Tensor, cells: Any) -> Tensor:
-            return drop(values, p, True, False, generator, seed, cells, store, law)
+            return drop(values, p, True, False, source, cells, store, scaling)
 
-        y = nested.drop(x, cells_shape, law, dropped)
+        y = nested.drop(x, cells, scaling, dropped)
         return nested.write(x, y) if inplace else y
     nested.check_dense(x)
-    if is_exported_to_onnx():
-        y = for_onnx(x, p, cells_shape, law, seed, generator)
-        return x.copy_(y) if inplace else y
-    number = _tensor_of_seed(x, generator, seed)
-    if cells_shape is not None:
-        cells_shape = _extents(cells_shape)
-    y = mask_ops.overload(torch.ops.fastdrop.forward, p)(x, number, p, cells_shape, bits, law)[0]
+    if cells is not None:
+        cells = _full_extents(cells, x)
+    if way == ONNX:
+        y = onnx.drop(x, p, source, cells, scaling)
+    else:
+        y = drop_by_op(x, p, next_seed(way, x, source), cells, store == "bits", scaling)
     return x.copy_(y) if inplace else y
 
 
-def _extents(cells: Any) -> Any:
-    """A mask's shape as ops take it: what `torch.jit.trace` finds in a tensor's shape are tensors."""
-    return cells if torch._C._get_tracing_state() is None else [int(extent) for extent in cells]
+def drop_by_op(x: Tensor, p: Any, seed: Tensor, cells: Any, store_bits: bool, scaling: str) -> Tensor:
+    y: Tensor = mask_ops.FORWARD(mask_ops.Forward(x, seed, p, cells, store_bits, scaling))[0]
+    return y
 
 
-def _evaluated(x: Tensor, scale: Any, inplace: bool) -> Tensor:
-    """Standard scaling outside of training."""
-    mask_kernels.check_dtype(x)
+def _full_extents(cells: Any, x: Tensor) -> Any:
+    """The mask's shape as ops take it, or None if each element has its own cell."""
+    if _is_compiling():
+        if len(cells) != x.dim():
+            raise ValueError("noise_shape must have one entry per axis of x")
+        return [x.shape[i] if extent is None else extent for i, extent in enumerate(cells)]
+    return None if cells == x.shape else _numbers(cells)
+
+
+def _numbers(cells: Any) -> Any:
+    """Extents as numbers, because those of a tensor's shape are tensors in `torch.jit.trace`."""
+    return cells if jit_trace() is None else [int(extent) for extent in cells]
+
+
+def _evaluated(x: Tensor, p: Any, inplace: bool) -> Tensor:
+    """Standard scaling outside of training: x times the probability that an element would have been kept."""
+    threshold = torch.round(p.double() * DROP_ALL) if isinstance(p, Tensor) else threshold_of(p)
+    if not _is_compiling() and not isinstance(p, Tensor) and threshold == 0:
+        return x
+    return _scaled(x, 1.0 - threshold / DROP_ALL, inplace)
+
+
+def _scaled(x: Tensor, scale: Any, inplace: bool) -> Tensor:
+    dtypes.check_dtype(x)
     if x.is_nested:
-        y: Tensor = nested.on_values(lambda values: _evaluated(values, scale, False), x)
+        y: Tensor = nested.on_values(lambda values: _scaled(values, scale, False), x)
         return nested.write(x, y) if inplace else y
-    if not isinstance(scale, Tensor) and scale == 0.0:  # where infinities and NaNs leave no trace
-        all_of_it = x.new_ones((), dtype=torch.bool)
-        return x.masked_fill_(all_of_it, 0.0) if inplace else x.masked_fill(all_of_it, 0.0)
-    return x.mul_(scale) if inplace else (x * scale).to(x.dtype)  # without axes it would take on a tensor's dtype
+    if not isinstance(scale, Tensor) and scale == 0.0:  # infinities and NaNs become 0 too
+        everywhere = x.new_ones((), dtype=torch.bool)
+        return x.masked_fill_(everywhere, 0.0) if inplace else x.masked_fill(everywhere, 0.0)
+    return x.mul_(scale) if inplace else (x * scale).to(x.dtype)  # a tensor scale gives x without axes its own dtype
 
 
 def drop_block(
     x: Tensor,
     p: float | Tensor,
-    block_size: Any,
-    spatial_axes: int,
+    sizes: tuple[Any, int],
     inplace: bool,
     training: bool,
     couple_channels: bool,
-    generator: torch.Generator | None,
-    seed: int | Tensor | None,
+    source: Source,
 ) -> Tensor:
+    """DropBlock. ``sizes`` is the block's size and the number of spatial axes."""
     check_tensor(x)
-    p = traced_probability(p) if _is_compiling() else eager_probability(p, "drop probability")
-    if x.dim() != spatial_axes + 2:
-        raise ValueError(f"input should be {spatial_axes + 2} dimensional. Got {x.dim()} dimensions.")
-    sizes = checks.block_size(block_size, spatial_axes)
-    if not training or (not isinstance(p, Tensor) and p <= KEEPS_ALL):
-        _check_unused(seed, generator)
+    way, p, drops = plan_call(x, p, training, what="drop probability")
+    block_size, axes = checks.block_size(*sizes), sizes[1]
+    if x.dim() != axes + 2:
+        raise ValueError(f"input should be {axes + 2} dimensional. Got {x.dim()} dimensions.")
+    if not drops:
+        check_unused_seed(source)
         return x
     nested.refuse(x, "DropBlock")
     nested.check_dense(x)
-    if is_exported_to_onnx():
-        refuse_onnx("blocks")
+    if way == ONNX:
+        onnx.refuse("blocks")
     shape = tuple(x.shape)
     cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
-    if _is_compiling() or not is_plain(x):
-        drawn, cells = _tensor_of_seed(x, generator, seed), _extents(cells)
-        words, kept = mask_ops.overload(torch.ops.fastdrop.draw_blocks, p)(x, drawn, p, cells, sizes)
-        y: Tensor = torch.ops.fastdrop.keep_blocks(x, words, kept, cells)
-        return x.copy_(y) if inplace else y
-    mask_kernels.check_dtype(x)
-    number = _number_of_seed(x, generator, seed, inplace)
-    plan = variants.blocks(cells, p, sizes)
-    words, kept = mask_kernels.draw_blocks(x, number, threshold(plan.gamma), plan)
-    cells_shape = cells if couple_channels else None
-    if x.requires_grad and torch.is_grad_enabled():
-        result: Tensor = _FastBlocks.apply(x, words, kept, cells_shape, inplace)
-        return result
-    if inplace:
-        torch.autograd.graph.increment_version(x)
-    return mask_kernels.keep_blocks(x, words, kept, cells_shape, inplace)
+    if way == KERNEL:
+        dtypes.check_dtype(x)
+        draw = mask_ops.DrawBlocks(x, next_seed(way, x, source, inplace), p, cells, block_size)
+        words, count = mask_ops.DRAW_BLOCKS.launch(draw)
+        keep, wanted = mask_ops.KeepBlocks(x, words, count, cells), x.requires_grad and torch.is_grad_enabled()
+        y: Tensor = mask_ops.KEEP_BLOCKS.call_kernel(keep, wanted, inplace)
+        return y
+    cells = _numbers(cells)
+    draw = mask_ops.DrawBlocks(x, next_seed(way, x, source), p, cells, block_size)
+    words, count = mask_ops.DRAW_BLOCKS(draw)
+    y = mask_ops.KEEP_BLOCKS(mask_ops.KeepBlocks(x, words, count, cells))
+    return x.copy_(y) if inplace else y
 
 
-class _FastBlocks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, words: Tensor, kept: Tensor, cells_shape: Shape | None, inplace: bool) -> Tensor:
-        ctx.save_for_backward(words, kept)
-        ctx.cells_shape = cells_shape
-        if inplace:
-            ctx.mark_dirty(x)
-        return mask_kernels.keep_blocks(x, words, kept, cells_shape, inplace)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        words, kept = ctx.saved_tensors
-        if can_call_kernel(dy):
-            dx = mask_kernels.keep_blocks(dy, words, kept, ctx.cells_shape)
-        else:
-            dx = torch.ops.fastdrop.keep_blocks(dy, words, kept, ctx.cells_shape or dy.shape)
-        return dx, None, None, None, None
-
-
-def gaussian(
-    x: Tensor,
-    p: float | Tensor,
-    training: bool,
-    inplace: bool,
-    generator: torch.Generator | None,
-    seed: int | Tensor | None,
-) -> Tensor:
+def gaussian(x: Tensor, p: float | Tensor, training: bool, inplace: bool, source: Source) -> Tensor:
     check_tensor(x)
-    if not _is_differentiated(p):
-        p = traced_probability(p) if _is_compiling() else eager_probability(p)
+    if is_p_differentiated(p):
+        way, drops = MASK_OPS, training
+    else:
+        way, p, drops = plan_call(x, p, training, least=0.0)
     if not isinstance(p, Tensor) and not _is_compiling():
         p = checks.gaussian_probability(p)
-    if not training or (not isinstance(p, Tensor) and p == 0.0):
-        _check_unused(seed, generator)
+    if not drops:
+        check_unused_seed(source)
         return x
     if not _is_compiling():
-        mask_kernels.check_real(x, "Gaussian dropout")
+        dtypes.check_real(x, "Gaussian dropout")
+    y: Tensor
     if x.is_nested:
-        y: Tensor = nested.on_values(lambda values: gaussian(values, p, True, False, generator, seed), x)
+        y = nested.on_values(lambda values: gaussian(values, p, True, False, source), x)
         return nested.write(x, y) if inplace else y
-    if _is_compiling() or isinstance(p, Tensor) or not is_plain(x):
-        nested.check_dense(x)
-        if is_exported_to_onnx():
-            refuse_onnx("Gaussian noise")
-        drawn = _tensor_of_seed(x, generator, seed)
-        y = mask_ops.overload(torch.ops.fastdrop.gaussian, p)(x, drawn, p)
-        return x.copy_(y) if inplace else y
-    number = _number_of_seed(x, generator, seed, inplace)
-    if x.requires_grad and torch.is_grad_enabled():
-        result: Tensor = _FastGaussian.apply(x, number, p, inplace)
-        return result
-    if inplace:
-        torch.autograd.graph.increment_version(x)
-    return mask_kernels.gaussian(x, number, variants.spread(p), inplace)
-
-
-class _FastGaussian(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: int | Tensor, p: float, inplace: bool) -> Tensor:
-        y = mask_kernels.gaussian(x, seed, variants.spread(p), inplace)
-        ctx.save_for_backward(seeds.as_tensor(seed))
-        ctx.p = p
-        if inplace:
-            ctx.mark_dirty(x)
+    if way == KERNEL:
+        call = mask_ops.Gaussian(x, next_seed(way, x, source, inplace), p)
+        y = mask_ops.GAUSSIAN.call_kernel(call, x.requires_grad and torch.is_grad_enabled(), inplace)
         return y
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-        (seed,) = ctx.saved_tensors
-        if can_call_kernel(dy):
-            dx = mask_kernels.gaussian(dy, seeds.for_kernel(seed, dy), variants.spread(ctx.p))
-        else:
-            dx = torch.ops.fastdrop.gaussian(dy, seed, ctx.p)
-        return dx, None, None, None
-
-
-# ---- export to ONNX ----
-
-
-def is_exported_to_onnx() -> bool:
-    """Whether `torch.onnx.export` looks at the call; asked while it traces, not by the graph."""
-    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
-
-
-is_exported_to_onnx._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def for_onnx(
-    x: Tensor, p: Any, cells_shape: Any, law: str, seed: int | Tensor | None, generator: torch.Generator | None
-) -> Tensor:
-    """Dropout as ONNX has it: an operator whose mask is drawn by whoever runs the model."""
-    if cells_shape is not None or law != "inverted":
-        refuse_onnx("decisions that elements share, and no other scaling than 1 / (1 - p)")
-    if isinstance(p, Tensor) or seed is not None or generator is not None:
-        refuse_onnx("seed, generator or tensor for p")
-    y: Tensor = torch.ops.aten.native_dropout.default(x, p, True)[0]
-    return y
-
-
-def refuse_onnx(missing: str) -> None:
-    raise RuntimeError(f"ONNX's Dropout has no {missing}: call model.eval() before torch.onnx.export")
-
-
-# ---- arguments ----
-
-
-def _check_unused(seed: int | Tensor | None, generator: torch.Generator | None) -> None:
-    """Refuses a bad seed where nothing is drawn from it."""
-    if seed is not None and not _is_compiling():
-        seeds.check(seed, generator)
-
-
-def _number_of_seed(
-    x: Tensor, generator: torch.Generator | None, seed: int | Tensor | None, inplace: bool
-) -> int | Tensor:
-    """The seed of a call on a plain tensor, once nothing can be wrong with it any more."""
-    if seed is not None:
-        seed = seeds.given(seed, generator, x)
-    if inplace:
-        _check_inplace(x)
-    if seed is not None:
-        return seed
-    return seeds.draw_cuda(x.device, generator) if x.is_cuda else seeds.draw(generator)
-
-
-def _tensor_of_seed(x: Tensor, generator: torch.Generator | None, seed: int | Tensor | None) -> Tensor:
-    """The seed of a call that goes by the ops."""
-    if seed is not None:
-        return seeds.as_tensor(seed, generator, like=x)
-    if generator is None:
-        return tracing.draw(x)
-    if _is_compiling():
-        raise RuntimeError("generator can't be compiled: give seed, an int or a tensor, in its place")
-    return seeds.draw_tensor(generator, x)
-
-
-def eager_probability(p: Any, what: str = "dropout probability") -> Any:
-    """The number, but a tensor where a tracer has it and nobody reads it yet."""
-    if type(p) is not float:
-        if _is_traced_number(p):
-            return traced_probability(p)
-        return checks.dropout_probability(_number(p), p, what)
-    return checks.dropout_probability(p, p, what)
-
-
-def traced_probability(p: Any) -> Any:
-    """p as a compiler may see it: a number, perhaps a symbolic one, or a tensor that nobody reads yet."""
-    if not isinstance(p, Tensor):
-        p = checks.dropout_probability(p + 0.0)
-    elif p.requires_grad:
-        _refuse_gradient()
-    return p
-
-
-def _is_traced_number(p: Any) -> bool:
-    """Whether p is a tensor of which a mode or a subclass, such as `make_fx` has, would not tell the number."""
-    if not isinstance(p, Tensor):
-        return False
-    return bool(_len_torch_dispatch_stack()) or type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__
-
-
-def _is_differentiated(p: Any) -> bool:
-    """Whether somebody may want a derivative with respect to p."""
-    if not isinstance(p, Tensor):
-        return False
-    return p.requires_grad or (not _is_compiling() and (forward_ad._current_level >= 0 or is_transformed()))
-
-
-def _refuse_gradient() -> None:
-    raise TypeError(
-        "p, the drop probability, must be a number or a tensor that does not require grad: only gaussian_dropout has a "
-        "gradient with respect to p"
-    )
-
-
-def is_transformed_there() -> bool:
-    """`is_transformed` of a call that is being compiled: asked while it is traced, not by the graph."""
-    return is_transformed()
-
-
-is_transformed_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast has ops compute in where x is, if it is on."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    return torch.get_autocast_dtype(device) if on else None
-
-
-def check_tensor(x: Any) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"input must be a Tensor, but got {type(x).__name__}")
-
-
-def _check_inplace(x: Tensor) -> None:
-    """Raises torch's own error where torch would not have x written to, before anything is drawn or written."""
-    base = x._base
-    view = base is not None and (
-        (base.requires_grad and base.is_leaf)
-        or torch._C._autograd._get_creation_meta(x) != torch._C._autograd.CreationMeta.DEFAULT
-    )
-    forbidden = torch.is_grad_enabled() and x.requires_grad and (x.is_leaf or view)
-    outside = x.is_inference() and not torch.is_inference_mode_enabled()
-    if forbidden or outside or torch._debug_has_internal_overlap(x) == 1:
-        x.mul_(1)
-
-
-def _number(p: Any) -> float:
-    if isinstance(p, Tensor):
-        if p.numel() != 1:
-            raise TypeError(f"p must be a number or a tensor of one, but got shape {tuple(p.shape)}")
-        if p.requires_grad:
-            _refuse_gradient()
-        return mask_ops.value_of(p)
-    return float(p) if isinstance(p, bool) else checks.number("p", p)
+    nested.check_dense(x)
+    if onnx.is_exported():
+        onnx.refuse("Gaussian noise")
+    y = mask_ops.GAUSSIAN(mask_ops.Gaussian(x, next_seed(way, x, source), p))
+    return x.copy_(y) if inplace else y

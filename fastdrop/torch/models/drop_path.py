@@ -1,4 +1,8 @@
-"""Stochastic depth by whatever name, recognised by what its forward computes."""
+"""Recognises stochastic depth by what a forward computes, whatever the class is called.
+
+transformers has a class for it in each model's file. `convert` changes those that compute exactly one of the functions
+below, and the scheduler and `audit` take ``drop_prob`` for their rate.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +15,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .source import _global, _python_function, _tree
+from .source.functions import definition, global_value, python_function
 
 __all__ = ["is_drop_path"]
 
-# What forwards of `DropPath` modules compute, as written by transformers and by timm before and after they had
-# ``scale_by_keep``. Compared without names, annotations and docstrings; the rate is the attribute ``drop_prob``.
+# The forwards of `DropPath` modules in transformers, and in timm before and after ``scale_by_keep`` came. The
+# comparison ignores names, annotations and docstrings. The rate is the attribute ``drop_prob``.
 DROP_PATHS = """
 def forward(self, x):
     if self.drop_prob == 0.0 or not self.training:
@@ -55,46 +59,46 @@ def drop_path(x, drop_prob, training):
 _drop_paths: weakref.WeakKeyDictionary[type, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 
 
-def is_drop_path(kind: type[nn.Module]) -> bool:
-    """Whether a class's forward is stochastic depth by sample with the rate ``drop_prob``, scaled by what is kept.
+def is_drop_path(cls: type[nn.Module]) -> bool:
+    """Whether a class's forward drops whole samples with the rate ``drop_prob`` and scales the others by 1 / (1 - p).
 
-    It is if its code is one of those in `DROP_PATHS`, whatever names it uses.
+    It must be one of the forwards above, whatever names it uses.
     """
-    forward = _python_function(getattr(kind, "forward", None))
+    forward = python_function(getattr(cls, "forward", None))
     code = getattr(forward, "__code__", None)
-    if kind not in _drop_paths or _drop_paths[kind][0] is not code:
-        _drop_paths[kind] = code, forward is not None and _is_drop_path(forward)
-    return _drop_paths[kind][1]
+    if cls not in _drop_paths or _drop_paths[cls][0] is not code:
+        _drop_paths[cls] = code, forward is not None and _is_drop_path(forward)
+    return _drop_paths[cls][1]
 
 
 def _is_drop_path(forward: types.FunctionType) -> bool:
-    tree = _tree(forward.__code__)
+    tree = definition(forward.__code__)
     if tree is None:
         return False
-    if _normalised(tree) in _known(DROP_PATHS):
-        return _global(forward, "torch") is torch
+    if _normalise(tree) in _known_functions(DROP_PATHS):
+        return global_value(forward, "torch") is torch
     call = getattr(_without_docstring(tree)[-1], "value", None)
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name):
         return False
-    function = _python_function(_global(forward, call.func.id))
-    if _normalised(tree, {call.func.id: "drop_path"}) not in _known(CALLS_DROP_PATH) or function is None:
+    function = python_function(global_value(forward, call.func.id))
+    if _normalise(tree, {call.func.id: "drop_path"}) not in _known_functions(CALLS_DROP_PATH) or function is None:
         return False
-    inner = _tree(function.__code__)
-    rand = _global(function, "torch") in (torch, None)
-    return rand and inner is not None and _normalised(inner) in _known(DROP_PATH_FUNCTIONS)
+    inner = definition(function.__code__)
+    rand = global_value(function, "torch") in (torch, None)
+    return rand and inner is not None and _normalise(inner) in _known_functions(DROP_PATH_FUNCTIONS)
 
 
 @functools.cache
-def _known(sources: str) -> frozenset[str]:
-    return frozenset(_normalised(tree) for tree in ast.parse(sources).body if isinstance(tree, ast.FunctionDef))
+def _known_functions(sources: str) -> frozenset[str]:
+    return frozenset(_normalise(tree) for tree in ast.parse(sources).body if isinstance(tree, ast.FunctionDef))
 
 
 def _without_docstring(tree: ast.FunctionDef) -> list[ast.stmt]:
     return tree.body[ast.get_docstring(tree) is not None :] or tree.body
 
 
-def _normalised(tree: ast.FunctionDef, names: dict[str, str] | None = None) -> str:
-    """The body of a function with its own names numbered in their order, without annotations."""
+def _normalise(tree: ast.FunctionDef, names: dict[str, str] | None = None) -> str:
+    """The body of a function as text, with its own names numbered in their order and without annotations."""
     own = {argument.arg: f"_{i}" for i, argument in enumerate(tree.args.args)} | (names or {})
     lines = []
     for statement in _without_docstring(tree):
@@ -103,11 +107,11 @@ def _normalised(tree: ast.FunctionDef, names: dict[str, str] | None = None) -> s
         for node in ast.walk(statement):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
                 own.setdefault(node.id, f"_{len(own)}")
-        lines.append(ast.dump(_Renamed(own).visit(ast.parse(ast.unparse(ast.fix_missing_locations(statement))))))
+        lines.append(ast.dump(_Renamer(own).visit(ast.parse(ast.unparse(ast.fix_missing_locations(statement))))))
     return "\n".join(lines)
 
 
-class _Renamed(ast.NodeTransformer):
+class _Renamer(ast.NodeTransformer):
     def __init__(self, names: dict[str, str]) -> None:
         self.names = names
 

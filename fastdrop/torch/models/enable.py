@@ -20,23 +20,26 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ...core import variants
-from ..functional.attention import attend, compose, is_direct, is_regular, trace
-from ..functional.routing import KEEPS_ALL, drop
-from ..nn.dropout import Rated
-from ..runtime import context, cuda, mask_kernels
+from ..functional.attention import attend, compose, is_direct, trace
+from ..functional.plan import KEEPS_ALL, NO_SOURCE
+from ..functional.routing import drop
+from ..nn.base import Rated
+from ..ops.attention import is_regular
+from ..runtime import context, cuda
 from ..runtime.context import drops_in_scripts, is_enabled, note_traced
 from ..runtime.dispatch import is_transformed
-from .convert import FOREIGN, refusal
+from ..runtime.dispatch.compilers import FakeTensor, FunctionalTensor, is_dynamo_imported
+from ..runtime.dispatch.modules import UNSCRIPTED
+from ..runtime.dispatch.ops import TRANSFORMS, call_as_torch, check_overridable, forget_kernels, kernel_in_transforms
+from ..runtime.dtypes import DTYPES
+from .classes import THIRD_PARTY_CLASSES, unsupported_option
 
-__all__ = ["disable", "enable", "enabled"]
+__all__ = ["disable", "enable", "enabled", "is_supported", "register"]
 
 # Calls on CPU and CUDA tensors without and with autograd, and calls inside of torch.func's transforms: from Python, and
 # from torch's own C++ under vmap, where attention drops.
-TRANSFORMS = "FuncTorchDynamicLayerFrontMode"
 KEYS = ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA", TRANSFORMS, "FuncTorchVmapMode")
 
 # aten's ops, each with its in-place form: whether whole channels are dropped, and the law.
@@ -49,8 +52,8 @@ OPS = {
 # Attention, of tensors on the CPU where it drops; elsewhere it is torch's, and its dropout ours.
 ATTENTION = "scaled_dot_product_attention"
 ATTENTION_KEYS = ("CPU", "AutogradCPU")
+OVERRIDDEN = (*OPS, *(name + "_" for name in OPS), ATTENTION)
 GRAFTED = "_fastdrop_grafted"  # on the forward of timm's and torchvision's classes, once it is ours
-UNSCRIPTED = "__jit_unused_properties__"  # where TorchScript looks for properties to leave out
 FEWEST_SCORES = 1 << 15  # below, the Python around a call costs more than its kernels save
 
 _library: torch.library.Library | None = None  # never taken away: another thread may be on its way to a kernel
@@ -126,25 +129,27 @@ def register() -> None:
         with _lock:
             # An exception from a signal may end this anywhere; the next call does it again.
             if not _is_registered:
+                overridden = [getattr(torch.ops.aten, name).default for name in OVERRIDDEN]
+                check_overridable(*overridden)
                 _library = _library or torch.library.Library("aten", "IMPL")
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # torch says that it has kernels for transforms itself
-                    for name, keys, kernel in _kernels_toregister():
+                    for name, keys, kernel in _kernels_to_register():
                         for key in keys:
                             _library.impl(name, kernel, key)
-                for name in (*OPS, *(name + "_" for name in OPS), ATTENTION):
-                    getattr(torch.ops.aten, name).default._dispatch_cache.clear()  # tracing keeps kernels it found
-                if "torch._dynamo" in sys.modules:
+                for op in overridden:
+                    forget_kernels(op)
+                if is_dynamo_imported():
                     torch.compiler.reset()  # what was compiled before has no guard
                 _is_registered = True
-    for (module, name), ours in FOREIGN.items():
+    for (module, name), ours in THIRD_PARTY_CLASSES.items():
         theirs = getattr(sys.modules.get(module), name, None)
         if theirs is not None and not hasattr(vars(theirs)["forward"], GRAFTED):
             with _lock:
                 _graft(theirs, ours)
 
 
-def _kernels_toregister() -> Iterator[tuple[str, tuple[str, ...], Any]]:
+def _kernels_to_register() -> Iterator[tuple[str, tuple[str, ...], Any]]:
     for name, (features, law) in OPS.items():
         for inplace in (False, True):
             yield name + "_" * inplace, KEYS, _kernel(name + "_" * inplace, features, law, inplace)
@@ -154,15 +159,13 @@ def _kernels_toregister() -> Iterator[tuple[str, tuple[str, ...], Any]]:
 def _kernel(name: str, features: bool, law: str, inplace: bool) -> Any:
     """What one of aten's ops does while enabled."""
     op = getattr(torch.ops.aten, name).default
-    # Not the composite implementation: inside of transforms torch has others.
-    transformed = torch.library.get_kernel(op, TRANSFORMS)
-    transforms = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, TRANSFORMS))
+    transformed = kernel_in_transforms(op)
 
     def torchs(input: Tensor, p: float, train: bool) -> Tensor:
         if is_transformed():
-            result: Tensor = transformed.call_boxed(transforms, input, p, train)
+            result: Tensor = transformed(input, p, train)
             return result
-        return _torchs(op, input, p, train)
+        return call_as_torch(op, input, p, train)
 
     def kernel(input: Tensor, p: float, train: bool) -> Tensor:
         on = is_enabled()
@@ -170,11 +173,16 @@ def _kernel(name: str, features: bool, law: str, inplace: bool) -> Any:
             train = not _is_called_from_python()
         if is_transformed() or (type(input) is not Tensor and isinstance(input, FakeTensor)):
             note_traced(on)
-        if not on or not _ours(input, p) or (features and input.dim() < 2) or (law == "alpha" and input.is_complex()):
+        if (
+            not on
+            or not is_supported(input, p)
+            or (features and input.dim() < 2)
+            or (law == "alpha" and input.is_complex())
+        ):
             return torchs(input, p, train)
         cells = variants.feature_cells(tuple(input.shape), 1) if features else None
         try:
-            return drop(input, p, train, inplace, None, None, cells, "bits", law)
+            return drop(input, p, train, inplace, NO_SOURCE, cells, "bits", law)
         except (NotImplementedError, TypeError):
             if _is_known(input):
                 raise
@@ -201,15 +209,17 @@ def _attention(
     on = drops and is_enabled()
     if drops and (is_transformed() or isinstance(query, FakeTensor)):
         note_traced(on)
-    known = on and all(_ours(x, dropout_p) for x in arguments[:3]) and (attn_mask is None or _is_known(attn_mask))
+    known = (
+        on and all(is_supported(x, dropout_p) for x in arguments[:3]) and (attn_mask is None or _is_known(attn_mask))
+    )
     if known and is_regular(*arguments, *options):
         if any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in arguments):
             traced = compose if is_transformed() or not query.is_cpu else trace
-            return traced(*arguments, dropout_p, *options)
+            return traced(arguments, dropout_p, options)
         if query.numel() // query.shape[-1] * key.shape[-2] >= FEWEST_SCORES and is_direct(*arguments):
-            return attend(*arguments, dropout_p, *options)
+            return attend(arguments, dropout_p, options)
     op = torch.ops.aten.scaled_dot_product_attention.default
-    return _torchs(op, *arguments, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    return call_as_torch(op, *arguments, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
 def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> None:
@@ -222,7 +232,7 @@ def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> None:
         # Only closure variables and builtins: the function is made anew below.
         if not is_enabled_there() or not is_ours(input) or is_refused(self):
             return forward(self, input)
-        return ours._drop(self, input)
+        return ours.drop(self, input)
 
     wanted = {
         name: value for cls in reversed(ours.__mro__) if issubclass(cls, Rated) for name, value in vars(cls).items()
@@ -232,7 +242,7 @@ def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> None:
         setattr(theirs, name, wanted[name])
     unscripted = [name for name in added if isinstance(wanted[name], property)]
     setattr(theirs, UNSCRIPTED, [*getattr(theirs, UNSCRIPTED, ()), *unscripted])
-    is_enabled_there, is_refused, is_ours = context.is_enabled_there, refusal, _is_ours
+    is_enabled_there, is_refused, is_ours = context.is_enabled_there, unsupported_option, _is_ours
     # TorchScript compiles the source of what is wrapped, with the globals of the function that it finds.
     grafted: Any = types.FunctionType(dropped.__code__, forward.__globals__, closure=dropped.__closure__)
     theirs.forward = functools.update_wrapper(grafted, forward)
@@ -240,12 +250,12 @@ def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> None:
 
 
 def _is_ours(x: Any) -> bool:
-    return isinstance(x, Tensor) and _ours(x, 0.0)
+    return isinstance(x, Tensor) and is_supported(x, 0.0)
 
 
-def _ours(x: Tensor, p: float) -> bool:
-    """Whether fastdrop has it; torch refuses a bad p in its own words."""
-    if not (_is_known(x) or _is_wrapper(x)) or x.dtype not in mask_kernels.DTYPES or not 0.0 <= p <= 1.0:
+def is_supported(x: Tensor, p: float) -> bool:
+    """Whether fastdrop has kernels for a tensor. A p out of range is left to torch, which raises its own error."""
+    if not (_is_known(x) or _is_wrapper(x)) or x.dtype not in DTYPES or not 0.0 <= p <= 1.0:
         return False
     return x.is_cpu or (x.is_cuda and cuda.is_usable(x.get_device()))
 
@@ -270,9 +280,3 @@ def _is_wrapper(x: Tensor) -> bool:
 def _is_called_from_python() -> bool:
     """Whether the kernel that asks was called by one of torch's Python functions, and not from scripted code."""
     return sys._getframe(2).f_code.co_filename == torch.nn.functional.__file__
-
-
-def _torchs(op: Any, *arguments: Any, **options: Any) -> Tensor:
-    """What torch does when nobody overrides it."""
-    result: Tensor = op._op_dk(torch._C.DispatchKey.CompositeImplicitAutograd, *arguments, **options)
-    return result

@@ -1,6 +1,7 @@
-"""Standard dropout's factor in evaluation, folded into the weights that follow.
+"""`fold_scaling` removes standard dropout from a model that is deployed, by scaling the weights that follow.
 
-This module owns what such a factor may pass through, and when a weight may take it.
+The output in evaluation is ``(1 - p) * x @ weight.T``. `fold_scaling` makes it ``x @ (weight * (1 - p)).T``, if nothing
+between the dropout and the weight changes the result. The tables below say what a factor may pass through.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
-from torch.nn.modules.dropout import _DropoutNd
 
 from ...core.random import DROP_ALL, threshold
 from ..nn import dropout as ours
-from .convert import Report, Row
+from ..nn.base import Rated
+from ..runtime.dispatch.modules import TorchDropout, hook_obstacle
+from .report import Report, Row
 
 __all__ = ["fold_scaling"]
 
 DIMENSIONS = (1, 2, 3)
 POOLS = [f"{adaptive}{kind}" for adaptive in ("", "adaptive_") for kind in ("max", "avg")]
 
-# Layers whose weight multiplies all of the input.
+# Layers that multiply the whole input by their weight.
 LAYERS = {nn.Linear, *(getattr(nn, f"{kind}{n}d") for kind in ("Conv", "ConvTranspose") for n in DIMENSIONS)}
 
-# Modules, functions and methods through which a positive factor passes; each takes one tensor.
+# Modules, functions and methods of one tensor for which f(factor * x) = factor * f(x), if the factor is positive.
 PASSING: set[Any] = {nn.Identity, nn.ReLU, nn.LeakyReLU, nn.Flatten, nn.Unflatten}
 PASSING |= {F.relu, torch.relu, F.leaky_relu, torch.flatten, torch.reshape}
 PASSING |= {"relu", "flatten", "reshape", "view", "contiguous", "squeeze", "unsqueeze", "transpose", "permute"}
@@ -35,30 +37,31 @@ PASSING |= {getattr(nn, f"{kind.title().replace('_', '')}Pool{n}d") for kind in 
 PASSING |= {getattr(of, f"Dropout{n}") for of in (nn, ours) for n in ("", "1d", "2d", "3d")}
 PASSING |= {getattr(F, f"{kind}_pool{n}d") for kind in POOLS for n in DIMENSIONS}
 
-NO_VALUES = {"size", "dim", "shape", "ndim", "dtype", "device"}  # what may be read without asking for the values
+NO_VALUES = {"size", "dim", "shape", "ndim", "dtype", "device"}  # attributes that don't depend on the values
 
 
 def fold_scaling(model: nn.Module) -> Report:
-    """Multiplies standard dropout's factor into the weights that follow and removes the dropout, for deployment.
+    """Multiplies the weights that follow standard dropout by its factor and removes the dropout, for deployment.
 
-    ``Dropout(p, scaling="standard")`` multiplies by ``1 - p`` in evaluation, as in the paper. Where all its output goes
-    to linear and convolutional layers, by way of nothing but ReLU, LeakyReLU, max and average pooling, reshaping and
-    other dropout, their weights (not their biases) take the factor, in place, and the dropout becomes a
-    `torch.nn.Identity`. Each other dropout is left, and so is one with hooks or anything in place on the way, or before
-    a layer that is called twice or shares its weight.
+    ``Dropout(p, scaling="standard")`` multiplies by ``1 - p`` in evaluation. If all its output goes to linear and
+    convolutional layers, their weights (not their biases) are multiplied by that factor in place, and the dropout
+    becomes a `torch.nn.Identity`. ReLU, LeakyReLU, max and average pooling, reshaping and other dropout may be between.
+
+    A dropout is left if anything else takes its output, if a module on the way has hooks or works in place, or if a
+    layer that follows is called twice or shares its weight.
 
     Parameters
     ----------
     model : Module, in evaluation
-        As `torch.fx` traces it or, where that fails, its `torch.nn.Sequential` parts: what else calls their layers
-        isn't seen then.
+        `torch.fx` traces it. If that fails, `fold_scaling` looks at its `torch.nn.Sequential` parts only, and doesn't
+        see what else calls their layers.
 
     Returns
     -------
     Report
-        Prints as a table: each dropout module, and where its factor went or why it was left.
+        Prints as a table: each dropout module, and which weights have its factor or why it was left.
 
-    The model's output in evaluation stays the same but for rounding. Raises ValueError if it is in training mode.
+    The model's output in evaluation stays the same up to rounding. Raises ValueError if it is in training mode.
     Source: Srivastava et al., JMLR 15, 2014, section 4.
 
     >>> import torch, fastdrop.torch as fdt
@@ -71,9 +74,9 @@ def fold_scaling(model: nn.Module) -> Report:
     uses = _Uses(model)
     rows = []
     for path, module in list(model.named_modules()):
-        if not isinstance(module, _DropoutNd | ours.Rated):
+        if not isinstance(module, TorchDropout | Rated):
             continue
-        before = repr(module) if isinstance(module, _DropoutNd) else type(module).__name__
+        before = repr(module) if isinstance(module, TorchDropout) else type(module).__name__
         if getattr(module, "scaling", None) != "standard":
             rows.append(Row(path, before, None, "no factor in evaluation: nothing to fold"))
             continue
@@ -99,12 +102,14 @@ class _Left(Exception):
 
 
 def _graphs(module: nn.Module, is_whole: bool = True) -> Iterator[tuple[nn.Module, fx.Graph]]:
-    """The module's graph or, where it has none, those of the sequences inside."""
+    """The module's graph or, if it can't be traced, those of the sequences inside."""
     graph, attributes = None, set(vars(module))
     if is_whole or isinstance(module, nn.Sequential):
-        with contextlib.suppress(Exception):  # of any kind: somebody's forward runs on what isn't a tensor
+        with contextlib.suppress(
+            Exception
+        ):  # any exception, because the forward runs on fx's proxies in place of tensors
             graph = fx.Tracer().trace(module)
-    for name in set(vars(module)) - attributes:  # where the tracer puts constants
+    for name in set(vars(module)) - attributes:  # the tracer puts constants there
         delattr(module, name)
     if graph is not None:
         yield module, graph
@@ -114,7 +119,7 @@ def _graphs(module: nn.Module, is_whole: bool = True) -> Iterator[tuple[nn.Modul
 
 
 class _Uses:
-    """Who calls which module of a model, as far as that can be traced, and how often."""
+    """The calls of each module in a model, as far as they can be traced, and how often each parameter is used."""
 
     def __init__(self, model: nn.Module) -> None:
         self.paths = {module: path for path, module in model.named_modules()}
@@ -131,7 +136,7 @@ class _Uses:
                     self.holders[id(parameters[node.target])] += 1
 
     def layers_after(self, dropout: nn.Module) -> list[Any]:
-        """The layers that take the factor, once for each call of the dropout; raises `_Left`."""
+        """The layers whose weights take the factor, once for each call of the dropout. Raises `_Left`."""
         layers: list[Any] = []
         for call in self.calls[dropout]:
             self._check_pure(call)
@@ -165,5 +170,5 @@ class _Uses:
         name = getattr(node.target, "__name__", node.target) if module is None else self.paths[module]
         if node.kwargs.get("inplace") or getattr(module, "inplace", False):
             raise _Left(f"{name} writes in place")
-        if module is not None and (module._forward_hooks or module._forward_pre_hooks):
-            raise _Left(f"{name} has hooks")
+        if module is not None and (hooks := hook_obstacle(module, gradients=False)):
+            raise _Left(f"{name} {hooks}")

@@ -1,7 +1,8 @@
-"""Reports on a model: a row for each module, and how many equal lines are printed as one.
+"""Reports on a model: a row for each module, printed as a table in which equal rows are one line.
 
-`convert`, `fuse`, `fold_scaling` and the scheduler make a `Report`; `audit` folds its lines by `fold_and_count`. Twelve
-rows of ``layer.0.dropout`` to ``layer.11.dropout`` that say the same are printed as ``layer.0-11.dropout (12x)``.
+`convert`, `fuse`, `fold_scaling` and the scheduler make a `Report`; `audit` prints its findings by the same functions.
+If the rows of ``layer.0.dropout`` to ``layer.11.dropout`` say the same, one line is printed:
+``layer.0-11.dropout (12x)``.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ Key = tuple[str | frozenset[int], ...]
 
 @dataclass(frozen=True)
 class Row:
-    """What became of one module: ``after`` is None where it was left, and ``reason`` says why.
+    """What became of one module. ``after`` is None if the module was left, and ``reason`` says why.
 
-    ``reason`` of a row that was changed is empty, or says what is not known of it.
+    The ``reason`` of a changed module is empty, or says what could not be found out about it.
     """
 
     path: str
@@ -34,9 +35,9 @@ class Row:
 class Report:
     """What `convert`, `revert`, `fuse`, `unfuse` or `fold_scaling` did to a model, or what a `DropoutScheduler` drives.
 
-    ``rows`` has one `Row` for each module that draws dropout and each dropout function that a module calls, ``changed``
-    those that were changed, ``left`` the others. It prints as a table, in which rows that differ in nothing but the
-    numbers in their paths are one line with their count.
+    ``rows`` has one `Row` for each module that drops and for each dropout function that a module calls. ``changed`` has
+    those that were changed, ``left`` the others. A report prints as a table. Rows that differ only in the numbers in
+    their paths are one line with their count.
     """
 
     def __init__(self, rows: list[Row]) -> None:
@@ -72,7 +73,7 @@ def _after(row: Row) -> str:
 
 
 def table(lines: Iterable[tuple[str, ...]]) -> str:
-    """Lines of equally many cells in columns; the last column is not padded."""
+    """Lines as text in aligned columns. All lines have the same number of cells; the last column is not padded."""
     lines = list(lines)
     widths = [max(map(len, column)) for column in list(zip(*lines, strict=True))[:-1]]
     padded = ([f"{cell:{width}}" for cell, width in zip(line, widths, strict=False)] + [line[-1]] for line in lines)
@@ -80,9 +81,9 @@ def table(lines: Iterable[tuple[str, ...]]) -> str:
 
 
 def fold(lines: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """Lines of a path and what is said of it; those that say the same of paths that differ in numbers are made one.
+    """Makes one line of those that are equal but for the numbers in their paths, which are the first cell.
 
-    A folded path stands for exactly the paths it is made of, which its count tells the number of.
+    A folded path stands for exactly the paths that it is made of. Their number is in brackets.
 
     >>> fold([("a.0.drop", "x"), ("a.1.drop", "x"), ("a.3.drop", "x"), ("a.4.drop", "y"), ("head", "x")])
     [('a.0-1,3.drop (3x)', 'x'), ('a.4.drop', 'y'), ('head', 'x')]
@@ -93,7 +94,7 @@ def fold(lines: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 
 def fold_and_count(lines: Iterable[tuple[str, ...]]) -> list[tuple[tuple[str, ...], int]]:
-    """As `fold`, with how many lines each stands for."""
+    """The same as `fold`, with how many lines each one stands for."""
     counts: dict[tuple[Key, tuple[str, ...]], int] = {}
     for path, *rest in lines:
         parts = NUMBER.split(path)
@@ -101,14 +102,14 @@ def fold_and_count(lines: Iterable[tuple[str, ...]]) -> list[tuple[tuple[str, ..
         counts[key, tuple(rest)] = counts.get((key, tuple(rest)), 0) + 1
     longest = max((len(key) for key, _ in counts), default=0)
     for position in range(longest - longest % 2 - 1, 0, -2):
-        counts = _merged(counts, position)
+        counts = _merge(counts, position)
     return [
         ((_path(key) + (f" ({count}x)" if count > 1 else ""), *rest), count) for (key, rest), count in counts.items()
     ]
 
 
-def _merged(counts: dict[tuple[Key, tuple[str, ...]], int], position: int) -> dict[tuple[Key, tuple[str, ...]], int]:
-    """Entries that differ at one position alone made one, where the first of them was."""
+def _merge(counts: dict[tuple[Key, tuple[str, ...]], int], position: int) -> dict[tuple[Key, tuple[str, ...]], int]:
+    """Makes one entry of those that differ at one position only, in the place of the first of them."""
     groups: dict[object, list[tuple[Key, tuple[str, ...]]]] = {}
     for key, rest in counts:
         if position < len(key):
@@ -143,6 +144,6 @@ def _ranges(numbers: list[int]) -> str:
 
 
 def class_name(given: type, *others: type | str) -> str:
-    """The name of a class, with its module where another one of that name is spoken of in the same sentence."""
+    """The name of a class, with its module if it has the same name as one of the others."""
     names = {other if isinstance(other, str) else other.__name__ for other in others}
     return f"{given.__module__}.{given.__qualname__}" if given.__name__ in names else given.__name__

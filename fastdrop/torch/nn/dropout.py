@@ -1,18 +1,16 @@
-"""Every kind of dropout as a module.
+"""Every kind of dropout as a module, for users to build models with and for `convert` to change modules to.
 
-Each that torch has is a subclass of torch's, with its arguments and its (empty) ``state_dict``. This module owns where
-a module's drop probability comes from, `Rated`.
+The modules that torch has too are subclasses of torch's: `Dropout` takes the same arguments as `torch.nn.Dropout`, has
+the same (empty) ``state_dict`` and passes ``isinstance(module, torch.nn.Dropout)``.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from ...core import checks
 from ..functional import dropout as F
+from .base import Rated
 
 __all__ = [
     "AlphaDropout",
@@ -30,73 +28,8 @@ __all__ = [
 ]
 
 
-class Rated(nn.Module):
-    """A module that drops with probability ``p``, which a `DropoutScheduler` may change.
-
-    A compiler bakes in a float that it finds on a module. So what a scheduler drives has the same number as a tensor
-    too, which a compiled graph reads at each call.
-    """
-
-    p: float
-    _rate: Tensor | None = None  # float64 on the CPU, without axes
-
-    # TorchScript knows neither properties that compute nor annotations that are strings.
-    __jit_unused_properties__ = ("p", "rate")
-    __jit_ignored_attributes__ = ("_rate", "couple_channels", "drop_prob", "gamma_scale", "p", "rate", "store")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
-        if name in ("p", "drop_prob") and self._rate is not None:
-            self.drive(value)
-
-    def drive(self, p: float) -> None:
-        """Has compiled code read p from now on, as it is set."""
-        # A new tensor and not a new number in the old one, which a graph may hold for its backward pass.
-        with torch.inference_mode(False):
-            self._rate = torch.tensor(p, dtype=torch.float64, device="cpu")
-
-    @property
-    def rate(self) -> float | Tensor:
-        """p for this call."""
-        if self._rate is not None and torch.compiler.is_compiling():
-            return self._rate
-        return self.p
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
-            if self.training:
-                raise RuntimeError(
-                    "fastdrop can't be scripted for training: call eval(), or fdt.revert(model) before torch.jit.script"
-                )
-            return self._evaluated(input)
-        else:  # which TorchScript doesn't read
-            if is_traced(self, input):
-                return traced(self, input)  # type: ignore[no-any-return]
-            if isinstance(input, Tensor) and input.is_quantized:
-                return input  # as the module that nn.Dropout becomes in torch's quantised models
-            return self._drop(input)
-
-    def _drop(self, input: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _evaluated(self, input: Tensor) -> Tensor:
-        """What scripted modules do, in TorchScript."""
-        return input
-
-
-def is_traced(module: nn.Module, input: Any) -> bool:
-    """Whether `torch.fx` traces what surrounds the module."""
-    return isinstance(input, fx.Proxy) and getattr(input.tracer, "root", None) is not module
-
-
-def traced(module: nn.Module, proxy: Any, *args: Any, **kwargs: Any) -> Any:
-    """The call as `torch.fx` traces it: a module of torch's own would stay one in the graph, and so follow eval()."""
-    tracer: Any = proxy.tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(module), (proxy, *args), kwargs)
-
-
 class _Elementwise(Rated):
-    """What torch has too, with fastdrop's ``store``."""
+    """A dropout that torch has too, with fastdrop's ``store``."""
 
     inplace: bool
     store: str = "bits"
@@ -120,14 +53,15 @@ class Dropout(_Elementwise, nn.Dropout):
     inplace : bool
         Writes the result to the input.
     store : {"bits", "seed"}
-        What is kept for backward: 1/8 byte per element, or 8 bytes in all, from which backward draws the mask again.
+        What is stored for backward: the mask, 1/8 byte per element, or 8 bytes in all, from which backward draws the
+        mask again.
     scaling : {"inverted", "standard"}
-        "standard" leaves kept elements as they are and multiplies by ``1 - p`` in evaluation, as the 2014 paper does;
-        `fold_scaling` moves that into the next layer's weights.
+        "inverted" divides kept elements by ``1 - p`` in training. "standard" leaves them as they are and multiplies by
+        ``1 - p`` in evaluation, as the paper of 2014 does; `fold_scaling` moves that factor into the next layer.
 
     Raises ValueError for p outside [0, 1] and for an unknown store or scaling.
 
-    Shape: any; the output's is the input's. Errors and details as in `fastdrop.torch.dropout`.
+    The input may have any shape, and the output has the same. Errors and details as in `fastdrop.torch.dropout`.
 
     >>> import torch, fastdrop.torch as fdt
     >>> drop = fdt.Dropout(0.1, store="seed")
@@ -147,11 +81,11 @@ class Dropout(_Elementwise, nn.Dropout):
         checks.scaling(scaling)
         self.scaling = scaling
 
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
         return F.dropout(input, self.rate, self.training, self.inplace, store=self.store, scaling=self.scaling)
 
-    def _evaluated(self, input: Tensor) -> Tensor:
-        if hasattr(self, "scaling"):  # noqa: SIM102 - TorchScript sees what is on the object alone, and reads no more
+    def evaluate(self, input: Tensor) -> Tensor:
+        if hasattr(self, "scaling"):  # noqa: SIM102 - TorchScript needs both: it sees only attributes of the object
             if self.scaling == "standard":
                 return input * (1.0 - self.p)
         return input
@@ -161,7 +95,7 @@ class Dropout(_Elementwise, nn.Dropout):
 
 
 class Dropout1d(_Elementwise, nn.Dropout1d):
-    """`torch.nn.Dropout1d` on fastdrop: whole channels of ``(N, C, L)`` or ``(C, L)``.
+    """`torch.nn.Dropout1d` on fastdrop: drops whole channels of ``(N, C, L)`` or ``(C, L)``.
 
     Parameters and errors as in `Dropout`, details as in `fastdrop.torch.dropout1d`.
 
@@ -170,12 +104,12 @@ class Dropout1d(_Elementwise, nn.Dropout1d):
     Dropout1d(p=0.2, inplace=False, store='bits')
     """
 
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
         return F.dropout1d(input, self.rate, self.training, self.inplace, store=self.store)
 
 
 class Dropout2d(_Elementwise, nn.Dropout2d):
-    """`torch.nn.Dropout2d` on fastdrop: whole channels of ``(N, C, H, W)``, in either memory format.
+    """`torch.nn.Dropout2d` on fastdrop: drops whole channels of ``(N, C, H, W)``, in either memory format.
 
     Parameters and errors as in `Dropout`, details as in `fastdrop.torch.dropout2d`.
 
@@ -184,12 +118,12 @@ class Dropout2d(_Elementwise, nn.Dropout2d):
     Dropout2d(p=0.2, inplace=False, store='bits')
     """
 
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
         return F.dropout2d(input, self.rate, self.training, self.inplace, store=self.store)
 
 
 class Dropout3d(_Elementwise, nn.Dropout3d):
-    """`torch.nn.Dropout3d` on fastdrop: whole channels of ``(N, C, D, H, W)`` or ``(C, D, H, W)``.
+    """`torch.nn.Dropout3d` on fastdrop: drops whole channels of ``(N, C, D, H, W)`` or ``(C, D, H, W)``.
 
     Parameters and errors as in `Dropout`, details as in `fastdrop.torch.dropout3d`.
 
@@ -198,42 +132,42 @@ class Dropout3d(_Elementwise, nn.Dropout3d):
     Dropout3d(p=0.2, inplace=False, store='bits')
     """
 
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
         return F.dropout3d(input, self.rate, self.training, self.inplace, store=self.store)
 
 
 class AlphaDropout(_Elementwise, nn.AlphaDropout):
     """`torch.nn.AlphaDropout` on fastdrop, for networks of SELUs: keeps mean 0 and variance 1.
 
-    Parameters and errors as in `Dropout`, details as in `fastdrop.torch.alpha_dropout`. (torch's own ignores its
-    ``inplace``; here it works.)
+    Parameters and errors as in `Dropout`, details as in `fastdrop.torch.alpha_dropout`. torch's own
+    ignores its ``inplace``; this one does not.
 
     >>> import fastdrop.torch as fdt
     >>> fdt.AlphaDropout(0.1)
     AlphaDropout(p=0.1, inplace=False, store='bits')
     """
 
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
         return F.alpha_dropout(input, self.rate, self.training, self.inplace, store=self.store)
 
 
 class FeatureAlphaDropout(_Elementwise, nn.FeatureAlphaDropout):
-    """`torch.nn.FeatureAlphaDropout` on fastdrop: alpha dropout of whole channels of ``(N, C, *)``.
+    """`torch.nn.FeatureAlphaDropout` on fastdrop: alpha dropout of drops whole channels of ``(N, C, *)``.
 
-    Parameters and errors as in `Dropout`, details as in `fastdrop.torch.feature_alpha_dropout`. (torch's own ignores
-    its ``inplace``; here it works.)
+    Parameters and errors as in `Dropout`, details as in `fastdrop.torch.feature_alpha_dropout`. torch's
+    own ignores its ``inplace``; this one does not.
 
     >>> import fastdrop.torch as fdt
     >>> fdt.FeatureAlphaDropout(0.1)
     FeatureAlphaDropout(p=0.1, inplace=False, store='bits')
     """
 
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
         return F.feature_alpha_dropout(input, self.rate, self.training, self.inplace, store=self.store)
 
 
 class VariationalDropout(Rated):
-    """One mask held over a whole sequence: locked dropout, for the inputs and outputs of recurrent layers.
+    """Drops with one mask for a whole sequence (locked dropout), for the inputs and outputs of recurrent layers.
 
     Parameters
     ----------
@@ -257,7 +191,7 @@ class VariationalDropout(Rated):
         checks.choice("store", store, checks.STORES)
         self.p, self.time_axis, self.inplace, self.store = checks.dropout_probability(p), time_axis, inplace, store
 
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
         return F.variational_dropout(input, self.rate, self.time_axis, self.training, self.inplace, store=self.store)
 
     def extra_repr(self) -> str:
@@ -265,7 +199,7 @@ class VariationalDropout(Rated):
 
 
 class StochasticDepth(Rated):
-    """torchvision's module of this name on fastdrop: a residual branch dropped whole, by sample or by batch.
+    """torchvision's module of this name on fastdrop: drops a residual branch as a whole, by sample or by batch.
 
     Parameters
     ----------
@@ -291,7 +225,7 @@ class StochasticDepth(Rated):
         checks.choice("store", store, checks.STORES)
         self.p, self.mode, self.store = checks.dropout_probability(p, what="drop probability"), mode, store
 
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
         return F.stochastic_depth(input, self.rate, self.mode, self.training, store=self.store)
 
     def extra_repr(self) -> str:
@@ -299,14 +233,14 @@ class StochasticDepth(Rated):
 
 
 class DropPath(Rated):
-    """timm's module of this name on fastdrop: a residual branch dropped whole, by sample.
+    """timm's module of this name on fastdrop: drops a residual branch as a whole, by sample.
 
     Parameters
     ----------
     drop_prob : float
         Drop probability of the branch, 0 to 1; ``p`` is the same number.
     scale_by_keep : bool
-        Whether what is kept is multiplied by ``1 / (1 - p)``. Evaluation is the identity either way.
+        Whether kept samples are multiplied by ``1 / (1 - p)``. Evaluation is the identity either way.
     store : {"bits", "seed"}
         As in `Dropout`.
 
@@ -318,7 +252,7 @@ class DropPath(Rated):
     """
 
     drop_prob: float
-    scale_by_keep = True  # also of converted modules of a class that has no such choice
+    scale_by_keep = True  # for converted modules whose class has no such option
     store: str = "bits"
 
     def __init__(self, drop_prob: float = 0.0, scale_by_keep: bool = True, *, store: str = "bits") -> None:
@@ -334,7 +268,7 @@ class DropPath(Rated):
     def p(self, p: float) -> None:
         self.drop_prob = p
 
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
         if not self.training:
             return input
         scaling = "inverted" if self.scale_by_keep else "standard"
@@ -345,7 +279,7 @@ class DropPath(Rated):
 
 
 class _DropBlock(Rated):
-    """Either number of spatial axes."""
+    """DropBlock for any number of spatial axes."""
 
     couple_channels: bool = False
 
@@ -358,12 +292,8 @@ class _DropBlock(Rated):
         couple_channels: bool = False,
     ) -> None:
         super().__init__()
-        self.p, self.block_size, self.inplace = (
-            checks.dropout_probability(p, what="drop probability"),
-            block_size,
-            inplace,
-        )
-        self.couple_channels = couple_channels
+        self.p = checks.dropout_probability(p, what="drop probability")
+        self.block_size, self.inplace, self.couple_channels = block_size, inplace, couple_channels
 
     def extra_repr(self) -> str:
         coupled = ", couple_channels=True" if self.couple_channels else ""
@@ -371,7 +301,7 @@ class _DropBlock(Rated):
 
 
 class DropBlock2d(_DropBlock):
-    """torchvision's module of this name on fastdrop: blocks of neighbouring cells dropped from ``(N, C, H, W)``.
+    """torchvision's module of this name on fastdrop: drops blocks of neighbouring cells from ``(N, C, H, W)``.
 
     Parameters
     ----------
@@ -384,7 +314,7 @@ class DropBlock2d(_DropBlock):
     couple_channels : bool
         One mask for all channels of a sample, as in timm.
 
-    Raises ValueError for p outside [0, 1]. Kept for backward: a bit per cell. Source: Ghiasi et al., NeurIPS 2018.
+    Raises ValueError for p outside [0, 1]. Stored for backward: a bit per cell. Source: Ghiasi et al., NeurIPS 2018.
 
     >>> import torch, fastdrop.torch as fdt
     >>> y = fdt.DropBlock2d(0.1, block_size=3)(torch.ones(2, 3, 16, 16))
@@ -392,7 +322,7 @@ class DropBlock2d(_DropBlock):
     1.0
     """
 
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
         return F.drop_block2d(
             input,
             self.rate,
@@ -412,7 +342,7 @@ class DropBlock3d(_DropBlock):
     1.0
     """
 
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
         return F.drop_block3d(
             input,
             self.rate,
@@ -424,12 +354,12 @@ class DropBlock3d(_DropBlock):
 
 
 class GaussianDropout(Rated):
-    """Multiplicative Gaussian noise of mean 1 and variance ``p / (1 - p)``, drawn again for backward.
+    """Multiplies by Gaussian noise of mean 1 and variance ``p / (1 - p)``, which backward draws again.
 
     Parameters
     ----------
     p : float
-        From 0 to below 1; ValueError elsewhere. A `torch.nn.Parameter` that is put there later is learned.
+        At least 0 and less than 1; ValueError otherwise. Assign a `torch.nn.Parameter` to ``p`` to learn it.
     inplace : bool
         Writes the result to the input.
 
@@ -445,7 +375,7 @@ class GaussianDropout(Rated):
         super().__init__()
         self.p, self.inplace = checks.gaussian_probability(checks.dropout_probability(p)), inplace
 
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
         return F.gaussian_dropout(input, self.rate, self.training, self.inplace)
 
     def extra_repr(self) -> str:
@@ -453,7 +383,7 @@ class GaussianDropout(Rated):
 
 
 class TimmDropBlock2d(DropBlock2d):
-    """What timm's DropBlock2d becomes: its attributes, of which ``gamma_scale`` multiplies the share to drop."""
+    """timm's DropBlock2d after `convert`: timm's attributes, of which ``gamma_scale`` multiplies the share to drop."""
 
     drop_prob: float
     gamma_scale: float
@@ -466,7 +396,7 @@ class TimmDropBlock2d(DropBlock2d):
     def p(self, p: float) -> None:
         self.drop_prob = p
 
-    def _drop(self, input: Tensor) -> Tensor:
+    def drop(self, input: Tensor) -> Tensor:
         return F.drop_block2d(
             input,
             self.rate * self.gamma_scale,

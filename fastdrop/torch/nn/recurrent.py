@@ -1,7 +1,8 @@
-"""Recurrent layers whose dropout masks are held over the whole sequence.
+"""Recurrent layers with variational dropout: each mask stays the same for the whole sequence.
 
-This module owns which mask meets what in a recurrent layer, and the recurrence itself where torch's fused one can't be
-used: where the hidden state is dropped between steps.
+`VariationalLSTM` and `VariationalGRU` are torch's layers with three masks: on the input of each layer, on the hidden
+state between steps, and on the output. torch's fused kernels run the layers unless the hidden state is dropped between
+steps, which they can't do; then this module runs the steps one by one.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from ...core.random import keep_scale, threshold
 from ..runtime.dispatch import hide_from_dynamo
-from .dropout import VariationalDropout, is_traced, traced
+from ..runtime.dispatch.modules import flat_weights_of
+from .base import is_traced, trace_call
+from .dropout import VariationalDropout
 
 __all__ = ["VariationalGRU", "VariationalLSTM"]
 
-States = tuple[Tensor, ...]  # the hidden state and, of an LSTM, the cell's
+States = tuple[Tensor, ...]  # the hidden state and, for an LSTM, the cell state
 
 
 class _Variational(nn.RNNBase):
-    """What both layers share. Each rate is a module, so that whatever looks for dropout modules finds it."""
+    """What both layers share. Each rate is a module, so that schedulers, `audit` and `mc_dropout` find it."""
 
     def _set_rates(self, dropout_input: float, dropout_recurrent: float, dropout_output: float) -> None:
         self.dropout_input = VariationalDropout(dropout_input, 0)
@@ -31,21 +34,23 @@ class _Variational(nn.RNNBase):
         self.dropout_output = VariationalDropout(dropout_output, 0)
 
     def __prepare_scriptable__(self) -> Any:
-        raise RuntimeError(f"{type(self).__name__} can't be scripted: in evaluation give it to torch.jit.trace")
+        raise RuntimeError(f"{type(self).__name__} can't be scripted: call eval() and use torch.jit.trace")
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         if is_traced(self, input):
-            return traced(self, input, hx)
+            return trace_call(self, input, hx)
         rates = self.dropout_input, self.dropout_recurrent, self.dropout_output
-        unfit = isinstance(input, Tensor) and (input.dim() not in (2, 3) or not input.numel())  # torch says so
+        unfit = isinstance(input, Tensor) and (
+            input.dim() not in (2, 3) or not input.numel()
+        )  # torch raises or returns early
         if unfit or not any(map(_drops, rates)):
             return super().forward(input, hx)
         y, end = self._run(input, hx if hx is None or self.mode == "LSTM" else (hx,))
-        return y, self._as_torchs(end)
+        return y, self._unwrap_states(end)
 
     def _run(self, input: Any, begin: States | None) -> tuple[Any, States]:
-        """Layer by layer. Inside, time comes first, and a packed sequence's rows stay where they are."""
-        self._update_flat_weights()
+        """Runs layer by layer. Inside, time is the first axis, and the rows of a packed sequence stay packed."""
+        flat = flat_weights_of(self) or [weight for own in self.all_weights for weight in own]
         packed = input if isinstance(input, PackedSequence) else None
         sizes = None if packed is None else packed.batch_sizes
         single = packed is None and input.dim() == 2
@@ -57,23 +62,23 @@ class _Variational(nn.RNNBase):
         elif single:
             begin = tuple(state.unsqueeze(1) for state in begin)
         elif packed is not None:
-            begin = _in_order(begin, packed.sorted_indices)
-        self.check_forward_args(x, self._as_torchs(begin), sizes)
+            begin = _reorder_batch(begin, packed.sorted_indices)
+        self.check_forward_args(x, self._unwrap_states(begin), sizes)
         if packed is None and self.batch_first:
             x = x.transpose(0, 1)
 
         directions = 2 if self.bidirectional else 1
-        per_layer = len(self._flat_weights) // self.num_layers
+        per_layer = len(flat) // self.num_layers
         end = []
         for layer in range(self.num_layers):
             states = tuple(state[layer * directions :][:directions] for state in begin)
-            weights: list[Any] = self._flat_weights[layer * per_layer :][:per_layer]
-            x, states = self._layer(_dropped(self.dropout_input, x, packed), states, weights, packed)
+            weights: list[Any] = flat[layer * per_layer :][:per_layer]
+            x, states = self._layer(_drop_held(self.dropout_input, x, packed), states, weights, packed)
             end.append(states)
-        x = _dropped(self.dropout_output, x, packed)
+        x = _drop_held(self.dropout_output, x, packed)
         last = tuple(torch.cat(layers) for layers in zip(*end, strict=True))
         if packed is not None:
-            return packed._replace(data=x), _in_order(last, packed.unsorted_indices)
+            return packed._replace(data=x), _reorder_batch(last, packed.unsorted_indices)
         if single:
             return x.squeeze(1), tuple(state.squeeze(1) for state in last)
         return x.transpose(0, 1) if self.batch_first else x, last
@@ -83,7 +88,7 @@ class _Variational(nn.RNNBase):
         hidden = x.new_zeros(layers, batch, width)
         return (hidden, x.new_zeros(layers, batch, self.hidden_size)) if self.mode == "LSTM" else (hidden,)
 
-    def _as_torchs(self, states: States) -> Any:
+    def _unwrap_states(self, states: States) -> Any:
         return states if self.mode == "LSTM" else states[0]
 
     def _layer(
@@ -91,8 +96,8 @@ class _Variational(nn.RNNBase):
     ) -> tuple[Tensor, States]:
         """One layer's output and last states, in all its directions."""
         if not _drops(self.dropout_recurrent):
-            fused = getattr(torch._VF, self.mode.lower())
-            options = self._as_torchs(begin), weights, self.bias, 1, 0.0, self.training, self.bidirectional
+            fused = getattr(torch, self.mode.lower())
+            options = self._unwrap_states(begin), weights, self.bias, 1, 0.0, self.training, self.bidirectional
             y, *end = fused(x, *options, False) if packed is None else fused(x, packed.batch_sizes, *options)
             return y, tuple(end)
         per_direction = len(weights) // len(begin[0])
@@ -107,11 +112,11 @@ class _Variational(nn.RNNBase):
     def _recurrence(
         self, x: Tensor, begin: States, weights: list[Tensor], packed: PackedSequence | None, reverse: bool
     ) -> tuple[Tensor, States]:
-        """One direction, step by step. The first ``sizes[t]`` sequences of the batch have a step t."""
+        """One direction, step by step. At step t the first ``sizes[t]`` sequences of the batch still run."""
         sizes = [x.shape[1]] * x.shape[0] if packed is None else packed.batch_sizes.tolist()
         mask = self.dropout_recurrent(torch.ones_like(begin[0]).unsqueeze(0))
-        dropped = (mask if packed is None else _in_order((mask,), packed.sorted_indices)[0]).squeeze(0) == 0.0
-        # The scale goes into the product, so that what is dropped is selected and not multiplied.
+        dropped = (mask if packed is None else _reorder_batch((mask,), packed.sorted_indices)[0]).squeeze(0) == 0.0
+        # The scale goes into the product, so that dropped elements are set to 0 and not multiplied by it.
         scale = keep_scale(threshold(self.dropout_recurrent.p))
         w_ih, w_hh, *rest = weights
         b_ih, b_hh = rest[:2] if self.bias else (None, w_hh.new_zeros(1))
@@ -138,7 +143,7 @@ class _Variational(nn.RNNBase):
             steps.append(state[0])
         y = torch.cat(steps[::-1] if reverse else steps).reshape(*x.shape[:-1], -1)
         last = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True))
-        if is_lstm:  # under autocast torch's returns what its products are in, and torch's GRU what its states are in
+        if is_lstm:  # under autocast torch's LSTM returns the dtype of its products, torch's GRU that of its states
             y, last = y.to(given[0].dtype), tuple(state.to(given[0].dtype) for state in last)
         return y, last
 
@@ -161,51 +166,55 @@ def _drops(rate: VariationalDropout) -> bool:
     return rate.training and rate.p > 0.0
 
 
-def _in_order(states: States, order: Tensor | None) -> States:
-    """States with their batch, axis 1, in another order."""
+def _reorder_batch(states: States, order: Tensor | None) -> States:
+    """States with the batch, which is axis 1, in another order."""
     return states if order is None else tuple(state.index_select(1, order) for state in states)
 
 
-def _dropped(rate: VariationalDropout, x: Tensor, packed: PackedSequence | None) -> Tensor:
-    """x under one mask for all steps, which belongs to the batch in the caller's order."""
+def _drop_held(rate: VariationalDropout, x: Tensor, packed: PackedSequence | None) -> Tensor:
+    """x with one mask for all steps, drawn for the batch in the caller's order."""
     if packed is None or not _drops(rate):
         dropped: Tensor = rate(x)
         return dropped
     padded, lengths = pad_packed_sequence(PackedSequence(x, packed.batch_sizes))
-    (padded,) = _in_order((padded,), packed.unsorted_indices)
-    (padded,) = _in_order((rate(padded),), packed.sorted_indices)
+    (padded,) = _reorder_batch((padded,), packed.unsorted_indices)
+    (padded,) = _reorder_batch((rate(padded),), packed.sorted_indices)
     return pack_padded_sequence(padded, lengths).data
 
 
 class VariationalLSTM(_Variational, nn.LSTM):
-    """`torch.nn.LSTM` with variational dropout: masks that are held over the whole sequence.
+    """`torch.nn.LSTM` with variational dropout: each mask stays the same for the whole sequence.
 
-    Three masks, each with a rate of its own, drawn anew for each call and, within it, for each sequence of the batch:
-    one on the input of each layer, the same for both directions; one on the hidden state of each layer and direction,
-    before the product that leads to the next step's gates; one on the output of the last layer. What is kept is
-    multiplied by ``1 / (1 - p)``. The cell's state, and the states returned, are never dropped.
+    There are three kinds of masks, each with a rate of its own:
+
+    * on the input of each layer, the same for both directions
+    * on the hidden state of each layer and direction, before the product that leads to the next step's gates
+    * on the output of the last layer
+
+    Each call draws new masks, with other decisions for each sequence of the batch. Kept elements are multiplied by
+    ``1 / (1 - p)``. The cell state and the returned states are never dropped.
 
     Parameters
     ----------
     input_size, hidden_size, num_layers, bias, batch_first, bidirectional, proj_size, device, dtype
-        As `torch.nn.LSTM` has them, the last four by name only; its ``dropout`` between layers is ``dropout_input``.
+        As in `torch.nn.LSTM`, the last four by name only. ``dropout_input`` takes the place of its ``dropout``.
     dropout_input, dropout_recurrent, dropout_output : float
-        Drop probabilities, 0 to 1. They live in submodules of these names, `VariationalDropout` each: change
-        ``.dropout_input.p``, or put one into evaluation by itself.
+        Drop probabilities, 0 to 1. Each is the p of a submodule of the same name, a `VariationalDropout`. Change
+        ``.dropout_input.p``, or put one of the submodules into evaluation.
 
-    Raises ValueError for a probability out of range, else what `torch.nn.LSTM` raises.
+    Raises ValueError for a probability out of range, and what `torch.nn.LSTM` raises.
 
-    Shapes, initial states, unbatched and packed sequences, parameters and ``state_dict``: those of `torch.nn.LSTM`,
-    which is what runs in evaluation and where all rates are 0. Masks go with the sequence, whatever its place in a
-    packed one; of sequences that share a seed, a padded and a packed batch give the same numbers. The order of draws
-    from torch's generator: layer by layer input, then forward and backward direction; last the output.
+    Shapes, initial states, unbatched and packed sequences, parameters and ``state_dict`` are those of `torch.nn.LSTM`.
+    torch's forward runs in evaluation and if all rates are 0. A mask belongs to a sequence, whatever its place in a
+    packed batch: under the same seed a padded and a packed batch give the same numbers. The masks draw from torch's
+    generator in this order: layer by layer the input, then forward and backward direction; last the output.
 
-    Kept for backward: 1/8 byte per sequence and feature for input and output masks, 1 byte per sequence and hidden
-    feature of each direction for the recurrent one, whatever the length, beside what torch keeps for the layer.
+    Stored for backward, in addition to what torch stores and whatever the length: 1/8 byte per sequence and feature for
+    input and output masks, and 1 byte per sequence and hidden feature of each direction for the recurrent mask.
 
-    With ``dropout_recurrent`` the steps run one by one in Python, several times as long as torch's fused layers, which
-    run otherwise. `DropConnect` drops recurrent connections under the fused ones. ``torch.compile`` leaves the function
-    that calls the layer as it is and compiles what that calls beside it, as with torch's.
+    With ``dropout_recurrent`` the steps run one by one in Python, which takes several times as long as torch's fused
+    layers. They run otherwise. `DropConnect` drops recurrent connections and uses the fused layers. ``torch.compile``
+    doesn't compile the function that calls the layer, but the other functions that it calls, as with torch's layers.
 
     Sources: Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks", 2016;
     Merity, Keskar, Socher, "Regularizing and optimizing LSTM language models", 2017.
@@ -249,10 +258,10 @@ class VariationalLSTM(_Variational, nn.LSTM):
 
 
 class VariationalGRU(_Variational, nn.GRU):
-    """`torch.nn.GRU` with variational dropout: masks that are held over the whole sequence.
+    """`torch.nn.GRU` with variational dropout: each mask stays the same for the whole sequence.
 
-    As `VariationalLSTM`, without ``proj_size``. The recurrent mask is on the hidden state where it is multiplied by
-    weights; what the update gate carries over is not dropped.
+    The arguments are those of `VariationalLSTM` without ``proj_size``. The recurrent mask is on the hidden state where
+    it is multiplied by weights. The hidden state that the update gate carries over is not dropped.
 
     >>> import torch, fastdrop.torch as fdt
     >>> gru = fdt.VariationalGRU(4, 8, dropout_recurrent=0.3)
@@ -293,5 +302,5 @@ class VariationalGRU(_Variational, nn.GRU):
         self._set_rates(dropout_input, dropout_recurrent, dropout_output)
 
 
-# Compilers leave recurrent layers alone; the steps inside would be compiled one by one, and for each length anew.
+# Compilers leave recurrent layers alone. They would compile the steps one by one, and again for each length.
 hide_from_dynamo(_Variational.forward)

@@ -22,13 +22,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._C import _get_obj_in_tls, _is_key_in_tls, _stash_obj_in_tls
-from torch._guards import TracingContext
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ... import __version__
+from .dispatch.compilers import add_guard, constant_in_graphs, guard_by
+from .dispatch.modes import (
+    CALLER,
+    can_push_dispatch_modes,
+    can_push_function_modes,
+    count_function_modes,
+    hand_on,
+    handed_on,
+    is_handed_on,
+    pop_dispatch_mode,
+    pop_function_mode,
+    push_dispatch_mode,
+    push_function_mode,
+)
 
 __all__ = [
     "appearing",
@@ -44,7 +55,6 @@ __all__ = [
 ]
 
 CACHE_TAG = f"+fastdrop {__version__}"
-CALLER = "context"  # torch keeps the caller's context under this key while backward runs, for the engine's threads
 
 _everywhere = False
 # Blocks that this context is in, outermost first.
@@ -59,15 +69,15 @@ _lock = threading.Lock()
 def _value(variable: ContextVar[Any]) -> Any:
     """A variable of this context or, in a thread of autograd's engine, of the one that called backward."""
     value = variable.get()
-    if not value and _is_key_in_tls(CALLER):
-        caller = _get_obj_in_tls(CALLER)
+    if not value and is_handed_on(CALLER):
+        caller = handed_on(CALLER)
         value = () if caller is None else caller.get(variable, ())
         # Where backward calls backward, as checkpoints do, torch takes the context of the engine's thread, which is
         # empty. So the value is put beside it: torch hands that on too, and takes it away at the end of the task.
         if value:
-            _stash_obj_in_tls(variable.name, value)
-        elif _is_key_in_tls(variable.name):
-            value = _get_obj_in_tls(variable.name)
+            hand_on(variable.name, value)
+        elif is_handed_on(variable.name):
+            value = handed_on(variable.name)
     return value
 
 
@@ -112,33 +122,41 @@ def _leave(variable: ContextVar[Any], entry: _Entry) -> None:
 def without_gradients() -> Iterator[None]:
     before = torch.is_grad_enabled()
     try:
-        torch._C._set_grad_enabled(False)
+        torch.set_grad_enabled(False)
         yield
     finally:
-        torch._C._set_grad_enabled(before)
+        torch.set_grad_enabled(before)
 
 
 @contextlib.contextmanager
-def dispatching(mode: TorchDispatchMode) -> Iterator[None]:
-    """Without the flags, beside, that all threads share and that entering a mode sets."""
+def dispatching(mode: Any) -> Iterator[None]:
+    """In a dispatch mode. ``with mode`` also sets flags that all threads share."""
+    if not can_push_dispatch_modes:
+        with mode:
+            yield
+        return
     try:
-        torch._C._push_on_torch_dispatch_stack(mode)
+        push_dispatch_mode(mode)
         yield
     finally:
-        top: Any = torch._C._pop_torch_dispatch_stack(None)
+        top: Any = pop_dispatch_mode(None)
         while top is not mode:  # others that were left
-            top = torch._C._pop_torch_dispatch_stack(None)
+            top = pop_dispatch_mode(None)
 
 
 @contextlib.contextmanager
 def overriding(mode: TorchFunctionMode) -> Iterator[None]:
-    """Also where torch, which takes modes off for a while, didn't get to put this one back."""
-    depth = torch._C._len_torch_function_stack()
+    """In a function mode. It is left also where torch, which takes modes off for a while, didn't put this one back."""
+    if not can_push_function_modes:
+        with mode:
+            yield
+        return
+    depth = count_function_modes()
     try:
-        torch._C._push_on_torch_function_stack(mode)
+        push_function_mode(mode)
         yield
     except BaseException as error:
-        if torch._C._len_torch_function_stack() <= depth:
+        if count_function_modes() <= depth:
             _end_contexts(error)
         raise
     finally:
@@ -158,8 +176,8 @@ def _end_contexts(error: BaseException) -> None:
 
 
 def _pop_to(depth: int) -> None:
-    while torch._C._len_torch_function_stack() > depth:
-        torch._C._pop_torch_function_stack()
+    while count_function_modes() > depth:
+        pop_function_mode()
 
 
 # ---- torch's dropout ----
@@ -181,14 +199,12 @@ def is_enabled() -> bool:
     return _everywhere or (bool(_enabled_somewhere) and bool(_value(_here)))
 
 
+@constant_in_graphs
 def is_enabled_there() -> bool:
     """`is_enabled` of Python code that a compiler traces: asked at compile time, with a guard."""
     on = is_enabled()
     note_traced(on)
     return on
-
-
-is_enabled_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def note_traced(on: bool) -> None:
@@ -205,23 +221,13 @@ def note_traced(on: bool) -> None:
 
 def _guard(question: Callable[[], Any], answer: Any) -> bool:
     """Adds a guard to what is being compiled, if it has none that is equal; returns whether something is."""
-    compiling = TracingContext.try_get()
-    if compiling is None:
-        return False
-    create = _guard_maker(question, answer)
-    if all(guard.create_fn is not create for guard in compiling.guards_context.dynamo_guards):
-        from torch._dynamo.guards import install_guard
-        from torch._dynamo.source import GlobalStateSource
-
-        install_guard(GlobalStateSource().make_guard(create))
-    return True
+    return add_guard(_guard_maker(question, answer))
 
 
 @functools.lru_cache(64)
 def _guard_maker(question: Callable[[], Any], answer: Any) -> Callable[[Any, Any], None]:
     def create(builder: Any, guard: Any) -> None:
-        parts = ["fastdrop's state is that of compile time"]
-        builder.guard_manager.root.add_lambda_guard(lambda _: question() == answer, parts, guard.user_stack)
+        guard_by(builder, guard, lambda _: question() == answer, "fastdrop's state is that of compile time")
 
     return create
 
@@ -305,6 +311,7 @@ def _some_appear() -> bool:
     return bool(_appearing_somewhere) and bool(_value(_appearances))
 
 
+@constant_in_graphs
 def _some_appear_there() -> bool:
     """`_some_appear` of Python code that a compiler traces: asked at compile time, with a guard."""
     found = _some_appear()
@@ -312,9 +319,7 @@ def _some_appear_there() -> bool:
     return found
 
 
-_some_appear_there._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
+@constant_in_graphs
 def _appearance(module_id: int, name: str) -> int:
     """OFF, ON, or OWN where the module's own value counts."""
 
@@ -324,9 +329,6 @@ def _appearance(module_id: int, name: str) -> int:
     found = read()
     _guard(read, found)
     return found
-
-
-_appearance._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager

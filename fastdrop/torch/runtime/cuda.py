@@ -1,6 +1,6 @@
-"""CUDA tensors in, CUDA tensors out: what `mask_kernels` asks of the CUDA backend.
+"""The primitives on CUDA tensors, for `mask_kernels` and `fused_kernels`.
 
-Launches go to torch's current stream of the tensor's device, with raw pointers; nothing waits for the device.
+Kernels are launched on torch's current stream of the tensor's device, with raw pointers. Nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 from ... import backends
 from ...core.grid import cell_axes
 from .dispatch import read_address
+from .dispatch.tensors import current_stream
 
 Shape = tuple[int, ...]
 Affine = tuple[float, float, float]
@@ -21,7 +22,7 @@ Affine = tuple[float, float, float]
 
 @cache
 def is_usable(device: int) -> bool:
-    """Whether a device's tensors can be taken; a warning with the reason if not, but for a missing backend."""
+    """Whether the CUDA backend runs on a device. Warns with the reason if not, unless the backend is missing."""
     if backends.reason(backends.CUDA) is not None:
         return False
     try:
@@ -33,26 +34,28 @@ def is_usable(device: int) -> bool:
 
 
 def place(x: Tensor) -> tuple[int, int]:
-    """(device, stream) that work on x goes to."""
+    """(device, stream) on which kernels for x run."""
     device = x.get_device()
-    return device, torch._C._cuda_getCurrentRawStream(device)
+    return device, current_stream(device)
 
 
 def forward(
-    tag: int, x: Tensor, y: Tensor, words: Tensor | None, n: int, seed: int | Tensor, cut: int, affine: Affine
+    tag: int, x: Tensor, y: Tensor, words: Tensor | None, n: int, seed: int | Tensor, threshold: int, affine: Affine
 ) -> None:
-    """y = x under a mask that is drawn and, unless words is None, kept. x and y are contiguous."""
+    """Draws a mask and writes x under it to y, and the mask to words unless that is None. x and y are contiguous."""
     at = 0 if words is None else words.data_ptr()
     number, seed_at = _by_value_or_address(seed)
     to, from_ = y.data_ptr(), read_address(x)
     backends.cuda_backend().dropout_forward_at(
-        *place(x), tag, from_, to, at, 0, n, number, 0, cut, *affine, seed_at=seed_at
+        *place(x), tag, from_, to, at, 0, n, number, 0, threshold, *affine, seed_at=seed_at
     )
 
 
-def draw(words: Tensor, cells: int, seed: int | Tensor, cut: int) -> None:
+def draw(words: Tensor, cells: int, seed: int | Tensor, threshold: int) -> None:
     number, seed_at = _by_value_or_address(seed)
-    backends.cuda_backend().draw_bits_at(*place(words), words.data_ptr(), 0, 0, cells, number, 0, cut, seed_at=seed_at)
+    backends.cuda_backend().draw_bits_at(
+        *place(words), words.data_ptr(), 0, 0, cells, number, 0, threshold, seed_at=seed_at
+    )
 
 
 def dilate(to: Tensor, words: Tensor, outer: int, n: int, inner: int, block: int) -> None:
@@ -67,17 +70,17 @@ def count(words: Tensor) -> Tensor:
 
 
 def gaussian(tag: int, x: Tensor, y: Tensor, n: int, seed: int | Tensor, sigma: float) -> None:
-    """y = x times its Gaussian factors, both contiguous."""
+    """Writes x times its Gaussian factors to y. Both are contiguous."""
     number, seed_at = _by_value_or_address(seed)
     to, from_ = y.data_ptr(), read_address(x)
     backends.cuda_backend().gaussian_multiply_at(*place(x), tag, from_, to, 0, n, number, 0, sigma, seed_at=seed_at)
 
 
-def apply(tag: int, x: Tensor, y: Tensor, words: Tensor, n: int, affine: Affine, kept: Tensor | None) -> None:
-    """y = x under stored bits, both contiguous. ``kept`` divides the scale."""
+def apply(tag: int, x: Tensor, y: Tensor, words: Tensor, n: int, affine: Affine, kept_count: Tensor | None) -> None:
+    """Writes x under a packed mask to y. Both are contiguous. The kernel divides the scale by ``kept_count``."""
     to, from_ = y.data_ptr(), read_address(x)
     backends.cuda_backend().masked_affine_at(
-        *place(x), tag, from_, to, read_address(words), 0, 1, 1, n, *affine, kept_at=_address(kept)
+        *place(x), tag, from_, to, read_address(words), 0, 1, 1, n, *affine, kept_at=_address(kept_count)
     )
 
 
@@ -88,46 +91,22 @@ def apply_strided(
     order: list[int],
     words: Tensor,
     affine: Affine,
-    cells_shape: Shape | None,
-    kept: Tensor | None,
+    mask_shape: Shape | None,
+    kept_count: Tensor | None,
 ) -> None:
-    """The same for shared cells, and for data in another order; ``order`` is `grid.memory_order` of both."""
-    axes = cell_axes(tuple(x.shape), tuple(x.shape) if cells_shape is None else cells_shape)
+    """`apply` for shared cells, and for data in another order. ``order`` is `grid.memory_order` of x and y."""
+    axes = cell_axes(tuple(x.shape), tuple(x.shape) if mask_shape is None else mask_shape)
     in_memory = [axes[axis] for axis in order]
     to, from_ = y.data_ptr(), read_address(x)
     at = from_, to, read_address(words)
-    backends.cuda_backend().strided_affine_at(*place(x), tag, *at, 0, in_memory, *affine, kept_at=_address(kept))
+    backends.cuda_backend().strided_affine_at(*place(x), tag, *at, 0, in_memory, *affine, kept_at=_address(kept_count))
 
 
-def pointwise_forward(dtype: int, sum_dtype: int, x: Tensor, *arguments: Tensor | float | None) -> None:
-    """Here and below: the primitive of this name, tensors of one device or None in the place of its arrays."""
-    _launch("pointwise_forward_at", dtype, sum_dtype, x, *arguments)
-
-
-def pointwise_backward(dtype: int, sum_dtype: int, dy: Tensor, *arguments: Tensor | float | None) -> None:
-    _launch("pointwise_backward_at", dtype, sum_dtype, dy, *arguments)
-
-
-def norm_forward(dtype: int, sum_dtype: int, x: Tensor, *arguments: Tensor | float | None) -> None:
-    _launch("norm_forward_at", dtype, sum_dtype, x, *arguments)
-
-
-def norm_backward(dtype: int, sum_dtype: int, dy: Tensor, *arguments: Tensor | float | None) -> None:
-    _launch("norm_backward_at", dtype, sum_dtype, dy, *arguments)
-
-
-def softmax_forward(dtype: int, x: Tensor, *arguments: Tensor | float | None) -> None:
-    _launch("softmax_forward_at", dtype, x, *arguments)
-
-
-def softmax_backward(dtype: int, dy: Tensor, *arguments: Tensor | float | None) -> None:
-    _launch("softmax_backward_at", dtype, dy, *arguments)
-
-
-def _launch(primitive: str, *arguments: Tensor | float | None) -> None:
-    at = [read_address(x) if isinstance(x, Tensor) else x or 0 for x in arguments]  # results are new
+def run(primitive: str, *arguments: Tensor | float | None) -> None:
+    """Calls a fused primitive by its name. Its arrays are tensors of one device, or None."""
+    at = [read_address(x) if isinstance(x, Tensor) else x or 0 for x in arguments]  # results are new memory
     first = next(x for x in arguments if isinstance(x, Tensor))
-    getattr(backends.cuda_backend(), primitive)(*place(first), *at)
+    getattr(backends.cuda_backend(), f"{primitive}_at")(*place(first), *at)
 
 
 def _address(x: Tensor | None) -> int:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dispatch.tensors import jagged_like, ragged_axis, sample_sizes, strided_like
+
 __all__ = ["check_dense", "drop", "is_full", "on_values", "refuse", "shape_of", "write"]
 
 RAGGED = -1  # in place of an extent that differs between samples
@@ -21,9 +23,9 @@ def shape_of(x: Any) -> tuple[Any, ...]:
     if not x.is_nested:
         return tuple(x.shape)
     if x.layout is torch.jagged:
-        ragged: int = x._ragged_idx
+        ragged = ragged_axis(x)
         return tuple(RAGGED if axis == ragged else extent for axis, extent in enumerate(x.shape))
-    sizes = x._nested_tensor_size()
+    sizes = sample_sizes(x)
     extents = [int(column[0]) if bool((column == column[0]).all()) else RAGGED for column in sizes.unbind(1)]
     return (len(sizes), *extents)
 
@@ -103,7 +105,7 @@ def drop(x: Tensor, cells_shape: Sequence[Any] | None, law: str, call: Callable[
     if all(full):
         return _nested_like(call(values, None), x)
     if x.layout is torch.jagged:
-        axis: int = x._ragged_idx  # type: ignore[attr-defined]
+        axis = ragged_axis(x)
     elif RAGGED not in shape[2:]:
         axis, values = 1, values.reshape(-1, *shape[2:])
     else:
@@ -128,7 +130,7 @@ def drop(x: Tensor, cells_shape: Sequence[Any] | None, law: str, call: Callable[
 def _by_sample(x: Any, values: Tensor, packed: int, cells: list[Any], call: Callable[[Tensor, Any], Tensor]) -> Tensor:
     """One decision for each sample along the axis where values have samples one after the other."""
     strided = x.layout is not torch.jagged
-    ends = x._nested_tensor_size()[:, 0].cumsum(0).to(values.device) if strided else x.offsets()[1:]
+    ends = sample_sizes(x)[:, 0].cumsum(0).to(values.device) if strided else x.offsets()[1:]
     wide = torch.float64 if values.dtype in (torch.float64, torch.complex128) else torch.float32
     factors = call(torch.ones((x.size(0), *cells), dtype=wide, device=values.device), None)
     rows = torch.arange(values.shape[packed], device=values.device)
@@ -150,19 +152,8 @@ def _values(x: Tensor) -> Tensor:
 def _nested_like(values: Tensor, x: Any) -> Tensor:
     """Values in x's structure."""
     if x.layout is torch.jagged:
-        y: Tensor = torch.nested.nested_tensor_from_jagged(
-            values,
-            x.offsets(),
-            x.lengths(),
-            x._ragged_idx,
-            x._maybe_min_seqlen,
-            x._maybe_max_seqlen,
-        )
-        return y
-    if not x.is_contiguous():
-        x = x.contiguous()
-    structure = x._nested_tensor_size(), x._nested_tensor_strides(), x._nested_tensor_storage_offsets()
-    return torch._nested_view_from_buffer(values.reshape(-1), *structure)
+        return jagged_like(values, x)
+    return strided_like(values, x if x.is_contiguous() else x.contiguous())
 
 
 def _alike(x: Any, y: Any) -> bool:
@@ -170,4 +161,4 @@ def _alike(x: Any, y: Any) -> bool:
         return False
     if x.layout is torch.jagged:
         return bool(x.shape == y.shape)  # a ragged extent is equal to itself alone, by its offsets
-    return torch.equal(x._nested_tensor_size(), y._nested_tensor_size())
+    return torch.equal(sample_sizes(x), sample_sizes(y))

@@ -24,6 +24,8 @@ from torch import Tensor
 
 from ...core import checks
 from .dispatch import hide_from_dynamo, is_transformed
+from .dispatch.modes import without_dispatch_modes
+from .dispatch.ops import count_drawing_maps
 
 SEED_BITS = 63
 LOW_64_BITS = (1 << 64) - 1
@@ -39,7 +41,7 @@ class _Buffer(threading.local):
 
     def __init__(self) -> None:
         self.number = np.empty((), np.int64)
-        with torch.inference_mode(False), torch._C._DisableTorchDispatch():
+        with torch.inference_mode(False), without_dispatch_modes():
             self.fill = torch.from_numpy(self.number).random_
 
 
@@ -67,7 +69,7 @@ class SampleSeeds:
     """
 
     def __init__(self, seed: int) -> None:
-        self.seed, self.maps_around = seed, _drawing_maps()
+        self.seed, self.maps_around = seed, count_drawing_maps()
         self.begin(0)
 
     def begin(self, sample: int, count: int | None = None) -> None:
@@ -94,15 +96,6 @@ class SampleSeeds:
         self.calls += count
         numbers = mixed(keys[..., None], calls).view(np.int64)
         return torch.from_numpy(numbers).reshape(own).expand(size).contiguous().to(device)
-
-
-def _drawing_maps() -> int:
-    """How many maps around, of those of `torch.func`, draw anew for each of what they map."""
-    if not is_transformed():
-        return 0
-    functorch = torch._functorch.pyfunctorch
-    around = functorch.retrieve_all_functorch_interpreters()
-    return sum(isinstance(one, functorch.VmapInterpreter) and one.randomness() == "different" for one in around)
 
 
 @contextlib.contextmanager

@@ -18,12 +18,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch import config
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_slot
 from torch.fx.traceback import MEMORY_BUDGET_ANNOTATION_KEY
 from torch.utils.checkpoint import CheckpointPolicy
 
-__all__ = ["ProxyTorchDispatchMode", "draw", "in_order", "let_inductor_call"]
+from .dispatch.compilers import memory_budget, runs_again_in_backward
+from .dispatch.tensors import jit_trace
+
+__all__ = ["ProxyTorchDispatchMode", "draw", "in_order"]
 
 # With a budget of 0 the partitioner keeps nothing at all, not even what it was told to keep. With this one it keeps
 # just that.
@@ -35,7 +37,7 @@ _last_jit: dict[Any, Tensor] = {}  # the last draw of the newest trace, by its s
 
 def draw(x: Tensor) -> Tensor:
     """The next seed for x, by the op."""
-    state = torch._C._get_tracing_state()
+    state = jit_trace()
     if state is None:
         seed: Tensor = torch.ops.fastdrop.draw(x, [])
         return seed
@@ -54,43 +56,21 @@ def in_order(mode: Any, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs:
     if traced is not None:
         _last[mode.tracer] = seed
         _keep(traced.proxy.node.meta)
-        _refuse_to_repeat()
+        if runs_again_in_backward(sys._getframe()):
+            raise RuntimeError(
+                "dropout in a branch of torch.cond, in a loop or, with a memory budget, in a region that is "
+                "compiled once would be drawn anew in backward: give the dropout a seed"
+            )
     return seed
 
 
 def _keep(meta: dict[str, Any]) -> None:
     """Has the partitioner keep a node's result: drawn again in backward, it would be another."""
     meta["recompute"] = CheckpointPolicy.MUST_SAVE
-    if config.activation_memory_budget == 0:
+    if memory_budget() == 0:
         meta["memory_budget"] = LEAST_BUDGET
     if meta.get("custom", {}).get(MEMORY_BUDGET_ANNOTATION_KEY) == 0:  # which overrides that for the whole graph
         raise RuntimeError(
             "region_activation_memory_budget(0) would draw dropout's mask anew in backward: give a budget above 0, "
             f"such as {LEAST_BUDGET}, or the dropout a seed"
         )
-
-
-def _refuse_to_repeat() -> None:
-    """Raises where what is traced is a part of a program that backward will run again, this draw included.
-
-    Such parts are branches of `torch.cond` and bodies of loops, whose backward calls their forward, and, with a memory
-    budget, regions that are compiled once. Nothing in the graph says so. Who traces does.
-    """
-    frame: Any = sys._getframe(1)
-    while frame is not None:
-        directory, _, file = frame.f_code.co_filename.rpartition("/")
-        if directory.endswith("_higher_order_ops"):
-            calls_forward = file == "utils.py" and frame.f_locals.get("return_fw_outputs") is False
-            if calls_forward or (file == "invoke_subgraph.py" and config.activation_memory_budget < 1):
-                raise RuntimeError(
-                    "dropout in a branch of torch.cond, in a loop or, with a memory budget, in a region that is "
-                    "compiled once would be drawn anew in backward: give the dropout a seed"
-                )
-        frame = frame.f_back
-
-
-def let_inductor_call(name: str) -> None:
-    """Has inductor call an op as it is, also where it is told not to do so with ops that it doesn't know."""
-    lowering = sys.modules.get("torch._inductor.lowering")
-    if lowering is not None:
-        lowering.FALLBACK_ALLOW_LIST.add(name)

@@ -1,7 +1,8 @@
-"""What follows what in a model's forward pass: the module that a tensor comes from, and those that take it.
+"""The order of the layers in a model's forward pass: which module or function makes each tensor, and which take it.
 
-Seen by running the model on an example, by tracing it with torch.fx where there is none, and by the order of
-`nn.Sequential` where it can't be traced. All of it on a copy in evaluation mode: the model itself is left alone.
+`audit` asks `LayerGraph.of`. With an example input it runs the model. Without one, torch.fx traces the model, and if
+that fails, the order within each `nn.Sequential` is known. It works on a copy in evaluation mode and leaves the model
+itself as it is.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from ..models.rates import rate_name
 from ..runtime.context import overriding, without_gradients
+from ..runtime.dispatch.compilers import stance_kept
+from ..runtime.dispatch.modes import without_function_overrides
+from ..runtime.dispatch.ops import tree_leaves
 
-# What an op is, by the file of torch in which its module's class, or one that it derives from, is defined ...
+# The kind of a step, by the file of torch that defines its module's class or a base class of that ...
 MODULES = {
     "torch.nn.modules.conv": "convolution",
     "torch.nn.modules.batchnorm": "batch norm",
@@ -55,8 +58,8 @@ KINDS = {name: kind for kind, names in FUNCTIONS.items() for name in names.split
 
 
 @dataclass(eq=False)
-class Op:
-    """A module that is taken whole, or a function called by ``path``'s module."""
+class Step:
+    """A module that is one step of the model, or a function that the module at ``path`` calls."""
 
     path: str
     name: str
@@ -64,8 +67,9 @@ class Op:
     function: Any = None
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
-    sources: list[tuple[Op, int]] = field(default_factory=list)  # the maker of each tensor it takes; which result it is
-    users: list[Op] = field(default_factory=list)
+    # For each tensor that it takes: the step that made it, and the position among that step's results.
+    sources: list[tuple[Step, int]] = field(default_factory=list)
+    users: list[Step] = field(default_factory=list)
 
     @property
     def kind(self) -> str:
@@ -73,42 +77,39 @@ class Op:
 
 
 @dataclass
-class Flow:
-    """Ops in the order in which they run, those that make the model's outputs, and what kept us from seeing more."""
+class LayerGraph:
+    """The steps in the order in which they run, those that make the model's outputs, and why there aren't more."""
 
-    ops: list[Op]
-    outputs: list[Op]
+    steps: list[Step]
+    outputs: list[Step]
     limit: str = ""
 
     @classmethod
-    def of(cls, model: nn.Module, example: Any = None) -> Flow:
-        """With an example, what the model raises on it is raised; without one, nothing is."""
-        shared = model.parameters() if example is None else ()  # what traces computes nothing with parameters
+    def of(cls, model: nn.Module, example: Any = None) -> LayerGraph:
+        """The graph of a model. With an example it raises what the model raises; without one it raises nothing."""
+        shared = model.parameters() if example is None else ()  # tracing computes nothing with parameters
         try:
             twin = copy.deepcopy(model, {id(parameter): parameter for parameter in shared}).eval()
         except Exception as error:  # whatever a model's own __deepcopy__ or train may raise
             return _in_sequences(model, f"the model can't be copied ({_first_line(error)})")
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-        from torch._dynamo import eval_frame  # which `set_stance` imports
-
-        state, stance = torch.default_generator.get_state(), eval_frame._stance
+        state = torch.default_generator.get_state()
         try:
-            with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            with stance_kept(), torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
                 if example is not None:
                     return _run(twin, example if isinstance(example, tuple) else (example,))
                 try:
-                    return _traced(twin)
+                    return _trace(twin)
                 except Exception as error:  # whatever its forward raises on fx's proxies
                     limit = f"the model can't be traced ({_first_line(error)}); give an example_input"
                     return _in_sequences(model, limit)
-        finally:  # where an exception from a signal kept torch's contexts from it
-            eval_frame._stance = stance
+        finally:  # in case an exception from a signal ended torch's contexts early
             torch.default_generator.set_state(state)
 
 
-def backward(op: Op, through: set[str]) -> Iterator[tuple[Op, int]]:
-    """Ops that feed op, and which of their results does, seen through ops of the given kinds; the nearest first."""
-    pending = deque(op.sources)
+def backward(step: Step, through: set[str]) -> Iterator[tuple[Step, int]]:
+    """The steps before a step, the nearest first, and which results of them it takes. Looks past given kinds."""
+    pending = deque(step.sources)
     seen = set(pending)
     while pending:
         source, result = pending.popleft()
@@ -118,9 +119,9 @@ def backward(op: Op, through: set[str]) -> Iterator[tuple[Op, int]]:
             seen.update(source.sources)
 
 
-def forward(op: Op, through: set[str]) -> Iterator[Op]:
-    """Ops that op feeds, seen through ops of the given kinds; the nearest first."""
-    pending = deque(op.users)
+def forward(step: Step, through: set[str]) -> Iterator[Step]:
+    """The steps after a step, the nearest first. Looks past given kinds."""
+    pending = deque(step.users)
     seen = set(pending)
     while pending:
         user = pending.popleft()
@@ -131,13 +132,13 @@ def forward(op: Op, through: set[str]) -> Iterator[Op]:
 
 
 def _module_kind(module: nn.Module) -> str:
-    """What a module is, as the functions of a kind do; "other" for what we know nothing of."""
+    """The kind of a module, the same as that of functions that do the same; "other" if it is unknown."""
     if isinstance(module, nn.Identity):
         return "pointwise"
     if isinstance(module, nn.MultiheadAttention):
         return "other"
     for cls in type(module).__mro__:
-        if cls.__name__.startswith("Adaptive"):  # pooling; where it comes, there are mostly no pixels any more
+        if cls.__name__.startswith("Adaptive"):  # adaptive pooling: after it there are mostly no pixels any more
             return "other"
         if cls.__module__ in MODULES:
             return MODULES[cls.__module__]
@@ -145,17 +146,17 @@ def _module_kind(module: nn.Module) -> str:
 
 
 def _is_whole(module: nn.Module) -> bool:
-    """Whether we look at a module as one op. What is unknown is looked into, for the functions that it calls."""
+    """Whether a module is one step. Modules of unknown kind are not: the functions that they call are steps."""
     if _module_kind(module) != "other" or isinstance(module, nn.MultiheadAttention):
         return True
     return type(module).__module__.startswith("torch.nn") and next(module.children(), None) is None
 
 
-def _connect(op: Op, sources: list[tuple[Op, int]]) -> Op:
-    op.sources = sources
+def _connect(step: Step, sources: list[tuple[Step, int]]) -> Step:
+    step.sources = sources
     for source, _ in sources:
-        source.users.append(op)
-    return op
+        source.users.append(step)
+    return step
 
 
 def _first_line(error: Exception) -> str:
@@ -166,32 +167,32 @@ def _first_line(error: Exception) -> str:
 # ---- by running ----
 
 
-def _run(model: nn.Module, inputs: tuple[Any, ...]) -> Flow:
+def _run(model: nn.Module, inputs: tuple[Any, ...]) -> LayerGraph:
     recorder = _Recorder(model)
     with without_gradients(), overriding(recorder):
         result = model(*inputs)
     scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
     limit = "scripted modules can't be looked into" if scripted else ""
-    return Flow(recorder.ops, [op for op, _ in recorder.makers(result)], limit)
+    return LayerGraph(recorder.steps, [step for step, _ in recorder.makers(result)], limit)
 
 
 class _Recorder(TorchFunctionMode):
-    """Writes down who makes each tensor: hooks for modules, the mode for functions called between them."""
+    """Notes which step makes each tensor: hooks see modules, the function mode sees functions called between them."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.ops: list[Op] = []
-        self._made: dict[int, tuple[Op, int]] = {}
-        self._kept: list[Tensor] = []  # so that no tensor gets the id of one that is gone
+        self.steps: list[Step] = []
+        self._made: dict[int, tuple[Step, int]] = {}
+        self._kept: list[Tensor] = []  # so that no new tensor gets the id of an old one
         self._callers = [""]
-        self._whole = 0  # how many of the modules that run are taken whole
+        self._whole = 0  # how many modules that are one step are running
         for path, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):  # takes no hooks
                 continue
             module.register_forward_pre_hook(self._entering(path, _is_whole(module)))
             module.register_forward_hook(self._leaving(path, _is_whole(module)), with_kwargs=True)
 
-    def makers(self, tensors: Any) -> list[tuple[Op, int]]:
+    def makers(self, tensors: Any) -> list[tuple[Step, int]]:
         leaves = tree_leaves(tensors)
         return [self._made[id(leaf)] for leaf in leaves if isinstance(leaf, Tensor) and id(leaf) in self._made]
 
@@ -199,8 +200,8 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if self._whole:
             return result
-        op = Op(self._callers[-1], getattr(func, "__name__", str(func)), None, func, args, kwargs or {})
-        return self._record(op, (args, kwargs), result)
+        step = Step(self._callers[-1], getattr(func, "__name__", str(func)), None, func, args, kwargs or {})
+        return self._record(step, (args, kwargs), result)
 
     def _entering(self, path: str, whole: bool) -> Any:
         def hook(module: nn.Module, args: Any) -> None:
@@ -214,24 +215,24 @@ class _Recorder(TorchFunctionMode):
             self._callers.pop()
             self._whole -= whole
             if whole and not self._whole:
-                return self._record(Op(path, type(module).__name__, module), (args, kwargs), result)
+                return self._record(Step(path, type(module).__name__, module), (args, kwargs), result)
             return None
 
         return hook
 
-    def _record(self, op: Op, given: Any, result: Any) -> Any:
+    def _record(self, step: Step, given: Any, result: Any) -> Any:
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         if not made:
             return result
-        _connect(op, self.makers(given))
-        self.ops.append(op)
-        if op.kind == "dropout" and isinstance(result, Tensor):
-            # In evaluation it gives back what it was given, which others may take as well.
-            with torch._C.DisableTorchFunction():
+        _connect(step, self.makers(given))
+        self.steps.append(step)
+        if step.kind == "dropout" and isinstance(result, Tensor):
+            # In evaluation dropout returns its input, which other steps may take as well. A view tells them apart.
+            with without_function_overrides():
                 result = result.view_as(result)
             made = [result]
         for i, tensor in enumerate(made):
-            self._made[id(tensor)] = op, i
+            self._made[id(tensor)] = step, i
         self._kept += made
         return result
 
@@ -244,57 +245,57 @@ class _Tracer(fx.Tracer):
         return _is_whole(m)
 
 
-def _traced(model: nn.Module) -> Flow:
-    graph = _Tracer().trace(model)
-    flow = Flow([], [])
-    made: dict[fx.Node, tuple[Op, int]] = {}
-    for node in graph.nodes:
+def _trace(model: nn.Module) -> LayerGraph:
+    traced = _Tracer().trace(model)
+    graph = LayerGraph([], [])
+    made: dict[fx.Node, tuple[Step, int]] = {}
+    for node in traced.nodes:
         sources = [made[source] for source in node.all_input_nodes if source in made]
         if node.op == "output":
-            flow.outputs = [op for op, _ in sources]
+            graph.outputs = [step for step, _ in sources]
         elif node.op == "call_module":
             module = model.get_submodule(node.target)
-            op = Op(node.target, type(module).__name__, module)
-            made[node] = op, 0
-            flow.ops.append(_connect(op, sources))
+            step = Step(node.target, type(module).__name__, module)
+            made[node] = step, 0
+            graph.steps.append(_connect(step, sources))
         elif node.target is operator.getitem and sources and _returns_several(node.args[0], sources[0][0]):
             made[node] = sources[0][0], node.args[1]
         elif node.op in ("call_function", "call_method"):
             name = node.target if node.op == "call_method" else node.target.__name__
             caller = next(reversed(node.meta.get("nn_module_stack") or {"": None}))
-            name = "__get__" if name == "getattr" else name  # as the same is called where it runs
-            op = Op(caller, name, None, node.target, node.args, node.kwargs)
-            made[node] = op, 0
-            flow.ops.append(_connect(op, sources))
-    return flow
+            name = "__get__" if name == "getattr" else name  # the name that it has when the model runs
+            step = Step(caller, name, None, node.target, node.args, node.kwargs)
+            made[node] = step, 0
+            graph.steps.append(_connect(step, sources))
+    return graph
 
 
-def _returns_several(node: fx.Node, op: Op) -> bool:
+def _returns_several(node: fx.Node, step: Step) -> bool:
     """Whether indexing what a node returns picks one of several results, and not a part of a tensor."""
-    return node.op == "call_module" and isinstance(op.module, nn.RNNBase | nn.LSTMCell | nn.MultiheadAttention)
+    return node.op == "call_module" and isinstance(step.module, nn.RNNBase | nn.LSTMCell | nn.MultiheadAttention)
 
 
 # ---- by the order in nn.Sequential ----
 
 
-def _in_sequences(model: nn.Module, limit: str) -> Flow:
-    flow = Flow([], [], limit)
+def _in_sequences(model: nn.Module, limit: str) -> LayerGraph:
+    graph = LayerGraph([], [], limit)
     inner = {id(child) for module in model.modules() if isinstance(module, nn.Sequential) for child in module}
     for path, module in model.named_modules():
         if isinstance(module, nn.Sequential) and id(module) not in inner:
-            last: list[tuple[Op, int]] = []
-            for below, part in _flattened(path, module):
-                op = _connect(Op(below, type(part).__name__, part), last)
-                flow.ops.append(op)
-                last = [(op, 0)]
+            last: list[tuple[Step, int]] = []
+            for below, part in _flatten(path, module):
+                step = _connect(Step(below, type(part).__name__, part), last)
+                graph.steps.append(step)
+                last = [(step, 0)]
             if module is model:
-                flow.outputs = [op for op, _ in last]
-    return flow
+                graph.outputs = [step for step, _ in last]
+    return graph
 
 
-def _flattened(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _flatten(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(module, nn.Sequential):
         for name, child in module.named_children():
-            yield from _flattened(f"{path}.{name}" if path else name, child)
+            yield from _flatten(f"{path}.{name}" if path else name, child)
     else:
         yield path, module

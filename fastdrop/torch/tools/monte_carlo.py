@@ -1,6 +1,7 @@
-"""Predictions under dropout: the mean of many, and how far they differ.
+"""Monte Carlo dropout: `mc_dropout` turns on a model's dropout only, `mc_predict` computes statistics of many samples.
 
-This module owns which modules of a sampled model drop, and the statistics; `sampling` runs it.
+This module decides which modules of a model drop, and computes mean, deviation, entropy and mutual information. The
+samples come from `sampling`.
 """
 
 from __future__ import annotations
@@ -17,54 +18,54 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from ...core import checks
 from ..models.enable import register
 from ..models.rates import rate_name
+from ..models.source.gates import Gate, gate_of
 from ..runtime import context, seeds
-from .gates import Gate, gate_of
+from ..runtime.dispatch.modules import TorchNorm
 from .sampling import passes
 
 __all__ = ["Prediction", "mc_dropout", "mc_predict"]
 
-LONG = 5.0  # seconds from which on there is a progress bar
+LONG = 5.0  # seconds; longer runs have a progress bar
 TASKS = ("regression", "classification")
 OUTPUTS = ("logits", "probabilities")
 LISTED = 10  # modules in a warning
-FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)  # leave out what is inside unless in training themselves
+FUSED = (nn.TransformerEncoder, nn.TransformerEncoderLayer)  # don't call the modules inside while in evaluation
 
 Filter = Callable[[str, nn.Module], bool]
 
 
 @contextlib.contextmanager
 def mc_dropout(model: nn.Module, filter: Filter | None = None) -> Iterator[None]:
-    """Turns on a model's dropout, and nothing else, for a block or, as a decorator, a function.
+    """Turns on a model's dropout, and nothing else, for a block or, as a decorator, for a function.
 
-    These modules are turned on:
+    It turns on these modules:
 
-    * the dropout modules of fastdrop and torch, and, known by name, those of timm and torchvision
+    * the dropout modules of fastdrop and torch, and those of timm and torchvision, which it recognises by name
     * `torch.nn.MultiheadAttention` and recurrent layers that were built with dropout
-    * torch's transformer encoders that have any of these inside: in evaluation they would run fused, without dropout
+    * torch's transformer encoders that have any of these inside, because in evaluation they run fused and never drop
     * modules that call dropout as a function, if the source of their class reads ``training`` for dropout alone, as in
       ``F.dropout(x, p, self.training)`` or ``dropout_p=self.p if self.training else 0.0``
 
-    All others, batch normalisation above all, stay as they are: call ``model.eval()`` first.
+    All other modules stay as they are, batch normalisation above all. So call ``model.eval()`` first.
 
-    No module is written to. For the thread, or asyncio task, that runs the block, ``training`` of the modules above
-    reads True; for others it is what it was. So one model may serve several threads at once. Blocks may be nested. A
-    forward with checkpoints runs a second time in ``backward``: call ``backward`` inside of the block too.
+    No attribute is changed. ``training`` of the modules above reads True in the thread or asyncio task that runs the
+    block, and what it was in all others. So one model may serve several threads at once. Blocks may be nested. A
+    forward with checkpoints runs a second time in ``backward``, so call ``backward`` inside the block too.
 
     Parameters
     ----------
     model : Module
     filter : callable of (path, module) that returns bool, optional
-        Picks the modules in place of the above, from all there are. Batch and instance normalisation are never turned
-        on.
+        Picks the modules in place of the list above, from all modules of the model. Batch and instance normalisation
+        are never turned on.
 
     Raises TypeError for a filter that can't be called. Warns of modules that read ``training`` for dropout and for
-    something else, or call dropout and read ``training`` in a way that the source doesn't tell. They stay as they are
-    unless a filter picks them.
+    something else, and of modules that call dropout if their source doesn't tell what they read ``training`` for. These
+    stay as they are unless a filter picks them.
 
     >>> import torch, fastdrop.torch as fdt
     >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), fdt.Dropout(0.5)).eval()
@@ -79,48 +80,48 @@ def mc_dropout(model: nn.Module, filter: Filter | None = None) -> Iterator[None]
 
 
 def _chosen(model: nn.Module, filter: Filter | None, stacklevel: int) -> set[nn.Module]:
-    """The modules that are to drop."""
+    """The modules to turn on. Warns of those that can't be turned on without changing more than dropout."""
     modules = list(model.modules())
     if filter is None:
         chosen = {module for module in modules if rate_name(module) is not None or _gate(module) is Gate.DROPOUT}
         mixed = [path for path, module in model.named_modules() if module not in chosen and _gate(module) is Gate.MIXED]
         if mixed:
             warnings.warn(
-                "these modules read training for dropout and for something else, or in a way that can't be told, and "
-                f"stay as they are: {_listed(model, mixed)}; "
+                "these modules read training for dropout and for something else, or the source does not tell for what, "
+                f"and stay as they are: {_list_paths(model, mixed)}; "
                 "to turn them on give filter=, a function of path and module",
                 stacklevel=stacklevel,
             )
     else:
         checks.function("filter", filter)
         named = model.named_modules(remove_duplicate=False)
-        chosen = {module for path, module in named if not isinstance(module, _NormBase) and filter(path, module)}
+        chosen = {module for path, module in named if not isinstance(module, TorchNorm) and filter(path, module)}
     for encoder in [module for module in modules if isinstance(module, FUSED)]:
         if not chosen.isdisjoint(encoder.modules()):
             chosen.update(module for module in encoder.modules() if isinstance(module, FUSED))
     if any(isinstance(module, torch.jit.ScriptModule) for module in chosen):
-        register()  # scripted code keeps its mode out of reach, and asks the kernels
+        register()  # the mode of scripted code is out of reach; the registered kernels decide
     return chosen
 
 
 def _gate(module: nn.Module) -> Gate:
-    norm = isinstance(module, _NormBase | torch.jit.ScriptModule)
+    norm = isinstance(module, TorchNorm | torch.jit.ScriptModule)
     return Gate.NOTHING if norm else gate_of(module)
 
 
-def _listed(model: nn.Module, paths: list[str]) -> str:
+def _list_paths(model: nn.Module, paths: list[str]) -> str:
     shown = [f"{path or 'the model'} ({type(model.get_submodule(path)).__name__})" for path in paths[:LISTED]]
     return ", ".join(shown) + (f" and {len(paths) - LISTED} more" if len(paths) > LISTED else "")
 
 
 def _in_sampling(model: nn.Module, chosen: set[nn.Module]) -> dict[tuple[nn.Module, str], bool]:
-    """What the attributes of a sampled model appear to be: dropout is on, out of place, and all else in evaluation."""
+    """What attributes read as while a model is sampled: dropout is on and out of place, the rest in evaluation."""
     appearances = {}
     for path, module in model.named_modules():
         if module in chosen:
             appearances[module, "training"] = True
             if not isinstance(module, torch.jit.ScriptModule) and getattr(module, "inplace", None) is True:
-                appearances[module, "inplace"] = False  # what is the same for all samples of a pass
+                appearances[module, "inplace"] = False  # the input may be the same tensor for all samples of a pass
         elif module.training:
             if isinstance(module, torch.jit.ScriptModule) and '"training"' in str(getattr(module, "inlined_graph", "")):
                 raise ValueError(f"{path or 'the model'} is scripted and in training: call model.eval() first")
@@ -130,20 +131,21 @@ def _in_sampling(model: nn.Module, chosen: set[nn.Module]) -> dict[tuple[nn.Modu
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What `mc_predict` finds, in the output's dtype or, for lower precision, float32.
+    """The result of `mc_predict`, in the output's dtype, or in float32 if that has lower precision.
 
     Attributes
     ----------
     mean, std : Tensor
-        Of the model's output or, for classification, of its probabilities. The standard deviation is the unbiased one,
-        over n - 1, as `torch.std` has it: NaN for one sample.
+        Mean and standard deviation of the model's output or, for classification, of its probabilities. The standard
+        deviation divides by n - 1, the same as `torch.std`, so it is NaN for one sample.
     entropy : Tensor or None
-        Classification: of the mean probabilities, in nats, without the axis of classes. All that is uncertain.
+        Classification: the entropy of the mean probabilities in nats, without the axis of classes. It measures the
+        whole uncertainty.
     mutual_information : Tensor or None
-        Classification: entropy less the mean of the samples' entropies, 0 or more. What the model doesn't know: high
-        where the samples disagree, low where all say that the data is ambiguous.
+        Classification: entropy less the mean of the samples' entropies, 0 or more. It measures what the model doesn't
+        know: it is high if the samples disagree, and low if they agree that the data is ambiguous.
     samples : Tensor or None
-        If asked for, what mean and std are of; samples come first.
+        All samples along the first axis, if ``keep_samples``.
     """
 
     mean: Tensor
@@ -170,58 +172,60 @@ def mc_predict(
     output: str | int | Callable[[Any], Any] | None = None,
     strict: bool = False,
 ) -> Prediction:
-    """Statistics of a model's predictions over many dropout masks: Monte Carlo dropout.
+    """Runs a model with many dropout masks and returns statistics of its predictions: Monte Carlo dropout.
 
-    The model runs in evaluation but for its dropout, without gradients; `mc_dropout` says which modules drop. Many
-    samples go through in a pass by `torch.func.vmap`, what comes before the first dropout once for all of them, and are
-    added up as they come: memory holds one pass. Samples of a model that can't be mapped run one by one. No module is
-    written to but by the model itself, and x stays as it is: the model gets copies, and dropout modules return new
-    tensors, whatever their ``inplace``. So any number of threads may sample, the same model or others, and each gets
-    what it would get alone.
+    The model runs without gradients and in evaluation, except for its dropout; `mc_dropout` says which modules drop.
+    `torch.func.vmap` runs many samples in one pass, and computes everything before the first dropout once for all of
+    them. The statistics are updated after each pass, so memory holds the samples of one pass only. If a model can't be
+    mapped, its samples run one by one.
 
-    The k-th dropout of sample s has a seed made of ``seed``, s and k alone: the result is the same, up to rounding, for
-    any ``batch``. This holds for fastdrop's dropout, and inside of another map or model that is sampled. If a model
-    draws anything else, it runs inside of `enabled`, which makes torch's dropout fastdrop's for this thread. If it
-    still does, samples run one by one, and torch's random operators draw from generators of the sample's own; torch's
-    default generators are not used. (A few operators take no other. They get the default generator for one call each,
-    with its state put back after it: a thread that draws from it in that moment disturbs them.)
+    Only the model itself writes to its modules, and x stays as it is: the model gets copies, and dropout modules return
+    new tensors, whatever their ``inplace``. So several threads may sample the same model at once.
+
+    The k-th dropout of sample s has a seed that depends on ``seed``, s and k only. So the result is the same, up to
+    rounding, for any ``batch``. This holds for fastdrop's dropout, also inside another map or another sampled model. If
+    a model draws other random numbers, it runs inside `enabled`, which makes torch's dropout fastdrop's for this
+    thread. If it still draws others, samples run one by one, and torch's random operators draw from generators of the
+    sample. torch's default generators stay unused, except for a few operators that take no other: these get the
+    default generator for one call, and its state is restored afterwards. A thread that draws from it in that moment
+    changes their numbers.
 
     Parameters
     ----------
     model : Module
         Returns a Tensor of real numbers, or something that has one as ``logits``.
     x
-        The model's argument, a Tensor or any other; a tuple has several, a dict those with names. (An argument that is
-        itself a tuple or a dict goes into a tuple.)
+        The model's argument, a Tensor or anything else. A tuple has several arguments, a dict has arguments with names.
+        (Put an argument that is itself a tuple or a dict into a tuple.)
     samples : int
         How many, 1 or more.
     seed : int, optional
-        0 to 2**64 - 1. Without it, a number from torch's generator.
+        0 to 2**64 - 1. By default a number from torch's generator.
     batch : int, optional
-        Samples in a pass. Without it, as many as have 256 MiB of activations, judged by what the model's innermost
-        modules return for the first.
+        Samples in a pass. By default as many as have 256 MiB of activations, estimated from the first sample.
     task : {"regression", "classification"}
-        Of what the statistics are: the output as it is, or probabilities of classes.
+        Whether the statistics are of the output as it is, or of probabilities of classes.
     keep_samples : bool
-        Returns all samples too.
+        Whether to return all samples too.
     class_axis : int
         Classification: the output's axis of classes.
     outputs : {"logits", "probabilities"}
-        Classification: what the model returns; probabilities are taken as they are.
+        Classification: what the model returns. Logits go through softmax, probabilities stay as they are.
     filter : callable of (path, module) that returns bool, optional
         As in `mc_dropout`.
     progress : bool, optional
-        A bar on stderr, if tqdm is installed. Without it, on a terminal, where the samples will take seconds.
+        Whether to show a bar on stderr, if tqdm is installed. By default it is shown on a terminal, if the samples will
+        take more than 5 seconds.
     kwargs : dict, optional
-        Arguments with names, beside those of x.
+        Arguments with names, in addition to those of x.
     output : str, int or callable, optional
-        Which Tensor of what the model returns: a key or attribute, a place in a tuple, or a function of it.
+        How to take the Tensor from what the model returns: a key or attribute, a position in a tuple, or a function.
     strict : bool
-        If no random number was drawn when the model ran, the standard deviation is 0 everywhere: raises RuntimeError,
-        where otherwise a warning says so.
+        Raises RuntimeError if the model drew no random number, because the standard deviation is 0 everywhere then.
+        Otherwise a warning says so.
 
-    Raises TypeError and ValueError for arguments other than these and for models that return something else,
-    IndexError for a ``class_axis`` that the output lacks.
+    Raises TypeError and ValueError for arguments and for outputs of the model that are not as above, and IndexError for
+    a ``class_axis`` that the output lacks.
 
     Sources: Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016; for mutual information Gal, Islam,
     Ghahramani, "Deep Bayesian active learning with image data", ICML 2017.
@@ -238,7 +242,7 @@ def mc_predict(
         checks.uint64(name, value)
     checks.choice("task", task, TASKS)
     checks.choice("outputs", outputs, OUTPUTS)
-    number = seeds.draw(None) if seed is None else checks.uint64("seed", seed)
+    first_seed = seeds.draw(None) if seed is None else checks.uint64("seed", seed)
     arguments, keywords = _inputs(x, kwargs)
     moments, entropies = _Moments(), _Moments()
 
@@ -246,21 +250,21 @@ def mc_predict(
         off = [
             path for path, module in model.named_modules() if module not in chosen and _gate(module) is not Gate.NOTHING
         ]
-        hint = f"; these may drop if filter= picks them: {_listed(model, off)}" if off else ""
-        message = f"nothing was dropped when the model ran, so its standard deviation is 0 everywhere{hint}"
+        hint = f"; these may drop if filter= picks them: {_list_paths(model, off)}" if off else ""
+        message = f"nothing was dropped when the model ran, so the standard deviation is 0 everywhere{hint}"
         if strict:
             raise RuntimeError(message)
         warnings.warn(message, stacklevel=4)
 
     chosen = _chosen(model, filter, 3)
-    run = passes(model, arguments, keywords, samples, number, batch, _taker(output), without_draws)
+    run = passes(model, arguments, keywords, samples, first_seed, batch, _output_selector(output), without_draws)
     with contextlib.ExitStack() as stack, context.appearing(_in_sampling(model, chosen)), context.without_gradients():
         chunks = stack.enter_context(contextlib.closing(run))
         started = time.perf_counter()
         first = next(chunks)
         advance = stack.enter_context(_bar(progress, samples, time.perf_counter() - started))
         dtype = torch.promote_types(first.dtype, torch.float32)
-        kept = first.new_empty((samples, *first.shape[1:]), dtype=dtype) if keep_samples else None
+        kept_samples = first.new_empty((samples, *first.shape[1:]), dtype=dtype) if keep_samples else None
         if task == "classification":
             first[0].size(class_axis)  # raises what torch raises
             class_axis %= first.dim() - 1
@@ -268,17 +272,17 @@ def mc_predict(
             if task == "classification":
                 chunk = chunk.softmax(class_axis + 1, dtype=torch.float64) if outputs == "logits" else chunk.double()
                 entropies.add(torch.special.entr(chunk).sum(class_axis + 1))
-            if kept is not None:
-                kept[moments.count :][: len(chunk)] = chunk
+            if kept_samples is not None:
+                kept_samples[moments.count :][: len(chunk)] = chunk
             moments.add(chunk)
             advance(len(chunk))
 
     mean, std = moments.result()
     if task == "regression":
-        return Prediction(mean.to(dtype), std.to(dtype), samples=kept)
+        return Prediction(mean.to(dtype), std.to(dtype), samples=kept_samples)
     entropy = torch.special.entr(mean).sum(class_axis)
     information = (entropy - entropies.result()[0]).clamp_(min=0.0)
-    return Prediction(mean.to(dtype), std.to(dtype), entropy.to(dtype), information.to(dtype), kept)
+    return Prediction(mean.to(dtype), std.to(dtype), entropy.to(dtype), information.to(dtype), kept_samples)
 
 
 def _inputs(x: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -291,8 +295,8 @@ def _inputs(x: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return x if type(x) is tuple else (x,), keywords
 
 
-def _taker(output: Any) -> Callable[[Any], Any]:
-    """What takes the Tensor out of what a model returns."""
+def _output_selector(output: Any) -> Callable[[Any], Any]:
+    """A function that takes the Tensor out of what a model returns."""
     if output is None:
         return lambda y: y if isinstance(y, Tensor) or (logits := _part(y, "logits")) is None else logits
     if callable(output):
@@ -313,7 +317,7 @@ def _taker(output: Any) -> Callable[[Any], Any]:
 
 
 def _part(y: Any, name: str | int) -> Any:
-    """What y has under a key, at an index or as an attribute; None if it has no such thing."""
+    """The part of y under a key, at an index or in an attribute; None if there is none."""
     if isinstance(y, Mapping) and name in y:
         return y[name]
     if isinstance(name, str):
@@ -325,7 +329,7 @@ def _part(y: Any, name: str | int) -> Any:
 
 
 class _Moments:
-    """Mean and variance of what comes a few samples at a time, in float64.
+    """Mean and variance, in float64, of samples that are added a few at a time.
 
     Source: Chan, Golub, LeVeque, "Updating formulae and a pairwise algorithm for computing sample variances", 1979.
     """
@@ -334,7 +338,7 @@ class _Moments:
 
     def add(self, samples: Tensor) -> None:
         samples = samples.double()
-        if not self.count:  # the first is taken off throughout: what doesn't vary has a variance of exactly 0
+        if not self.count:  # subtracted from all samples, so that the variance of equal samples is exactly 0
             self.origin = samples[0].clone()
             self.mean = self.squares = torch.zeros_like(self.origin)
             self.count, samples = 1, samples[1:]
@@ -357,7 +361,7 @@ class _Moments:
 
 @contextlib.contextmanager
 def _bar(progress: bool | None, samples: int, seconds: float) -> Iterator[Callable[[int], Any]]:
-    """What is told how many samples are done; ``seconds`` is what one takes."""
+    """A function to call with the number of samples done. ``seconds`` is the time that one sample takes."""
     tqdm = None
     if progress or (progress is None and samples * seconds > LONG and sys.stderr.isatty()):
         with contextlib.suppress(ImportError):

@@ -1,8 +1,8 @@
-"""Samples of a model under dropout, many to a pass.
+"""Runs a model many times under dropout, several samples to a pass. `monte_carlo` calls `passes`.
 
-This module owns how samples are put into passes, and where what is drawn for them comes from: the seeds of fastdrop's
-dropout from `seeds.SampleSeeds`, numbers of torch's own random operators from generators of the sample's own. So
-nothing is taken from torch's generators, nothing shared is written, and any number of threads may sample one model.
+The seeds of fastdrop's dropout come from `seeds.SampleSeeds`, and torch's own random operators draw from generators
+that belong to the sample. So torch's generators stay as they are, nothing shared is written, and any number of threads
+may sample one model.
 """
 
 from __future__ import annotations
@@ -15,19 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.func import vmap
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..models.enable import enabled
 from ..runtime import seeds
 from ..runtime.context import dispatching
+from ..runtime.dispatch.compilers import FakeTensor
+from ..runtime.dispatch.modes import DispatchMode
+from ..runtime.dispatch.modules import buffers_of, is_compiled, uncompiled
+from ..runtime.dispatch.ops import argument_names, is_unmarked_random, tree_leaves, tree_map_only, writes_to_arguments
 
 __all__ = ["passes"]
 
 PASS_BYTES = 256 << 20  # of activations, in a pass of several samples
-STATISTICS_BYTES = 3 * 8  # for each element of the output: in float64, less what is common, and squared
+STATISTICS_BYTES = 3 * 8  # for each element of the output: three copies in float64 while moments are added
 
 
 def passes(
@@ -37,14 +38,14 @@ def passes(
     samples: int,
     seed: int,
     batch: int | None,
-    chosen: Callable[[Any], Any],
+    select: Callable[[Any], Any],
     without_draws: Callable[[], None],
 ) -> Generator[Tensor, None, None]:
-    """A model's samples, stacked, as they come out of each pass: first one, then as many as ``batch`` says or fit.
+    """The samples of each pass, stacked: of the first pass one, of the others ``batch`` or as many as fit.
 
-    ``chosen`` takes the Tensor out of what the model returns. ``without_draws`` is called if nothing was drawn.
+    ``select`` takes the Tensor out of what the model returns. ``without_draws`` is called if nothing was drawn.
     """
-    sampler, modules = _Sampler(model, arguments, keywords, seed, chosen), list(model.modules())
+    sampler, modules = _Sampler(model, arguments, keywords, seed, select), list(model.modules())
     with seeds.taken_from(sampler.seeds), contextlib.ExitStack() as stack:
         y, size = sampler.first()
         if sampler.draws_torchs:
@@ -56,7 +57,7 @@ def passes(
         if not sampler.draws_torchs and not sampler.seeds.calls:
             without_draws()
         if sampler.draws_torchs or any(isinstance(module, nn.RNNBase) and module.training for module in modules):
-            batch = 1  # in a pass of several, what isn't fastdrop's may be drawn once for all
+            batch = 1  # because other random numbers may be drawn once for all samples of a pass
         elif batch is None and size is None:
             batch = 1
         elif batch is None:
@@ -65,21 +66,21 @@ def passes(
         del y
         done = 1
         while done < samples:
-            # The last runs alone: what a model puts where nobody looks, in a hook's dict, is then no tensor of a map.
+            # The last sample runs alone, so that tensors that a model leaves anywhere are no tensors of a map.
             count = max(min(batch, samples - done - 1), 1)
             try:
                 chunk = sampler.many(done, count) if count > 1 else sampler.one(done)[None]
             except Exception:
                 if count == 1:
                     raise
-                batch = 1  # one sample did run: what failed is the map
+                batch = 1  # one sample ran before, so it is the map that failed
                 continue
             done += count
             yield chunk
 
 
 class _Sampler:
-    """Runs samples of a model, one to a pass or many."""
+    """Runs one sample of a model, or many in one pass."""
 
     def __init__(
         self,
@@ -87,17 +88,17 @@ class _Sampler:
         arguments: tuple[Any, ...],
         keywords: dict[str, Any],
         seed: int,
-        chosen: Callable[[Any], Any],
+        select: Callable[[Any], Any],
     ) -> None:
-        self.model, self.arguments, self.keywords, self.chosen = model, arguments, keywords, chosen
+        self.model, self.arguments, self.keywords, self.select = model, arguments, keywords, select
         self.seeds = seeds.SampleSeeds(seed)
-        self.draws_torchs = False  # torch's random operators, beside fastdrop's dropout
+        self.draws_torchs = False  # whether torch's random operators are called
 
     def first(self) -> tuple[Any, int | None]:
-        """Sample 0, and the bytes that operators returned for it, if they can be seen."""
-        model = getattr(self.model, "_orig_mod", self.model)  # eager operators can be seen, compiled ones not all
+        """Sample 0, and how many bytes its operators returned; None if they can't be seen."""
+        model = uncompiled(self.model)  # operators of eager code can all be seen
         y, own = self._watched_run(model)
-        size = None if any(map(_is_compiled, model.modules())) else own.bytes
+        size = None if any(map(_is_out_of_sight, model.modules())) else own.bytes
         if model is not self.model:
             y, own = self._watched_run(self.model)
         self.draws_torchs = own.used
@@ -108,42 +109,38 @@ class _Sampler:
         arguments, keywords = self._copies()
         own = _OwnGenerators(self.seeds.keys)
         with dispatching(own):
-            return self.chosen(model(*arguments, **keywords)), own
+            return self.select(model(*arguments, **keywords)), own
 
     def one(self, sample: int) -> Any:
         self.seeds.begin(sample)
         arguments, keywords = self._copies()
         with dispatching(_OwnGenerators(self.seeds.keys)) if self.draws_torchs else contextlib.nullcontext():
-            return self.chosen(self.model(*arguments, **keywords))
+            return self.select(self.model(*arguments, **keywords))
 
     def many(self, first: int, count: int) -> Tensor:
-        """Samples from ``first`` on, stacked."""
+        """``count`` samples from ``first`` on, stacked."""
         self.seeds.begin(first, count)
         arguments, keywords = self._copies()
 
         def sample(_: Tensor) -> Any:
-            return self.chosen(self.model(*arguments, **keywords))
+            return self.select(self.model(*arguments, **keywords))
 
-        with _left_alone(self.model):
+        with _restore_attributes(self.model):
             y: Tensor = vmap(sample, randomness="different")(torch.empty(count))
         return y
 
     def _copies(self) -> Any:
-        """Arguments that a model may write to."""
+        """Copies of the arguments, because a model may write to them."""
         return tree_map_only(Tensor, Tensor.clone, (self.arguments, self.keywords))
 
 
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether its operators may run out of sight of dispatch modes."""
-    return (
-        isinstance(module, torch.jit.ScriptModule)
-        or "_orig_mod" in module._modules
-        or module._compiled_call_impl is not None
-    )
+def _is_out_of_sight(module: nn.Module) -> bool:
+    """Whether dispatch modes may not see all of a module's operators."""
+    return isinstance(module, torch.jit.ScriptModule) or is_compiled(module)
 
 
-class _OwnGenerators(TorchDispatchMode):
-    """Has torch's random operators draw from generators of their own, seeded alike on each device."""
+class _OwnGenerators(DispatchMode):  # type: ignore[misc]
+    """Makes torch's random operators draw from its own generators, one for each device, which have the same seed."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -152,25 +149,25 @@ class _OwnGenerators(TorchDispatchMode):
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Else `torch.compile` would give up, for good, what it meets under the mode."""
+        """Without this, `torch.compile` would never compile the functions that it meets under the mode."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        draw = functools.partial(func, *args, **kwargs)
+        call = functools.partial(func, *args, **kwargs)
         if _is_random(func) and kwargs.get("generator") is None and not _is_fake(args, kwargs):
-            generator, taker = self._generator(args, kwargs), _that_takes_generators(func)
+            generator, overload = self._generator(args, kwargs), _overload_with_generator(func)
             before = None if self.used else generator.get_state()
-            if taker is None:
-                result = _with_default_generator(generator, draw)
+            if overload is None:
+                result = _with_default_generator(generator, call)
             else:
-                result = taker(*args, **{**kwargs, "generator": generator})
-            # Operators that may draw needn't: attention with a rate of 0, `rrelu` in evaluation.
+                result = overload(*args, **{**kwargs, "generator": generator})
+            # Random operators don't always draw: attention with a rate of 0 doesn't, nor `rrelu` in evaluation.
             if before is not None:
-                self.used = func._opname in UNMARKED or not torch.equal(before, generator.get_state())
+                self.used = is_unmarked_random(func) or not torch.equal(before, generator.get_state())
         else:
-            result = draw()
-        if not func.is_view and not func._schema.is_mutable:
+            result = call()
+        if not func.is_view and not writes_to_arguments(func):
             self.bytes += sum(x.nbytes for x in tree_leaves(result) if isinstance(x, Tensor))
         return result
 
@@ -188,27 +185,23 @@ class _OwnGenerators(TorchDispatchMode):
 
 
 def _is_fake(args: Any, kwargs: Any) -> bool:
-    """Whether a compiler is looking for shapes."""
+    """Whether a compiler runs the operator to find out shapes."""
     return any(isinstance(x, FakeTensor) or x.is_meta for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
 
 
-# Not marked as random by torch, but draws, by a seed that it is given.
-UNMARKED = ("_cudnn_init_dropout_state",)
-
-
 def _is_random(op: Any) -> bool:
-    return op.namespace == "aten" and (torch.Tag.nondeterministic_seeded in op.tags or op._opname in UNMARKED)
+    return op.namespace == "aten" and (torch.Tag.nondeterministic_seeded in op.tags or is_unmarked_random(op))
 
 
-def _that_takes_generators(op: Any) -> Any:
-    """The operator itself, or its overload that has a generator beside the same arguments."""
-    names = [argument.name for argument in op._schema.arguments]
+def _overload_with_generator(op: Any) -> Any:
+    """The operator, or its overload that takes a generator in addition to the same arguments; None if there is none."""
+    names = argument_names(op)
     if "generator" in names:
         return op
     packet = op.overloadpacket
     for overload in packet.overloads():
         other = getattr(packet, overload)
-        others = [argument.name for argument in other._schema.arguments]
+        others = argument_names(other)
         if "generator" in others and [name for name in others if name != "generator"] == names:
             return other
     return None
@@ -217,10 +210,10 @@ def _that_takes_generators(op: Any) -> Any:
 _default_generators = threading.Lock()
 
 
-def _with_default_generator(generator: torch.Generator, draw: Callable[[], Any]) -> Any:
-    """For operators that take no generator: the default one has this one's state for the call.
+def _with_default_generator(generator: torch.Generator, call: Callable[[], Any]) -> Any:
+    """Calls an operator that takes no generator, while the default generator has the state of another.
 
-    Another thread that draws from the default generator in that moment draws from that state too.
+    A thread that draws from the default generator in that moment draws from that state too.
     """
     default = torch.default_generator
     if generator.device.type == "cuda":
@@ -229,7 +222,7 @@ def _with_default_generator(generator: torch.Generator, draw: Callable[[], Any])
         before = default.get_state()
         try:
             default.set_state(generator.get_state())
-            result = draw()
+            result = call()
             generator.set_state(default.get_state())
         finally:
             default.set_state(before)
@@ -237,10 +230,10 @@ def _with_default_generator(generator: torch.Generator, draw: Callable[[], Any])
 
 
 @contextlib.contextmanager
-def _left_alone(model: nn.Module) -> Iterator[None]:
-    """Modules get back the attributes and buffers that were changed: a map's tensors are dead when it ends."""
+def _restore_attributes(model: nn.Module) -> Iterator[None]:
+    """Restores the modules' attributes and buffers afterwards, because tensors of a map can't be used once it ended."""
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    before = [(own, own.copy()) for module in modules for own in (vars(module), module._buffers)]
+    before = [(own, own.copy()) for module in modules for own in (vars(module), buffers_of(module))]
 
     def restore() -> None:
         for own, had in before:

@@ -1,4 +1,7 @@
-"""p as a function of the step, for all the dropout of a model."""
+"""`DropoutScheduler` sets the drop probability of a model's dropout modules by a function of the step.
+
+The schedules are in `fastdrop.schedules`; `models.rates` tells which modules drop and where each keeps its p.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,25 @@ from torch import nn
 from ...core import checks
 from ..models.rates import number, rate_name, set_rate
 from ..models.report import Report, Row
-from ..models.source import functional_drops, lenders, rate_text
+from ..models.source.forward import functional_drops, lenders, rate_text
 
 __all__ = ["DropoutScheduler"]
 
 
 MODES = ("scale", "set")
-OWN = "_fastdrop_own_rate"  # on a module: the p that it had before it was driven, and the p that was set last
+OWN = "_fastdrop_own_rate"  # on a module: its p from before it was driven, and the p that a scheduler set last
 OFF = "its p is 0; a filter that picks it turns it on"
 
 
 class _Entry(NamedTuple):
-    """A module that drops: under which name, its own rate, and by what the schedule's p is multiplied for it."""
+    """A module that drops."""
 
     path: str
     module: nn.Module
-    name: str
-    own: float
-    reason: str  # why it is left; nothing if it is driven
-    share: float = 1.0
+    name: str  # of the attribute with its p
+    own: float  # its own rate, from before it was driven
+    reason: str  # why it is left; "" if it is driven
+    share: float = 1.0  # the schedule's p is multiplied by this
 
     def row(self) -> Row:
         before = f"{type(self.module).__name__}({self.name}={self.own:.3g})"
@@ -39,54 +42,59 @@ class _Entry(NamedTuple):
 
 
 class DropoutScheduler:
-    """Sets the drop probability of a model's dropout modules by ``schedule(step)``.
+    """Sets the drop probability of a model's dropout modules to ``schedule(step)``.
 
-    Driven are all dropout modules of fastdrop and of torch, `torch.nn.MultiheadAttention` and recurrent layers of two
-    layers or more if built with dropout, stochastic depth of transformers and, by the names of their classes, DropPath,
-    StochasticDepth and DropBlock of timm and torchvision. Those that the model has when the scheduler is made; each
-    once, however many names it has. Modules whose p is 0 are off and stay off, unless ``filter`` picks them.
-    ``print(scheduler.report)`` shows what is driven, what is left, and why.
+    It drives the modules that the model has when the scheduler is made, each once, however many names it has:
+
+    * all dropout modules of fastdrop and torch
+    * `torch.nn.MultiheadAttention`, and recurrent layers of two layers or more, if they were built with dropout
+    * stochastic depth of transformers
+    * DropPath, StochasticDepth and DropBlock of timm and torchvision, which it recognises by name
+
+    Modules whose p is 0 are off and stay off, unless ``filter`` picks them. ``print(scheduler.report)`` shows which
+    modules are driven, which are left, and why.
 
     A module's own rate is the p that it has when a scheduler first drives it. Another scheduler of the same model
-    starts from the same own rates, except where p was set by hand since: it then is the new own rate. As with learning
-    rates, a p that is set by hand lasts until the next step.
+    starts from the same own rates. If somebody set p by hand since, that is the new own rate. A p that is set by hand
+    lasts until the next step, as a learning rate does.
 
-    Under ``torch.compile``, fastdrop's modules read p from a tensor as soon as a scheduler drives them, which nobody
-    but the scheduler sets: p changes, and nothing is compiled again. In torch's own modules p is a constant of the
-    compiled code: it is compiled anew for each value, and after 8 of them (``torch._dynamo.config.recompile_limit``)
-    no more, and runs uncompiled. So `convert` the model first.
+    Under ``torch.compile``, fastdrop's modules read p from a tensor once a scheduler drives them, so nothing is
+    compiled again if p changes. In torch's own modules p is a constant of the compiled code: each value of p
+    compiles again, and after 8 values (``torch._dynamo.config.recompile_limit``) the code runs uncompiled. So
+    `convert` the model first.
 
     Parameters
     ----------
     model : Module
     schedule : callable of the step that returns p
-        One of `fastdrop.schedules` or any other; the step is 0 first.
+        One of `fastdrop.schedules` or any other function. The first step is 0.
     filter : callable of (path, module) that returns bool, optional
-        Picks the modules to be driven, those with a p of 0 among them (with "scale", 0 stays 0). Without it, all with a
-        p above 0 are driven.
+        Picks the modules to drive, also among those whose p is 0 (with "scale", 0 stays 0). By default all modules with
+        a p above 0 are driven.
     mode : {"scale", "set"}, optional
-        "set" gives the schedule's p to every module. "scale" keeps the proportions of the own rates, as of stochastic
-        depth that rises from layer to layer: the module with the largest own rate gets the schedule's p, and every
-        other one gets ``p * own rate / largest own rate``. So ``schedule(step)`` is the largest p of the driven modules
-        in both modes. The default is "set" if all own rates above 0 are equal, and "scale" if they differ.
+        "set" gives the schedule's p to every module. "scale" keeps the proportions of the own rates, for example of
+        stochastic depth that rises from layer to layer: the module with the largest own rate gets the schedule's p, and
+        each other module gets ``p * own rate / largest own rate``. So ``schedule(step)`` is the largest p of the driven
+        modules in both modes. The default is "set" if all own rates above 0 are equal, and "scale" if they differ.
 
     Attributes
     ----------
     last_step, last_p
-        The present step and the schedule's p.
+        The current step and the schedule's p.
     mode : str
     paths : tuple of str
-        Of the modules that are driven.
+        The paths of the modules that are driven.
     report : Report
-        A row for each module that drops, with its own rate, how it follows the schedule and its p now, or why it is
-        left. Functions that drop, as ``F.dropout(x, self.p, self.training)``, are listed too.
+        A row for each module that drops: its own rate, how it follows the schedule and its p now, or why it is left.
+        Functions that drop, such as ``F.dropout(x, self.p, self.training)``, have rows too.
 
     Raises
     ------
     ValueError
-        No module to drive; an unknown mode; a schedule's value outside [0, 1], before anything is changed.
+        If there is no module to drive, the mode is unknown, or the schedule returns a p outside [0, 1]. Nothing has
+        been changed then.
     TypeError
-        schedule or filter that can't be called, or a value that is no number.
+        If schedule or filter can't be called, or the schedule returns no number.
 
     >>> import torch, fastdrop.torch as fdt
     >>> from fastdrop.schedules import exponential
@@ -101,7 +109,7 @@ class DropoutScheduler:
     >>> model[1].p == scheduler.last_p
     True
 
-    Rates that differ keep their proportion, and what is off stays off:
+    Rates that differ keep their proportion, and modules that are off stay off:
 
     >>> model = torch.nn.Sequential(fdt.DropPath(0.1), fdt.DropPath(0.2), fdt.Dropout(0.0))
     >>> print(fdt.DropoutScheduler(model, lambda step: 0.4).report)
@@ -143,13 +151,13 @@ class DropoutScheduler:
         if self.mode == "scale":
             if not rates:
                 raise ValueError("mode 'scale' must have a module whose p is above 0, but got none")
-            entries = {module: _scaled(entry, max(rates)) for module, entry in entries.items()}
+            entries = {module: _with_share(entry, max(rates)) for module, entry in entries.items()}
         self._driven = [entry for entry in entries.values() if not entry.reason]
         self._listed: list[_Entry | Row] = []
         for path, module in model.named_modules():
             if module in entries:
                 self._listed.append(entries[module])
-            self._listed += _functions(path, module)
+            self._listed += _function_rows(path, module)
         self.step(0)
 
     @property
@@ -161,9 +169,9 @@ class DropoutScheduler:
         return Report([line if isinstance(line, Row) else line.row() for line in self._listed])
 
     def step(self, step: float | None = None) -> float:
-        """Goes on by one step, or to the one given, and returns p. Call it once the step before is trained.
+        """Goes to the next step, or to the one given, and returns p. Call it after training the step before.
 
-        ValueError and TypeError as above; the model and the scheduler then stay as they are.
+        Raises the ValueError and TypeError above; the model and the scheduler stay as they are then.
         """
         if step is None:
             step = self.last_step + 1
@@ -175,11 +183,11 @@ class DropoutScheduler:
         return self.last_p
 
     def state_dict(self) -> dict[str, float]:
-        """The step and p. The schedule is not in it, nor is p in the model's own ``state_dict``."""
+        """The step and p, but not the schedule. The model's own ``state_dict`` doesn't have p."""
         return {"last_step": self.last_step, "last_p": self.last_p}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Goes to the step and sets the p that were saved; the schedule is asked from the next step on."""
+        """Goes to the saved step and sets the saved p. The schedule is called again at the next step."""
         step, p = state_dict["last_step"], state_dict["last_p"]
         checks.number_from("last_step", step, 0)
         self._set(step, checks.between("last_p", p, 0, 1))
@@ -201,20 +209,20 @@ class DropoutScheduler:
 
 
 def _own_rate(module: nn.Module, name: str) -> float:
-    """The rate from before any scheduler, unless p was set by hand since."""
+    """The p from before any scheduler or, if p was set by hand since, that p."""
     now = number(module, name) or 0.0
     own, last = vars(module).get(OWN, (now, now))
     return own if now == last else now
 
 
-def _scaled(entry: _Entry, largest: float) -> _Entry:
+def _with_share(entry: _Entry, largest: float) -> _Entry:
     if not entry.own and not entry.reason:
         return entry._replace(reason="its p is 0, which stays 0 when scaled; mode='set' turns it on")
     return entry._replace(share=entry.own / largest)
 
 
-def _functions(path: str, module: nn.Module) -> Iterator[Row]:
-    """What drops in a module's forward with a rate that isn't a dropout module's."""
+def _function_rows(path: str, module: nn.Module) -> Iterator[Row]:
+    """A row for each function that drops in a module's forward, unless its rate is a dropout module's p."""
     for drop in functional_drops(module):
         if not lenders(module, drop):
             before = f"{drop.call}({drop.name}={rate_text(module, drop)})"

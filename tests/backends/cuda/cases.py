@@ -1,5 +1,6 @@
-"""What tests of the CUDA primitives share, for `gpu_stub.Gpu` and `twin.Device`: calls by address between guards, what
-the reference makes of them, and layouts.
+"""Shared by the tests of the CUDA primitives, on `gpu_stub.Gpu` and on a real GPU.
+
+Here are calls by address on arrays between guards, the reference's results for them, and layouts.
 """
 
 from __future__ import annotations
@@ -55,6 +56,10 @@ AXES = {
     "five axes": ((2, 1), (3, 0), (2, 50), (5, 2), (8, 100)),
     "seven axes": ((2, 300), (1, 9), (2, 0), (3, 11), (2, 1), (2, 0), (4, 40)),
     "words apart": ((3, 3200), (4, 320), (8, 32)),
+    "vectors of any stride": ((3, 1), (5, 1001), (7, 17), (16, 170)),
+    "vectors of neighbours": ((3, 2003), (5, 0), (2, 501), (32, 1)),
+    "vectors that share a cell": ((3, 409), (5, 31), (2, 3), (16, 0)),
+    "elements of any stride": ((3, 1), (5, 1001), (7, 17), (9, 170)),
 }
 
 
@@ -280,22 +285,22 @@ DATA, SUMS, NUMBERS, WORDS = range(4)  # types of the arrays: the data's, the re
 FUSED = {  # arrays of each primitive: those it must have, those it may have, those it writes
     "pointwise_forward": (
         {"x": DATA, "y": SUMS},
-        {"bias": NUMBERS, "factor": DATA, "residual": SUMS, "signs": WORDS},
+        {"input_bias": NUMBERS, "multiplier": DATA, "residual": SUMS, "signs": WORDS},
         "y signs",
     ),
     "pointwise_backward": (
         {"dy": SUMS, "dx": DATA},
-        {"x": DATA, "bias": NUMBERS, "factor": DATA, "dfactor": DATA, "sums": NUMBERS},
-        "dx dfactor sums",
+        {"x": DATA, "input_bias": NUMBERS, "multiplier": DATA, "dmultiplier": DATA, "sums": NUMBERS},
+        "dx dmultiplier sums",
     ),
     "norm_forward": (
-        {"x": DATA, "y": DATA, "sum": SUMS, "statistics": NUMBERS},
-        {"bias": NUMBERS, "residual": SUMS, "weight": NUMBERS, "shift": NUMBERS},
-        "y sum statistics",
+        {"x": DATA, "y": DATA, "residual_out": SUMS, "statistics": NUMBERS},
+        {"input_bias": NUMBERS, "residual": SUMS, "weight": NUMBERS, "norm_bias": NUMBERS},
+        "y residual_out statistics",
     ),
     "norm_backward": (
-        {"dy": DATA, "sum": SUMS, "statistics": NUMBERS},
-        {"dsum": SUMS, "weight": NUMBERS, "dx": DATA, "dresidual": SUMS, "sums": NUMBERS},
+        {"dy": DATA, "residual_out": SUMS, "statistics": NUMBERS},
+        {"dresidual_out": SUMS, "weight": NUMBERS, "dx": DATA, "dresidual": SUMS, "sums": NUMBERS},
         "dx dresidual sums",
     ),
     "softmax_forward": ({"x": DATA, "y": DATA}, {"mask": NUMBERS, "probabilities": DATA}, "probabilities y"),
@@ -331,7 +336,7 @@ def fused(gpu, primitive, pair, rows, columns, *, given="", words=True, shift=0,
     plain = next(one for one in DTYPES if one.storage is dtype.computed)
     types = {DATA: dtype, SUMS: stream, NUMBERS: plain}
     n, over, generator = rows * columns, over or {}, np.random.default_rng(rows * 1009 + columns)
-    sizes = dict.fromkeys(kinds_of, n) | dict.fromkeys(("bias", "weight", "shift"), columns)
+    sizes = dict.fromkeys(kinds_of, n) | dict.fromkeys(("input_bias", "weight", "norm_bias"), columns)
     panels = variants.panels(rows)
     sizes |= {"statistics": 2 * rows, "sums": panels * columns * (3 if primitive == "norm_backward" else 1)}
     arrays = {}
@@ -343,14 +348,14 @@ def fused(gpu, primitive, pair, rows, columns, *, given="", words=True, shift=0,
     for name, values in (content or {}).items():
         arrays[name] = values if kinds_of[name] == WORDS else stored(types[kinds_of[name]], values)
     if primitive == "norm_backward":
-        of_rows = numbers_of(stream, arrays["sum"]).reshape(rows, columns)
+        of_rows = numbers_of(stream, arrays["residual_out"]).reshape(rows, columns)
         mean = of_rows.mean(1) if numbers["centred"] else np.zeros(rows)
         rstd = 1 / np.sqrt(np.square(of_rows - mean[:, None]).mean(1) + 1e-5)
         arrays["statistics"] = np.stack([mean, rstd], 1).reshape(-1).astype(dtype.computed)
     if primitive == "softmax_backward" and n:
         e = np.exp(generator.normal(size=(rows, columns)))
         arrays["probabilities"] = stored(dtype, e / e.sum(1, keepdims=True)).reshape(-1)
-    numbers |= {"rows": rows, "columns": columns, "panels": panels, "dtype": dtype.tag, "sum_dtype": stream.tag}
+    numbers |= {"rows": rows, "columns": columns, "panels": panels, "dtype": dtype.tag, "residual_dtype": stream.tag}
     names = list(inspect.signature(getattr(reference, primitive)).parameters)
     outputs = [name for name in written.split() if name in kinds_of]
     expected = {name: np.empty_like(array) if name in outputs else array for name, array in arrays.items()}
@@ -428,68 +433,87 @@ def masked_softmax(rows, columns, heads, queries, of_queries):
 ROWS_CASES = {
     "dropout_add": ("pointwise_forward", 3, 40, {"given": "residual"}),
     "dropout_add, in place": ("pointwise_forward", 3, 41, {"given": "residual", "over": {"y": "residual"}}),
-    "bias_dropout_add": ("pointwise_forward", 3, 40, {"given": "bias residual"}),
-    "bias_dropout_add, odd": ("pointwise_forward", 5, 7, {"given": "bias residual"}),
-    "unaligned": ("pointwise_forward", 5, 40, {"given": "bias residual factor", "shift": 1}),
+    "bias_dropout_add": ("pointwise_forward", 3, 40, {"given": "input_bias residual"}),
+    "bias_dropout_add, odd": ("pointwise_forward", 5, 7, {"given": "input_bias residual"}),
+    "unaligned": ("pointwise_forward", 5, 40, {"given": "input_bias residual multiplier", "shift": 1}),
     "all kept": ("pointwise_forward", 3, 40, {"words": False}),
-    "one column": ("pointwise_forward", 70, 1, {"given": "bias residual"}),
+    "one column": ("pointwise_forward", 70, 1, {"given": "input_bias residual"}),
     "bias's sums": ("pointwise_backward", 40, 40, {"given": "sums"}),
-    "bias's sums, odd": ("pointwise_backward", 33, 35, {"given": "x bias sums"}),
+    "bias's sums, odd": ("pointwise_backward", 33, 35, {"given": "x input_bias sums"}),
     "bias's sums, one column": ("pointwise_backward", 40, 1, {"given": "sums"}),
     "bias's sums, no row": ("pointwise_backward", 0, 40, {"given": "sums"}),
     "gradient's flat": ("pointwise_backward", 3, 41, {"words": False}),
-    "layer norm": ("norm_forward", 3, 40, {"given": "bias residual weight shift", **norm_numbers(1)}),
+    "layer norm": ("norm_forward", 3, 40, {"given": "input_bias residual weight norm_bias", **norm_numbers(1)}),
     "layer norm, bare": ("norm_forward", 2, 40, {"words": False, **norm_numbers(1)}),
     "layer norm, odd": ("norm_forward", 3, 37, {"given": "residual weight", **norm_numbers(1)}),
-    "layer norm, long": ("norm_forward", 3, 600, {"given": "bias residual weight shift", **norm_numbers(1)}),
-    "layer norm, one column": ("norm_forward", 3, 1, {"given": "residual shift", **norm_numbers(1)}),
+    "layer norm, long": ("norm_forward", 3, 600, {"given": "input_bias residual weight norm_bias", **norm_numbers(1)}),
+    "layer norm, one column": ("norm_forward", 3, 1, {"given": "residual norm_bias", **norm_numbers(1)}),
     "layer norm, in place": (
         "norm_forward",
         3,
         40,
-        {"given": "residual", "over": {"sum": "residual", "y": "x"}, **norm_numbers(1)},
+        {"given": "residual", "over": {"residual_out": "residual", "y": "x"}, **norm_numbers(1)},
     ),
     "rms norm": ("norm_forward", 3, 600, {"given": "residual weight", **norm_numbers(0)}),
-    "norm's gradients": ("norm_backward", 33, 40, {"given": "dsum weight dx dresidual sums", **norm_numbers(1)}),
+    "norm's gradients": (
+        "norm_backward",
+        33,
+        40,
+        {"given": "dresidual_out weight dx dresidual sums", **norm_numbers(1)},
+    ),
     "norm's gradients, odd": ("norm_backward", 17, 37, {"given": "weight dresidual sums", **norm_numbers(1)}),
-    "norm's gradients, long": ("norm_backward", 3, 600, {"given": "dsum dx", **norm_numbers(1)}),
+    "norm's gradients, long": ("norm_backward", 3, 600, {"given": "dresidual_out dx", **norm_numbers(1)}),
     "norm's gradients, in place": (
         "norm_backward",
         18,
         40,
-        {"given": "dsum weight dx dresidual sums", "over": {"dx": "dy", "dresidual": "dsum"}, **norm_numbers(1)},
+        {
+            "given": "dresidual_out weight dx dresidual sums",
+            "over": {"dx": "dy", "dresidual": "dresidual_out"},
+            **norm_numbers(1),
+        },
     ),
     "rms norm's gradients": ("norm_backward", 3, 40, {"given": "weight dx sums", "words": False, **norm_numbers(0)}),
-    "softmax": ("softmax_forward", 3, 40, {"given": "probabilities", "causal": 0, "scale": 0.5, **NO_MASK}),
-    "softmax, long": ("softmax_forward", 3, 601, {"causal": 0, "scale": 2.0, **NO_MASK}),
-    "softmax, one column": ("softmax_forward", 3, 1, {"given": "probabilities", "causal": 0, "scale": 0.5, **NO_MASK}),
+    "softmax": ("softmax_forward", 3, 40, {"given": "probabilities", "causal": 0, "softmax_scale": 0.5, **NO_MASK}),
+    "softmax, long": ("softmax_forward", 3, 601, {"causal": 0, "softmax_scale": 2.0, **NO_MASK}),
+    "softmax, one column": (
+        "softmax_forward",
+        3,
+        1,
+        {"given": "probabilities", "causal": 0, "softmax_scale": 0.5, **NO_MASK},
+    ),
     "softmax, causal": (
         "softmax_forward",
         9,
         40,
-        {"given": "probabilities", "causal": 1, "scale": 0.5, **NO_MASK, "heads": 3, "queries": 3},
+        {"given": "probabilities", "causal": 1, "softmax_scale": 0.5, **NO_MASK, "heads": 3, "queries": 3},
     ),
     "softmax, causal, odd": (
         "softmax_forward",
         10,
         5,
-        {"causal": 1, "scale": 0.5, "words": False, **NO_MASK, "queries": 10},
+        {"causal": 1, "softmax_scale": 0.5, "words": False, **NO_MASK, "queries": 10},
     ),
-    "softmax, mask": ("softmax_forward", 12, 40, {"causal": 0, "scale": 0.5, **masked_softmax(12, 40, 2, 3, True)}),
+    "softmax, mask": (
+        "softmax_forward",
+        12,
+        40,
+        {"causal": 0, "softmax_scale": 0.5, **masked_softmax(12, 40, 2, 3, True)},
+    ),
     "softmax, mask of keys": (
         "softmax_forward",
         8,
         9,
-        {"causal": 1, "scale": 1.0, **masked_softmax(8, 9, 2, 2, False)},
+        {"causal": 1, "softmax_scale": 1.0, **masked_softmax(8, 9, 2, 2, False)},
     ),
-    "softmax, in place": ("softmax_forward", 3, 40, {"over": {"y": "x"}, "causal": 0, "scale": 0.5, **NO_MASK}),
-    "softmax's gradient": ("softmax_backward", 3, 40, {"scale": 0.5}),
-    "softmax's gradient, long": ("softmax_backward", 2, 601, {"given": "y", "scale": 0.5}),
+    "softmax, in place": ("softmax_forward", 3, 40, {"over": {"y": "x"}, "causal": 0, "softmax_scale": 0.5, **NO_MASK}),
+    "softmax's gradient": ("softmax_backward", 3, 40, {"softmax_scale": 0.5}),
+    "softmax's gradient, long": ("softmax_backward", 2, 601, {"given": "y", "softmax_scale": 0.5}),
     "softmax's gradient, in place": (
         "softmax_backward",
         3,
         40,
-        {"given": "y", "over": {"dx": "dy", "y": "probabilities"}, "scale": 0.5},
+        {"given": "y", "over": {"dx": "dy", "y": "probabilities"}, "softmax_scale": 0.5},
     ),
 }
 
@@ -505,9 +529,13 @@ def assert_activations_as_reference(gpu, activation, pair, columns):
     """Forward, with the bits that a relu keeps, and backward, by both of the ways that its kernels go."""
     numbers, pair = {"a": 1.25, "activation": ACTIVATIONS[activation]}, PAIR[pair]
     signs = "signs" if activation == "relu" else ""
-    assert_fused_as_reference(gpu, "pointwise_forward", pair, 5, columns, given=f"bias factor {signs}", **numbers)
-    assert_fused_as_reference(gpu, "pointwise_backward", pair, 5, columns, given="x bias factor dfactor", **numbers)
-    assert_fused_as_reference(gpu, "pointwise_backward", pair, 20, columns, given="x bias sums", **numbers)
+    assert_fused_as_reference(
+        gpu, "pointwise_forward", pair, 5, columns, given=f"input_bias multiplier {signs}", **numbers
+    )
+    assert_fused_as_reference(
+        gpu, "pointwise_backward", pair, 5, columns, given="x input_bias multiplier dmultiplier", **numbers
+    )
+    assert_fused_as_reference(gpu, "pointwise_backward", pair, 20, columns, given="x input_bias sums", **numbers)
 
 
 SPECIAL = (np.inf, -np.inf, np.nan, 0.0, -0.0, 1e15, -1e15)
@@ -533,9 +561,9 @@ def assert_special_numbers_as_reference(gpu, pair, activations):
     norm = {"given": "residual", "content": content, **norm_numbers(1)}
     assert_fused_as_reference(gpu, "norm_forward", pair, rows, columns, **norm)
     for causal in (0, 1):
-        numbers = NO_MASK | {"a": 1.25, "queries": rows, "causal": causal, "scale": 0.5}
+        numbers = NO_MASK | {"a": 1.25, "queries": rows, "causal": causal, "softmax_scale": 0.5}
         assert_fused_as_reference(gpu, "softmax_forward", pair, rows, columns, content=content, **numbers)
     content = {"dy": x.reshape(-1)}
     norm = {"given": "weight dx dresidual", "content": content, **norm_numbers(1)}
     assert_fused_as_reference(gpu, "norm_backward", pair, rows, columns, **norm)
-    assert_fused_as_reference(gpu, "softmax_backward", pair, rows, columns, content=content, a=1.25, scale=0.5)
+    assert_fused_as_reference(gpu, "softmax_backward", pair, rows, columns, content=content, a=1.25, softmax_scale=0.5)

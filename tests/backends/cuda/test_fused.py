@@ -1,6 +1,6 @@
-"""The CUDA kernels of the fused primitives: their PTX in an interpreter behind a stub driver, against the reference.
+"""Runs the PTX of the fused CUDA kernels in an interpreter behind a stub driver, and compares it with the reference.
 
-To a tolerance, as each backend adds in an order of its own; but the same bits each time.
+Results agree to a tolerance because each backend adds in an order of its own. A kernel gives the same bits each time.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .cases import (
 pytest_plugins = ["tests.backends.cuda.gpu_stub"]
 
 SUMS = ("bias's sums", "norm's gradients")
+GRADIENT = "softmax's gradient"
 
 
 @pytest.fixture
@@ -49,51 +50,56 @@ def test_fused_float32(gpu, name):
     assert_case_as_reference(gpu, name, "float32")
 
 
-@pytest.mark.parametrize("name", ["bias_dropout_add", "layer norm, long", "norm's gradients", "softmax, causal"])
+@pytest.mark.parametrize("name", ["bias_dropout_add", *SUMS, "layer norm, long", "softmax, causal"])
 def test_fused_bfloat16_on_float32(gpu, name):
     assert_case_as_reference(gpu, name, "bfloat16 on float32")
     assert all(accesses_vectors(launch) for launch in gpu.launches if launch.variant.body != "add_panels")
 
 
-def test_fused_float16_and_float64(gpu):
-    """Conversions, and exchanges of halves."""
-    assert_case_as_reference(gpu, "layer norm", "float16")
-    assert_case_as_reference(gpu, "softmax, causal", "float64")
+@pytest.mark.parametrize(
+    "name", ["bias_dropout_add", "bias's sums, odd", "layer norm", "norm's gradients", "softmax, mask", GRADIENT]
+)
+def test_fused_float64(gpu, name):
+    """Each kernel once, with all that it may have: numbers of 8 bytes are exchanged in halves."""
+    assert_case_as_reference(gpu, name, "float64")
 
 
 @pytest.mark.parametrize("pair", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["bias's sums, odd", "norm's gradients, odd", "softmax's gradient"])
-def test_gradients_in_16_bits(gpu, name, pair):
+@pytest.mark.parametrize("name", ["bias's sums, odd", "layer norm", "norm's gradients, odd", GRADIENT])
+def test_fused_in_16_bits(gpu, name, pair):
     assert_case_as_reference(gpu, name, pair)
 
 
-def test_fused_gelu(gpu):
-    assert_activations_as_reference(gpu, "gelu", "float32", 40)
+@pytest.mark.parametrize("activation", [name for name, code in ACTIVATIONS.items() if code])
+@pytest.mark.parametrize(("pair", "columns"), [("float32", 40), ("float64", 9)])
+def test_fused_activations(gpu, activation, pair, columns):
+    assert_activations_as_reference(gpu, activation, pair, columns)
 
 
-def test_fused_special_numbers(gpu):
-    assert_special_numbers_as_reference(gpu, "float32", ["relu", "gelu_tanh"])
+@pytest.mark.parametrize("pair", ["float32", "float64"])
+def test_fused_special_numbers(gpu, pair):
+    assert_special_numbers_as_reference(gpu, pair, ACTIVATIONS)
 
 
 def test_pointwise_forward_over_many_tiles(gpu):
     """Vectors, then what is left of the last word; the column of each found again and again."""
     numbers = {"a": 1.25, "activation": ACTIVATIONS["relu"]}
     assert_fused_as_reference(
-        gpu, "pointwise_forward", PAIR["float32"], 501, 28, given="bias residual signs", **numbers
+        gpu, "pointwise_forward", PAIR["float32"], 501, 28, given="input_bias residual signs", **numbers
     )
     assert_fused_as_reference(gpu, "pointwise_forward", PAIR["float32"], 1, 9001, given="residual signs", **numbers)
-    assert_fused_as_reference(gpu, "pointwise_forward", PAIR["float32"], 301, 27, given="bias signs", **numbers)
+    assert_fused_as_reference(gpu, "pointwise_forward", PAIR["float32"], 301, 27, given="input_bias signs", **numbers)
 
 
 @pytest.mark.parametrize("columns", [SHORT_ROW, SHORT_ROW + 4, 66_000])
 def test_rows_of_any_length(gpu, columns):
-    given = {"given": "residual weight shift", **norm_numbers(1)}
+    given = {"given": "residual weight norm_bias", **norm_numbers(1)}
     assert_fused_as_reference(gpu, "norm_forward", PAIR["float32"], 2, columns, **given)
-    softmax = NO_MASK | {"a": 1.25, "scale": 3.0, "causal": 0}
+    softmax = NO_MASK | {"a": 1.25, "softmax_scale": 3.0, "causal": 0}
     assert_fused_as_reference(gpu, "softmax_forward", PAIR["float32"], 2, columns, given="probabilities", **softmax)
     given = {"given": "weight dx sums", **norm_numbers(1)}
     assert_fused_as_reference(gpu, "norm_backward", PAIR["float32"], 2, columns, **given)
-    assert_fused_as_reference(gpu, "softmax_backward", PAIR["float32"], 2, columns, a=1.25, scale=3.0)
+    assert_fused_as_reference(gpu, "softmax_backward", PAIR["float32"], 2, columns, a=1.25, softmax_scale=3.0)
 
 
 # ---- order ----
@@ -229,23 +235,23 @@ def test_torch_hands_over_what_it_is_given(gpu, monkeypatch):
     gpu.allow(*[t.numpy() for t in (x, dy, bias, words, y, sums, sum, statistics, dx, dresidual, probabilities)])
     tags, shape = (F32.tag, F32.tag), (rows, columns)
 
-    cuda.pointwise_forward(*tags, x, bias, None, dy, words, y, None, *shape, 2.0, 0)
+    cuda.run("pointwise_forward", *tags, x, bias, None, dy, words, y, None, *shape, 2.0, 0)
     torch.testing.assert_close(y, 2 * (x + bias) + dy)
-    cuda.pointwise_backward(*tags, dy, None, None, None, words, dx, None, sums, *shape, 1, 2.0, 0)
+    cuda.run("pointwise_backward", *tags, dy, None, None, None, words, dx, None, sums, *shape, 1, 2.0, 0)
     torch.testing.assert_close(dx, 2 * dy)
     torch.testing.assert_close(sums[0, 0], 2 * dy.sum(0))
-    cuda.norm_forward(*tags, x, None, dy, words, None, bias, y, sum, statistics, *shape, 1.0, 1e-5, 1)
+    cuda.run("norm_forward", *tags, x, None, dy, words, None, bias, y, sum, statistics, *shape, 1.0, 1e-5, 1)
     torch.testing.assert_close(sum, x + dy)
     torch.testing.assert_close(y, torch.nn.functional.layer_norm(sum, (columns,), None, bias))
     arrays = dy, None, sum, statistics, None, words, dx, dresidual, sums
-    cuda.norm_backward(*tags, *arrays, *shape, 1, 1.0, 1)
+    cuda.run("norm_backward", *tags, *arrays, *shape, 1, 1.0, 1)
     leaf = sum.clone().requires_grad_()
     torch.nn.functional.layer_norm(leaf, (columns,)).backward(dy)
     torch.testing.assert_close(dresidual, leaf.grad)
     torch.testing.assert_close(sums[0], torch.stack([(dy * (y - bias)).sum(0), dy.sum(0), dx.sum(0)]))
-    cuda.softmax_forward(F32.tag, x, None, None, probabilities, y, *shape, 1, 1, 0, 0, 0, 0.5, 1.0, 0)
+    cuda.run("softmax_forward", F32.tag, x, None, None, probabilities, y, *shape, 1, 1, 0, 0, 0, 0.5, 1.0, 0)
     torch.testing.assert_close(y, torch.softmax(0.5 * x, 1))
-    cuda.softmax_backward(F32.tag, dy, probabilities, None, dx, None, *shape, 0.5, 1.0)
+    cuda.run("softmax_backward", F32.tag, dy, probabilities, None, dx, None, *shape, 0.5, 1.0)
     leaf = x.clone().requires_grad_()
     torch.softmax(0.5 * leaf, 1).backward(dy)
     torch.testing.assert_close(dx, leaf.grad)

@@ -189,10 +189,10 @@ def test_fused_primitives_on_many_rows(pair, columns):
     """More blocks than a GPU takes at once; the same bits each time."""
     rows = 2**22 // columns
     cases = (
-        ("norm_forward", {"given": "bias residual weight shift", **norm_numbers(1)}),
-        ("norm_backward", {"given": "dsum weight dx dresidual sums", **norm_numbers(1)}),
-        ("softmax_forward", {"given": "probabilities", "causal": 0, "scale": 0.5, "a": 1.25, **NO_MASK}),
-        ("pointwise_backward", {"given": "x bias sums", "a": 1.25, "activation": ACTIVATIONS["gelu"]}),
+        ("norm_forward", {"given": "input_bias residual weight norm_bias", **norm_numbers(1)}),
+        ("norm_backward", {"given": "dresidual_out weight dx dresidual sums", **norm_numbers(1)}),
+        ("softmax_forward", {"given": "probabilities", "causal": 0, "softmax_scale": 0.5, "a": 1.25, **NO_MASK}),
+        ("pointwise_backward", {"given": "x input_bias sums", "a": 1.25, "activation": ACTIVATIONS["gelu"]}),
     )
     for primitive, options in cases:
         first, again = (

@@ -22,7 +22,9 @@ import fastdrop.torch as fdt
 from fastdrop import backends
 from fastdrop.backends import c as native
 from fastdrop.core.random import keep_scale, threshold
-from fastdrop.torch.ops import fused as fused_ops
+from fastdrop.torch.ops.norm import NORM
+from fastdrop.torch.ops.pointwise import POINTWISE
+from fastdrop.torch.ops.softmax import SOFTMAX
 from fastdrop.torch.runtime import cuda as cuda_runtime
 from fastdrop.torch.runtime import fused_kernels
 
@@ -213,7 +215,7 @@ def test_unneeded_gradients_are_not_computed(monkeypatch):
     fused = FUSED["bias_dropout_add"]
     asked = []
     backward = fused_kernels.pointwise_backward
-    monkeypatch.setattr(fused_kernels, "pointwise_backward", lambda *args: asked.append(args[-2:]) or backward(*args))
+    monkeypatch.setattr(fused_kernels, "pointwise_backward", lambda *args: asked.append(args[-1]) or backward(*args))
     for name, expected in (("residual", []), ("input", []), ("bias", [(True, False)])):
         tensors = fused.tensors()
         tensors[name].requires_grad_()
@@ -406,14 +408,14 @@ def test_bytes_kept(fused, dtype):
 
 def test_no_bits_without_gradient(fused, monkeypatch):
     """In a call that nobody differentiates nothing is kept, not even by the graph, nor made to be."""
-    for primitive, options in (("pointwise", 1), ("norm", 1), ("softmax", 2)):
-        kernel = getattr(fused_ops, primitive)
+    for op in (POINTWISE, NORM, SOFTMAX):
 
-        def watched(*args, kernel=kernel, options=options):
-            assert not any(args[-options:])
-            return kernel(*args)
+        def watched(call, launch=op.launch):
+            assert not call.store_bits
+            assert not getattr(call, "keep_probabilities", False)
+            return launch(call)
 
-        monkeypatch.setattr(fused_ops, primitive, watched)
+        monkeypatch.setattr(op, "launch", watched)
     with torch.no_grad(), saved_tensors() as kept:
         results = fused(leaves(fused.tensors()))
     assert not kept

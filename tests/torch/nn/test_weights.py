@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
-import pickle
 import weakref
+from functools import partial
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from torch import nn
+from torch._dynamo.utils import counters
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -21,30 +22,14 @@ from fastdrop.torch.nn.recurrent import VariationalLSTM
 from fastdrop.torch.nn.weights import DropConnect, EmbeddingDropout
 from fastdrop.torch.ops import mask as mask_ops
 
-from ..cases import assert_equal
+from ..cases import assert_equal, under
+from ..module_cases import COPIES
 
-
-@pytest.fixture(autouse=True)
-def torch_state():
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
-def seeded(function, *arguments, seed=5):
-    torch.manual_seed(seed)
-    return function(*arguments)
+seeded = partial(under, 5)
 
 
 def first(result):
     return result[0] if isinstance(result, tuple) else result
-
-
-def gradients(module):
-    return {name: parameter.grad for name, parameter in module.named_parameters()}
-
-
-COPIES = [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))]
 
 
 # ---- rows of a table ----
@@ -65,7 +50,7 @@ def dropped_table(module):
     return fdt.dropout(module.embedding.weight, module.p, noise_shape=(None, 1))
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("p", [0.5, 1.0])
 @pytest.mark.parametrize("ids", IDS.values(), ids=IDS)
 def test_embedding_is_that_of_a_table_with_rows_dropped(ids, p):
     module = EmbeddingDropout(nn.Embedding(WORDS, WIDTH), p)
@@ -76,25 +61,6 @@ def test_embedding_is_that_of_a_table_with_rows_dropped(ids, p):
     dy = torch.randn_like(y)
     # Words that come twice: one sums what it multiplies, the other multiplies sums.
     torch.testing.assert_close(torch.autograd.grad(y, weight, dy), torch.autograd.grad(expected, weight, dy))
-
-
-def test_embedding_drops_a_word_everywhere_or_nowhere():
-    module = EmbeddingDropout(nn.Embedding.from_pretrained(torch.ones(WORDS, WIDTH)), 0.5)
-    ids = torch.arange(WORDS).repeat(3, 1)
-    masks = [module(ids) for _ in range(2)]
-    for y in masks:
-        assert (y == y[0]).all()
-        assert set(y.unique().tolist()) == {0.0, 2.0}
-        assert (y == y[..., :1]).all()
-    assert not torch.equal(*masks)
-
-
-def test_embedding_keeps_its_mean():
-    module = EmbeddingDropout(nn.Embedding(WORDS, WIDTH), 0.3)
-    ids = torch.arange(WORDS)
-    mean = torch.stack([module(ids).detach() for _ in range(4000)]).mean(0)
-    torch.testing.assert_close(mean, module.embedding.weight.detach(), rtol=0, atol=0.2)
-    assert abs(float((mean / module.embedding.weight.detach()).mean()) - 1) < 0.01
 
 
 @pytest.mark.parametrize("mode", ["evaluation", "p of 0"])
@@ -164,28 +130,19 @@ def test_embedding_gradients_are_finite_differences():
     assert torch.autograd.gradgradcheck(run, weight)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-def test_embedding_compiles_in_one_graph(backend):
+def test_embedding_compiles_in_one_graph_that_reads_the_rate():
     torch.compiler.reset()
+    counters.clear()
     module = EmbeddingDropout(nn.Embedding(WORDS, WIDTH), 0.5)
-    compiled = torch.compile(module, fullgraph=True, backend=backend)
-    for ids in (IDS["33"], IDS["(4, 25)"], IDS["1 word"]):
-        y = seeded(compiled, ids)
-        assert_equal(y, seeded(module, ids))
-        (found,) = torch.autograd.grad(y.square().sum(), module.embedding.weight)
-        (expected,) = torch.autograd.grad(seeded(module, ids).square().sum(), module.embedding.weight)
-        torch.testing.assert_close(found, expected)
-    torch.compiler.reset()
-
-
-def test_embedding_compiled_reads_a_rate_that_changes():
-    torch.compiler.reset()
-    module, graphs = EmbeddingDropout(nn.Embedding(WORDS, WIDTH), 0.5), []
-    compiled = torch.compile(module, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for p in (0.1, 0.9, 0.0, 1.0):
-        module.p, module._rate = p, torch.tensor(p, dtype=torch.float64)
-        assert_equal(seeded(compiled, IDS["33"]), seeded(module, IDS["33"]))
-    assert len(graphs) == 1
+        module.p, module.rate_tensor = p, torch.tensor(p, dtype=torch.float64)
+        y, expected = seeded(compiled, IDS["33"]), seeded(module, IDS["33"])
+        assert_equal(y, expected)
+        dy = torch.randn_like(y)
+        leaf = module.embedding.weight
+        torch.testing.assert_close(torch.autograd.grad(y, leaf, dy), torch.autograd.grad(expected, leaf, dy))
+    assert counters["stats"]["unique_graphs"] == 1
     torch.compiler.reset()
 
 
@@ -202,7 +159,7 @@ def test_embedding_as_a_module():
     assert list(module.state_dict()) == ["embedding.weight"]
     assert "p=0.25" in repr(module)
     assert "Embedding(50, 6, padding_idx=0)" in repr(module)
-    for duplicate in COPIES:
+    for duplicate in COPIES.values():
         assert_equal(seeded(duplicate(module), IDS["33"]), seeded(module, IDS["33"]))
     traced = torch.fx.symbolic_trace(nn.Sequential(module))
     assert_equal(traced.eval()(IDS["33"]), module.embedding(IDS["33"]))
@@ -221,11 +178,7 @@ def test_embedding_refuses():
 
 MODULES = {
     "Linear": (lambda: nn.Linear(40, 30), (5, 40)),
-    "Conv1d": (lambda: nn.Conv1d(4, 8, 3), (2, 4, 9)),
-    "Conv2d": (lambda: nn.Conv2d(4, 8, 3), (2, 4, 9, 9)),
     "Conv2d channels-last": (lambda: nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last), (2, 4, 9, 9)),
-    "Conv3d": (lambda: nn.Conv3d(4, 8, 2), (2, 4, 5, 5, 5)),
-    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 8, 3), (2, 4, 9, 9)),
     "Bilinear": (lambda: nn.Sequential(_Pair(), nn.Linear(4, 2)), (3, 5)),
     "RNN": (lambda: nn.RNN(8, 16), (5, 3, 8)),
     "GRU": (lambda: nn.GRU(8, 16, 2, bidirectional=True), (5, 3, 8)),
@@ -265,17 +218,33 @@ def with_dropped_weights(module, *arguments):
     return torch.func.functional_call(module.module, weights, arguments)
 
 
+def results_of(module, run, x):
+    """Output and gradients under one seed."""
+    y = first(seeded(run, x))
+    loss = y.abs().sum() if y.is_complex() else y.square().sum()
+    return y.detach(), *torch.autograd.grad(loss, [x, *module.parameters()])
+
+
+def assert_weights_are_dropped(module, x):
+    assert_equal(results_of(module, module, x), results_of(module, lambda x: with_dropped_weights(module, x), x))
+
+
 def test_connections_are_those_of_dropped_weights(case):
     module, x = case
-    results = []
-    for run in (module, lambda *xs: with_dropped_weights(module, *xs)):
-        module.zero_grad()
-        x.grad = None
-        y = first(seeded(run, x))
-        y.square().sum().backward()
-        results.append((y.detach(), x.grad, *(parameter.grad for parameter in module.parameters())))
-    assert_equal(*map(tuple, results))
-    assert not torch.equal(results[0][0], first(seeded(module, x, seed=6)))
+    assert_weights_are_dropped(module, x)
+    assert not torch.equal(first(seeded(module, x)), first(under(6, module, x)))
+
+
+def test_connections_under_autocast():
+    module, x = DropConnect(nn.Conv2d(4, 8, 3)), torch.randn(2, 4, 9, 9, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module(x).dtype == torch.bfloat16
+        assert_weights_are_dropped(module, x)
+
+
+def test_second_gradients_of_connections_are_finite_differences():
+    module, x = DropConnect(nn.Linear(3, 4).double()), torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x, *_: seeded(module, x).tanh(), (x, *module.parameters()))
 
 
 def test_connections_are_made_once_in_each_backward_and_freed(case, monkeypatch):
@@ -338,26 +307,7 @@ def test_connections_keep_nothing_of_the_weight_if_the_input_has_no_gradient(fro
     assert kept_by(module, torch.randn(5, 40)) == (([], 0) if frozen else ([5 * 40 * 4], 4 * 38))
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(3, 4), lambda: nn.RNN(3, 4)], ids=["Linear", "RNN"])
-def test_connections_gradients_are_finite_differences(make):
-    module = DropConnect(make().double())
-    x = torch.randn(2, 2, 3, dtype=torch.float64, requires_grad=True)
-    for parameter in module.parameters():  # in place, as the call goes by them
-
-        def run(x, parameter=parameter):
-            return first(seeded(module, x)).tanh()
-
-        assert torch.autograd.gradcheck(lambda x, _: run(x), (x, parameter))
-    assert torch.autograd.gradgradcheck(lambda x, *_: first(seeded(module, x)).tanh(), (x, *module.parameters()))
-
-
-def test_connections_keep_the_mean_of_the_weight():
-    module = DropConnect(nn.Linear(6, 4, bias=False), p=0.3)
-    mean = torch.stack([module(torch.eye(6)).detach() for _ in range(4000)]).mean(0)
-    torch.testing.assert_close(mean, module.module.weight.detach().T, rtol=0, atol=0.03)
-
-
-@pytest.mark.parametrize("name", ["Linear", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", ["Linear", "GRU"])
 def test_connections_at_p_of_1(name):
     make, shape = MODULES[name]
     module, x = DropConnect(make(), p=1.0), torch.randn(shape, requires_grad=True)
@@ -371,28 +321,16 @@ def test_connections_at_p_of_1(name):
         assert not weight.grad.any()
 
 
-def test_steps_of_a_recurrent_layer_share_the_dropped_weights():
-    module = DropConnect(nn.LSTM(3, 20))
-    x = torch.randn(2, 1, 3)
-    one, state = seeded(module, x[:1])
-    two, _ = seeded(module, x[1:], state)
-    torch.testing.assert_close(seeded(module, x)[0], torch.cat([one, two]))
-
-
 def test_connections_of_a_variational_layer():
     layer = VariationalLSTM(3, 5, 2, dropout_input=0.3, dropout_recurrent=0.4)
     module, x = DropConnect(layer, ["weight_hh_l0", "weight_ih_l1"]), torch.randn(4, 2, 3, requires_grad=True)
-    results = [
-        torch.autograd.grad(first(seeded(run, x)).square().sum(), [x, *module.parameters()])
-        for run in (module, lambda x: with_dropped_weights(module, x))
-    ]
-    assert_equal(*results)
+    assert_weights_are_dropped(module, x)
 
 
 # ---- changes in place ----
 
 
-@pytest.mark.parametrize("name", ["Linear", "Conv2d", "LSTM", "GRU"])
+@pytest.mark.parametrize("name", ["Linear", "LSTM"])
 def test_weight_changed_before_backward_raises(name):
     make, shape = MODULES[name]
     module, x = DropConnect(make()), torch.randn(shape, requires_grad=True)
@@ -420,19 +358,6 @@ def test_weight_replaced_before_backward_keeps_its_gradient():
     assert_equal(torch.autograd.grad(y.sum(), x), (expected,))
 
 
-def test_optimizer_trains_the_weight():
-    module = DropConnect(nn.LSTM(3, 8), p=0.2)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
-    x, losses = torch.randn(5, 16, 3), []
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = (module(x)[0].sum(-1) - 1.0).square().mean()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] / 4
-
-
 # ---- what else keeps, and calls ----
 
 
@@ -445,10 +370,8 @@ def test_hooks_outside_see_what_they_would_of_the_module():
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("name", ["Linear", "LSTM"])
-def test_connections_under_checkpointing(name, use_reentrant):
-    make, shape = MODULES[name]
-    module, x = DropConnect(make()), torch.randn(shape, requires_grad=True)
+def test_connections_under_checkpointing(use_reentrant):
+    module, x = DropConnect(nn.LSTM(8, 16, 2)), torch.randn(5, 3, 8, requires_grad=True)
     leaves = [x, *module.parameters()]
     first(seeded(module, x)).square().sum().backward()
     expected = tuple(leaf.grad for leaf in leaves)
@@ -473,29 +396,6 @@ def test_connections_of_a_module_made_in_inference_mode():
     assert_equal(seeded(module, x), seeded(with_dropped_weights, module, x))
 
 
-@pytest.mark.parametrize("name", ["Linear", "Conv2d"])
-def test_connections_under_autocast(name):
-    make, shape = MODULES[name]
-    module, x = DropConnect(make()), torch.randn(shape, requires_grad=True)
-    results = []
-    for run in (module, lambda x: with_dropped_weights(module, x)):
-        with torch.autocast("cpu", torch.bfloat16):
-            y = seeded(run, x)
-        assert y.dtype == torch.bfloat16
-        results.append((y.detach(), *torch.autograd.grad(y.sum(), [x, *module.parameters()])))
-    assert_equal(*results)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.complex64], ids=str)
-def test_connections_of_other_dtypes(dtype):
-    module, x = DropConnect(nn.Linear(6, 5, dtype=dtype)), torch.randn(3, 6, dtype=dtype, requires_grad=True)
-    results = []
-    for run in (module, lambda x: with_dropped_weights(module, x)):
-        y = seeded(run, x)
-        results.append((y.detach(), *torch.autograd.grad(y.abs().sum(), [x, *module.parameters()])))
-    assert_equal(*results)
-
-
 class Conjugate(nn.Linear):
     """Its node keeps another view of the same memory."""
 
@@ -510,36 +410,31 @@ class Written(nn.Linear):
         return F.linear(x, self.weight.mul_(3.0), self.bias)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [(Conjugate, torch.complex64), (Written, torch.float32)])
-def test_connections_of_a_layer_that_sees_its_weight_otherwise(kind, dtype):
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [(Conjugate, torch.complex64), (Written, torch.float32), (nn.Linear, torch.complex64), (nn.Linear, torch.bfloat16)],
+)
+def test_connections_of_a_layer_that_sees_its_weight_otherwise_and_of_other_dtypes(kind, dtype):
     module, x = DropConnect(kind(6, 5, dtype=dtype)), torch.randn(3, 6, dtype=dtype, requires_grad=True)
-    results = []
-    for run in (module, lambda x: with_dropped_weights(module, x)):
-        y = seeded(run, x)
-        results.append((y.detach(), *torch.autograd.grad(y.abs().sum(), [x, *module.parameters()])))
-    assert_equal(*results)
+    assert_weights_are_dropped(module, x)
 
 
-@pytest.mark.parametrize("name", ["Linear", "GRU"])
-def test_connections_with_parameters_of_a_functional_call(name):
-    make, shape = MODULES[name]
-    module, other, x = DropConnect(make()), DropConnect(make()), torch.randn(shape)
+def test_compiled_connections_in_one_graph_that_reads_the_rate():
+    torch.compiler.reset()
+    counters.clear()
+    module, x = DropConnect(nn.Conv1d(4, 8, 3)), torch.randn(2, 4, 9, requires_grad=True)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for p in (0.1, 0.9, 1.0):
+        module.p, module.rate_tensor = p, torch.tensor(p, dtype=torch.float64)
+        assert_equal(results_of(module, compiled, x), results_of(module, module, x))
+    assert counters["stats"]["unique_graphs"] == 1
+    torch.compiler.reset()
+
+
+def test_connections_with_parameters_of_a_functional_call():
+    module, other, x = DropConnect(nn.GRU(8, 16)), DropConnect(nn.GRU(8, 16)), torch.randn(5, 3, 8)
     y = seeded(torch.func.functional_call, module, dict(other.named_parameters()), x)
     assert_equal(first(y), first(seeded(other, x)))
-
-
-def test_compiled_connections_in_one_graph():
-    torch.compiler.reset()
-    for name in ("Linear", "Conv2d"):
-        make, shape = MODULES[name]
-        module, x = DropConnect(make()), torch.randn(shape, requires_grad=True)
-        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-        results = []
-        for run in (compiled, module):
-            y = seeded(run, x)
-            results.append((y.detach(), *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])))
-        assert_equal(*results)
-    torch.compiler.reset()
 
 
 def test_compiled_connections_of_a_recurrent_layer_run():
@@ -552,17 +447,6 @@ def test_compiled_connections_of_a_recurrent_layer_run():
     y.sum().backward()
     flat = module.module._flat_weights
     assert all(weight is parameter for weight, parameter in zip(flat, module.module.parameters(), strict=True))
-    torch.compiler.reset()
-
-
-def test_compiled_connections_read_a_rate_that_changes():
-    torch.compiler.reset()
-    module, graphs, x = DropConnect(nn.Linear(8, 8)), [], torch.randn(2, 8)
-    compiled = torch.compile(module, fullgraph=True, backend=lambda graph, _: graphs.append(graph) or graph)
-    for p in (0.1, 0.9, 1.0):
-        module.p, module._rate = p, torch.tensor(p, dtype=torch.float64)
-        assert_equal(seeded(compiled, x), seeded(module, x))
-    assert len(graphs) == 1
     torch.compiler.reset()
 
 
@@ -588,8 +472,8 @@ def test_connections_under_transforms():
     found = seeded(torch.func.grad(loss), parameters, x)
     module.zero_grad()
     seeded(module, x).square().sum().backward()
-    for name, gradient in gradients(module).items():
-        torch.testing.assert_close(found[name], gradient)
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)
     per_sample = torch.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="same")(parameters, x)
     assert per_sample["module.weight"].shape == (5, 3, 4)
     shared = (per_sample["module.weight"] == 0).all(0)
@@ -610,9 +494,9 @@ def test_connections_leave_parameters_where_they_are(case):
         assert all(a is b for a, b in zip(module.module._flat_weights, before.values(), strict=True))
 
 
-@pytest.mark.parametrize("duplicate", COPIES, ids=["copy", "pickle"])
-def test_connections_copy_after_a_call(case, duplicate):
-    module, x = case
+@pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
+def test_connections_copy_after_a_call(duplicate):
+    module, x = DropConnect(nn.GRU(8, 16)), torch.randn(5, 3, 8)
     y = first(module(x))
     twin = duplicate(module)
     assert repr(twin) == repr(module)
@@ -647,16 +531,6 @@ def test_a_shared_weight_is_dropped_once(names):
     assert_equal(y, expected)
     leaves = [x, module.module.a.weight]
     assert_equal(torch.autograd.grad(y.sum(), leaves), torch.autograd.grad(expected.sum(), leaves))
-
-
-def test_a_weight_shared_by_layers_of_a_recurrent_module_is_dropped_once():
-    layer = nn.GRU(5, 5, 2)
-    layer.weight_hh_l1 = layer.weight_hh_l0
-    module, x = DropConnect(layer), torch.randn(4, 2, 5)
-    weight = seeded(lambda: fdt.drop_connect(layer.weight_hh_l0, 0.5))
-    values = {"weight_hh_l0": weight, "weight_hh_l1": weight}
-    expected, _ = torch.func.functional_call(layer, values, (x,), tie_weights=False)
-    assert_equal(seeded(module, x)[0], expected)
 
 
 def test_connections_pass_arguments_by_name():
@@ -696,9 +570,5 @@ def test_connections_repr():
 def test_connections_refuse_names(make, names, message):
     with pytest.raises(ValueError, match=message):
         DropConnect(make(), names)
-
-
-@pytest.mark.parametrize("p", [-0.1, 1.5, math.nan], ids=str)
-def test_connections_refuse_p_out_of_range(p):
-    with pytest.raises(ValueError, match=rf"^dropout probability has to be between 0 and 1, but got {p}$"):
-        DropConnect(nn.Linear(2, 2), p=p)
+    with pytest.raises(ValueError, match=r"^dropout probability has to be between 0 and 1, but got 1\.5$"):
+        DropConnect(nn.Linear(2, 2), p=1.5)

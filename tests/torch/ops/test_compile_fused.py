@@ -1,4 +1,4 @@
-"""The fused functions of torch's face compiled, exported and as ops: one graph, and the values of eager code."""
+"""The fused functions compiled, exported and as ops: one graph, and the values of eager code under the same seed."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ torch = pytest.importorskip("torch")
 
 import torch._dynamo.compiled_autograd as compiled_autograd
 from torch import nn
-from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import fastdrop.torch as fdt
 
 from ..cases import assert_equal, saved_tensors, under
-from ..functional.fused_cases import FUSED, SEED, Fused, P
+from ..functional.fused_cases import FUSED, SEED, P
+from .compiling import compiled, fresh_compiler, graphs, some
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of many kinds
+__all__ = ["fresh_compiler"]  # a fixture of every test here
 
 OPS = torch.ops.fastdrop
 # One of each op, and the one that keeps signs.
@@ -29,28 +30,8 @@ KINDS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """Nothing compiled before; nor by another version of this package, as torch's cache of gradients would have it."""
-    torch.compiler.reset()
-    counters.clear()
-    with torch.random.fork_rng(), torch._functorch.config.patch(enable_autograd_cache=False):
-        yield
-    torch.compiler.reset()
-
-
-@pytest.fixture(params=FUSED)
-def fused(request) -> Fused:
-    return FUSED[request.param]
-
-
-def compiled(function, backend="aot_eager", **options):
-    """In one graph, or an error."""
-    return torch.compile(function, backend=backend, fullgraph=True, **options)
-
-
-def graphs():
-    return counters["stats"]["unique_graphs"]
+def of_kinds(*quick):
+    return pytest.mark.parametrize("name", some(KINDS, quick, "test_compiled_equals_eager"))
 
 
 def gradients(function, tensors, *arguments):
@@ -84,34 +65,33 @@ def step(fused, **options):
 # ---- values ----
 
 
-def test_compiled_equals_eager(fused):
+@pytest.mark.parametrize("name", some(FUSED, KINDS, "the cases of the same op"))
+def test_compiled_equals_eager(name):
+    """And where nothing has a gradient, nothing is kept for one."""
+    fused = FUSED[name]
     function = step(fused)
-    assert_equals_eager(function, compiled(function), fused.tensors())
+    ours = compiled(function)
+    assert_equals_eager(function, ours, fused.tensors())
     assert graphs() == 1
+    with torch.no_grad():
+        assert_equal(under(1, ours, fused.tensors()), under(1, function, fused.tensors()))
 
 
+@pytest.mark.slow("test_compiled_equals_eager and test_inductor_equals_eager of test_compile.py")
 @pytest.mark.parametrize("name", ["bias_act_dropout gelu", "dropout_add_layer_norm"])
 def test_inductor_equals_eager(name):
     function = step(FUSED[name])
     assert_equals_eager(function, compiled(function, "inductor"), FUSED[name].tensors())
 
 
-@pytest.mark.parametrize("name", KINDS)
+@of_kinds("dropout_add_layer_norm")
 @pytest.mark.parametrize("option", [{"store": "seed", "seed": 7}, {"training": False}], ids=str)
 def test_options_equal_eager(name, option):
     function = step(FUSED[name], **option)
     assert_equals_eager(function, compiled(function), FUSED[name].tensors(), seeds=(0,))
 
 
-@pytest.mark.parametrize("name", KINDS)
-def test_nothing_is_kept_where_nothing_has_a_gradient(name):
-    fused = FUSED[name]
-    function = step(fused)
-    with torch.no_grad():
-        assert_equal(under(1, compiled(function), fused.tensors()), under(1, function, fused.tensors()))
-
-
-@pytest.mark.parametrize("name", ["bias_act_dropout relu", "dropout_add_layer_norm", "softmax_dropout masked"])
+@of_kinds("bias_act_dropout relu")
 def test_shapes_and_p_change_without_a_new_graph(name):
     """Symbolic shapes; p as a tensor of any value, 0 and 1 among them."""
     fused = FUSED[name]
@@ -193,7 +173,7 @@ def test_block_in_one_graph_under_autocast_and_checkpoint():
     torch.testing.assert_close(grads(compiled(plain), True), grads(plain, True), **close)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@of_kinds("dropout_add_layer_norm", "softmax_dropout masked")
 def test_transforms_inside_of_a_graph(name):
     """Compiled `grad` and `vmap`."""
     fused = FUSED[name]
@@ -208,7 +188,7 @@ def test_transforms_inside_of_a_graph(name):
     torch.testing.assert_close(compiled(mapped)(stacked), mapped(stacked))
 
 
-@pytest.mark.parametrize("name", KINDS)
+@of_kinds("dropout_add_layer_norm", "softmax_dropout masked")
 def test_forward_mode_inside_of_a_graph(name):
     fused = FUSED[name]
     tensors = fused.tensors()
@@ -234,19 +214,11 @@ def test_complex_numbers():
     torch.testing.assert_close(grads(compiled(function)), grads(function))
 
 
-@pytest.mark.parametrize(
-    ("name", "forward"),
-    [
-        ("bias_act_dropout relu", "eager"),
-        ("swiglu_dropout", "compiled"),
-        ("dropout_add_layer_norm", "eager"),
-        ("softmax_dropout masked", "eager"),
-    ],
-)
-def test_compiled_autograd(name, forward):
+@of_kinds("dropout_add_layer_norm")
+def test_compiled_autograd(name):
     fused = FUSED[name]
     function = step(fused)
-    ours = compiled(function) if forward == "compiled" else function
+    ours = compiled(function) if name == "swiglu_dropout" else function
     for seed in range(2):
         expected = under(seed, gradients, function, fused.tensors())
         with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):

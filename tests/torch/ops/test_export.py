@@ -85,8 +85,8 @@ def test_script_of_each_module():
     words = fdt.EmbeddingDropout(nn.Embedding(5, 4), 0.5).eval()
     assert_equal(torch.jit.script(words)(torch.arange(5)), words(torch.arange(5)))
     for module, says in (
-        (fdt.DropConnect(nn.Linear(6, 6), "weight"), "put its submodule `module` in its place"),
-        (fdt.VariationalLSTM(6, 6), "give it to torch.jit.trace"),
+        (fdt.DropConnect(nn.Linear(6, 6), "weight"), "script its submodule `module` instead"),
+        (fdt.VariationalLSTM(6, 6), "use torch.jit.trace"),
     ):
         with pytest.raises(RuntimeError, match=f"{type(module).__name__} can't be scripted: .*{says}"):
             torch.jit.script(nn.Sequential(module))

@@ -42,24 +42,25 @@ REFUSED = {
     " [2, 3], [7, 1], [4, 3], [False, False, True])": "query_shape, key_shape and value_shape must be",
     "attention_backward(t(2, 3), words(8), t(1, 2, 4).to('meta'), None, None, None, 0.5, False, 1.0,"
     " [2, 3], [4, 3], [4, 3], [False, False, True])": "probabilities must be on cpu",
-    "norm_backward(half, None, half, statistics, None, None, 0.5, True, True, f64, [True] * 5)": "dy must have",
-    "norm_backward(x, None, x.int(), statistics, None, None, 0.5, True, True, f32, [True] * 5)": "sum must be",
-    "norm_backward(x, None, x, statistics, None, None, 0.5, True, True, f32, [True] * 6)": "wanted must have 5 entries",
+    "norm_backward(half, None, x.double(), statistics, None, None, 0.5, True, True, [True] * 5)": "residual_out must",
+    "norm_backward(x, None, x, x[:2], None, None, 0.5, True, True, [True] * 5)": "statistics must be",
+    "norm_backward(x, None, x.int(), statistics, None, None, 0.5, True, True, [True] * 5)": "residual_out must be",
+    "norm_backward(x, None, x, statistics, None, None, 0.5, True, True, [True] * 6)": "wanted must have 5 entries",
     "norm(x, None, x.int(), None, None, seed, 0.5, 1e-5, True, True)": "residual must be torch.float32",
     "norm(x, None, half, None, None, seed, 0.5, 1e-5, True, True)": "residual must be torch.float32",
-    "pointwise(x, t(64, dtype=c64), None, None, seed, 0.5, 'gelu', True)": "bias must be of a float dtype",
+    "pointwise(x, t(64, dtype=c64), None, None, seed, 0.5, 'gelu', True)": "input_bias must be of a float dtype",
     "pointwise_backward(x, None, None, None, words(576), 0.5, True, 'gelu', f32, True, False)": "x must be a tensor",
     "pointwise_backward(x, None, None, None, words(576), 0.5, True, 'gelu', f32, False, False)": "x must be a tensor",
-    "pointwise_backward(x, x, None, None, None, 0.5, True, None, f32, True, True)": "factor must be a tensor",
+    "pointwise_backward(x, x, None, None, None, 0.5, True, None, f32, True, True)": "multiplier must be a tensor",
     "pointwise_backward(x, x, None, None, None, 0.5, True, 'gelu', i32, True, False)": "dtype must be float32",
     "pointwise_backward(x, x, None, None, None, 0.5, True, 'gelu', f64, True, False)": "dy must be",
     "softmax(t(2, 5, 7), t(5, 7, dtype=c64), seed, 0.5, 1.0, False, True, True)": "mask must be of a float dtype",
     "draw_blocks(t(2, 3, 8, 8), seed, 0.5, [2, 3, 8, 8], [])": "block_size must be",
     "draw_blocks(t(2, 3, 8, 8), seed, 0.5, [2, 3, 8, 8], [-(2**31), 2**62])": "block_size must",
     "draw_blocks(t(2, 3, 8, 8), seed, 0.5, [8], [3, 3])": "block_size must be",
-    "draw_blocks(t(2, 3, 8, 8), seed, 0.5, [2, -3, 8, 8], [3, 3])": "noise_shape must not have negative extents",
-    "keep_blocks(t(2, 3), words(6), torch.tensor(float('inf')), [2, 3])": "kept must be one int64",
-    "keep_blocks(t(2, 3), words(6), torch.ones(2, dtype=torch.int64), [2, 3])": "kept must be one int64",
+    "draw_blocks(t(2, 3, 8, 8), seed, 0.5, [2, -3, 8, 8], [3, 3])": "mask_shape must not have negative extents",
+    "keep_blocks(t(2, 3), words(6), torch.tensor(float('inf')), [2, 3])": "kept_count must be one int64",
+    "keep_blocks(t(2, 3), words(6), torch.ones(2, dtype=torch.int64), [2, 3])": "kept_count must be one int64",
     "backward(cut(t(64)), words(64), 0.5, None)": "dy must have memory for its shape",
     "backward(cut(t(64).expand(8, 64)), words(512), 0.5, None)": "dy must have memory for its shape",
     "forward(t(64), seed.to('meta'), 0.5, None, True)": "seed must be on cpu",
@@ -198,7 +199,7 @@ def test_ops_read_lazy_clones_of_words_and_seeds() -> None:
     assert torch.equal(ops.keep_blocks(x, lazy, kept, x.shape), blocks)
     gradient = x, None, None, None, words, 0.5, True, None, torch.float32, True, False
     assert torch.equal(
-        ops.pointwise_backward(*gradient[:4], lazy, *gradient[5:])[2], ops.pointwise_backward(*gradient)[2]
+        ops.pointwise_backward(*gradient[:4], lazy, *gradient[5:])[1], ops.pointwise_backward(*gradient)[1]
     )
     ops.forward(x, seed, 0.5, None, True)
     assert all(map(_is_lazy, (lazy, seed, kept)))

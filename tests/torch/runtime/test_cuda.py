@@ -246,8 +246,8 @@ def test_the_reason_is_given_where_there_is_no_backend(monkeypatch):
 def test_enable_takes_cuda_tensors_where_it_can(monkeypatch, usable):
     monkeypatch.setattr(cuda_runtime, "is_usable", lambda device: usable)
     with torch._subclasses.FakeTensorMode():
-        assert enable._ours(torch.ones(4, device="cuda"), 0.5) == usable
-        assert enable._ours(torch.ones(4), 0.5)
+        assert enable.is_supported(torch.ones(4, device="cuda"), 0.5) == usable
+        assert enable.is_supported(torch.ones(4), 0.5)
 
 
 def test_devices_that_cannot_be_used_are_left_to_torch(gpu):

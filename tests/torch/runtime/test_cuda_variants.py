@@ -153,7 +153,7 @@ def test_words_and_count_on_another_device_are_refused(device):
         with pytest.raises(ValueError, match="words must be 2 int32 on cpu for 64 cells, but got"):
             mask_kernels.keep_blocks(x, words.to("meta"), kept, None)
         for other in (kept.to("meta"), kept.int(), torch.tensor([5, 5])):
-            with pytest.raises(ValueError, match="kept must be one int64 on cpu, but got"):
+            with pytest.raises(ValueError, match="kept_count must be one int64 on cpu, but got"):
                 mask_kernels.keep_blocks(x, words, other, None)
 
 

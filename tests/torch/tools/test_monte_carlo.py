@@ -18,7 +18,6 @@ torch = pytest.importorskip("torch")
 
 from torch import _dynamo, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_sequence
 
 import fastdrop.torch as fdt
 from fastdrop.torch.models import enable
@@ -28,8 +27,10 @@ from fastdrop.torch.tools import monte_carlo, sampling
 from fastdrop.torch.tools.monte_carlo import Prediction, mc_dropout, mc_predict
 
 from ..cases import assert_equal
+from ..module_cases import Calls as Net
+from ..module_cases import DropPath
 
-BATCHES = (1, 3, 7, 50, None)
+BATCHES = (1, 3, None)
 
 
 def mlp(drop=fdt.Dropout):
@@ -45,15 +46,9 @@ def cnn():
     return nn.Sequential(*features, fdt.DropBlock2d(0.2, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
 
 
-class First(nn.Module):
+def first(layer):
     """The first of what a layer returns."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *x):
-        return self.layer(*x)[0]
+    return Net(lambda self, x: self.layer(x)[0], layer=layer)
 
 
 class Functional(nn.Module):
@@ -67,38 +62,18 @@ class Functional(nn.Module):
         return F.dropout(self.linear(x), 0.4, training=self.always or self.training)
 
 
-class Fickle(nn.Module):
-    """Goes where the numbers say, which can't be mapped."""
-
-    def __init__(self):
-        super().__init__()
-        self.drop = fdt.Dropout(0.5)
-
-    def forward(self, x):
-        y = self.drop(x)
-        return self.drop(y) if y.sum() > 0 else y
+def goes_where_the_numbers_say(self, x):
+    """Which can't be mapped."""
+    y = self.drop(x)
+    return self.drop(y) if y.sum() > 0 else y
 
 
-class Noisy(nn.Module):
-    """Randomness that isn't dropout."""
-
-    def __init__(self):
-        super().__init__()
-        self.drop = fdt.Dropout(0.5)
-
-    def forward(self, x):
-        return self.drop(x) + torch.randn(3)
+def maps(self, x):
+    return torch.func.vmap(self.drop, randomness="different")(self.drop(x))
 
 
-class PerSample(nn.Module):
-    """A map inside of the model."""
-
-    def __init__(self):
-        super().__init__()
-        self.drop = fdt.Dropout(0.5)
-
-    def forward(self, x):
-        return torch.func.vmap(self.drop, randomness="different")(self.drop(x))
+def with_dropout(forward):
+    return lambda: Net(forward, drop=fdt.Dropout(0.5))
 
 
 def encoder(norm_first=False, layers=2):
@@ -109,24 +84,22 @@ def encoder(norm_first=False, layers=2):
 MODELS = {
     "MLP": (mlp, (4, 6)),
     "MLP of torch's": (lambda: mlp(nn.Dropout), (4, 6)),
-    "MLP alpha": (lambda: mlp(fdt.AlphaDropout), (4, 6)),
     "MLP Gaussian": (lambda: mlp(fdt.GaussianDropout), (4, 6)),
     "MLP in place": (lambda: nn.Sequential(nn.Linear(6, 6), fdt.Dropout(0.5, inplace=True)), (4, 6)),
     "CNN": (cnn, (2, 2, 8, 8)),
-    "LSTM": (lambda: First(nn.LSTM(6, 5, 2, dropout=0.5)), (4, 2, 6)),
-    "LSTM behind dropout": (lambda: nn.Sequential(fdt.Dropout(0.5), First(nn.LSTM(6, 5))), (4, 2, 6)),
+    "LSTM": (lambda: first(nn.LSTM(6, 5, 2, dropout=0.5)), (4, 2, 6)),
     "variational LSTM": (
-        lambda: First(fdt.VariationalLSTM(6, 5, 2, dropout_input=0.3, dropout_recurrent=0.3, dropout_output=0.3)),
+        lambda: first(fdt.VariationalLSTM(6, 5, 2, dropout_input=0.3, dropout_recurrent=0.3, dropout_output=0.3)),
         (4, 2, 6),
     ),
     "DropConnect": (lambda: fdt.DropConnect(nn.Linear(6, 3)), (4, 6)),
-    "DropConnect GRU": (lambda: First(fdt.DropConnect(nn.GRU(6, 5))), (4, 2, 6)),
+    "DropConnect GRU": (lambda: first(fdt.DropConnect(nn.GRU(6, 5))), (4, 2, 6)),
     "transformer": (encoder, (3, 5, 8)),
     "DropPath": (lambda: nn.Sequential(fdt.DropPath(0.3), fdt.VariationalDropout(0.5, 1), nn.Linear(8, 2)), (3, 5, 8)),
     "functional": (Functional, (4, 6)),
-    "control flow": (Fickle, (4, 6)),
-    "noise": (Noisy, (4, 3)),
-    "map": (PerSample, (4, 6)),
+    "control flow": (with_dropout(goes_where_the_numbers_say), (4, 6)),
+    "noise": (with_dropout(lambda self, x: self.drop(x) + torch.randn(3)), (4, 3)),
+    "map": (with_dropout(maps), (4, 6)),
 }
 
 
@@ -156,14 +129,6 @@ class Calls:
 
 
 # ---- mc_dropout ----
-
-
-class DropPath(nn.Module):
-    """What timm's has: by this name, and p by that."""
-
-    def __init__(self):
-        super().__init__()
-        self.drop_prob = 0.1
 
 
 ZOO = {
@@ -198,61 +163,28 @@ def test_mc_dropout_turns_on_dropout_alone():
     assert not turned_on(model)
 
 
-def test_mc_dropout_restores_mixed_modes_and_those_changed_inside():
+def test_mc_dropout_restores_modes_after_nesting_and_an_error():
     model = mlp().eval()
     model[0].train()
     model[5].train()
     before = modes(model)
-    with mc_dropout(model):
-        assert turned_on(model) == {"0", "2", "5"}
+
+    @mc_dropout(model)
+    def decorated():
+        return turned_on(model)
+
+    @mc_dropout(model)
+    def fails():
+        assert turned_on(model) == decorated() == {"0", "2", "5"}
         model[2].eval()
+        raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        fails()
     assert modes(model) == before
 
 
-def test_mc_dropout_restores_modes_after_an_error():
-    model = mlp().eval()
-    with pytest.raises(KeyError, match="inside"), mc_dropout(model):
-        raise KeyError("inside")
-    assert not turned_on(model)
-
-
-def test_mc_dropout_nests():
-    model = mlp().eval()
-    with mc_dropout(model):
-        with mc_dropout(model):
-            assert turned_on(model) == {"2", "5"}
-        assert turned_on(model) == {"2", "5"}
-    assert not turned_on(model)
-
-
-def test_mc_dropout_decorates():
-    model = mlp().eval()
-
-    @mc_dropout(model)
-    def inside():
-        return turned_on(model)
-
-    assert inside() == inside() == {"2", "5"}
-    assert not turned_on(model)
-
-
-def test_mc_dropout_turns_on_a_model_that_is_a_dropout():
-    model, x = fdt.Dropout(0.5).eval(), torch.ones(1000)
-    with mc_dropout(model):
-        assert (model(x) == 0).any()
-    assert_equal(model(x), x)
-
-
-def test_mc_dropout_leaves_batch_normalisation_in_evaluation():
-    model, x = built("CNN")
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with mc_dropout(model):
-        assert not torch.equal(model(x), model(x))
-    assert_equal(tuple(model.state_dict().values()), tuple(before.values()))
-
-
-@pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("padding", [False, True], ids=["whole", "padded"])
+@pytest.mark.parametrize(("norm_first", "padding"), [(False, True), (True, False)])
 def test_mc_dropout_reaches_into_fused_transformers(norm_first, padding):
     torch.manual_seed(0)
     model, x = encoder(norm_first).eval(), torch.randn(3, 5, 8)
@@ -280,12 +212,6 @@ def test_mc_dropout_leaves_transformers_without_dropout_fused():
     model = nn.ModuleList([encoder(), fdt.Dropout()]).eval()
     with mc_dropout(model, lambda path, _: path == "1"):
         assert turned_on(model) == {"1"}
-
-
-def test_filter_picks_fewer_modules():
-    model = mlp().eval()
-    with mc_dropout(model, lambda path, module: path == "5"):
-        assert turned_on(model) == {"5"}
 
 
 class Mixed(Functional):
@@ -399,14 +325,11 @@ def test_filter_is_asked_about_every_name_and_never_turns_on_batch_normalisation
     model = nn.ModuleDict({name: make() for name, make in (ZOO | QUIET).items()}).eval()
     model["again"] = model["ours"]
     asked = []
+    with pytest.raises(TypeError, match="filter must be callable, but got str"), mc_dropout(model, "5"):
+        pass
     with mc_dropout(model, lambda path, module: asked.append(path) or path != "linear"):
         assert turned_on(model) == set(modes(model)) - {"norm", "sync", "instance", "linear"}
     assert {"ours", "again", "linear"} < set(asked)
-
-
-def test_filter_must_be_callable():
-    with pytest.raises(TypeError, match="filter must be callable, but got str"), mc_dropout(mlp(), "5"):
-        pass
 
 
 # ---- the samples ----
@@ -446,10 +369,9 @@ class SamplesAnother(nn.Module):
         return mc_predict(self.inner, self.drop(x), 5, **self.options).mean + self.drop(x)
 
 
-@pytest.mark.parametrize("inner", [1, None])
-def test_a_model_that_samples_another_has_the_same_samples_in_any_batch(inner):
+def test_a_model_that_samples_another_has_the_same_samples_in_any_batch():
     torch.manual_seed(0)
-    model, x = SamplesAnother(seed=1, batch=inner), torch.randn(4, 6)
+    model, x = SamplesAnother(seed=1), torch.randn(4, 6)
     model.inner = nn.Sequential(fdt.Dropout(0.5), fdt.Dropout2d(0.5), nn.Tanh())
     one, two, many = (
         mc_predict(model, x[None, None], 9, seed=3, batch=batch, keep_samples=True).samples for batch in (1, 2, None)
@@ -458,8 +380,7 @@ def test_a_model_that_samples_another_has_the_same_samples_in_any_batch(inner):
     torch.testing.assert_close(many, one)
 
 
-@pytest.mark.parametrize("batch", [1, None])
-@pytest.mark.parametrize("randomness", ["same", "different"])
+@pytest.mark.parametrize(("batch", "randomness"), [(1, "same"), (None, "different")])
 def test_a_map_around_sampling_has_the_masks_of_the_seed(randomness, batch, recwarn):
     x = torch.randn(3, 8)
     model = nn.Sequential(fdt.Dropout(0.5), nn.Tanh())
@@ -481,20 +402,13 @@ def test_seeds_mix_alike_as_numbers_and_as_arrays():
 
 @pytest.mark.parametrize("name", ["MLP", "MLP of torch's", "noise"])
 @pytest.mark.parametrize("batch", [1, None])
-def test_same_seed_same_samples(name, batch):
-    model, x = built(name)
-    first, again, other = (mc_predict(model, x, 5, seed=seed, batch=batch, keep_samples=True) for seed in (3, 3, 4))
-    assert_equal(again.samples, first.samples)
-    assert not (other.samples == first.samples).all(0).any()
-
-
-@pytest.mark.parametrize("name", ["MLP", "MLP of torch's", "noise"])
-@pytest.mark.parametrize("batch", [1, None])
-def test_a_given_seed_leaves_torchs_generator_alone(name, batch):
+def test_a_given_seed_gives_the_samples_and_leaves_torchs_generator_alone(name, batch):
     model, x = built(name)
     before = torch.get_rng_state()
-    mc_predict(model, x, 5, seed=3, batch=batch)
+    first, again, other = (mc_predict(model, x, 5, seed=seed, batch=batch, keep_samples=True) for seed in (3, 3, 4))
     assert_equal(torch.get_rng_state(), before)
+    assert_equal(again.samples, first.samples)
+    assert not (other.samples == first.samples).all(0).any()
 
 
 def test_without_a_seed_torchs_generator_gives_one_number():
@@ -601,19 +515,13 @@ def test_a_pass_has_as_many_samples_as_have_room(monkeypatch):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_a_model_that_can_not_be_mapped_runs_sample_by_sample():
-    model, x = built("control flow")
-    calls = Calls(model)
-    mc_predict(model, x, 6)
-    assert calls.count == 1 + 1 + 5  # alone, mapped in vain, the others
-
-
-@pytest.mark.parametrize("name", ["noise", "LSTM"])
-def test_randomness_that_samples_might_share_runs_sample_by_sample(name):
+@pytest.mark.parametrize(("name", "batch"), [("noise", 3), ("LSTM", 3), ("control flow", None)])
+def test_what_can_not_be_mapped_or_might_be_shared_runs_sample_by_sample(name, batch):
+    """Alone; again with torch's dropout rerouted, or mapped in vain; then the others."""
     model, x = built(name)
     calls = Calls(model)
-    mc_predict(model, x, 6, batch=3)
-    assert calls.count == 1 + 1 + 5  # alone, again with torch's dropout rerouted, the others
+    mc_predict(model, x, 6, batch=batch)
+    assert calls.count == 1 + 1 + 5
 
 
 def test_dropout_out_of_sight_of_a_map_is_refused():
@@ -666,15 +574,10 @@ def test_the_model_runs_in_evaluation_but_for_dropout_and_gets_its_modes_back():
     assert_equal(tuple(model.state_dict().values()), tuple(state.values()))
     assert_equal(prediction.mean, expected.mean)
     assert prediction.std.max() > 0
-
-
-def test_no_gradients():
-    model, x = built("MLP")
-    prediction = mc_predict(model, x.requires_grad_(), 4, task="classification", keep_samples=True)
-    values = [prediction.mean, prediction.std, prediction.entropy, prediction.mutual_information, prediction.samples]
-    assert not any(value.requires_grad for value in values)
+    assert prediction.samples is None
+    assert not prediction.mean.requires_grad
     assert torch.is_grad_enabled()
-    model(x).sum().backward()  # nothing is left that can't be trained on
+    assert not context.is_enabled()
 
 
 def test_filter_leaves_out_functional_dropout():
@@ -682,15 +585,6 @@ def test_filter_leaves_out_functional_dropout():
     assert mc_predict(model, x, 50, seed=1).std.all()
     with pytest.warns(UserWarning, match="nothing was dropped"):
         assert not mc_predict(model, x, 50, seed=1, filter=lambda path, module: False).std.any()
-
-
-def test_torchs_dropout_is_torchs_again_afterwards():
-    model, x = built("functional")
-    assert mc_predict(model, x, 5).std.max() > 0
-    assert not context.is_enabled()
-    with fdt.enabled():
-        mc_predict(model, x, 5)
-        assert context.is_enabled()
 
 
 def test_compiled_code_is_left_alone(monkeypatch):
@@ -704,23 +598,18 @@ def test_compiled_code_is_left_alone(monkeypatch):
     assert not resets
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_compiled_models_give_the_same_samples(batch):
+def test_compiled_models_give_the_same_samples():
     model, x = built("MLP")
     expected = mc_predict(model, x, 6, seed=3, keep_samples=True).samples
     compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(mc_predict(compiled, x, 6, seed=3, batch=batch, keep_samples=True).samples, expected)
+    torch.testing.assert_close(mc_predict(compiled, x, 6, seed=3, batch=3, keep_samples=True).samples, expected)
 
 
 @pytest.mark.parametrize("batch", [1, None])
 def test_arguments(batch):
-    class Both(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.drop = fdt.Dropout(0.5)
-
+    class Both(fdt.Dropout):
         def forward(self, x, y, scale=1):
-            return self.drop(x) + y * scale
+            return super().forward(x) + y * scale
 
     x, y = torch.ones(3, 4), torch.full((3, 4), 10.0)
     mean = mc_predict(Both(), (x, y), 200, seed=1, batch=batch).mean
@@ -728,22 +617,9 @@ def test_arguments(batch):
     torch.testing.assert_close(mc_predict(Both(), (x, y, 2), 200, seed=1, batch=batch).mean, mean + 10)
 
 
-def test_a_packed_sequence_is_one_argument():
-    class Last(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lstm, self.drop = nn.LSTM(3, 5), fdt.Dropout(0.5)
-
-        def forward(self, packed):
-            return self.drop(self.lstm(packed)[1][0])
-
-    prediction = mc_predict(Last(), pack_sequence([torch.ones(4, 3), torch.ones(2, 3)]), 6)
-    assert prediction.mean.shape == (1, 2, 5)
-    assert prediction.std.max() > 0
-
-
-@pytest.mark.parametrize("make", [fdt.Dropout, nn.Dropout, nn.ReLU], ids=["ours", "torch's", "not dropout"])
-@pytest.mark.parametrize("batch", [1, None])
+@pytest.mark.parametrize(
+    ("make", "batch"), [(fdt.Dropout, None), (nn.Dropout, None), (nn.ReLU, None), (fdt.Dropout, 1)]
+)
 def test_arguments_stay_as_they_are(make, batch):
     first = make(inplace=True) if make is nn.ReLU else make(0.3, inplace=True)
     model, x = nn.Sequential(first, fdt.Dropout(0.3), nn.Linear(100, 1)), torch.ones(2, 100)
@@ -755,24 +631,6 @@ def test_arguments_stay_as_they_are(make, batch):
     assert_equal(x, before)
     torch.testing.assert_close(samples, mc_predict(out_of_place, x, 20, seed=1, batch=1, keep_samples=True).samples)
     assert first.inplace
-
-
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("make", [fdt.Dropout, fdt.AlphaDropout, nn.Dropout2d], ids=["ours", "alpha", "torch's"])
-def test_dropout_in_place_is_mapped(make, inplace):
-    with fdt.enabled():
-        model = nn.Sequential(nn.Linear(6, 6), make(0.3, inplace=inplace), nn.Linear(6, 6))
-        calls = Calls(model)
-        mc_predict(model, torch.ones(4, 6), 50)
-    assert calls.count == 3
-    assert model[1].inplace is inplace
-
-
-def test_dropout_is_in_place_again_after_an_error():
-    model = nn.Sequential(fdt.Dropout(0.3, inplace=True), nn.Linear(6, 6))
-    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        mc_predict(model, torch.ones(4, 5))
-    assert model[0].inplace
 
 
 class Leaves(nn.Module):
@@ -792,7 +650,7 @@ class Leaves(nn.Module):
         return y
 
 
-@pytest.mark.parametrize("batch", [1, 5, None])
+@pytest.mark.parametrize("batch", [1, 5])
 def test_what_the_model_keeps_is_of_the_last_sample(batch):
     model, x = Leaves(), torch.ones(4)
     samples = mc_predict(model, x, 12, seed=1, batch=batch, keep_samples=True).samples
@@ -814,12 +672,11 @@ def test_a_map_leaves_no_tensors_where_it_fails():
     assert_equal(model.last, samples[-1])
 
 
-@pytest.mark.parametrize("batch", [1, 3, None])
-def test_scripted_models(batch):
+def test_scripted_models():
     scripted = torch.jit.script(nn.Sequential(nn.Linear(6, 6), nn.ReLU()))
     torch.manual_seed(0)
     model, x = nn.Sequential(scripted, fdt.Dropout(0.5)), torch.randn(4, 6)
-    samples = mc_predict(model, x, 6, seed=2, batch=batch, keep_samples=True).samples
+    samples = mc_predict(model, x, 6, seed=2, batch=3, keep_samples=True).samples
     plain = nn.Sequential(nn.Sequential(nn.Linear(6, 6), nn.ReLU()), fdt.Dropout(0.5))
     plain.load_state_dict(model.state_dict())
     torch.testing.assert_close(samples, mc_predict(plain, x, 6, seed=2, keep_samples=True).samples)
@@ -833,8 +690,7 @@ def test_a_model_that_is_scripted_whole():
     assert not turned_on(model)
 
 
-@pytest.mark.parametrize("batch", [1, 3, None])
-@pytest.mark.parametrize("kind", ["dropout", "gaussian_dropout"])
+@pytest.mark.parametrize(("kind", "batch"), [("dropout", 3), ("gaussian_dropout", 1)])
 def test_behind_a_graph_break_no_frame_of_ours_is_compiled(kind, batch):
     class Broken(nn.Module):
         def forward(self, x):
@@ -876,16 +732,10 @@ def test_mean_and_std_are_those_of_the_samples(batch, offset):
     assert prediction.mutual_information is None
 
 
-def test_prediction_is_frozen_and_keeps_no_samples_unasked():
-    prediction = mc_predict(*built("MLP"), 3)
-    assert prediction.samples is None
-    with pytest.raises(AttributeError):
-        prediction.mean = 0
-
-
-@pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize(("shape", "axis"), [((4, 3), -1), ((2, 3, 4, 5), 1), ((3,), 0), ((2, 3, 4), -2)])
-@pytest.mark.parametrize("outputs", ["logits", "probabilities"])
+@pytest.mark.parametrize("batch", [7, None])
+@pytest.mark.parametrize(
+    ("shape", "axis", "outputs"), [((4, 3), -1, "logits"), ((3,), 0, "probabilities"), ((2, 3, 4), -2, "logits")]
+)
 def test_entropy_and_mutual_information_match_their_formulas(batch, shape, axis, outputs):
     x = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     model = nn.Sequential(fdt.Dropout(0.5), *([nn.Softmax(axis)] if outputs == "probabilities" else []))
@@ -907,11 +757,10 @@ def test_entropy_and_mutual_information_match_their_formulas(batch, shape, axis,
 
 
 @pytest.mark.parametrize("batch", BATCHES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("task", ["regression", "classification"])
-def test_a_model_without_dropout_is_sure_of_itself(task, dtype, batch):
+def test_a_model_without_dropout_is_sure_of_itself(task, batch):
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7)).to(dtype).eval(), torch.randn(50, 6, dtype=dtype)
+    model, x = nn.Sequential(nn.Linear(6, 7), nn.BatchNorm1d(7)).eval(), torch.randn(50, 6)
     prediction = mc_predict(model, x, 50, batch=batch, task=task)
     assert not prediction.std.any()
     y = model(x).detach()
@@ -922,26 +771,15 @@ def test_a_model_without_dropout_is_sure_of_itself(task, dtype, batch):
         assert not prediction.mutual_information.any()
 
 
-def test_entropy_of_certain_and_of_uniform_probabilities():
-    x = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.25, 0.25, 0.25, 0.25]])
-    prediction = mc_predict(nn.Identity(), x, 3, task="classification", outputs="probabilities")
-    torch.testing.assert_close(prediction.entropy, torch.tensor([0.0, math.log(4)]))
-    assert_equal(prediction.mutual_information, torch.zeros(2))
-
-
 def test_samples_that_disagree_are_all_mutual_information():
     """Each sample is sure of one of two classes: all of the entropy, log 2, is the model's."""
 
-    class Switch(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.drop = fdt.Dropout(0.5)
+    def switch(self, x):
+        one = self.drop(x) / 2
+        return torch.stack([one, 1 - one], -1)
 
-        def forward(self, x):
-            one = self.drop(x) / 2
-            return torch.stack([one, 1 - one], -1)
-
-    prediction = mc_predict(Switch(), torch.ones(20), 2000, seed=0, task="classification", outputs="probabilities")
+    model = Net(switch, drop=fdt.Dropout(0.5))
+    prediction = mc_predict(model, torch.ones(20), 2000, seed=0, task="classification", outputs="probabilities")
     assert_equal(prediction.mutual_information, prediction.entropy)
     torch.testing.assert_close(prediction.entropy, torch.full((20,), math.log(2)), rtol=0, atol=0.01)
 
@@ -957,34 +795,25 @@ def test_one_sample_has_no_standard_deviation():
     ("returned", "expected"),
     [
         (torch.float64, torch.float64),
-        (torch.float16, torch.float32),
         (torch.bfloat16, torch.float32),
-        (torch.int64, torch.float32),
         (torch.bool, torch.float32),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("batch", [1, None])
-def test_dtypes(returned, expected, batch):
-    class Cast(nn.Module):
-        def forward(self, x):
-            return x.to(returned)
-
-    model, x = nn.Sequential(fdt.Dropout(0.5), Cast()), torch.ones(2, 3)
-    prediction = mc_predict(model, x, 40, seed=1, batch=batch, keep_samples=True)
+def test_dtypes(returned, expected):
+    model, x = Net(lambda self, x: self.drop(x).to(returned), drop=fdt.Dropout(0.5)), torch.ones(2, 3)
+    prediction = mc_predict(model, x, 40, seed=1, keep_samples=True)
     assert {prediction.mean.dtype, prediction.std.dtype, prediction.samples.dtype} == {expected}
     torch.testing.assert_close(prediction.mean, prediction.samples.mean(0))
     torch.testing.assert_close(prediction.std, prediction.samples.std(0))
 
 
-@pytest.mark.parametrize("batch", [1, None])
-@pytest.mark.parametrize("drop", [fdt.Dropout, nn.Dropout], ids=["ours", "torchs"])
-def test_moments_of_a_linear_model_match_the_closed_form(drop, batch):
+def test_moments_of_a_linear_model_match_the_closed_form():
     """w . dropout(x) has mean w . x, which is evaluation's output, and variance p / (1 - p) sum w^2 x^2."""
     torch.manual_seed(0)
     p, samples = 0.3, 2000
-    model, x = nn.Sequential(drop(p), nn.Linear(50, 4)), torch.randn(8, 50)
-    prediction = mc_predict(model, x, samples, seed=7, batch=batch)
+    model, x = nn.Sequential(fdt.Dropout(p), nn.Linear(50, 4)), torch.randn(8, 50)
+    prediction = mc_predict(model, x, samples, seed=7)
     variance = p / (1 - p) * (x**2 @ (model[1].weight ** 2).T)
     error = (prediction.mean - model.eval()(x)) / (variance / samples).sqrt()
     assert error.abs().max() < 4.5
@@ -1065,11 +894,12 @@ def bars(monkeypatch):
     return Bar.made
 
 
-@pytest.mark.parametrize("batch", [1, 4, None])
-def test_progress_counts_samples(bars, batch):
-    mc_predict(*built("MLP"), 11, batch=batch, progress=True)
+def test_progress_counts_samples(bars, monkeypatch):
+    mc_predict(*built("MLP"), 11, batch=4, progress=True)
     (bar,) = bars
     assert (bar.total, bar.done, bar.closed) == (11, 11, True)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert mc_predict(*built("MLP"), 3, progress=True).mean.shape == (4, 3)
 
 
 class Terminal(io.StringIO):
@@ -1092,8 +922,3 @@ def test_progress_is_shown_on_long_runs_on_a_terminal(bars, monkeypatch, progres
     monkeypatch.setattr(sys, "stderr", stderr())
     mc_predict(*built("MLP"), 3, progress=progress)
     assert len(bars) == shown
-
-
-def test_progress_without_tqdm(monkeypatch):
-    monkeypatch.setitem(sys.modules, "tqdm", None)
-    assert mc_predict(*built("MLP"), 3, progress=True).mean.shape == (4, 3)

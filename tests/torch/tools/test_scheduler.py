@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import pickle
-import warnings
 
 import pytest
 
@@ -17,45 +16,11 @@ from torch._dynamo.utils import counters
 
 import fastdrop.torch as fdt
 from fastdrop.schedules import constant, exponential, linear
-from fastdrop.torch.nn.weights import DropConnect
 from fastdrop.torch.tools.scheduler import DropoutScheduler
 
+from ..module_cases import DropBlock2d, DropPath, StochasticDepth, one_layer
+
 FALL = linear(0.5, 0.25, 8)
-
-
-class DropPath(nn.Module):
-    """What timm's has: by this name, and p by that."""
-
-    def __init__(self, drop_prob=0.0):
-        super().__init__()
-        self.drop_prob = drop_prob
-
-
-class StochasticDepth(nn.Module):
-    """As torchvision's."""
-
-    def __init__(self, p, mode):
-        super().__init__()
-        self.p, self.mode = p, mode
-
-
-class DropBlock2d(nn.Module):
-    """As timm's; torchvision's has p."""
-
-    def __init__(self, drop_prob=0.1):
-        super().__init__()
-        self.drop_prob = drop_prob
-
-
-class MyDropPath(DropPath):
-    pass
-
-
-def one_layer():
-    """With dropout, of which torch itself warns that it does nothing."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return nn.LSTM(8, 8, 1, dropout=0.5)
 
 
 def perceptron(drop=fdt.Dropout):
@@ -65,19 +30,14 @@ def perceptron(drop=fdt.Dropout):
 # ---- which modules, and what ----
 
 KINDS = {
-    "ours": (lambda: fdt.Dropout(), "p"),
-    "Dropout": (lambda: nn.Dropout(), "p"),
-    "Dropout1d": (lambda: nn.Dropout1d(), "p"),
+    "ours": (lambda: fdt.DropPath(0.5), "p"),
     "Dropout2d": (lambda: nn.Dropout2d(), "p"),
-    "Dropout3d": (lambda: nn.Dropout3d(), "p"),
-    "AlphaDropout": (lambda: nn.AlphaDropout(), "p"),
     "FeatureAlphaDropout": (lambda: nn.FeatureAlphaDropout(), "p"),
     "subclass": (lambda: type("Mine", (nn.Dropout,), {})(), "p"),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(8, 2, dropout=0.1), "dropout"),
     "LSTM": (lambda: nn.LSTM(8, 8, 2, dropout=0.1), "dropout"),
-    "GRU": (lambda: nn.GRU(8, 8, 3, dropout=0.1), "dropout"),
     "DropPath": (lambda: DropPath(0.1), "drop_prob"),
-    "MyDropPath": (lambda: MyDropPath(0.1), "drop_prob"),
+    "MyDropPath": (lambda: type("MyDropPath", (DropPath,), {})(0.1), "drop_prob"),
     "StochasticDepth": (lambda: StochasticDepth(0.1, "row"), "p"),
     "DropBlock2d": (lambda: DropBlock2d(), "drop_prob"),
 }
@@ -101,7 +61,7 @@ def test_scheduler_drives_every_kind(make, name):
         nn.Identity(),
         nn.MultiheadAttention(8, 2),
         nn.LSTM(8, 8, 2),
-        one_layer(),
+        one_layer(nn.LSTM),
         type("DropPath", (nn.Module,), {"drop_prob": None})(),
         type("StochasticDepth", (nn.Module,), {"p": "0.5"})(),
     ],
@@ -112,23 +72,6 @@ def test_scheduler_leaves_what_does_not_drop(module):
     scheduler = DropoutScheduler(nn.Sequential(module, nn.Dropout()), FALL)
     assert scheduler.paths == ("1",)
     assert vars(module) == before
-
-
-def test_scheduler_drives_the_model_itself():
-    model = nn.Dropout()
-    assert DropoutScheduler(model, FALL).paths == ("",)
-    assert model.p == 0.5
-
-
-def test_scheduled_p_is_what_is_dropped():
-    model, x = perceptron(), torch.ones(1000, 8)
-    scheduler = DropoutScheduler(model, lambda step: [0.0, 0.25, 1.0][step])
-    model[0].weight.data.fill_(1)
-    model[3].weight.data.fill_(1)
-    for share in (0.0, 0.25, 1.0):
-        y = model[1](model[0](x))
-        assert (y == 0).float().mean().item() == pytest.approx(share, abs=0.03)
-        scheduler.step(scheduler.last_step if share == 1.0 else scheduler.last_step + 1)
 
 
 def test_scheduler_filter_picks_by_path_and_by_module():
@@ -150,16 +93,6 @@ def test_scheduler_drives_a_shared_module_once_by_whichever_name():
     assert model["b"][1].p == 0.5
 
 
-def test_two_schedulers_share_a_model():
-    model = perceptron()
-    first = DropoutScheduler(model, FALL, lambda path, module: path == "1")
-    second = DropoutScheduler(model, constant(0.1), lambda path, module: path == "4")
-    first.step(8)
-    assert (model[1].p, model[4].p) == (0.25, 0.1)
-    second.step()
-    assert (model[1].p, model[4].p) == (0.25, 0.1)
-
-
 # ---- steps ----
 
 
@@ -175,21 +108,6 @@ def test_step_goes_on_by_one_or_to_a_step():
     assert scheduler.last_step == 1.5
 
 
-def test_any_callable_is_asked_for_whole_steps():
-    asked = []
-    scheduler = DropoutScheduler(perceptron(), lambda step: asked.append(step) or 0.5)
-    scheduler.step()
-    scheduler.step(7)
-    assert asked == [0, 1, 7]
-    assert all(type(step) is int for step in asked)
-
-
-def test_scheduler_repr():
-    scheduler = DropoutScheduler(perceptron(), FALL)
-    scheduler.step()
-    assert repr(scheduler) == ("DropoutScheduler(linear(start=0.5, end=0.25, steps=8.0), step=1, p=0.46875, 2 modules)")
-
-
 # ---- state ----
 
 
@@ -198,28 +116,16 @@ def test_state_dict_resumes_where_it_was():
     before = DropoutScheduler(first, FALL)
     for _ in range(3):
         before.step()
+    assert repr(before) == "DropoutScheduler(linear(start=0.5, end=0.25, steps=8.0), step=3, p=0.40625, 2 modules)"
     state = json.loads(json.dumps(before.state_dict()))
     assert state == {"last_step": 3, "last_p": FALL(3)}
     after = DropoutScheduler(second, FALL)
     after.load_state_dict(state)
     assert second[1].p == second[4].p == after.last_p == FALL(3)
     assert after.step() == before.step() == FALL(4) == second[1].p
-
-
-def test_loaded_p_holds_until_the_next_step():
-    model = perceptron()
-    scheduler = DropoutScheduler(model, constant(0.1))
-    scheduler.load_state_dict({"last_step": 3, "last_p": 0.75})
-    assert model[1].p == 0.75
-    assert scheduler.step() == 0.1
-
-
-def test_scheduler_pickles_with_its_model():
-    scheduler = DropoutScheduler(perceptron(), FALL)
-    model, twin = pickle.loads(pickle.dumps((scheduler._driven[0][1], scheduler)))
-    twin.step(8)
-    assert model.p == 0.25
-    assert scheduler.last_p == 0.5
+    after.load_state_dict({"last_step": 3, "last_p": 0.75})  # p holds until the next step
+    assert second[1].p == 0.75
+    assert after.step() == FALL(4)
 
 
 def test_model_copies_without_a_trace_of_the_scheduler():
@@ -307,50 +213,17 @@ def train(model, scheduler, steps):
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_twenty_values_of_p_compile_once_and_equal_eager():
+def test_values_of_p_compile_once_and_equal_eager():
     model = perceptron()
-    schedule = exponential(0.5, 0.9, floor=0.1)
-    eager = train(model, DropoutScheduler(model, schedule), 20)
+    with torch.inference_mode():
+        DropoutScheduler(model, FALL).step()  # its tensors must serve training too
+    schedule = exponential(0.5, 0.7, floor=0.1)
+    eager = train(model, DropoutScheduler(model, schedule), 7)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    results = train(compiled, DropoutScheduler(compiled, schedule), 20)
+    results = train(compiled, DropoutScheduler(compiled, schedule), 7)
     assert counters["stats"]["unique_graphs"] == 1
-    assert len({p for p, _, _ in results}) == 17  # then the floor
+    assert len({p for p, _, _ in results}) == 6  # then the floor
     torch.testing.assert_close(results, eager)
-
-
-FAMILY = {
-    "Dropout": lambda: fdt.Dropout(),
-    "seed": lambda: fdt.Dropout(store="seed"),
-    "standard": lambda: fdt.Dropout(scaling="standard"),
-    "Dropout1d": lambda: nn.Sequential(nn.Flatten(2), fdt.Dropout1d()),
-    "Dropout2d": lambda: fdt.Dropout2d(),
-    "Dropout3d": lambda: fdt.Dropout3d(),
-    "AlphaDropout": lambda: fdt.AlphaDropout(),
-    "FeatureAlphaDropout": lambda: fdt.FeatureAlphaDropout(),
-    "VariationalDropout": lambda: fdt.VariationalDropout(0.5, 1),
-    "StochasticDepth": lambda: fdt.StochasticDepth(0.5, "row"),
-    "DropPath": lambda: fdt.DropPath(0.5),
-    "unscaled DropPath": lambda: fdt.DropPath(0.5, scale_by_keep=False),
-    "DropBlock2d": lambda: fdt.DropBlock2d(0.5, 3),
-    "GaussianDropout": lambda: fdt.GaussianDropout(),
-    "DropConnect": lambda: DropConnect(nn.Linear(8, 8), ["weight"], 0.5),
-}
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("make", FAMILY.values(), ids=FAMILY)
-def test_every_kind_of_ours_compiles_once(make):
-    model, x = make(), torch.rand(4, 6, 8, 8)
-    scheduler = DropoutScheduler(model, exponential(0.5, 0.8))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for step in range(4):
-        torch.manual_seed(step)
-        y = compiled(x)
-        torch.manual_seed(step)
-        torch.testing.assert_close(y, model(x))
-        scheduler.step()
-    assert counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.usefixtures("fresh_compiler")
@@ -366,16 +239,6 @@ def test_a_step_before_backward_leaves_the_gradient_that_of_the_p_that_was_drawn
         y.sum().backward()
         assert set(x.grad.tolist()) == {0.0, 2.0}
         assert set(function(x).tolist()) == {0.0, 4.0}
-
-
-@pytest.mark.usefixtures("fresh_compiler")
-def test_scheduler_made_in_inference_mode_serves_training():
-    model = perceptron()
-    with torch.inference_mode():
-        DropoutScheduler(model, FALL).step()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    compiled(torch.ones(4, 8)).sum().backward()
-    assert model[0].weight.grad.isfinite().all()
 
 
 def test_p_set_by_hand_afterwards_is_what_compiled_code_drops_with():

@@ -1,1 +1,1 @@
-"""Models' layers made of fused functions, and back."""
+"""Layers of models that exist, rebuilt from fused functions: `fuse.fuse` and `fuse.unfuse`."""

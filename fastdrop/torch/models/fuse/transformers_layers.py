@@ -1,8 +1,9 @@
-"""BERT and GPT-2 of transformers, with their dropout fused.
+"""The layers of BERT and GPT-2 of transformers, with their dropout fused. `fuse` finds them by `fused_class`.
 
-Their attention's forward runs as it is, caches and all, on a `View` of the module. There the configuration names the
-function `eager` or `sdpa` from here, by the interface that transformers has for others' attention, and what ends it is
-in one pass, or left to the block.
+The original forward of an attention still runs, because it handles caches. It runs on a `View` of the module whose
+configuration names one of the functions `eager` and `sdpa` below, which transformers' interface for attention functions
+then calls. The view also replaces the projection and the dropout at the end, which are one pass here or are left to the
+block.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from .rules import (
     add,
     add_then_norm,
     call_obstacle,
-    change,
-    is_taken,
+    can_fuse_input,
+    changed_code,
+    module_obstacle,
     norm_obstacle,
     norm_of_sum,
-    obstacle,
     options_of,
     original_class,
 )
 
-__all__ = ["known_class"]
+__all__ = ["fused_class"]
 
 BERT, GPT2 = "transformers.models.bert.modeling_bert", "transformers.models.gpt2.modeling_gpt2"
 CONV1D = ("transformers.pytorch_utils", "Conv1D")
@@ -43,7 +44,7 @@ CONV1D = ("transformers.pytorch_utils", "Conv1D")
 
 
 class View:
-    """An object as it is, but for some of its attributes."""
+    """An object with some of its attributes replaced."""
 
     def __init__(self, of: Any, **others: Any) -> None:
         self._of = of
@@ -64,9 +65,9 @@ def eager(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Softmax and dropout in one pass, and the weights after it, which models return.
+    """Attention with softmax and dropout in one pass. The weights are returned too, because models return them.
 
-    They are of the scores' dtype; under CUDA's autocast BERT's own are float32, as softmax is there.
+    The weights have the dtype of the scores. BERT's own are float32 under CUDA's autocast, because softmax is there.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     weights = fused.softmax_dropout(query @ key.transpose(-2, -1), dropout, scale, attention_mask)
@@ -84,58 +85,66 @@ def sdpa(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal as transformers' own: without a mask, and not for a single query, which sees all that was cached."""
+    """Attention in one call. As in transformers, it is causal if there is no mask and more than one query."""
     if any(kwargs.get(name) is not None for name in SDPA_OPTIONS):
         options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
         function = _interface().ALL_ATTENTION_FUNCTIONS.get("sdpa")
         return function(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = query.shape[2] > 1 and attention_mask is None and causal
-    if causal and key.shape[2] > query.shape[2]:  # an empty cache of a fixed length: no query sees beyond
+    if causal and key.shape[2] > query.shape[2]:  # a cache of fixed length: no query sees its empty end
         key, value = key[:, :, : query.shape[2]], value[:, :, : query.shape[2]]
     y = scaled_dot_product_attention(query, key, value, attention_mask, dropout, causal, scaling)
     return y.transpose(1, 2).contiguous(), None
 
 
-SDPA_OPTIONS = ("position_bias", "cache", "softcap")  # of transformers', not of ours
-OURS = {"eager": ("fastdrop_eager", eager), "sdpa": ("fastdrop_sdpa", sdpa)}  # by the name of what it stands for
-THEIRS = (None, "transformers.integrations.sdpa_attention")  # where that is; None is the model's own
+SDPA_OPTIONS = ("position_bias", "cache", "softcap")  # that fastdrop's attention lacks
+FUNCTIONS = {
+    "eager": ("fastdrop_eager", eager),
+    "sdpa": ("fastdrop_sdpa", sdpa),
+}  # by the name of the function that it replaces
+ORIGINAL_MODULES = (
+    None,
+    "transformers.integrations.sdpa_attention",
+)  # the modules in which transformers' functions are; None is the model's own
 
 
 class _Attention(Fused):
-    """Softmax and dropout in one pass or, where it is "sdpa", all of attention."""
+    """Attention with softmax and dropout in one pass; if the model uses "sdpa", all of attention in one call."""
 
     DROP: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         if "original" in vars(cls):
-            for name, function in OURS.values():
+            for name, function in FUNCTIONS.values():
                 _interface().AttentionInterface.register(name, function)
 
     @classmethod
-    def refusal(cls, module: Any) -> str:
+    def obstacle(cls, module: Any) -> str:
         name = module.config._attn_implementation
-        if name not in OURS:
+        if name not in FUNCTIONS:
             return f"its attention is {name!r}, neither 'sdpa' nor 'eager'"
         if getattr(module, "reorder_and_upcast_attn", False):
             return "its attention is reordered and upcast"
         function = _interface().ALL_ATTENTION_FUNCTIONS.get(name)
-        return "" if getattr(function, "__module__", None) in THEIRS else f"its {name!r} attention was replaced"
+        return (
+            "" if getattr(function, "__module__", None) in ORIGINAL_MODULES else f"its {name!r} attention was replaced"
+        )
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return _attend(self, {}, hidden_states, *args, **kwargs)
+        return _run_attention(self, {}, hidden_states, *args, **kwargs)
 
 
 def _interface() -> Any:
     return sys.modules["transformers.modeling_utils"]
 
 
-def _attend(attention: Any, parts: dict[str, Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The original forward of an attention, some of whose parts are others."""
+def _run_attention(attention: Any, parts: dict[str, Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Runs the original forward of an attention with some parts of the module replaced."""
     drops = attention.training and isinstance(attention, _Attention) and getattr(attention, attention.DROP).p > 0.0
-    if drops and is_taken(x) and not _Attention.refusal(attention):
-        name, _ = OURS[attention.config._attn_implementation]
+    if drops and can_fuse_input(x) and not _Attention.obstacle(attention):
+        name, _ = FUNCTIONS[attention.config._attn_implementation]
         parts = {"config": View(attention.config, _attn_implementation=name), **parts}
     return original_class(attention).forward(View(attention, **parts) if parts else attention, x, *args, **kwargs)
 
@@ -158,27 +167,29 @@ class _GPT2Attention(_Attention):
     DROP = "attn_dropout"
 
     @classmethod
-    def refusal(cls, module: Any) -> str:
-        return cls.end_obstacle(module) or super().refusal(module)
+    def obstacle(cls, module: Any) -> str:
+        return cls.end_obstacle(module) or super().obstacle(module)
 
     @staticmethod
     def end_obstacle(module: Any) -> str:
-        """Why what ends attention can't be left out."""
-        return _conv1d_obstacle("c_proj", module.c_proj) or obstacle("resid_dropout", module.resid_dropout, *DROPOUTS)
+        """Why the projection and the dropout at the end can't be left out."""
+        return _conv1d_obstacle("c_proj", module.c_proj) or module_obstacle(
+            "resid_dropout", module.resid_dropout, *DROPOUTS
+        )
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         attention: Any = self
         drop, parts = attention.resid_dropout, {}
-        if drop.training and is_taken(hidden_states) and not self.end_obstacle(self):
+        if drop.training and can_fuse_input(hidden_states) and not self.end_obstacle(self):
             parts = _without_end(
                 attention,
                 lambda h: fused.bias_act_dropout(h, attention.c_proj.bias, activation=None, **options_of(drop)),
             )
-        return _attend(self, parts, hidden_states, *args, **kwargs)
+        return _run_attention(self, parts, hidden_states, *args, **kwargs)
 
 
 def _without_end(attention: Any, end: Any) -> dict[str, Any]:
-    """The parts of an attention that `end` has in place of the last bias and dropout."""
+    """The parts that make an attention call `end` in place of its last bias and dropout."""
     return {"c_proj": lambda h: h @ attention.c_proj.weight, "resid_dropout": end}
 
 
@@ -189,27 +200,27 @@ class _BertIntermediate(Fused):
     """Bias and activation in one pass."""
 
     @classmethod
-    def refusal(cls, module: Any) -> str:
-        return obstacle("dense", module.dense, nn.Linear) or activation_obstacle(
+    def obstacle(cls, module: Any) -> str:
+        return module_obstacle("dense", module.dense, nn.Linear) or activation_obstacle(
             "intermediate_act_fn", module.intermediate_act_fn
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         layer: Any = self
-        if not self.training or not is_taken(hidden_states) or self.refusal(self):
+        if not self.training or not can_fuse_input(hidden_states) or self.obstacle(self):
             return super().forward(hidden_states)  # type: ignore[no-any-return]
         h = F.linear(hidden_states, layer.dense.weight)
         return fused.bias_act_dropout(h, layer.dense.bias, 0.0, activation_name(layer.intermediate_act_fn))
 
 
 class _BertOutput(Fused):
-    """Bias, dropout, residual and norm in one pass: what follows attention, and what follows the intermediate layer."""
+    """Bias, dropout, residual and norm in one pass: after attention, and after the intermediate layer."""
 
     @classmethod
-    def refusal(cls, module: Any) -> str:
+    def obstacle(cls, module: Any) -> str:
         return (
-            obstacle("dense", module.dense, nn.Linear)
-            or obstacle("dropout", module.dropout, *DROPOUTS)
+            module_obstacle("dense", module.dense, nn.Linear)
+            or module_obstacle("dropout", module.dropout, *DROPOUTS)
             or norm_obstacle("LayerNorm", module.LayerNorm)
         )
 
@@ -217,8 +228,8 @@ class _BertOutput(Fused):
         layer: Any = self
         if (
             not layer.dropout.training
-            or not is_taken(hidden_states)
-            or self.refusal(self)
+            or not can_fuse_input(hidden_states)
+            or self.obstacle(self)
             or input_tensor.shape != (*hidden_states.shape[:-1], layer.dense.out_features)
         ):
             return super().forward(hidden_states, input_tensor)  # type: ignore[no-any-return]
@@ -230,24 +241,24 @@ class _GPT2MLP(Fused):
     """Bias and activation in one pass, bias and dropout in another."""
 
     @classmethod
-    def refusal(cls, module: Any) -> str:
+    def obstacle(cls, module: Any) -> str:
         return (
             _conv1d_obstacle("c_fc", module.c_fc)
             or activation_obstacle("act", module.act)
             or _conv1d_obstacle("c_proj", module.c_proj)
-            or obstacle("dropout", module.dropout, *DROPOUTS)
+            or module_obstacle("dropout", module.dropout, *DROPOUTS)
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         layer: Any = self
-        if not layer.dropout.training or not is_taken(hidden_states) or self.refusal(self):
+        if not layer.dropout.training or not can_fuse_input(hidden_states) or self.obstacle(self):
             return super().forward(hidden_states)  # type: ignore[no-any-return]
         h = _gpt2_projected(layer, hidden_states)
         return fused.bias_act_dropout(h, layer.c_proj.bias, activation=None, **options_of(layer.dropout))
 
 
 def _gpt2_projected(mlp: Any, x: Tensor) -> Tensor:
-    """What goes into the dropout at the end, without its bias."""
+    """The result of both projections, without the second bias: the dropout at the end adds that."""
     h = fused.bias_act_dropout(x @ mlp.c_fc.weight, mlp.c_fc.bias, 0.0, activation_name(mlp.act))
     y: Tensor = h @ mlp.c_proj.weight
     return y
@@ -260,7 +271,7 @@ def _conv1d_obstacle(name: str, module: Any) -> str:
 
 
 class _GPT2Block(Fused):
-    """What ends attention in one pass with the residual and the norm after it; what ends the block in another."""
+    """The end of attention in one pass with the residual and the norm after it; the end of the block in another."""
 
     ARGUMENTS = (
         "self hidden_states past_key_values attention_mask encoder_hidden_states encoder_attention_mask use_cache "
@@ -269,11 +280,11 @@ class _GPT2Block(Fused):
     PARTS: ClassVar[tuple[tuple[str, type[Fused]], ...]] = (("attn", _GPT2Attention), ("mlp", _GPT2MLP))
 
     @classmethod
-    def refusal(cls, module: Any) -> str:
+    def obstacle(cls, module: Any) -> str:
         if reason := cls._part_obstacle(module):
             return reason
         for name, known in cls.PARTS:
-            if reason := change(getattr(module, name), known):
+            if reason := changed_code(getattr(module, name), known):
                 return f"{name}: {reason}"
         return cls._obstacle(module)
 
@@ -281,7 +292,7 @@ class _GPT2Block(Fused):
     def _part_obstacle(cls, module: Any) -> str:
         for name, known in cls.PARTS:
             part = getattr(module, name)
-            if known_class(original_class(part)) is not known:
+            if fused_class(original_class(part)) is not known:
                 theirs = known.__name__[1:]
                 return f"{name} is a {class_name(type(part), theirs)}, not transformers' {theirs}"
         return ""
@@ -294,7 +305,7 @@ class _GPT2Block(Fused):
             or _GPT2Attention.end_obstacle(module.attn)
             or norm_obstacle("ln_2", module.ln_2)
             or call_obstacle("mlp", module.mlp)
-            or _GPT2MLP.refusal(module.mlp)
+            or _GPT2MLP.obstacle(module.mlp)
         )
 
     def forward(
@@ -311,7 +322,7 @@ class _GPT2Block(Fused):
         attention, x = layer.attn, hidden_states
         if (
             encoder_hidden_states is not None
-            or not is_taken(x)
+            or not can_fuse_input(x)
             or self._obstacle(self)
             or not (attention.resid_dropout.training or layer.mlp.dropout.training)
         ):
@@ -326,13 +337,13 @@ class _GPT2Block(Fused):
             )
         options = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
         parts = _without_end(attention, lambda h: h)
-        h = _attend(attention, parts, layer.ln_1(x), **options, **kwargs)[0]
+        h = _run_attention(attention, parts, layer.ln_1(x), **options, **kwargs)[0]
         normed, x = add_then_norm(h, attention.c_proj.bias, x, attention.resid_dropout, layer.ln_2)
         return add(_gpt2_projected(layer.mlp, normed), layer.mlp.c_proj.bias, x, layer.mlp.dropout)
 
 
-# Of a package that need not be there, by module and name, as in `convert`; here what is put before their class.
-FOREIGN: dict[tuple[str, str], type[Fused]] = {
+# By module and name, because transformers need not be installed.
+FUSED_CLASSES: dict[tuple[str, str], type[Fused]] = {
     (BERT, "BertSelfAttention"): _BertSelfAttention,
     (BERT, "BertCrossAttention"): _BertCrossAttention,
     (BERT, "BertIntermediate"): _BertIntermediate,
@@ -344,6 +355,6 @@ FOREIGN: dict[tuple[str, str], type[Fused]] = {
 }
 
 
-def known_class(theirs: type[nn.Module]) -> type[Fused] | None:
-    """What is put before one of their classes."""
-    return FOREIGN.get((theirs.__module__, theirs.__qualname__))
+def fused_class(original: type[nn.Module]) -> type[Fused] | None:
+    """The fused class for a class of transformers; None if there is none."""
+    return FUSED_CLASSES.get((original.__module__, original.__qualname__))

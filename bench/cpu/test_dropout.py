@@ -1,0 +1,136 @@
+"""Forward, backward and both, every case in turn with its peers.
+
+``extra_info`` keeps, per peer, the median and the median of the paired ratios fastdrop / peer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+import fastdrop as fd
+from fastdrop import backends
+from fastdrop.backends import c as native
+
+from .. import contenders
+from ..pairing import SETTLE_SECONDS, alternate
+from . import cases
+
+CASE_SECONDS = {"all": 0.5, "quick": 2.5}
+COMPILED = "compiled F.dropout"
+C, BITS = "C", "bits"
+
+torch = contenders.import_torch()
+ml_dtypes = pytest.importorskip("ml_dtypes")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "case" in metafunc.fixturenames:
+        chosen = {"all": cases.every_case, "quick": cases.quick_cases}[metafunc.config.getoption("--cases")]()
+        metafunc.parametrize("case", chosen, ids=lambda case: case.id)
+
+
+@pytest.fixture
+def running(case: cases.Case) -> Iterator[None]:
+    """The case's variant and threads, for its time."""
+    backend, _, isa = case.variant.partition("-")
+    with fd.use_backend(backend), contenders.threads(case.threads, torch):
+        if not isa:
+            yield
+            return
+        before = native.isa()
+        native.select_isa(isa)
+        yield
+        native.select_isa(before)
+
+
+@lru_cache(maxsize=1)
+def buffers(size: int, dtype: str) -> contenders.Buffers:
+    return contenders.Buffers.of((size,), np.dtype(getattr(ml_dtypes, dtype, dtype)))
+
+
+def test_dropout(case: cases.Case, running: None, benchmark: Any, request: pytest.FixtureRequest) -> None:
+    data = buffers(case.size, case.dtype)
+    measured = call_of(fastdrop_contender(case, data), case.operation)
+    peers = dict(peers_of(case, data))
+    benchmark.extra_info.update(case.as_dict(), bytes_per_element=traffic(case, data))
+    seconds = CASE_SECONDS[request.config.getoption("--cases")]
+    alternate(benchmark, measured, peers, seconds, SETTLE_SECONDS if case.threads > 1 else 0.0)
+
+
+def test_whole_call_of_1000_elements(benchmark: Any) -> None:
+    """What Python costs: fd.dropout on an array so small that the kernel hardly counts."""
+    x = np.ones(1000, np.float32)
+    y = np.empty_like(x)
+    stream = fd.Stream(0)
+    peers = {}
+    if torch is not None:
+        tensor = torch.from_numpy(x)
+        peers["F.dropout"] = lambda: torch.nn.functional.dropout(tensor, 0.1, True)
+    benchmark.extra_info.update(operation="whole call", variant=cases.best(), level="call", size=1000, p=0.1)
+    benchmark.extra_info.update(dtype="float32", threads=1, store="bits", bytes_per_element=8.125)
+    with contenders.threads(1, torch):
+        alternate(benchmark, lambda: fd.dropout(x, 0.1, rng=stream, out=y), peers, 1.0)
+
+
+def fastdrop_contender(case: cases.Case, data: contenders.Buffers) -> contenders.Contender:
+    if case.level == "kernel":
+        return contenders.kernels(backends.active(), data, case.p)
+    if case.store == "bits":
+        return contenders.fastdrop(data, case.p)
+    _, mask = fd.dropout(data.x, case.p, store=case.store, rng=0, out=data.y)
+    backward = lambda: fd.dropout_backward(data.dy, mask, out=data.dx)  # noqa: E731
+    return contenders.Contender(contenders.FASTDROP, backward, backward, backward, 0.0)
+
+
+def peers_of(case: cases.Case, data: contenders.Buffers) -> Iterator[tuple[str, Callable[[], object]]]:
+    if torch is not None:
+        yield contenders.TORCH_MUL, call_of(contenders.torch_mul(torch, data, case.p), case.operation)
+    if case.store != "bits":
+        yield BITS, call_of(contenders.fastdrop(data, case.p), case.operation)
+        return
+    limit = contenders.scale_limit(data, case.p)
+    if limit is not None and case.threads == 1:
+        yield contenders.LIMIT, call_of(limit, case.operation)
+    if case.variant == "numba" and backends.reasons()["c"] is None:
+        yield C, call_of(contenders.kernels(native, data, case.p), case.operation)
+    if case.level == "call":
+        yield contenders.NUMPY, call_of(contenders.plain_numpy(data, case.p), case.operation)
+        if torch is not None:
+            yield contenders.F_DROPOUT, call_of(contenders.torch_dropout(torch, data, case.p), case.operation)
+            if case.dtype == "float32" and case.operation != "backward" and compiled() is not None:
+                yield COMPILED, compiled_call(data, case)
+
+
+@lru_cache(maxsize=1)
+def compiled() -> Any:
+    """torch.compile'd F.dropout, or None where it can't compile (no C++ compiler)."""
+    run = torch.compile(lambda x, p: torch.nn.functional.dropout(x, p, True), dynamic=True)
+    try:
+        run(torch.ones(4096), 0.1)
+    except Exception:  # whatever a broken tool chain raises
+        return None
+    return run
+
+
+def compiled_call(data: contenders.Buffers, case: cases.Case) -> Callable[[], object]:
+    run, x, dy = compiled(), torch.from_numpy(data.x), torch.from_numpy(data.dy)
+    if case.operation == "forward":
+        return lambda: run(x, case.p)
+    leaf = x.requires_grad_()
+    return lambda: torch.autograd.grad(run(leaf, case.p), leaf, dy)
+
+
+def call_of(contender: contenders.Contender, operation: str) -> Callable[[], object]:
+    passes = {"forward": contender.forward, "backward": contender.backward, "forward+backward": contender.both}
+    return passes[operation]
+
+
+def traffic(case: cases.Case, data: contenders.Buffers) -> float:
+    """Bytes an ideal kernel moves per element: each array once, and the mask."""
+    one = 2 * data.x.itemsize + (0.125 if case.store == "bits" else 0.0)
+    return one * (2 if case.operation == "forward+backward" else 1)

@@ -1,0 +1,299 @@
+"""All that needs a GPU, by one command: python bench/gpu.py [--output FOLDER] [--quick] [--no-tune].
+
+It runs the tests that need GPU 0, and times fastdrop there beside a copy of memory, torch's dropout, torch.compile's
+and a seeded one in Triton: under eight minutes, a table last, everything in gpu-NAME.json and gpu-NAME.md of the
+folder. It needs torch with CUDA, numba-cuda and pytest, and no build of this package.
+
+The fused kernels have a run of their own, as long: ``--sections build,suite,fused`` tests and times each, forward and
+backward, beside a copy of memory and torch's formula, eager and compiled, into gpu-NAME-build-suite-fused.json and .md.
+
+``--dry-run`` goes the same ways on the CPU, with tiny tensors and the reference in the kernels' place: it says that the
+script runs, and nothing else. Without ``--output`` it leaves no files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import re
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))  # run as a script, Python knows bench/ alone
+
+from bench.gpu import report as gpu_report
+from bench.gpu import timing as gpu_timing
+from bench.gpu.guard import Item, Lines, Skip, Task, failed, one_line, run_for, run_items, run_section
+from fastdrop.backends.cuda import compile
+from fastdrop.backends.cuda.compile import Variant
+from fastdrop.backends.cuda.tile import ITEM_BYTES
+from fastdrop.core.activations import ACTIVATIONS
+from fastdrop.core.checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+
+TOTAL_SECONDS, QUICK_SECONDS = 450.0, 200.0
+NO_GPU = 2  # exit code
+GPU_TESTS = "tests/backends/cuda/test_gpu.py"
+SANITIZER = "compute-sanitizer"
+SANITIZED = "agree and (33 or 1025) or device_arrays"  # tests
+PACKAGES = ("fastdrop", "torch", "triton", "numba", "numba-cuda", "cuda-bindings", "nvidia-nvjitlink", "numpy")
+
+
+# ---- sections that time nothing ----
+
+
+def machine(quick: bool) -> dict[str, Item]:
+    def describe(task: Task) -> dict[str, Any]:
+        versions = {"Python": platform.python_version()}
+        for package in PACKAGES:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[package] = importlib.metadata.version(package)
+        versions["CUDA of torch"] = str(task.machine.torch.version.cuda)
+        return {**task.machine.describe(), "system": platform.platform(), "cpus": os.cpu_count(), "versions": versions}
+
+    return {"machine": describe}
+
+
+def build(quick: bool) -> dict[str, Item]:
+    """Compiling the kernels, apart from all that is timed."""
+
+    def compile_all(task: Task) -> dict[str, Any]:
+        if importlib.util.find_spec("numba_cuda") is None:
+            raise Skip("numba-cuda is not installed")
+        cc = tuple(task.machine.describe()["compute_capability"])
+        variants = every_variant()
+        if task.dry_run:
+            variants = variants[:1]
+        workers = min(len(variants), os.cpu_count() or 1, 16)
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            list(pool.map(compile_one, [cc] * len(variants), variants))
+        return {"kernels": len(variants), "workers": workers}
+
+    return {"kernels": compile_all}
+
+
+def every_variant() -> list[Variant]:
+    """All that is timed or tested: nothing is compiled while the clock runs."""
+    tags = range(len(ITEM_BYTES))
+    found = [Variant(body) for body in ("draw_words", "dilate_bits", "count_bits")]
+    found += [Variant("gaussian_multiply", tag) for tag in tags]
+    counted = ("elementwise", "stored"), ("strided", "wide"), ("strided", "narrow")
+    found += [Variant(body, tag, form, counted=True) for tag in tags for body, form in counted]
+    for body, forms in (("elementwise", ("drawn", "drawn_shifted", "stored")), ("strided", ("wide", "narrow"))):
+        found += [Variant(body, tag, form, plain) for tag in tags for form in forms for plain in (True, False)]
+    found += [Variant("add_panels", tag, "narrow", residual_dtype=tag) for tag in (FLOAT32, FLOAT64)]
+    forms = "wide", "narrow"
+    for tag, of_sum in (*zip(tags, tags, strict=True), (FLOAT16, FLOAT32), (BFLOAT16, FLOAT32)):
+        of = partial(Variant, dtype=tag, residual_dtype=of_sum)
+        for code in ACTIVATIONS.values():
+            found += [of(body, activation=code) for body in ("pointwise_forward", "pointwise_backward")]
+            found += [of("pointwise_columns", form=form, activation=code) for form in forms]
+        norms = "norm_forward", "norm_backward", "norm_columns"
+        bodies = (*norms, "softmax_forward", "softmax_backward") if tag == of_sum else norms
+        found += [of(body, form=form) for body in bodies for form in forms]
+    return found
+
+
+def compile_one(cc: tuple[int, int], variant: Variant) -> None:
+    compile.image(variant, cc)
+
+
+def pytest_command(*arguments: str) -> list[str]:
+    """Without the other tests' conftest.py and options, which may need what isn't installed here."""
+    flags = ["--noconftest", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short"]
+    return [sys.executable, "-m", "pytest", *flags, GPU_TESTS, *arguments]
+
+
+def suite(quick: bool) -> dict[str, Item]:
+    def test(task: Task) -> dict[str, Any]:
+        code, text = run_for(pytest_command("-v", "-rfE", "--maxfail=40"), task.left() - 5.0)
+        return judged_suite(code, text, task.dry_run)
+
+    return {GPU_TESTS: test}
+
+
+def judged_suite(code: int | None, text: str, may_skip: bool = False) -> dict[str, Any]:
+    """pytest's summary; AssertionError where a test failed, where they didn't end, and where none ran."""
+    lines = text.strip().splitlines() or ["no output"]
+    last = lines[-1].strip("= ")
+    if code is None:
+        begun = [line.split()[0] for line in lines if "::" in line]
+        raise AssertionError(f"the tests did not end in time; the last one begun is {begun[-1] if begun else 'none'}")
+    if code in (0, 5) and not re.search(r"\d+ passed", last):  # 5: nothing was collected
+        raise (Skip if may_skip else AssertionError)(f"no test ran: {last}")
+    if code:
+        failures = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
+        raise AssertionError("; ".join([f"{last} (code {code})", *failures[:12]]) + "\n" + text[-5000:])
+    return {"summary": last}
+
+
+def sanitizer(quick: bool) -> dict[str, Item]:
+    def check(task: Task, tool: str) -> dict[str, Any]:
+        found = shutil.which(SANITIZER) or shutil.which(SANITIZER, path="/usr/local/cuda/bin")
+        if found is None:
+            raise Skip(f"{SANITIZER} is not installed")
+        command = [found, "--tool", tool, "--error-exitcode", "86", *pytest_command("-q", "-k", SANITIZED)]
+        # Each tensor an allocation of its own, so that a step beyond its end is one beyond the memory's.
+        return judged_sanitizer(*run_for(command, min(task.left(), 50.0), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
+
+    return {tool: partial(check, tool=tool) for tool in ("memcheck", "initcheck", "racecheck")}
+
+
+def judged_sanitizer(code: int | None, text: str) -> dict[str, Any]:
+    """The tool's summary; AssertionError where it found something, Skip where it couldn't run."""
+    summaries = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", text)
+    if code == 0 and summaries:
+        return {"summary": summaries[-1]}
+    if code is None:
+        raise Skip("it did not end in time")
+    if not summaries or "Device not supported" in text:
+        raise Skip(f"it could not run (code {code}): {' '.join(text.split())[:300]}")
+    raise AssertionError(f"{summaries[-1]} (code {code})\n{text[:5000]}")
+
+
+# ---- the command ----
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    items: Callable[[bool], dict[str, Item]]  # given whether the run is a quick one
+    seconds: float  # at most, all items together
+    limit: float  # of one item
+    quick: bool = True  # also in a quick run
+    asked: bool = False  # only where it is asked for by name
+
+
+SECTIONS = {
+    "machine": Section("the machine", machine, 60, 60),
+    "build": Section("compiling the kernels", build, 75, 75),
+    "suite": Section(f"the tests in {GPU_TESTS}", suite, 130, 125),
+    "kernels": Section("times of kernels", gpu_timing.kernels, 140, 60),
+    "host": Section("time on the host", gpu_timing.host, 25, 30),
+    "channels": Section("a decision per channel", gpu_timing.channels, 20, 30),
+    "fused": Section("times of fused kernels", gpu_timing.fused, 400, 60, asked=True),
+    "sanitizer": Section(SANITIZER, sanitizer, 80, 60, quick=False),
+    "tune": Section("launch shapes", gpu_timing.tune, 90, 60, quick=False),
+}
+
+
+ALL = ",".join(name for name, section in SECTIONS.items() if not section.asked)
+
+
+def run_sections(
+    data: dict[str, Any],
+    sections: Mapping[str, Section],
+    run: Callable[[str, Section, float], tuple[bool, dict[str, Any]]],
+    seconds: float,
+    folder: Path | None,
+) -> None:
+    """One section after the other within so many seconds, the JSON written after each; none stops those after it."""
+    start = time.monotonic()
+    for name, section in sections.items():
+        begun = time.monotonic()
+        allowed = min(section.seconds, seconds - (begun - start))
+        ended, items = False, {}
+        if allowed > 1:
+            try:
+                ended, items = run(name, section, allowed)
+            except Exception as error:
+                items = {"section": failed(one_line(error), traceback.format_exc())}
+        fates = {row["status"] for row in items.values()}
+        status = "failed" if "failed" in fates else "cut" if "not run" in fates or not ended else "ok"
+        took = round(time.monotonic() - begun, 1)
+        data["sections"][name] = {"title": section.title, "status": status, "seconds": took, "items": items}
+        data["seconds"] = round(time.monotonic() - start, 1)
+        if folder:
+            gpu_report.save(data, folder)
+        print(f"{data['seconds']:6.1f} s  {section.title}: {status}", flush=True)
+
+
+def unusable() -> str | None:
+    """Why there is no GPU to run on, in a sentence; None if there is one."""
+    from fastdrop.backends.cuda import launch as numba_cuda
+
+    reason = numba_cuda.unavailable()
+    if reason:
+        return reason
+    try:
+        import torch
+    except ImportError as error:
+        return f"torch is not installed ({error}): pip install torch"
+    return None if torch.cuda.is_available() else f"torch {torch.__version__} finds no GPU: install one built for CUDA"
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="folder for the JSON and the report (default: bench/results)")
+    parser.add_argument("--quick", action="store_true", help="about three minutes: fewer sizes, no launch shapes")
+    parser.add_argument("--no-tune", dest="tune", action="store_false", help="don't try other launch shapes")
+    parser.add_argument("--dry-run", action="store_true", help="on the CPU: shows that the script runs")
+    parser.add_argument(
+        "--sections", default=ALL, help=f"some of {','.join(SECTIONS)} (default: %(default)s); the files are named so"
+    )
+    # What `run_section` starts: a section's name, the file of its lines, the seconds that are left.
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    chosen = parser.parse_args(arguments)
+    unknown = set(chosen.sections.split(",")) - set(SECTIONS)
+    if unknown:
+        parser.error(f"--sections must be of {', '.join(SECTIONS)}, but got {', '.join(sorted(unknown))}")
+    return chosen
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    chosen = parse(arguments)
+    if chosen.child:
+        name, file, seconds = chosen.child
+        task = Task(chosen.dry_run, time.monotonic() + float(seconds))
+        run_items(SECTIONS[name].items(chosen.quick), Lines(Path(file)), task)
+        return 0
+    reason = None if chosen.dry_run else unusable()
+    if reason:
+        print(f"bench/gpu.py needs a GPU: {reason}", file=sys.stderr)
+        return NO_GPU
+    folder = chosen.output or (None if chosen.dry_run else ROOT / "bench" / "results")
+    wanted = {"machine", *chosen.sections.split(",")}
+    sections = {
+        name: section
+        for name, section in SECTIONS.items()
+        if name in wanted and (section.quick or not chosen.quick) and (chosen.tune or name != "tune")
+    }
+    data: dict[str, Any] = {
+        "options": {"quick": chosen.quick, "tune": chosen.tune, "dry_run": chosen.dry_run},
+        "part": "" if chosen.sections == ALL else chosen.sections.replace(",", "-"),
+        "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "sections": {},
+    }
+    modes = [flag for flag, on in (("--quick", chosen.quick), ("--dry-run", chosen.dry_run)) if on]
+    with tempfile.TemporaryDirectory() as scratch:
+
+        def run(name: str, section: Section, seconds: float) -> tuple[bool, dict[str, Any]]:
+            command = [sys.executable, str(ROOT / "bench" / "gpu.py"), *modes, "--child", name]
+            return run_section(command, Path(scratch) / f"{name}.jsonl", seconds, section.limit)
+
+        run_sections(data, sections, run, QUICK_SECONDS if chosen.quick else TOTAL_SECONDS, folder)
+    print()
+    print(gpu_report.printed(data), flush=True)
+    if folder:
+        print("wrote " + " and ".join(map(str, gpu_report.save(data, folder))), flush=True)
+    return int(any(section["status"] == "failed" for section in data["sections"].values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

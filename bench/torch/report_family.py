@@ -1,0 +1,37 @@
+"""Turns a benchmark JSON of the family into a report: python -m bench.torch.report_family RESULTS.json.
+
+It writes RESULTS.md and RESULTS.png: the targets, misses on top, then every case.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ..report import Row, Suite
+
+# kind: (operations judged, at most: of the first peer's time)
+LIMITS = {
+    "feature": (("forward", "backward"), 1.0),
+    "variational": (("forward", "backward"), 1.0),
+    "stochastic depth": (("forward", "backward"), 1.0),
+    "DropBlock": (("forward", "forward+backward"), 1 / 5),
+    "DropConnect": (("forward",), 1.1),
+    "alpha": (("forward",), 1.1),
+    "Gaussian": (("forward", "forward+backward"), 1 / 4),
+    "mc_predict": (("50 samples",), 1 / 3),
+}
+INTRO = (
+    "Medians of alternating samples, every ratio the median of those taken round by round. Against `torch.mul` and "
+    "`fd.dropout`, calls are the NumPy API's, whole, into memory that is there; the others are `fastdrop.torch`'s, "
+    "which allocate their results, as their peers do. `mc_predict` is judged by the loop that torch's users write; "
+    "the same loop over fastdrop's modules stands in the last table."
+)
+
+
+def limit(row: Row, peer: str) -> float | None:
+    operations, share = LIMITS[row["kind"]]
+    return share if row["operation"] in operations and peer == next(iter(row["peers"])) else None
+
+
+if __name__ == "__main__":
+    sys.exit(Suite("the family", INTRO, limit, "The family of dropouts").main(sys.argv[1:], __doc__ or ""))

@@ -1,0 +1,42 @@
+"""Turns a benchmark JSON of the fused kernels into a report: python -m bench.torch.report_fused RESULTS.json.
+
+It writes RESULTS.md and RESULTS.png: the targets, misses on top, then every case.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ..report import Row, Suite
+
+ADD, MUL, GELU, LAYER_NORM, SOFTMAX = "torch.add", "torch.mul", "F.gelu", "F.layer_norm", "F.softmax"
+COMPILED, P_ZERO, KEPT = "the formula, compiled", "plain torch at p = 0", "bytes kept by plain torch at p = 0.1"
+ADD_AND_NORM, ATTENTION = "torch.add, then F.layer_norm", "F.scaled_dot_product_attention"
+LIMITS = {
+    ATTENTION: 1.0,
+    ADD: 1.2,
+    MUL: 1.2,
+    GELU: 0.8,
+    LAYER_NORM: 1.2,
+    SOFTMAX: 1.2,
+    COMPILED: 0.2,
+    P_ZERO: 1.0,
+    KEPT: 0.6,
+}
+INTRO = (
+    "Medians of alternating samples, every ratio the median of those taken round by round; p = 0.1. Calls are "
+    "`fastdrop.torch`'s, which allocate their results: on tensors that require gradients, so that they keep what "
+    "backward needs, as their peers do, and on tensors that don't beside `torch.add` and `torch.mul`, which write to "
+    "`out=`. Memory is used again by the next call, on both sides; where a case says fresh memory, the system provides "
+    "it anew for each result, on both sides. Backward is `torch.autograd.grad` alone. The training step is forward, "
+    "backward and SGD after `fdt.fuse`, and nothing else."
+)
+
+
+def limit(row: Row, peer: str) -> float | None:
+    """None of a peer that is there for orientation, and of attention that is too small to be routed to ours."""
+    return None if row.get("small") else LIMITS.get(peer)
+
+
+if __name__ == "__main__":
+    sys.exit(Suite("fused kernels", INTRO, limit, "Fused kernels").main(sys.argv[1:], __doc__ or ""))

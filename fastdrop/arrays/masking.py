@@ -1,0 +1,148 @@
+"""What the ops of the NumPy API do with a mask: draw and apply a new one, or apply one that exists.
+
+`dropout.py` and `structured.py` call `drop` and `masked`; `saved.py` calls `masked` for gradients. An op makes three
+choices: the shape of the mask (which elements share a decision), the draw, and the coefficients (what becomes of kept
+and dropped elements). `fastdrop.core.variants` has the choices of each kind of dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..core import checks, variants
+from ..core.mask import GaussianNoise, PackedMask, SeededMask, packed_mask, seeded_mask, state_of
+from ..core.random import DROP_ALL, State, check_random_state, random_state, threshold_and_scale
+from .array_ops import Array, ArrayOps, BitMask, Mask, RandomState, Shape
+from .device import DEVICE, is_on_device
+from .host import HOST
+
+__all__ = ["Options", "array_ops", "copy_to_output", "drop", "mask_words", "masked", "multiply_by_noise"]
+
+
+class Options(NamedTuple):
+    """The arguments that all ops have in common."""
+
+    training: bool
+    store: str
+    rng: RandomState
+    out: Array | None
+
+
+def array_ops(x: Any) -> ArrayOps:
+    """The operations for the memory that x lies in."""
+    return DEVICE if type(x) is not np.ndarray and is_on_device(x) else HOST
+
+
+def drop(
+    name: str,
+    given: Any,
+    p: Any,
+    mask_shape_of: Callable[[Shape], Shape] | None,
+    scaling: str,
+    options: Options,
+) -> tuple[Any, BitMask | None]:
+    """Draws a mask and applies it: the whole of an op that keeps or drops elements.
+
+    ``mask_shape_of`` gives the mask's shape for the data's shape; None means a decision for each element.
+    """
+    training, store, rng, out = options
+    ops = array_ops(given)
+    x, tag = ops.as_array(name, given)
+    p = checks.probability(p)
+    if store != "bits":
+        checks.choice("store", store, checks.STORES)
+    shape = tuple(x.shape)
+    mask_shape = shape if mask_shape_of is None else mask_shape_of(shape)
+    threshold, _ = threshold_and_scale(p)
+    if not training or threshold == 0:
+        check_random_state(rng)
+        if scaling == "standard" and threshold:
+            return masked(name, given, _scale_everything(ops, x, 1.0 - threshold / DROP_ALL), out), None
+        return masked(name, given, None, out), None
+    # All memory is allocated before the random state is taken, so a call that runs out of memory draws nothing.
+    y = ops.output_array(out, x, name)
+    coefficients = variants.affine(scaling, threshold)
+    cells = math.prod(mask_shape)
+    draws_and_applies = mask_shape == shape and threshold < DROP_ALL and cells
+    words: Any = ops.empty_words(x, cells) if store == "bits" or not draws_and_applies else None
+    kernel_x, kernel_y = ops.kernel_arrays(x, y, mask_shape)
+    state = random_state(rng)
+    if draws_and_applies:
+        ops.dropout_forward(tag, kernel_x, kernel_y, words, state, threshold, coefficients)
+    else:
+        ops.draw_words(words, x, cells, state, threshold)
+        ops.apply_mask(tag, kernel_x, kernel_y, words, mask_shape, coefficients)
+    y = copy_to_output(ops, kernel_y, y, out)
+    if store == "seed":
+        return y, seeded_mask(state, mask_shape, p, coefficients.scale, threshold)
+    return y, packed_mask(words, mask_shape, p, coefficients.scale)
+
+
+def masked(name: str, given: Any, mask: Mask | None, out: Array | None) -> Any:
+    """x under an existing mask: times the mask's scale where kept, 0 where dropped. None changes nothing."""
+    ops = array_ops(given)
+    x, tag = ops.as_array(name, given)
+    if mask is None:
+        if out is None:
+            return given if ops.on_device or isinstance(given, np.ndarray) else x
+        y = ops.output_array(out, x, name)
+        return copy_to_output(ops, x, y, out)
+    if not isinstance(mask, (PackedMask, SeededMask, GaussianNoise)):
+        raise TypeError(
+            f"mask must be a PackedMask, a SeededMask, a GaussianNoise or None, but got {type(mask).__name__}"
+        )
+    words = mask.words if isinstance(mask, PackedMask) else None
+    if words is not None:
+        ops.check_mask_memory(name, words)
+    mask_shape = mask.shape
+    if mask_shape != x.shape:
+        checks.check_mask_shape(name, tuple(x.shape), mask_shape, shared=not isinstance(mask, GaussianNoise))
+    y = ops.output_array(out, x, name)
+    if out is not None and words is not None:
+        ops.check_no_overlap(y, words, "mask")
+    kernel_x, kernel_y = ops.kernel_arrays(x, y, mask_shape)
+    if isinstance(mask, GaussianNoise):
+        multiply_by_noise(ops, tag, kernel_x, kernel_y, mask)
+    elif isinstance(mask, SeededMask) and mask_shape == tuple(x.shape) and 0 < mask.threshold < DROP_ALL:
+        if math.prod(mask_shape):
+            coefficients = mask.scale, 0.0, 0.0
+            ops.dropout_forward(tag, kernel_x, kernel_y, None, state_of(mask), mask.threshold, coefficients)
+    else:
+        words = mask_words(ops, mask, x) if words is None else words
+        ops.apply_mask(tag, kernel_x, kernel_y, words, mask_shape, (mask.scale, 0.0, 0.0))
+    return copy_to_output(ops, kernel_y, y, out)
+
+
+def mask_words(ops: ArrayOps, mask: BitMask, like: Any) -> Any:
+    """The mask's words, drawn again if the mask has only its random state."""
+    if isinstance(mask, PackedMask):
+        return mask.words
+    return _new_words(ops, like, math.prod(mask.shape), state_of(mask), mask.threshold)
+
+
+def multiply_by_noise(ops: ArrayOps, tag: int, x: Any, y: Any, noise: GaussianNoise) -> None:
+    if math.prod(noise.shape):
+        ops.gaussian_multiply(tag, x, y, state_of(noise), variants.spread(noise.p))
+
+
+def copy_to_output(ops: ArrayOps, result: Any, y: Any, out: Any) -> Any:
+    """Copies a result to the array that the caller expects it in, and returns that array: ``out`` itself if given."""
+    if result is not y:
+        ops.copy_into(y, result)
+    return y if out is None else out
+
+
+def _scale_everything(ops: ArrayOps, x: Any, scale: float) -> PackedMask:
+    """A mask of one cell for all of x, which keeps and scales."""
+    words = _new_words(ops, x, 1, (0, 0), 0 if scale else DROP_ALL)
+    return packed_mask(words, (1,) * len(x.shape), 0.0, scale)
+
+
+def _new_words(ops: ArrayOps, like: Any, cells: int, state: State, threshold: int) -> Any:
+    words = ops.empty_words(like, cells)
+    ops.draw_words(words, like, cells, state, threshold)
+    return words

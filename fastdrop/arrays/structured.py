@@ -1,0 +1,238 @@
+"""The NumPy API of dropout that keeps or drops whole structures: channels, time sequences, samples, blocks.
+
+The functions here are public. Each differs from `dropout` in the shape of its mask only, which has 1 on the axes along
+which elements share a decision; `drop_block` widens its mask after the draw as well.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from numpy.typing import ArrayLike
+
+from ..core import checks, variants
+from ..core.mask import PackedMask, packed_mask
+from ..core.random import check_random_state, random_state, threshold_and_scale
+from .array_ops import Array, BitMask, RandomState, Shape
+from .masking import Options, array_ops, copy_to_output, drop, masked
+
+__all__ = ["drop_block", "feature_alpha_dropout", "feature_dropout", "stochastic_depth", "variational_dropout"]
+
+
+def feature_dropout(
+    x: ArrayLike,
+    p: float = 0.5,
+    channel_axis: int = 1,
+    *,
+    training: bool = True,
+    scaling: str = "inverted",
+    store: str = "bits",
+    rng: RandomState = None,
+    out: Array | None = None,
+) -> tuple[Array, BitMask | None]:
+    """Returns x with whole channels dropped, and the mask that backward needs: spatial dropout.
+
+    Neighbouring pixels of a feature map tell the same, so dropping some of them drops little; here each channel of each
+    sample goes or stays whole. `dropout_backward` is the gradient.
+
+    Parameters
+    ----------
+    x : array_like of a float dtype, ``(N, C, *)``, at least two axes
+        Axis 0 is the samples', unless ``channel_axis`` is 0: then x is one sample, ``(C, *)``.
+    p : float
+        Drop probability of a channel, 0 to 1; 0.1 to 0.3 is usual in convolutional networks.
+    channel_axis : int
+        1 for channels first, -1 for channels last.
+    training, scaling, store, rng, out
+        As in `dropout`, and so are the errors; TypeError or ValueError for a channel_axis that x hasn't.
+
+    Kept for backward: a bit per channel and sample, or nothing. Source: Tompson et al., CVPR 2015.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> y, mask = fd.feature_dropout(np.ones((2, 2, 3)), 0.5, rng=4)
+    >>> y[:, :, 0], mask.nbytes
+    (array([[0., 0.],
+           [2., 2.]]), 4)
+    """
+    return drop(
+        "x", x, p, _mask_shape_of_features(channel_axis), checks.scaling(scaling), Options(training, store, rng, out)
+    )
+
+
+def feature_alpha_dropout(
+    x: ArrayLike,
+    p: float = 0.5,
+    channel_axis: int = 1,
+    *,
+    training: bool = True,
+    store: str = "bits",
+    rng: RandomState = None,
+    out: Array | None = None,
+) -> tuple[Array, BitMask | None]:
+    """Returns `alpha_dropout` of x with whole channels dropped, as `feature_dropout` drops them.
+
+    Parameters, errors and what is kept are those two's. Source: Klambauer et al., NeurIPS 2017.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> y, mask = fd.feature_alpha_dropout(np.zeros((2, 2, 3)), 0.5, rng=4)
+    >>> y[:, :, 0].round(4)
+    array([[-0.7792, -0.7792],
+           [ 0.7792,  0.7792]])
+    """
+    return drop("x", x, p, _mask_shape_of_features(channel_axis), "alpha", Options(training, store, rng, out))
+
+
+def variational_dropout(
+    x: ArrayLike,
+    p: float,
+    time_axis: int,
+    *,
+    training: bool = True,
+    scaling: str = "inverted",
+    store: str = "bits",
+    rng: RandomState = None,
+    out: Array | None = None,
+) -> tuple[Array, BitMask | None]:
+    """Returns x with one mask held over a whole sequence, and that mask: locked dropout.
+
+    Fresh masks at each step of a recurrent network wash out what it remembers; this one drops the same units at all
+    steps. `dropout_backward` is the gradient.
+
+    Parameters
+    ----------
+    x : array_like of a float dtype, any shape ``(*)``, such as ``(T, B, F)``
+    p : float
+        Drop probability, 0 to 1; 0.2 to 0.5 is usual.
+    time_axis : int
+        The axis along which decisions are shared.
+    training, scaling, store, rng, out
+        As in `dropout`, and so are the errors; TypeError or ValueError for a time_axis that x hasn't.
+
+    Kept for backward: a bit per element of one step, or nothing. Source: Gal and Ghahramani, NeurIPS 2016.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> y, mask = fd.variational_dropout(np.ones((3, 1, 4)), 0.5, 0, rng=4)
+    >>> y[:, 0]
+    array([[0., 0., 2., 2.],
+           [0., 0., 2., 2.],
+           [0., 0., 2., 2.]])
+    """
+
+    def mask_shape_of(shape: Shape) -> Shape:
+        return variants.shared_cells(shape, checks.axis("time_axis", time_axis, len(shape)))
+
+    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), Options(training, store, rng, out))
+
+
+def stochastic_depth(
+    x: ArrayLike,
+    p: float,
+    mode: str,
+    *,
+    training: bool = True,
+    scaling: str = "inverted",
+    store: str = "bits",
+    rng: RandomState = None,
+    out: Array | None = None,
+) -> tuple[Array, BitMask | None]:
+    """Returns x, the output of a residual branch, with whole samples dropped: stochastic depth, also called DropPath.
+
+    `dropout_backward` is the gradient.
+
+    Parameters
+    ----------
+    x : array_like of a float dtype, ``(N, *)``
+    p : float
+        Drop probability of the branch, 0 to 1.
+    mode : {"row", "batch"}
+        "row" decides for each sample, "batch" once for all.
+    training, scaling, store, rng, out
+        As in `dropout`, and so are the errors; ValueError for another mode or x without axes.
+
+    Kept for backward: a bit per sample, or nothing. Source: Huang et al., ECCV 2016, whose scaling is "standard".
+
+    >>> import fastdrop as fd, numpy as np
+    >>> y, mask = fd.stochastic_depth(np.ones((4, 2)), 0.5, "row", rng=4)
+    >>> y[:, 0]
+    array([0., 0., 2., 2.])
+    """
+    checks.choice("mode", mode, checks.DEPTH_MODES)
+
+    def mask_shape_of(shape: Shape) -> Shape:
+        checks.at_least("x", len(shape), 1, "an axis of samples")
+        return variants.sample_cells(shape, mode)
+
+    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), Options(training, store, rng, out))
+
+
+def drop_block(
+    x: ArrayLike,
+    p: float,
+    block_size: int | tuple[int, ...],
+    *,
+    training: bool = True,
+    rng: RandomState = None,
+    out: Array | None = None,
+) -> tuple[Array, PackedMask | None]:
+    """Returns x with blocks of neighbouring cells dropped in each channel, scaled by cells / cells kept.
+
+    Blocks are drawn where they fit, with the probability that would drop a share p in all if none overlapped. They do:
+    0.093 are dropped for p = 0.1, 0.38 for 0.5 and 0.57 for 0.9 (blocks of 7 x 7 on 56 x 56), and at p = 1 everything.
+    `dropout_backward` is the gradient.
+
+    Parameters
+    ----------
+    x : array_like of a float dtype, ``(N, C, *)`` with one to three spatial axes
+    p : float
+        Share of cells to drop, 0 to 1; 0.1 is usual.
+    block_size : int or tuple of int
+        Extent of a block on each spatial axis, cut to x's. One is dropout of elements.
+    training, rng, out
+        As in `dropout`, and so are the errors; TypeError or ValueError for a block_size that doesn't fit and x of other
+        numbers of axes.
+
+    Kept for backward: a bit per element. Arrays on a GPU are waited for, to count what is kept. Source: Ghiasi et al.,
+    NeurIPS 2018.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> y, mask = fd.drop_block(np.ones((1, 1, 4, 6), np.float32), 0.3, 2, rng=3)
+    >>> mask.to_bool()[0, 0].astype(int)
+    array([[1, 1, 1, 1, 1, 1],
+           [1, 0, 0, 1, 1, 1],
+           [1, 0, 0, 1, 1, 1],
+           [1, 1, 1, 1, 1, 1]])
+    >>> float(mask.scale)
+    1.2
+    """
+    ops = array_ops(x)
+    source, tag = ops.as_array("x", x)
+    p = checks.probability(p)
+    shape = tuple(source.shape)
+    checks.check_spatial_axes("x", len(shape))
+    plan = variants.blocks(shape, p, checks.block_size(block_size, len(shape) - 2))
+    threshold, _ = threshold_and_scale(plan.gamma)
+    if not training or threshold == 0:
+        check_random_state(rng)
+        return masked("x", x, None, out), None
+    y = ops.output_array(out, source, "x")
+    kernel_x, kernel_y = ops.kernel_arrays(source, y, shape)
+    cells = math.prod(shape)
+    seeds = math.prod(plan.seeds) if cells else 0
+    words = ops.empty_words(source, seeds)
+    buffers = [ops.empty_words(source, outer * (n + b - 1) * inner) for outer, n, inner, b in plan.passes if cells]
+    ops.draw_words(words, source, seeds, random_state(rng), threshold)
+    if cells:
+        words = ops.widen_blocks(words, buffers, plan.passes)
+    kept = ops.kept_count(words) if cells else 0
+    mask = packed_mask(words, shape, p, cells / kept if kept else 0.0)
+    ops.apply_mask(tag, kernel_x, kernel_y, words, shape, (mask.scale, 0.0, 0.0))
+    return copy_to_output(ops, kernel_y, y, out), mask
+
+
+def _mask_shape_of_features(channel_axis: int) -> Callable[[Shape], Shape]:
+    def mask_shape_of(shape: Shape) -> Shape:
+        checks.at_least("x", len(shape), 2, "at least two axes")
+        return variants.feature_cells(shape, checks.axis("channel_axis", channel_axis, len(shape)))
+
+    return mask_shape_of

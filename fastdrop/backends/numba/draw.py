@@ -1,0 +1,165 @@
+"""Draws mask words, as kernels of the Numba CPU backend: `draw_bits`, and what `mask` needs to draw ahead of its data.
+
+Blocks of 16 words are drawn two groups of random bits at a time. The few words that are then undecided are gathered
+over a chunk of blocks and given more groups together, as in csrc/kernels.inc.h.
+"""
+
+# mypy: allow-untyped-defs, allow-untyped-calls
+# (Numba types the kernels, by what they are called with)
+
+from __future__ import annotations
+
+import numpy as np
+
+from ...core.random import GROUP_SHIFT, GROUPS, MASK_DOMAIN, PLANES_PER_GROUP
+from .scalars import decide_group, inner, kernel, philox_planes
+from .threads import BLOCK_CELLS
+
+U = np.uint64
+BLOCK_WORDS = 16
+CHUNK_BLOCKS = 32
+CHUNK_WORDS = CHUNK_BLOCKS * BLOCK_WORDS
+CHUNK_CELLS = CHUNK_BLOCKS * BLOCK_CELLS
+DOMAIN = U(MASK_DOMAIN)
+GROUP_COUNT = GROUPS * PLANES_PER_GROUP  # index, past the planes, of the number of groups that can decide anything
+
+
+@kernel
+def one_block(c0, c1, c2, c3, k0, k1):
+    return philox_planes(c0, c1, c2, c3, k0, k1)
+
+
+@kernel
+def planes_of(threshold):
+    """The bits of the threshold, most significant first, each spread to a whole word; then the number of groups up
+    to its last 1: later ones decide nothing."""
+    planes = np.zeros(GROUP_COUNT + 1, np.uint64)
+    for k in range(32):
+        if (threshold >> U(31 - k)) & U(1):
+            planes[k] = ~U(0)
+            planes[GROUP_COUNT] = U(k // PLANES_PER_GROUP + 1)
+    return planes
+
+
+@inner
+def _look_1(keep, slot, word, k0, k1, o0, o1, planes):
+    """Words word .. word+15, written at slot, for a threshold that one group decides."""
+    t0, t1, t2, t3 = planes[0], planes[1], planes[2], planes[3]
+    c1 = (word >> U(32)) | DOMAIN
+    for i in range(BLOCK_WORDS):
+        r0, r1, r2, r3 = philox_planes(word + U(i), c1, o0, o1, k0, k1)
+        decided, _ = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
+        keep[slot + U(i)] = np.uint32(decided)
+
+
+@inner
+def _look_2(keep, undecided, slot, word, k0, k1, o0, o1, planes):
+    """The same after two groups; ``undecided`` takes what they leave open."""
+    t0, t1, t2, t3 = planes[0], planes[1], planes[2], planes[3]
+    t4, t5, t6, t7 = planes[4], planes[5], planes[6], planes[7]
+    c1 = (word >> U(32)) | DOMAIN
+    for i in range(BLOCK_WORDS):
+        w = word + U(i)
+        r0, r1, r2, r3 = philox_planes(w, c1, o0, o1, k0, k1)
+        r4, r5, r6, r7 = philox_planes(w, c1 | U(1 << GROUP_SHIFT), o0, o1, k0, k1)
+        keep_high, equal_high = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
+        keep_low, equal_low = decide_group(r4, r5, r6, r7, t4, t5, t6, t7)
+        keep[slot + U(i)] = np.uint32(keep_high & (keep_low | ~equal_high))
+        undecided[slot + U(i)] = np.uint32(equal_high & equal_low)
+
+
+@kernel
+def _look_on(result, bits, slots, base, pending, group, k0, k1, o0, o1, planes, left):
+    """One more group for the pending words, listed up to a multiple of 16 so that the loop has no tail: ``result``
+    takes the word to AND in, ``left`` the bits still undecided."""
+    g = U(PLANES_PER_GROUP) * group
+    t0, t1, t2, t3 = planes[g], planes[g + U(1)], planes[g + U(2)], planes[g + U(3)]
+    for block in range(U(0), pending, U(BLOCK_WORDS)):
+        for i in range(BLOCK_WORDS):
+            at = block + U(i)
+            w = base + U(slots[at])
+            c1 = (w >> U(32)) | DOMAIN | (group << U(GROUP_SHIFT))
+            r0, r1, r2, r3 = philox_planes(w, c1, o0, o1, k0, k1)
+            decided, equal = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
+            result[at] = np.uint32(decided | ~U(bits[at]))
+            left[at] = np.uint32(equal & U(bits[at]))
+
+
+@kernel
+def decide_pending(keep, undecided, blocks, base, k0, k1, o0, o1, planes, lists):
+    if planes[GROUP_COUNT] <= U(2):
+        return
+    slots, bits, result, left = lists[0], lists[1], lists[2], lists[3]
+    pending = U(0)
+    for i in range(U(0), blocks * U(BLOCK_WORDS)):
+        slots[pending] = np.uint32(i)
+        bits[pending] = undecided[i]
+        pending += U(undecided[i] != 0)  # no branch: it would be mispredicted one time in eight
+    group = U(2)
+    while pending and group < planes[GROUP_COUNT]:
+        for i in range(pending, pending + U(BLOCK_WORDS)):
+            slots[i] = 0
+            bits[i] = 0
+        _look_on(result, bits, slots, base, pending, group, k0, k1, o0, o1, planes, left)
+        still = U(0)
+        for i in range(U(0), pending):
+            keep[slots[i]] &= result[i]
+            if left[i]:
+                slots[still] = slots[i]
+                bits[still] = left[i]
+                still += U(1)
+        pending = still
+        group += U(1)
+
+
+@inner
+def draw_block(keep, undecided, block, first_word, k0, k1, o0, o1, planes):
+    """First look at a block of the chunk that begins at first_word; decide_pending ends the chunk."""
+    slot = block * U(BLOCK_WORDS)
+    if planes[GROUP_COUNT] == U(1):
+        _look_1(keep, slot, first_word + slot, k0, k1, o0, o1, planes)
+    else:
+        _look_2(keep, undecided, slot, first_word + slot, k0, k1, o0, o1, planes)
+
+
+@kernel
+def copy_bits(to, to_position, words, position, n):
+    """Copies n bits; bits below them in their first word stay, bits above them in their last are cleared."""
+    if (to_position | position) & U(31) == U(0):
+        start, source = to_position >> U(5), position >> U(5)
+        for i in range(U(0), n >> U(5)):
+            to[start + i] = words[source + i]
+        done = n & ~U(31)
+        to_position += done
+        position += done
+        n -= done
+    while n:
+        room = min(U(32) - (to_position & U(31)), n, U(32) - (position & U(31)))
+        bits = (U(words[position >> U(5)]) >> (position & U(31))) & ((U(1) << room) - U(1))
+        at, shift = to_position >> U(5), to_position & U(31)
+        below = U(to[at]) & ((U(1) << shift) - U(1))
+        to[at] = np.uint32(below | (bits << shift))
+        to_position += room
+        position += room
+        n -= room
+
+
+@kernel
+def draw_bits(begin, end, words, position, first0, first1, n, seed0, seed1, offset0, offset1, threshold):
+    k0, k1, o0, o1 = U(seed0), U(seed1), U(offset0), U(offset1)
+    first, planes = U(first0) | U(first1) << U(32), planes_of(U(threshold))
+    keep = np.empty(CHUNK_WORDS + BLOCK_WORDS + 1, np.uint32)
+    undecided = np.empty(CHUNK_WORDS + BLOCK_WORDS, np.uint32)
+    lists = np.empty((4, CHUNK_WORDS + 2 * BLOCK_WORDS), np.uint32)
+    at, stop = U(begin), U(end)
+    while at < stop:
+        step = min(stop - at, U(CHUNK_CELLS))
+        cell = first + at
+        lead = cell % U(BLOCK_CELLS)
+        blocks = (lead + step + U(BLOCK_CELLS - 1)) // U(BLOCK_CELLS)
+        first_word = cell // U(BLOCK_CELLS) * U(BLOCK_WORDS)
+        for block in range(U(0), blocks):
+            draw_block(keep, undecided, block, first_word, k0, k1, o0, o1, planes)
+        decide_pending(keep, undecided, blocks, first_word, k0, k1, o0, o1, planes, lists)
+        copy_bits(words, U(position) + at, keep, lead, step)
+        at += step

@@ -1,0 +1,236 @@
+"""Dropout of whole channels, and of blocks of neighbouring cells, as functions.
+
+Each function works out the shape of its mask. `routing` does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...core import variants
+from ..runtime.nested import shape_of
+from .plan import check_tensor, for_subclasses
+from .routing import drop, drop_block
+
+__all__ = [
+    "drop_block2d",
+    "drop_block3d",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "feature_alpha_dropout",
+]
+
+Shape = tuple[int, ...]
+Seed = int | Tensor | None
+
+
+@for_subclasses
+def dropout1d(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns input with whole channels dropped: `torch.nn.functional.dropout1d`, faster.
+
+    Parameters
+    ----------
+    input : Tensor, ``(N, C, L)`` or ``(C, L)``
+    p, training, inplace, generator, seed, store
+        As in `dropout`, and so are the errors; RuntimeError for input of other ranks, as torch's.
+
+    Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
+    Source: Tompson et al., CVPR 2015.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.dropout1d(torch.ones(2, 2, 3), 0.5, seed=4)[..., 0]
+    tensor([[0., 0.],
+            [2., 2.]])
+    """
+    cells = _feature_cells(input, p, training, F.dropout1d, (2, 3), 3)
+    return drop(input, p, training, inplace, (generator, seed), cells, store, "inverted")
+
+
+@for_subclasses
+def dropout2d(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns input with whole channels dropped: `torch.nn.functional.dropout2d`, faster.
+
+    Parameters
+    ----------
+    input : Tensor, ``(N, C, H, W)``
+        Of three axes it is taken for ``(N, C, L)``, with torch's warning; other ranks are deprecated there, and here.
+    p, training, inplace, generator, seed, store
+        As in `dropout`, and so are the errors; channels-last tensors are read and written as they lie.
+
+    Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
+    Source: Tompson et al., CVPR 2015.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.dropout2d(torch.ones(2, 2, 3, 3), 0.5, seed=4)[..., 0, 0]
+    tensor([[0., 0.],
+            [2., 2.]])
+    """
+    cells = _feature_cells(input, p, training, F.dropout2d, (4,), None)
+    return drop(input, p, training, inplace, (generator, seed), cells, store, "inverted")
+
+
+@for_subclasses
+def dropout3d(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns input with whole channels dropped: `torch.nn.functional.dropout3d`, faster.
+
+    Parameters
+    ----------
+    input : Tensor, ``(N, C, D, H, W)`` or ``(C, D, H, W)``
+        Other ranks are deprecated, with torch's warning.
+    p, training, inplace, generator, seed, store
+        As in `dropout`, and so are the errors.
+
+    Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
+    Source: Tompson et al., CVPR 2015.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.dropout3d(torch.ones(2, 2, 3, 3, 3), 0.5, seed=4)[..., 0, 0, 0]
+    tensor([[0., 0.],
+            [2., 2.]])
+    """
+    cells = _feature_cells(input, p, training, F.dropout3d, (4, 5), 5)
+    return drop(input, p, training, inplace, (generator, seed), cells, store, "inverted")
+
+
+@for_subclasses
+def feature_alpha_dropout(
+    input: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns `alpha_dropout` of input, whole channels dropped: `torch.nn.functional.feature_alpha_dropout`, faster.
+
+    Parameters, errors and what is kept are `alpha_dropout`'s, but a bit is a channel's of a sample; input is
+    ``(N, C, *)``, RuntimeError if it has fewer axes.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.feature_alpha_dropout(torch.zeros(2, 2, 3), 0.5, True, seed=4)[..., 0]
+    tensor([[-0.7792, -0.7792],
+            [ 0.7792,  0.7792]])
+    """
+    return drop(input, p, training, inplace, (generator, seed), _channels(input, p, training), store, "alpha")
+
+
+@for_subclasses
+def drop_block2d(
+    input: Tensor,
+    p: float | Tensor,
+    block_size: int | tuple[int, int],
+    inplace: bool = False,
+    *,
+    training: bool = True,
+    couple_channels: bool = False,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+) -> Tensor:
+    """Returns input with blocks of neighbouring cells dropped, scaled by cells / cells kept: torchvision's, faster.
+
+    Parameters
+    ----------
+    input : Tensor of a float dtype, ``(N, C, H, W)``
+    p : float or Tensor of one number
+        Share of cells to drop, 0 to 1; p = 1 gives zeros.
+    block_size : int or tuple of int
+        Extent of a block on each spatial axis, cut to input's on each by itself, as in timm; odd or even.
+    inplace, training, generator, seed
+        As in `dropout`, and so are the errors; ValueError for other ranks, as torchvision's. (Its ``eps`` isn't there:
+        where nothing is kept, nothing is divided.)
+    couple_channels : bool
+        One mask for all channels of a sample, as in timm; else each has its own.
+
+    Kept for backward: a bit per cell and 8 bytes. A seed's mask is that of `fastdrop.drop_block`. Source: Ghiasi et
+    al., NeurIPS 2018.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.drop_block2d(torch.ones(1, 1, 4, 6), 0.3, 2, seed=3)[0, 0]
+    tensor([[1.2000, 1.2000, 1.2000, 1.2000, 1.2000, 1.2000],
+            [1.2000, 0.0000, 0.0000, 1.2000, 1.2000, 1.2000],
+            [1.2000, 0.0000, 0.0000, 1.2000, 1.2000, 1.2000],
+            [1.2000, 1.2000, 1.2000, 1.2000, 1.2000, 1.2000]])
+    """
+    return drop_block(input, p, (block_size, 2), inplace, training, couple_channels, (generator, seed))
+
+
+@for_subclasses
+def drop_block3d(
+    input: Tensor,
+    p: float | Tensor,
+    block_size: int | tuple[int, int, int],
+    inplace: bool = False,
+    *,
+    training: bool = True,
+    couple_channels: bool = False,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+) -> Tensor:
+    """Returns `drop_block2d` in three spatial axes, ``(N, C, D, H, W)``: torchvision's, faster.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> y = fdt.drop_block3d(torch.ones(1, 2, 6, 6, 6), 0.1, 3, seed=3)
+    >>> y.shape, bool((y == 0).any()), round(float(y.mean()), 4)
+    (torch.Size([1, 2, 6, 6, 6]), True, 1.0)
+    """
+    return drop_block(input, p, (block_size, 3), inplace, training, couple_channels, (generator, seed))
+
+
+def _feature_cells(
+    x: Tensor,
+    p: float | Tensor,
+    training: bool,
+    theirs: Callable[..., Tensor],
+    ranks: tuple[int, ...],
+    batched: int | None,
+) -> Shape:
+    """A cell for each channel. ``theirs`` is torch's function for tensors of these ranks. x has samples if its rank is
+    ``batched``; None means that it always has."""
+    check_tensor(x)
+    rank = x.dim()
+    if rank not in ranks:
+        theirs(x, 0.0, False)  # warns of other ranks, or refuses them, as torch does
+    if batched is None or rank == batched or not rank:
+        return _channels(x, p, training)
+    return variants.feature_cells(shape_of(x), 0)
+
+
+def _channels(x: Tensor, p: float | Tensor, training: bool) -> Shape:
+    check_tensor(x)
+    if x.dim() < 2 and training and (isinstance(p, Tensor) or p != 0.0):
+        raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
+    return variants.feature_cells(shape_of(x), 1)

@@ -1,0 +1,203 @@
+"""The one answer to "does this call drop, and how?".
+
+Every function of this package asks `plan_call` once, and then takes the way that it names. `next_seed` gives the seed
+for that way, when all arguments have been found good.
+
+Eager dense tensors go to a kernel at once. Compilers get one op for a fused function. Transforms, tracers, forward-mode
+AD, modes, subclasses and complex numbers get the formula composed of torch's ops and the mask's. The mask's ops serve
+everybody, and cost three times as much as a kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
+
+from ...core import checks
+from ..ops import mask as mask_ops
+from ..runtime import seeds, tracing
+from ..runtime.dispatch import is_eager_dense, is_transformed
+from ..runtime.dispatch.compilers import constant_in_graphs
+from ..runtime.dispatch.tensors import check_inplace, is_in_dispatch_mode, may_be_differentiated_forward
+from . import onnx
+
+__all__ = [
+    "Plan",
+    "Source",
+    "autocast_dtype",
+    "check_tensor",
+    "check_unused_seed",
+    "eager_probability",
+    "for_subclasses",
+    "is_p_differentiated",
+    "next_seed",
+    "plan_call",
+]
+
+KEEPS_ALL = 2.0**-33  # p up to here rounds to a threshold of 0
+
+# The ways of a call.
+NOTHING = "nothing"  # nothing is dropped, and the function has nothing else to do
+KERNEL = "kernel"
+FUSED_OP = "fused op"
+MASK_OPS = "mask ops"
+ONNX = "onnx"
+
+Seed = int | Tensor | None
+Source = tuple[torch.Generator | None, Seed]  # what a caller gives to draw from
+NO_SOURCE: Source = (None, None)  # torch's default generator
+Plan = tuple[str, Any, bool]  # the way; p, a number or a tensor that nobody may read yet; whether the call drops
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_is_compiling = torch.compiler.is_compiling
+
+
+def plan_call(
+    x: Tensor,
+    p: Any,
+    training: bool,
+    beside: tuple[Tensor | None, ...] | None = None,
+    what: str = "dropout probability",
+    least: float = KEEPS_ALL,
+) -> Plan:
+    """How a call on x goes on. ``beside`` are the other tensors of a fused function, which computes something even if
+    it drops nothing. ``what`` names p in an error, and ``least`` is the largest p that drops nothing."""
+    tracing = _is_compiling()
+    if tracing:
+        p = traced_probability(p)
+    elif type(p) is not float or not 0.0 <= p <= 1.0:
+        p = eager_probability(p, what)
+    drops = training and (isinstance(p, Tensor) or p > least)
+    if beside is None and not drops:
+        return NOTHING, p, False
+    if not tracing and not isinstance(p, Tensor) and is_eager_dense(x):
+        if beside is None:
+            return KERNEL, p, drops
+        if not x.is_complex() and _are_eager_dense(beside):
+            return KERNEL, p, drops
+    if onnx.is_exported():
+        return ONNX, p, drops
+    composes = beside is None or not tracing or x.is_complex() or _is_transformed_there()
+    return MASK_OPS if composes else FUSED_OP, p, drops
+
+
+def _are_eager_dense(tensors: tuple[Tensor | None, ...]) -> bool:
+    return all(x is None or is_eager_dense(x) for x in tensors)
+
+
+def next_seed(way: str, x: Tensor, source: Source, inplace: bool = False) -> Any:
+    """The seed of a call that drops, as its way takes it: a number or a tensor for a kernel, a tensor for ops."""
+    generator, seed = source
+    if way == KERNEL:
+        if seed is not None:
+            seed = seeds.given(seed, generator, x)
+        if inplace:
+            check_inplace(x)
+        if seed is not None:
+            return seed
+        return seeds.draw_cuda(x.device, generator) if x.is_cuda else seeds.draw(generator)
+    if seed is not None:
+        return seeds.as_tensor(seed, generator, like=x)
+    if generator is None:
+        return tracing.draw(x)
+    if _is_compiling():
+        raise RuntimeError("generator can't be compiled: give seed, an int or a tensor, in its place")
+    return seeds.draw_tensor(generator, x)
+
+
+def check_unused_seed(source: Source) -> None:
+    """Refuses a bad seed in a call that draws nothing."""
+    generator, seed = source
+    if seed is not None and not _is_compiling():
+        seeds.check(seed, generator)
+
+
+# ---- p ----
+
+
+def eager_probability(p: Any, what: str = "dropout probability") -> Any:
+    """The number, or a tensor that a tracer has and nobody reads yet."""
+    if type(p) is not float:
+        if _is_traced_number(p):
+            return traced_probability(p)
+        return checks.dropout_probability(_number(p), p, what)
+    return checks.dropout_probability(p, p, what)
+
+
+def traced_probability(p: Any) -> Any:
+    """p as a compiler may see it: a number, perhaps a symbolic one, or a tensor that nobody reads yet."""
+    if not isinstance(p, Tensor):
+        p = checks.dropout_probability(p + 0.0)
+    elif p.requires_grad:
+        _refuse_gradient()
+    return p
+
+
+def _is_traced_number(p: Any) -> bool:
+    """Whether p is a tensor whose number a mode or a subclass, such as `make_fx` has, would not tell."""
+    if not isinstance(p, Tensor):
+        return False
+    return is_in_dispatch_mode() or type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def is_p_differentiated(p: Any) -> bool:
+    """Whether somebody may want a derivative with respect to p."""
+    if not isinstance(p, Tensor):
+        return False
+    return p.requires_grad or (not _is_compiling() and may_be_differentiated_forward())
+
+
+def _refuse_gradient() -> None:
+    raise TypeError(
+        "p, the drop probability, must be a number or a tensor that does not require grad: only gaussian_dropout has a "
+        "gradient with respect to p"
+    )
+
+
+def _number(p: Any) -> float:
+    if isinstance(p, Tensor):
+        if p.numel() != 1:
+            raise TypeError(f"p must be a number or a tensor of one, but got shape {tuple(p.shape)}")
+        if p.requires_grad:
+            _refuse_gradient()
+        return mask_ops.value_of(p)
+    return float(p) if isinstance(p, bool) else checks.number("p", p)
+
+
+# ---- x ----
+
+
+def for_subclasses(function: Function) -> Function:
+    """Lets tensor subclasses override a function, whichever argument they are, as they override torch's own."""
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        given = (*args, *kwargs.values()) if kwargs else args
+        if has_torch_function(given):
+            return handle_torch_function(called, given, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    return called  # type: ignore[return-value]
+
+
+def check_tensor(x: Any, name: str = "input") -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a Tensor, but got {type(x).__name__}")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast has ops compute on x's device, if it is on."""
+    device = x.device.type
+    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if on else None
+
+
+@constant_in_graphs
+def _is_transformed_there() -> bool:
+    """`is_transformed` of a call that is being compiled. It is asked while the call is traced, and not by the graph."""
+    return is_transformed()

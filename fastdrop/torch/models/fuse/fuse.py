@@ -1,0 +1,153 @@
+"""`fuse` changes layers of a model so that dropout and its neighbours are one pass; `unfuse` undoes it.
+
+A module changes its class where it stands, as in `convert`: to a subclass whose forward takes the parameters of the
+modules inside and calls the functions of `functional.fused` in place of these modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ...nn.base import Rated
+from ...runtime.dispatch.modules import TorchDropout, children_of
+from ..rates import rate_name
+from ..reasons import functional_rows, reach, why_left, why_lent
+from ..report import Report, Row
+from ..source.owners import Owners
+from . import transformers_layers
+from .rules import Fused, change_class, changed_code, original_class
+from .torch_layers import (
+    FusedSequential,
+    FusedTransformerDecoderLayer,
+    FusedTransformerEncoderLayer,
+    Run,
+    find_run,
+)
+
+__all__ = ["fuse", "unfuse"]
+
+UNKNOWN = "not in a part that is known"
+
+
+def fuse(model: nn.Module) -> Report:
+    """Makes one pass over memory of dropout and the operations around it, in place, and reports what it did.
+
+    It changes these parts of a model:
+
+    * `torch.nn.Sequential`: a Linear, perhaps ReLU, GELU or SiLU, and Dropout, one after the other, at any position;
+    * `torch.nn.TransformerEncoderLayer` and ``TransformerDecoderLayer``: bias, activation and dropout; bias, dropout,
+      residual and norm; attention by `fastdrop.torch.scaled_dot_product_attention`;
+    * BERT and GPT-2 of transformers, from 5.4 on: their layers likewise, and attention of the implementations "sdpa"
+      and "eager". Dropout of the embeddings stays what it is.
+
+    A module remains the same object with the same parameters, ``state_dict``, hooks, mode and p. The dropout modules
+    inside may be torch's or fastdrop's; both drop by fastdrop as long as the module around them is fused. Masks are
+    those of the unfused module under `convert` and, for attention, `enable`, because each dropout takes its number from
+    torch's generator in the same order.
+
+    The original forward runs in evaluation. It also runs if a module inside gets hooks or another class later on. Once
+    a user asks GPT-2 for attentions or hidden states, transformers puts hooks into its blocks, and their original
+    forward runs from then on.
+
+    Subclasses of torch's classes are fused too if they inherit the methods that are replaced; subclasses of
+    transformers' classes are not. Modules stay as they are, and the report gives the reason, if a method was replaced
+    on the object or on its class, or if a module inside has hooks, is quantised or is parametrised. Call `fuse` again
+    after changing a model: it fuses the modules that are new. ``torch.jit.script`` takes fused modules of torch as if
+    they were not fused; for those of transformers call `unfuse` first. Apply wrappers that find layers by the name of
+    their class before `fuse`, and ``fully_shard`` after it.
+
+    Parameters
+    ----------
+    model : Module
+
+    Returns
+    -------
+    Report
+        Prints as a table: the path of each module, what it was, and what it is now or why it was left.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> from torch import nn
+    >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 8), nn.Dropout(0.1))
+    >>> print(fdt.fuse(model))
+    module       before      after
+    (the model)  Sequential  FusedSequential: 0 + 1 + 2, 3 + 4
+    >>> model(torch.randn(4, 8)).shape
+    torch.Size([4, 8])
+    """
+    rows: list[Row] = []
+    owners = Owners(model)
+    in_other_rows: set[int] = set()  # modules inside one that has a row
+    for path, module in model.named_modules():
+        known = _fused_class(module)
+        if known is FusedSequential:
+            rows += _fuse_sequence(path, module)
+            in_other_rows.update(map(id, module.children()))
+        elif known is not None:
+            name = type(module).__name__
+            reason = changed_code(module, known) or known.obstacle(module)
+            in_other_rows.update(map(id, module.children()))
+            if reason:
+                rows.append(Row(path, name, None, reason))
+            elif not isinstance(module, Fused):
+                change_class(module, known)
+                rows.append(Row(path, name, type(module).__name__))
+        elif rate_name(module) is not None and id(module) not in in_other_rows:
+            rows.append(_row_left(path, module, why_lent(owners, module) or f"{UNKNOWN}; {reach(module)}"))
+        if not isinstance(module, Fused):
+            rows += functional_rows(path, module, owners)
+    return Report(rows)
+
+
+def _fused_class(module: nn.Module) -> Any:
+    """The fused class for a module: for torch's layers and their subclasses, and for some of transformers'."""
+    original = original_class(module)
+    for known in (FusedSequential, FusedTransformerEncoderLayer, FusedTransformerDecoderLayer):
+        if issubclass(original, known.original):
+            return known
+    return transformers_layers.fused_class(original)
+
+
+def _fuse_sequence(path: str, sequence: Any) -> list[Row]:
+    """A row for the sequence if it changes, and one for each of its modules that drops and is left."""
+    name, reason = type(sequence).__name__, changed_code(sequence, FusedSequential)
+    runs = [find_run(sequence, i) for i in range(len(children_of(sequence)))]
+    parts = [" + ".join(run.names) for run in runs if isinstance(run, Run)]
+    rows = []
+    if parts and not reason and not isinstance(sequence, Fused):
+        change_class(sequence, FusedSequential)
+        rows.append(Row(path, name, f"{type(sequence).__name__}: {', '.join(parts)}"))
+    for (inner, module), run in zip(children_of(sequence).items(), runs, strict=True):
+        why = f"in a {name}: {reason}" if reason else run
+        if rate_name(module) is not None and isinstance(why, str):
+            rows.append(_row_left(f"{path}.{inner}" if path else inner, module, why))
+    return rows
+
+
+def _row_left(path: str, module: nn.Module, reason: str) -> Row:
+    before = repr(module) if isinstance(module, TorchDropout | Rated) else type(module).__name__
+    by_itself = isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+    return Row(path, before, None, why_left(module) if by_itself else reason)
+
+
+def unfuse(model: nn.Module) -> Report:
+    """Undoes `fuse`: every module it changed has its old class again.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.1))
+    >>> _ = fdt.fuse(model)
+    >>> print(fdt.unfuse(model))
+    module       before           after
+    (the model)  FusedSequential  Sequential
+    """
+    rows = []
+    for path, module in model.named_modules():
+        before = type(module)
+        if isinstance(module, Fused):
+            if "original" in vars(before):
+                module.__class__ = before.original
+                rows.append(Row(path, before.__name__, before.original.__name__))
+            else:
+                rows.append(Row(path, before.__name__, None, "its class was changed since"))
+    return Report(rows)
