@@ -14,6 +14,7 @@
  * words are therefore set aside, collected over a chunk, and then given more groups a full vector at a time. That takes
  * 2.2 groups per block; deciding each block to its end would take 3.1.
  */
+
 /* What is the same for all words of a call. Counter words 1 to 3 do not differ between the vectors of a block, so the
  * values that rounds 1 to 3 compute from them alone are computed once. Those with an entry per group hold for one upper
  * half of the word index, `high`. */

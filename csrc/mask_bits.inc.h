@@ -4,6 +4,7 @@
  * bits_at always reads eight bytes, so it needs slack behind the last bit. User memory has none: kernels read the last
  * bits of a mask through a local buffer (pattern_t) or by read_bits of bits.h.
  */
+
 /* copy_bits which, given a whole chunk and `stream`, writes around the cache as the data does: ordinary stores between
  * streaming ones cost the memory system several times their share. */
 INLINE void store_bits(uint32_t *to, uint64_t to_position, const uint32_t *from, uint64_t from_position, uint64_t n,
@@ -59,8 +60,8 @@ static void gather_bits(uint32_t *to, const masked_affine_args *args, uint64_t a
     append_end(&writer);
 }
 
-/* The collected bits of elements begin .. If `inner` is short, one period of bits more than the chunk is collected, and
- * serves all elements up to `end`, whose bits repeat. */
+/* Bits that gather_bits collected, from element `begin` on. If the bits repeat every `inner` elements, `inner` more
+ * than a chunk are collected, and these serve all elements up to `end`. */
 typedef struct {
     uint32_t bits[2 * CHUNK_CELLS / 32 + SLACK_WORDS];
     uint64_t begin, end;

@@ -116,15 +116,14 @@ static void C(backward_cells)(const pointwise_backward_args *args, uint64_t begi
     const int type = args->dtype, residual_type = args->residual_dtype;
     const C(t) a = (C(t))args->a;
     C(repeated_t) biases;
-    C(t)
-    g_scratch[STRIP_CELLS], h_scratch[STRIP_CELLS], multiplier_scratch[STRIP_CELLS], dx_scratch[STRIP_CELLS];
-    C(t) dmultiplier[STRIP_CELLS];
+    C(t) g_scratch[STRIP_CELLS], h_scratch[STRIP_CELLS], multiplier_scratch[STRIP_CELLS];
+    C(t) dx_scratch[STRIP_CELLS], dmultiplier[STRIP_CELLS];
     C(repeated_open)(&biases, args->input_bias, args->columns, begin);
     for (uint64_t at = begin, n; at < end; at += n) {
         n = min_u64(end - at, STRIP_CELLS);
         const C(t) *bias = C(repeated_next)(&biases, &n);
-        const C(t) *g = C(load_strip)(residual_type, args->dy, at, n, g_scratch),
-                   *h = C(load_strip)(type, args->x, at, n, h_scratch);
+        const C(t) *g = C(load_strip)(residual_type, args->dy, at, n, g_scratch);
+        const C(t) *h = C(load_strip)(type, args->x, at, n, h_scratch);
         const C(t) *multiplier = C(load_strip)(type, args->multiplier, at, n, multiplier_scratch);
         if (h && bias) {
             C(add)(h, bias, h_scratch, n);

@@ -59,8 +59,8 @@ static void C(softmax_forward)(const softmax_forward_args *args, uint64_t begin,
     drawing_open(&drawing, args->words, args->rows * columns, args->draw, begin * columns, end * columns);
     for (uint64_t r = begin; r < end; r++) {
         const uint64_t first = r * columns, query = r % args->queries, head = r / args->queries % args->heads;
-        const uint64_t outer = r / args->queries / args->heads,
-                       keys = args->causal ? min_u64(columns, query + 1) : columns;
+        const uint64_t outer = r / args->queries / args->heads;
+        const uint64_t keys = args->causal ? min_u64(columns, query + 1) : columns;
         const C(t) *mask = args->mask;
         if (mask) mask += outer * args->outer_stride + head * args->head_stride + query * args->query_stride;
         C(v) most = C(set1)(-INFINITY);

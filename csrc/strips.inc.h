@@ -6,11 +6,13 @@
  * cache. Here are the parts of that: the mask of a strip, given or drawn on the way, and 16-bit data to float32 and
  * back.
  */
+
 enum {
     STRIP_CELLS = 1024, /* a strip's buffers fit the nearest cache */
-    ROW_CELLS = 4096 /* a row up to this long is kept between a kernel's passes over it; a longer one is read again */
+    ROW_CELLS = 4096    /* a kernel keeps a row up to this long between its passes; it reads a longer one again */
 };
 
+/* A mask in user memory. */
 typedef struct {
     const uint32_t *words; /* NULL: all kept */
     uint64_t cells;
@@ -36,8 +38,8 @@ static void drawing_next_chunk(drawing_t *d) {
     if (d->n) chunk_open(&d->draw, &d->chunk, cell / FD_BLOCK_CELLS);
 }
 
-/* For a thread's part, cells begin .. end-1 of `cells`. draw is NULL if the words are given; nothing is drawn then. If
- * they are to be drawn, words past the end must not be read, because another thread may be writing them. */
+/* For a thread's part: cells begin .. end-1 of a mask of `cells`. draw is NULL if the words are given. If the kernel
+ * draws them, it must not read words past `end`, because another thread may be writing them. */
 static void drawing_open(drawing_t *d, const uint32_t *words, uint64_t cells, const draw_bits_args *draw,
                          uint64_t begin, uint64_t end) {
     d->bits.words = words;

@@ -191,8 +191,8 @@ MUTATIONS = (
     Mutation(
         "softmax's gradient without its scale",
         "csrc/softmax.inc.h",
-        "C(store_partial)(to + i, (C(load_partial)(g + i, left) - dot) * C(load_partial)(p + i, left) * scale, left, 0);",
-        "C(store_partial)(to + i, (C(load_partial)(g + i, left) - dot) * C(load_partial)(p + i, left), left, 0);",
+        "(C(load_partial)(g + i, left) - dot) * C(load_partial)(p + i, left) * scale, left, 0);",
+        "(C(load_partial)(g + i, left) - dot) * C(load_partial)(p + i, left), left, 0);",
         ROWS,
     ),
     Mutation(

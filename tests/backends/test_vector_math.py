@@ -76,6 +76,14 @@ def test_every_table_has_every_activation():
         assert sorted(table) == sorted(activations.ACTIVATIONS.values())
 
 
+def test_c_lists_every_activation():
+    """C makes its switches from this list, and does not compile if a function of a row is missing."""
+    header = in_c("fastdrop.h")
+    codes = dict(re.findall(r"(FD_\w+) = (\d+)", header))
+    rows = {name: int(codes[code]) for code, name in re.findall(r"ROW\((FD_\w+), (\w+)\)", header)}
+    assert {None: int(codes["FD_NO_ACTIVATION"]), **rows} == activations.ACTIVATIONS
+
+
 def test_gelu_keeps_its_digits(compiled):
     """Where a difference of near numbers would lose them, as by erf: far below 0."""
     h = np.concatenate([np.linspace(-8, 8, 40_001), np.geomspace(1e-30, 1, 997), -np.geomspace(1e-30, 1, 997)])
