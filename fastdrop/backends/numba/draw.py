@@ -1,7 +1,7 @@
 """Draws mask words, as kernels of the Numba CPU backend: `draw_bits`, and what `mask` needs to draw ahead of its data.
 
 Blocks of 16 words are drawn two groups of random bits at a time. The few words that are then undecided are gathered
-over a chunk of blocks and given more groups together, as in csrc/kernels.inc.h.
+over a chunk of blocks and given more groups together, as in csrc/draw.inc.h.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
