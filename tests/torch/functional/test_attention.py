@@ -21,7 +21,7 @@ import fastdrop.torch as fdt
 from fastdrop.torch.functional import attention
 from fastdrop.torch.functional.attention import scaled_dot_product_attention
 from fastdrop.torch.models import enable
-from fastdrop.torch.ops import attention as attention_op
+from fastdrop.torch.ops import attention as attention_ops
 
 from ..cases import Log, Named, assert_equal, numbers_drawn, saved_tensors, under
 from ..ops.compiling import some
@@ -126,7 +126,7 @@ def both(case, dtype):
 @pytest.fixture(params=[1 << 20, 80, 20], ids=["one block", "blocks", "heads"])
 def block(request, monkeypatch):
     """How much is worked on at once: here everything, or a few heads, whose bits begin anywhere in a word."""
-    monkeypatch.setattr(attention_op, "BLOCK", request.param)
+    monkeypatch.setattr(attention_ops, "BLOCK", request.param)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -279,7 +279,7 @@ def test_each_argument_may_want_a_gradient_alone(wanted):
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["own heads", "shared heads"])
 def test_gradients_of_any_order(monkeypatch, grouped):
-    monkeypatch.setattr(attention_op, "BLOCK", 9)
+    monkeypatch.setattr(attention_ops, "BLOCK", 9)
     heads = 1 if grouped else 2
     tensors = [normal(h, 3, 2, seed=i).requires_grad_() for i, h in enumerate((2, heads, heads))]
     mask = torch.zeros(3, 3).double()
