@@ -398,15 +398,22 @@ MUTATIONS = (
     Mutation(
         "a budget of 0 is left",
         "fastdrop/torch/runtime/tracing.py",
-        "if config.activation_memory_budget == 0:",
-        "if config.activation_memory_budget < 0:",
+        "if memory_budget() == 0:",
+        "if memory_budget() < 0:",
         "tests/torch/runtime/test_tracing.py",
+    ),
+    Mutation(
+        "a torch that lacks a private name is taken for one that has it",
+        "fastdrop/torch/runtime/dispatch/tensors.py",
+        "if not _KNOWS_EAGER:\n\n    def is_eager_dense",
+        "if False:\n\n    def is_eager_dense",
+        "tests/torch/runtime/test_dispatch.py",
     ),
     Mutation(
         "vmap gives all samples one seed",
         "fastdrop/torch/ops/mask.py",
-        "seeds = torch.ops.fastdrop.draw(like, [interpreter.batch_size(), *size], after)",
-        "seeds = torch.ops.fastdrop.draw(like, size, after).expand(interpreter.batch_size(), *size)",
+        "return around.wrap(torch.ops.fastdrop.draw(like, [around.batch_size, *size], after), 0)",
+        "return around.wrap(torch.ops.fastdrop.draw(like, size, after).expand(around.batch_size, *size), 0)",
         "tests/torch/ops/test_transforms.py",
     ),
     Mutation(
@@ -482,8 +489,8 @@ MUTATIONS = (
     Mutation(
         "compiled code of one state runs in the other",
         "fastdrop/torch/runtime/context.py",
-        "builder.guard_manager.root.add_lambda_guard(lambda _: question() == answer, parts, guard.user_stack)",
-        "builder.guard_manager.root.add_lambda_guard(lambda _: True, parts, guard.user_stack)",
+        "guard_by(builder, guard, lambda _: question() == answer,",
+        "guard_by(builder, guard, lambda _: True,",
         "tests/torch/runtime/test_threads.py tests/torch/models/test_enable.py",
     ),
     Mutation(

@@ -101,7 +101,7 @@ class Cuda:
         """What draws a seed per call."""
         from fastdrop.torch.runtime import seeds
 
-        return partial(seeds.draw_cuda, self.device, None)
+        return partial(seeds.next_cuda_seed, self.device, None)
 
     def free(self) -> None:
         gc.collect()
@@ -151,7 +151,7 @@ class Host:
     def seeds(self) -> Call:
         from fastdrop.torch.runtime import seeds
 
-        return partial(seeds.draw, None)
+        return partial(seeds.next_seed, None)
 
     def free(self) -> None:
         gc.collect()

@@ -95,12 +95,12 @@ def next_seed(way: str, x: Tensor, source: Source, inplace: bool = False) -> Any
     generator, seed = source
     if way == KERNEL:
         if seed is not None:
-            seed = seeds.given(seed, generator, x)
+            seed = seeds.from_caller(seed, generator, x)
         if inplace:
             check_inplace(x)
         if seed is not None:
             return seed
-        return seeds.draw_cuda(x.device, generator) if x.is_cuda else seeds.draw(generator)
+        return seeds.next_cuda_seed(x.device, generator) if x.is_cuda else seeds.next_seed(generator)
     if seed is not None:
         return seeds.as_tensor(seed, generator, like=x)
     if generator is None:
