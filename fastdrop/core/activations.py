@@ -46,18 +46,6 @@ EXP2 = (
 )
 EXP_LOWEST, EXP_HIGHEST = -104.0, 89.0  # below: 0, above: infinity
 LOG2_E = 1.44269504088896341
-# erf(t) / t - 1 of t**2 for t < 0.6, and log2(1 - erf(t)) up to 4, from where on erf rounds to 1.
-ERF_NEAR = (4.51235798907e-3, -2.66469863602e-2, 1.12809917263e-1, -3.76125126092e-1, 1.283791579e-1)
-ERF_FAR = (
-    3.20957334897e-4,
-    -4.74237159696e-3,
-    3.33763852417e-2,
-    -1.52469013054e-1,
-    -9.16589237366e-1,
-    -1.62835890427,
-    4.55101072006e-5,
-)
-ERF_SEAM, ERF_END = 0.6, 4.0
 # log2 of the probability that a standard normal number is above t, for t up to 6; above that, 0 is used.
 TAIL = (
     -9.93506565309e-7,

@@ -1,4 +1,4 @@
-"""The fused ops for arrays on a GPU, without one: stand-ins for CuPy's and Numba's arrays, kernels the reference's."""
+"""The fused ops for arrays on a GPU, without a GPU: stand-ins for arrays, and the kernels of the reference."""
 
 from __future__ import annotations
 

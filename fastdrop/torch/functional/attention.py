@@ -29,8 +29,9 @@ from .plan import (
     autocast_dtype,
     check_unused_seed,
     for_subclasses,
-    next_seed,
     plan_call,
+    seed_for_kernel,
+    seed_for_ops,
 )
 
 __all__ = ["scaled_dot_product_attention"]
@@ -62,11 +63,11 @@ def scaled_dot_product_attention(
         ``(L, E)`` and ``(H, L, E)`` too.
     key, value : Tensor of the same dtype, ``(*, H, S, E)`` and ``(*, H, S, Ev)``
     attn_mask : Tensor of bool, float32 or query's dtype, broadcastable to ``(*, H, L, S)``, optional
-        Added to the scores; of bool, False excludes a key. A query that sees no key gets 0.
+        Added to the scores. In a mask of bool, False excludes a key. A query that sees no key gets 0.
     dropout_p : float
-        Drop probability of each of the ``(*, H, L, S)`` weights, 0 to 1; as in torch it drops outside of training too.
+        Drop probability of each of the ``(*, H, L, S)`` weights, 0 to 1. As in torch, it drops outside of training too.
     is_causal : bool
-        A query sees the keys up to its own number; not together with attn_mask.
+        A query sees the keys up to its own number. Not together with attn_mask.
     scale : float, optional
         None is ``1 / sqrt(E)``.
     enable_gqa : bool
@@ -85,8 +86,8 @@ def scaled_dot_product_attention(
     ValueError, TypeError
         A bad dropout_p, seed or generator, as in `dropout`.
 
-    Kept for backward: the weights before dropout, in query's dtype, and a bit for each. Where nothing is dropped, and
-    on a GPU without a seed or generator, it is torch's own. It has a gradient of any order and a forward-mode
+    Kept for backward: the weights before dropout, in query's dtype, and a bit for each. If nothing is dropped, and on
+    a GPU without a seed or generator, torch's own function is called. It has a gradient of any order and a forward-mode
     derivative, and works under ``torch.compile``, ``torch.func``, autocast and checkpointing. Gradients of an attn_mask
     and of higher order are composed of torch's ops around `dropout`, under the same mask. So is all of it under a
     transform, on a GPU, and where heads or batches broadcast; it then keeps 8 1/8 bytes for a weight (16 1/8 for
@@ -200,7 +201,7 @@ def _are_on_cpu(*tensors: Tensor | None) -> bool:
 def attend(arguments: Arguments, p: float, options: TorchOptions, source: Source = NO_SOURCE) -> Tensor:
     """Attention by the kernel. Arguments are regular, and eager dense tensors on the CPU."""
     wanted, query = _is_wanted(arguments), arguments[0]
-    call = Attention(*arguments, next_seed(KERNEL, query, source), p, options[0], _scale(query, options[1]), wanted)
+    call = Attention(*arguments, seed_for_kernel(query, source), p, options[0], _scale(query, options[1]), wanted)
     y: Tensor = ATTENTION.call_kernel(call, wanted)[0]
     return y
 
@@ -210,7 +211,7 @@ def trace(arguments: Arguments, p: Any, options: TorchOptions, source: Source = 
     if onnx.is_exported():
         return compose(arguments, p, options, source)
     query = arguments[0]
-    random = next_seed(FUSED_OP, query, source), p
+    random = seed_for_ops(query, source), p
     call = Attention(*arguments, *random, options[0], _scale(query, options[1]), _is_wanted(arguments))
     y: Tensor = ATTENTION(call)[0]
     return y

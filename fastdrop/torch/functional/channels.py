@@ -46,7 +46,7 @@ def dropout1d(
     ----------
     input : Tensor, ``(N, C, L)`` or ``(C, L)``
     p, training, inplace, generator, seed, store
-        As in `dropout`, and so are the errors; RuntimeError for input of other ranks, as torch's.
+        As in `dropout`, with the same errors. RuntimeError for input of other ranks, as torch's.
 
     Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
     Source: Tompson et al., CVPR 2015.
@@ -76,9 +76,9 @@ def dropout2d(
     Parameters
     ----------
     input : Tensor, ``(N, C, H, W)``
-        Of three axes it is taken for ``(N, C, L)``, with torch's warning; other ranks are deprecated there, and here.
+        Input of three axes is taken for ``(N, C, L)``, with torch's warning. Other ranks are deprecated, as in torch.
     p, training, inplace, generator, seed, store
-        As in `dropout`, and so are the errors; channels-last tensors are read and written as they lie.
+        As in `dropout`, with the same errors. Channels-last tensors stay channels-last.
 
     Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
     Source: Tompson et al., CVPR 2015.
@@ -110,7 +110,7 @@ def dropout3d(
     input : Tensor, ``(N, C, D, H, W)`` or ``(C, D, H, W)``
         Other ranks are deprecated, with torch's warning.
     p, training, inplace, generator, seed, store
-        As in `dropout`, and so are the errors.
+        As in `dropout`, with the same errors.
 
     Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
     Source: Tompson et al., CVPR 2015.
@@ -137,7 +137,7 @@ def feature_alpha_dropout(
 ) -> Tensor:
     """Returns `alpha_dropout` of input, whole channels dropped: `torch.nn.functional.feature_alpha_dropout`, faster.
 
-    Parameters, errors and what is kept are `alpha_dropout`'s, but a bit is a channel's of a sample; input is
+    Parameters, errors and memory are those of `alpha_dropout`, but one bit stands for a channel of a sample. input is
     ``(N, C, *)``, RuntimeError if it has fewer axes.
 
     >>> import torch, fastdrop.torch as fdt
@@ -166,14 +166,14 @@ def drop_block2d(
     ----------
     input : Tensor of a float dtype, ``(N, C, H, W)``
     p : float or Tensor of one number
-        Share of cells to drop, 0 to 1; p = 1 gives zeros.
+        Share of cells to drop, 0 to 1. p = 1 gives zeros.
     block_size : int or tuple of int
-        Extent of a block on each spatial axis, cut to input's on each by itself, as in timm; odd or even.
+        Extent of a block on each spatial axis, odd or even. It is cut to input's extent on each axis, as in timm.
     inplace, training, generator, seed
-        As in `dropout`, and so are the errors; ValueError for other ranks, as torchvision's. (Its ``eps`` isn't there:
-        where nothing is kept, nothing is divided.)
+        As in `dropout`, with the same errors. ValueError for other ranks, as torchvision's. There is no ``eps``,
+        because nothing is divided if nothing is kept.
     couple_channels : bool
-        One mask for all channels of a sample, as in timm; else each has its own.
+        True gives all channels of a sample one mask, as in timm. Otherwise each channel has its own.
 
     Kept for backward: a bit per cell and 8 bytes. A seed's mask is that of `fastdrop.drop_block`. Source: Ghiasi et
     al., NeurIPS 2018.

@@ -61,11 +61,11 @@ def dropout(
         Drop probability, 0 to 1. p = 1 gives zeros, with zeros for a gradient. As a tensor, on the CPU, it may change
         from call to call of a compiled function without compiling anew.
     training : bool
-        False returns input itself; so does p = 0.
+        False returns input itself, and so does p = 0.
     inplace : bool
         Writes the result to input and returns that.
     generator : torch.Generator, optional
-        Of input's device; None is torch's default generator there, the one `torch.manual_seed` sets. Each call takes
+        Of input's device. None is torch's default generator there, which `torch.manual_seed` sets. Each call takes
         one number. Can't be compiled, and checkpointing doesn't restore it: give ``seed`` there.
     seed : int from 0 to 2**64 - 1, or Tensor of one int64, optional
         Draws the mask from this number and nothing from any generator. Ints that vary in a compiled function must be
@@ -147,7 +147,7 @@ def alpha_dropout(
     ----------
     input : Tensor of a float dtype, any shape ``(*)``
     p, inplace, generator, seed, store
-        As in `dropout`, and so are the errors; RuntimeError for complex input.
+        As in `dropout`, with the same errors. RuntimeError for complex input.
     training : bool
         False, torch's default here, returns input itself.
 
@@ -182,9 +182,9 @@ def variational_dropout(
     p : float or Tensor of one number
         Drop probability, 0 to 1.
     time_axis : int
-        The axis along which decisions are shared; ValueError or TypeError if input hasn't it.
+        The axis along which decisions are shared; ValueError or TypeError if input does not have it.
     training, inplace, generator, seed, store, scaling
-        As in `dropout`, and so are the errors.
+        As in `dropout`, with the same errors.
 
     Kept for backward: a bit per element of one step, or a seed. Source: Gal and Ghahramani, NeurIPS 2016.
 
@@ -214,9 +214,9 @@ def drop_connect(
     """Returns a weight with connections dropped, one mask for the whole batch: DropConnect.
 
     It is `dropout` of a weight, whose parameters and errors these are. Kept for backward by this function: a bit per
-    weight, or a seed; what uses the dropped weight keeps that too, unless it is a module in `DropConnect`.
+    weight, or a seed; the op that uses the dropped weight keeps that weight too, unless it runs inside `DropConnect`.
 
-    Source: Wan et al., ICML 2013 (who draw a mask for each example); Merity et al., ICLR 2018, for recurrent weights.
+    Source: Wan et al., ICML 2013 (a mask for each example); Merity et al., ICLR 2018, for recurrent weights.
 
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.drop_connect(torch.ones(2, 3), 0.5, seed=4)
@@ -248,9 +248,9 @@ def stochastic_depth(
     p : float or Tensor of one number
         Drop probability of the branch, 0 to 1.
     mode : {"batch", "row"}
-        "row" decides for each sample, "batch" once for all; ValueError for another.
+        "row" decides for each sample, "batch" once for all samples. ValueError for another.
     training, inplace, generator, seed, store, scaling
-        As in `dropout`, and so are the errors. (``scaling="standard"`` is that of the paper.)
+        As in `dropout`, with the same errors. (``scaling="standard"`` is that of the paper.)
 
     Kept for backward: a bit per sample, or a seed. Source: Huang et al., ECCV 2016.
 
@@ -284,11 +284,11 @@ def gaussian_dropout(
     ----------
     input : Tensor of a float dtype, any shape ``(*)``
     p : float or Tensor of one number
-        From 0 to below 1; ValueError elsewhere. A tensor may require grad, unlike that of the other functions.
+        From 0 to below 1, otherwise ValueError. Only here may a tensor require grad.
     training, inplace, generator, seed
-        As in `dropout`, and so are the errors; RuntimeError for complex input.
+        As in `dropout`, with the same errors. RuntimeError for complex input.
 
-    Kept for backward: 8 bytes, from which the noise is drawn again, and input where p requires grad. The noise of a
+    Kept for backward: 8 bytes, from which the noise is drawn again, and input if p requires grad. The noise of a
     seed is that of `fastdrop.gaussian_dropout`. Source: Srivastava et al., JMLR 15, 2014, section 10.
 
     >>> import torch, fastdrop.torch as fdt

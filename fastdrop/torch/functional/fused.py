@@ -43,12 +43,12 @@ def dropout_add(
     ----------
     input : Tensor of float32, float64, float16, bfloat16, complex64 or complex128, any shape ``(*)``, any strides
     residual : Tensor of input's shape
-        Of input's dtype, or float32 beside a 16-bit one; under autocast also of others, which then are promoted.
+        Of input's dtype, or float32 beside 16-bit input. Autocast promotes other dtypes.
     p : float or Tensor of one number
         Drop probability, 0 to 1. As a tensor, on the CPU, it may change from call to call of a compiled function
         without compiling anew.
     training : bool
-        False drops nothing, and draws nothing; so does p = 0.
+        False drops nothing and draws nothing, and so does p = 0.
     generator, seed
         As in `dropout`, whose mask it is: of a call of this shape with the same seed.
     store : {"bits", "seed"}
@@ -101,7 +101,7 @@ def bias_dropout_add(
     input : Tensor, ``(*, columns)``, of the dtypes of `dropout_add`
     bias : Tensor of any float dtype, ``(columns,)``
     residual, p, training, generator, seed, store
-        As in `dropout_add`, and so are the result and the errors; ValueError for a bias of another shape.
+        As in `dropout_add`, with the same result and errors. ValueError for a bias of another shape.
 
     Kept for backward: a bit per element, or a seed. The bias's gradient is summed in float32 (float64 for float64) in
     an order that input's shape decides.
@@ -134,19 +134,19 @@ def bias_act_dropout(
 
     Parameters
     ----------
-    input : Tensor, ``(*, columns)``, of a float dtype; complex without an activation
+    input : Tensor, ``(*, columns)``, of a float dtype, or complex without an activation
     bias : Tensor of any float dtype, ``(columns,)``, or None
     activation : {"relu", "gelu", "gelu_tanh", "silu", None}
-        "gelu_tanh" is ``F.gelu(x, approximate="tanh")``; ValueError for another.
+        "gelu_tanh" is ``F.gelu(x, approximate="tanh")``. ValueError for another name.
     p, training, generator, seed, store
-        As in `dropout_add`, and so are the errors; ValueError for a bias of another shape.
+        As in `dropout_add`, with the same errors. ValueError for a bias of another shape.
 
     Returns
     -------
     Tensor with input's dtype and strides
 
-    Kept for backward: with "relu" one bit per element and nothing else, whatever ``store`` is; with None that bit or
-    a seed; with the others input too.
+    Kept for backward: with "relu" one bit per element and nothing else, whatever ``store`` is. With None that bit or
+    a seed. With the other activations input too.
 
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.bias_act_dropout(torch.arange(-2.0, 4.0), None, 0.5, "relu", seed=4)
@@ -173,9 +173,9 @@ def swiglu_dropout(
     ----------
     gate : Tensor of float32, float64, float16 or bfloat16, any shape ``(*)``
     up : Tensor of gate's shape and dtype
-        Under autocast also of others, which then are promoted.
+        Autocast promotes other dtypes.
     p, training, generator, seed, store
-        As in `dropout_add`, and so are the errors.
+        As in `dropout_add`, with the same errors.
 
     Returns
     -------
@@ -217,13 +217,13 @@ def dropout_add_layer_norm(
     ----------
     input : Tensor of float32, float64, float16 or bfloat16, ``(*, columns)``
     residual : Tensor of input's shape, or None
-        Of input's dtype, or float32 beside a 16-bit one; under autocast also of others, which then are promoted.
+        Of input's dtype, or float32 beside 16-bit input. Autocast promotes other dtypes.
     weight, bias, input_bias : Tensor of any float dtype, ``(columns,)``, or None
-        Of the norm, and what is added to input.
+        weight and bias belong to the norm, and input_bias is added to input.
     eps : float
         Added to the variance.
     p, training, generator, seed, store
-        As in `dropout_add`, and so are the errors; ValueError for other shapes or input without axes.
+        As in `dropout_add`, with the same errors. ValueError for other shapes or input without axes.
 
     Returns
     -------
@@ -266,9 +266,9 @@ def dropout_add_rms_norm(
     Parameters
     ----------
     eps : float, optional
-        Added to the mean square; None is that of float32, or of float64 for float64, as in ``F.rms_norm``.
+        Added to the mean square. None is float32's eps, or float64's for float64, as in ``F.rms_norm``.
     input, residual, weight, p, training, input_bias, generator, seed, store
-        As in `dropout_add_layer_norm`, and so are the results, the errors and what is kept.
+        As in `dropout_add_layer_norm`, with the same results, errors and memory for backward.
 
     Source: Zhang and Sennrich, "Root mean square layer normalization", NeurIPS 2019.
 
@@ -302,19 +302,19 @@ def softmax_dropout(
     scores : Tensor of float32, float64, float16 or bfloat16, ``(*, keys)`` or ``(*, queries, keys)``
     scale : float
     attn_mask : Tensor of bool or any float dtype, broadcastable to scores, optional
-        Added to the scores; of bool, False excludes a key. A row in which nothing is left is 0.
+        Added to the scores. In a mask of bool, False excludes a key. A row in which no key is left is 0.
     causal : bool
-        A query sees the keys up to its own number; together with attn_mask, what both leave.
+        A query sees the keys up to its own number. With an attn_mask too, it sees the keys that both allow.
     p, training, generator, seed, store
-        As in `dropout_add`, and so are the errors; ValueError for an attn_mask that does not broadcast, for a scale
+        As in `dropout_add`, with the same errors. ValueError for an attn_mask that does not broadcast, for a scale
         that is not finite, and for scores without axes, or with one under ``causal``.
 
     Returns
     -------
     Tensor with scores' shape, dtype and strides
 
-    Kept for backward: the softmax in scores' dtype, and a bit per element or a seed. attn_mask has a gradient where it
-    wants one. Source: Vaswani et al., NeurIPS 2017.
+    Kept for backward: the softmax in scores' dtype, and a bit per element or a seed. attn_mask has a gradient if it
+    requires one. Source: Vaswani et al., NeurIPS 2017.
 
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.softmax_dropout(torch.zeros(2, 4), 0.5, causal=True, seed=4)

@@ -19,7 +19,18 @@ from ..ops import softmax as softmax_ops
 from ..runtime import dtypes, fused_kernels, nested
 from ..runtime.dtypes import HALVES, computed, wide
 from . import onnx
-from .plan import FUSED_OP, KERNEL, ONNX, Source, autocast_dtype, check_tensor, check_unused_seed, next_seed, plan_call
+from .plan import (
+    FUSED_OP,
+    KERNEL,
+    ONNX,
+    Source,
+    autocast_dtype,
+    check_tensor,
+    check_unused_seed,
+    plan_call,
+    seed_for_kernel,
+    seed_for_ops,
+)
 from .routing import drop_by_op
 
 __all__ = ["Call", "Options", "norm", "pointwise", "softmax"]
@@ -63,7 +74,8 @@ class Call:
         if not drops:
             check_unused_seed(options.source)
         elif self.way != ONNX:
-            self.seed = next_seed(self.way, x, options.source)
+            take_seed = seed_for_kernel if self.way == KERNEL else seed_for_ops
+            self.seed = take_seed(x, options.source)
 
     def run(self, op: Any, arguments: Any) -> Any:
         """The results of an op for compilers or, of eager dense tensors, of its kernel."""

@@ -1,7 +1,7 @@
 """The one answer to "does this call drop, and how?".
 
-Every function of this package asks `plan_call` once, and then takes the way that it names. `next_seed` gives the seed
-for that way, when all arguments have been found good.
+Every function of this package asks `plan_call` once, and then takes the way that it names. `seed_for_kernel` and
+`seed_for_ops` give it the seed, once all arguments have been found good.
 
 Eager dense tensors go to a kernel at once. Compilers get one op for a fused function. Transforms, tracers, forward-mode
 AD, modes, subclasses and complex numbers get the formula composed of torch's ops and the mask's. The mask's ops serve
@@ -35,8 +35,9 @@ __all__ = [
     "eager_probability",
     "for_subclasses",
     "is_p_differentiated",
-    "next_seed",
     "plan_call",
+    "seed_for_kernel",
+    "seed_for_ops",
 ]
 
 KEEPS_ALL = 2.0**-33  # p up to here rounds to a threshold of 0
@@ -68,18 +69,19 @@ def plan_call(
     """How a call on x goes on. ``beside`` are the other tensors of a fused function, which computes something even if
     it drops nothing. ``what`` names p in an error, and ``least`` is the largest p that drops nothing."""
     tracing = _is_compiling()
-    if tracing:
-        p = traced_probability(p)
-    elif type(p) is not float or not 0.0 <= p <= 1.0:
-        p = eager_probability(p, what)
-    drops = training and (isinstance(p, Tensor) or p > least)
-    if beside is None and not drops:
-        return NOTHING, p, False
-    if not tracing and not isinstance(p, Tensor) and is_eager_dense(x):
-        if beside is None:
-            return KERNEL, p, drops
-        if not x.is_complex() and _are_eager_dense(beside):
-            return KERNEL, p, drops
+    if tracing or type(p) is not float or not 0.0 <= p <= 1.0:
+        p = traced_probability(p) if tracing else eager_probability(p, what)
+        drops = training and (isinstance(p, Tensor) or p > least)
+        readable = not tracing and not isinstance(p, Tensor)
+    else:
+        drops, readable = training and p > least, True
+    if beside is None:
+        if not drops:
+            return NOTHING, p, False
+        if readable and is_eager_dense(x):
+            return KERNEL, p, True
+    elif readable and is_eager_dense(x) and not x.is_complex() and _are_eager_dense(beside):
+        return KERNEL, p, drops
     if onnx.is_exported():
         return ONNX, p, drops
     composes = beside is None or not tracing or x.is_complex() or _is_transformed_there()
@@ -90,17 +92,21 @@ def _are_eager_dense(tensors: tuple[Tensor | None, ...]) -> bool:
     return all(x is None or is_eager_dense(x) for x in tensors)
 
 
-def next_seed(way: str, x: Tensor, source: Source, inplace: bool = False) -> Any:
-    """The seed of a call that drops, as its way takes it: a number or a tensor for a kernel, a tensor for ops."""
+def seed_for_kernel(x: Tensor, source: Source, inplace: bool = False) -> int | Tensor:
+    """The seed of a call that drops by a kernel: a number, or a tensor if a CUDA kernel is to read it."""
     generator, seed = source
-    if way == KERNEL:
-        if seed is not None:
-            seed = seeds.given(seed, generator, x)
-        if inplace:
-            check_inplace(x)
-        if seed is not None:
-            return seed
-        return seeds.draw_cuda(x.device, generator) if x.is_cuda else seeds.draw(generator)
+    if seed is not None:
+        seed = seeds.given(seed, generator, x)
+    if inplace:
+        check_inplace(x)
+    if seed is not None:
+        return seed
+    return seeds.draw_cuda(x.device, generator) if x.is_cuda else seeds.draw(generator)
+
+
+def seed_for_ops(x: Tensor, source: Source) -> Tensor:
+    """The seed of a call that drops by an op: a tensor."""
+    generator, seed = source
     if seed is not None:
         return seeds.as_tensor(seed, generator, like=x)
     if generator is None:

@@ -19,6 +19,7 @@ from ..runtime import dtypes, mask_kernels, nested, seeds
 from ..runtime.dispatch import can_call_kernel
 from ..runtime.dispatch.ops import fast_apply
 from ..runtime.dispatch.tensors import jit_trace
+from ..runtime.dtypes import DTYPES
 from . import onnx
 from .plan import (
     KERNEL,
@@ -28,8 +29,9 @@ from .plan import (
     check_tensor,
     check_unused_seed,
     is_p_differentiated,
-    next_seed,
     plan_call,
+    seed_for_kernel,
+    seed_for_ops,
 )
 
 __all__ = ["drop", "drop_block", "gaussian"]
@@ -52,13 +54,13 @@ def drop(
         return _evaluated(x, p, inplace) if scaling == "standard" and not training else x
     if way != KERNEL:
         return _drop_by_ops(x, p, way, inplace, source, cells, store, scaling)
-    if x.dtype not in dtypes.DTYPES:
+    if x.dtype not in DTYPES:
         dtypes.check_dtype(x)
     if scaling == "alpha":
         dtypes.check_real(x, "alpha dropout")
     if cells is not None and cells == x.shape:
         cells = None
-    seed = next_seed(way, x, source, inplace)
+    seed = seed_for_kernel(x, source, inplace)
     threshold = threshold_of(p)  # type: ignore[arg-type]
     affine = variants.affine(scaling, threshold)
     if x.requires_grad and torch.is_grad_enabled():
@@ -90,12 +92,11 @@ class Dropout(torch.autograd.Function):
         (saved_mask,) = ctx.saved_tensors
         threshold, (a, _, _), cells, store_bits, p, scaling = ctx.drawn
         if not can_call_kernel(dy):
-            dx = mask_ops.masked(dy, saved_mask, p, cells, store_bits, scaling)
-        elif store_bits:
-            dx = mask_kernels.apply(dy, saved_mask, (a, 0.0, 0.0), cells)
-        else:
-            seed = seeds.for_kernel(saved_mask, dy)
-            dx, _ = mask_kernels.forward(dy, seed, threshold, (a, 0.0, 0.0), cells, False)
+            return mask_ops.masked(dy, saved_mask, p, cells, store_bits, scaling), None, None, None
+        if store_bits:
+            return mask_kernels.apply(dy, saved_mask, (a, 0.0, 0.0), cells), None, None, None
+        seed = seeds.for_kernel(saved_mask, dy)
+        dx, _ = mask_kernels.forward(dy, seed, threshold, (a, 0.0, 0.0), cells, False)
         return dx, None, None, None
 
 
@@ -126,11 +127,11 @@ def _drop_by_ops(
     if way == ONNX:
         y = onnx.drop(x, p, source, cells, scaling)
     else:
-        y = drop_by_op(x, p, next_seed(way, x, source), cells, store == "bits", scaling)
+        y = drop_by_op(x, p, seed_for_ops(x, source), cells, store == "bits", scaling)
     return x.copy_(y) if inplace else y
 
 
-def drop_by_op(x: Tensor, p: Any, seed: Tensor, cells: Any, store_bits: bool, scaling: str) -> Tensor:
+def drop_by_op(x: Tensor, p: Any, seed: Any, cells: Any, store_bits: bool, scaling: str) -> Tensor:
     y: Tensor = mask_ops.FORWARD(mask_ops.Forward(x, seed, p, cells, store_bits, scaling))[0]
     return y
 
@@ -194,13 +195,13 @@ def drop_block(
     cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
     if way == KERNEL:
         dtypes.check_dtype(x)
-        draw = mask_ops.DrawBlocks(x, next_seed(way, x, source, inplace), p, cells, block_size)
+        draw = mask_ops.DrawBlocks(x, seed_for_kernel(x, source, inplace), p, cells, block_size)
         words, count = mask_ops.DRAW_BLOCKS.launch(draw)
         keep, wanted = mask_ops.KeepBlocks(x, words, count, cells), x.requires_grad and torch.is_grad_enabled()
         y: Tensor = mask_ops.KEEP_BLOCKS.call_kernel(keep, wanted, inplace)
         return y
     cells = _numbers(cells)
-    draw = mask_ops.DrawBlocks(x, next_seed(way, x, source), p, cells, block_size)
+    draw = mask_ops.DrawBlocks(x, seed_for_ops(x, source), p, cells, block_size)
     words, count = mask_ops.DRAW_BLOCKS(draw)
     y = mask_ops.KEEP_BLOCKS(mask_ops.KeepBlocks(x, words, count, cells))
     return x.copy_(y) if inplace else y
@@ -224,11 +225,11 @@ def gaussian(x: Tensor, p: float | Tensor, training: bool, inplace: bool, source
         y = nested.on_values(lambda values: gaussian(values, p, True, False, source), x)
         return nested.write(x, y) if inplace else y
     if way == KERNEL:
-        call = mask_ops.Gaussian(x, next_seed(way, x, source, inplace), p)
+        call = mask_ops.Gaussian(x, seed_for_kernel(x, source, inplace), p)
         y = mask_ops.GAUSSIAN.call_kernel(call, x.requires_grad and torch.is_grad_enabled(), inplace)
         return y
     nested.check_dense(x)
     if onnx.is_exported():
         onnx.refuse("Gaussian noise")
-    y = mask_ops.GAUSSIAN(mask_ops.Gaussian(x, next_seed(way, x, source), p))
+    y = mask_ops.GAUSSIAN(mask_ops.Gaussian(x, seed_for_ops(x, source), p))
     return x.copy_(y) if inplace else y

@@ -58,7 +58,6 @@ FEWEST_SCORES = 1 << 15  # below, the Python around a call costs more than its k
 
 _library: torch.library.Library | None = None  # never taken away: another thread may be on its way to a kernel
 _is_registered = False
-_kernels_made: list[tuple[str, tuple[str, ...], Any]] = []
 _lock = threading.Lock()
 
 
@@ -124,17 +123,18 @@ def enabled() -> Iterator[None]:
 
 def register() -> None:
     """Puts kernels between torch's dropouts and their callers. They hand on to torch until something is switched on."""
-    global _library, _is_registered, _kernels_made
+    global _library, _is_registered
     if not _is_registered:
         with _lock:
             # An exception from a signal may end this anywhere; the next call does it again.
             if not _is_registered:
                 overridden = [getattr(torch.ops.aten, name).default for name in OVERRIDDEN]
                 check_overridable(*overridden)
+                kernels = list(_kernels_to_register())  # before anything of torch is changed
                 _library = _library or torch.library.Library("aten", "IMPL")
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore", UserWarning)  # torch says that it has kernels for transforms itself
-                    for name, keys, kernel in _kernels_to_register():
+                    for name, keys, kernel in kernels:
                         for key in keys:
                             _library.impl(name, kernel, key)
                 for op in overridden:
@@ -232,7 +232,7 @@ def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> None:
         # Only closure variables and builtins: the function is made anew below.
         if not is_enabled_there() or not is_ours(input) or is_refused(self):
             return forward(self, input)
-        return ours.drop(self, input)
+        return ours.drop_input(self, input)
 
     wanted = {
         name: value for cls in reversed(ours.__mro__) if issubclass(cls, Rated) for name, value in vars(cls).items()

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ...core.mask import word_count
-from ...core.random import keep_scale, threshold
+from ...core.random import keep_scale
+from ...core.random import threshold as threshold_of
 from ..runtime import fused_kernels, mask_kernels, memory
 from ..runtime.dispatch import hide_from_dynamo
 from ..runtime.dtypes import TAGS, computed
@@ -280,10 +281,10 @@ def _added_mask(call: Attention, extents: Extents) -> AddedMask:
 
 
 def _attention(call: Attention) -> Result:
-    cut = threshold(mask_ops.probability(call.p))
+    threshold = threshold_of(mask_ops.probability(call.p))
     query, extents = call.query, Extents.of(call.query.shape, call.key.shape)
     cells = math.prod(extents.matrices)
-    words = mask_kernels.draw_mask(query, cells, mask_ops.kernel_seed(call.seed, query), cut)
+    words = mask_kernels.draw_mask(query, cells, mask_ops.kernel_seed(call.seed, query), threshold)
     dtype, blocks = query.dtype, extents.blocks()
     q, k, v = (_by_heads(x, blocks) for x in call[:3])
     y = q.new_empty((*extents.matrices[:2], v.shape[-1]))
@@ -294,14 +295,14 @@ def _attention(call: Attention) -> Result:
     narrow = _scratch(q, blocks) if call.keep and dtype is not q.dtype else None
     for block in blocks:
         to = dropped[: block.matrices]
-        kept = None if probabilities is None else block.of(probabilities)
-        scores = to if kept is None else kept if narrow is None else narrow[: block.matrices]
+        stored = None if probabilities is None else block.of(probabilities)
+        scores = to if stored is None else stored if narrow is None else narrow[: block.matrices]
         torch.bmm(block.of(q), block.of(k).mT, out=scores)
-        mask, added = block.mask(words, keep_scale(cut)), block.added(whole)
-        probable = None if kept is None else scores
+        mask, added = block.mask(words, keep_scale(threshold)), block.added(whole)
+        probable = None if stored is None else scores
         fused_kernels.softmax_into(to, probable, scores, added, mask, call.softmax_scale, call.causal)
-        if kept is not None and narrow is not None:
-            kept.copy_(scores)
+        if stored is not None and narrow is not None:
+            stored.copy_(scores)
         torch.bmm(to, block.of(v), out=block.of(y))
     y = y.view(*query.shape[:-1], v.shape[-1]).to(dtype)
     return Result(y, words if call.keep else None, probabilities)
@@ -365,7 +366,7 @@ ATTENTION = Op(
 def _backward(call: AttentionBackward) -> Gradients:
     dy, wanted, shapes = call.dy, call.wanted, _shapes(call)
     _check_gradient(dy, call, wanted)
-    scale, extents = keep_scale(threshold(mask_ops.probability(call.p))), Extents.of(*shapes[:2])
+    scale, extents = keep_scale(threshold_of(mask_ops.probability(call.p))), Extents.of(*shapes[:2])
     dtype, blocks, scores = dy.dtype, extents.blocks(), extents.matrices
     g = _by_heads(dy, blocks)
     q, k, v = (None if x is None else _by_heads(x, blocks) for x in (call.query, call.key, call.value))
@@ -377,15 +378,15 @@ def _backward(call: AttentionBackward) -> Gradients:
     )
     dscores, dropped = _scratch(g, blocks), None if dv is None else _scratch(g, blocks)
     for block in blocks:
-        of_y, kept, mask = block.of(g), block.of(probabilities).to(g.dtype), block.mask(words, scale)
+        of_y, normal, mask = block.of(g), block.of(probabilities).to(g.dtype), block.mask(words, scale)
         again = None if dropped is None else dropped[: block.matrices]
         if q is None or k is None or v is None:
             assert mask.words is not None
-            again = mask_kernels.apply(kept, mask.words, (scale, 0.0, 0.0), None)
+            again = mask_kernels.apply(normal, mask.words, (scale, 0.0, 0.0), None)
         else:
             d = dscores[: block.matrices]
             torch.bmm(of_y, block.of(v).mT, out=d)
-            fused_kernels.softmax_backward_into(d, again, d, kept, mask, call.softmax_scale)
+            fused_kernels.softmax_backward_into(d, again, d, normal, mask, call.softmax_scale)
             if dq is not None:
                 torch.bmm(d, block.of(k), out=block.of(dq))
             if dk is not None:

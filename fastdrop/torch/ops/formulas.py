@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ...core.mask import word_count
-from ...core.random import keep_scale, threshold
+from ...core.random import keep_scale
+from ...core.random import threshold as threshold_of
 from ..runtime import dtypes, fused_kernels, mask_kernels
 from ..runtime.dispatch.tensors import may_be_differentiated_forward
 from ..runtime.dtypes import wide
@@ -46,17 +47,17 @@ def mask_of_call(x: Tensor, seed: Any, p: float | Tensor) -> Mask:
     """The mask of x that a forward kernel drops by. Without a seed nothing is dropped."""
     if seed is None:
         return fused_kernels.NO_MASK
-    return fused_kernels.mask_to_draw(x, mask_ops.kernel_seed(seed, x), threshold(mask_ops.probability(p)))
+    return fused_kernels.mask_to_draw(x, mask_ops.kernel_seed(seed, x), threshold_of(mask_ops.probability(p)))
 
 
 def mask_of_saved(dy: Tensor, saved_mask: Maybe, p: float | Tensor, store_bits: bool) -> Mask:
     """The same mask in backward. ``saved_mask`` is its words if ``store_bits``, otherwise the seed."""
     if saved_mask is None:
         return fused_kernels.NO_MASK
-    cut = threshold(mask_ops.probability(p))
+    threshold = threshold_of(mask_ops.probability(p))
     if not store_bits:
-        saved_mask = mask_kernels.draw_mask(dy, dy.numel(), mask_ops.kernel_seed(saved_mask, dy), cut)
-    return Mask(saved_mask, keep_scale(cut))
+        saved_mask = mask_kernels.draw_mask(dy, dy.numel(), mask_ops.kernel_seed(saved_mask, dy), threshold)
+    return Mask(saved_mask, keep_scale(threshold))
 
 
 def masked(x: Tensor, saved_mask: Maybe, p: float | Tensor, store_bits: bool) -> Tensor:

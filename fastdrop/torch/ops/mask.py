@@ -10,6 +10,7 @@ their own adjoints, and all have derivatives of any order, reverse and forward.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple, get_type_hints
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ...core import checks, variants
 from ...core.mask import word_count
-from ...core.random import threshold
+from ...core.random import threshold as threshold_of
 from ..runtime import dtypes, mask_kernels, tracing
 from ..runtime import seeds as seed_source
 from ..runtime.dispatch import hide_from_dynamo
@@ -112,9 +113,9 @@ def masked(
 
 def _forward(call: Forward) -> Dropped:
     x = call.x
-    cut = threshold(probability(call.p))
-    affine, cells = variants.affine(call.scaling, cut), mask_shape(call.mask_shape, x)
-    y, words = mask_kernels.forward(x, kernel_seed(call.seed, x), cut, affine, cells, call.store_bits)
+    threshold = threshold_of(probability(call.p))
+    affine, cells = variants.affine(call.scaling, threshold), mask_shape(call.mask_shape, x)
+    y, words = mask_kernels.forward(x, kernel_seed(call.seed, x), threshold, affine, cells, call.store_bits)
     return Dropped(y, x.new_empty(0, dtype=torch.int32) if words is None else words)
 
 
@@ -126,8 +127,8 @@ def _forward_outputs(call: Forward) -> Dropped:
 
 
 def _forward_saved(call: Forward, results: Dropped, needs: Any) -> Saved:
-    kept = results.saved_mask if call.store_bits else call.seed
-    return Saved(kept, call.p, call.mask_shape, call.store_bits, call.scaling)
+    mask = results.saved_mask if call.store_bits else call.seed
+    return Saved(mask, call.p, call.mask_shape, call.store_bits, call.scaling)
 
 
 def _forward_gradients(needs: Any, saved: Saved, dy: Maybe, _: Any) -> tuple[Maybe, ...]:
@@ -157,9 +158,9 @@ def _forward_batched(around: Any, op: Any, axes: Any, call: Forward) -> Any:
     if not around.batch_size or not around.is_eager_dense_within(x, call.seed):
         return batching.by_sample(around, op, axes, call)
     x = x.expand(around.batch_size, *x.shape) if axes.x is None else x.movedim(axes.x, 0)
-    cut, seeds = threshold(probability(call.p)), seed_source.for_kernels(call.seed.movedim(axes.seed, 0), x)
-    affine, cells = variants.affine(call.scaling, cut), mask_shape(cells, x[0])
-    y, words = mask_kernels.forward_each(x, seeds, cut, affine, cells, call.store_bits)
+    threshold, seeds = threshold_of(probability(call.p)), seed_source.for_kernels(call.seed.movedim(axes.seed, 0), x)
+    affine, cells = variants.affine(call.scaling, threshold), mask_shape(cells, x[0])
+    y, words = mask_kernels.forward_each(x, seeds, threshold, affine, cells, call.store_bits)
     return (y, y.new_empty((around.batch_size, 0), dtype=torch.int32) if words is None else words), (0, 0)
 
 
@@ -176,7 +177,7 @@ FORWARD = Op(
 
 
 def _backward(call: Backward) -> Tensor:
-    affine = variants.affine(call.scaling, threshold(probability(call.p)))
+    affine = variants.affine(call.scaling, threshold_of(probability(call.p)))
     words = mask_kernels.read_words(call.saved_mask)
     return mask_kernels.apply(call.dy, words, affine, mask_shape(call.mask_shape, call.dy))
 
@@ -204,8 +205,13 @@ class Gaussian(NamedTuple):
 
 
 def _gaussian(call: Gaussian, inplace: bool = False) -> Tensor:
-    sigma = variants.spread(checks.gaussian_probability(probability(call.p)))
-    return mask_kernels.gaussian(call.x, kernel_seed(call.seed, call.x), sigma, inplace)
+    p = call.p if type(call.p) is float else probability(call.p)
+    return mask_kernels.gaussian(call.x, kernel_seed(call.seed, call.x), _sigma(p), inplace)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sigma(p: float) -> float:
+    return variants.spread(checks.gaussian_probability(probability(p)))
 
 
 # The op is linear in x. It also has a gradient for p if p is a tensor: y = x (1 + sigma n) with sigma a function of p.
@@ -296,7 +302,9 @@ def _draw_blocks(call: DrawBlocks) -> Blocks:
         cells = checks.shape("mask_shape", cells)
         sizes = checks.block_size(sizes, max(1, min(len(sizes), len(cells))))
     plan = variants.blocks(cells, probability(call.p), sizes)
-    return Blocks(*mask_kernels.draw_blocks(call.like, kernel_seed(call.seed, call.like), threshold(plan.gamma), plan))
+    return Blocks(
+        *mask_kernels.draw_blocks(call.like, kernel_seed(call.seed, call.like), threshold_of(plan.gamma), plan)
+    )
 
 
 def _draw_blocks_outputs(call: DrawBlocks) -> Blocks:

@@ -64,9 +64,9 @@ def dilate(to: Tensor, words: Tensor, outer: int, n: int, inner: int, block: int
 
 def count(words: Tensor) -> Tensor:
     """The number of 1 bits, int64 on the device."""
-    kept = torch.zeros((), dtype=torch.int64, device=words.device)
-    backends.cuda_backend().count_bits_at(*place(words), read_address(words), words.numel(), kept.data_ptr())
-    return kept
+    ones = torch.zeros((), dtype=torch.int64, device=words.device)
+    backends.cuda_backend().count_bits_at(*place(words), read_address(words), words.numel(), ones.data_ptr())
+    return ones
 
 
 def gaussian(tag: int, x: Tensor, y: Tensor, n: int, seed: int | Tensor, sigma: float) -> None:

@@ -85,8 +85,8 @@ def forward_each(
             forward(entry, seed, threshold, affine, mask_shape, store_bits)
             for entry, seed in zip(x, seeds, strict=True)
         ]
-        kept = [words for _, words in results if words is not None]
-        return torch.stack([y for y, _ in results]), torch.stack(kept) if store_bits else None
+        masks = [words for _, words in results if words is not None]
+        return torch.stack([y for y, _ in results]), torch.stack(masks) if store_bits else None
     y, size, count = x.new_empty(x.shape), x.element_size(), word_count(n)
     words = new_words((len(seeds), count)) if store_bits else None
     from_, to, at = read_address(x), y.data_ptr(), 0 if words is None else words.data_ptr()

@@ -20,8 +20,8 @@ pytest.importorskip("torch")
 
 ROOT = Path(fastdrop.__file__).parent
 DISPATCH = ROOT / "torch" / "runtime" / "dispatch"
-# Private names of others: namedtuples', sys's, and an attribute of transformers' configurations.
-OTHERS = {"_replace", "_fields", "_field_defaults", "_asdict", "_getframe", "_attn_implementation"}
+# Private names of others: namedtuples, sys, configurations of transformers; and the end of names that are generated.
+OTHERS = {"_replace", "_fields", "_field_defaults", "_asdict", "_getframe", "_attn_implementation", "_drawn_at"}
 PUBLIC = {"torch.library", "torch.onnx", "torch.distributed.tensor"}  # as strings, in `sys.modules`
 
 

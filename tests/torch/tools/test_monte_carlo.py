@@ -793,11 +793,7 @@ def test_one_sample_has_no_standard_deviation():
 
 @pytest.mark.parametrize(
     ("returned", "expected"),
-    [
-        (torch.float64, torch.float64),
-        (torch.bfloat16, torch.float32),
-        (torch.bool, torch.float32),
-    ],
+    [(torch.float64, torch.float64), (torch.bfloat16, torch.float32), (torch.bool, torch.float32)],
     ids=str,
 )
 def test_dtypes(returned, expected):
