@@ -25,7 +25,7 @@ from torch import nn
 import fastdrop
 
 DISPATCH = "fastdrop.torch.runtime.dispatch"
-COMPILERS = re.compile(r"dynamo|_guards|functorch\.config|_stance")  # names that matter to what is compiled
+COMPILERS = re.compile(r"_guards|_dynamo\.(guards|source)|functorch\.config|SKIP")  # names for compiled code
 
 
 class WithoutName(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):

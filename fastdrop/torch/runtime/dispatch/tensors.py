@@ -47,14 +47,14 @@ def _on_cuda(keys: int) -> int:
     return keys
 
 
-_EAGER_DENSE = _eager_dense_keys()
+EAGER_DENSE_KEYS = _eager_dense_keys()
 
 
 def is_eager_dense(x: Tensor) -> bool:
     """Whether x is plain memory on the CPU or a CUDA device, and no mode, transform, forward-mode AD or
     `torch.jit.trace` surrounds the call. A kernel may then be called at once."""
     return (
-        _read_keys(x).raw_repr() in _EAGER_DENSE
+        _read_keys(x).raw_repr() in EAGER_DENSE_KEYS
         and not _count_dispatch_modes()
         and _peek_transform() is None
         and forward_ad._current_level < 0
