@@ -16,12 +16,13 @@ C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-err
 C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST_DEPENDS))
 OUT := build/c
 
-.PHONY: help demo test check test-all bench bench-quick bench-torch bench-family bench-fused cuda-report fuzz report lint format sanitize test-c test-neon package clean
+.PHONY: help demo test check test-all test-torch-next bench bench-quick bench-torch bench-family bench-fused cuda-report fuzz report lint format sanitize test-c test-neon package clean
 
 help:
 	@echo "make demo       train a network in NumPy and a transformer in torch, beside what is used today; two pictures"
 	@echo "make test       the test suite; make check: lint, and a few cases of the tests of what you changed (a minute);"
 	@echo "                make test-all: also what is slow; FASTDROP_TEST_EVERYTHING=1 lifts the limits of any of them"
+	@echo "make test-torch-next  the torch tests on torch $(NEXT_TORCH), in an environment of its own (several GB)"
 	@echo "make bench      plain dropout, every kernel (about a quarter of an hour), then the report"
 	@echo "                bench-quick: the speed table alone; bench-torch: torch's function and training steps"
 	@echo "                bench-family: the other kinds of dropout; bench-fused: fused kernels"
@@ -121,6 +122,22 @@ $(OUT)/kernels-%: $(C_TEST_DEPENDS)
 	    $(COMPILER) $(C_FLAGS) -DISA=$$isa -c tests/c/vector_math_lanes.c -o $@-$$isa.o || exit; \
 	done
 	$(COMPILER) $(C_FLAGS) $(C_TEST) $(C_ISAS:%=$@-%.o) -o $@ -lm
+
+# A later torch than the pinned one: fastdrop uses names that torch keeps to itself, and each version may drop some.
+NEXT := .venv-next
+NEXT_TORCH := 2.14.1
+
+$(NEXT)/.packages: requirements-dev.txt
+	@echo "== creating $(NEXT) with torch $(NEXT_TORCH) and its packages for CUDA (several GB, once)"
+	$(PYTHON) -m venv $(NEXT)
+	sed 's/^torch==.*/torch==$(NEXT_TORCH)/' requirements-dev.txt > $(NEXT)/requirements.txt
+	$(NEXT)/bin/pip install --quiet --disable-pip-version-check -r $(NEXT)/requirements.txt
+	@touch $@
+
+test-torch-next: $(NEXT)/.packages
+	@echo "== torch tests on torch $(NEXT_TORCH)"
+	$(NEXT)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	$(NEXT)/bin/python -m pytest -q -n 2 --dist worksteal tests/torch
 
 test-c: $(OUT)/kernels-plain $(OUT)/golden.txt
 	@echo "== C kernels"

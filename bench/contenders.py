@@ -1,7 +1,7 @@
-"""What dropout is compared with: NumPy as people write it, torch's ``F.dropout``, multiplications that drop nothing.
+"""The calls that benchmarks and the demo compare: fastdrop, NumPy as people write it, ``F.dropout``, multiplications.
 
-Each contender is forward, backward and both in turn over the same buffers, so that none is helped by fresher memory.
-Outside of fastdrop/torch this is the only module that imports torch, and only when a comparison is asked for.
+A contender is forward, backward and both in turn. All contenders use the same buffers, so that none of them has fresher
+memory. torch is imported only when a comparison asks for it.
 """
 
 from __future__ import annotations

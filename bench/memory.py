@@ -1,8 +1,7 @@
-"""Where results come from while a case is timed: memory that is used again, or new from the system each time.
+"""Decides where results come from while a case is timed: memory that is used again, or new pages from the system.
 
-glibc maps an array of a few MiB anew or takes it from its heap, and gives the heap's end back or not, by what was freed
-before: a case may meet either, and new pages cost more than most kernels here. So a case says which it is to meet, and
-both sides of a comparison meet the same.
+glibc takes an array of a few MiB from its heap or maps it anew, depending on what was freed before. New pages cost more
+than most kernels here. So a case says which of the two it is to meet, and both sides of a comparison meet the same.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""How a benchmark meets its peers: pytest-benchmark times fastdrop, and before each of its rounds every peer once.
+"""Times a benchmark beside its peers: pytest-benchmark times fastdrop, and each round first runs every peer once.
 
-So all meet the same machine, and ratios are taken within a round, as `timing` explains.
+So all of them meet the same machine, and ratios are taken within a round, for the reasons that `timing` gives.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Reports of suites whose every case is held to peers: the targets, misses on top, then every case, and a picture.
+"""Shared by the reports of the CPU benchmarks: reading the JSON, the line about the machine, and `Suite`.
 
-A suite says what a case may take at most of a peer's time; the rest is here.
+A `Suite` is a report whose cases all have peers. Its module says what share of a peer's time a case may take at most.
+The targets come first, those that were missed on top; then every case; then a picture.
 """
 
 from __future__ import annotations

@@ -1,42 +1,50 @@
-/* Applying bits to data: included by kernels.inc.h once per dtype, with DTYPE set to the vocabulary's prefix for it. */
+/* dropout_forward, masked_affine and gaussian_multiply: mask bits or noise meet data. Included by kernels.inc.h four
+ * times, with DTYPE f32, f64, f16 and bf16. D(name) is f32_name and so on: D(t) a number as it is stored, D(v) a vector
+ * of what it is computed in.
+ *
+ * dropout_forward draws a chunk ahead: while it applies block b of one chunk, it draws block b of the next, so that the
+ * multiplications of Philox fill the time in which data is loaded.
+ */
 #define PASTE_(a, b) a##_##b
 #define PASTE(a, b) PASTE_(a, b)
 #define D(name) PASTE(DTYPE, name)
 
-/* plain: b = c = 0, select a x or +0 (adding b = 0 would turn -0 into +0). */
+/* y = bit ? a x + b : c. no_shift: b = c = 0, and y is a x or +0 (adding b = 0 would turn -0 into +0). */
 typedef struct {
     D(v) a, b, c;
-    int plain, stream;
+    int no_shift, stream;
 } D(affine_t);
 
 static D(affine_t) D(affine_of)(double a, double b, double c, int stream, const void *y) {
     D(affine_t) f = {D(set1)(a), D(set1)(b), D(set1)(c), b == 0 && c == 0, stream};
-    if ((uintptr_t)y % sizeof(D(t))) f.stream = 0; /* no element ever starts a line */
+    if ((uintptr_t)y % sizeof(D(t))) f.stream = 0; /* no element ever begins a line */
     return f;
 }
 
-/* The lanes of x under bits k .. of a run. */
-INLINE D(v) D(lanes_under)(const D(affine_t) * f, uint32_t run, int k, D(v) x, const int plain) {
+/* A vector of x under bits k and up of a run. */
+INLINE D(v) D(lanes_under)(const D(affine_t) * f, uint32_t run, int k, D(v) x, const int no_shift) {
     D(keep) keep = D(mask)(run, k);
-    return plain ? D(scale)(keep, x, f->a) : D(affine)(keep, x, f->a, f->b, f->c);
+    return no_shift ? D(scale)(keep, x, f->a) : D(affine)(keep, x, f->a, f->b, f->c);
 }
 
-/* Fewer elements than a vector has, through a local copy. */
+/* Fewer elements than a vector has, by way of a local copy. */
 INLINE void D(apply_part)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, unsigned n,
-                          const D(affine_t) * f, const int plain) {
+                          const D(affine_t) * f, const int no_shift) {
     D(t) part[D(lanes)] = {0};
     memcpy(part, x, n * sizeof *x);
-    D(store)(part, D(lanes_under)(f, bits_at(bits, position, 0), 0, D(load)(part), plain));
+    D(store)(part, D(lanes_under)(f, bits_at(bits, position, 0), 0, D(load)(part), no_shift));
     memcpy(y, part, n * sizeof *y);
 }
 
-INLINE void D(apply_as)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, uint64_t n,
-                        const D(affine_t) * f, const int plain, const int stream, const int bytewise) {
+/* stream: first up to where a cache line of y begins, then by stores around the cache. bytewise: whole runs begin at
+ * multiples of 8 bits. Both and no_shift are constants. */
+INLINE void D(apply_runs)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, uint64_t n,
+                          const D(affine_t) * f, const int no_shift, const int stream, const int bytewise) {
     uint64_t i = 0;
     for (unsigned step; stream && i < n && (step = ELEMENTS_TO_LINE(y + i)); i += step) {
         if (step > D(lanes)) step = D(lanes);
         if (step > n - i) step = (unsigned)(n - i);
-        D(apply_part)(x + i, y + i, bits, position + i, step, f, plain);
+        D(apply_part)(x + i, y + i, bits, position + i, step, f, no_shift);
     }
     for (; i + RUN <= n; i += RUN) {
         uint32_t run = bits_at(bits, position + i, bytewise);
@@ -44,7 +52,7 @@ INLINE void D(apply_as)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t
             prefetch((const char *)(x + i) + PREFETCH_BYTES + byte, stream);
 #pragma GCC unroll 4
         for (unsigned k = 0; k < RUN; k += D(lanes)) {
-            D(v) v = D(lanes_under)(f, run, (int)k, D(load)(x + i + k), plain);
+            D(v) v = D(lanes_under)(f, run, (int)k, D(load)(x + i + k), no_shift);
             if (stream)
                 D(stream)(y + i + k, v);
             else
@@ -53,29 +61,29 @@ INLINE void D(apply_as)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t
     }
     for (unsigned step; i < n; i += step) {
         step = n - i < D(lanes) ? (unsigned)(n - i) : (unsigned)D(lanes);
-        D(apply_part)(x + i, y + i, bits, position + i, step, f, plain);
+        D(apply_part)(x + i, y + i, bits, position + i, step, f, no_shift);
     }
 }
 
-INLINE void D(apply_to)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, uint64_t n,
-                        const D(affine_t) * f, const int plain, const int stream) {
+INLINE void D(apply_by_alignment)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, uint64_t n,
+                                  const D(affine_t) * f, const int no_shift, const int stream) {
     unsigned seam = stream ? ELEMENTS_TO_LINE(y) : 0; /* where whole runs begin */
     if ((position + seam) % 8 == 0)
-        D(apply_as)(x, y, bits, position, n, f, plain, stream, 1);
+        D(apply_runs)(x, y, bits, position, n, f, no_shift, stream, 1);
     else
-        D(apply_as)(x, y, bits, position, n, f, plain, stream, 0);
+        D(apply_runs)(x, y, bits, position, n, f, no_shift, stream, 0);
 }
 
 INLINE void D(apply)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, uint64_t n,
                      const D(affine_t) * f) {
-    if (f->plain && f->stream)
-        D(apply_to)(x, y, bits, position, n, f, 1, 1);
-    else if (f->plain)
-        D(apply_to)(x, y, bits, position, n, f, 1, 0);
+    if (f->no_shift && f->stream)
+        D(apply_by_alignment)(x, y, bits, position, n, f, 1, 1);
+    else if (f->no_shift)
+        D(apply_by_alignment)(x, y, bits, position, n, f, 1, 0);
     else if (f->stream)
-        D(apply_to)(x, y, bits, position, n, f, 0, 1);
+        D(apply_by_alignment)(x, y, bits, position, n, f, 0, 1);
     else
-        D(apply_to)(x, y, bits, position, n, f, 0, 0);
+        D(apply_by_alignment)(x, y, bits, position, n, f, 0, 0);
 }
 
 static void D(masked_affine)(const masked_affine_args *args, uint64_t begin, uint64_t end) {
@@ -87,7 +95,7 @@ static void D(masked_affine)(const masked_affine_args *args, uint64_t begin, uin
     pattern.begin = pattern.end = end;
     for (uint64_t at = begin, step; at < end; at += step) {
         step = min_u64(end - at, CHUNK_CELLS);
-        const uint32_t *bits = args->words; /* in place if they may be: a copy would wait for each chunk's words */
+        const uint32_t *bits = args->words; /* in place if possible: a copy would wait for the words of each chunk */
         uint64_t position = args->position + at;
         if (args->repeat != 1 || cells - at < step + SLACK_CELLS) {
             bits = pattern.bits;
@@ -105,12 +113,12 @@ static void D(dropout_forward)(const dropout_forward_args *args, uint64_t begin,
     draw_t d;
     chunk_t chunks[2], *now = &chunks[0], *next = &chunks[1];
     draw_prepare(&d, args->seed, args->offset, args->threshold, args->first + begin);
-    uint64_t lead = (args->first + begin) % FD_BLOCK_CELLS; /* of a chunk's first cell in its first block */
+    uint64_t lead = (args->first + begin) % FD_BLOCK_CELLS; /* the chunk begins so many cells inside a block */
     uint64_t block = (args->first + begin) / FD_BLOCK_CELLS;
-    uint64_t at = begin, n = 0, ahead = min_u64(end - begin, CHUNK_CELLS); /* cells applied and drawn in this pass */
+    uint64_t at = begin, n = 0, ahead = min_u64(end - begin, CHUNK_CELLS); /* cells to apply, to draw */
     while (n || ahead) {
         uint64_t apply_blocks = blocks_for(n), draw_blocks = ahead ? blocks_for(lead + ahead) : 0, from = 0;
-        uint64_t shift = f.stream ? ELEMENTS_TO_LINE(y + at) : 0; /* all seams but the chunk's own lie on lines of y */
+        uint64_t shift = f.stream ? ELEMENTS_TO_LINE(y + at) : 0; /* so that blocks end where lines of y do */
         chunk_open(&d, next, block);
         for (uint64_t b = 0; b < apply_blocks || b < draw_blocks; b++) {
             if (b < draw_blocks) draw_block(&d, next, (unsigned)b);
@@ -133,7 +141,7 @@ static void D(dropout_forward)(const dropout_forward_args *args, uint64_t begin,
     if (f.stream) stream_fence();
 }
 
-/* y = x times float32 factors, of which a whole vector can be read wherever one of them is. */
+/* y = x factors. A whole vector of factors can be read at any of them. */
 INLINE void D(multiply)(const D(t) * x, D(t) * y, const float *factors, uint64_t n, const int stream) {
     const D(keep) all = D(mask)(~0u, 0);
     for (uint64_t i = 0, step; i < n; i += step) {
@@ -142,10 +150,10 @@ INLINE void D(multiply)(const D(t) * x, D(t) * y, const float *factors, uint64_t
         D(v) factor = D(from_floats)(factors + i);
         prefetch((const char *)(x + i) + PREFETCH_BYTES, stream);
         if (step < D(lanes)) {
-            D(t) few[D(lanes)] = {0};
-            memcpy(few, x + i, step * sizeof *x);
-            D(store)(few, D(scale)(all, D(load)(few), factor));
-            memcpy(y + i, few, step * sizeof *y);
+            D(t) partial[D(lanes)] = {0};
+            memcpy(partial, x + i, step * sizeof *x);
+            D(store)(partial, D(scale)(all, D(load)(partial), factor));
+            memcpy(y + i, partial, step * sizeof *y);
         } else if (stream) {
             D(stream)(y + i, D(scale)(all, D(load)(x + i), factor));
         } else {
@@ -164,7 +172,8 @@ static void D(gaussian_multiply)(const gaussian_multiply_args *args, uint64_t be
     for (uint64_t at = begin, step; at < end; at += step) {
         uint64_t cell = args->first + at, lead = cell % TILE_CELLS;
         step = min_u64(end - at, NOISE_CELLS - lead);
-        if (stream && step < end - at) step -= (uintptr_t)(y + at + step) % LINE_BYTES / sizeof *y; /* seams on lines */
+        if (stream && step < end - at)
+            step -= (uintptr_t)(y + at + step) % LINE_BYTES / sizeof *y; /* steps end where lines of y do */
         draw_factors(&philox, cell - lead, lead + step, (float)args->sigma, factors);
         if (stream)
             D(multiply)(x + at, y + at, factors + lead, step, 1);

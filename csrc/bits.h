@@ -1,5 +1,5 @@
-/* Runs of bits in little-endian words: read, copied and appended at any bit position. Scalar; its cost is one step per
- * 32 cells, next to nothing beside the data those cells decide. */
+/* Runs of bits in little-endian words: read, copied and appended at any bit position. Included by kernels.inc.h.
+ * Scalar, because one step per 32 cells costs next to nothing beside the work on the data of these cells. */
 #ifndef FASTDROP_BITS_H
 #define FASTDROP_BITS_H
 
@@ -53,7 +53,7 @@ static inline void copy_bits(uint32_t *to, uint64_t to_position, const uint32_t 
         n &= 31;
     }
     while (n) {
-        unsigned room = 32 - (unsigned)(to_position & 31), step = n < room ? (unsigned)n : room;
+        unsigned space = 32 - (unsigned)(to_position & 31), step = n < space ? (unsigned)n : space;
         write_bits(to, to_position, step, read_bits(from, from_position, step));
         to_position += step;
         from_position += step;
@@ -61,8 +61,8 @@ static inline void copy_bits(uint32_t *to, uint64_t to_position, const uint32_t 
     }
 }
 
-/* Fills a buffer from left to right. It needs room for eight bytes more than the bits take: every step stores a whole
- * word, since whether it is full would be hard to predict. */
+/* Fills a buffer from left to right. The buffer needs eight bytes more than the bits take: every step stores a whole
+ * word, because a branch on whether it is full would be hard to predict. */
 typedef struct {
     unsigned char *at;
     uint64_t word; /* being filled: n bits so far, 0 above */
@@ -85,10 +85,10 @@ static inline void append_end(writer_t *w) { memcpy(w->at, &w->word, sizeof w->w
 /* n times the same bit. */
 static inline void append_run(writer_t *w, uint32_t bit, uint64_t n) {
     uint64_t bits = 0 - (uint64_t)bit;
-    unsigned room = 64 - w->n;
+    unsigned space = 64 - w->n;
     if (n > 64) {
-        append_bits(w, bits >> w->n, room);
-        for (n -= room; n >= 64; n -= 64, w->at += sizeof bits) memcpy(w->at, &bits, sizeof bits);
+        append_bits(w, bits >> w->n, space);
+        for (n -= space; n >= 64; n -= 64, w->at += sizeof bits) memcpy(w->at, &bits, sizeof bits);
     }
     if (n) append_bits(w, bits >> (64 - n), (unsigned)n);
 }

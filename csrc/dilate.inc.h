@@ -1,10 +1,10 @@
-/* Widening what is dropped: included by kernels.inc.h. Scalar, 64 cells at a time.
+/* dilate_bits: each dropped cell drops a block of cells. Included once by kernels.inc.h. Scalar, 64 cells at a time.
  *
- * Rows of n * inner bits become rows of (n + block - 1) * inner. Let every row of the input begin with
- * (block - 1) * inner ones, and ones follow the last: then a cell is the AND of the block cells, inner apart, that
- * begin with it, and no row reaches past the next one's ones. So the whole is one string of bits. A window of it at a
- * time is laid out in a local buffer and ANDed there with itself shifted by 1, 2, 4, ... times inner. Where block cells
- * reach past a window, as many as fit are taken at a time.
+ * Rows of n * inner bits become rows of (n + block - 1) * inner. Imagine (block - 1) * inner ones before each input row
+ * and after the last. Then an output cell is the AND of `block` cells, `inner` apart, of one long string of bits, and
+ * no row reaches into the next. The string is laid out a window at a time in a local buffer. Each step ANDs the window
+ * with a copy of itself, shifted by the number of cells already covered times inner, so the covered width doubles. If a
+ * block reaches past a window, it is covered in parts that fit.
  */
 enum {
     DILATE_CELLS = 64 * FD_BLOCK_CELLS, /* of output per window, which with all its reach takes 16 KiB */

@@ -1,4 +1,8 @@
-/* CPU probe, the active table, the public entry points. Everything a call needs to know about the CPU is decided here.
+/* The public entry points fd_<name>, for cffi and the C tests. Each checks its arguments (<name>_good), finds out how
+ * the work is split (<name>_work), and runs the kernel from the table of the active instruction set. The instruction
+ * set is chosen here too, once per process, by asking the CPU.
+ *
+ * Kernels check nothing: a call that <name>_good lets through must be safe on every instruction set.
  */
 #include "kernels.h"
 #include "philox.h"
@@ -20,8 +24,8 @@ static int always(void) { return 1; }
 #if defined(__x86_64__)
 enum { XCR0_SSE_AVX = 0x06, XCR0_AVX512 = 0xE6 };
 
-/* State components that the operating system saves on a context switch; xgetbv by its bytes, so that no target flag is
- * needed. */
+/* The register state that the operating system saves on a context switch. xgetbv is written as bytes, because the
+ * intrinsic needs a target flag. */
 static uint64_t saved_state(void) {
     uint32_t a, b, c, d;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
@@ -65,7 +69,7 @@ static const struct {
 #endif
 };
 
-static atomic_int active = -1; /* -1: not probed yet; any thread may probe, all find the same */
+static atomic_int active = -1; /* -1: not probed yet. Any thread may probe: all get the same result */
 
 int fd_isa_count(void) { return ISA_COUNT; }
 
@@ -90,7 +94,7 @@ int fd_isa_select(int isa) {
 
 /* ---- primitives ---- */
 
-static const uint64_t THRESHOLD_ALL = (uint64_t)1 << 32; /* drop all; 0 keeps all. Both are the caller's to handle */
+static const uint64_t THRESHOLD_ALL = (uint64_t)1 << 32; /* drops all, as 0 keeps all; the callers handle both */
 
 static uint64_t element_bytes(int dtype) { return dtype == FD_FLOAT64 ? 8 : dtype == FD_FLOAT32 ? 4 : 2; }
 
@@ -100,12 +104,13 @@ static int good_draw(uint64_t first, uint64_t n, uint64_t threshold) {
 
 static int good_dtype(int dtype) { return dtype >= FD_FLOAT32 && dtype <= FD_BFLOAT16; }
 
-/* For each op: is the call sound, and what is there to do. */
+/* For each op there are two functions: <name>_good, whether the arguments are sound, and <name>_work, how the work is
+ * split among threads. */
 typedef struct {
-    uint64_t begin, units; /* cells begin .. begin+units-1, or rows or panels of rows */
+    uint64_t begin, units; /* units begin .. begin+units-1: cells, rows, or panels of rows */
     uint64_t cells;        /* in a unit */
     uint64_t bytes;        /* of the largest output */
-    add_panels_args sums;  /* to be added up afterwards, where there is more than one panel */
+    add_panels_args sums;  /* added up afterwards if there is more than one panel */
 } work_t;
 
 static work_t by_cells(uint64_t n, int dtype) {
@@ -116,7 +121,7 @@ static work_t by_rows(uint64_t rows, uint64_t columns, int dtype) {
     return (work_t){.units = rows, .cells = columns, .bytes = rows * columns * element_bytes(dtype)};
 }
 
-/* Of n elements. */
+/* n: elements in all panels. */
 static work_t by_panels(uint64_t n, int dtype, void *sums, uint64_t panels, uint64_t width) {
     return (work_t){.units = panels,
                     .cells = n / panels,
@@ -146,7 +151,7 @@ static work_t masked_affine_work(const masked_affine_args *a) {
 }
 
 static int gaussian_multiply_good(const gaussian_multiply_args *a) {
-    const uint64_t cells = (uint64_t)1 << 61; /* their counters' numbers must leave the domain's bits alone */
+    const uint64_t cells = (uint64_t)1 << 61; /* larger counters would reach into the domain's bits */
     return a->x && a->y && good_dtype(a->dtype) && a->first <= cells && a->n <= cells - a->first;
 }
 static work_t gaussian_multiply_work(const gaussian_multiply_args *a) { return by_cells(a->n, a->dtype); }
@@ -172,7 +177,16 @@ static int good_rows(uint64_t rows, uint64_t columns) {
     return columns && !__builtin_mul_overflow(rows, columns, &n) && n <= cells;
 }
 
-static int good_activation(int activation) { return activation >= FD_NO_ACTIVATION && activation <= FD_SILU; }
+static int good_activation(int activation) {
+    switch (activation) {
+    case FD_NO_ACTIVATION: return 1;
+#define ROW(code, name)                                                                                                \
+    case code: return 1;
+        FD_ACTIVATIONS(ROW)
+#undef ROW
+    }
+    return 0;
+}
 
 static int pointwise_forward_good(const pointwise_forward_args *a) {
     return a->x && a->y && good_dtypes(a->dtype, a->residual_dtype) && good_rows(a->rows, a->columns) &&
@@ -218,10 +232,10 @@ static int softmax_backward_good(const softmax_backward_args *a) {
 }
 static work_t softmax_backward_work(const softmax_backward_args *a) { return by_rows(a->rows, a->columns, a->dtype); }
 
-/* The public entry points. */
+/* The entry points. run_<name> expects sound arguments. */
 #define FD_VALUE(type, name) .name = name,
 #define FD_OP(op, PARAMETERS)                                                                                          \
-    static int run_##op(op##_args *args) { /* a sound call */                                                          \
+    static int run_##op(op##_args *args) {                                                                             \
         const fd_table *table = isas[fd_isa_active()].table;                                                           \
         const work_t work = op##_work(args);                                                                           \
         args->stream = work.bytes >= FD_STREAM_BYTES;                                                                  \
@@ -234,8 +248,8 @@ static work_t softmax_backward_work(const softmax_backward_args *a) { return by_
         op##_args args = {PARAMETERS(FD_VALUE, FD_VALUE)};                                                             \
         return op##_good(&args) ? run_##op(&args) : FD_BAD_ARGUMENT;                                                   \
     }
-/* Words are drawn first where rows end inside of words, as two threads may then share one. Cells are split at whole
- * blocks. */
+/* fd_<name>_drawn. The kernel draws the words itself, unless rows end inside a word: two threads could then write the
+ * same word, so the words are drawn before. Work that is split by cells is split at whole blocks. */
 #define FD_DRAWING_OP(op, PARAMETERS)                                                                                  \
     FD_OP(op, PARAMETERS)                                                                                              \
     int fd_##op##_drawn(DRAW_PARAMETERS(FD_PARAMETER, FD_NEXT_PARAMETER)                                               \

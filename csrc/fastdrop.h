@@ -1,11 +1,12 @@
-/* The C ABI of fastdrop: its primitives, a thread count and an instruction set.
+/* The C ABI of fastdrop: the primitives, the number of threads, the instruction set. Included by every C file here and
+ * in tests/c; ffi_build.py makes the cffi declarations from it.
  *
- * Every primitive is one row of ops.def. From that row come the struct that carries its arguments to the worker
- * threads, the public prototype fd_<name>, its slot in the kernel tables and its cffi declaration.
+ * Every primitive is one row of ops.def. That row gives the struct that carries the arguments to the worker threads,
+ * the public prototype fd_<name>, the slot in the kernel tables and the cffi declaration.
  *
- * Contract of every entry point: it returns FD_OK or a negative code, allocates nothing the caller sees, never aborts,
- * reads and writes nothing when it returns an error. Any alignment is legal. x may equal y; other overlaps are the
- * caller's to exclude. Words are little-endian uint32, bit j of word w is cell 32 w + j, 1 keeps.
+ * Contract of every entry point: it returns FD_OK or a negative code, never aborts, and reads and writes nothing when
+ * it returns an error. Any alignment is legal. x may equal y; the caller excludes other overlaps. Words are
+ * little-endian uint32: bit j of word w is cell 32 w + j, and 1 keeps.
  */
 #ifndef FASTDROP_H
 #define FASTDROP_H
@@ -20,17 +21,23 @@ enum { FD_OK = 0, FD_BAD_ARGUMENT = -1, FD_BAD_ISA = -2 };
 enum { FD_FLOAT32 = 0, FD_FLOAT64 = 1, FD_FLOAT16 = 2, FD_BFLOAT16 = 3 };
 enum { FD_NO_ACTIVATION = 0, FD_RELU = 1, FD_GELU = 2, FD_GELU_TANH = 3, FD_SILU = 4 };
 
-/* Work on cells is split at multiples of so many: one AVX-512 vector of 16 words. */
+/* Every activation but FD_NO_ACTIVATION, by code and name. All switches over activations are made from this list. The
+ * functions C(name) and C(name_slope) in activations.inc.h compute them. */
+#define FD_ACTIVATIONS(ROW) ROW(FD_RELU, relu) ROW(FD_GELU, gelu) ROW(FD_GELU_TANH, gelu_tanh) ROW(FD_SILU, silu)
+
+/* Threads share cells in multiples of a block: one AVX-512 vector of 16 words. */
 enum { FD_BLOCK_CELLS = 512, FD_BLOCK_WORDS = FD_BLOCK_CELLS / 32 };
 
-/* Outputs at least this large are written with streaming stores: they do not survive in the cache until the next pass
- * reads them, and not reading a line before writing it saves a third of the traffic. Measured, docs/design.md. */
+/* Outputs of at least this size are written with streaming stores, because they would not stay in the cache until the
+ * next pass reads them. Such a store does not read the line first, which saves a third of the traffic (measured:
+ * docs/design.md). */
 enum { FD_STREAM_BYTES = 16 << 20 };
 
 #define FD_PARAMETER(type, name) type name
 #define FD_NEXT_PARAMETER(type, name) , type name
 #define FD_OP(name, PARAMETERS) int fd_##name(PARAMETERS(FD_PARAMETER, FD_NEXT_PARAMETER));
-/* Drawn: cell i's bit is bit i of words, which are written as by draw_bits of cells 0 .. rows columns - 1. */
+/* fd_<name>_drawn draws the words too: it writes what draw_bits gives for cells 0 .. rows columns - 1, then works as
+ * fd_<name> does under these words. */
 #define FD_DRAWING_OP(name, PARAMETERS)                                                                                \
     FD_OP(name, PARAMETERS)                                                                                            \
     int fd_##name##_drawn(DRAW_PARAMETERS(FD_PARAMETER, FD_NEXT_PARAMETER)                                             \
@@ -38,7 +45,7 @@ enum { FD_STREAM_BYTES = 16 << 20 };
 #include "ops.def"
 #undef FD_OP
 
-/* Instruction sets, best last; names are those of FASTDROP_ISA. */
+/* Instruction sets, the best one last. Their names are the values of the variable FASTDROP_ISA. */
 int fd_isa_count(void);
 const char *fd_isa_name(int isa);
 int fd_isa_usable(int isa); /* 1 if built in and supported by this CPU and operating system */
@@ -48,15 +55,16 @@ int fd_isa_select(int isa); /* process-wide; FD_BAD_ISA leaves the choice as it 
 int fd_set_num_threads(int n);
 int fd_get_num_threads(void);
 
-/* For calls that stand for another library's (fd_<name>_at): the most threads the calling thread's calls may use, 0 for
- * what fd_set_num_threads said; and that library's own threads to run them on, as its GOMP_parallel, 0 for ours. */
+/* For calls on behalf of another library, such as torch (fd_<name>_at in ffi_build.py). fd_limit_threads: the most
+ * threads that calls of the calling thread may use; 0: as fd_set_num_threads says. fd_use_team: the address of the
+ * library's GOMP_parallel, so that such calls run on its threads; 0: on ours. */
 void fd_limit_threads(int n);
 void fd_use_team(uintptr_t parallel);
 
 /* One Philox4x32-10 block, for known-answer tests and seed derivation. */
 void fd_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 
-/* y = a x with streaming (1) or ordinary (0) stores: the memory limit that the benchmarks quote. */
+/* y = a x with streaming (1) or ordinary (0) stores: the memory speed that benchmarks compare with. */
 int fd_scale_float32(const void *x, void *y, uint64_t n, float a, int stream);
 
 #endif

@@ -1,17 +1,19 @@
-/* Gaussian noise: included by kernels.inc.h, in words of the lane vocabulary. The factors 1 + sigma z of a run of cells
- * go to a local buffer, from which data of any type and alignment takes them.
+/* Gaussian noise for gaussian_multiply of apply.inc.h. Included once by kernels.inc.h. draw_factors writes the factors
+ * 1 + sigma z of a run of cells to a local buffer, from which data of any type and alignment takes them.
  *
- * A tile of TILE_CELLS cells is made of 16 counters, output k of counter j being normal 16 k + j: a vector of counters
- * gives vectors of neighbouring cells, nothing is transposed. z is Box and Muller's transform, by steps that round the
- * same everywhere: no library's logarithm or sine does. Constants and order are backends/reference.py's, bit for bit.
+ * A tile of TILE_CELLS cells is made from 16 Philox counters. Output k of counter j gives cell 16 k + j, so a vector of
+ * counters gives vectors of neighbouring cells and nothing has to be transposed. z comes from Box and Muller's
+ * transform. Its logarithm, sine and cosine are computed here and not by a library, because libraries round
+ * differently. Constants and the order of operations are those of the reference backend, so results are the same bit
+ * for bit.
  */
 enum {
     TILE_CELLS = 64,
     TILE_COUNTERS = 16,
-    NOISE_CELLS = 32 * TILE_CELLS /* drawn at a time: where a tile is drawn twice, that costs one in 32 */
+    NOISE_CELLS = 32 * TILE_CELLS /* drawn at a time; one tile in 32 may be drawn twice */
 };
 
-/* Of the tile that a cell lies in. */
+/* The first counter of the tile that a cell lies in. */
 INLINE uint64_t first_counter(uint64_t cell) { return cell / TILE_CELLS * TILE_COUNTERS; }
 
 /* Moshier, Cephes 2.2, 1992: logf, sinf, cosf; highest power first. */
@@ -32,7 +34,7 @@ INLINE f32_v polynomial(const float *coefficients, const int n, f32_v x) {
 }
 #define POLYNOMIAL(coefficients, x) polynomial(coefficients, sizeof(coefficients) / sizeof *(coefficients), x)
 
-/* Two independent standard normal numbers of two uniform ones. */
+/* Two independent standard normal numbers from two uniform ones. */
 INLINE void normal_pair(words_t radius, words_t angle, f32_v z[2]) {
     /* -2 ln u for u = (the upper 31 bits + 1/2) / 2^31: u = m 2^e with m about 1, ln u = ln m + e ln 2. */
     f32_v u = (f32_of_int(words_right(radius, 1)) + f32_set1(0.5)) * f32_set1(0x1p-31);
@@ -56,8 +58,8 @@ INLINE void normal_pair(words_t radius, words_t angle, f32_v z[2]) {
     z[1] = r * f32_where(swap, cosine, sine);
 }
 
-/* Factors of n cells, the first that of a tile. In two loops: the shorter the way through one turn, the more turns a
- * CPU has in flight. */
+/* The factors of n cells; the first begins a tile. In two loops, because a CPU has more iterations of a short loop in
+ * flight. */
 static void draw_factors(philox_t *p, uint64_t first, uint64_t n, float sigma, float *factors) {
     const f32_v one = f32_set1(1), spread = f32_set1(sigma);
     uint32_t drawn[NOISE_CELLS];

@@ -1,4 +1,5 @@
-/* AVX2 with FMA, F16C, BMI2 (Haswell, Zen and later). */
+/* The kernels for AVX2 with FMA, F16C, BMI2 (Haswell, Zen and later). The target is set by a pragma,
+ * so that no other file is compiled for it. */
 #if defined(__x86_64__)
 #if defined(__clang__)
 #include <immintrin.h>

@@ -1,4 +1,5 @@
-/* AVX-512 F, BW, DQ, VL (Skylake-X, Zen 4 and later). */
+/* The kernels for AVX-512 F, BW, DQ, VL (Skylake-X, Zen 4 and later). The target is set by a pragma,
+ * so that no other file is compiled for it. */
 #if defined(__x86_64__)
 #if defined(__clang__)
 #include <immintrin.h>

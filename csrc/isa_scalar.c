@@ -1,4 +1,5 @@
-/* Plain C for any CPU. The autovectoriser is off so that "scalar" means scalar wherever it is measured or tested. */
+/* The kernels in plain C, for any CPU. The autovectoriser is off, so that benchmarks and tests of "scalar" are scalar.
+ */
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-tree-vectorize")
 #endif

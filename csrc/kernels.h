@@ -1,4 +1,5 @@
-/* What dispatch.c and the kernel files agree on: one argument struct per row of ops.def, one table per ISA. */
+/* The interface between dispatch.c, threads.c and the kernels: one argument struct per row of ops.def, one table of
+ * kernels per instruction set. Included by these three. */
 #ifndef FASTDROP_KERNELS_H
 #define FASTDROP_KERNELS_H
 
@@ -8,17 +9,17 @@
 #define FD_OP(name, PARAMETERS)                                                                                        \
     typedef struct {                                                                                                   \
         PARAMETERS(FD_FIELD, FD_FIELD)                                                                                 \
-        int stream;       /* output too large for the cache to keep: write around it */                                \
-        const void *draw; /* draw_bits_args of the words, which are drawn while at it; NULL: they are there */         \
+        int stream;       /* the output is too large for the cache: write around it */                                 \
+        const void *draw; /* draw_bits_args by which the kernel draws the words itself; NULL: they are given */        \
     } name##_args;
 #include "ops.def"
 #undef FD_OP
 
-/* A kernel does units begin .. end-1 of its call: cells, rows or panels of rows. Cells are split at multiples of
- * FD_BLOCK_CELLS. */
+/* A kernel does units begin .. end-1 of its call. Units are cells, rows or panels of rows. If they are cells, begin is
+ * a multiple of FD_BLOCK_CELLS unless it is the call's first. */
 typedef void (*fd_kernel)(const void *args, uint64_t begin, uint64_t end);
 
-/* Sums by panels, [panels, width], to be added up into the first. */
+/* Sums by panels, [panels, width]. add_panels adds them up into the first panel. */
 typedef struct {
     void *sums;
     uint64_t panels, width;
@@ -29,13 +30,13 @@ typedef struct {
 #define FD_OP(name, PARAMETERS) fd_kernel name;
 #include "ops.def"
 #undef FD_OP
-    fd_kernel add_panels; /* of add_panels_args; units are columns */
+    fd_kernel add_panels; /* args: add_panels_args; units are columns */
     void (*scale_float32)(const float *x, float *y, uint64_t n, float a, int stream);
 } fd_table;
 
 extern const fd_table fd_table_scalar, fd_table_avx2, fd_table_avx512, fd_table_neon;
 
-/* threads.c: the kernel over units begin .. end-1 of so many cells each, by several threads where that pays. */
+/* threads.c: runs the kernel over units begin .. end-1, by several threads if that pays. unit: the cells in a unit. */
 void fd_parallel_for(fd_kernel kernel, const void *args, uint64_t begin, uint64_t end, uint64_t unit);
 
 #endif

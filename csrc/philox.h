@@ -1,6 +1,6 @@
-/* Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the counter
- * rule of the mask: which counter gives which bit planes of which word. Scalar; the vector form in kernels.inc.h
- * follows it step by step. */
+/* Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011) and the mask's
+ * counter rule: the counter that gives certain bit planes of a mask word. Included by dispatch.c, for fd_philox4x32_10,
+ * and by kernels.inc.h, for the constants: draw.inc.h has the vector form, which follows this one step by step. */
 #ifndef FASTDROP_PHILOX_H
 #define FASTDROP_PHILOX_H
 

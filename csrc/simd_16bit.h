@@ -1,5 +1,6 @@
-/* float16 and bfloat16 compute in float32: all but their loads and stores is f32's. Included by each vocabulary; one
- * that computes bfloat16 in a form of its own defines BF16_PAIRS. */
+/* float16 and bfloat16 are computed in float32, so all of their operations but loads and stores are those of f32.
+ * Included by each simd_<name>.h. One that keeps bfloat16 as pairs of even and odd elements defines BF16_PAIRS first.
+ */
 #ifndef FASTDROP_SIMD_16BIT_H
 #define FASTDROP_SIMD_16BIT_H
 

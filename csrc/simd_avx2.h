@@ -1,6 +1,6 @@
-/* Lane vocabulary: AVX2, FMA, F16C. 8 words, 8 floats; words are carried through Philox as even and odd halves, as
- * simd_avx512.h explains. There are no lane masks here: a mask bit becomes a full lane by a compare, and selecting is
- * an AND, which gives the +0 that a dropped element must be, whatever the data. */
+/* Lane operations of AVX2, FMA and F16C: 8 words, 8 floats. Included by isa_avx2.c; simd_scalar.h explains the names,
+ * and simd_avx512.h the even and odd halves of wide_t. AVX2 has no lane masks: a compare turns a mask bit into a full
+ * lane, and an AND with it selects, which gives the +0 that a dropped element must be, whatever the data. */
 #ifndef FASTDROP_SIMD_AVX2_H
 #define FASTDROP_SIMD_AVX2_H
 
@@ -11,7 +11,7 @@
 #include "simd_lane_bits.h"
 
 #define LANES 8
-#define GROUPS_ABREAST 2 /* spills a little; one group leaves the multiplier idle half the time */
+#define UNROLL_GROUPS 2 /* spills a little; one group leaves the multiplier idle half the time */
 
 typedef __m256i words_t;
 typedef struct {
@@ -37,7 +37,8 @@ static inline words_t words_xor3(words_t a, words_t b, words_t c) {
     return _mm256_xor_si256(_mm256_xor_si256(a, b), c);
 }
 static inline words_t words_and(words_t a, words_t b) { return _mm256_and_si256(a, b); }
-/* The threshold is the same for all words of a call: a branch on it costs nothing, a select would cost three. */
+/* A branch, because the threshold is the same for all words of a call: it costs nothing, a select three instructions.
+ */
 static inline words_t words_keep(words_t keep, words_t r, uint32_t t) {
     return t ? _mm256_and_si256(keep, r) : _mm256_or_si256(keep, r);
 }
@@ -56,8 +57,8 @@ static inline words_t words_unless(words_t keep, words_t equal, words_t later) {
 #define COMPACT_64(m) COMPACT_16(m), COMPACT_16(m + 16), COMPACT_16(m + 32), COMPACT_16(m + 48)
 static const uint64_t compact_rows[256] = {COMPACT_64(0), COMPACT_64(64), COMPACT_64(128), COMPACT_64(192)};
 
-/* By table and not by a loop over lanes: which lanes count is as random as the mask, and a mispredicted branch behind a
- * draw would keep the data after it from being worked on meanwhile. */
+/* By a table and not by a loop over lanes: the lanes that count are as random as the mask, so branches would be
+ * mispredicted, and the CPU could not work on the next data meanwhile. */
 static inline unsigned words_compact(words_t index, words_t value, uint32_t *indices, uint32_t *values) {
     __m256i zero = _mm256_cmpeq_epi32(value, _mm256_setzero_si256());
     unsigned nonzero = ~(unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(zero)) & 0xFF;
@@ -200,7 +201,7 @@ static inline __m256i bf16_of(bf16_v v) {
 static inline void bf16_store(bf16_t *p, bf16_v v) { _mm256_storeu_si256((__m256i *)p, bf16_of(v)); }
 static inline void bf16_stream(bf16_t *p, bf16_v v) { _mm256_stream_si256((__m256i *)p, bf16_of(v)); }
 
-/* As many as one vector of floats takes, in the order of memory. */
+/* As many numbers as one vector of floats holds, in the order of memory. */
 static inline f32_v bf16_load_lanes(const bf16_t *p) {
     return f32_of_bits(words_left(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16));
 }

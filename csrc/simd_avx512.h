@@ -1,9 +1,10 @@
-/* Lane vocabulary: AVX-512 F, BW, DQ, VL. 16 words, 16 floats.
+/* Lane operations of AVX-512 F, BW, DQ, VL: 16 words, 16 floats. Included by isa_avx512.c; simd_scalar.h explains the
+ * names.
  *
- * vpmuludq multiplies the even 32-bit lanes only, so a vector of words is carried through Philox as two: the even words
- * where they are, the odd ones shifted down. High halves of 64-bit lanes then hold rubbish that the multiplier ignores,
- * and nothing is ever masked off. A high half is fetched by vpshufd, not vpsrlq: on Zen 4/5 any of four ports against
- * two, on Intel port 5 against the multiplier's port 0.
+ * vpmuludq multiplies the even 32-bit lanes only, so Philox keeps a vector of words as two (wide_t): the even words in
+ * place, the odd ones shifted down. The high halves of 64-bit lanes hold values that the multiplier ignores, so nothing
+ * has to be masked. A high half is fetched by vpshufd and not by vpsrlq, because vpshufd runs on four ports of Zen 4
+ * and 5 (vpsrlq: two), and on Intel's port 5, while vpsrlq competes with the multiplier for port 0.
  */
 #ifndef FASTDROP_SIMD_AVX512_H
 #define FASTDROP_SIMD_AVX512_H
@@ -14,7 +15,7 @@
 #include "simd_lane_bits.h"
 
 #define LANES 16
-#define GROUPS_ABREAST 2 /* groups drawn side by side: four chains of multiplications in flight, no spills */
+#define UNROLL_GROUPS 2 /* groups drawn side by side: four chains of multiplications in flight, no spills */
 
 typedef __m512i words_t;
 typedef struct {
@@ -192,7 +193,7 @@ static inline __m512i bf16_of(bf16_v v) {
 static inline void bf16_store(bf16_t *p, bf16_v v) { _mm512_storeu_si512(p, bf16_of(v)); }
 static inline void bf16_stream(bf16_t *p, bf16_v v) { _mm512_stream_si512((__m512i *)p, bf16_of(v)); }
 
-/* As many as one vector of floats takes, in the order of memory. */
+/* As many numbers as one vector of floats holds, in the order of memory. */
 static inline f32_v bf16_load_lanes(const bf16_t *p) {
     return f32_of_bits(words_left(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16));
 }

@@ -1,5 +1,6 @@
-/* The bit of a run that decides each lane, for vocabularies that test against it: lane_bit + k are the lanes of cells k
- * and up. Tables and not shifted constants, which GCC recomputes in every step. */
+/* For each lane, the bit of a run that decides it. Included by simd_avx2.h and simd_avx512.h, which test a run against
+ * these. lane_bit + k is for the lanes of cells k and up. They are tables, because GCC would compute shifted constants
+ * again in every step. */
 #ifndef FASTDROP_SIMD_LANE_BITS_H
 #define FASTDROP_SIMD_LANE_BITS_H
 

@@ -1,5 +1,6 @@
-/* Lane vocabulary: Arm AdvSIMD. 4 words, 4 floats. The widening multiply takes two lanes at a time and leaves their
- * products in two registers, from which uzp1 and uzp2 fetch all low and all high halves: words need no even and odd. */
+/* Lane operations of Arm AdvSIMD: 4 words, 4 floats. Included by isa_neon.c; simd_scalar.h explains the names. The
+ * widening multiply takes two lanes at a time and leaves the products in two registers. uzp1 and uzp2 fetch all low and
+ * all high halves from these, so words need no even and odd halves. */
 #ifndef FASTDROP_SIMD_NEON_H
 #define FASTDROP_SIMD_NEON_H
 
@@ -8,7 +9,7 @@
 #include <string.h>
 
 #define LANES 4
-#define GROUPS_ABREAST 2
+#define UNROLL_GROUPS 2
 
 typedef uint32x4_t words_t;
 typedef uint32x4_t wide_t;

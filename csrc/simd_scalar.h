@@ -1,11 +1,12 @@
-/* Lane vocabulary: scalar. One word, one number at a time, in plain C11: the form every CPU runs, and the one to read
- * first. The other vocabularies define the same names over vectors; kernels.inc.h uses nothing else.
+/* Lane operations in plain C11: one word, one number at a time. Included by isa_scalar.c. Every simd_<name>.h defines
+ * the same names over the vectors of its instruction set, and kernels use nothing else. Read this one first: the
+ * comments here explain the names for all of them.
  *
  *   words_t    LANES mask words, one 32-bit lane each
- *   wide_t     the same words as multiplication wants them; product_t the 64-bit products
- *   f32_t ...  storage types; f32_v ... what is computed with, f32_lanes of them at a time; f32_keep a lane mask
+ *   wide_t     the same words in the form that multiplication needs; product_t: the 64-bit products
+ *   f32_t ...  a number as it is stored; f32_v ...: f32_lanes of them to compute with; f32_keep: a lane mask
  *
- * An f32_v has as many lanes as a words_t; it and f64_v have + - * / of their own in every vocabulary.
+ * An f32_v has as many lanes as a words_t. The operators + - * / work on f32_v and f64_v in every instruction set.
  */
 #ifndef FASTDROP_SIMD_SCALAR_H
 #define FASTDROP_SIMD_SCALAR_H
@@ -15,7 +16,7 @@
 #include <string.h>
 
 #define LANES 1
-#define GROUPS_ABREAST 1
+#define UNROLL_GROUPS 1
 
 typedef uint32_t words_t;
 typedef uint32_t wide_t;
@@ -33,12 +34,12 @@ static inline words_t words_right(words_t v, int n) { return v >> n; }
 static inline words_t words_right_signed(words_t v, int n) { return (uint32_t)((int32_t)v >> n); }
 static inline words_t words_xor3(words_t a, words_t b, words_t c) { return a ^ b ^ c; }
 static inline words_t words_and(words_t a, words_t b) { return a & b; }
-/* One plane r of the draw against plane t (0 or ~0) of the threshold, least significant plane first. Kept so far: draw
- * not below threshold. */
+/* The next three compare random numbers with the threshold, least significant plane first: r is a plane of the random
+ * numbers, t (0 or ~0) the same plane of the threshold. keep: the number is not below the threshold so far. */
 static inline words_t words_keep(words_t keep, words_t r, uint32_t t) { return t ? keep & r : keep | r; }
-/* Cells whose planes all equalled the threshold's. */
+/* equal: all planes equal the threshold's so far. */
 static inline words_t words_equal(words_t equal, words_t r, uint32_t t) { return equal & ~(r ^ t); }
-/* Later planes decide the cells that were equal. */
+/* Later planes decide cells that are equal. */
 static inline words_t words_unless(words_t keep, words_t equal, words_t later) { return keep & (later | ~equal); }
 /* Appends the (index, value) pairs of nonzero values; may write up to LANES pairs, returns how many count. */
 static inline unsigned words_compact(words_t index, words_t value, uint32_t *indices, uint32_t *values) {
@@ -100,7 +101,7 @@ static inline f32_v f32_affine(f32_keep keep, f32_v x, f32_v a, f32_v b, f32_v c
 
 static inline f32_v f32_of_int(words_t v) { return (float)(int32_t)v; }
 static inline f32_v f32_sqrt(f32_v v) { return sqrtf(v); }
-/* By the top bit of each word: another sign; one number or the other. */
+/* f32_turn changes the sign and f32_where selects, both by the top bit of each word. */
 static inline f32_v f32_turn(words_t w, f32_v v) { return f32_of_bits(bits_of_f32(v) ^ (w & 1u << 31)); }
 static inline f32_v f32_where(words_t w, f32_v yes, f32_v no) {
     uint32_t all = 0u - (w >> 31);
@@ -112,7 +113,7 @@ static inline f32_v f32_fma(f32_v a, f32_v b, f32_v c) { return a * b + c; }
 /* Where either is NaN, the second. */
 static inline f32_v f32_max(f32_v a, f32_v b) { return a > b ? a : b; }
 static inline f32_v f32_min(f32_v a, f32_v b) { return a < b ? a : b; }
-/* To the nearest whole number; |v| is below 2^22. NaN may become anything in range. */
+/* To the nearest whole number; |v| is below 2^22. NaN may become any such number. */
 static inline f32_v f32_round(f32_v v) { return v + 0x1.8p23f - 0x1.8p23f; }
 /* v 2^n for whole n from -150 to 128, rounded once at most: in two steps, as 2^n may be out of range. */
 static inline f32_v f32_times_power(f32_v v, f32_v n) {
@@ -151,13 +152,13 @@ static inline f64_keep f64_except(f64_keep keep, f64_keep drop) { return keep &&
 static inline f64_v f64_select(f64_keep keep, f64_v yes, f64_v no) { return keep ? yes : no; }
 static inline uint32_t f64_bits(f64_keep keep) { return (uint32_t)keep; }
 
-/* 16-bit types are computed with in float32 and rounded once, to nearest even. NaNs stay NaNs: the quiet bit is set and
- * the payload's top bits kept, as the conversion instructions of x86 and Arm do. */
+/* 16-bit types are computed in float32 and rounded once, to nearest even. NaNs stay NaNs: the quiet bit is set and the
+ * payload's top bits are kept, as the conversion instructions of x86 and Arm do. */
 static inline float f32_of_f16(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000u) << 16, magnitude = h & 0x7FFFu;
     if (magnitude >= 0x7C00u)
         return f32_of_bits(sign | 0x7F800000u | (magnitude & 0x3FFu) << 13 | (magnitude > 0x7C00u ? 0x400000u : 0u));
-    /* No float here is subnormal: under flush-to-zero it would be 0, where the instructions keep it. */
+    /* No float here is subnormal, because flush-to-zero would make it 0, and the instructions don't. */
     if (magnitude < 0x400u) return f32_of_bits(sign | bits_of_f32((float)(int32_t)magnitude * 0x1p-24f));
     return f32_of_bits(sign | ((magnitude << 13) + 0x38000000u));
 }

@@ -1,20 +1,21 @@
-/* Worker pool: a few threads that share one loop over cells, rows or panels at a time.
+/* The worker pool: a few threads that share one loop over cells, rows or panels at a time. dispatch.c calls
+ * fd_parallel_for; Python sets the number of threads.
  *
  * Not OpenMP: a child forked after libgomp ran hangs in its first parallel region, and its threads take milliseconds to
- * wake after an idle spell. Here the caller works too and waits only for those who joined in, and a forked child starts
- * with an empty pool. Two callers at once: the second finds the pool busy and does its work alone, which costs less
- * than waiting.
+ * wake after an idle spell. Here the caller works too and waits only for workers that joined in, and a forked child
+ * starts with an empty pool. If two callers come at once, the second finds the pool busy and does its work alone, which
+ * costs less than waiting.
  *
- * A worker out of work watches for more for SPIN_NANOSECONDS and then sleeps on a condition variable: forward and
- * backward of neighbouring layers find it awake (1 us instead of 30 to 50 on a virtual machine). It does so only if its
- * last wait was that short. A longer watch would keep the core from the threads of whatever runs between two dropouts:
- * at 100 us torch's multiplication of a million floats took twice as long beside ours, at 20 us as long as ever.
+ * A worker without work spins for SPIN_NANOSECONDS and then sleeps on a condition variable, so that the calls of
+ * neighbouring layers find it awake (1 us instead of 30 to 50 on a virtual machine). It spins only if its last wait was
+ * that short. A longer spin would take the core from the threads of whatever runs between two dropouts: with 100 us
+ * torch's multiplication of a million floats took twice as long, with 20 us it took no longer than alone.
  *
- * A library that calls us and has threads of its own awake, spinning for its next loop, lends them: two pools on the
- * same cores wait for each other, by milliseconds. Its team is only ever asked for as many threads as it has (another
- * number would end some and start others), and not in a forked child, where they are gone.
+ * A library that calls us may have threads of its own, which spin for its next loop. Work then runs on these (the
+ * team), because two pools on the same cores wait for each other for milliseconds. The team is always asked for as many
+ * threads as it has, since another number would end some and start others. A forked child has no team.
  *
- * Ranges are handed out a grain at a time, so that a thread the system has put aside holds up no more than one grain.
+ * Ranges are handed out a grain at a time, so that a thread that the system suspends delays one grain at most.
  *
  * A job is computed under its caller's floating-point modes on every thread, so that rounding upward or flushing
  * subnormals to zero in the caller gives the same bits on any number of threads.
@@ -31,13 +32,13 @@
 
 enum { MAX_THREADS = 256, SPIN_NANOSECONDS = 20000 };
 
-/* Cells a thread takes at a time; fewer than two of these run on the calling thread alone, since waking another costs
- * what 100,000 cells cost. A team that is awake starts in a microsecond, so less work is worth sharing; this is where
- * torch begins to share its. */
+/* The cells that a thread takes at a time. Fewer than two grains run on the calling thread alone, because waking
+ * another thread costs as much as 100,000 cells. A team that is awake starts in a microsecond, so its grain is smaller:
+ * torch begins to share its own work there. */
 enum { GRAIN_CELLS = 128 * FD_BLOCK_CELLS, TEAM_GRAIN_CELLS = 64 * FD_BLOCK_CELLS };
 
-/* How this thread rounds, whether subnormals are flushed, and which exceptions trap: MXCSR on x86 without its flags,
- * which say what has happened, and FPCR on Arm. */
+/* How this thread rounds, whether it flushes subnormals, and which exceptions trap: FPCR on Arm, MXCSR on x86 without
+ * its flags, which only record exceptions. */
 #if defined(__x86_64__)
 enum { MXCSR_FLAGS = 0x3F };
 static uint64_t float_modes(void) { return __builtin_ia32_stmxcsr() & ~(unsigned)MXCSR_FLAGS; }
@@ -64,8 +65,8 @@ typedef struct {
     uint64_t modes; /* of the caller */
 } job_t;
 
-/* busy: held by the caller whose job the pool runs; others try it and never wait. lock: guards what follows it. The
- * atomics among that are written under it and also watched without it. */
+/* busy: held by the caller whose job the pool runs; others try to lock it and never wait. lock: guards the variables
+ * below it. The atomic ones are written under it, and read without it too. */
 static pthread_mutex_t busy = PTHREAD_MUTEX_INITIALIZER, lock = PTHREAD_MUTEX_INITIALIZER;
 static pthread_cond_t wake = PTHREAD_COND_INITIALIZER, done = PTHREAD_COND_INITIALIZER;
 static job_t *job;
@@ -105,7 +106,7 @@ static void work(job_t *j) {
     }
 }
 
-/* On a thread that is not the caller's, whose modes it leaves as they were. */
+/* On a thread other than the caller's. Its floating-point modes are restored afterwards. */
 static void work_elsewhere(void *j) {
     const uint64_t own = float_modes(), wanted = ((job_t *)j)->modes;
     if (own != wanted) set_float_modes(wanted);
@@ -140,7 +141,7 @@ static void *worker(void *unused) {
     return NULL;
 }
 
-/* The child has the caller's thread alone; whatever the others held is gone with them. */
+/* The child has only the thread that forked. Locks that other threads held would stay locked for ever. */
 static void reset_in_child(void) {
     pthread_mutex_init(&busy, NULL);
     pthread_mutex_init(&lock, NULL);
@@ -159,7 +160,7 @@ static void watch_for_forks(void) {
     pthread_once(&once, register_reset);
 }
 
-/* Called with lock held. Fewer threads than asked for is not an error: the work gets done. */
+/* Called with lock held. Fewer threads than asked for are no error: the others do the work. */
 static void start_workers(int n) {
     watch_for_forks();
     for (; workers < n; workers++) {
@@ -202,7 +203,7 @@ void fd_parallel_for(fd_kernel kernel, const void *args, uint64_t begin, uint64_
     pthread_mutex_unlock(&lock);
     work(&j);
     pthread_mutex_lock(&lock);
-    seats = 0; /* late risers stay out */
+    seats = 0; /* workers that wake up now stay out */
     pthread_mutex_unlock(&lock);
     for (int64_t until = now() + SPIN_NANOSECONDS; atomic_load(&working) > 0 && now() < until;) relax();
     pthread_mutex_lock(&lock);

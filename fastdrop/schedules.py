@@ -1,7 +1,8 @@
-"""p as a function of the step, be that a batch or an epoch.
+"""Schedules: the drop probability p as a function of the step.
 
-A schedule is any callable that takes the step, a number from 0 on, and returns p. Those here are values too: they
-compare, hash, print and pickle as what they were made of. `fastdrop.torch.DropoutScheduler` sets a model's p by one.
+`fastdrop.torch.DropoutScheduler` calls one to set the p of a model. A step is a batch or an epoch, as the caller
+decides, and counts from 0. Any function of the step is a schedule; those here can also be compared, hashed, printed and
+pickled.
 
 >>> from fastdrop import schedules
 >>> schedule = schedules.warmup(schedules.exponential(0.5, 0.9, floor=0.1), 2)
@@ -24,7 +25,7 @@ __all__ = ["constant", "cosine", "exponential", "linear", "piecewise", "warmup"]
 
 
 class Schedule:
-    """What the schedules here have in common: the checks."""
+    """The base class of the schedules here: it checks the step."""
 
     def __call__(self, step: float) -> float:
         return self._at(checks.number_from("step", step, 0))
@@ -33,7 +34,7 @@ class Schedule:
         raise NotImplementedError
 
     def _keep(self, **fields: object) -> None:
-        """Replaces what was given by what was checked."""
+        """Replaces arguments by their checked values."""
         for name, value in fields.items():
             object.__setattr__(self, name, value)
 
@@ -71,16 +72,16 @@ class _Ramp(Schedule):
 
 
 class linear(_Ramp):
-    """From start to end in equal amounts over the first ``steps`` steps, then end.
+    """From start to end in equal increments over the first ``steps`` steps, then end.
 
     Parameters
     ----------
     start, end : float
-        p at step 0, and from step ``steps`` on; each from 0 to 1.
+        p at step 0, and p from step ``steps`` on; each from 0 to 1.
     steps : float
         At least 1.
 
-    Raises ValueError for what is out of range, TypeError for what is no number.
+    Raises ValueError for a value out of range, TypeError for a value that is not a number.
 
     >>> from fastdrop.schedules import linear
     >>> [linear(0.5, 0.1, 4)(step) for step in (0, 1, 2, 4, 9)]
@@ -92,10 +93,10 @@ class linear(_Ramp):
 
 
 class cosine(_Ramp):
-    """From start to end along half a cosine, slow at both ends, over the first ``steps`` steps, then end.
+    """From start to end along half a cosine wave, slow at both ends, over the first ``steps`` steps, then end.
 
-    ``end + (start - end) * (1 + cos(pi * step / steps)) / 2``. Source: Loshchilov & Hutter 2017, there for the rate of
-    learning.
+    ``end + (start - end) * (1 + cos(pi * step / steps)) / 2``. Source: Loshchilov & Hutter 2017, who use it for
+    the learning rate.
 
     Parameters and errors are those of `linear`.
 
@@ -118,11 +119,11 @@ class exponential(Schedule):
     start : float
         p at step 0, from 0 to 1.
     decay : float
-        What p is multiplied by at each step, from 0 to 1.
+        The factor of p at each step, from 0 to 1.
     floor : float
-        What p doesn't fall below, from 0 to start.
+        The lowest p, from 0 to start.
 
-    Raises ValueError for what is out of range, TypeError for what is no number.
+    Raises ValueError for a value out of range, TypeError for a value that is not a number.
 
     >>> from fastdrop.schedules import exponential
     >>> [round(exponential(0.5, 0.9, floor=0.1)(epoch), 4) for epoch in (0, 1, 2, 30)]
@@ -147,16 +148,16 @@ class exponential(Schedule):
 
 @dataclass(frozen=True)
 class piecewise(Schedule):
-    """Stairs: ``values[0]`` before step ``boundaries[0]``, ``values[i]`` from ``boundaries[i - 1]`` on.
+    """Constant pieces: ``values[0]`` before step ``boundaries[0]``, ``values[i]`` from step ``boundaries[i - 1]`` on.
 
     Parameters
     ----------
     boundaries : sequence of float
-        Steps at which p changes: from 0 on, each more than the one before.
+        The steps at which p changes: at least 0, each greater than the one before.
     values : sequence of float
-        p, from 0 to 1; one more than there are boundaries.
+        The values of p, from 0 to 1; one more than there are boundaries.
 
-    Raises ValueError for what is out of range or order, or too few or many; TypeError for what is no number.
+    Raises ValueError for values out of range or order, or of the wrong number; TypeError for one that is not a number.
 
     >>> from fastdrop.schedules import piecewise
     >>> [piecewise([10, 20], [0.5, 0.3, 0.1])(step) for step in (0, 9, 10, 19, 20)]
@@ -176,21 +177,20 @@ class piecewise(Schedule):
 
 @dataclass(frozen=True)
 class warmup(Schedule):
-    """From start to where a schedule begins, in equal amounts over the first ``steps`` steps, then that schedule.
+    """From start to the first p of a schedule, in equal increments over ``steps`` steps; then that schedule.
 
-    The schedule's own steps count from the end of the warm-up: at step ``steps`` it is asked for its step 0, so it
-    runs as long as it would alone.
+    The schedule's own steps count from the end of the warm-up: step ``steps`` is the schedule's step 0.
 
     Parameters
     ----------
     schedule : callable of the step
-        One of those here, or any other.
+        A schedule of this module or any function of the step.
     steps : float
         At least 1.
     start : float
         p at step 0, from 0 to 1.
 
-    Raises ValueError for what is out of range, TypeError for what is no number or can't be called.
+    Raises ValueError for a value out of range, TypeError for one that is not a number or, for schedule, not callable.
 
     >>> from fastdrop.schedules import linear, warmup
     >>> schedule = warmup(linear(0.4, 0.2, 2), 2)
@@ -213,5 +213,5 @@ class warmup(Schedule):
 
 
 def _mix(start: float, end: float, fraction: float) -> float:
-    """start at 0, end exactly at 1 and beyond."""
+    """start at fraction 0, exactly end at 1 and above."""
     return end if fraction >= 1.0 else start + (end - start) * fraction

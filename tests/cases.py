@@ -1,4 +1,4 @@
-"""What all tests draw on: variants, dtypes, lengths, probabilities, the one tolerance table, guarded buffers."""
+"""Tables and helpers of all tests: variants, dtypes, lengths, probabilities, tolerances, guarded buffers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls the ops ``torch.ops.fastdrop.*`` with arguments that mostly don't fit: none may touch memory it was not given.
+"""Calls the ops ``torch.ops.fastdrop.*`` with arguments that mostly do not fit: no call may touch memory of others.
 
     make fuzz SECONDS=600                            # with seeds of its own, which it prints
     python -m tests.fuzz_ops --seed 5 --call 1234    # one call again

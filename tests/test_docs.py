@@ -1,4 +1,4 @@
-"""What README and the guide show runs, and prints what they say."""
+"""The code in README and the guide runs, and prints what its comments say."""
 
 import re
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""What is measured: operation x variant x dtype x size x p x threads, and beside whom.
+"""The cases of plain dropout: operation x variant x dtype x size x p x threads, and the peers of each.
 
-A variant is a backend, with its instruction set if it has several. Every case runs beside ``torch.mul`` and, in float32
-on one thread of C, our own streaming scale: the least any pass over this memory takes. The best C variant also meets
-the dropouts people use today, and Numba meets C.
+A variant is a backend, with its instruction set if it has several. Every case runs beside ``torch.mul``. In float32 on
+one thread of C it also runs beside our own streaming multiplication, which is the least that any pass over this memory
+takes. The best C variant also meets the dropouts that people use today, and Numba meets C.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Forward, backward and both, every case in turn with its peers.
+"""Times plain dropout: forward, backward and both, every case in turn with its peers.
 
-``extra_info`` keeps, per peer, the median and the median of the paired ratios fastdrop / peer.
+``extra_info`` keeps the median of each peer and the median of the paired ratios fastdrop / peer.
 """
 
 from __future__ import annotations

@@ -1,14 +1,15 @@
-"""All that needs a GPU, by one command: python bench/gpu.py [--output FOLDER] [--quick] [--no-tune].
+"""Runs everything that needs a GPU, by one command: `python bench/gpu.py [--output FOLDER] [--quick] [--no-tune]`.
 
 It runs the tests that need GPU 0, and times fastdrop there beside a copy of memory, torch's dropout, torch.compile's
-and a seeded one in Triton: under eight minutes, a table last, everything in gpu-NAME.json and gpu-NAME.md of the
-folder. It needs torch with CUDA, numba-cuda and pytest, and no build of this package.
+and a seeded one in Triton. It takes under eight minutes, prints a table last, and leaves gpu-NAME.json and gpu-NAME.md
+in the folder. It needs torch with CUDA, numba-cuda and pytest, and no build of this package. A failing section does not
+stop the others.
 
 The fused kernels have a run of their own, as long: ``--sections build,suite,fused`` tests and times each, forward and
-backward, beside a copy of memory and torch's formula, eager and compiled, into gpu-NAME-build-suite-fused.json and .md.
+backward, beside a copy of memory and torch's formula, eager and compiled.
 
-``--dry-run`` goes the same ways on the CPU, with tiny tensors and the reference in the kernels' place: it says that the
-script runs, and nothing else. Without ``--output`` it leaves no files.
+``--dry-run`` goes the same ways on the CPU, with tiny tensors and the reference in the kernels' place. It shows that
+the script runs, and nothing else. Without ``--output`` it leaves no files.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ import importlib.util
 import os
 import platform
 import re
-import shutil
 import sys
 import tempfile
 import time
@@ -34,24 +34,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))  # run as a script, Python knows bench/ alone
-
-from bench.gpu import report as gpu_report
-from bench.gpu import timing as gpu_timing
-from bench.gpu.guard import Item, Lines, Skip, Task, failed, one_line, run_for, run_items, run_section
 from fastdrop.backends.cuda import compile
 from fastdrop.backends.cuda.compile import Variant
 from fastdrop.backends.cuda.tile import ITEM_BYTES
 from fastdrop.core.activations import ACTIVATIONS
 from fastdrop.core.checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
+from . import report, timing
+from .processes import ROOT, Item, Skip, Task, failed, one_line, run_for, run_items, run_section
+
 TOTAL_SECONDS, QUICK_SECONDS = 450.0, 200.0
 NO_GPU = 2  # exit code
-GPU_TESTS = "tests/backends/cuda/test_gpu.py"
-SANITIZER = "compute-sanitizer"
-SANITIZED = "agree and (33 or 1025) or device_arrays"  # tests
+GPU_TESTS = ("tests/backends/cuda/test_gpu.py", "tests/backends/cuda/test_gpu_torch.py")
 PACKAGES = ("fastdrop", "torch", "triton", "numba", "numba-cuda", "cuda-bindings", "nvidia-nvjitlink", "numpy")
 
 
@@ -117,7 +111,7 @@ def compile_one(cc: tuple[int, int], variant: Variant) -> None:
 def pytest_command(*arguments: str) -> list[str]:
     """Without the other tests' conftest.py and options, which may need what isn't installed here."""
     flags = ["--noconftest", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short"]
-    return [sys.executable, "-m", "pytest", *flags, GPU_TESTS, *arguments]
+    return [sys.executable, "-m", "pytest", *flags, *GPU_TESTS, *arguments]
 
 
 def suite(quick: bool) -> dict[str, Item]:
@@ -125,7 +119,7 @@ def suite(quick: bool) -> dict[str, Item]:
         code, text = run_for(pytest_command("-v", "-rfE", "--maxfail=40"), task.left() - 5.0)
         return judged_suite(code, text, task.dry_run)
 
-    return {GPU_TESTS: test}
+    return {"tests": test}
 
 
 def judged_suite(code: int | None, text: str, may_skip: bool = False) -> dict[str, Any]:
@@ -143,30 +137,6 @@ def judged_suite(code: int | None, text: str, may_skip: bool = False) -> dict[st
     return {"summary": last}
 
 
-def sanitizer(quick: bool) -> dict[str, Item]:
-    def check(task: Task, tool: str) -> dict[str, Any]:
-        found = shutil.which(SANITIZER) or shutil.which(SANITIZER, path="/usr/local/cuda/bin")
-        if found is None:
-            raise Skip(f"{SANITIZER} is not installed")
-        command = [found, "--tool", tool, "--error-exitcode", "86", *pytest_command("-q", "-k", SANITIZED)]
-        # Each tensor an allocation of its own, so that a step beyond its end is one beyond the memory's.
-        return judged_sanitizer(*run_for(command, min(task.left(), 50.0), {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
-
-    return {tool: partial(check, tool=tool) for tool in ("memcheck", "initcheck", "racecheck")}
-
-
-def judged_sanitizer(code: int | None, text: str) -> dict[str, Any]:
-    """The tool's summary; AssertionError where it found something, Skip where it couldn't run."""
-    summaries = re.findall(r"=+ ((?:ERROR|RACECHECK) SUMMARY: .*)", text)
-    if code == 0 and summaries:
-        return {"summary": summaries[-1]}
-    if code is None:
-        raise Skip("it did not end in time")
-    if not summaries or "Device not supported" in text:
-        raise Skip(f"it could not run (code {code}): {' '.join(text.split())[:300]}")
-    raise AssertionError(f"{summaries[-1]} (code {code})\n{text[:5000]}")
-
-
 # ---- the command ----
 
 
@@ -175,31 +145,27 @@ class Section:
     title: str
     items: Callable[[bool], dict[str, Item]]  # given whether the run is a quick one
     seconds: float  # at most, all items together
-    limit: float  # of one item
     quick: bool = True  # also in a quick run
     asked: bool = False  # only where it is asked for by name
 
 
 SECTIONS = {
-    "machine": Section("the machine", machine, 60, 60),
-    "build": Section("compiling the kernels", build, 75, 75),
-    "suite": Section(f"the tests in {GPU_TESTS}", suite, 130, 125),
-    "kernels": Section("times of kernels", gpu_timing.kernels, 140, 60),
-    "host": Section("time on the host", gpu_timing.host, 25, 30),
-    "channels": Section("a decision per channel", gpu_timing.channels, 20, 30),
-    "fused": Section("times of fused kernels", gpu_timing.fused, 400, 60, asked=True),
-    "sanitizer": Section(SANITIZER, sanitizer, 80, 60, quick=False),
-    "tune": Section("launch shapes", gpu_timing.tune, 90, 60, quick=False),
+    "machine": Section("the machine", machine, 60),
+    "build": Section("compiling the kernels", build, 75),
+    "suite": Section("the tests that need a GPU", suite, 130),
+    "kernels": Section("times of kernels", timing.kernels, 140),
+    "host": Section("time on the host", timing.host, 25),
+    "channels": Section("a decision per channel", timing.channels, 20),
+    "fused": Section("times of fused kernels", timing.fused, 400, asked=True),
+    "tune": Section("launch shapes", timing.tune, 90, quick=False),
 }
-
-
 ALL = ",".join(name for name, section in SECTIONS.items() if not section.asked)
 
 
 def run_sections(
     data: dict[str, Any],
     sections: Mapping[str, Section],
-    run: Callable[[str, Section, float], tuple[bool, dict[str, Any]]],
+    run: Callable[[str, float], dict[str, Any]],
     seconds: float,
     folder: Path | None,
 ) -> None:
@@ -207,20 +173,19 @@ def run_sections(
     start = time.monotonic()
     for name, section in sections.items():
         begun = time.monotonic()
-        allowed = min(section.seconds, seconds - (begun - start))
-        ended, items = False, {}
+        items, allowed = {}, min(section.seconds, seconds - (begun - start))
         if allowed > 1:
             try:
-                ended, items = run(name, section, allowed)
+                items = run(name, allowed)
             except Exception as error:
                 items = {"section": failed(one_line(error), traceback.format_exc())}
         fates = {row["status"] for row in items.values()}
-        status = "failed" if "failed" in fates else "cut" if "not run" in fates or not ended else "ok"
+        status = "failed" if "failed" in fates else "cut" if "not run" in fates or not items else "ok"
         took = round(time.monotonic() - begun, 1)
         data["sections"][name] = {"title": section.title, "status": status, "seconds": took, "items": items}
         data["seconds"] = round(time.monotonic() - start, 1)
         if folder:
-            gpu_report.save(data, folder)
+            report.save(data, folder)
         print(f"{data['seconds']:6.1f} s  {section.title}: {status}", flush=True)
 
 
@@ -261,8 +226,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.child:
         name, file, seconds = chosen.child
         task = Task(chosen.dry_run, time.monotonic() + float(seconds))
-        run_items(SECTIONS[name].items(chosen.quick), Lines(Path(file)), task)
-        return 0
+        return int(not run_items(SECTIONS[name].items(chosen.quick), Path(file), task))
     reason = None if chosen.dry_run else unusable()
     if reason:
         print(f"bench/gpu.py needs a GPU: {reason}", file=sys.stderr)
@@ -283,15 +247,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     modes = [flag for flag, on in (("--quick", chosen.quick), ("--dry-run", chosen.dry_run)) if on]
     with tempfile.TemporaryDirectory() as scratch:
 
-        def run(name: str, section: Section, seconds: float) -> tuple[bool, dict[str, Any]]:
-            command = [sys.executable, str(ROOT / "bench" / "gpu.py"), *modes, "--child", name]
-            return run_section(command, Path(scratch) / f"{name}.jsonl", seconds, section.limit)
+        def run(name: str, seconds: float) -> dict[str, Any]:
+            command = [sys.executable, "-m", "bench.gpu", *modes, "--child", name]
+            return run_section(command, Path(scratch) / f"{name}.jsonl", seconds)
 
         run_sections(data, sections, run, QUICK_SECONDS if chosen.quick else TOTAL_SECONDS, folder)
     print()
-    print(gpu_report.printed(data), flush=True)
+    print(report.printed(data), flush=True)
     if folder:
-        print("wrote " + " and ".join(map(str, gpu_report.save(data, folder))), flush=True)
+        print("wrote " + " and ".join(map(str, report.save(data, folder))), flush=True)
     return int(any(section["status"] == "failed" for section in data["sections"].values()))
 
 

@@ -1,7 +1,7 @@
-"""The device that is timed: GPU 0 through torch; and the CPU in its place for a dry run.
+"""The device that is timed: GPU 0 through torch, or the CPU in its place for a dry run.
 
-This module owns how work is enqueued, captured, marked and waited for. Both classes have the same methods; `Host`'s do
-as little as can be, with the reference backend in the kernels' place and the wall clock for events.
+This module owns how work is enqueued, captured, marked and waited for. `Host` has the same methods as `Cuda`. It does
+as little as it can: the reference backend stands in for the kernels, and the wall clock for events.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from fastdrop.backends.cuda import launch as numba_cuda
 from fastdrop.core.checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
 Call = Callable[[], object]
+STORAGE = {FLOAT32: np.float32, FLOAT64: np.float64, FLOAT16: np.float16, BFLOAT16: np.uint16}
+SMI = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
 
 
 class Cuda:
@@ -36,7 +38,9 @@ class Cuda:
     def __init__(self) -> None:
         import torch
 
-        self.torch, self.device = torch, torch.device("cuda", 0)
+        from fastdrop.torch.runtime.dispatch.tensors import current_stream
+
+        self.torch, self.device, self._current_stream = torch, torch.device("cuda", 0), current_stream
         torch.cuda.set_device(self.device)
         self._properties = torch.cuda.get_device_properties(self.device)
         self.l2_bytes = int(getattr(self._properties, "L2_cache_size", 0)) or 64 << 20
@@ -50,7 +54,7 @@ class Cuda:
         }  # fmt: skip
 
     def stream(self) -> int:
-        return int(self.torch._C._cuda_getCurrentRawStream(0))
+        return int(self._current_stream(0))
 
     def synchronize(self) -> None:
         self.torch.cuda.synchronize()
@@ -83,7 +87,7 @@ class Cuda:
         return replay
 
     def compile(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        self.torch._dynamo.reset()
+        self.torch.compiler.reset()
         return self.torch.compile(function, dynamic=False)
 
     @contextlib.contextmanager
@@ -98,10 +102,10 @@ class Cuda:
             driver.THREADS, device.blocks = before
 
     def seeds(self) -> Call:
-        """What draws a seed per call."""
+        """Returns a function that draws a seed for a call."""
         from fastdrop.torch.runtime import seeds
 
-        return partial(seeds.draw_cuda, self.device, None)
+        return partial(seeds.next_cuda_seed, self.device, None)
 
     def free(self) -> None:
         gc.collect()
@@ -112,8 +116,7 @@ class Host:
     sizes = {"256M": 5001, "16M": 3000, "1M": 1000}  # noqa: RUF012
     matrices = {"16384 x 4096": (48, 32), "8192 x 1024": (33, 16), "2048 x 2048": (32, 16)}  # noqa: RUF012
     image = (2, 3, 4, 5)
-    sample_seconds, host_calls = 1e-5, 3
-    l2_bytes = 2 << 10
+    sample_seconds, host_calls, l2_bytes = 1e-5, 3, 2 << 10
 
     def __init__(self) -> None:
         import torch
@@ -121,10 +124,8 @@ class Host:
         self.torch, self.device, self.backend = torch, torch.device("cpu"), AddressedReference
 
     def describe(self) -> dict[str, Any]:
-        return {
-            "device": "dry run on the CPU", "compute_capability": [9, 0], "sms": 132, "memory_bytes": 0,
-            "l2_bytes": self.l2_bytes, **nvidia_smi(),
-        }  # fmt: skip
+        about = {"device": "dry run on the CPU", "compute_capability": [9, 0], "sms": 132, "memory_bytes": 0}
+        return {**about, "l2_bytes": self.l2_bytes, **nvidia_smi()}
 
     def stream(self) -> int:
         return 0
@@ -151,51 +152,42 @@ class Host:
     def seeds(self) -> Call:
         from fastdrop.torch.runtime import seeds
 
-        return partial(seeds.draw, None)
+        return partial(seeds.next_seed, None)
 
     def free(self) -> None:
         gc.collect()
 
 
 class AddressedReference:
-    """The reference backend with the parameters of `numba_cuda`, over memory of the CPU."""
+    """The reference backend with the parameters of the CUDA launcher, over memory of the CPU."""
 
     @staticmethod
-    def dropout_forward_at(
-        device: int, stream: int, dtype: int, x: int, y: int, words: int, first: int, n: int, *rest: Any
-    ) -> None:
-        data = _array(x, n, STORAGE[dtype]), _array(y, n, STORAGE[dtype])
-        reference.dropout_forward(dtype, *data, _words(words, n) if words else None, first, n, *rest)
+    def dropout_forward_at(device: int, stream: int, dtype: int, *rest: Any) -> None:
+        x, y, words, first, n, *options = rest
+        data = (memory(at, n, STORAGE[dtype]) for at in (x, y))
+        reference.dropout_forward(dtype, *data, memory_words(words, n) if words else None, first, n, *options)
 
     @staticmethod
-    def masked_affine_at(
-        device: int, stream: int, dtype: int, x: int, y: int, words: int, position: int, outer: int, repeat: int,
-        inner: int, *rest: Any,
-    ) -> None:  # fmt: skip
-        n = outer * repeat * inner
-        data = _array(x, n, STORAGE[dtype]), _array(y, n, STORAGE[dtype])
-        keep = _words(words, position + outer * inner)
-        reference.masked_affine(dtype, *data, keep, position, outer, repeat, inner, *rest)
+    def masked_affine_at(device: int, stream: int, dtype: int, *rest: Any) -> None:
+        x, y, words, position, outer, repeat, inner, *affine = rest
+        data = (memory(at, outer * repeat * inner, STORAGE[dtype]) for at in (x, y))
+        keep = memory_words(words, position + outer * inner)
+        reference.masked_affine(dtype, *data, keep, position, outer, repeat, inner, *affine)
 
 
-STORAGE = {FLOAT32: np.float32, FLOAT64: np.float64, FLOAT16: np.float16, BFLOAT16: np.uint16}
+def memory(address: int, n: int, dtype: Any) -> Any:
+    return np.frombuffer((ctypes.c_uint8 * (n * np.dtype(dtype).itemsize)).from_address(address), dtype)
 
 
-def _array(address: int, n: int, dtype: Any) -> Any:
-    size = n * np.dtype(dtype).itemsize
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype)
-
-
-def _words(address: int, bits: int) -> Any:
-    return _array(address, (bits + 31) // 32, np.uint32)
+def memory_words(address: int, bits: int) -> Any:
+    return memory(address, (bits + 31) // 32, np.uint32)
 
 
 def nvidia_smi() -> dict[str, str]:
     """Driver, clocks, temperature and power as the GPU reports them now; empty where they can't be read."""
-    fields = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,temperature.gpu,power.draw,power.limit"
-    command = ["nvidia-smi", "-i", "0", f"--query-gpu={fields}", "--format=csv,noheader"]
+    command = ["nvidia-smi", "-i", "0", f"--query-gpu={SMI}", "--format=csv,noheader"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
-    return dict(zip(fields.split(","), (value.strip() for value in answer.split(",")), strict=False))
+    return dict(zip(SMI.split(","), (value.strip() for value in answer.split(",")), strict=False))

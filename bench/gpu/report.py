@@ -1,7 +1,7 @@
-"""The report of a run on a GPU: targets, tables, files.
+"""Writes the report of a run on a GPU: targets, tables, files.
 
-``data`` is what the JSON holds: options, when it started, and ``sections`` by name, each with the rows of its items.
-What is wrong or missed comes first, and no more than `PRINTED` is printed: some see only the end of the output.
+``data`` is the content of the JSON: options, when it started, and ``sections`` by name, each with its items' rows.
+Failures and missed targets come first. At most `PRINTED` characters are printed, because some see only the end.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from bench.gpu import timing
-from bench.gpu.timing import BACKWARD, BOTH, COPY, FORWARD, OURS, THEIRS
+from . import timing
+from .races import COPY
+from .timing import BACKWARD, BOTH, FORWARD, OURS, THEIRS
 
 PRINTED = 11_500  # characters
 SHOWN = 14  # items that did not end well
@@ -220,16 +221,16 @@ def printed(data: Data) -> str:
 
 
 def save(data: Data, folder: Path) -> list[Path]:
-    """Writes the JSON and the report, each whole or not at all."""
+    """Writes the JSON, then the report, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     about = next(iter(results(data, "machine")), {})
     of = f"{about.get('device', 'unknown')} {data.get('part', '')}"
     stem = "gpu-" + re.sub(r"[^a-z0-9]+", "-", of.lower()).strip("-")
     written = []
-    for suffix, text in ((".json", json.dumps(data, indent=1) + "\n"), (".md", report(data))):
+    for suffix, made in ((".json", lambda: json.dumps(data, indent=1) + "\n"), (".md", lambda: report(data))):
         file = folder / f"{stem}{suffix}"
         part = file.with_suffix(f"{suffix}.part")
-        part.write_text(text)
+        part.write_text(made())
         part.replace(file)
         written.append(file)
     return written

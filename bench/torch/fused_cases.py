@@ -1,6 +1,6 @@
-"""The fused functions as they are timed: calls of ours, the formula for torch, and what each has to move.
+"""The fused functions as benchmarks time them: our call, torch's formula, and the bytes that each has to move.
 
-Imports torch: import this where there is one.
+The CPU and the GPU benchmark use it. It imports torch, so import it only where torch is installed.
 """
 
 from __future__ import annotations

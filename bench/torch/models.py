@@ -1,4 +1,4 @@
-"""Networks whose training step is timed, each built for a rate of dropout and with a batch of random data."""
+"""The networks whose training step is timed. A function builds each for a dropout rate, with a batch of random data."""
 
 from __future__ import annotations
 

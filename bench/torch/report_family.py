@@ -1,6 +1,7 @@
-"""Turns a benchmark JSON of the family into a report: python -m bench.torch.report_family RESULTS.json.
+"""Reports the other kinds of dropout: `python -m bench.torch.report_family RESULTS.json`.
 
-It writes RESULTS.md and RESULTS.png: the targets, misses on top, then every case.
+It writes RESULTS.md and RESULTS.png. The targets come first, those that were missed on top. The second table has every
+case.
 """
 
 from __future__ import annotations

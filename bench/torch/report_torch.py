@@ -1,6 +1,7 @@
-"""Turns a benchmark JSON of the torch face into a report: python -m bench.torch.report_torch RESULTS.json.
+"""Reports torch's function and training steps: `python -m bench.torch.report_torch RESULTS.json`.
 
-It writes RESULTS.md and RESULTS.png: the targets, misses on top, then every case.
+It writes RESULTS.md and RESULTS.png. The targets come first, those that were missed on top. The second table has every
+case.
 """
 
 from __future__ import annotations

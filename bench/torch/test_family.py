@@ -1,4 +1,4 @@
-"""The other kinds of dropout, each beside what it is held to: a multiplication, plain dropout, a formula in torch."""
+"""Times the other kinds of dropout, each beside its target: a multiplication, plain dropout, a formula in torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropout fused with what surrounds it, beside the passes that would be there without it."""
+"""Times dropout fused with the operations around it, beside the separate passes that it replaces."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's dropout and ours, in turn: the function alone, and training steps, with those at p = 0 beside them."""
+"""Times torch's dropout and ours in turn: the function alone, and training steps beside those at p = 0."""
 
 from __future__ import annotations
 

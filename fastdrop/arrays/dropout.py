@@ -16,7 +16,7 @@ from ..core.mask import GaussianNoise, PackedMask, empty_words, gaussian_noise, 
 from ..core.random import check_random_state, random_state, threshold_and_scale
 from .array_ops import Array, BitMask, Mask, RandomState, Shape
 from .host import draw_cells
-from .masking import Options, array_ops, copy_to_output, drop, masked, multiply_by_noise
+from .masking import array_ops, copy_to_output, drop, masked, multiply_by_noise
 
 __all__ = [
     "alpha_dropout",
@@ -42,50 +42,52 @@ def dropout(
 ) -> tuple[Array, BitMask | None]:
     """Returns x with each element dropped with probability p, and the mask that backward needs.
 
-    ``y = x / (1 - p)`` where kept and exactly +0 where dropped, whatever x holds there: a dropped inf or NaN is 0. The
-    mask is a function of the random state, p and the logical (C-order) index alone: the same on every backend, thread
-    count and memory layout.
+    ``y = x / (1 - p)`` where an element is kept and exactly +0 where it is dropped, even if it is inf or NaN. The mask
+    depends on the random state, p and the logical (C-order) index only, so it is the same on every backend, with every
+    number of threads and in every memory layout.
 
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16, any shape ``(*)``, any strides
-        Also an array on a GPU, of CuPy or Numba and C-contiguous: the results are of its kind, on its stream.
+        An array on a GPU must be a C-contiguous one of CuPy or Numba; the results are arrays of the same library.
     p : float
-        Drop probability, 0 to 1; the threshold has 32 bits and the scale is that threshold's own. p = 1 gives zeros.
+        Drop probability, 0 to 1. It is rounded to 32 bits, and the scale is computed from the rounded value. p = 1
+        gives zeros.
     training : bool
         False returns x unchanged (times ``1 - p`` under standard scaling).
     noise_shape : tuple of (int or None), optional
         1 on axes that share one decision, None or the full extent elsewhere, as in Keras.
     scaling : {"inverted", "standard"}
-        "inverted" multiplies kept elements by ``1 / (1 - p)`` in training; "standard", the 2014 paper's, leaves them
-        and multiplies by ``1 - p`` when not training.
+        "inverted" multiplies kept elements by ``1 / (1 - p)`` in training. "standard", as in the 2014 paper, leaves
+        them unchanged in training and multiplies everything by ``1 - p`` when not training.
     store : {"bits", "seed"}
-        What the mask keeps for backward: 1/8 byte per cell, or the random state alone, from which backward draws the
-        same bits again.
+        "bits" keeps 1/8 byte per cell for backward. "seed" keeps the random state only, and backward draws the same
+        bits again.
     rng : None, int, Stream or numpy.random.Generator
-        None draws from the process-wide stream; an int is a seed, the same seed the same mask; a `Stream` gives each
-        call its next offset; from a Generator a 64-bit seed is drawn.
+        None draws from the process-wide stream. An int is a seed: the same seed gives the same mask. A `Stream` gives
+        each call its next offset. A Generator is asked for a 64-bit seed.
     out : ndarray, optional
-        Takes the result: shape and dtype of x, x itself for in place. May be of a subclass of ndarray, as x may.
+        Receives the result. It has the shape and dtype of x; x itself works in place. x and out may be instances of
+        subclasses of ndarray.
 
     Returns
     -------
     y : ndarray like x
-        out, where it is given; x itself when nothing is to be done (not training, or p = 0) and out is None.
+        out if it is given; x itself if there is nothing to do (not training, or p = 0) and out is None.
     mask : PackedMask, SeededMask or None
-        None when nothing was dropped. (Under standard scaling outside of training `dropout_backward` of None is not the
-        gradient: that is ``1 - p`` times dy.)
+        None if nothing was dropped. (With standard scaling and training False, the gradient is ``1 - p`` times dy, and
+        not `dropout_backward` of None.)
 
     Raises
     ------
     TypeError
-        dtype not in the list above; a masked or a sparse array; p not a number; rng of another type; out not an array
-        of x's dtype.
+        If the dtype is not in the list above; an array is masked or sparse; p is not a number; rng has another type;
+        or out is not an array of x's dtype.
     ValueError
-        p outside [0, 1]; noise_shape that does not fit; unknown scaling or store; out of another shape, read-only,
-        overlapping x in part, or with elements that overlap one another. Nothing is written to out then.
+        If p is outside [0, 1]; noise_shape does not fit; scaling or store is unknown; or out has another shape, is
+        read-only, overlaps x in part, or has elements that overlap. Nothing is written to out then.
     MemoryError
-        rng has not moved on where the result or the mask could not be made.
+        If the result or the mask cannot be allocated. No random number is taken then.
 
     Sources: Hinton et al. 2012; Srivastava et al., JMLR 15, 2014.
 
@@ -100,7 +102,7 @@ def dropout(
     mask_shape_of: Callable[[Shape], Shape] | None = None
     if noise_shape is not None:
         mask_shape_of = lambda shape: checks.noise_shape(noise_shape, shape)  # noqa: E731
-    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), Options(training, store, rng, out))
+    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out))
 
 
 def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> Array:
@@ -110,16 +112,16 @@ def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: Array | None = No
     ----------
     dy : array_like of float32, float64, float16 or bfloat16, of the shape dropout was applied to
     mask : PackedMask, SeededMask, GaussianNoise or None
-        What `dropout`, or another kind, returned; None returns dy itself.
+        The mask that `dropout` or another kind of dropout returned. None returns dy itself.
     out : ndarray, optional
-        Takes the result: shape and dtype of dy, dy itself for in place.
+        Receives the result. It has the shape and dtype of dy; dy itself works in place.
 
-    Reads 1/8 byte per cell beside dy, or nothing with ``store="seed"``.
+    Besides dy it reads 1/8 byte per cell, or nothing with ``store="seed"``.
 
     Raises
     ------
     TypeError, ValueError
-        dtype, mask or out that do not fit, as in `dropout`.
+        If dtype, mask or out do not fit, as in `dropout`.
 
     >>> import fastdrop as fd, numpy as np
     >>> mask = fd.PackedMask.from_bool([True, False, True, False], 0.5)
@@ -131,10 +133,10 @@ def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: Array | None = No
 
 
 def apply_mask(x: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> Array:
-    """Returns x under a mask drawn before: kept elements times its scale, dropped ones exactly 0.
+    """Returns x under an existing mask: kept elements times its scale, dropped ones exactly 0.
 
-    For masks shared between layers or steps, Monte Carlo passes with common masks, and masks of one's own
-    (`PackedMask.from_bool`). Parameters and errors as in `dropout_backward`.
+    Use it to share a mask between layers or steps, or to apply a mask of your own (`PackedMask.from_bool`). Parameters
+    and errors are those of `dropout_backward`.
 
     >>> import fastdrop as fd, numpy as np
     >>> mask = fd.draw_mask((1, 4), 0.5, rng=5)  # one decision per column
@@ -147,7 +149,7 @@ def apply_mask(x: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> 
 
 
 def draw_mask(shape: int | tuple[int, ...], p: float, *, rng: RandomState = None, first_cell: int = 0) -> PackedMask:
-    """Returns a mask alone, drawn but not applied.
+    """Returns a mask without applying it.
 
     Parameters
     ----------
@@ -157,13 +159,13 @@ def draw_mask(shape: int | tuple[int, ...], p: float, *, rng: RandomState = None
     rng : None, int, Stream or numpy.random.Generator
         As in `dropout`.
     first_cell : int
-        Cell of the logical grid that the mask begins with, up to ``2**64`` less its size. A shard that holds cells
-        ``a`` to ``b`` of a larger array draws its part of the one mask with ``first_cell=a``.
+        The cell of the logical grid at which the mask begins, up to ``2**64`` less the mask's size. A shard with the
+        cells ``a`` to ``b`` of a larger array draws its part of the array's mask with ``first_cell=a``.
 
     Raises
     ------
     TypeError, ValueError
-        As in `dropout`; first_cell out of range.
+        As in `dropout`, and if first_cell is out of range.
 
     >>> import fastdrop as fd, numpy as np
     >>> whole = fd.draw_mask(100, 0.3, rng=1).to_bool()
@@ -190,11 +192,11 @@ def alpha_dropout(
     rng: RandomState = None,
     out: Array | None = None,
 ) -> tuple[Array, BitMask | None]:
-    """Returns x with elements dropped to SELU's floor and all shifted and scaled back to mean 0 and variance 1.
+    """Returns x with dropped elements set to SELU's floor, and everything scaled so that mean and variance stay.
 
     Kept elements become ``a x + b``, dropped ones ``a f + b`` with ``f = -1.758...``, ``a = ((1 - p) (1 + p f**2)) **
-    -1/2`` and ``b = -a p f``: where x has mean 0 and variance 1, so has the result. `dropout_backward` is the gradient:
-    a where kept, 0 where dropped.
+    -1/2`` and ``b = -a p f``. If x has mean 0 and variance 1, the result does too. `dropout_backward` is the gradient:
+    dy times a where kept, 0 where dropped.
 
     Parameters
     ----------
@@ -202,7 +204,7 @@ def alpha_dropout(
     p : float
         Drop probability, 0 to 1; p = 1 gives zeros.
     training, store, rng, out
-        As in `dropout`, and so are the errors.
+        As in `dropout`, with the same errors.
 
     Kept for backward: a bit per element, or nothing. Source: Klambauer et al., NeurIPS 2017.
 
@@ -211,7 +213,7 @@ def alpha_dropout(
     >>> y.round(4), round(mask.scale, 4)
     (array([-0.7792, -0.7792,  0.7792,  0.7792]), 0.8864)
     """
-    return drop("x", x, p, None, "alpha", Options(training, store, rng, out))
+    return drop("x", x, p, None, "alpha", (training, store, rng, out))
 
 
 def drop_connect(
@@ -226,8 +228,8 @@ def drop_connect(
 ) -> tuple[Array, BitMask | None]:
     """Returns weights w with connections dropped, one mask for the whole batch: DropConnect.
 
-    It is `dropout` of a weight, whose parameters and errors these are. The gradient of w is `dropout_backward` of the
-    dropped weight's, so neither w nor its dropped form need be kept: a bit per weight, or nothing.
+    It is `dropout` of a weight, with the same parameters and errors. The gradient of w is `dropout_backward` of the
+    gradient of the dropped weight. Kept for backward: a bit per weight, or nothing.
 
     Source: Wan et al., ICML 2013 (who draw a mask for each example); Merity et al., ICLR 2018, for recurrent weights.
 
@@ -237,7 +239,7 @@ def drop_connect(
     array([[0., 0., 2.],
            [2., 0., 2.]], dtype=float32)
     """
-    return drop("w", w, p, None, checks.scaling(scaling), Options(training, store, rng, out))
+    return drop("w", w, p, None, checks.scaling(scaling), (training, store, rng, out))
 
 
 def gaussian_dropout(
@@ -248,11 +250,11 @@ def gaussian_dropout(
     rng: RandomState = None,
     out: Array | None = None,
 ) -> tuple[Array, GaussianNoise | None]:
-    """Returns x times Gaussian noise of mean 1 and variance ``p / (1 - p)``, and what the noise is drawn from.
+    """Returns x times Gaussian noise of mean 1 and variance ``p / (1 - p)``, and the noise.
 
-    Nothing is dropped: each element is multiplied by ``1 + sigma z``, whose first two moments are those of dropout's
-    factor. The noise is float32 for every dtype and the same bit for bit on every backend. `dropout_backward` is the
-    gradient.
+    Nothing is dropped: each element is multiplied by ``1 + sigma z``, which has the mean and the variance of dropout's
+    multiplier. The noise is float32 for every dtype and the same bit for bit on every backend. `dropout_backward` is
+    the gradient.
 
     Parameters
     ----------
@@ -260,9 +262,9 @@ def gaussian_dropout(
     p : float
         From 0 to below 1.
     training, rng, out
-        As in `dropout`, and so are the errors; ValueError for p = 1, which has no variance.
+        As in `dropout`, with the same errors; ValueError for p = 1, whose variance is infinite.
 
-    Kept for backward: nothing, the noise is drawn again. Source: Srivastava et al., JMLR 15, 2014, section 10.
+    Kept for backward: nothing, because the noise is drawn again. Source: Srivastava et al., JMLR 15, 2014, section 10.
 
     >>> import fastdrop as fd, numpy as np
     >>> y, noise = fd.gaussian_dropout(np.ones(3, np.float32), 0.5, rng=4)

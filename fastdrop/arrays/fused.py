@@ -52,40 +52,42 @@ def dropout_add(
 ) -> tuple[Array, SavedPointwise[DropoutAddGradients]]:
     """Returns ``residual + dropout(x, p)``, and what backward needs: the end of a residual branch.
 
-    The mask is that of ``dropout(x, p, rng=rng)``, and what is dropped adds nothing, even where x is inf or NaN.
+    The mask is that of ``dropout(x, p, rng=rng)``. A dropped element adds nothing, even if it is inf or NaN.
 
     Parameters
     ----------
     x : array_like of float32, float64, float16 or bfloat16, any shape ``(*)``, any strides
-        Also an array on a GPU, of CuPy or Numba and C-contiguous; then the others must be too.
+        An array on a GPU must be a C-contiguous one of CuPy or Numba, and so must all other arrays then.
     residual : array_like of x's shape
-        Of x's dtype, or float32 beside 16-bit x. The result has its dtype; the sum is rounded once.
+        It has x's dtype, or float32 if x has 16 bits. The result has its dtype; the sum is rounded once.
     p : float
-        Drop probability, 0 to 1; p = 1 gives the residual.
+        Drop probability, 0 to 1; p = 1 returns the residual.
     training : bool
-        False adds all of x, unscaled.
+        False adds x without dropout or scale.
     store : {"bits", "seed"}
-        Keeps 1/8 byte per element for backward, or the random state alone, from which backward draws the bits again.
+        "bits" keeps 1/8 byte per element for backward. "seed" keeps the random state only, and backward draws the same
+        bits again.
     rng : None, int, Stream or numpy.random.Generator
         As in `dropout`.
     out : ndarray, optional
-        Takes the result: shape and dtype of residual; residual itself, or x if it has that dtype, for in place.
+        Receives the result. It has the shape and dtype of residual; residual itself, or x if it has that dtype, works
+        in place.
 
     Returns
     -------
     y : ndarray like residual
     saved : Saved
-        ``saved.backward(dy)`` is ``(x, residual)``: the residual's gradient is dy itself, and x's is too where nothing
-        was dropped and dtypes are the same. Nothing of x or residual is kept.
+        ``saved.backward(dy)`` is ``(x, residual)``. The gradient of the residual is dy itself; that of x is too if
+        nothing was dropped and the dtypes are the same. x and residual are not kept.
 
     Raises
     ------
     TypeError
-        dtype not in the list above, or not allowed beside x's; p not a number; rng of another type; out not an array of
-        the result's dtype; arrays partly in memory and partly on a GPU.
+        If a dtype is not in the list above or does not go with x's; p is not a number; rng has another type; out is
+        not an array of the result's dtype; or some arrays are on a GPU and others are not.
     ValueError
-        residual of another shape than x; p outside [0, 1]; unknown store; out of another shape, read-only, or
-        overlapping an argument in part. Nothing is written to out then, and no random number is taken.
+        If residual has another shape than x; p is outside [0, 1]; store is unknown; or out has another shape, is
+        read-only, or overlaps an argument in part. Nothing is written to out then, and no random number is taken.
 
     Source: Vaswani et al., NeurIPS 2017, section 5.4.
 
@@ -112,24 +114,25 @@ def bias_dropout_add(
     rng: RandomState = None,
     out: Array | None = None,
 ) -> tuple[Array, SavedPointwise[BiasDropoutAddGradients]]:
-    """Returns ``residual + dropout(x + bias, p)``, and what backward needs: a linear layer's bias joins the pass.
+    """Returns ``residual + dropout(x + bias, p)``, and what backward needs: `dropout_add` with the bias of a linear
+    layer.
 
     Parameters
     ----------
     x : array_like of a float dtype, ``(*, columns)``
     bias : array_like of any float dtype, ``(columns,)``
-        A Numba array on a GPU must be float32, or float64 beside float64 x, here and in the ops below.
+        A Numba array on a GPU must be float32 (float64 if x is), here and in the ops below.
     residual : array_like of x's shape
-        Of x's dtype, or float32 beside 16-bit x. The result has its dtype.
+        It has x's dtype, or float32 if x has 16 bits. The result has its dtype.
     p, training, store, rng, out
-        As in `dropout_add`, and so are the errors; ValueError for a bias of another shape or x without axes.
+        As in `dropout_add`, with the same errors; ValueError if bias has another shape or x has no axes.
 
     Returns
     -------
     y : ndarray like residual
     saved : Saved
-        ``saved.backward(dy)`` is ``(x, bias, residual)``. The bias's gradient has its dtype; it is summed in float32
-        (float64 for float64) in an order that x's shape decides.
+        ``saved.backward(dy)`` is ``(x, bias, residual)``. The gradient of the bias has the bias's dtype; it is summed
+        in float32 (float64 for float64), in an order that depends on x's shape only.
 
     Kept for backward: a bit per element, or nothing. Source: Vaswani et al., NeurIPS 2017, section 5.4.
 
@@ -174,8 +177,8 @@ def bias_act_dropout(
         Drop probability, 0 to 1.
     activation : {"relu", "gelu", "gelu_tanh", "silu", None}
     training, store, rng, out
-        As in `dropout_add`, and so are the errors; ValueError for another activation, a bias of another shape, or x
-        without axes beside a bias. out is like x and may be x itself.
+        As in `dropout_add`, with the same errors; ValueError for another activation, a bias of another shape, or a
+        bias and x without axes. out is like x and may be x itself.
 
     Returns
     -------
@@ -183,10 +186,11 @@ def bias_act_dropout(
     saved : Saved
         ``saved.backward(dy)`` is ``(x, bias)``.
 
-    Kept for backward: with "relu" **bits alone**, 1/8 byte per element, under either store and out of training too:
-    ``saved.mask`` has the elements that were kept and positive, or NaN. With None the mask as in `dropout_add`. With
-    the others that, a copy of bias, and x: itself where it is C-contiguous and the result isn't written over it, else
-    a copy. Sources: Hendrycks and Gimpel, arXiv 1606.08415, 2016 (GELU, and SiLU); Vaswani et al., NeurIPS 2017.
+    Kept for backward: with "relu" **only bits**, 1/8 byte per element, with either store and also when not training;
+    ``saved.mask`` has a 1 for each element that was kept and is positive or NaN. With None the mask, as in
+    `dropout_add`. With the others the mask, a copy of bias, and x: x itself if it is C-contiguous and the result is not
+    written over it, otherwise a copy. Sources: Hendrycks and Gimpel, arXiv 1606.08415, 2016 (GELU, and SiLU); Vaswani
+    et al., NeurIPS 2017.
 
     >>> import fastdrop as fd, numpy as np
     >>> x = np.array([[-2.0, 1.0, 2.0], [3.0, -1.0, -3.0]], np.float32)
@@ -215,7 +219,7 @@ def swiglu_dropout(
     rng: RandomState = None,
     out: Array | None = None,
 ) -> tuple[Array, SavedPointwise[SwigluGradients]]:
-    """Returns ``dropout(silu(gate) * up, p)``, and what backward needs: a gated feed-forward block's middle.
+    """Returns ``dropout(silu(gate) * up, p)``, and what backward needs: the middle of a gated feed-forward block.
 
     ``silu(h) = h / (1 + exp(-h))``.
 
@@ -224,7 +228,7 @@ def swiglu_dropout(
     gate : array_like of a float dtype, any shape ``(*)``
     up : array_like of gate's shape and dtype
     p, training, store, rng, out
-        As in `dropout_add`, and so are the errors. out is like gate and may be gate or up itself.
+        As in `dropout_add`, with the same errors. out is like gate and may be gate or up itself.
 
     Returns
     -------
@@ -232,8 +236,8 @@ def swiglu_dropout(
     saved : Saved
         ``saved.backward(dy)`` is ``(gate, up)``.
 
-    Kept for backward: gate and up, each itself where it is C-contiguous and the result isn't written over it, else a
-    copy; and a bit per element, or nothing beside them. Source: Shazeer, arXiv 2002.05202, 2020.
+    Kept for backward: gate and up, each itself if it is C-contiguous and the result is not written over it, otherwise a
+    copy; and a bit per element, or no bits. Source: Shazeer, arXiv 2002.05202, 2020.
 
     >>> import fastdrop as fd, numpy as np
     >>> gate, up = np.array([1.0, -1.0, 2.0, 0.0]), np.ones(4)
@@ -260,18 +264,18 @@ def dropout_add_layer_norm(
     store: str = "bits",
     rng: RandomState = None,
 ) -> tuple[Array, Array, SavedNorm[LayerNormGradients]]:
-    """Returns the layer norm of a residual stream after dropout, that stream, and what backward needs.
+    """Returns the layer norm of a residual sum after dropout, that sum, and what backward needs.
 
     ``residual_out = residual + dropout(x + x_bias, p)`` and, over the last axis, ``y = (residual_out - mean) /
-    sqrt(variance + eps) * weight + bias``. A post-norm block goes on with y, a pre-norm block with both.
+    sqrt(variance + eps) * weight + bias``. A post-norm block uses y, a pre-norm block uses both.
 
     Parameters
     ----------
     x : array_like of a float dtype, ``(*, columns)``
     residual : array_like of x's shape, or None
-        Of x's dtype, or float32 beside 16-bit x. None adds nothing.
+        It has x's dtype, or float32 if x has 16 bits. None adds nothing.
     weight, bias : array_like of any float dtype, ``(columns,)``, or None
-        The norm's.
+        The weight and the bias of the norm.
     p : float
         Drop probability, 0 to 1.
     eps : float
@@ -279,18 +283,18 @@ def dropout_add_layer_norm(
     x_bias : array_like of any float dtype, ``(columns,)``, or None
         Added to x before dropout.
     training, store, rng
-        As in `dropout_add`, and so are the errors; ValueError for weight or a bias of another shape, eps below 0, or x
-        without axes.
+        As in `dropout_add`, with the same errors; ValueError if weight or a bias has another shape, eps is below 0, or
+        x has no axes.
 
     Returns
     -------
     y : ndarray of x's shape and dtype
     residual_out : ndarray of x's shape, and of the residual's dtype
-        It is rounded first; the norm is that of its stored values, with statistics in float32 (float64 for float64).
-        Backward reads it: don't give it to a later op as out.
+        The norm is computed from its rounded values, with statistics in float32 (float64 for float64). Backward reads
+        it, so do not pass it to a later op as out.
     saved : Saved
-        ``saved.backward(dy, dresidual=None)``, given the gradients of y and residual_out, is ``(x, residual, weight,
-        bias, x_bias)``, with None for what was not given.
+        ``saved.backward(dy, dresidual=None)`` accepts the gradients of y and of residual_out and is ``(x, residual,
+        weight, bias, x_bias)``; the gradient of an argument that was not given is None.
 
     Kept for backward: residual_out itself, two numbers per row, a copy of weight, and a bit per element, or nothing.
     Sources: Ba et al., arXiv 1607.06450, 2016; Vaswani et al., NeurIPS 2017.
@@ -326,7 +330,7 @@ def dropout_add_rms_norm(
     store: str = "bits",
     rng: RandomState = None,
 ) -> tuple[Array, Array, SavedNorm[RmsNormGradients]]:
-    """Returns the RMS norm of a residual stream after dropout, that stream, and what backward needs.
+    """Returns the RMS norm of a residual sum after dropout, that sum, and what backward needs.
 
     ``residual_out = residual + dropout(x + x_bias, p)`` and, over the last axis, ``y = residual_out /
     sqrt(mean(residual_out**2) + eps) * weight``.
@@ -334,9 +338,9 @@ def dropout_add_rms_norm(
     Parameters
     ----------
     eps : float, optional
-        At least 0. None is that of the arithmetic, ``numpy.finfo(numpy.float32).eps`` or float64's, as in torch.
+        At least 0. None means ``numpy.finfo(numpy.float32).eps``, or float64's for float64 data, as in torch.
     x, residual, weight, p, x_bias, training, store, rng
-        As in `dropout_add_layer_norm`, and so are results, what is kept and errors.
+        As in `dropout_add_layer_norm`, with the same results, memory kept and errors.
 
     Returns
     -------
@@ -379,14 +383,14 @@ def softmax_dropout(
     scale : float
         Finite; ``1 / sqrt(width)`` in attention.
     attn_mask : array_like that broadcasts to scores' shape, or None
-        Booleans, True = takes part, or floats of any dtype that are added. It is a constant: it gets no gradient. Axes
-        of queries and heads along which it is the same take no memory. A Numba array on a GPU must be of the dtype that
-        is computed in, with all of the keys.
+        Booleans, where True means that the key takes part, or floats of any dtype, which are added to the scores. It
+        gets no gradient. An axis of queries or heads along which it is broadcast takes no memory. A Numba array on a
+        GPU must be float32 (float64 for float64 scores) and have an element for each key.
     causal : bool
-        Key j takes part for query i where ``j <= i``, as torch's ``is_causal`` has it: aligned at the upper left.
+        True lets key j take part for query i if ``j <= i``: aligned at the upper left, as torch's ``is_causal``.
     training, store, rng, out
-        As in `dropout_add`, and so are the errors; ValueError for scale that isn't finite, attn_mask that doesn't
-        broadcast, or scores without axes. out is like scores and may be scores itself.
+        As in `dropout_add`, with the same errors; ValueError if scale is not finite, attn_mask does not broadcast, or
+        scores has no axes. out is like scores and may be scores itself.
 
     Returns
     -------
@@ -395,8 +399,8 @@ def softmax_dropout(
     saved : Saved
         ``saved.backward(dy)`` is ``(scores,)``.
 
-    Kept for backward: probabilities in scores' dtype (y itself where nothing was dropped: leave it unchanged then) and
-    a bit per element, or nothing. Source: Vaswani et al., NeurIPS 2017, sections 3.2.1 and 5.4.
+    Kept for backward: the probabilities in scores' dtype and a bit per element, or no bits. If nothing was dropped, y
+    itself is kept: do not change it then. Source: Vaswani et al., NeurIPS 2017, sections 3.2.1 and 5.4.
 
     >>> import fastdrop as fd, numpy as np
     >>> scores = np.log([[1.0, 1.0, 2.0], [1.0, 3.0, 4.0]])

@@ -102,7 +102,9 @@ class HostOps:
     ) -> None:
         if tag == BFLOAT16:
             x, y = _bits(x), _bits(y)
-        backends.active().dropout_forward(tag, x, y, words, 0, x.size, *state, threshold, *coefficients)
+        seed, offset = state
+        scale, shift, dropped = coefficients
+        backends.active().dropout_forward(tag, x, y, words, 0, x.size, seed, offset, threshold, scale, shift, dropped)
 
     def gaussian_multiply(self, tag: int, x: Array, y: Array, state: State, sigma: float) -> None:
         backends.active().gaussian_multiply(tag, _bits(x), _bits(y), 0, x.size, *state, sigma)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -20,16 +20,10 @@ from .array_ops import Array, ArrayOps, BitMask, Mask, RandomState, Shape
 from .device import DEVICE, is_on_device
 from .host import HOST
 
-__all__ = ["Options", "array_ops", "copy_to_output", "drop", "mask_words", "masked", "multiply_by_noise"]
+__all__ = ["array_ops", "copy_to_output", "drop", "mask_words", "masked", "multiply_by_noise"]
 
 
-class Options(NamedTuple):
-    """The arguments that all ops have in common."""
-
-    training: bool
-    store: str
-    rng: RandomState
-    out: Array | None
+Options = tuple[bool, str, RandomState, Array | None]  # training, store, rng, out
 
 
 def array_ops(x: Any) -> ArrayOps:
@@ -47,7 +41,8 @@ def drop(
 ) -> tuple[Any, BitMask | None]:
     """Draws a mask and applies it: the whole of an op that keeps or drops elements.
 
-    ``mask_shape_of`` gives the mask's shape for the data's shape; None means a decision for each element.
+    ``mask_shape_of`` gives the mask's shape for the data's shape; None means a decision for each element. ``options``
+    are the arguments that all ops have: training, store, rng, out. (A plain tuple: a small call has little else to do.)
     """
     training, store, rng, out = options
     ops = array_ops(given)

@@ -15,7 +15,7 @@ from ..core import checks, variants
 from ..core.mask import PackedMask, packed_mask
 from ..core.random import check_random_state, random_state, threshold_and_scale
 from .array_ops import Array, BitMask, RandomState, Shape
-from .masking import Options, array_ops, copy_to_output, drop, masked
+from .masking import array_ops, copy_to_output, drop, masked
 
 __all__ = ["drop_block", "feature_alpha_dropout", "feature_dropout", "stochastic_depth", "variational_dropout"]
 
@@ -33,19 +33,19 @@ def feature_dropout(
 ) -> tuple[Array, BitMask | None]:
     """Returns x with whole channels dropped, and the mask that backward needs: spatial dropout.
 
-    Neighbouring pixels of a feature map tell the same, so dropping some of them drops little; here each channel of each
-    sample goes or stays whole. `dropout_backward` is the gradient.
+    Neighbouring pixels of a feature map carry similar information, so dropping single pixels drops little. Here each
+    channel of each sample is kept or dropped as a whole. `dropout_backward` is the gradient.
 
     Parameters
     ----------
     x : array_like of a float dtype, ``(N, C, *)``, at least two axes
-        Axis 0 is the samples', unless ``channel_axis`` is 0: then x is one sample, ``(C, *)``.
+        Axis 0 counts samples. If ``channel_axis`` is 0, x is a single sample, ``(C, *)``.
     p : float
         Drop probability of a channel, 0 to 1; 0.1 to 0.3 is usual in convolutional networks.
     channel_axis : int
         1 for channels first, -1 for channels last.
     training, scaling, store, rng, out
-        As in `dropout`, and so are the errors; TypeError or ValueError for a channel_axis that x hasn't.
+        As in `dropout`, with the same errors; TypeError or ValueError if x does not have the channel_axis.
 
     Kept for backward: a bit per channel and sample, or nothing. Source: Tompson et al., CVPR 2015.
 
@@ -55,9 +55,7 @@ def feature_dropout(
     (array([[0., 0.],
            [2., 2.]]), 4)
     """
-    return drop(
-        "x", x, p, _mask_shape_of_features(channel_axis), checks.scaling(scaling), Options(training, store, rng, out)
-    )
+    return drop("x", x, p, _mask_shape_of_features(channel_axis), checks.scaling(scaling), (training, store, rng, out))
 
 
 def feature_alpha_dropout(
@@ -70,9 +68,9 @@ def feature_alpha_dropout(
     rng: RandomState = None,
     out: Array | None = None,
 ) -> tuple[Array, BitMask | None]:
-    """Returns `alpha_dropout` of x with whole channels dropped, as `feature_dropout` drops them.
+    """Returns `alpha_dropout` of x with whole channels dropped, as in `feature_dropout`.
 
-    Parameters, errors and what is kept are those two's. Source: Klambauer et al., NeurIPS 2017.
+    Parameters, errors and memory kept are those of these two functions. Source: Klambauer et al., NeurIPS 2017.
 
     >>> import fastdrop as fd, numpy as np
     >>> y, mask = fd.feature_alpha_dropout(np.zeros((2, 2, 3)), 0.5, rng=4)
@@ -80,7 +78,7 @@ def feature_alpha_dropout(
     array([[-0.7792, -0.7792],
            [ 0.7792,  0.7792]])
     """
-    return drop("x", x, p, _mask_shape_of_features(channel_axis), "alpha", Options(training, store, rng, out))
+    return drop("x", x, p, _mask_shape_of_features(channel_axis), "alpha", (training, store, rng, out))
 
 
 def variational_dropout(
@@ -94,10 +92,9 @@ def variational_dropout(
     rng: RandomState = None,
     out: Array | None = None,
 ) -> tuple[Array, BitMask | None]:
-    """Returns x with one mask held over a whole sequence, and that mask: locked dropout.
+    """Returns x with the same units dropped at all time steps, and the mask: locked dropout.
 
-    Fresh masks at each step of a recurrent network wash out what it remembers; this one drops the same units at all
-    steps. `dropout_backward` is the gradient.
+    A new mask at each step of a recurrent network would disturb its memory. `dropout_backward` is the gradient.
 
     Parameters
     ----------
@@ -105,9 +102,9 @@ def variational_dropout(
     p : float
         Drop probability, 0 to 1; 0.2 to 0.5 is usual.
     time_axis : int
-        The axis along which decisions are shared.
+        The axis along which elements share a decision.
     training, scaling, store, rng, out
-        As in `dropout`, and so are the errors; TypeError or ValueError for a time_axis that x hasn't.
+        As in `dropout`, with the same errors; TypeError or ValueError if x does not have the time_axis.
 
     Kept for backward: a bit per element of one step, or nothing. Source: Gal and Ghahramani, NeurIPS 2016.
 
@@ -122,7 +119,7 @@ def variational_dropout(
     def mask_shape_of(shape: Shape) -> Shape:
         return variants.shared_cells(shape, checks.axis("time_axis", time_axis, len(shape)))
 
-    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), Options(training, store, rng, out))
+    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out))
 
 
 def stochastic_depth(
@@ -146,9 +143,9 @@ def stochastic_depth(
     p : float
         Drop probability of the branch, 0 to 1.
     mode : {"row", "batch"}
-        "row" decides for each sample, "batch" once for all.
+        "row" decides for each sample, "batch" once for all samples.
     training, scaling, store, rng, out
-        As in `dropout`, and so are the errors; ValueError for another mode or x without axes.
+        As in `dropout`, with the same errors; ValueError for another mode, or if x has no axes.
 
     Kept for backward: a bit per sample, or nothing. Source: Huang et al., ECCV 2016, whose scaling is "standard".
 
@@ -163,7 +160,7 @@ def stochastic_depth(
         checks.at_least("x", len(shape), 1, "an axis of samples")
         return variants.sample_cells(shape, mode)
 
-    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), Options(training, store, rng, out))
+    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out))
 
 
 def drop_block(
@@ -177,23 +174,24 @@ def drop_block(
 ) -> tuple[Array, PackedMask | None]:
     """Returns x with blocks of neighbouring cells dropped in each channel, scaled by cells / cells kept.
 
-    Blocks are drawn where they fit, with the probability that would drop a share p in all if none overlapped. They do:
-    0.093 are dropped for p = 0.1, 0.38 for 0.5 and 0.57 for 0.9 (blocks of 7 x 7 on 56 x 56), and at p = 1 everything.
-    `dropout_backward` is the gradient.
+    A block is drawn at each place where it fits, with the probability that would drop a share p of the cells if blocks
+    did not overlap. Because they overlap, less is dropped: 0.093 for p = 0.1, 0.38 for 0.5 and 0.57 for 0.9 (blocks of
+    7 x 7 on 56 x 56); at p = 1 everything is. `dropout_backward` is the gradient.
 
     Parameters
     ----------
     x : array_like of a float dtype, ``(N, C, *)`` with one to three spatial axes
     p : float
-        Share of cells to drop, 0 to 1; 0.1 is usual.
+        The share of cells to drop if blocks did not overlap, 0 to 1; 0.1 is usual.
     block_size : int or tuple of int
-        Extent of a block on each spatial axis, cut to x's. One is dropout of elements.
+        The extent of a block on each spatial axis; a block longer than the axis is shortened to it. 1 is dropout of
+        elements.
     training, rng, out
-        As in `dropout`, and so are the errors; TypeError or ValueError for a block_size that doesn't fit and x of other
-        numbers of axes.
+        As in `dropout`, with the same errors; TypeError or ValueError if block_size does not fit or x has another
+        number of axes.
 
-    Kept for backward: a bit per element. Arrays on a GPU are waited for, to count what is kept. Source: Ghiasi et al.,
-    NeurIPS 2018.
+    Kept for backward: a bit per element. For an array on a GPU the call waits, to count the kept cells. Source: Ghiasi
+    et al., NeurIPS 2018.
 
     >>> import fastdrop as fd, numpy as np
     >>> y, mask = fd.drop_block(np.ones((1, 1, 4, 6), np.float32), 0.3, 2, rng=3)

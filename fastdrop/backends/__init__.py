@@ -1,7 +1,8 @@
-"""Which backend runs: the registry, and what it can say about its choice.
+"""Chooses the backend that runs, and explains the choice.
 
-``auto`` takes the first of C, Numba and NumPy that can run here. A backend asked for by name never falls back. Arrays
-on a GPU are CUDA's, whatever serves the others.
+Everything that computes calls `active` for the module whose primitives run. ``auto`` chooses the first of C, Numba and
+NumPy that can run here. A backend that is asked for by name never falls back to another. Arrays on a GPU always go to
+the CUDA backend.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ AUTO = "auto"
 
 _package = sys.modules[__name__.partition(".")[0]]  # held, because nothing can be imported at the interpreter's exit
 
-_chosen: str | None = None  # by name; None until FASTDROP_BACKEND or use_backend has spoken
-_module: Any = None  # what _chosen stands for, once loaded
+_chosen: str | None = None  # by name; None until FASTDROP_BACKEND or use_backend has said which
+_module: Any = None  # the module of _chosen, once it is loaded
 _num_threads: int | None = None
 
 
@@ -36,12 +37,12 @@ def active() -> Any:
 
 
 def drawn() -> Any:
-    """The running backend's fused forward primitives that draw the words they work under: C's `drawn`; else None."""
+    """C's `drawn`, if C runs: it calls fused forward primitives that draw their mask words. Otherwise None."""
     return getattr(active(), "drawn", None)
 
 
 def draws() -> bool:
-    """Whether there is one."""
+    """Whether the running backend has it."""
     return drawn() is not None
 
 

@@ -9,38 +9,38 @@ The build loads this file by its path, before fastdrop can be imported. Therefor
 
 from __future__ import annotations
 
-from typing import NamedTuple
 
-
-class Parameter(NamedTuple):
+class Parameter:
     """A parameter: what it is (``kind``), and for arrays whether it is written and whether a call may go without."""
 
-    kind: str
-    c_type: str
-    name: str = ""
-    written: bool = False
-    optional: bool = False
+    __slots__ = ("c_type", "kind", "name", "optional", "written")
+
+    def __init__(self, kind: str, c_type: str, name: str = "", written: bool = False, optional: bool = False) -> None:
+        self.kind, self.c_type, self.name, self.written, self.optional = kind, c_type, name, written, optional
 
     @property
     def is_array(self) -> bool:
         return self.c_type.endswith("*")
 
 
-class Primitive(NamedTuple):
+class Primitive:
     """``over``: "cells" are independent of each other; "rows" and "panels" (of rows) are worked on as a whole.
 
     ``draws``: there is also ``<name>_drawn``, which takes `DRAW` first and writes the mask words that it works under.
     """
 
-    name: str
-    over: str
-    does: str
-    draws: bool
-    parameters: tuple[Parameter, ...]
+    __slots__ = ("does", "draws", "name", "over", "parameters")
+
+    def __init__(self, name: str, over: str, does: str, draws: bool = False, **parameters: Parameter) -> None:
+        self.name, self.over, self.does, self.draws, self.parameters = name, over, does, draws, _named(**parameters)
 
     @property
     def names(self) -> list[str]:
         return [parameter.name for parameter in self.parameters]
+
+
+def _named(**parameters: Parameter) -> tuple[Parameter, ...]:
+    return tuple(Parameter(p.kind, p.c_type, name, p.written, p.optional) for name, p in parameters.items())
 
 
 # Numbers. Codes and counts are ints; a seed may need all 64 bits.
@@ -61,28 +61,20 @@ STATISTICS = Parameter("statistics", "const void *")  # two numbers for each row
 SUMS = Parameter("sums", "const void *")  # lines of columns, one or three for each panel of rows
 
 
-def out(parameter: Parameter) -> Parameter:
+def out(array: Parameter) -> Parameter:
     """An array that is written."""
-    return parameter._replace(c_type="void *", written=True)
+    return Parameter(array.kind, "void *", written=True)
 
 
-def maybe(parameter: Parameter) -> Parameter:
+def maybe(array: Parameter) -> Parameter:
     """An array that may be absent: None in Python, NULL in C, 0 where it is an address."""
-    return parameter._replace(optional=True)
-
-
-def _named(**parameters: Parameter) -> tuple[Parameter, ...]:
-    return tuple(parameter._replace(name=name) for name, parameter in parameters.items())
-
-
-def _primitive(name: str, over: str, does: str, draws: bool = False, **parameters: Parameter) -> Primitive:
-    return Primitive(name, over, does, draws, _named(**parameters))
+    return Parameter(array.kind, array.c_type, written=array.written, optional=True)
 
 
 DRAW = _named(seed=SEED, offset=SEED, threshold=COUNT)
 
 TABLE = (
-    _primitive(
+    Primitive(
         "draw_bits",
         over="cells",
         does="Bits of cells first .. first+n-1, written at bits position .. position+n-1 of words.",
@@ -94,7 +86,7 @@ TABLE = (
         offset=SEED,
         threshold=COUNT,
     ),
-    _primitive(
+    Primitive(
         "dropout_forward",
         over="cells",
         does="y[i] = keep(first + i) ? a x[i] + b : c for i < n; the bits go to words too, where there are any.",
@@ -111,7 +103,7 @@ TABLE = (
         b=NUMBER,
         c=NUMBER,
     ),
-    _primitive(
+    Primitive(
         "masked_affine",
         over="cells",
         does="y[o, r, i] = bit(position + o inner + i) ? a x[o, r, i] + b : c.",
@@ -127,7 +119,7 @@ TABLE = (
         b=NUMBER,
         c=NUMBER,
     ),
-    _primitive(
+    Primitive(
         "gaussian_multiply",
         over="cells",
         does="y[i] = x[i] (1 + sigma z(first + i)), z the cells' standard normal numbers.",
@@ -140,7 +132,7 @@ TABLE = (
         offset=SEED,
         sigma=DOUBLE,
     ),
-    _primitive(
+    Primitive(
         "dilate_bits",
         over="cells",
         does="Bit [o, i, j] of to = AND over s < block of bit [o, i - s, j] of words, [outer, n, inner], where there "
@@ -152,7 +144,7 @@ TABLE = (
         inner=COUNT,
         block=COUNT,
     ),
-    _primitive(
+    Primitive(
         "pointwise_forward",
         over="cells",
         draws=True,
@@ -172,7 +164,7 @@ TABLE = (
         a=NUMBER,
         activation=CODE,
     ),
-    _primitive(
+    Primitive(
         "pointwise_backward",
         over="cells",
         does="Of dy, of residual_dtype: dx, dmultiplier, and the gradient of input_bias in sums, [panels, columns], "
@@ -193,7 +185,7 @@ TABLE = (
         a=NUMBER,
         activation=CODE,
     ),
-    _primitive(
+    Primitive(
         "norm_forward",
         over="rows",
         draws=True,
@@ -216,7 +208,7 @@ TABLE = (
         eps=DOUBLE,
         centred=FLAG,
     ),
-    _primitive(
+    Primitive(
         "norm_backward",
         over="panels",
         does="dresidual = dresidual_out + the norm's gradient of dy; dx = bit ? a dresidual : 0; sums [panels, 3, "
@@ -238,7 +230,7 @@ TABLE = (
         a=NUMBER,
         centred=FLAG,
     ),
-    _primitive(
+    Primitive(
         "softmax_forward",
         over="rows",
         draws=True,
@@ -262,7 +254,7 @@ TABLE = (
         a=NUMBER,
         causal=FLAG,
     ),
-    _primitive(
+    Primitive(
         "softmax_backward",
         over="rows",
         does="dx = softmax_scale probabilities (g - sum of g probabilities over the row), g = bit ? a dy : 0; y as in "

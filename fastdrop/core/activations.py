@@ -1,27 +1,27 @@
-"""Activations that the fused kernels know, and the coefficients of their float32 arithmetic.
+"""The activations of the fused kernels: their codes, what their gradients need, and their polynomials.
 
-This module owns the polynomials that compiled backends evaluate, highest power first; csrc/vector_math.inc.h has them
-too, and a test compares.
-They were fitted by Remez's algorithm to the relative error of the result; what each is of is written beside it.
+The Numba and CUDA backends evaluate the polynomials in float32, highest power first; csrc/vector_math.inc.h has the
+same numbers, and a test compares them. They were fitted by Remez's algorithm to the relative error of the result. A
+comment says which function each approximates.
 """
 
 from __future__ import annotations
 
 __all__ = ["ACTIVATIONS"]
 
-# Names as users give them, and the codes of csrc/fastdrop.h.
+# The names that users pass, and the codes of csrc/fastdrop.h.
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 NONE, RELU, GELU, GELU_TANH, SILU = ACTIVATIONS.values()
 
 
-def keeps_signs(activation: int, factor: bool = False) -> bool:
-    """Whether bits alone can tell the gradient: those of what is kept and positive. ``factor``: it has a second one."""
-    return activation == RELU and not factor
+def keeps_signs(activation: int, has_multiplier: bool = False) -> bool:
+    """Whether the gradient needs bits only: those of elements that are kept and positive."""
+    return activation == RELU and not has_multiplier
 
 
-def keeps_input(activation: int, factor: bool = False) -> bool:
-    """Whether the gradient asks for the data, as a curve's slope and a factor's gradient do."""
-    return factor or activation not in (NONE, RELU)
+def keeps_input(activation: int, has_multiplier: bool = False) -> bool:
+    """Whether the gradient needs the input: the slope of a curve does, and so does the gradient of a multiplier."""
+    return has_multiplier or activation not in (NONE, RELU)
 
 
 # exp(r) for |r| <= ln 2 / 2.
@@ -44,21 +44,9 @@ EXP2 = (
     6.93147205767e-1,
     1.0,
 )
-EXP_LOWEST, EXP_HIGHEST = -104.0, 89.0  # beyond: 0 and infinity
+EXP_LOWEST, EXP_HIGHEST = -104.0, 89.0  # below: 0, above: infinity
 LOG2_E = 1.44269504088896341
-# erf(t) / t - 1 of t**2 for t < 0.6, and log2(1 - erf(t)) up to 4, from where on erf rounds to 1.
-ERF_NEAR = (4.51235798907e-3, -2.66469863602e-2, 1.12809917263e-1, -3.76125126092e-1, 1.283791579e-1)
-ERF_FAR = (
-    3.20957334897e-4,
-    -4.74237159696e-3,
-    3.33763852417e-2,
-    -1.52469013054e-1,
-    -9.16589237366e-1,
-    -1.62835890427,
-    4.55101072006e-5,
-)
-ERF_SEAM, ERF_END = 0.6, 4.0
-# log2 of the probability of a standard normal number to be above t, up to 6; from there on it is taken for 0.
+# log2 of the probability that a standard normal number is above t, for t up to 6; above that, 0 is used.
 TAIL = (
     -9.93506565309e-7,
     1.73076391383e-5,

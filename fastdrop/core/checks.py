@@ -1,6 +1,7 @@
-"""The only place where user input is validated.
+"""Validation of user input: all of it is here.
 
-Every message names the argument, what came and what is allowed. Nothing is written before everything is checked.
+The NumPy face, the torch face and the schedules call these functions before they write or draw anything. A function
+returns the checked value or raises; the message names the argument, what it was given and what is allowed.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from numpy.typing import ArrayLike, NDArray
 Array = NDArray[Any]
 
 UINT64_END = 1 << 64
-CHILDREN_END = 1 << 59  # a child's number has the bits that the domain leaves of a counter
+CHILDREN_END = 1 << 59  # a child's number uses the counter bits that the domain leaves free
 
-# Tags by which kernels know a dtype; csrc/fastdrop.h has the same.
+# The numbers by which kernels know a dtype; csrc/fastdrop.h has the same.
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
 
 ALLOWED = "float32, float64, float16, bfloat16 (ml_dtypes)"
 SCALINGS = ("inverted", "standard")
 DEPTH_MODES = ("batch", "row")
 STORES = ("bits", "seed")
-EXACT_OVERLAP_WORK = 10_000  # steps NumPy may take to tell interleaved views apart; beyond, they count as overlapping
+# Steps that NumPy may take to compare interleaved views; views that need more count as overlapping.
+EXACT_OVERLAP_WORK = 10_000
 
-# Tag of each dtype seen to be allowed; bfloat16 joins when an array of it first comes along.
+# The tag of each dtype that was found valid; bfloat16 is added when it is first used.
 _tags: dict[np.dtype[Any], int] = {
     np.dtype(np.float32): FLOAT32,
     np.dtype(np.float64): FLOAT64,
@@ -44,11 +46,11 @@ def as_array(name: str, value: Any) -> tuple[Array, int]:
 
 
 def as_ndarray(name: str, value: Any) -> Array:
-    """The value as an ndarray of that very class: of an instance of a subclass a view.
+    """The value as an instance of ndarray itself; an instance of a subclass becomes a view.
 
-    Subclasses may keep other shapes, indices or meanings of their own: np.matrix has two axes whatever is asked for.
+    Subclasses may give shapes and indices another meaning: np.matrix always has two axes.
     """
-    # By name, because an import would fail at the interpreter's exit; a masked array's class comes from nowhere else.
+    # Compared by name, because an import would fail at the interpreter's exit.
     if any(kind.__name__ == "MaskedArray" and kind.__module__.startswith("numpy.ma") for kind in type(value).__mro__):
         raise TypeError(f"{name} must not be a masked array, whose mask would be lost: give its data or filled() array")
     if hasattr(value, "todense") and not isinstance(value, np.ndarray):
@@ -75,14 +77,14 @@ def probability(p: Any) -> float:
 
 
 def dropout_probability(p: float, given: Any = None, what: str = "dropout probability") -> float:
-    """p, if it is from 0 to 1; refused in torch's words, or torchvision's."""
+    """p, if it is from 0 to 1. The error has the words of torch or torchvision."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{what} has to be between 0 and 1, but got {p if given is None else given}")
     return p
 
 
 def gaussian_probability(p: Any) -> float:
-    """p as a Python float in [0, 1): at 1 the noise would have no bounds."""
+    """p as a Python float in [0, 1): at 1 the noise would be infinite."""
     number = probability(p)
     if number == 1.0:
         raise ValueError(f"p must be below 1 for Gaussian dropout, whose variance is p / (1 - p), but got {p}")
@@ -121,7 +123,7 @@ def uint64(name: str, value: Any) -> int:
 
 
 def child_count(name: str, value: Any, before: int = 0) -> int:
-    """How many children of a stream there are, with so many before."""
+    """The number of children that a stream has after it spawns ``value`` more."""
     count = uint64(name, value)
     if before + count > CHILDREN_END:
         raise ValueError(f"{name} must be at most {CHILDREN_END - before}, as children are numbered, but got {count}")
@@ -134,7 +136,7 @@ def choice(name: str, value: Any, allowed: tuple[str | None, ...]) -> None:
 
 
 def scaling(value: str) -> str:
-    """One of the laws that a caller may choose."""
+    """A scaling that callers may choose."""
     if value != "inverted":
         choice("scaling", value, SCALINGS)
     return value
@@ -149,7 +151,7 @@ def random_state_error(rng: Any) -> TypeError:
 def shape(name: str, value: Any) -> tuple[int, ...]:
     axes = (value,) if isinstance(value, (int, np.integer)) else value
     try:
-        extents = tuple(operator.index(axis) for axis in axes)  # a constant to torch's compiler too
+        extents = tuple(operator.index(axis) for axis in axes)  # unlike int, a constant to torch's compiler
     except TypeError:
         raise TypeError(f"{name} must be an int or a tuple of ints, but got {value!r}") from None
     if any(extent < 0 for extent in extents):
@@ -177,7 +179,7 @@ def noise_shape(value: Any, full: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def axis(name: str, value: Any, ndim: int) -> int:
-    """An axis counted from the front."""
+    """The axis as a number from 0."""
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, but got {type(value).__name__}")
     if not -ndim <= value < ndim:
@@ -191,7 +193,7 @@ def at_least(name: str, ndim: int, least: int, what: str) -> None:
 
 
 def block_size(value: Any, axes: int) -> tuple[int, ...]:
-    """The extents of DropBlock's blocks, one number standing for all."""
+    """The extents of DropBlock's blocks; one number means the same extent on each axis."""
     if isinstance(value, (bool, np.bool_)):
         raise TypeError(f"block_size must be an int or a tuple of ints, but got {value!r}")
     extents = shape("block_size", value)
@@ -205,7 +207,7 @@ def block_size(value: Any, axes: int) -> tuple[int, ...]:
 
 
 def fits(name: str, value: Any, of: str, shape: tuple[int, ...], *dtypes: np.dtype[Any]) -> None:
-    """Raises unless an array has the shape of another, and its dtype or one that is allowed beside it."""
+    """Raises unless an array has the shape of another (``of``) and one of the dtypes. The first is the other's own."""
     if value.dtype not in dtypes:
         others = "".join(f", or {dtype}" for dtype in dtypes[1:])
         raise TypeError(f"{name} must have {of}'s dtype, {dtypes[0]}{others}, but got {value.dtype}")
@@ -227,7 +229,7 @@ def broadcasts(name: str, shape: tuple[int, ...], of: str, full: tuple[int, ...]
 
 
 def check_same_memory(name: str, on_gpu: bool, of: str, of_on_gpu: bool) -> None:
-    """Raises unless two arrays lie both in memory or both on a GPU."""
+    """Raises unless two arrays lie both in the host's memory or both on a GPU."""
     if on_gpu != of_on_gpu:
         there, here = ("on a GPU", "in memory") if of_on_gpu else ("in memory", "on a GPU")
         raise TypeError(f"{name} must be {there}, as {of} is, but got one {here}")
@@ -239,7 +241,7 @@ def check_spatial_axes(name: str, ndim: int) -> None:
 
 
 def check_mask_shape(name: str, data_shape: tuple[int, ...], mask_shape: tuple[int, ...], shared: bool = True) -> None:
-    """Raises unless the mask's extents are the data's or, where decisions may be shared, 1."""
+    """Raises unless each extent of the mask is the data's or, if decisions may be shared, 1."""
     fits = len(data_shape) == len(mask_shape) and all(
         m == d or (shared and m == 1) for m, d in zip(mask_shape, data_shape, strict=True)
     )
@@ -280,13 +282,13 @@ def keep_flags(keep: ArrayLike) -> NDArray[np.bool_]:
 
 
 def check_nothing_kept(name: str, bits: Array, scale: float) -> None:
-    """p = 1, or what rounds to it in 32 bits, has no scale for what is kept."""
+    """Raises if the scale is 0 and something is kept: p = 1 has no scale."""
     if scale == 0.0 and bits.any():
         raise ValueError(f"p = 1 drops everything, but {name} would keep something")
 
 
 def output_array(out: Any, x: Array, name: str) -> Array:
-    """A plain view of out if it may take the result for x, a new array like x if it is None."""
+    """``out`` as a plain ndarray, if it can hold the result for x; a new array like x if ``out`` is None."""
     if out is None:
         return np.empty_like(x)
     in_place: bool = out is x
@@ -306,14 +308,14 @@ def output_array(out: Any, x: Array, name: str) -> Array:
 
 
 def check_no_overlap(out: Array, x: Array, name: str) -> None:
-    """Raises if they share memory, unless element on element."""
-    own = out.flags.owndata and x.flags.owndata  # memory of their own: no need to compare addresses
+    """Raises if the arrays share memory, unless they are the same elements."""
+    own = out.flags.owndata and x.flags.owndata  # then there is no need to compare addresses
     if not own and np.may_share_memory(out, x) and not _same_elements(out, x) and _overlap(out, x):
         raise overlap_error(name)
 
 
 def check_output(out: Any, x: Any, name: str, writeable: bool) -> None:
-    """Raises unless out, an array of x's kind, has what it takes."""
+    """Raises unless ``out`` is writeable and has the dtype and shape of x."""
     if out.dtype != x.dtype:
         raise TypeError(f"out must have {name}'s dtype, {x.dtype}, but got {out.dtype}")
     if out.shape != x.shape:
@@ -332,7 +334,7 @@ def _same_elements(a: Array, b: Array) -> bool:
 
 
 def _steps(array: Array) -> list[int]:
-    """The strides that lead to another element."""
+    """The strides of the axes that have more than one element."""
     return [stride for stride, extent in zip(array.strides, array.shape, strict=True) if extent > 1]
 
 
@@ -341,7 +343,7 @@ def _overlaps_itself(array: Array) -> bool:
     if not array.size:
         return False
     axes = sorted((abs(s), e) for s, e in zip(array.strides, array.shape, strict=True) if e > 1)
-    reach = array.itemsize  # bytes from the first to the last that are reached along the axes so far
+    reach = array.itemsize  # the span in bytes of the elements along the axes so far
     nested = True
     for step, extent in axes:
         nested = nested and step >= reach
@@ -382,7 +384,7 @@ def function(name: str, value: Any) -> None:
 
 
 def pieces(boundaries: Any, values: Any) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Boundaries that increase, and probabilities before, between and after them."""
+    """The checked boundaries, which must increase, and values, of which there is one more."""
     try:
         steps, rates = tuple(boundaries), tuple(values)
     except TypeError:

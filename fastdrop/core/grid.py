@@ -1,9 +1,10 @@
-"""How a mask's cells spread over data: shape, shared axes and order in memory become ``(outer, repeat, inner)``.
+"""The mapping of a mask's cells to data, as the three extents that primitives know.
 
-This module owns the extents that primitives know: data ``[outer, repeat, inner]`` under a mask ``[outer, inner]``.
-Element-wise dropout is ``(1, 1, n)``, one decision per channel of NCHW is ``(N*C, H*W, 1)``, per channel of NHWC
-``(N, H*W, C)``, whether NHWC is the array's shape or an NCHW array's order in memory; one shared along the first axis
-of ``(T, B, F)`` is ``(1, T, B*F)``. With more alternations of shared and separate axes the outer ones are looped over.
+`fastdrop.arrays` and `fastdrop.torch.runtime` call it to apply a mask whose cells decide more than one element. A
+primitive sees data ``[outer, repeat, inner]`` under a mask ``[outer, inner]``. One decision per channel of NCHW is
+``(N*C, H*W, 1)``. One per channel of NHWC is ``(N, H*W, C)``, both for an array of that shape and for an NCHW array
+that lies in memory in that order. One shared along the first axis of ``(T, B, F)`` is ``(1, T, B*F)``; dropout of
+elements is ``(1, 1, n)``. If shared and separate axes alternate more often, the caller loops over the outer ones.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from functools import lru_cache
 
 __all__ = ["Grid", "cell_axes", "memory_order"]
 
-Axis = tuple[int, int]  # extent, stride in cells: 0 where a decision is shared
+Axis = tuple[int, int]  # extent, stride in cells; the stride is 0 if elements share a decision along the axis
 
-SMALL_PIECE = 1 << 14  # elements; the call of a kernel takes as long as copying some such number
+SMALL_PIECE = 1 << 14  # elements; a kernel's call takes about as long as a copy of so many
 
 
 def cell_axes(shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> list[Axis]:
-    """(extent, stride in cells) of each axis of data under a mask: 0 where a decision is shared.
+    """(extent, stride in cells) of each axis of the data; the stride is 0 if elements share a decision along the axis.
 
     >>> cell_axes((8, 3, 5, 5), (8, 3, 1, 1))
     [(8, 3), (3, 1), (5, 0), (5, 0)]
@@ -35,7 +36,7 @@ def cell_axes(shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> list[Axis]
 
 
 def memory_order(shape: Sequence[int], strides: Sequence[int]) -> list[int] | None:
-    """The axes of more than one element, outermost in memory first; None where elements overlap or leave gaps.
+    """The axes with more than one element, outermost in memory first; None if elements overlap or leave gaps.
 
     Strides are in elements.
 
@@ -53,7 +54,7 @@ def memory_order(shape: Sequence[int], strides: Sequence[int]) -> list[int] | No
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Extents of one piece, and the loop over pieces: ``lead`` holds the axes looped over."""
+    """The extents of one piece of the data, and ``lead``, the axes that the caller loops over."""
 
     outer: int
     repeat: int
@@ -63,7 +64,7 @@ class Grid:
     @classmethod
     @lru_cache(maxsize=256)
     def of(cls, shape: tuple[int, ...], mask_shape: tuple[int, ...]) -> Grid:
-        """The grid of C-ordered data of one shape under a mask of another: equal on each axis, or 1 in the mask.
+        """The grid of data in C order. On each axis the mask's extent is the data's or 1.
 
         >>> Grid.of((8, 3, 5, 5), (8, 3, 1, 1))
         Grid(outer=24, repeat=25, inner=1, lead=())
@@ -73,14 +74,15 @@ class Grid:
         Grid(outer=3, repeat=4, inner=5, lead=((2, 0),))
         """
         grid = cls.over(cell_axes(shape, mask_shape))
-        assert grid is not None  # in C order the innermost cells lie side by side
+        assert grid is not None  # in C order the innermost cells are adjacent
         return grid
 
     @classmethod
     @lru_cache(maxsize=256)
     def in_memory(cls, shape: tuple[int, ...], strides: tuple[int, ...], mask_shape: tuple[int, ...]) -> Grid | None:
-        """The grid of data as it lies, strides in elements: None where its elements or their cells lie apart, and where
-        pieces would be so small that a copy in logical order costs less.
+        """The grid of data in its memory order; strides are in elements.
+
+        None if the elements or their cells are not adjacent, or if pieces would be so small that a copy costs less.
 
         >>> Grid.in_memory((8, 3, 5, 5), (75, 1, 15, 3), (8, 3, 1, 1))
         Grid(outer=8, repeat=25, inner=3, lead=())
@@ -94,7 +96,7 @@ class Grid:
 
     @classmethod
     def over(cls, axes: Sequence[Axis]) -> Grid | None:
-        """The grid of data whose axes are given in their order in memory; None if its innermost cells lie apart.
+        """The grid of data whose axes are given in memory order; None if the innermost cells are not adjacent.
 
         >>> Grid.over([(8, 3), (5, 0), (5, 0), (3, 1)])
         Grid(outer=8, repeat=25, inner=3, lead=())
@@ -116,7 +118,7 @@ class Grid:
 
     @property
     def size(self) -> int:
-        """Elements of one piece."""
+        """The number of elements in one piece."""
         return self.outer * self.repeat * self.inner
 
     def pieces(self) -> Iterator[tuple[int, int]]:

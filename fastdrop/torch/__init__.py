@@ -57,7 +57,13 @@ try:
     from .tools.monte_carlo import Prediction, mc_dropout, mc_predict
     from .tools.scheduler import DropoutScheduler
 except ImportError as error:
-    raise ImportError(f'fastdrop.torch needs torch 2.11 or later: pip install "fastdrop[torch]" ({error})') from error
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise ImportError('fastdrop.torch needs torch 2.11 or later: pip install "fastdrop[torch]"') from error
+    import torch
+
+    raise ImportError(f"fastdrop.torch does not work with torch {torch.__version__}: {error}") from error
 
 __all__ = [
     "AlphaDropout",

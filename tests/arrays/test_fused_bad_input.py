@@ -1,4 +1,4 @@
-"""The fused ops refuse bad input: which exception, what its message names, and that nothing is written or drawn."""
+"""Bad input of the fused ops: the exception, what its message names, and that nothing is written or drawn."""
 
 from __future__ import annotations
 

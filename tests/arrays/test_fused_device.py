@@ -1,4 +1,4 @@
-"""The fused ops for arrays on a GPU, without one: stand-ins for CuPy's and Numba's arrays, kernels the reference's."""
+"""The fused ops for arrays on a GPU, without a GPU: stand-ins for arrays, and the kernels of the reference."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import fastdrop as fd
 from fastdrop.arrays import device
 from fastdrop.backends import reference
 from fastdrop.backends.cuda import launch as numba_cuda
+from fastdrop.backends.primitives import PRIMITIVES as TABLE
 
 from ..cases import DTYPES, assert_same_bits
 from .test_bad_input import refused
@@ -38,10 +39,9 @@ class Gpu:
 
     def _call(self, name, device, stream, *arguments):
         self.calls.append((name, device, stream))
-        parameters = inspect.signature(getattr(reference, name)).parameters.values()
         values = [
-            self._found(value) if "Array" in parameter.annotation or "Words" in parameter.annotation else value
-            for parameter, value in zip(parameters, arguments, strict=True)
+            self._found(value) if parameter.is_array else value
+            for parameter, value in zip(TABLE[name].parameters, arguments, strict=True)
         ]
         getattr(reference, name)(*values)
 

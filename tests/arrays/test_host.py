@@ -1,4 +1,4 @@
-"""Arrays that are more than an ndarray, that overlap, or whose memory is somebody else's."""
+"""Subclasses of ndarray, arrays that overlap, and arrays over memory that something else owns."""
 
 from __future__ import annotations
 
@@ -83,6 +83,7 @@ def subclass_of(kind, tmp_path):
 KINDS = ["matrix", "memmap", "recarray", "hostile"]
 
 
+@pytest.mark.every_backend
 @pytest.mark.parametrize("kind", KINDS)
 def test_subclasses_in_every_place_give_what_arrays_give(backend, kind, tmp_path):
     make = subclass_of(kind, tmp_path)

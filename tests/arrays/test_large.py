@@ -1,4 +1,4 @@
-"""Beyond 2**31 elements and 2**32 cells, where an index of 32 bits would come round again."""
+"""Arrays beyond 2**31 elements and masks beyond 2**32 cells, where an index of 32 bits would wrap around."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropout of any array under any grid, against what NumPy makes of the mask as booleans."""
+"""Dropout of random shapes, layouts and shared axes, against NumPy's arithmetic on the mask as booleans."""
 
 from __future__ import annotations
 

@@ -37,12 +37,11 @@ def max_pooled(drop, block):
     return windows.max(tuple(range(drop.ndim, windows.ndim)))
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("block", [1, 2, 3, 7])
-def test_dilating_each_axis_is_max_pooling(variant, shape, block):
-    for p in (0.3, 0.02, 0.0, 1.0):
+def test_dilating_each_axis_is_max_pooling(variant, block):
+    for shape, p in itertools.product(SHAPES, (0.3, 0.02, 0.0, 1.0)):
         drop = dropped(shape, p)
-        assert (widened(variant, drop, block, range(2, drop.ndim)) == max_pooled(drop, block)).all(), p
+        assert (widened(variant, drop, block, range(2, drop.ndim)) == max_pooled(drop, block)).all(), (shape, p)
 
 
 def test_dilating_agrees_with_torch(variant):

@@ -1,6 +1,6 @@
 """exp, tanh and gelu in float32 beside double precision, and their coefficients, which stand in Python and in C.
 
-tests/c/vector_math_test.c measures C's own functions.
+tests/c/vector_math_test.c measures C's exp, tanh and normal distribution.
 """
 
 from __future__ import annotations
@@ -76,6 +76,14 @@ def test_every_table_has_every_activation():
         assert sorted(table) == sorted(activations.ACTIVATIONS.values())
 
 
+def test_c_lists_every_activation():
+    """C makes its switches from this list, and does not compile if a function of a row is missing."""
+    header = in_c("fastdrop.h")
+    codes = dict(re.findall(r"(FD_\w+) = (\d+)", header))
+    rows = {name: int(codes[code]) for code, name in re.findall(r"ROW\((FD_\w+), (\w+)\)", header)}
+    assert {None: int(codes["FD_NO_ACTIVATION"]), **rows} == activations.ACTIVATIONS
+
+
 def test_gelu_keeps_its_digits(compiled):
     """Where a difference of near numbers would lose them, as by erf: far below 0."""
     h = np.concatenate([np.linspace(-8, 8, 40_001), np.geomspace(1e-30, 1, 997), -np.geomspace(1e-30, 1, 997)])
@@ -104,7 +112,7 @@ def test_polynomials_are_the_same_in_c():
 
 def test_constants_are_the_same_in_c():
     """Those that have a name in C by that name; others stand where they are used."""
-    text = in_c("vector_math.inc.h") + in_c("rows.inc.h")
+    text = in_c("vector_math.inc.h") + in_c("activations.inc.h")
     named = {name: float(value) for name, value in re.findall(rf"\b([A-Z][A-Z0-9_]+) =? ?({NUMBER})f?\b", text)}
     ours = of_python(float)
     assert named

@@ -1,13 +1,14 @@
-/* The fused primitives: every instruction set beside the scalar one, several threads beside one, in place beside not,
- * with the optional operands there or not. Whether they are right is for the Python suite, beside its reference. */
+/* The fused primitives: each instruction set against the scalar one, several threads against one, in place against not,
+ * drawn words against given ones, with and without the optional operands. The Python suite tests them against its
+ * reference. */
 #include "testing.h"
 
 #include <math.h>
 
 enum { OPERANDS = 10, MAX_OUTPUTS = 3, THREADS = 3, POISON = 0xA5 };
 
-/* What an operand is made of, and how many of it there are. */
-enum kind { DATA, STREAM, WIDE, BITS };
+/* What an operand is: of dtype, of residual_dtype, of float32 or float64, or mask words; its size; its role. */
+enum kind { DATA, RESIDUAL, WIDE, BITS };
 enum count { CELLS, COLUMNS, TWO_ROWS, LINES, THREE_LINES, MASK };
 enum role { IN, MAYBE_IN, OUT, MAYBE_OUT };
 typedef struct {
@@ -22,13 +23,13 @@ typedef struct {
     uint64_t rows, columns, panels, heads, queries, strides[3];
 } case_t;
 
-/* Operands as they come in ops.def. */
+/* p: the operands in the order of ops.def. */
 typedef int call_t(const case_t *c, void *const *p);
 typedef struct {
     const char *name;
     call_t *call;
     operand_t operands[OPERANDS];
-    int count, over[2][2]; /* outputs that may lie over inputs */
+    int count, over[2][2]; /* pairs of an output and an input that may be the same memory */
 } op_t;
 
 static const double SCALE = 1.25, EPS = 1e-5, SOFTMAX_SCALE = 0.7;
@@ -66,18 +67,19 @@ static int softmax_backward(const case_t *c, void *const *p) {
 #define WORDS {BITS, CELLS, MAYBE_IN}
 static const op_t OPS[] = {
     {"pointwise_forward", pointwise_forward,
-     {{DATA, CELLS, IN}, {WIDE, COLUMNS, MAYBE_IN}, {DATA, CELLS, MAYBE_IN}, {STREAM, CELLS, MAYBE_IN}, WORDS,
-      {STREAM, CELLS, OUT}, {BITS, CELLS, MAYBE_OUT}}, 7, {{5, 3}, {5, 0}}},
+     {{DATA, CELLS, IN}, {WIDE, COLUMNS, MAYBE_IN}, {DATA, CELLS, MAYBE_IN}, {RESIDUAL, CELLS, MAYBE_IN}, WORDS,
+      {RESIDUAL, CELLS, OUT}, {BITS, CELLS, MAYBE_OUT}}, 7, {{5, 3}, {5, 0}}},
     {"pointwise_backward", pointwise_backward,
-     {{STREAM, CELLS, IN}, {DATA, CELLS, MAYBE_IN}, {WIDE, COLUMNS, MAYBE_IN}, {DATA, CELLS, MAYBE_IN}, WORDS,
+     {{RESIDUAL, CELLS, IN}, {DATA, CELLS, MAYBE_IN}, {WIDE, COLUMNS, MAYBE_IN}, {DATA, CELLS, MAYBE_IN}, WORDS,
       {DATA, CELLS, OUT}, {DATA, CELLS, MAYBE_OUT}, {WIDE, LINES, MAYBE_OUT}}, 8, {{5, 1}, {6, 3}}},
     {"norm_forward", norm_forward,
-     {{DATA, CELLS, IN}, {WIDE, COLUMNS, MAYBE_IN}, {STREAM, CELLS, MAYBE_IN}, WORDS, {WIDE, COLUMNS, MAYBE_IN},
-      {WIDE, COLUMNS, MAYBE_IN}, {DATA, CELLS, OUT}, {STREAM, CELLS, OUT}, {WIDE, TWO_ROWS, OUT}}, 9, {{6, 0}, {7, 2}}},
+     {{DATA, CELLS, IN}, {WIDE, COLUMNS, MAYBE_IN}, {RESIDUAL, CELLS, MAYBE_IN}, WORDS, {WIDE, COLUMNS, MAYBE_IN},
+      {WIDE, COLUMNS, MAYBE_IN}, {DATA, CELLS, OUT}, {RESIDUAL, CELLS, OUT}, {WIDE, TWO_ROWS, OUT}}, 9,
+     {{6, 0}, {7, 2}}},
     {"norm_backward", norm_backward,
-     {{DATA, CELLS, IN}, {STREAM, CELLS, MAYBE_IN}, {STREAM, CELLS, IN}, {WIDE, TWO_ROWS, IN}, {WIDE, COLUMNS, MAYBE_IN},
-      WORDS, {DATA, CELLS, MAYBE_OUT}, {STREAM, CELLS, MAYBE_OUT}, {WIDE, THREE_LINES, MAYBE_OUT}}, 9,
-     {{6, 0}, {7, 1}}},
+     {{DATA, CELLS, IN}, {RESIDUAL, CELLS, MAYBE_IN}, {RESIDUAL, CELLS, IN}, {WIDE, TWO_ROWS, IN},
+      {WIDE, COLUMNS, MAYBE_IN}, WORDS, {DATA, CELLS, MAYBE_OUT}, {RESIDUAL, CELLS, MAYBE_OUT},
+      {WIDE, THREE_LINES, MAYBE_OUT}}, 9, {{6, 0}, {7, 1}}},
     {"softmax_forward", softmax_forward,
      {{DATA, CELLS, IN}, {WIDE, MASK, MAYBE_IN}, WORDS, {DATA, CELLS, MAYBE_OUT}, {DATA, CELLS, OUT}}, 5,
      {{4, 0}, {3, 0}}},
@@ -93,10 +95,10 @@ static int is_output(const operand_t *o) { return o->role == OUT || o->role == M
 
 static int dtype_of(const case_t *c, const operand_t *o) {
     int wide = c->dtype == FD_FLOAT64 ? FD_FLOAT64 : FD_FLOAT32;
-    return o->kind == DATA ? c->dtype : o->kind == STREAM ? c->residual_dtype : wide;
+    return o->kind == DATA ? c->dtype : o->kind == RESIDUAL ? c->residual_dtype : wide;
 }
 
-/* Up to the end of the last row's line of the mask, and no further. */
+/* The mask ends where the last row's part of it ends. */
 static uint64_t mask_count(const case_t *c) {
     uint64_t count = 0;
     for (uint64_t r = 0; r < c->rows; r++) {
@@ -150,7 +152,7 @@ static double value_at(int dtype, const unsigned char *p, uint64_t i) {
     return half >> 15 ? -magnitude : magnitude;
 }
 
-/* Numbers from -2 to 2, none of them small; with odd ones, also infinities and NaN. */
+/* Numbers from -2 to 2, none of them small. odd: also infinities and NaN. */
 static void fill_numbers(int dtype, unsigned char *p, uint64_t n, uint32_t state, int odd) {
     for (uint64_t i = 0; i < n; i++) {
         state = state * 1664525u + 1013904223u;
@@ -227,7 +229,7 @@ static void run(const test_t *t, int isa, int threads, const array_t arrays[OPER
     fd_set_num_threads(1);
 }
 
-/* Bit for bit, but for which NaN. */
+/* Bit for bit, except that any NaN equals any other. */
 static void expect_same(const test_t *t, const char *what, const array_t *a, const array_t *b) {
     for (int i = 0; i < t->op->count; i++) {
         const operand_t *o = &t->op->operands[i];
@@ -243,7 +245,7 @@ static void expect_same(const test_t *t, const char *what, const array_t *a, con
     }
 }
 
-/* To a few roundings of numbers as large as there are on average. */
+/* To a few roundings of numbers of average size. */
 static void expect_near(const test_t *t, const array_t *a, const array_t *b) {
     static const double TOLERANCE[] = {
         [FD_FLOAT32] = 0x1p-17, [FD_FLOAT64] = 0x1p-46, [FD_FLOAT16] = 0x1p-9, [FD_BFLOAT16] = 0x1p-6};
@@ -268,7 +270,7 @@ static void expect_near(const test_t *t, const array_t *a, const array_t *b) {
     }
 }
 
-/* What is dropped is +0 where nothing is added to it. */
+/* A dropped element is +0 if nothing is added to it. */
 static void expect_zeros(const test_t *t, const array_t *arrays, int words, int output) {
     static const unsigned char zeros[8];
     if (!has(t, words) || !has(t, output)) return;
@@ -293,7 +295,7 @@ static void check_zeros(const test_t *t, const array_t *arrays) {
     }
 }
 
-/* An output over an input of its type gets the same bits. */
+/* An output in the memory of an input of its type gets the same bits. */
 static void check_in_place(const test_t *t, size_t shift, const array_t *expected) {
     for (int way = 0; way < 2; way++) {
         const int out = t->op->over[way][0], in = t->op->over[way][1];
@@ -311,7 +313,7 @@ static void check_in_place(const test_t *t, size_t shift, const array_t *expecte
     }
 }
 
-/* A forward that draws its words beside one under words drawn before. */
+/* A forward that draws its words against one with words that draw_bits drew. */
 static void check_drawn(const test_t *t, size_t shift) {
     int words = 0;
     while (words < t->op->count && t->op->operands[words].kind != BITS) words++;
@@ -389,7 +391,7 @@ static test_t test_of(int op, const int dtypes[2], uint64_t rows, uint64_t colum
     return t;
 }
 
-/* One of a sequence of calls, of which every other is misaligned. */
+/* The next call of a random sequence; about half of them are misaligned. */
 static void check_next(int op, const int dtypes[2], const uint64_t shape[2], unsigned absent, uint32_t *state,
                        int isa) {
     *state = *state * 1664525u + 1013904223u;
@@ -397,8 +399,8 @@ static void check_next(int op, const int dtypes[2], const uint64_t shape[2], uns
     check_call(&t, (*state >> 8 & 1) * (*state >> 9 & 7));
 }
 
-/* Past the size from which stores go around the cache: they do by one thread, and not by several into arrays whose
- * numbers lie across lines. */
+/* Outputs so large that stores go around the cache. One thread does that; the other call does not, because its outputs'
+ * numbers lie across cache lines. */
 static void check_large(int op, int isa) {
     static const int TYPES[] = {0, 5, 3, 2};
     const int *dtypes = DTYPES[TYPES[(op + isa) % 4]];
@@ -424,7 +426,7 @@ static void check_large(int op, int isa) {
 
 void check_fused(int isa, int large) {
     static const uint64_t SHAPES[][2] = {{0, 5}, {1, 1}, {3, 1}, {1, 31}, {5, 7}, {7, 33}, {37, 64}, {2, 513}};
-    static const uint64_t LONG[][2] = {{3, 4096}, {2, 4097}, {1, 9001}};       /* a row fits a kernel's room, or not */
+    static const uint64_t LONG[][2] = {{3, 4096}, {2, 4097}, {1, 9001}};       /* around ROW_CELLS */
     static const uint64_t SHARED[][2] = {{131, 1201}, {601, 320}, {40001, 5}}; /* among threads */
     uint32_t state = 1;
     for (int op = 0; op < (int)COUNT(OPS); op++) {

@@ -1,6 +1,8 @@
-/* Every instruction set of this machine against the scalar one and the golden vectors, without Python: what the
- * sanitizers and the emulator run.  kernels_test GOLDEN STRIDE [large], where GOLDEN is what golden.py prints, vector
- * math is tested at every STRIDE-th float, and "large" asks for the fused kernels' stores around the cache. */
+/* The C tests' main program: every instruction set of this machine against the scalar one and the golden vectors. It
+ * needs no Python, so the sanitizers and the emulator run it (Makefile: test-c, sanitize, test-neon).
+ *
+ * kernels_test GOLDEN STRIDE [large]: GOLDEN is the output of golden.py, vector math is tested at every STRIDE-th
+ * float, and "large" tests the fused kernels' stores around the cache too. */
 #include "testing.h"
 
 #include <fenv.h>
@@ -15,7 +17,7 @@ static const uint64_t SEED = 0x123456789ABCDEF0ull, OFFSET = 0xFEDCBA9876543210u
 
 int failures;
 
-/* Random bytes hold every kind of NaN; the scalar result says what is right, bit for bit. */
+/* Against the scalar kernels, bit for bit. x is random bytes, which contain every kind of NaN. */
 static void compare(int isa, int dtype, uint64_t n, uint64_t first, uint64_t threshold, size_t shift, double b) {
     size_t bytes = n * element_bytes(dtype), word_bytes = (n + 31) / 32 * 4;
     array_t x = array(bytes, shift, 0), y[2], words[2], back[2];
@@ -42,7 +44,7 @@ static void compare(int isa, int dtype, uint64_t n, uint64_t first, uint64_t thr
     }
 }
 
-/* Element by element, by the definition. */
+/* masked_affine against its definition, element by element. */
 static void compare_grids(int isa) {
     static const uint64_t GRIDS[][3] = {{1, 5, 7},    {3, 49, 1},   {4, 3, 33},   {2, 700, 64},
                                         {1, 9000, 1}, {5, 2, 4097}, {2, 9000, 7}, {2, 100, 520}};
@@ -66,7 +68,7 @@ static void compare_grids(int isa) {
         }
 }
 
-/* Noise of a length, misaligned, in place and not, against the scalar set's. */
+/* Noise against the scalar kernels, misaligned too, in place and not. */
 static void compare_noise(int isa, int dtype, uint64_t n, uint64_t first, size_t shift) {
     size_t bytes = n * element_bytes(dtype);
     array_t x = array(bytes, shift, 0), y[2];
@@ -83,7 +85,7 @@ static void compare_noise(int isa, int dtype, uint64_t n, uint64_t first, size_t
     free(x.block), free(y[0].block), free(y[1].block);
 }
 
-/* A cell's noise is that of a call for it alone, and what the reference backend says. */
+/* The noise of a cell is the same in a call for this cell alone, and equals the reference backend's. */
 static void check_noise(int isa) {
     static const struct {
         uint64_t cell;
@@ -111,7 +113,7 @@ static void check_noise(int isa) {
     }
 }
 
-/* Bit by bit, by the definition. */
+/* dilate_bits against its definition, bit by bit. */
 static void compare_dilation(int isa, const uint64_t extents[4], size_t shift, int threads) {
     const uint64_t outer = extents[0], n = extents[1], inner = extents[2], block = extents[3], m = n + block - 1;
     size_t bytes = (outer * n * inner + 31) / 32 * 4, to_bytes = (outer * m * inner + 31) / 32 * 4;
@@ -211,7 +213,7 @@ static void check_threads(void) {
     fd_set_num_threads(1);
 }
 
-/* A library's own threads: pthreads that all run the work they are given. */
+/* A stand-in for another library's threads: parallel is its GOMP_parallel. */
 enum { TEAM = 4 };
 static unsigned team_asked;
 typedef struct {
@@ -250,8 +252,8 @@ static void check_team(void) {
     fd_use_team(0);
 }
 
-/* Another rounding mode, and subnormals flushed where we know how: the pool and a team give one thread's bits, and have
- * their own modes back afterwards. */
+/* Under another rounding mode, and with subnormals flushed on x86 and Arm, the pool and a team give the bits of one
+ * thread. Afterwards their threads have their own modes again. */
 static void check_float_modes(void) {
     static float tiny[MAX_CELLS], y[4][MAX_CELLS];
     for (int i = 0; i < MAX_CELLS; i++) tiny[i] = i % 2 ? 0x1p-130f : (float)i;

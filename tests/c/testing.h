@@ -22,7 +22,7 @@ static inline void expect(int good, const char *what, int isa, uint64_t a, uint6
 
 static inline size_t element_bytes(int dtype) { return dtype == FD_FLOAT64 ? 8 : dtype == FD_FLOAT32 ? 4 : 2; }
 
-/* Sound arrays end where malloc's do, so that the address sanitizer sees one byte too many; shift misaligns the start.
+/* Arrays end where malloc's do, so that the address sanitizer sees an access past the end. shift misaligns the start.
  */
 typedef struct {
     unsigned char *block, *at;
@@ -50,7 +50,7 @@ static inline unsigned bit_of(const unsigned char *words, uint64_t i) { return w
 void check_fused(int isa, int large);
 void check_fused_refusals(void);
 
-/* vector_math_test.c: exp, tanh and erf under an instruction set, over every stride-th of all floats. */
+/* vector_math_test.c: exp, tanh and the normal distribution under an instruction set, at every stride-th float. */
 void check_vector_math(int isa, uint32_t stride);
 
 #endif

@@ -1,5 +1,5 @@
-/* The kernels of an instruction set as they are, -DISA=<name>, and its vector math, which is static there, for
- * vector_math_test.c to call. */
+/* The kernels of the instruction set -DISA=<name>, unchanged, and functions by which vector_math_test.c calls the
+ * vector math, which is static there. */
 #define STRING_(text) #text
 #define STRING(text) STRING_(text)
 #define SOURCE_(isa) STRING(isa_##isa.c)
@@ -18,11 +18,12 @@
 
 #define DEFINE_(isa, function)                                                                                         \
     TARGET void test_##function##_##isa(const float *x, float *y, unsigned n) {                                        \
-        for (unsigned i = 0; i < n; i += f32_bunch) f32_put_several(y + i, f32_##function(f32_several(x + i)));        \
+        for (unsigned i = 0; i < n; i += f32_unrolled)                                                                 \
+            f32_store_unrolled(y + i, f32_##function(f32_load_unrolled(x + i)));                                       \
     }
 #define DEFINE(isa, function) DEFINE_(isa, function)
 DEFINE(ISA, exp)
 DEFINE(ISA, tanh)
-DEFINE(ISA, erf)
+DEFINE(ISA, normal_cdf)
 
 #endif

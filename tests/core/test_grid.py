@@ -1,4 +1,4 @@
-"""Grids against NumPy's own broadcasting."""
+"""Grids, which tell a kernel the cell of each element, against NumPy's own broadcasting."""
 
 from __future__ import annotations
 

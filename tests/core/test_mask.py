@@ -68,12 +68,6 @@ def test_packed_mask_from_bool_follows_the_logical_index():
         assert fd.PackedMask.from_bool(view, 0.5) == fd.PackedMask.from_bool(keep, 0.5)
 
 
-def test_packed_mask_of_a_draw_round_trips(variant):
-    mask = fd.draw_mask((7, 33), 0.1, rng=0)
-    assert fd.PackedMask.from_bool(mask.to_bool(), 0.1) == mask
-    assert fd.PackedMask(mask.words, mask.shape, mask.p) == mask
-
-
 def test_packed_mask_equality():
     mask = fd.PackedMask.from_bool([True, False, True], 0.5)
     assert mask == fd.PackedMask.from_bool([True, False, True], 0.5)
@@ -108,11 +102,6 @@ def test_packed_mask_pickles(shape, clone):
 def test_packed_mask_pickles_only_its_words():
     mask = fd.draw_mask(LARGE, 0.3, rng=0)
     assert len(pickle.dumps(mask, protocol=5)) < mask.nbytes + 1000
-
-
-def test_packed_mask_pickles_its_scale():
-    mask = fd.dropout(np.ones(100), 0.3, scaling="standard", rng=0)[1]
-    assert pickle.loads(pickle.dumps(mask)).scale == 1.0
 
 
 def test_large_words_start_on_a_cache_line(variant):
@@ -213,13 +202,6 @@ def test_seeded_mask_is_the_packed_one(variant, p):
     x = np.full((5, 40), np.inf, np.float32)
     packed, seeded = fd.draw_mask(x.shape, p, rng=fd.Stream(3, 4)), fd.SeededMask(3, 4, x.shape, p)
     assert (fd.apply_mask(x, packed) == fd.apply_mask(x, seeded)).all()
-
-
-def test_seeded_mask_pickles():
-    for scaling in ("inverted", "standard"):
-        mask = fd.dropout(np.ones((3, 4)), 0.3, store="seed", scaling=scaling, rng=9)[1]
-        assert pickle.loads(pickle.dumps(mask)) == mask
-        assert len(pickle.dumps(mask)) < 200
 
 
 @pytest.mark.parametrize(

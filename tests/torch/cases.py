@@ -1,4 +1,4 @@
-"""What the tests of torch's face share; import it after `pytest.importorskip("torch")`."""
+"""Tables and helpers of the tests of torch's face; import it after `pytest.importorskip("torch")`."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The parts of the CUDA backend: the words kernels are written in, their bodies, the compiler, the driver."""
+"""The CUDA backend: `launch` has its primitives, `mask`, `pointwise`, `norm` and `softmax` the kernels."""

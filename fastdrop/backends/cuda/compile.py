@@ -1,9 +1,10 @@
-"""From a kernel's name to machine code: Numba to NVVM's IR for linking, NVIDIA's linker to a cubin, kept on disk.
+"""Makes machine code for a CUDA kernel, and keeps it on disk: Numba, NVVM's IR for linking, NVIDIA's linker, a cubin.
 
-Not by way of PTX: the linker takes that for a part of something larger. Below compute capability 9.0 it then doesn't
-see that a warp's lanes stay together, surrounds every shuffle and vote with calls, and takes 144 registers for 55.
+`driver` calls `image` for a `Variant`, the name of a kernel. The way by PTX is not taken: the linker treats PTX as a
+part of a larger program. Below compute capability 9.0 it then doesn't see that the lanes of a warp stay together,
+surrounds every shuffle and vote with calls, and uses 144 registers instead of 55.
 
-Nothing here needs a GPU or a driver. Numba and the linker are imported only where the disk has no cubin.
+Nothing here needs a GPU or a driver. Numba and the linker are imported only if the disk has no cubin.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def packer(variant: Variant) -> struct.Struct:
 
 
 def ptx(variant: Variant, cc: Capability) -> str:
-    """PTX with one entry, by Numba, for a compute capability: for those who read it; about a second."""
+    """PTX with one entry, by Numba, for a compute capability: for people and tests that read it. Takes a second."""
     return str(_translated(variant, cc, "ptx"))
 
 
@@ -149,7 +150,7 @@ def _body(variant: Variant, cc: Capability) -> Any:
 
 
 def _ready_numba_cuda() -> None:
-    """numba-cuda takes `numpy.row_stack` for granted, which NumPy 2.5 has no more, and will stay so: its issue 907."""
+    """Imports numba-cuda with `numpy.row_stack`, which it needs (its issue 907) and which NumPy 2.5 no longer has."""
     gone = "row_stack"
     if not hasattr(np, gone):
         setattr(np, gone, np.vstack)
@@ -160,7 +161,7 @@ def _ready_numba_cuda() -> None:
 
 
 def entry(image: bytes) -> bytes:
-    """The name of the kernel, in PTX or in a cubin: there that of the section which describes it."""
+    """The name of the kernel in PTX, or in a cubin, where a section that describes the kernel has it."""
     found = re.search(rb"\.entry\s+([\w$]+)|\0\.nv\.info\.([\w$]+)\0", image)
     assert found
     return found.group(1) or found.group(2)
@@ -248,7 +249,7 @@ def _version(package: str) -> str:
 
 
 def _keep(file: Path, content: bytes) -> None:
-    """Whole or not at all, whoever else writes it; without a disk that takes it, the next process compiles again."""
+    """Writes the whole file or nothing. If the disk refuses it, the next process compiles again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle, temporary = tempfile.mkstemp(dir=file.parent)

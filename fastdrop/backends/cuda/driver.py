@@ -1,7 +1,7 @@
-"""The CUDA driver: devices, kernels loaded on them, launches with raw pointers.
+"""The CUDA driver: devices, the kernels loaded on them, and launches with raw pointers; `launch` calls it.
 
-Launches go to the stream they are given, never wait and never copy. The device's primary context, the one that torch
-and CuPy use, is made current for the launch where it isn't: an autograd thread may come without one.
+A launch goes to the stream that it is given, never waits and never copies. The device's primary context, which torch
+and CuPy use too, is made current for a launch if it isn't: a thread of autograd may come without one.
 """
 
 from __future__ import annotations

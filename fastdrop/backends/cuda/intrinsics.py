@@ -1,10 +1,10 @@
-"""The CUDA kernels' vocabulary: loads, stores and warp operations that Numba has no words for, as LLVM instructions.
+"""The words that CUDA kernels are written in: loads, stores and warp operations that Numba lacks, as LLVM instructions.
 
-A `Vocabulary` is made per storage type and compute capability. Kernel bodies (`kernels`) are written against it;
-the tests have a second one of plain Python, in which the same bodies run in Numba's simulator.
+A `Vocabulary` is made for a storage type and a compute capability; `compile` hands it to a body of `mask`. The kernels
+on rows use `vector_intrinsics`, which builds on this module.
 
-A warp sweeps a tile of 1,024 cells. Lane ``l`` owns word ``l`` of the tile; with ``V`` elements in 16 bytes, lane ``l``
-of sweep ``s`` handles elements ``(32 s + l) V`` and on, whose bits it fetches from lane ``s V + (l V >> 5)``.
+A warp sweeps a tile of 1,024 cells. Lane ``l`` owns word ``l`` of the tile. With ``V`` elements in 16 bytes, lane ``l``
+of sweep ``s`` handles the elements from ``(32 s + l) V`` on, whose bits it fetches from lane ``s V + (l V >> 5)``.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -35,7 +35,7 @@ def constant(number: int, type: Any = I32) -> Any:
 
 
 class Vocabulary:
-    """What kernels of one storage type are written in."""
+    """The words of kernels with one storage type."""
 
     def __init__(self, dtype: int, cc: tuple[int, int], plain: bool, counted: bool = False) -> None:
         self.dtype, self.cc, self.plain, self.counted = dtype, cc, plain, counted

@@ -1,8 +1,9 @@
-"""The vocabulary of the kernels that work on rows (`rows`): vectors of numbers, sums over lanes and warps.
+"""The words that the fused CUDA kernels are written in: vectors of numbers, sums over lanes and warps.
 
-A thread holds ``count`` neighbouring elements as a tuple of the numbers that they are computed in: as many as 16 bytes
-of the data hold, or one. Three types lie in memory: the data's, the residual stream's, and that of the arithmetic, for
-vectors of columns, statistics and sums.
+`compile` hands a `RowVocabulary` to a body of `pointwise`, `norm` or `softmax`. A thread holds ``count`` neighbouring
+elements, as a tuple of numbers of the type of the arithmetic: as many as 16 bytes of the data hold, or one. Three types
+lie in memory: that of the data, that of the residual stream, and that of the arithmetic, which vectors of columns,
+statistics and sums have.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -26,7 +27,7 @@ SHARED = 3  # address space
 
 
 class RowVocabulary(Vocabulary):
-    """What kernels of one pair of storage types are written in, for threads that hold vectors or elements."""
+    """The words of kernels with one pair of storage types, for threads that hold vectors or single elements."""
 
     def __init__(self, dtype: int, cc: tuple[int, int], residual_dtype: int, wide: bool) -> None:
         super().__init__(dtype, cc, plain=True)
@@ -147,12 +148,12 @@ class RowVocabulary(Vocabulary):
 
     def _place(self, builder, name, size, index):
         """Where a number lies in a block's memory of this name."""
-        room = builder.module.globals.get(name)
-        if room is None:
+        memory = builder.module.globals.get(name)
+        if memory is None:
             kind = ir.ArrayType(self._computed, size)
-            room = ir.GlobalVariable(builder.module, kind, name, SHARED)
-            room.linkage, room.align, room.initializer = "internal", VECTOR_BYTES, ir.Constant(kind, ir.Undefined)
-        return builder.gep(room, [constant(0), index])
+            memory = ir.GlobalVariable(builder.module, kind, name, SHARED)
+            memory.linkage, memory.align, memory.initializer = "internal", VECTOR_BYTES, ir.Constant(kind, ir.Undefined)
+        return builder.gep(memory, [constant(0), index])
 
     def _vector_places(self, builder, thread):
         first, size = builder.mul(thread, constant(self.count)), TEAM_WARPS * LANES * self.count

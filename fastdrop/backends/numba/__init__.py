@@ -1,1 +1,1 @@
-"""The Numba CPU backend: kernels, and what launches them (`launch`)."""
+"""The Numba CPU backend: `launch` has its primitives, the other modules its kernels."""

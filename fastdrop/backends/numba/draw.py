@@ -1,7 +1,7 @@
 """Draws mask words, as kernels of the Numba CPU backend: `draw_bits`, and what `mask` needs to draw ahead of its data.
 
 Blocks of 16 words are drawn two groups of random bits at a time. The few words that are then undecided are gathered
-over a chunk of blocks and given more groups together, as in csrc/kernels.inc.h.
+over a chunk of blocks and given more groups together, as in csrc/draw.inc.h.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -31,8 +31,8 @@ def one_block(c0, c1, c2, c3, k0, k1):
 
 @kernel
 def planes_of(threshold):
-    """The bits of the threshold, most significant first, each spread to a whole word; then the number of groups up
-    to its last 1: later ones decide nothing."""
+    """The threshold's bits, most significant first, each spread to a whole word; then the number of groups up to its
+    last 1, because later groups decide nothing."""
     planes = np.zeros(GROUP_COUNT + 1, np.uint64)
     for k in range(32):
         if (threshold >> U(31 - k)) & U(1):

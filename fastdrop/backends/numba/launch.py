@@ -89,22 +89,17 @@ def _coefficients(a: float, b: float, c: float) -> tuple[float, ...]:
     return (a,) if b == 0 and c == 0 else (a, b, c)
 
 
-# What a primitive runs over, as arguments of `over_ranges`: how many units and, where they are not 0 and 1, the
-# position of the first in its word and the cells of each.
-OVER_CELLS, OVER_ROWS = "rows * columns", "rows, cells=columns"
-OVER_PANELS = "panels, cells=rows * columns // panels"
+# How much work a call is, as arguments of `over_ranges`: how many units and, where they are not 0 and 1, the position
+# of the first in its word and the cells of each. Fused primitives by what they run over, the others by name.
 WORK = {
+    "cells": "rows * columns",
+    "rows": "rows, cells=columns",
+    "panels": "panels, cells=rows * columns // panels",
     "draw_bits": "n, position",
     "dropout_forward": "n",
     "masked_affine": "outer * repeat * inner",
     "gaussian_multiply": "n, first",
     "dilate_bits": "outer * (n + block - 1) * inner",
-    "pointwise_forward": OVER_CELLS,
-    "pointwise_backward": OVER_CELLS,  # but panels, if there are sums
-    "norm_forward": OVER_ROWS,
-    "norm_backward": OVER_PANELS,
-    "softmax_forward": OVER_ROWS,
-    "softmax_backward": OVER_ROWS,
 }
 
 
@@ -113,9 +108,9 @@ def _launcher(kernel: Any) -> Any:
     name = kernel.__name__
     primitive = PRIMITIVES[name]
     arguments = ", ".join(filter(None, (_passed(primitive, parameter) for parameter in primitive.parameters)))
-    body = f"run(kernel, ({arguments}), {WORK[name]})"
+    body = f"run(kernel, ({arguments}), {WORK[name if name in WORK else primitive.over]})"
     if "sums" in primitive.names:
-        by_panels = f"(run(kernel, ({arguments}), {OVER_PANELS}), add_panels(sums, panels))"
+        by_panels = f"(run(kernel, ({arguments}), {WORK['panels']}), add_panels(sums, panels))"
         body = f"{by_panels} if sums is not None else {body}"
     scope = {
         "kernel": kernel,

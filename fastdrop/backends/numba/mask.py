@@ -187,7 +187,7 @@ def dropout_forward(
     coefficients,
     stream,
 ):
-    """Draws a chunk ahead, block by block beside the one applied, so that drawing fills the time data takes."""
+    """Draws one chunk ahead, alternating blocks to draw and blocks to apply: drawing fills the time that data takes."""
     k0, k1, o0, o1 = U(seed0), U(seed1), U(offset0), U(offset1)
     first, planes = U(first0) | U(first1) << U(32), planes_of(U(threshold))
     coefficients, held = as_computed(coefficients, x), np.empty(BLOCK_CELLS, x.dtype)
@@ -313,9 +313,10 @@ def _or_complement(to, to_position, words, position, n):
 
 @kernel
 def dilate_bits(begin, end, to, words, outer, n, inner, block):
-    """Each row is first drawn out to its new length by kept cells. A cell is then dropped if it or one of those
-    1 to ``block - 1`` times ``inner`` before it is, wherever rows end: before a row lie the cells that the last one
-    was drawn out by. Every shift by as many as were looked at doubles how many are."""
+    """First each row gets its new length, filled with kept cells. Then a cell is dropped if it is dropped itself or if
+    a cell 1 to ``block - 1`` times ``inner`` before it is. The ends of rows need no care, because the filling of the
+    row before lies in between. Each step combines the cells with themselves shifted by the width already covered, so
+    the covered width doubles."""
     row, grown, reach = U(n) * U(inner), U(n + block - 1) * U(inner), U(block - 1) * U(inner)
     at, stop = U(begin), U(end)
     step = min(max(U(CHUNK_CELLS), reach & ~U(BLOCK_CELLS - 1)), stop - at)

@@ -1,8 +1,8 @@
-"""The calling thread's floating-point modes, for the Numba CPU backend: how it rounds, whether subnormals are flushed.
+"""Reads and sets the calling thread's floating-point modes: how it rounds, and whether it flushes subnormals to zero.
 
-`numba_cpu` reads them on a call's thread and sets them on those that help it, as csrc/threads.c does, so that any
-number of threads gives one thread's bits. They are MXCSR on x86, without its flags, and FPCR on Arm; elsewhere nothing
-is carried.
+`threads` reads the modes of the caller's thread and sets them on the threads that help, as csrc/threads.c does, so any
+number of threads gives the bits of one. The modes are MXCSR on x86, without its flags, and FPCR on Arm; on other CPUs
+nothing is carried over.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -25,7 +25,7 @@ MACHINE = platform.machine().lower()
 MXCSR_FLAGS = 0x3F  # what has happened, not how to compute
 
 
-# By LLVM's intrinsics: on Arm it may come without the parser that inline assembly needs, and would abort.
+# LLVM's intrinsics and no inline assembly: on Arm LLVM may lack the parser for it, and would then abort.
 
 
 def _mxcsr(builder: Any, instruction: str, slot: Any) -> None:
@@ -71,7 +71,7 @@ def _write_modes(typingctx: Any, modes: Any) -> Any:
     return types.void(types.int64), codegen
 
 
-# Functions of their own, called from Python: within a kernel LLVM might move arithmetic past them.
+# Python calls these functions: within a kernel LLVM might move arithmetic past them.
 @kernel
 def float_modes():
     return _read_modes()

@@ -1,9 +1,10 @@
-"""Scalars of the Numba backends: Philox, the decision and normal numbers, for CPU and CUDA; the CPU's conversions.
+"""Scalar functions of the Numba CPU and CUDA kernels: Philox, the decision of a cell, normal numbers, conversions.
 
-Loops, memory and launch are the backends' own. All integers are uint64, whose low 32 bits count: LLVM then multiplies
-with one instruction and never masks, and nothing mixes signed with unsigned, which Numba would turn into float.
+The conversions of 16-bit types are for the CPU. All integers are uint64, of which the low 32 bits count: LLVM then
+multiplies with one instruction and never masks. Signed and unsigned integers are never mixed, because Numba turns a mix
+into float.
 
-16-bit arrays come as integers, which tells their dtype by type: int16 holds float16 bits, uint16 bfloat16 bits.
+16-bit arrays come as integers whose type tells the dtype: int16 holds float16 bits, uint16 bfloat16 bits.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ double_of = _reinterpret(types.float64)
 
 
 def normal_pair(add: Any, multiply: Any, root: Any) -> Any:
-    """Two normal numbers of two uniform ones, by the steps of `reference`: subtracting is adding the negative.
+    """Two normal numbers from two uniform ones, by the steps of `reference`; it subtracts by adding the negative.
 
     ``add(a, b)``, ``multiply(a, b)`` and ``root(a)`` are those of float32, each rounded and never contracted.
     """

@@ -56,7 +56,7 @@ def put(typingctx: Any, address: Any, i: Any, value: Any) -> Any:
 
 
 def _element(context: Any, builder: Any, kind: Any, args: Any) -> Any:
-    """As a step from a base, not as an address of its own: only then are loops over it vectorised."""
+    """Its address as a step from a base. Only then does LLVM vectorise loops over the elements."""
     return builder.gep(builder.inttoptr(args[0], ir.PointerType(context.get_value_type(kind))), [args[1]])
 
 
@@ -73,7 +73,7 @@ def _deliver_as(address, at, n, scratch, like):
 
 
 def _by_dtype(as_kind: Any) -> tuple[Any, Any]:
-    """A stage that asks for the dtype by its tag, and one for float64, which is stored as it is computed."""
+    """A stage that branches on the dtype's tag, and one for float64, which needs no conversion."""
 
     @stage
     def by_tag(dtype, address, at, n, scratch):
@@ -211,7 +211,7 @@ def drop(h, words, position, n, a):
 
 @intrinsic  # type: ignore[untyped-decorator]
 def add_in_any_order(typingctx: Any, a: Any, b: Any) -> Any:
-    """A step of a sum that may be taken in lanes."""
+    """A step of a sum whose order LLVM may change, so that it adds in lanes."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fadd(args[0], args[1], flags=["reassoc"])

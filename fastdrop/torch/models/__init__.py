@@ -1,1 +1,1 @@
-"""Changes to models that exist: whose dropouts they call, and what is fused with them."""
+"""Changes to models that exist: `enable`, `convert`, `fuse`, `fold_scaling`, and how they find what drops."""

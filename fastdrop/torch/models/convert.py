@@ -1,7 +1,7 @@
 """`convert` makes the dropout modules of a model fastdrop's; `revert` undoes it.
 
-A converted module stays the same object and only its class changes. So whoever refers to the module still does, and its
-hooks, its mode and its p stay.
+A converted module stays the same object; only its class changes. So its hooks, its mode and its p stay, and every
+reference to it still holds.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Dropout as modules."""
+"""Dropout as modules: the kinds of dropout, recurrent layers with masks over time, and dropout of weights."""

@@ -54,19 +54,19 @@ class Rated(nn.Module):
                 raise RuntimeError(
                     "fastdrop can't be scripted for training: call eval(), or fdt.revert(model) before torch.jit.script"
                 )
-            return self.evaluate(input)
+            return self.evaluate_input(input)
         else:  # TorchScript doesn't read this branch
             if is_traced(self, input):
                 return trace_call(self, input)  # type: ignore[no-any-return]
             if isinstance(input, Tensor) and input.is_quantized:
                 return input  # nn.Dropout in a quantised model of torch does the same
-            return self.drop(input)
+            return self.drop_input(input)
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         """What the module does in Python. `enable` gives this to the classes of timm and torchvision."""
         raise NotImplementedError
 
-    def evaluate(self, input: Tensor) -> Tensor:
+    def evaluate_input(self, input: Tensor) -> Tensor:
         """What the module does in evaluation when it is scripted. TorchScript compiles this."""
         return input
 

@@ -81,10 +81,10 @@ class Dropout(_Elementwise, nn.Dropout):
         checks.scaling(scaling)
         self.scaling = scaling
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         return F.dropout(input, self.rate, self.training, self.inplace, store=self.store, scaling=self.scaling)
 
-    def evaluate(self, input: Tensor) -> Tensor:
+    def evaluate_input(self, input: Tensor) -> Tensor:
         if hasattr(self, "scaling"):  # noqa: SIM102 - TorchScript needs both: it sees only attributes of the object
             if self.scaling == "standard":
                 return input * (1.0 - self.p)
@@ -104,7 +104,7 @@ class Dropout1d(_Elementwise, nn.Dropout1d):
     Dropout1d(p=0.2, inplace=False, store='bits')
     """
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         return F.dropout1d(input, self.rate, self.training, self.inplace, store=self.store)
 
 
@@ -118,7 +118,7 @@ class Dropout2d(_Elementwise, nn.Dropout2d):
     Dropout2d(p=0.2, inplace=False, store='bits')
     """
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         return F.dropout2d(input, self.rate, self.training, self.inplace, store=self.store)
 
 
@@ -132,7 +132,7 @@ class Dropout3d(_Elementwise, nn.Dropout3d):
     Dropout3d(p=0.2, inplace=False, store='bits')
     """
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         return F.dropout3d(input, self.rate, self.training, self.inplace, store=self.store)
 
 
@@ -147,7 +147,7 @@ class AlphaDropout(_Elementwise, nn.AlphaDropout):
     AlphaDropout(p=0.1, inplace=False, store='bits')
     """
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         return F.alpha_dropout(input, self.rate, self.training, self.inplace, store=self.store)
 
 
@@ -162,7 +162,7 @@ class FeatureAlphaDropout(_Elementwise, nn.FeatureAlphaDropout):
     FeatureAlphaDropout(p=0.1, inplace=False, store='bits')
     """
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         return F.feature_alpha_dropout(input, self.rate, self.training, self.inplace, store=self.store)
 
 
@@ -191,7 +191,7 @@ class VariationalDropout(Rated):
         checks.choice("store", store, checks.STORES)
         self.p, self.time_axis, self.inplace, self.store = checks.dropout_probability(p), time_axis, inplace, store
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         return F.variational_dropout(input, self.rate, self.time_axis, self.training, self.inplace, store=self.store)
 
     def extra_repr(self) -> str:
@@ -225,7 +225,7 @@ class StochasticDepth(Rated):
         checks.choice("store", store, checks.STORES)
         self.p, self.mode, self.store = checks.dropout_probability(p, what="drop probability"), mode, store
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         return F.stochastic_depth(input, self.rate, self.mode, self.training, store=self.store)
 
     def extra_repr(self) -> str:
@@ -268,7 +268,7 @@ class DropPath(Rated):
     def p(self, p: float) -> None:
         self.drop_prob = p
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         if not self.training:
             return input
         scaling = "inverted" if self.scale_by_keep else "standard"
@@ -322,7 +322,7 @@ class DropBlock2d(_DropBlock):
     1.0
     """
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         return F.drop_block2d(
             input,
             self.rate,
@@ -342,7 +342,7 @@ class DropBlock3d(_DropBlock):
     1.0
     """
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         return F.drop_block3d(
             input,
             self.rate,
@@ -375,7 +375,7 @@ class GaussianDropout(Rated):
         super().__init__()
         self.p, self.inplace = checks.gaussian_probability(checks.dropout_probability(p)), inplace
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         return F.gaussian_dropout(input, self.rate, self.training, self.inplace)
 
     def extra_repr(self) -> str:
@@ -396,7 +396,7 @@ class TimmDropBlock2d(DropBlock2d):
     def p(self, p: float) -> None:
         self.drop_prob = p
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         return F.drop_block2d(
             input,
             self.rate * self.gamma_scale,

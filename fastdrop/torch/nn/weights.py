@@ -71,7 +71,7 @@ class EmbeddingDropout(Rated):
             raise TypeError(f"embedding must be a torch.nn.Embedding, but got {type(embedding).__name__}")
         self.embedding = embedding
 
-    def drop(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor) -> Tensor:
         y: Tensor = self.embedding(input)
         p = self.rate
         if not self.training or (not isinstance(p, Tensor) and p == 0.0):
@@ -81,7 +81,7 @@ class EmbeddingDropout(Rated):
         rows = dropout(y.new_ones(self.embedding.num_embeddings), p)
         return mask_ops.masked(y, _pack_bits(rows[input] != 0.0), p, [*input.shape, 1], True)
 
-    def evaluate(self, input: Tensor) -> Tensor:
+    def evaluate_input(self, input: Tensor) -> Tensor:
         y: Tensor = self.embedding(input)
         return y
 

@@ -1,1 +1,1 @@
-"""What looks at models or runs them: audit, Monte Carlo prediction, the scheduler."""
+"""Tools for models with dropout: `audit`, Monte Carlo prediction, and the scheduler of drop probabilities."""

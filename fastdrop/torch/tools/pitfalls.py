@@ -1,7 +1,7 @@
 """The pitfalls of dropout that `audit` looks for: `PITFALLS` has one entry for each.
 
-A pitfall is a function that yields paths of modules and what is there, with a severity, a reason and a remedy. To add
-one, write such a function over `Subject` and add it to `PITFALLS`.
+A pitfall is a function that yields paths of modules and a sentence for each, with a severity, a reason and a remedy. To
+add one, write such a function over `Subject` and add it to `PITFALLS`.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def _place(step: Step) -> str:
     return step.path or step.name if step.module is not None else f"{step.name} in {step.path or 'the model'}"
 
 
-# ---- the functions that find: each yields paths and what is there ----
+# ---- functions that find pitfalls: each yields the path of a module, and a sentence ----
 
 Found = Iterator[tuple[str, str]]
 

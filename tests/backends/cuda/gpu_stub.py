@@ -266,3 +266,10 @@ def gpu(stub_driver: tuple[Any, Images], monkeypatch: pytest.MonkeyPatch) -> Ite
     library.stub_reset()
     if gpu.faults:
         raise gpu.faults[0]
+
+
+@pytest.fixture
+def recorded(gpu: Gpu) -> Gpu:
+    """The driver records launches and doesn't run them: addresses need not be any."""
+    gpu.executes = False
+    return gpu

@@ -14,14 +14,13 @@ from fastdrop.core import variants
 from fastdrop.core.activations import ACTIVATIONS
 
 from ...cases import assert_same_bits
-from .cases import (
+from .cases import STREAM, accesses_vectors
+from .fused_cases import (
     F32,
     F64,
     NO_MASK,
     PAIR,
     ROWS_CASES,
-    STREAM,
-    accesses_vectors,
     assert_activations_as_reference,
     assert_case_as_reference,
     assert_fused_as_reference,
@@ -33,13 +32,6 @@ pytest_plugins = ["tests.backends.cuda.gpu_stub"]
 
 SUMS = ("bias's sums", "norm's gradients")
 GRADIENT = "softmax's gradient"
-
-
-@pytest.fixture
-def recorded(gpu):
-    """The driver records launches and doesn't run them: addresses need not be any."""
-    gpu.executes = False
-    return gpu
 
 
 # ---- results ----

@@ -24,11 +24,8 @@ from fastdrop.core.random import keep_scale
 
 from ...cases import AFFINE, DTYPES, GRIDS, OFFSET, SEED, TENTH, THRESHOLDS, Guarded, assert_same_bits, golden
 from .cases import (
-    ANGLES,
     AXES,
     COUNTS,
-    DILATIONS,
-    RADII,
     SCALE,
     accesses_vectors,
     assert_as_reference,
@@ -39,7 +36,7 @@ from .cases import (
     assert_masked_as_reference,
     assert_scaled_by_a_count,
     assert_strided_as_reference,
-    drawing_noise,
+    blocks_of,
     drawn,
     expected_drawn,
     expected_forward,
@@ -65,14 +62,6 @@ NO_OFFSET = AFFINE | {"dropped": (1.25, 0.0, 0.7)}  # b = 0, but not c: -0 that 
 F32 = DTYPES[0]
 BY_WIDTH = pytest.mark.parametrize("dtype", [F32, DTYPES[1]], ids=str, indirect=True)  # computed in 4 bytes, in 8
 HALVES = pytest.mark.parametrize("dtype", DTYPES[2:], ids=str, indirect=True)
-
-
-def blocks_of(gpu, monkeypatch, *counts):
-    """For each count, a GPU that launches at most so many blocks: fewer than there are tiles work in turn."""
-    for blocks in counts:
-        monkeypatch.setattr(driver, "BLOCKS_PER_SM", blocks)
-        gpu.install((9, 0), sms=1)
-        yield blocks
 
 
 # ---- draw_bits ----
@@ -370,66 +359,6 @@ def test_reciprocal_is_exact(extent, n):
         worst = (2**bits // extent) * extent - 1
         for number in (n, n - n % extent, worst, 2**bits - 1):
             assert number * multiplier >> shift == number // extent
-
-
-# ---- gaussian_multiply ----
-
-
-@pytest.mark.parametrize("first", [0, 1, 63, 2**34 - 100, 2**61 - 2047])
-def test_gaussian_multiply_lengths(gpu, first):
-    """From within a tile, over where the counter passes 2**32, to the last cell."""
-    for n in (1, 15, 16, 17, 63, 64, 65, 2047):
-        assert_gaussian_as_reference(gpu, F32, n, first=first)
-
-
-def test_gaussian_multiply_of_each_dtype(gpu, dtype):
-    item = dtype.itemsize
-    for shifts in ((0, 0), (item, 0), (0, 16 - item)):
-        assert_gaussian_as_reference(gpu, dtype, 1000, first=3, shifts=shifts)
-    assert_gaussian_as_reference(gpu, dtype, 1000, first=3, shifts=(item, 0), in_place=True)
-    for sigma in (0.0, 1 / 3, 1e-8, 1e30):
-        assert_gaussian_as_reference(gpu, dtype, 1000, sigma=sigma)
-
-
-@pytest.mark.parametrize("radius", RADII, ids=hex)
-def test_gaussian_multiply_at_the_borders_of_uniform_numbers(gpu, radius):
-    for angle in ANGLES:
-        first, offset = drawing_noise(radius, angle)
-        assert_gaussian_as_reference(gpu, F32, 64, first=first, offset=offset)
-
-
-def test_draws_at_the_borders_are_those_asked_for():
-    first, offset = drawing_noise(0xFFFFFFFF, 0)
-    y = np.ones(64, np.float32)
-    reference.gaussian_multiply(0, y, y, first, 64, SEED, offset, 1.0)
-    assert (y == 1.0).sum() >= 2  # both normals are 0, since u = 1
-
-
-def test_noise_and_bits_any_number_of_blocks(gpu, monkeypatch):
-    for blocks in blocks_of(gpu, monkeypatch, 1, 3):
-        assert_gaussian_as_reference(gpu, F32, 20_001, first=9)
-        assert_dilated_as_reference(gpu, 3, 100, 70, 3)
-        assert_counted(gpu, 20_001)
-        assert {launch.grid for launch in gpu.launches} == {(blocks, 1, 1)}
-
-
-# ---- dilate_bits and count_bits ----
-
-
-@pytest.mark.parametrize("shape", [*DILATIONS, (50, 56, 56, 7), (9, 0, 3, 5)], ids=str)
-def test_dilate_bits(gpu, shape):
-    assert_dilated_as_reference(gpu, *shape)
-
-
-@settings(max_examples=25)
-@given(outer=st.integers(1, 40), n=st.integers(1, 70), inner=st.integers(1, 70), block=st.integers(1, 80))
-def test_dilate_bits_any_shape(gpu, outer, n, inner, block):
-    assert_dilated_as_reference(gpu, outer, n, inner, block)
-
-
-def test_count_bits(gpu):
-    for count in (1, 31, 33, 127, 129, 2047):
-        assert_counted(gpu, count, before=2**32 - 1)
 
 
 # ---- values ----

@@ -1,4 +1,4 @@
-"""Derivatives of every kind of dropout, and transforms, modes, tracers and subclasses around it."""
+"""Derivatives of every kind of dropout, and its behaviour under transforms, modes, tracers and subclasses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's generator starts each test here alike and is afterwards as it was."""
+"""torch's generator starts each test here alike and is afterwards as it was; torch's dropout is torch's again."""
 
 from __future__ import annotations
 
@@ -13,3 +13,14 @@ def torch_state() -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         yield
+    import fastdrop.torch as fdt
+
+    fdt.disable()
+
+
+@pytest.fixture
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Classes of transformers' names, where transformers would have its own."""
+    from .fuse_cases import place
+
+    place(monkeypatch)

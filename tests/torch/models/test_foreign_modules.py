@@ -28,75 +28,37 @@ def disabled_afterwards():
     fdt.disable()
 
 
+def stand_in(module, name, **defaults):
+    """A class of theirs whose attributes are its arguments."""
+
+    class Theirs(nn.Module):
+        def __init__(self, *args, **kwargs):
+            super().__init__()
+            vars(self).update(defaults | dict(zip(defaults, args, strict=False)) | kwargs)
+
+        def forward(self, input):
+            return input * 3 if self.training else input
+
+    Theirs.__module__, Theirs.__name__, Theirs.__qualname__ = module, name, name
+    setattr(sys.modules[module], name, Theirs)
+    return Theirs
+
+
 @pytest.fixture
 def packages(monkeypatch):
     """Both packages as if imported: classes by name, which in training multiply by 3, so that they are told apart."""
     for name in ("timm", "timm.layers", TIMM, "torchvision", "torchvision.ops", DEPTH, BLOCK):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
 
-    class Theirs(nn.Module):
-        def forward(self, x):
-            return x * 3 if self.training else x
-
-    class DropPath(nn.Module):
-        def __init__(self, drop_prob=0.0, scale_by_keep=True):
-            super().__init__()
-            self.drop_prob, self.scale_by_keep = drop_prob, scale_by_keep
-
-        def forward(self, x):
-            return Theirs.forward(self, x)
-
-        def extra_repr(self):
-            return f"drop_prob={self.drop_prob}"
-
-    class TimmBlock(nn.Module):
-        def __init__(
-            self,
-            drop_prob=0.1,
-            block_size=7,
-            gamma_scale=1.0,
-            with_noise=False,
-            inplace=False,
-            couple_channels=True,
-            scale_by_keep=True,
-        ):
-            super().__init__()
-            self.drop_prob, self.gamma_scale, self.block_size = drop_prob, gamma_scale, block_size
-            self.with_noise, self.inplace = with_noise, inplace
-            self.couple_channels, self.scale_by_keep = couple_channels, scale_by_keep
-
-        def forward(self, x):
-            return Theirs.forward(self, x)
-
-    class StochasticDepth(nn.Module):
-        def __init__(self, p, mode):
-            super().__init__()
-            self.p, self.mode = p, mode
-
-        def forward(self, input):
-            return Theirs.forward(self, input)
-
-        def __repr__(self):
-            return f"StochasticDepth(p={self.p}, mode={self.mode})"
-
-    class Block2d(nn.Module):
-        def __init__(self, p, block_size, inplace=False, eps=1e-6):
-            super().__init__()
-            self.p, self.block_size, self.inplace, self.eps = p, block_size, inplace, eps
-
-        def forward(self, input):
-            return Theirs.forward(self, input)
-
-    class Block3d(Block2d):
-        def forward(self, input):
-            return Theirs.forward(self, input)
-
-    placed = (DropPath, TIMM, "DropPath"), (TimmBlock, TIMM, "DropBlock2d"), (StochasticDepth, DEPTH, "StochasticDepth")
-    for cls, module, name in (*placed, (Block2d, BLOCK, "DropBlock2d"), (Block3d, BLOCK, "DropBlock3d")):
-        cls.__module__, cls.__name__, cls.__qualname__ = module, name, name
-        setattr(sys.modules[module], name, cls)
+    block = {"inplace": False, "couple_channels": True, "scale_by_keep": True}
     return types.SimpleNamespace(
-        DropPath=DropPath, TimmBlock=TimmBlock, StochasticDepth=StochasticDepth, Block2d=Block2d, Block3d=Block3d
+        DropPath=stand_in(TIMM, "DropPath", drop_prob=0.0, scale_by_keep=True),
+        TimmBlock=stand_in(
+            TIMM, "DropBlock2d", drop_prob=0.1, block_size=7, gamma_scale=1.0, with_noise=False, **block
+        ),
+        StochasticDepth=stand_in(DEPTH, "StochasticDepth", p=None, mode=None),
+        Block2d=stand_in(BLOCK, "DropBlock2d", p=None, block_size=None, inplace=False, eps=1e-6),
+        Block3d=stand_in(BLOCK, "DropBlock3d", p=None, block_size=None, inplace=False, eps=1e-6),
     )
 
 
@@ -104,12 +66,7 @@ IMAGES, VOLUMES = (6, 3, 7, 8), (3, 2, 4, 5, 6)
 
 # Theirs, what it becomes, the function that it then is, and the shape it takes.
 MODULES = {
-    "DropPath": (
-        lambda p: p.DropPath(0.3),
-        fdt.DropPath,
-        lambda x: fdt.stochastic_depth(x, 0.3, "row"),
-        IMAGES,
-    ),
+    "DropPath": (lambda p: p.DropPath(0.3), fdt.DropPath, lambda x: fdt.stochastic_depth(x, 0.3, "row"), IMAGES),
     "DropPath unscaled": (
         lambda p: p.DropPath(0.3, scale_by_keep=False),
         fdt.DropPath,

@@ -18,96 +18,36 @@ from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import fastdrop.torch as fdt
-from fastdrop.torch.models.fuse import transformers_layers
 from fastdrop.torch.models.fuse.fuse import fuse, unfuse
 
 from ...cases import ROOT, output_of
 from ..cases import assert_equal, saved_tensors, under
 from .fuse_cases import (
+    BATCH,
+    BERT_CALLS,
+    DECODER,
+    ENCODER,
+    GPT2_CALLS,
     HEADS,
     HIDDEN,
+    LENGTH,
+    MEMORY,
+    NO_SOURCE,
     WIDTH,
-    AttentionInterface,
     Backend,
     BertLayer,
     BertOutput,
     GPT2Model,
+    Named,
+    assert_left,
+    assert_same,
     fused_calls,
+    left_reasons,
+    pair,
     place,
-    sdpa,
+    shaken,
+    step,
 )
-
-BATCH, LENGTH, MEMORY = 2, 5, 7
-ENCODER, DECODER = nn.TransformerEncoderLayer, nn.TransformerDecoderLayer
-
-
-@pytest.fixture(autouse=True)
-def disabled_afterwards():
-    yield
-    fdt.disable()
-
-
-def step(model, *inputs, **options):
-    """Output and gradients of the inputs and of all parameters, under one seed."""
-    inputs = [x.detach().clone().requires_grad_() for x in inputs]
-    model.zero_grad()
-    y = under(3, model, *inputs, **options)
-    y.sin().sum().backward()
-    return y.detach(), *(x.grad for x in inputs), *(parameter.grad for parameter in model.parameters())
-
-
-def pair(make):
-    """A fused model, and one with the same parameters that is only converted."""
-    model, plain = make(), make()
-    plain.load_state_dict(model.state_dict())
-    fdt.convert(plain)
-    assert fuse(model).changed
-    return model, plain
-
-
-def shaken(model):
-    """Biases are not 0, nor are weights of norms 1."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, dtype=parameter.dtype), alpha=0.1)
-    return model
-
-
-def assert_same(model, plain, *inputs, **options):
-    """Outputs, gradients and the generator's state after them. Returns what fused functions were called, how often."""
-    with fused_calls() as calls:
-        actual = step(model, *inputs, **options)
-    after = torch.get_rng_state()
-    with fdt.enabled():
-        expected = step(plain, *inputs, **options)
-    assert torch.equal(torch.get_rng_state(), after)
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e)
-    for a, e in zip(under(4, model, *inputs, **options), actual[0], strict=True):
-        assert not torch.equal(a, e)  # something is dropped
-    return calls
-
-
-NO_SOURCE = "its forward can't be read, it has no source; fdt.enable() reaches it if it calls torch's dropout"
-IN_ATTEND = "a function, called in attend; "
-
-
-def left_reasons(report, *read):
-    """Of what was left: (path, reason), but for functions that drop, which the source names and which must be these."""
-    rows = [(row.path, row.reason) for row in report.left]
-    named = [row for row in rows if row[1].startswith(("a function, called in ", "its forward can't be read, "))]
-    assert named == list(read)
-    return [row for row in rows if row not in named]
-
-
-def assert_left(model, *expected, read=()):
-    """Nothing is changed, and the report says why: (path, reason)."""
-    before = [type(module) for module in model.modules()]
-    report = fuse(model)
-    assert not report.changed
-    assert left_reasons(report, *read) == list(expected)
-    assert [type(module) for module in model.modules()] == before
-
 
 # ---- nn.Sequential ----
 
@@ -165,10 +105,6 @@ def test_sequential_among_other_modules():
     x = torch.randn(4, HIDDEN, dtype=torch.float64)
     torch.testing.assert_close(under(2, model[3:], x), under(2, plain[3:], x))
     assert type(model[3:]) is type(model)
-
-
-class Named(nn.Linear):
-    pass
 
 
 LEFT = {
@@ -638,16 +574,11 @@ def test_fx_sees_the_modules_inside(stand_ins):
 SHAPE = (BATCH, LENGTH, WIDTH)
 MODELS = {  # how to make it, shapes of inputs, calls, ops; with smooth activations: a relu's steps show in 16 bits
     "sequence": (partial(perceptron, nn.SiLU), [SHAPE], {"bias_act_dropout": 2}, (2, 0, 0)),
-    "post-norm encoder": (
-        partial(layer, ENCODER, activation="gelu", batch_first=True),
-        [SHAPE],
-        {"bias_act_dropout": 1, "dropout_add_layer_norm": 2, "scaled_dot_product_attention": 1},
-        (1, 2, 1),
-    ),
+    "post-norm encoder": (partial(layer, ENCODER, activation="gelu", batch_first=True), [SHAPE], BERT_CALLS, (1, 2, 1)),
     "pre-norm encoder": (
         partial(layer, ENCODER, activation="gelu", batch_first=True, norm_first=True),
         [SHAPE],
-        {"bias_act_dropout": 1, "bias_dropout_add": 1, "dropout_add_layer_norm": 1, "scaled_dot_product_attention": 1},
+        GPT2_CALLS,
         (2, 1, 1),
     ),
     "decoder": (
@@ -656,18 +587,8 @@ MODELS = {  # how to make it, shapes of inputs, calls, ops; with smooth activati
         {"bias_act_dropout": 1, "dropout_add_layer_norm": 3, "scaled_dot_product_attention": 2},
         (1, 3, 2),
     ),
-    "BERT": (
-        BertLayer,
-        [SHAPE],
-        {"bias_act_dropout": 1, "dropout_add_layer_norm": 2, "scaled_dot_product_attention": 1},
-        (1, 2, 1),
-    ),
-    "GPT-2": (
-        GPT2Model,
-        [SHAPE],
-        {"bias_act_dropout": 1, "bias_dropout_add": 1, "dropout_add_layer_norm": 1, "scaled_dot_product_attention": 1},
-        (2, 1, 1),
-    ),
+    "BERT": (BertLayer, [SHAPE], BERT_CALLS, (1, 2, 1)),
+    "GPT-2": (GPT2Model, [SHAPE], GPT2_CALLS, (2, 1, 1)),
 }
 
 
@@ -795,303 +716,3 @@ def data_parallel(file):
 def test_data_parallel(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom {__name__} import data_parallel\n"
     assert output_of(f"{code}data_parallel({str(tmp_path / 'rendezvous')!r})") == "done"
-
-
-# ---- transformers ----
-
-
-@pytest.fixture
-def stand_ins(monkeypatch):
-    place(monkeypatch)
-
-
-BERT_PARTS = {
-    "attention": "BertSelfAttention",
-    "attention_output": "BertSelfOutput",
-    "intermediate": "BertIntermediate",
-    "output": "BertOutput",
-}
-GPT2_PARTS = {"h": "GPT2Block", "h.attn": "GPT2Attention", "h.mlp": "GPT2MLP"}
-GPT2_EAGER_CALLS = {"bias_act_dropout": 1, "bias_dropout_add": 1, "dropout_add_layer_norm": 1, "softmax_dropout": 1}
-BLOCKS = {
-    "BERT": (BertLayer, BERT_PARTS, MODELS["BERT"][2]),
-    "BERT, eager": (
-        partial(BertLayer, "eager"),
-        BERT_PARTS,
-        {"softmax_dropout": 1, "bias_act_dropout": 1, "dropout_add_layer_norm": 2},
-    ),
-    "GPT-2": (GPT2Model, GPT2_PARTS, MODELS["GPT-2"][2]),
-    "GPT-2, eager": (partial(GPT2Model, "eager"), GPT2_PARTS, GPT2_EAGER_CALLS),
-    "GPT-2 without a mask": (partial(GPT2Model, masked=False), GPT2_PARTS, MODELS["GPT-2"][2]),
-    "GPT-2 beside an encoder": (
-        partial(GPT2Model, encoder_hidden_states=torch.ones(WIDTH)),
-        GPT2_PARTS,
-        {"scaled_dot_product_attention": 1, "bias_act_dropout": 3},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", BLOCKS)
-def test_transformers_blocks(stand_ins, name):
-    make, classes, calls = BLOCKS[name]
-    model, plain = shaken(make()).double(), make().double()
-    plain.load_state_dict(model.state_dict())
-    fdt.convert(plain)
-    report = fuse(model)
-    assert {row.path: row.before for row in report} == classes
-    assert {row.path: row.after for row in report} == {path: f"Fused{cls}" for path, cls in classes.items()}
-    x = torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64)
-    assert assert_same(model, plain, x) == calls
-    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert [type(module) for module in twin.modules()] == [type(module) for module in model.modules()]
-        assert_equal(step(twin, x), step(model, x))
-    model.eval(), plain.eval()
-    assert_equal(step(model, x), step(plain, x))
-    assert len(unfuse(model)) == len(classes)
-    assert [cls.__name__ for cls in map(type, model.modules())] == [cls.__name__ for cls in map(type, make().modules())]
-
-
-@pytest.mark.parametrize("name", ["attn", "attn.resid_dropout"])
-def test_hooks_inside_a_transformers_block_are_called(stand_ins, name):
-    """With what the original module returns, as by those of ``output_attentions``."""
-    model, plain = pair(lambda: GPT2Model().double())
-    fdt.convert(model)
-    seen = []
-    for block in (model.h, plain.h):
-        block.get_submodule(name).register_forward_hook(lambda module, given, result: seen.append(result))
-    calls = assert_same(model, plain, torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64))
-    assert "dropout_add_layer_norm" not in calls
-    torch.testing.assert_close(seen[0], seen[1])
-
-
-def test_transformers_blocks_that_are_left(stand_ins, monkeypatch):
-    model = GPT2Model("flash_attention_2")
-    model.h.mlp.act = nn.Tanh()
-    flash, tanh = "its attention is 'flash_attention_2', neither 'sdpa' nor 'eager'", "act is Tanh, not a known one"
-    nothing = "nothing reaches it: 'flash_attention_2' attention drops in kernels of its own"
-    read = [("h.attn", IN_ATTEND + nothing)]
-    assert_left(model, ("h", tanh), ("h.attn", flash), ("h.mlp", tanh), read=read)
-    model = GPT2Model("eager")
-    model.h.attn.reorder_and_upcast_attn = True
-    reached = ("h.attn", f"{IN_ATTEND}fdt.enable() reaches it")
-    assert left_reasons(fuse(model), reached) == [("h.attn", "its attention is reordered and upcast")]
-    model = BertLayer()
-    model.output.dense = Named(HIDDEN, WIDTH)
-    assert [row.path for row in fuse(model).left] == ["output"]
-    monkeypatch.setattr(BertOutput, "forward", lambda self, hidden_states, input_tensor: hidden_states)
-    reasons = left_reasons(fuse(BertLayer()), ("output", NO_SOURCE))
-    assert reasons == [("output", "its forward is not BertOutput's")]
-    model = GPT2Model()
-
-    def forward(self, hidden_states, layer_past=None):
-        return hidden_states
-
-    block = type(model.h)
-    for name, of in (("__module__", block.forward.__module__), ("__qualname__", block.forward.__qualname__)):
-        setattr(forward, name, of)
-    monkeypatch.setattr(block, "forward", forward)
-    report = fuse(model)
-    assert [row.path for row in report.changed] == ["h.attn", "h.mlp"]
-    assert report.left[0].reason == "its forward is that of an unknown version of transformers"
-
-
-class Replacement(nn.Module):
-    """Around a module, with what it returns."""
-
-    def __init__(self, inner, calls):
-        super().__init__()
-        self.inner, self.calls = inner, calls
-
-    def forward(self, *args, **kwargs):
-        self.calls.append(1)
-        return self.inner(*args, **kwargs)
-
-
-class Proxying(Replacement):
-    """Has the attributes of what it is around too."""
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("inner"), name)
-
-
-@pytest.mark.parametrize(("name", "kind"), [("attn", Proxying), ("mlp", Replacement)])
-def test_modules_put_into_a_transformers_block_since_are_called(stand_ins, name, kind):
-    model, plain = pair(lambda: GPT2Model().double())
-    fdt.convert(model)
-    calls = []
-    for block in (model.h, plain.h):
-        setattr(block, name, kind(getattr(block, name), calls))
-    fused = assert_same(model, plain, torch.randn(BATCH, LENGTH, WIDTH, dtype=torch.float64))
-    assert "dropout_add_layer_norm" not in fused
-    assert len(calls) == 3
-    reason = f"{name} is a {kind.__name__}, not transformers' {'GPT2Attention' if name == 'attn' else 'GPT2MLP'}"
-    assert ("h", reason) in [(row.path, row.reason) for row in fuse(model).left]
-
-
-@pytest.mark.parametrize(("make", "path"), [(BertLayer, "attention"), (GPT2Model, "h.attn")], ids=["BERT", "GPT-2"])
-def test_transformers_attention_that_was_replaced(stand_ins, monkeypatch, make, path):
-    """Before or since."""
-    used = []
-
-    def mine(*args, **kwargs):
-        used.append(1)
-        return sdpa(*args, **kwargs)
-
-    fuse(model := make())
-    monkeypatch.setitem(AttentionInterface.functions, "sdpa", mine)
-    with fused_calls() as calls:
-        model(torch.randn(BATCH, LENGTH, WIDTH))
-    assert len(used) == 1
-    assert "scaled_dot_product_attention" not in calls
-    reached = (path, f"{IN_ATTEND}fdt.enable() reaches it on the CPU")
-    assert left_reasons(fuse(make()), reached) == [(path, "its 'sdpa' attention was replaced")]
-
-
-def test_transformers_attention_sees_no_keys_beyond_causal_queries(stand_ins):
-    """As theirs, which crops them first: the mask is of what is left."""
-    attention = GPT2Model().h.attn
-    q, k, v = (torch.randn(2, 3, length, 8) for length in (5, 7, 7))
-    actual, _ = under(3, transformers_layers.sdpa, attention, q, k, v, None, 0.4)
-    cropped = k[:, :, :5].contiguous(), v[:, :, :5].contiguous()
-    expected, _ = under(3, transformers_layers.sdpa, attention, q, *cropped, None, 0.4)
-    assert_equal(actual, expected)
-    actual, _ = under(3, transformers_layers.sdpa, attention, q, k, v, torch.zeros(5, 7), 0.4)
-    assert not torch.equal(actual, expected)
-
-
-def test_transformers_attention_with_options_of_its_own_is_transformers(stand_ins, monkeypatch):
-    def given(module, *args, **kwargs):
-        return args, kwargs
-
-    monkeypatch.setitem(AttentionInterface.functions, "sdpa", given)
-    attention, tensors = GPT2Model().h.attn, [torch.randn(2, 3, 5, 8) for _ in range(3)]
-    for name in ("position_bias", "cache", "softcap"):
-        args, kwargs = transformers_layers.sdpa(attention, *tensors, None, 0.4, 0.5, **{name: 2.0})
-        assert all(a is b for a, b in zip(args, (*tensors, None), strict=True))
-        assert kwargs == {"dropout": 0.4, "scaling": 0.5, "is_causal": None, name: 2.0}
-
-
-def test_bert_output_with_a_residual_that_broadcasts(stand_ins):
-    model, plain = pair(lambda: BertOutput(HIDDEN).double())
-    fdt.convert(model)
-    h, x = torch.randn(2, 3, HIDDEN, dtype=torch.float64), torch.randn(1, 3, WIDTH, dtype=torch.float64)
-    assert not assert_same(model, plain, h, x)
-
-
-def real_model(transformers, kind, implementation, **options):
-    """A tiny model of two layers, of another rate at each kind of place."""
-    torch.manual_seed(0)
-    options |= {"vocab_size": 50, "attn_implementation": implementation}
-    if kind == "BERT":
-        config = transformers.BertConfig(
-            hidden_size=WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=HIDDEN,
-            hidden_dropout_prob=0.2,
-            attention_probs_dropout_prob=0.3,
-            hidden_act="gelu_new" if implementation == "eager" else "gelu",
-            **options,
-        )
-        return shaken(transformers.BertModel(config, add_pooling_layer=False)).train()
-    config = transformers.GPT2Config(
-        n_embd=WIDTH,
-        n_layer=2,
-        n_head=2,
-        resid_pdrop=0.2,
-        embd_pdrop=0.1,
-        attn_pdrop=0.3,
-        activation_function="gelu_fast" if implementation == "eager" else "gelu_new",
-        **options,
-    )
-    return shaken(transformers.GPT2LMHeadModel(config)).train()
-
-
-REAL_CALLS = {
-    "BERT": {"bias_act_dropout": 2, "dropout_add_layer_norm": 4},
-    "GPT-2": {"bias_act_dropout": 2, "bias_dropout_add": 2, "dropout_add_layer_norm": 2},
-}
-
-
-@pytest.fixture
-def tokens():
-    """Of two sequences, one of which is shorter."""
-    mask = torch.ones(2, 7, dtype=torch.int64)
-    mask[1, 5:] = 0
-    return {"input_ids": torch.randint(50, (2, 7)), "attention_mask": mask}
-
-
-def result_of(model, tokens, **options):
-    """First output, attentions and gradients."""
-    model.zero_grad()
-    result = under(3, model, **tokens, **options)
-    result[0].sin().sum().backward()
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return [result[0].detach(), *(result.get("attentions") or ()), *gradients]
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "implementation"), [("BERT", "eager"), ("GPT-2", "sdpa"), ("GPT-2", "eager")])
-def test_models_of_transformers(kind, implementation, tokens):
-    transformers = pytest.importorskip("transformers")
-    model, plain = pair(lambda: real_model(transformers, kind, implementation).double())
-    assert len(fuse(model).left) == 1  # the embeddings'
-    fdt.convert(model)
-    attention = "scaled_dot_product_attention" if implementation == "sdpa" else "softmax_dropout"
-    expected_calls = {attention: 2, **REAL_CALLS[kind]}
-    with fused_calls() as calls:
-        actual = result_of(model, tokens)
-    assert calls == expected_calls
-    with fdt.enabled():
-        expected = result_of(plain, tokens)
-    torch.testing.assert_close(actual, expected)
-    model.gradient_checkpointing_enable()
-    with fused_calls() as calls:
-        torch.testing.assert_close(result_of(model, tokens), expected)
-    assert calls == {name: 2 * count for name, count in expected_calls.items()}
-    model.gradient_checkpointing_disable()
-    if implementation == "eager":
-        with fdt.enabled():
-            expected = result_of(plain, tokens, output_attentions=True)
-        torch.testing.assert_close(result_of(model, tokens, output_attentions=True), expected)
-    model.eval(), plain.eval()
-    torch.testing.assert_close(result_of(model, tokens), result_of(plain, tokens))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "implementation"), [("BERT", "sdpa"), ("GPT-2", "eager")])
-def test_cross_attention_of_transformers(kind, implementation, tokens):
-    """Queries and keys of different lengths, each with a mask of its own."""
-    transformers = pytest.importorskip("transformers")
-    options = {"add_cross_attention": True, "is_decoder": True}
-    model, plain = pair(lambda: real_model(transformers, kind, implementation, **options).double())
-    fuse(model)
-    fdt.convert(model)
-    seen = torch.ones(2, 5, dtype=torch.int64)
-    seen[0, 3:] = 0
-    tokens |= {"encoder_hidden_states": torch.randn(2, 5, WIDTH, dtype=torch.float64), "encoder_attention_mask": seen}
-    with fused_calls() as calls:
-        actual = result_of(model, tokens)
-    assert calls["scaled_dot_product_attention" if implementation == "sdpa" else "softmax_dropout"] == 4
-    with fdt.enabled():
-        torch.testing.assert_close(actual, result_of(plain, tokens))
-
-
-@pytest.mark.slow("test_compile")
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["BERT", "GPT-2"])
-def test_compiled_model_of_transformers(kind, tokens):
-    transformers = pytest.importorskip("transformers")
-    model = real_model(transformers, kind, "sdpa")
-    fdt.convert(model)
-    fuse(model)
-    torch.compiler.reset()
-    backend = Backend()
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        compiled = torch.compile(model, backend=backend, fullgraph=True)
-        torch.testing.assert_close(result_of(compiled, tokens), result_of(model, tokens))
-    assert backend.ops == ((2, 4, 2) if kind == "BERT" else (4, 2, 2))
-    torch.compiler.reset()

@@ -640,10 +640,7 @@ TRANSFORMERS = {
     "Llama": ({**SIZES, "vocab_size": 50, "attention_dropout": 0.1}, IDS),
     "ViT": ({**SIZES, "image_size": 16, "patch_size": 8, "attention_probs_dropout_prob": 0.1}, IMAGE),
     "GPT2": ({"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50}, IDS),
-    "OPT": (
-        {**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 16, "vocab_size": 50, "max_position_embeddings": 20},
-        IDS,
-    ),
+    "OPT": ({**SIZES, "ffn_dim": 32, "word_embed_proj_dim": 16, "vocab_size": 50, "max_position_embeddings": 20}, IDS),
     "Bart": ({**BART, "d_model": 16, "vocab_size": 50, "attention_dropout": 0.1}, IDS),
     "Flaubert": ({"emb_dim": 16, "n_layers": 2, "n_heads": 2, "vocab_size": 50}, IDS),
     "Swin": ({"image_size": 16, "embed_dim": 8, "depths": [2], "num_heads": [2], "window_size": 2}, IMAGE),

@@ -1,4 +1,4 @@
-"""What leaves eager PyTorch by other ways: TorchScript, ONNX, `make_fx`."""
+"""Export of models by TorchScript, ONNX, `make_fx` and `torch.export`."""
 
 from __future__ import annotations
 

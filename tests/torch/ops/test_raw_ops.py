@@ -1,6 +1,6 @@
-"""Ops of ``torch.ops.fastdrop`` called by hand, saved tensors that hooks changed, and lazy clones.
+"""Ops of ``torch.ops.fastdrop`` called with arguments that do not fit, changed saved tensors, and lazy clones.
 
-What once ended the process runs in another one.
+Calls that once ended the process run in a process of their own.
 """
 
 from __future__ import annotations
@@ -119,6 +119,7 @@ def test_fake_kernels_refuse_shapes_too() -> None:
         )
 
 
+@pytest.mark.slow("test_ops_refuse_what_kernels_would_read_or_write_out_of_bounds")
 def test_random_calls_of_all_ops() -> None:
     """`make fuzz` does more of them."""
     options = ["--seconds", "6", "--seed", "7", "--backends", ",".join(BACKENDS)]

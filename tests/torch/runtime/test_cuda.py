@@ -174,7 +174,7 @@ def test_a_seed_follows_from_the_generators_state_and_moves_it_on(cuda):
         state.generator.offset = 0
         assert_equal(fdt.dropout(x, 0.5), first)
     assert not torch.equal(first, second)
-    assert_equal(first, fdt.dropout(x, 0.5, seed=seed_source.mixed(5, 0)))
+    assert_equal(first, fdt.dropout(x, 0.5, seed=seed_source.mix(5, 0)))
 
 
 def test_eager_and_ops_take_the_same_seed(cuda):
@@ -203,11 +203,11 @@ def test_captured_calls_draw_into_memory_that_the_kernel_reads(cuda):
 
 
 def test_seeds_differ_by_offset_and_by_seed():
-    seeds = {seed_source.mixed(seed, offset) for seed in (0, 1, 2**63, 2**64 - 1) for offset in range(0, 4000, 4)}
+    seeds = {seed_source.mix(seed, offset) for seed in (0, 1, 2**63, 2**64 - 1) for offset in range(0, 4000, 4)}
     assert len(seeds) == 4000
     assert all(0 <= seed < 2**64 for seed in seeds)
     # SplitMix64's published first output for seed 0 is that of the state one step on.
-    assert seed_source.mixed(0x9E3779B97F4A7C15, 0) == 0xE220A8397B1DCDAF
+    assert seed_source.mix(0x9E3779B97F4A7C15, 0) == 0xE220A8397B1DCDAF
 
 
 @pytest.mark.parametrize(("p", "training"), [(0.5, False), (0.0, True)])

@@ -66,6 +66,11 @@ def recurrent(forward, layer=None, **options):
     )
 
 
+def net(forward, **modules):
+    """A forward of one's own over a layer, a dropout and others."""
+    return Calls(forward, **{"a": wide(), "drop": nn.Dropout(0.3), **modules})
+
+
 def concatenated(self, x):
     return self.out(torch.cat([self.norm(torch.cat([x, self.drop(x)], 1)), x], 1))
 
@@ -80,65 +85,40 @@ CASES = {
             ["1.a"],
         ),
         "DropPath": (in_evaluation(nn.Sequential(wide(), DropPath(), wide()), "1"), ROW, ["1"]),
-        "our function": (Calls(lambda self, x: self.a(fdt.dropout(x, 0.2)), a=wide()), ROW, [""]),
-        "builtin": (Calls(lambda self, x: self.a(torch.dropout(x, 0.2, True)), a=wide()), ROW, [""]),
+        "our function": (net(lambda s, x: s.a(fdt.dropout(x, 0.2))), ROW, [""]),
+        "builtin": (net(lambda s, x: s.a(torch.dropout(x, 0.2, True))), ROW, [""]),
         "function in a module": (
-            nn.Sequential(wide(), Calls(lambda self, x: self.a(F.dropout2d(x, 0.5)), a=wide())),
+            nn.Sequential(wide(), net(lambda s, x: s.a(F.dropout2d(x, 0.5)))),
             torch.zeros(2, 4, 5, 128),
             ["1"],
         ),
-        "fused attention": (
-            Calls(lambda self, x: self.a(F.scaled_dot_product_attention(x, x, x, dropout_p=0.1)), a=wide()),
-            ROW,
-            [""],
-        ),
+        "fused attention": (net(lambda s, x: s.a(F.scaled_dot_product_attention(x, x, x, dropout_p=0.1))), ROW, [""]),
         "all of it training": (nn.Sequential(wide(), nn.Dropout(0.5), wide()), ROW, []),
         "norm left on": (in_evaluation(nn.Sequential(nn.BatchNorm1d(128), wide(), nn.Dropout(), wide()), "0"), ROW, []),
         "p of 0": (in_evaluation(nn.Sequential(wide(), nn.Dropout(0.0), wide()), "1"), ROW, []),
-        "function with p of 0": (Calls(lambda self, x: self.a(F.dropout(x, 0.0)), a=wide()), ROW, []),
+        "function with p of 0": (net(lambda s, x: s.a(F.dropout(x, 0.0))), ROW, []),
         "attention that follows": (
-            Calls(
-                lambda self, x: self.a(
-                    F.scaled_dot_product_attention(x, x, x, dropout_p=0.1 if self.training else 0.0)
-                ),
-                a=wide(),
-            ),
+            net(lambda s, x: s.a(F.scaled_dot_product_attention(x, x, x, dropout_p=0.1 if s.training else 0.0))),
             ROW,
             [],
         ),
     },
     "drops everything": {
         "p of 1": (nn.Sequential(wide(), nn.Dropout(1.0), wide()), ROW, ["1"]),
-        "function": (
-            Calls(lambda self, x: self.a(F.alpha_dropout(x, 1.0, self.training)), a=wide()),
-            ROW,
-            [""],
-        ),
+        "function": (net(lambda s, x: s.a(F.alpha_dropout(x, 1.0, s.training))), ROW, [""]),
         "p below 1": (nn.Sequential(wide(), nn.Dropout(0.9), wide()), ROW, []),
     },
     "on the output": {
         "last": (nn.Sequential(wide(), wide(), nn.Dropout(0.5)), ROW, ["2"]),
         "before softmax": (nn.Sequential(wide(), fdt.Dropout(0.5), nn.Softmax(-1)), ROW, ["1"]),
-        "function": (
-            Calls(lambda self, x: F.log_softmax(F.dropout(self.a(x), 0.5, self.training).flatten(1), -1), a=wide()),
-            ROW,
-            [""],
-        ),
+        "function": (net(lambda s, x: F.log_softmax(F.dropout(s.a(x), 0.5, s.training).flatten(1), -1)), ROW, [""]),
         "one of two": (
-            Calls(
-                lambda self, x: {"a": self.a(x), "b": self.drop(x)},
-                a=wide(),
-                drop=type("MyDropout", (nn.Dropout,), {})(),
-            ),
+            net(lambda s, x: {"a": s.a(x), "b": s.drop(x)}, drop=type("MyDropout", (nn.Dropout,), {})()),
             ROW,
             ["drop"],
         ),
-        "residual": (Calls(lambda self, x: x + self.drop(self.a(x)), a=wide(), drop=nn.Dropout()), ROW, []),
-        "returned and used": (
-            Calls(lambda self, x: ((y := self.drop(x)), self.a(y)), a=wide(), drop=nn.Dropout()),
-            ROW,
-            [],
-        ),
+        "residual": (net(lambda s, x: x + s.drop(s.a(x))), ROW, []),
+        "returned and used": (net(lambda s, x: ((y := s.drop(x)), s.a(y))), ROW, []),
         "depth": (nn.Sequential(wide(), StochasticDepth(0.1)), ROW, []),
     },
     "high rate": {
@@ -158,8 +138,8 @@ CASES = {
             ["1.0"],
         ),
         "functions": (
-            Calls(
-                lambda self, x: self.a(F.dropout(F.max_pool2d(self.c(x).relu(), 2), 0.3, self.training).flatten(1)),
+            net(
+                lambda s, x: s.a(F.dropout(F.max_pool2d(s.c(x).relu(), 2), 0.3, s.training).flatten(1)),
                 c=conv(),
                 a=nn.LazyLinear(10),
             ),
@@ -167,12 +147,7 @@ CASES = {
             [""],
         ),
         "concatenation": (
-            Calls(
-                lambda self, x: self.a(self.drop(torch.cat([self.c(x), self.c(x)], 1)).flatten(1)),
-                c=conv(),
-                a=nn.LazyLinear(10),
-                drop=nn.Dropout(0.3),
-            ),
+            net(lambda s, x: s.a(s.drop(torch.cat([s.c(x), s.c(x)], 1)).flatten(1)), c=conv(), a=nn.LazyLinear(10)),
             IMAGE,
             ["drop"],
         ),
@@ -181,10 +156,8 @@ CASES = {
         "pooled": (head(conv(), nn.AdaptiveAvgPool2d(1), nn.Dropout(0.3)), IMAGE, []),
         "p of 0": (head(conv(), nn.Dropout(0.0)), IMAGE, []),
         "whole channels by noise_shape": (
-            Calls(
-                lambda self, x: self.a(
-                    fdt.dropout(self.c(x), 0.3, self.training, noise_shape=(None, None, 1, 1)).flatten(1)
-                ),
+            net(
+                lambda s, x: s.a(fdt.dropout(s.c(x), 0.3, s.training, noise_shape=(None, None, 1, 1)).flatten(1)),
                 c=conv(),
                 a=nn.LazyLinear(10),
             ),
@@ -198,18 +171,9 @@ CASES = {
             IMAGE,
             ["1"],
         ),
-        "concatenation": (
-            Calls(concatenated, norm=nn.BatchNorm1d(256), drop=nn.Dropout(0.3), out=nn.LazyLinear(10)),
-            ROW,
-            ["drop"],
-        ),
+        "concatenation": (net(concatenated, norm=nn.BatchNorm1d(256), out=nn.LazyLinear(10)), ROW, ["drop"]),
         "function": (
-            Calls(
-                lambda self, x: self.a(
-                    F.batch_norm(F.dropout(x, 0.3, self.training), torch.zeros(128), torch.ones(128))
-                ),
-                a=wide(),
-            ),
+            net(lambda s, x: s.a(F.batch_norm(F.dropout(x, 0.3, s.training), torch.zeros(128), torch.ones(128)))),
             ROW,
             [""],
         ),
@@ -221,16 +185,7 @@ CASES = {
             ROW,
             [],
         ),
-        "another branch": (
-            Calls(
-                lambda self, x: self.a(self.drop(x)) + self.norm(x),
-                a=wide(),
-                drop=nn.Dropout(),
-                norm=nn.BatchNorm1d(128),
-            ),
-            ROW,
-            [],
-        ),
+        "another branch": (net(lambda s, x: s.a(s.drop(x)) + s.norm(x), norm=nn.BatchNorm1d(128)), ROW, []),
     },
     "before the next layer's batch normalisation": {
         "perceptron": (
@@ -241,22 +196,17 @@ CASES = {
         "straight": (head(wide(), nn.Dropout(0.3), nn.BatchNorm1d(128), wide()), ROW, []),
     },
     "on a recurrent connection": {
-        "GRUCell": (unrolled(nn.GRUCell, lambda self, h: self.drop(h)), SEQUENCE, ["drop"]),
+        "GRUCell": (unrolled(nn.GRUCell, lambda s, h: s.drop(h)), SEQUENCE, ["drop"]),
         "LSTMCell": (
-            Calls(
-                lambda self, x: self.cell(x[1], (self.drop((s := self.cell(x[0]))[0]), s[1]))[0],
-                cell=nn.LSTMCell(64, 64),
-                drop=nn.Dropout(),
-            ),
+            net(lambda s, x: s.cell(x[1], (s.drop((s := s.cell(x[0]))[0]), s[1]))[0], cell=nn.LSTMCell(64, 64)),
             SEQUENCE,
             ["drop"],
         ),
-        "off it": (unrolled(nn.GRUCell, lambda self, h: h), SEQUENCE, []),
+        "off it": (unrolled(nn.GRUCell, lambda s, h: h), SEQUENCE, []),
         "of what is given out": (
-            Calls(
-                lambda self, x: self.out(self.drop(h := self.cell(x[0])) + self.drop(self.cell(x[1], h))),
+            net(
+                lambda s, x: s.out(s.drop(h := s.cell(x[0])) + s.drop(s.cell(x[1], h))),
                 cell=nn.GRUCell(64, 64),
-                drop=nn.Dropout(),
                 out=wide(),
             ),
             None,
@@ -269,25 +219,16 @@ CASES = {
         "one layer": (one_layer(nn.LSTM), SEQUENCE, []),
     },
     "beside a recurrent layer": {
-        "after activation": (
-            recurrent(lambda self, x: self.out(self.drop(self.act(self.rnn(x)[0])))),
-            SEQUENCE,
-            ["drop"],
-        ),
+        "after activation": (recurrent(lambda s, x: s.out(s.drop(s.act(s.rnn(x)[0])))), SEQUENCE, ["drop"]),
         "embedding": (
-            Calls(
-                lambda self, x: self.rnn(self.drop(self.e(x)))[0],
-                e=nn.Embedding(100, 64),
-                drop=nn.Dropout(),
-                rnn=nn.GRU(64, 64),
-            ),
+            net(lambda s, x: s.rnn(s.drop(s.e(x)))[0], e=nn.Embedding(100, 64), rnn=nn.GRU(64, 64)),
             TOKENS,
             ["drop"],
         ),
-        "the last state": (recurrent(lambda self, x: self.out(self.drop(self.rnn(x)[1][0]))), SEQUENCE, []),
+        "the last state": (recurrent(lambda s, x: s.out(s.drop(s.rnn(x)[1][0]))), SEQUENCE, []),
         "held over time": (
-            Calls(
-                lambda self, x: self.out(self.drop(self.rnn(x)[0])),
+            net(
+                lambda s, x: s.out(s.drop(s.rnn(x)[0])),
                 rnn=nn.GRU(64, 64),
                 drop=fdt.VariationalDropout(0.3, 0),
                 out=nn.Linear(64, 64),
@@ -295,7 +236,7 @@ CASES = {
             SEQUENCE,
             [],
         ),
-        "none": (recurrent(lambda self, x: self.out(self.rnn(x)[0])), SEQUENCE, []),
+        "none": (recurrent(lambda s, x: s.out(s.rnn(x)[0])), SEQUENCE, []),
     },
     "one layer": {
         "LSTM": (one_layer(nn.LSTM), SEQUENCE, [""]),
@@ -304,7 +245,7 @@ CASES = {
     },
     "small network": {
         "2-4-1": (nn.Sequential(nn.Linear(2, 4), nn.Dropout(0.5), nn.Linear(4, 1)), torch.zeros(3, 2), [""]),
-        "function": (Calls(lambda self, x: self.a(F.dropout(x, 0.1, self.training)), a=nn.Linear(4, 4)), None, [""]),
+        "function": (net(lambda s, x: s.a(F.dropout(x, 0.1, s.training)), a=nn.Linear(4, 4)), None, [""]),
         "large": (nn.Sequential(wide(), nn.Dropout(0.5), wide()), ROW, []),
         "no dropout": (nn.Sequential(nn.Linear(2, 4), nn.ReLU()), torch.zeros(3, 2), []),
         "not known yet": (nn.Sequential(nn.LazyLinear(4), nn.Dropout(0.5), nn.LazyLinear(1)), None, []),
@@ -312,7 +253,7 @@ CASES = {
     "narrow layer": {
         "linear": (nn.Sequential(nn.Linear(128, 8), nn.ReLU(), nn.Dropout(0.5), nn.Linear(8, 128)), ROW, ["2"]),
         "channels": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout2d(0.5), nn.Conv2d(8, 128, 3)), IMAGE, ["1"]),
-        "recurrent": (recurrent(lambda self, x: self.out(self.drop(self.rnn(x)[1])), nn.GRU(64, 8)), None, ["drop"]),
+        "recurrent": (recurrent(lambda s, x: s.out(s.drop(s.rnn(x)[1])), nn.GRU(64, 8)), None, ["drop"]),
         "wide": (nn.Sequential(nn.Linear(128, 32), nn.Dropout(0.5), nn.Linear(32, 128)), ROW, []),
         "pixels": (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Dropout(0.5), nn.Conv2d(8, 128, 3)), IMAGE, []),
     },

@@ -28,7 +28,8 @@ class Owners:
     """What the modules of a model do with the dropout modules inside them."""
 
     def __init__(self, model: nn.Module) -> None:
-        # By module: "called", "p", "other", "unknown", "unseen" by its owner, "open" to whoever holds the model.
+        # By module: "called", "p" (only read), "other", "unknown", "unseen" (its owner does not use it), and "open" for
+        # children of the model itself, which code outside may call.
         self._uses: dict[int, set[str]] = defaultdict(set)
         self._drops: dict[int, tuple[nn.Module, Drop]] = {}
         for owner in model.modules():

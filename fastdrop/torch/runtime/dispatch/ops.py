@@ -21,9 +21,10 @@ from .tensors import is_eager_dense, is_transformed, knows_transforms
 _below_autograd_guard = named("torch._C._AutoDispatchBelowAutograd")
 _keys_after_autograd = named("torch._C._after_autograd_keyset")
 _allow_forward_mode = named("torch.autograd.forward_ad._set_fwd_grad_enabled")
+_one_level_function = named("torch.autograd.function._SingleLevelFunction")
 _single_level = named("torch._functorch.autograd_function.enable_single_level_autograd_function")
 _CAN_GO_BELOW = knows_transforms and has(
-    _below_autograd_guard, _keys_after_autograd, _allow_forward_mode, _single_level
+    _one_level_function, _below_autograd_guard, _keys_after_autograd, _allow_forward_mode, _single_level
 )
 
 
@@ -37,6 +38,9 @@ def below_autograd(op: Any, keyset: Any, *arguments: Any) -> Any:
         return op.redispatch(keyset & _keys_after_autograd, *arguments)
 
 
+FUNCTION_METHODS = ("forward", "setup_context", "backward", "jvp")
+
+
 def register_derivative(
     library: torch.library.Library, name: str, op: Any, function: type[torch.autograd.Function]
 ) -> None:
@@ -46,7 +50,9 @@ def register_derivative(
         return
     # `Function.apply` itself would start again from the outermost transform. The dispatcher goes from one to the next,
     # so each kernel is one level of derivatives.
-    apply = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+    methods = {method: staticmethod(getattr(function, method)) for method in FUNCTION_METHODS}
+    single: Any = type(function.__name__, (_one_level_function,), methods)
+    apply = single.apply
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
         if not is_transformed():
