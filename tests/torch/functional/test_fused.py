@@ -742,7 +742,7 @@ def cuda(monkeypatch):
     @contextlib.contextmanager
     def playing():
         with monkeypatch.context() as patch:
-            patch.setattr(backends, "cuda", lambda: backend)
+            patch.setattr(backends, "cuda_backend", lambda: backend)
             patch.setattr(cuda_runtime, "place", lambda x: (0, 5))
             patch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
             patch.setattr(torch.Tensor, "is_cpu", property(lambda self: False), raising=False)
