@@ -13,7 +13,7 @@ import pytest
 
 import fastdrop as fd
 from fastdrop.arrays import device
-from fastdrop.backends import reference
+from fastdrop.backends import primitives, reference
 from fastdrop.backends.cuda import launch as numba_cuda
 
 from ..cases import DTYPES, assert_same_bits
@@ -38,10 +38,9 @@ class Gpu:
 
     def _call(self, name, device, stream, *arguments):
         self.calls.append((name, device, stream))
-        parameters = inspect.signature(getattr(reference, name)).parameters.values()
         values = [
-            self._found(value) if "Array" in parameter.annotation or "Words" in parameter.annotation else value
-            for parameter, value in zip(parameters, arguments, strict=True)
+            self._found(value) if parameter.is_array else value
+            for parameter, value in zip(primitives.PRIMITIVES[name].parameters, arguments, strict=True)
         ]
         getattr(reference, name)(*values)
 
