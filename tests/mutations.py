@@ -403,6 +403,13 @@ MUTATIONS = (
         "tests/torch/runtime/test_tracing.py",
     ),
     Mutation(
+        "a torch that lacks a private name is taken for one that has it",
+        "fastdrop/torch/runtime/dispatch/tensors.py",
+        "if not _KNOWS_EAGER:\n\n    def is_eager_dense",
+        "if False:\n\n    def is_eager_dense",
+        "tests/torch/runtime/test_dispatch.py",
+    ),
+    Mutation(
         "vmap gives all samples one seed",
         "fastdrop/torch/ops/mask.py",
         "return around.wrap(torch.ops.fastdrop.draw(like, [around.batch_size, *size], after), 0)",

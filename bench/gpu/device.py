@@ -105,7 +105,7 @@ class Cuda:
         """Returns a function that draws a seed for a call."""
         from fastdrop.torch.runtime import seeds
 
-        return partial(seeds.draw_cuda, self.device, None)
+        return partial(seeds.next_cuda_seed, self.device, None)
 
     def free(self) -> None:
         gc.collect()
@@ -152,7 +152,7 @@ class Host:
     def seeds(self) -> Call:
         from fastdrop.torch.runtime import seeds
 
-        return partial(seeds.draw, None)
+        return partial(seeds.next_seed, None)
 
     def free(self) -> None:
         gc.collect()

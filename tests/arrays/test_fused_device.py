@@ -13,8 +13,9 @@ import pytest
 
 import fastdrop as fd
 from fastdrop.arrays import device
-from fastdrop.backends import primitives, reference
+from fastdrop.backends import reference
 from fastdrop.backends.cuda import launch as numba_cuda
+from fastdrop.backends.primitives import PRIMITIVES as TABLE
 
 from ..cases import DTYPES, assert_same_bits
 from .test_bad_input import refused
@@ -40,7 +41,7 @@ class Gpu:
         self.calls.append((name, device, stream))
         values = [
             self._found(value) if parameter.is_array else value
-            for parameter, value in zip(primitives.PRIMITIVES[name].parameters, arguments, strict=True)
+            for parameter, value in zip(TABLE[name].parameters, arguments, strict=True)
         ]
         getattr(reference, name)(*values)
 

@@ -2,8 +2,7 @@
 
 `fastdrop.backends` loads it as the backend "numpy"; tests compare every other backend with it. A function's parameters
 are those that the table in `backends.primitives` gives to its name; within the function they are fields of a record
-``p``. Callers have checked everything: primitives validate nothing, allocate no results and never call each other in
-other backends.
+``p``. Callers have checked everything: a primitive validates nothing and allocates no results.
 
 Data
     ``x`` and ``y`` are C-contiguous arrays with the same number of elements, of the dtype that the tag ``dtype``

@@ -96,12 +96,12 @@ def seed_for_kernel(x: Tensor, source: Source, inplace: bool = False) -> int | T
     """The seed of a call that drops by a kernel: a number, or a tensor if a CUDA kernel is to read it."""
     generator, seed = source
     if seed is not None:
-        seed = seeds.given(seed, generator, x)
+        seed = seeds.from_caller(seed, generator, x)
     if inplace:
         check_inplace(x)
     if seed is not None:
         return seed
-    return seeds.draw_cuda(x.device, generator) if x.is_cuda else seeds.draw(generator)
+    return seeds.next_cuda_seed(x.device, generator) if x.is_cuda else seeds.next_seed(generator)
 
 
 def seed_for_ops(x: Tensor, source: Source) -> Tensor:

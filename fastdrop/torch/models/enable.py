@@ -1,10 +1,12 @@
-"""torch's own dropouts on fastdrop: kernels registered with torch's dispatcher for ``aten::dropout`` and its like.
+"""`enable`: torch's own dropouts run on fastdrop, by kernels for ``aten::dropout`` and its like.
 
-The dispatcher finds them by the same table look-up that finds any kernel, so no other operator pays for it, and
-everything that drops through the ops is reached, from Python or from C++. docs/design.md tells why not a mode. They are
-registered once and stay: taking a kernel away while another thread is on its way to it ends the process. Each asks
-`context` whether it is its turn, and hands on to torch if not. timm's and torchvision's modules are written in Python;
-their ``forward`` is replaced once, and asks too.
+Users call `enable`, `disable` and `enabled`; Monte Carlo sampling uses `enabled` too. The kernels are registered with
+torch's dispatcher, which finds them by the same table look-up as any kernel. So no other operator gets slower, and all
+calls of the ops are reached, from Python or from C++. docs/design.md tells why this is not a mode.
+
+Kernels are registered once and stay, because a process ends if a kernel is taken away while another thread is about to
+call it. Each kernel asks `context` whether fastdrop is enabled here, and calls torch's kernel if not. timm's and
+torchvision's modules are written in Python; their ``forward`` is replaced once, and asks in the same way.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ __all__ = ["disable", "enable", "enabled", "is_supported", "register"]
 # from torch's own C++ under vmap, where attention drops.
 KEYS = ("CPU", "AutogradCPU", "CUDA", "AutogradCUDA", TRANSFORMS, "FuncTorchVmapMode")
 
-# aten's ops, each with its in-place form: whether whole channels are dropped, and the law.
+# aten's ops, each with its in-place form: whether whole channels are dropped, and the scaling.
 OPS = {
     "dropout": (False, "inverted"),
     "feature_dropout": (True, "inverted"),
@@ -122,7 +124,7 @@ def enabled() -> Iterator[None]:
 
 
 def register() -> None:
-    """Puts kernels between torch's dropouts and their callers. They hand on to torch until something is switched on."""
+    """Registers the kernels, once. They call torch's until something is switched on."""
     global _library, _is_registered
     if not _is_registered:
         with _lock:
@@ -150,14 +152,14 @@ def register() -> None:
 
 
 def _kernels_to_register() -> Iterator[tuple[str, tuple[str, ...], Any]]:
-    for name, (features, law) in OPS.items():
+    for name, (features, scaling) in OPS.items():
         for inplace in (False, True):
-            yield name + "_" * inplace, KEYS, _kernel(name + "_" * inplace, features, law, inplace)
+            yield name + "_" * inplace, KEYS, _kernel(name + "_" * inplace, features, scaling, inplace)
     yield ATTENTION, ATTENTION_KEYS, _attention
 
 
-def _kernel(name: str, features: bool, law: str, inplace: bool) -> Any:
-    """What one of aten's ops does while enabled."""
+def _kernel(name: str, features: bool, scaling: str, inplace: bool) -> Any:
+    """The kernel of one of aten's ops."""
     op = getattr(torch.ops.aten, name).default
     transformed = kernel_in_transforms(op)
 
@@ -177,12 +179,12 @@ def _kernel(name: str, features: bool, law: str, inplace: bool) -> Any:
             not on
             or not is_supported(input, p)
             or (features and input.dim() < 2)
-            or (law == "alpha" and input.is_complex())
+            or (scaling == "alpha" and input.is_complex())
         ):
             return torchs(input, p, train)
         cells = variants.feature_cells(tuple(input.shape), 1) if features else None
         try:
-            return drop(input, p, train, inplace, NO_SOURCE, cells, "bits", law)
+            return drop(input, p, train, inplace, NO_SOURCE, cells, "bits", scaling)
         except (NotImplementedError, TypeError):
             if _is_known(input):
                 raise
@@ -202,7 +204,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What attention does while enabled: in one piece where it can, else as torch composes it around our dropout."""
+    """The kernel of attention: one fused kernel where possible, else torch's composition around our dropout."""
     arguments = query, key, value, attn_mask
     options = is_causal, scale, enable_gqa
     drops = dropout_p > KEEPS_ALL  # most calls end here
@@ -223,7 +225,7 @@ def _attention(
 
 
 def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> None:
-    """Gives another's class our way of dropping, for as long as it is enabled, and what that wants."""
+    """Replaces forward of timm's or torchvision's class by ours while enabled, and adds the attributes it needs."""
     forward = theirs.forward
     if hasattr(forward, GRAFTED):
         return
@@ -261,15 +263,15 @@ def is_supported(x: Tensor, p: float) -> bool:
 
 
 def _is_known(x: Tensor) -> bool:
-    """Whether x is dense, and no subclass but a compiler's."""
+    """Whether x is dense, and a plain tensor or a compiler's."""
     known = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ or isinstance(x, (FakeTensor, FunctionalTensor))
     return known and x.layout is torch.strided and not x.is_nested
 
 
 def _is_wrapper(x: Tensor) -> bool:
-    """Whether x is a dense subclass that sees the ops it is given to: it sees ours, and so has our mask for a seed.
+    """Whether x is dense, of a subclass that sees each op which is called with it. It then sees our ops too.
 
-    DTensor has a rule for each op that it knows, and none for ours.
+    DTensor does not: it has a rule for each op that it knows, and none for ours.
     """
     if x.layout is not torch.strided or x.is_nested:
         return False
@@ -278,5 +280,5 @@ def _is_wrapper(x: Tensor) -> bool:
 
 
 def _is_called_from_python() -> bool:
-    """Whether the kernel that asks was called by one of torch's Python functions, and not from scripted code."""
+    """Whether one of torch's Python functions called the kernel that asks. Scripted code calls it directly."""
     return sys._getframe(2).f_code.co_filename == torch.nn.functional.__file__

@@ -38,10 +38,15 @@ def by_sample(around: Any, op: Any, axes: Any, call: Any) -> Any:
 
     columns = [samples(value, axis) for value, axis in zip(call, axes, strict=True)]
     results = [op(*sample) for sample in zip(*columns, strict=True)]
+
+    def stacked(result: Any) -> Tensor:
+        y = torch.stack(result)
+        return y if size else y[:0]
+
     if isinstance(results[0], Tensor):
-        return torch.stack(results)[:size], 0
-    stacked = [torch.stack(result)[:size] for result in zip(*results, strict=True)]
-    return tuple(stacked), (0,) * len(stacked)
+        return stacked(results), 0
+    together = [stacked(result) for result in zip(*results, strict=True)]
+    return tuple(together), (0,) * len(together)
 
 
 def sample_like(x: Tensor, axis: int | None) -> Tensor:

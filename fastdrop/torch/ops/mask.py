@@ -361,10 +361,10 @@ def _draw(like: Tensor, size: list[int], after: Tensor | None = None) -> Tensor:
         return seeds.draw(size, seed_source.device_for(like))
     if size or not like.is_cuda:
         return torch.empty(size, dtype=torch.int64, device=seed_source.device_for(like)).random_()
-    seed = seed_source.draw_cuda(like.device, None)  # the one that eager code takes
+    seed = seed_source.next_cuda_seed(like.device, None)  # the one that eager code takes
     if isinstance(seed, Tensor):
         return seed
-    return torch.full((), seed_source.signed(seed), dtype=torch.int64, device=like.device)
+    return torch.full((), seed_source.as_int64(seed), dtype=torch.int64, device=like.device)
 
 
 def _draw_outputs(like: Tensor, size: list[int], after: Tensor | None = None) -> Tensor:

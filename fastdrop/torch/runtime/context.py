@@ -67,7 +67,7 @@ _lock = threading.Lock()
 
 
 def _value(variable: ContextVar[Any]) -> Any:
-    """A variable of this context or, in a thread of autograd's engine, of the one that called backward."""
+    """A variable's value in this context. In a thread of autograd's engine: in the context that called backward."""
     value = variable.get()
     if not value and is_handed_on(CALLER):
         caller = handed_on(CALLER)
@@ -82,7 +82,7 @@ def _value(variable: ContextVar[Any]) -> Any:
 
 
 class _Entry:
-    """One block. It is noted as long as it exists, which is as long as any context, copied ones too, has it."""
+    """One block. It is noted while it exists: as long as any context has it, copies of contexts included."""
 
     def __init__(self, somewhere: set[int]) -> None:
         self.somewhere = somewhere
@@ -168,7 +168,7 @@ def overriding(mode: TorchFunctionMode) -> Iterator[None]:
 
 
 def _end_contexts(error: BaseException) -> None:
-    """Ends what was being entered when an exception came. It would put the mode back when the traceback dies."""
+    """Ends the blocks that were being entered when an exception came. Their end would put the mode back later."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_filename == contextlib.__file__:
             with contextlib.suppress(RuntimeError):  # it still runs
@@ -184,13 +184,13 @@ def _pop_to(depth: int) -> None:
 
 
 def set_everywhere(on: bool) -> None:
-    """For all threads."""
+    """Switches fastdrop on or off for all threads."""
     global _everywhere
     _everywhere = on
 
 
 def enabled_here() -> contextlib.AbstractContextManager[None]:
-    """For this context."""
+    """A block in which fastdrop is on for this context."""
     return _set(_here, _Entry(_enabled_somewhere))
 
 
@@ -208,7 +208,7 @@ def is_enabled_there() -> bool:
 
 
 def note_traced(on: bool) -> None:
-    """Has the code that is being compiled now, if there is any, run in this state alone."""
+    """Adds a guard to the code that is being compiled, if there is any: it runs in this state alone."""
     if not _guard(is_enabled, on):
         return
     # torch's caches on disk know a graph by the names of torch's functions, before dropout becomes what it is in this
@@ -220,7 +220,7 @@ def note_traced(on: bool) -> None:
 
 
 def _guard(question: Callable[[], Any], answer: Any) -> bool:
-    """Adds a guard to what is being compiled, if it has none that is equal; returns whether something is."""
+    """Adds a guard to the code that is being compiled, unless it has an equal one. Returns whether there is any."""
     return add_guard(_guard_maker(question, answer))
 
 
@@ -236,7 +236,7 @@ def _guard_maker(question: Callable[[], Any], answer: Any) -> Callable[[Any, Any
 
 
 class _Appearances(_Entry):
-    """Values that attributes of modules appear to have, by module and name, over those of the blocks around."""
+    """Values that attributes of modules appear to have, by module and name. They hide those of outer blocks."""
 
     def __init__(self, values: dict[tuple[nn.Module, str], bool], scripted: bool) -> None:
         super().__init__(_appearing_somewhere)
@@ -262,7 +262,7 @@ def _read(appearances: tuple[_Appearances, ...], key: tuple[int, str]) -> int:
 
 
 class _Attribute:
-    """In a module class's place for an attribute: gives the context's value of it where there is one.
+    """Stands for an attribute in a module's class: gives the context's value if it has one.
 
     It stays on the class. A class that changes back while other threads read from it would be changed for them.
     """
@@ -333,7 +333,7 @@ def _appearance(module_id: int, name: str) -> int:
 
 @contextlib.contextmanager
 def appearing(values: dict[tuple[nn.Module, str], bool]) -> Iterator[None]:
-    """Has attributes of modules appear to have other values, in this context and for a block.
+    """A block in which attributes of modules appear to have other values, in this context.
 
     What was scripted keeps its mode in C++, out of reach of Python: `drops_in_scripts` tells the kernels.
     """
@@ -355,5 +355,5 @@ def _watch(cls: type[nn.Module], name: str) -> None:
 
 
 def drops_in_scripts() -> bool:
-    """Whether dropout in scripted code drops, in whatever mode it is."""
+    """Whether dropout in scripted code drops, also in evaluation mode."""
     return bool(_appearing_somewhere) and any(entry.scripted for entry in _value(_appearances))

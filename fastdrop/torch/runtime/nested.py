@@ -1,6 +1,7 @@
-"""Nested tensors, jagged and strided: taken apart into the dense tensor of their elements, and put together again.
+"""Dropout of nested tensors, jagged and strided, by the dense tensor of their elements.
 
-`routing` and `fused` call what they do on dense tensors on ``values()``, so a mask is by position there.
+`functional.routing` and `functional.fused` come here with a function of dense tensors. It is called on ``x.values()``,
+and its result gets x's structure. So a mask's bits are numbered by position in ``x.values()``.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ RAGGED = -1  # in place of an extent that differs between samples
 
 
 def shape_of(x: Any) -> tuple[Any, ...]:
-    """x's shape, with `RAGGED` where samples differ."""
+    """x's shape, with `RAGGED` for axes along which samples differ."""
     if not x.is_nested:
         return tuple(x.shape)
     if x.layout is torch.jagged:
@@ -36,14 +37,14 @@ def refuse(x: Tensor, what: str) -> None:
 
 
 def write(x: Tensor, y: Tensor) -> Tensor:
-    """y in x's place."""
+    """Writes y to x, for dropout in place."""
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError("a nested tensor that requires grad can't be dropped in place: give inplace=False")
     return x.copy_(y)
 
 
 def check_dense(*tensors: Tensor | None) -> None:
-    """Raises for layouts that have no element for each index, of all that are given."""
+    """Raises if a tensor has a layout without an element for each index."""
     for x in tensors:
         if x is not None and x.layout is not torch.strided and not x.is_nested:
             raise RuntimeError(
@@ -52,10 +53,10 @@ def check_dense(*tensors: Tensor | None) -> None:
 
 
 def on_values(function: Callable[..., Any], *tensors: Tensor | None, columns: bool = False) -> Any:
-    """A function of dense tensors, of the values of nested ones; ``columns`` says that it wants the last axis as such.
+    """Calls a function of dense tensors on the values of nested ones. ``columns`` says that it needs the last axis.
 
-    The first is nested; others are nested with the same structure, or a vector of columns, or None. Results, one or
-    several, have the first's structure.
+    The first tensor is nested. Each other is nested with the same structure, a vector of columns, or None. The results,
+    one or several, get the first's structure.
     """
     first = tensors[0]
     assert first is not None
@@ -81,27 +82,25 @@ def on_values(function: Callable[..., Any], *tensors: Tensor | None, columns: bo
 
 
 def is_full(cells: Any, extent: Any) -> bool:
-    """Whether a mask has a cell for each index of an axis, None being that too."""
+    """Whether a mask has a cell for each index of an axis. None means that it has."""
     return cells is None or not isinstance(cells, int) or cells == extent
 
 
-def drop(x: Tensor, cells_shape: Sequence[Any] | None, law: str, call: Callable[[Tensor, Any], Tensor]) -> Tensor:
+def drop(x: Tensor, mask_shape: Sequence[Any] | None, scaling: str, call: Callable[[Tensor, Any], Tensor]) -> Tensor:
     """``call(values, cells)`` of nested x, whose mask's cells are 1 or the full extent on each of x's axes.
 
     Where samples are long as they like but decide as one, decisions are those of a dense tensor of extent 1 there.
     """
     values = _values(x)
-    if cells_shape is None:
+    if mask_shape is None:
         return _nested_like(call(values, None), x)
     shape = shape_of(x)
-    if len(cells_shape) != len(shape):
-        raise ValueError(
-            f"noise_shape must have one entry per axis of x, which has {len(shape)}, but got {cells_shape}"
-        )
-    full = [is_full(cells, extent) for cells, extent in zip(cells_shape, shape, strict=True)]
-    for cells, fits in zip(cells_shape, full, strict=True):
+    if len(mask_shape) != len(shape):
+        raise ValueError(f"noise_shape must have one entry per axis of x, which has {len(shape)}, but got {mask_shape}")
+    full = [is_full(cells, extent) for cells, extent in zip(mask_shape, shape, strict=True)]
+    for cells, fits in zip(mask_shape, full, strict=True):
         if not fits and cells != 1:
-            raise ValueError(f"noise_shape must be 1, None or the full extent on each axis of x, but got {cells_shape}")
+            raise ValueError(f"noise_shape must be 1, None or the full extent on each axis of x, but got {mask_shape}")
     if all(full):
         return _nested_like(call(values, None), x)
     if x.layout is torch.jagged:
@@ -120,7 +119,7 @@ def drop(x: Tensor, cells_shape: Sequence[Any] | None, law: str, call: Callable[
         return _nested_like(call(values, tuple(cells)), x)
     if full[axis]:
         raise RuntimeError("samples of a nested tensor have no positions in common, by which to share a decision")
-    if law == "alpha":
+    if scaling == "alpha":
         raise RuntimeError(
             "alpha dropout of nested tensors can't drop a ragged axis whole: call it on each of x.unbind()"
         )
@@ -128,7 +127,7 @@ def drop(x: Tensor, cells_shape: Sequence[Any] | None, law: str, call: Callable[
 
 
 def _by_sample(x: Any, values: Tensor, packed: int, cells: list[Any], call: Callable[[Tensor, Any], Tensor]) -> Tensor:
-    """One decision for each sample along the axis where values have samples one after the other."""
+    """One decision per sample, along the axis on which the values hold one sample after the other."""
     strided = x.layout is not torch.jagged
     ends = sample_sizes(x)[:, 0].cumsum(0).to(values.device) if strided else x.offsets()[1:]
     wide = torch.float64 if values.dtype in (torch.float64, torch.complex128) else torch.float32
@@ -150,7 +149,7 @@ def _values(x: Tensor) -> Tensor:
 
 
 def _nested_like(values: Tensor, x: Any) -> Tensor:
-    """Values in x's structure."""
+    """A nested tensor of these values, with x's structure."""
     if x.layout is torch.jagged:
         return jagged_like(values, x)
     return strided_like(values, x if x.is_contiguous() else x.contiguous())

@@ -1,13 +1,14 @@
 """Seeds: one number per dropout, from torch's own generator of the device.
 
-There is no counter of our own: checkpointing, `torch.random.fork_rng`, DataLoader workers and forked processes save,
-restore and split torch's state alone, and a mask that hangs on it follows.
+Functions, modules and ops ask here for each mask's seed. fastdrop keeps no counter of its own, because checkpointing,
+`torch.random.fork_rng`, DataLoader workers and forked processes save, restore and split only torch's state.
 
-On the CPU the number is drawn: 63 bits. A CUDA generator draws on the device, and asking it for a number would wait;
-but its state is two numbers that the host has, and each dropout's seed is a function of them. While a graph is captured
-they are not to be had, and the seed is drawn into a tensor on the device that the kernel reads, anew at each replay.
+On the CPU, the seed is a number of 63 bits that torch's generator draws. A CUDA generator draws on the device, and the
+host would have to wait for the number. But its state is two numbers that the host has, so the seed is a function of
+them. While a CUDA graph is captured the host does not have them, so the seed is drawn into a tensor on the device: the
+kernel reads it there, and each replay draws another.
 
-Monte Carlo sampling has its own numbers, `SampleSeeds`, which stand in for the generators of the thread.
+Monte Carlo sampling has seeds of its own, `SampleSeeds`, in place of the thread's generators.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ LOW_64_BITS = (1 << 64) - 1
 
 
 class _Buffer(threading.local):
-    """Where this thread's generator calls leave their number: made once and read through NumPy, a third of the cost.
+    """Memory into which this thread's generators draw. It is made once and read by NumPy, at a third of the cost.
 
-    ``seeds``, if there are any, are taken instead.
+    If ``seeds`` is set, seeds come from there instead.
     """
 
     seeds: SampleSeeds | None = None
@@ -48,7 +49,7 @@ class _Buffer(threading.local):
 _buffer = _Buffer()
 
 
-def draw(generator: torch.Generator | None) -> int:
+def next_seed(generator: torch.Generator | None) -> int:
     """The next seed, for eager code with no transform and no mode around it."""
     buffer = _buffer
     if generator is not None:
@@ -62,10 +63,10 @@ def draw(generator: torch.Generator | None) -> int:
 
 
 class SampleSeeds:
-    """Seeds of Monte Carlo samples: the k-th dropout of sample s has ``mixed(mixed(seed, s + 1), k + 1)``.
+    """Seeds of Monte Carlo samples: the k-th dropout of sample s has ``mix(mix(seed, s + 1), k + 1)``.
 
-    That is all they depend on, so samples may run one by one or, under `vmap`, many at once. A map around the sampling,
-    such as that of a model that samples another, has the same seeds for all that it maps.
+    They depend on nothing else, so samples may run one by one or, under `vmap`, many at once. If a map surrounds the
+    sampling, all that it maps have the same seeds.
     """
 
     def __init__(self, seed: int) -> None:
@@ -73,34 +74,34 @@ class SampleSeeds:
         self.begin(0)
 
     def begin(self, sample: int, count: int | None = None) -> None:
-        """Starts a pass: of one sample or, under `vmap`, of ``count`` from this one on."""
+        """Starts a pass: of one sample or, under `vmap`, of ``count`` samples from this one on."""
         self.calls = 0
         first = sample + 1
         last = first if count is None else np.arange(first, first + count, dtype=np.uint64)
-        self.keys = mixed(self.seed, last)
+        self.keys = mix(self.seed, last)
 
     def next(self) -> int:
         """The seed of the next dropout, of one sample."""
         if not isinstance(self.keys, int):
             raise RuntimeError("vmap: dropout inside of an op that vmap doesn't look into would be the same for all")
         self.calls += 1
-        number: int = mixed(self.keys, self.calls)
+        number: int = mix(self.keys, self.calls)
         return number
 
     def draw(self, size: list[int], device: torch.device | str) -> Tensor:
-        """Those of so many dropouts, as the op ``draw`` gives them: axes of maps around, of samples, of maps inside."""
+        """Seeds as the op ``draw`` returns them. The axes are those of maps around, of samples, of maps inside."""
         keys = np.asarray(self.keys, np.uint64)
         own = size[self.maps_around :]
         count = math.prod(own[keys.ndim :])
         calls = np.arange(self.calls + 1, self.calls + 1 + count, dtype=np.uint64)
         self.calls += count
-        numbers = mixed(keys[..., None], calls).view(np.int64)
+        numbers = mix(keys[..., None], calls).view(np.int64)
         return torch.from_numpy(numbers).reshape(own).expand(size).contiguous().to(device)
 
 
 @contextlib.contextmanager
-def taken_from(seeds: SampleSeeds) -> Iterator[None]:
-    """Has this thread's dropouts take their seeds from here."""
+def draw_from(seeds: SampleSeeds) -> Iterator[None]:
+    """A block in which this thread's dropouts take their seeds from here."""
     before = _buffer.seeds
     try:
         _buffer.seeds = seeds
@@ -117,7 +118,7 @@ GENERATOR_STEP = 4  # torch's own kernels take offsets in fours
 _generators = threading.Lock()  # between reading an offset and moving it on
 
 
-def draw_cuda(device: torch.device, generator: torch.Generator | None) -> int | Tensor:
+def next_cuda_seed(device: torch.device, generator: torch.Generator | None) -> int | Tensor:
     """The next seed of a CUDA device, without waiting for it."""
     if generator is not None and generator.device.type != "cuda":
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
@@ -133,19 +134,19 @@ def draw_cuda(device: torch.device, generator: torch.Generator | None) -> int | 
         state = generator.graphsafe_get_state()
         seed, offset = state.initial_seed(), state.get_offset()
         state.set_offset(offset + GENERATOR_STEP)
-    number: int = mixed(seed, offset)
+    number: int = mix(seed, offset)
     return number
 
 
 def _is_capturing(device: torch.device) -> bool:
-    """Whether the device's current stream is; torch tells for the current device's."""
+    """Whether the device's current stream is being captured. torch tells this of the current device alone."""
     if torch.cuda.current_device() == device.index:
         return torch.cuda.is_current_stream_capturing()
     with torch.cuda.device(device):
         return torch.cuda.is_current_stream_capturing()
 
 
-def mixed(seed: Any, offset: Any) -> Any:
+def mix(seed: Any, offset: Any) -> Any:
     """A number of 64 bits, another for each offset: the output of SplitMix64 at a state apart from the seed by offsets.
 
     Either may be an array of uint64. Source: Steele, Lea, Flood, "Fast splittable pseudorandom number generators",
@@ -157,13 +158,13 @@ def mixed(seed: Any, offset: Any) -> Any:
     return z ^ z >> 31
 
 
-def signed(number: int) -> int:
+def as_int64(number: int) -> int:
     """64 bits as int64 has them: the highest comes out as the sign."""
     return number - (1 << 64) if number >> SEED_BITS else number
 
 
 def for_kernel(seed: Tensor, x: Tensor) -> int | Tensor:
-    """A seed as the kernels for x take it: 64 bits, or the tensor where they run where it lies, and read it there."""
+    """A seed as the kernels for x take it: 64 bits, or the tensor itself if it is on x's GPU, where they read it."""
     if x.is_cuda and seed.is_cuda:
         if seed.device != x.device:
             raise ValueError(f"seed must be on the CPU or on {x.device}, as the input is, but got one on {seed.device}")
@@ -184,13 +185,13 @@ def device_for(x: Tensor) -> torch.device | str:
 
 
 def draw_tensor(generator: torch.Generator, x: Tensor) -> Tensor:
-    """A number of the generator as a tensor, by an op that transforms know: on the CPU the one that `draw` gives."""
+    """The generator's next number as a tensor, by an op that transforms know. On the CPU it is `next_seed`'s number."""
     low, high = -(1 << SEED_BITS), (1 << SEED_BITS) - 1
     return torch.randint(low, high, (), dtype=torch.int64, device=device_for(x), generator=generator) & high
 
 
 def check(seed: Any, generator: torch.Generator | None) -> None:
-    """Raises what drawing from this seed would, without reading it: it may lie on a GPU."""
+    """Raises the errors of drawing from this seed, without reading it, because it may be on a GPU."""
     _only_one(generator)
     if isinstance(seed, Tensor):
         _one(seed)
@@ -198,18 +199,18 @@ def check(seed: Any, generator: torch.Generator | None) -> None:
         checks.uint64("seed", seed)
 
 
-def given(seed: Any, generator: torch.Generator | None, x: Tensor) -> int | Tensor:
-    """A seed given by the caller, an int or an int64 tensor of one element, as the kernels for x take it."""
+def from_caller(seed: Any, generator: torch.Generator | None, x: Tensor) -> int | Tensor:
+    """The caller's seed, an int or an int64 tensor of one element, as the kernels for x take it."""
     _only_one(generator)
     return for_kernel(seed, x) if isinstance(seed, Tensor) else checks.uint64("seed", seed)
 
 
 def as_tensor(seed: Any, generator: torch.Generator | None = None, *, like: Tensor | None = None) -> Tensor:
-    """The same as an int64 tensor without axes, of the kind of ``like``."""
+    """The caller's seed as an int64 tensor without axes, of the kind of ``like``."""
     _only_one(generator)
     if isinstance(seed, Tensor):
         return _one(seed)
-    number = signed(checks.uint64("seed", seed))
+    number = as_int64(checks.uint64("seed", seed))
     if like is None or is_transformed():
         return torch.tensor(number, dtype=torch.int64, device="cpu")
     return like.new_full((), number, dtype=torch.int64, device="cpu")
@@ -228,5 +229,5 @@ def _only_one(generator: torch.Generator | None) -> None:
         raise ValueError("seed and generator must not both be given")
 
 
-hide_from_dynamo(draw, draw_cuda, sample_seeds, for_kernel, for_kernels)
-hide_from_dynamo(SampleSeeds.begin, SampleSeeds.next, SampleSeeds.draw, vars(taken_from)["__wrapped__"])
+hide_from_dynamo(next_seed, next_cuda_seed, sample_seeds, for_kernel, for_kernels)
+hide_from_dynamo(SampleSeeds.begin, SampleSeeds.next, SampleSeeds.draw, vars(draw_from)["__wrapped__"])

@@ -1,13 +1,13 @@
-"""The place of a draw in a compiled program.
+"""Keeps the draws of seeds in their order in compiled programs.
 
-A draw takes the next number of torch's generator. Compilers merge calls with equal arguments, run them in another
-order, and run them again in backward. A draw must stay as it was written: one call, in its place, once. So each draw
-that is traced names the draw before it as an argument, ``after``: no two draws then have equal arguments, and data
-flows from each to the next. Its result, 8 bytes, is marked as one to keep for backward.
+A draw takes the next number of torch's generator. Compilers merge calls with equal arguments, reorder calls, and run
+them again in backward. None of this may happen to a draw. So each traced draw has the draw before it as an argument,
+``after``: no two draws have equal arguments then, and data flows from each to the next. The result, 8 bytes, is marked
+as one to keep for backward.
 
-`ops.mask` registers `in_order` with the mode by which ``make_fx`` and AOTAutograd trace. So it holds for draws of
-functions and modules, and for those that torch's own dropout comes to while it is enabled. `torch.jit.trace` has no
-such mode: there `draw` does it.
+`ops.mask` registers `in_order` with the mode by which ``make_fx`` and AOTAutograd trace. So it holds for draws of our
+functions and modules, and of torch's own dropout while that is enabled. `torch.jit.trace` has no such mode, so `draw`
+adds the argument there.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def in_order(mode: Any, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs:
 
 
 def _keep(meta: dict[str, Any]) -> None:
-    """Has the partitioner keep a node's result: drawn again in backward, it would be another."""
+    """Has the partitioner keep a node's result, because a second draw in backward would give another."""
     meta["recompute"] = CheckpointPolicy.MUST_SAVE
     if memory_budget() == 0:
         meta["memory_budget"] = LEAST_BUDGET

@@ -242,7 +242,7 @@ def mc_predict(
         checks.uint64(name, value)
     checks.choice("task", task, TASKS)
     checks.choice("outputs", outputs, OUTPUTS)
-    first_seed = seeds.draw(None) if seed is None else checks.uint64("seed", seed)
+    first_seed = seeds.next_seed(None) if seed is None else checks.uint64("seed", seed)
     arguments, keywords = _inputs(x, kwargs)
     moments, entropies = _Moments(), _Moments()
 

@@ -46,7 +46,7 @@ def passes(
     ``select`` takes the Tensor out of what the model returns. ``without_draws`` is called if nothing was drawn.
     """
     sampler, modules = _Sampler(model, arguments, keywords, seed, select), list(model.modules())
-    with seeds.taken_from(sampler.seeds), contextlib.ExitStack() as stack:
+    with seeds.draw_from(sampler.seeds), contextlib.ExitStack() as stack:
         y, size = sampler.first()
         if sampler.draws_torchs:
             stack.enter_context(enabled())

@@ -160,6 +160,20 @@ def test_dtypes_equal_the_formula(case, dtype):
     assert_close(results, with_gradients(expected, [x.double() for x in tensors], dy), dtype)
 
 
+def test_float32_mask_with_16_bit_data():
+    tensors, _, _ = tensors_of("plain", torch.bfloat16)
+    mask = normal(5, 7, dtype=torch.float32)
+    y = scaled_dot_product_attention(*tensors, mask, P, seed=SEED)
+    assert_close([y], [formula(*tensors, mask)], torch.bfloat16)
+
+
+def test_large_scores_of_float16_stay_finite():
+    """Products are float32's."""
+    query = torch.full((2, 4, 64), 100.0, dtype=torch.float16)
+    y = scaled_dot_product_attention(query, query, query, dropout_p=P, seed=SEED)
+    assert_close([y], [formula(query, query, query)], torch.float16)
+
+
 def test_mask_is_that_of_dropout():
     """Of equal scores and a unit matrix of values, attention is its dropped weights."""
     zero, unit = torch.zeros(2, 3, 45, 8), torch.eye(45).expand(2, 3, 45, 45)

@@ -81,6 +81,7 @@ def assert_values_are_numpys(way, dtype):
         with fd.use_backend("numpy"):
             wanted, mask = way.numpy(array, p, rng=seed)
             dx = fd.dropout_backward(dy, mask)
+        assert mask.shape == way.cells
         x = tensor_of(array).requires_grad_()
         y = way.torch(x, p, seed=seed)
         y.backward(tensor_of(dy))

@@ -72,7 +72,7 @@ def cuda(gpu, monkeypatch):
         monkeypatch.setattr(cuda_runtime, name, watched)
     monkeypatch.setattr(cuda_runtime, "place", lambda x: (0, STREAM))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # what a CPU tensor's device has for an index
-    backends.cuda.cache_clear()
+    backends.cuda_backend.cache_clear()
     state = SimpleNamespace(generator=Generator(5), capturing=False)
     monkeypatch.setattr(torch.cuda, "default_generators", {None: state.generator})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
@@ -85,7 +85,7 @@ def cuda(gpu, monkeypatch):
 
     playing.state, playing.gpu = state, gpu
     yield playing
-    backends.cuda.cache_clear()
+    backends.cuda_backend.cache_clear()
 
 
 def data(shape, dtype=torch.float32):
@@ -174,7 +174,7 @@ def test_a_seed_follows_from_the_generators_state_and_moves_it_on(cuda):
         state.generator.offset = 0
         assert_equal(fdt.dropout(x, 0.5), first)
     assert not torch.equal(first, second)
-    assert_equal(first, fdt.dropout(x, 0.5, seed=seed_source.mixed(5, 0)))
+    assert_equal(first, fdt.dropout(x, 0.5, seed=seed_source.mix(5, 0)))
 
 
 def test_eager_and_ops_take_the_same_seed(cuda):
@@ -203,11 +203,11 @@ def test_captured_calls_draw_into_memory_that_the_kernel_reads(cuda):
 
 
 def test_seeds_differ_by_offset_and_by_seed():
-    seeds = {seed_source.mixed(seed, offset) for seed in (0, 1, 2**63, 2**64 - 1) for offset in range(0, 4000, 4)}
+    seeds = {seed_source.mix(seed, offset) for seed in (0, 1, 2**63, 2**64 - 1) for offset in range(0, 4000, 4)}
     assert len(seeds) == 4000
     assert all(0 <= seed < 2**64 for seed in seeds)
     # SplitMix64's published first output for seed 0 is that of the state one step on.
-    assert seed_source.mixed(0x9E3779B97F4A7C15, 0) == 0xE220A8397B1DCDAF
+    assert seed_source.mix(0x9E3779B97F4A7C15, 0) == 0xE220A8397B1DCDAF
 
 
 @pytest.mark.parametrize(("p", "training"), [(0.5, False), (0.0, True)])
@@ -234,7 +234,7 @@ def test_p_on_the_gpu_is_refused(cuda):
 
 
 def test_the_reason_is_given_where_there_is_no_backend(monkeypatch):
-    backends.cuda.cache_clear()
+    backends.cuda_backend.cache_clear()
     module = backends._module_of("cuda.launch")
     monkeypatch.setattr(module, "unavailable", lambda: "numba-cuda is not installed: get it")
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True), raising=False)
@@ -252,7 +252,7 @@ def test_enable_takes_cuda_tensors_where_it_can(monkeypatch, usable):
 
 def test_devices_that_cannot_be_used_are_left_to_torch(gpu):
     cuda_runtime.is_usable.cache_clear()
-    backends.cuda.cache_clear()
+    backends.cuda_backend.cache_clear()
     try:
         gpu.install((9, 0), (7, 0))
         assert cuda_runtime.is_usable(0)
@@ -267,7 +267,7 @@ def test_devices_that_cannot_be_used_are_left_to_torch(gpu):
             assert not cuda_runtime.is_usable(0)
     finally:
         cuda_runtime.is_usable.cache_clear()
-        backends.cuda.cache_clear()
+        backends.cuda_backend.cache_clear()
 
 
 # ---- what compilers see ----

@@ -109,7 +109,7 @@ def test_a_seed_follows_from_the_generators_state(device, kind):
     with device() as state:
         y = kind.torch(x, 0.3)
         assert state.generator.offset == 4
-    assert_equal(y, kind.torch(x, 0.3, seed=seeds.mixed(5, 0)))
+    assert_equal(y, kind.torch(x, 0.3, seed=seeds.mix(5, 0)))
 
 
 def test_captured_calls_draw_into_memory_that_the_kernel_reads(device, way):

@@ -31,11 +31,11 @@ def trees() -> dict[Path, ast.Module]:
 
 
 @cache
-def own_names() -> set[str]:
+def own_names(folder: Path = ROOT) -> set[str]:
     """All that fastdrop defines: functions, classes, variables, and attributes of its own objects."""
     names = set()
-    for tree in trees().values():
-        for node in ast.walk(tree):
+    for path in folder.rglob("*.py"):
+        for node in ast.walk(trees()[path]):
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
                 names.add(node.name)
             elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -51,9 +51,9 @@ def is_private(name: str) -> bool:
     return name.startswith("_") and not name.startswith("__") and name != "_"
 
 
-def private_names(tree: ast.Module) -> set[str]:
-    """Private names in a source that are not fastdrop's: attributes, imports from torch, and strings that are names."""
-    found = set()
+def private_names(tree: ast.Module, folder: Path = ROOT) -> set[str]:
+    """Private names that ``folder`` doesn't define, in a source: attributes, imports from torch, strings."""
+    found, own = set(), own_names(folder)
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").partition(".")[0] == "torch":
             paths = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -61,13 +61,13 @@ def private_names(tree: ast.Module) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if re.search(r"^torch\b.*\._", alias.name)}
         elif isinstance(node, ast.Attribute) and is_private(node.attr):
-            if node.attr not in own_names() | OTHERS:
+            if node.attr not in own | OTHERS:
                 found.add(node.attr)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if re.fullmatch(r"torch(\.\w+)+", node.value):
                 found |= {node.value} if any(map(is_private, node.value.split("."))) else set()
             elif re.fullmatch(r"(\w+\.)*_[a-z]\w*", node.value) and is_private(node.value.rpartition(".")[2]):
-                ours = any(name.endswith(node.value) for name in own_names()) or node.value.startswith("_fastdrop")
+                ours = any(name.endswith(node.value) for name in own) or node.value.startswith("_fastdrop")
                 found |= set() if ours else {node.value} - OTHERS
     return found
 
@@ -85,7 +85,7 @@ def names_of_torch() -> list[str]:
     """What dispatch asks torch for, private or found under a private name."""
     found = set()
     for path in DISPATCH.glob("*.py"):
-        found |= private_names(trees()[path])
+        found |= private_names(trees()[path], DISPATCH)
     return sorted(found - PUBLIC)
 
 

@@ -353,7 +353,7 @@ def test_masks_are_a_function_of_seed_sample_and_call(batch, backend):
     model, x = nn.Sequential(fdt.Dropout(0.3), fdt.Dropout(0.5, store="seed")), torch.randn(5, 40)
 
     def seed(sample, call):
-        return seed_source.mixed(seed_source.mixed(2**63 + 9, sample + 1), call + 1)
+        return seed_source.mix(seed_source.mix(2**63 + 9, sample + 1), call + 1)
 
     samples = mc_predict(model, x, 9, seed=2**63 + 9, batch=batch, keep_samples=True).samples
     for s, y in enumerate(samples):
@@ -395,9 +395,9 @@ def test_a_map_around_sampling_has_the_masks_of_the_seed(randomness, batch, recw
 def test_seeds_mix_alike_as_numbers_and_as_arrays():
     seeds = [0, 1, 2**63, 2**64 - 1]
     offsets = [1, 2, 77, 2**64 - 1]
-    many = seed_source.mixed(np.array(seeds, np.uint64)[:, None], np.array(offsets, np.uint64))
-    assert many.tolist() == [[seed_source.mixed(seed, offset) for offset in offsets] for seed in seeds]
-    assert seed_source.mixed(7, np.array(offsets, np.uint64)).tolist() == [seed_source.mixed(7, o) for o in offsets]
+    many = seed_source.mix(np.array(seeds, np.uint64)[:, None], np.array(offsets, np.uint64))
+    assert many.tolist() == [[seed_source.mix(seed, offset) for offset in offsets] for seed in seeds]
+    assert seed_source.mix(7, np.array(offsets, np.uint64)).tolist() == [seed_source.mix(7, o) for o in offsets]
 
 
 @pytest.mark.parametrize("name", ["MLP", "MLP of torch's", "noise"])
@@ -533,7 +533,7 @@ def test_dropout_out_of_sight_of_a_map_is_refused():
         torch.no_grad(),
         mc_dropout(model),
         fdt.enabled(),
-        seed_source.taken_from(seeds),
+        seed_source.draw_from(seeds),
         pytest.raises(RuntimeError, match="vmap"),
     ):
         torch.func.vmap(lambda _: model(x), randomness="different")(torch.empty(4))
