@@ -252,9 +252,9 @@ MAY_IMPORT = {  # top-level package: where in fastdrop it may be imported
     "cuda": ("backends/cuda/",),
     "cffi": (),
     "ml_dtypes": ("cli/", "torch/"),
-    "sklearn": ("cli/",),
-    "matplotlib": ("cli/",),
-    "rich": ("cli/",),
+    "sklearn": (),
+    "matplotlib": (),
+    "rich": (),
 }
 SOURCES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py"))]
 
@@ -292,6 +292,21 @@ def test_imports_point_downward(source):
     for name in imports(source):
         if name.split(".")[0] == "fastdrop" and name not in ("fastdrop.__version__", "fastdrop._native"):
             assert room(module_of(name)) <= room(source), f"{source} imports {name}"
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=str)
+def test_a_name_with_an_underscore_is_used_in_its_own_file_only(source):
+    tree = ast.parse((PACKAGE / source).read_text())
+    nodes = list(ast.walk(tree))
+    ours = [node for node in nodes if isinstance(node, ast.ImportFrom) and (node.level or node.module == "fastdrop")]
+    imported = {alias.asname or alias.name for node in ours for alias in node.names}
+    used = {
+        node.attr
+        for node in nodes
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported
+    }
+    private = {name for name in imported | used if name.startswith("_") and not name.endswith("__")}
+    assert not private
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=str)
