@@ -176,7 +176,7 @@ def test_noise_and_masks_share_no_block(monkeypatch):
         blocks.append((c0 | c1 << np.uint64(32)).reshape(-1))
         return philox4x32_10(counter, key)
 
-    monkeypatch.setattr(reference, "philox4x32_10", recorded)
+    monkeypatch.setattr(reference.mask, "philox4x32_10", recorded)
     words, x = np.empty(200, np.uint32), np.ones(6400, np.float32)
     for first in (0, 2**34 - 3200, 2**37 - 3200, NOISE_END - 6400):
         reference.gaussian_multiply(0, x, x, first, x.size, SEED, OFFSET, 0.5)

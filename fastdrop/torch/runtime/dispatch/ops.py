@@ -39,6 +39,9 @@ def below_autograd(op: Any, keyset: Any, *arguments: Any) -> Any:
 
 
 FUNCTION_METHODS = ("forward", "setup_context", "backward", "jvp")
+_compiled_autograd_key = named(
+    "torch.autograd.Function._compiled_autograd_key"
+)  # what compiled autograd asks a node for
 
 
 def register_derivative(
@@ -51,6 +54,8 @@ def register_derivative(
     # `Function.apply` itself would start again from the outermost transform. The dispatcher goes from one to the next,
     # so each kernel is one level of derivatives.
     methods = {method: staticmethod(getattr(function, method)) for method in FUNCTION_METHODS}
+    if has(_compiled_autograd_key):
+        methods["_compiled_autograd_key"] = staticmethod(_compiled_autograd_key)
     single: Any = type(function.__name__, (_one_level_function,), methods)
     apply = single.apply
 
