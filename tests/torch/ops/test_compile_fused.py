@@ -300,9 +300,9 @@ def test_opcheck(overload, dtype):
     vector = bias.detach()
     _, sum, statistics, words = op["norm"](y, vector, stream.detach(), vector, None, seed, p, 1e-5, True, True)
     for arguments in (
-        (y, sum, sum, statistics, vector, words, p, True, True, dtype, [True] * 5),
-        (y, sum, sum, statistics, vector, words, p, True, True, dtype, [False, False, False, True, False]),
-        (y, None, y, statistics, None, None, p, True, True, dtype, [True, True, False, False, False]),
+        (y, sum, sum, statistics, vector, words, p, True, True, [True] * 5),
+        (y, sum, sum, statistics, vector, words, p, True, True, [False, False, False, True, False]),
+        (y, None, y, statistics, None, None, p, True, True, [True, True, False, False, False]),
     ):
         torch.library.opcheck(back["norm"], arguments)
     for arguments in (
