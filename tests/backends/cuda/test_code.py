@@ -112,6 +112,7 @@ def assert_sound(code: Code) -> None:
     assert compile.packer(variant).size == ends[-1]
 
 
+@pytest.mark.slow("test_draw_bits_thresholds")
 @pytest.mark.parametrize("variant", [*TESTED, *machine_code.ROWS], ids=str)
 def test_machine_code(variant: Variant, tools: None) -> None:
     code = linked(variant, HOPPER)
@@ -123,6 +124,7 @@ def test_machine_code(variant: Variant, tools: None) -> None:
         assert (code.load, code.store) == (16, 16)
 
 
+@pytest.mark.slow("test_draw_bits_thresholds")
 @pytest.mark.parametrize("cc", [(7, 5), (8, 0), (10, 0), (12, 0)], ids=capability)
 @pytest.mark.parametrize("variant", WARPS, ids=str)
 def test_machine_code_of_other_capabilities(variant: Variant, cc: Capability, tools: None) -> None:

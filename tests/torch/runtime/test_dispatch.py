@@ -102,6 +102,7 @@ def is_right(name: str, result: str | list[float], expected: str | list[float] |
     return result == expected or (isinstance(result, str) and "RuntimeError" in result and name in result)
 
 
+@pytest.mark.slow("test_no_other_file_uses_a_private_name_of_torch")
 def test_each_name_may_be_missing():
     """Each check then gives the same, or tells which name is missing, and torch's own dropout stays as it was."""
     names = names_of_torch()

@@ -12,6 +12,7 @@ from ...cases import ROOT
 pytest.importorskip("torch")
 
 
+@pytest.mark.slow("test_switching_beside_a_thread_that_drops")
 def test_any_number_of_threads_gets_what_one_gets():
     ended = subprocess.run(
         [sys.executable, "-m", "tests.stress", "--seconds", "20"], cwd=ROOT, capture_output=True, text=True, timeout=400
