@@ -28,9 +28,9 @@ from .test_mask import against_forbidden_page
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = DTYPES
 PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(FLOAT16, FLOAT32), (BFLOAT16, FLOAT32)]
 
-# Rows of one element, shorter and longer than a vector, a strip, the room for a row (4,096) and a thread's grain, and
-# rows that begin anywhere within a word.
-SHAPES = ((1, 1), (3, 5), (7, 100), (33, 48), (2, 1000), (5, 8200), (1, 70_001), (200, 300))
+# Rows of one element, shorter and longer than a vector, a strip, the room for a row (4,096) and a thread's grain, rows
+# that begin anywhere within a word, and rows that end where a strip ends (2,048).
+SHAPES = ((1, 1), (3, 5), (7, 100), (33, 48), (2, 1000), (5, 8200), (1, 70_001), (200, 300), (3, 2048))
 
 # A primitive's arrays, each with its kind in the table.
 FUSED = [primitive for primitive in TABLE if "rows" in primitive.names]
