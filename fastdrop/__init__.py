@@ -24,6 +24,7 @@ from .arrays.fused import (
     dropout_add,
     dropout_add_layer_norm,
     dropout_add_rms_norm,
+    geglu_dropout,
     softmax_dropout,
     swiglu_dropout,
 )
@@ -63,6 +64,7 @@ __all__ = [
     "feature_alpha_dropout",
     "feature_dropout",
     "gaussian_dropout",
+    "geglu_dropout",
     "get_num_threads",
     "manual_seed",
     "schedules",

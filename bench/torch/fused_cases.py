@@ -127,6 +127,7 @@ FUSED = {
     "swiglu_dropout": Fused(
         fdt.swiglu_dropout, lambda gate, up: drop(F.silu(gate) * up), {"gate": "*", "up": "*"}, 3, 5
     ),
+    "geglu_dropout": Fused(fdt.geglu_dropout, lambda gate, up: drop(F.gelu(gate) * up), {"gate": "*", "up": "*"}, 3, 5),
     "dropout_add_layer_norm": Fused(
         fdt.dropout_add_layer_norm, _layer_norm, {"input": "*", "residual": "*", "weight": "c", "bias": "c"}, 4, 5
     ),

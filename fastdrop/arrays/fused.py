@@ -14,19 +14,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from ..core import checks
-from ..core.activations import ACTIVATIONS, SILU, keeps_input
+from ..core.activations import ACTIVATIONS, GELU, GELU_TANH, SILU, keeps_input
 from .array_ops import Array, RandomState, compute_dtype
 from .fused_call import NO_VECTOR, FusedCall
 from .saved import (
     BiasActGradients,
     BiasDropoutAddGradients,
     DropoutAddGradients,
+    GatedGradients,
     LayerNormGradients,
     RmsNormGradients,
     SavedNorm,
     SavedPointwise,
     SavedSoftmax,
-    SwigluGradients,
 )
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
+    "geglu_dropout",
     "softmax_dropout",
     "swiglu_dropout",
 ]
@@ -218,7 +219,7 @@ def swiglu_dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
-) -> tuple[Array, SavedPointwise[SwigluGradients]]:
+) -> tuple[Array, SavedPointwise[GatedGradients]]:
     """Returns ``dropout(silu(gate) * up, p)``, and what backward needs: the middle of a gated feed-forward block.
 
     ``silu(h) = h / (1 + exp(-h))``.
@@ -248,7 +249,51 @@ def swiglu_dropout(
     array([0.   , 0.   , 2.182, 1.   ])
     """
     call = FusedCall("swiglu_dropout", gate, "gate", p, training, store, rng)
-    return call.pointwise(SwigluGradients, out, multiplier=call.like_x("up", up), activation=SILU)
+    return call.pointwise(GatedGradients, out, multiplier=call.like_x("up", up), activation=SILU)
+
+
+def geglu_dropout(
+    gate: ArrayLike,
+    up: ArrayLike,
+    p: float = 0.5,
+    *,
+    approximate: str = "none",
+    training: bool = True,
+    store: str = "bits",
+    rng: RandomState = None,
+    out: Array | None = None,
+) -> tuple[Array, SavedPointwise[GatedGradients]]:
+    """Returns ``dropout(gelu(gate) * up, p)``, and what backward needs: the gated feed-forward block of T5 v1.1.
+
+    Parameters
+    ----------
+    gate : array_like of a float dtype, any shape ``(*)``
+    up : array_like of gate's shape and dtype
+    approximate : {"none", "tanh"}
+        The exact gelu, or its approximation by tanh, which T5 v1.1 and Gemma use ("gelu_new"). ValueError for another.
+    p, training, store, rng, out
+        As in `dropout_add`, with the same errors. out is like gate and may be gate or up itself.
+
+    Returns
+    -------
+    y : ndarray of gate's shape and dtype
+    saved : Saved
+        ``saved.backward(dy)`` is ``(gate, up)``.
+
+    Kept for backward: as in `swiglu_dropout`. Source: Shazeer, arXiv 2002.05202, 2020.
+
+    >>> import fastdrop as fd, numpy as np
+    >>> gate, up = np.array([1.0, -1.0, 2.0, 0.0]), np.ones(4)
+    >>> y, saved = fd.geglu_dropout(gate, up, 0.5, rng=4)
+    >>> y.round(3)
+    array([0.   , 0.   , 3.909, 0.   ])
+    >>> saved.backward(np.ones(4)).gate.round(3)
+    array([0.  , 0.  , 2.17, 1.  ])
+    """
+    call = FusedCall("geglu_dropout", gate, "gate", p, training, store, rng)
+    checks.choice("approximate", approximate, ("none", "tanh"))
+    activation = GELU if approximate == "none" else GELU_TANH
+    return call.pointwise(GatedGradients, out, multiplier=call.like_x("up", up), activation=activation)
 
 
 def dropout_add_layer_norm(

@@ -22,6 +22,7 @@ __all__ = [
     "BiasActGradients",
     "BiasDropoutAddGradients",
     "DropoutAddGradients",
+    "GatedGradients",
     "LayerNormGradients",
     "RmsNormGradients",
     "Saved",
@@ -29,7 +30,6 @@ __all__ = [
     "SavedPointwise",
     "SavedSoftmax",
     "SoftmaxGradients",
-    "SwigluGradients",
 ]
 
 
@@ -49,7 +49,7 @@ class BiasActGradients(NamedTuple):
     bias: Array | None
 
 
-class SwigluGradients(NamedTuple):
+class GatedGradients(NamedTuple):
     gate: Array
     up: Array
 

@@ -32,6 +32,7 @@ from ..arrays.fused import (
     dropout_add,
     dropout_add_layer_norm,
     dropout_add_rms_norm,
+    geglu_dropout,
     softmax_dropout,
     swiglu_dropout,
 )
@@ -355,6 +356,7 @@ def _fused_calls(
         "dropout_add": partial(dropout_add, x, residual),
         "bias_dropout_add": partial(bias_dropout_add, x, columns, wide_residual),
         "swiglu_dropout": partial(swiglu_dropout, x, other),
+        "geglu_dropout": partial(geglu_dropout, x, other),
         "dropout_add_layer_norm": partial(dropout_add_layer_norm, x, wide_residual, columns, **biases),
         "dropout_add_rms_norm": partial(dropout_add_rms_norm, x, None, columns),
         "softmax_dropout": partial(softmax_dropout, x, scale=0.5, attn_mask=mask, causal=causal),

@@ -29,6 +29,7 @@ try:
         dropout_add,
         dropout_add_layer_norm,
         dropout_add_rms_norm,
+        geglu_dropout,
         softmax_dropout,
         swiglu_dropout,
     )
@@ -108,6 +109,7 @@ __all__ = [
     "fold_scaling",
     "fuse",
     "gaussian_dropout",
+    "geglu_dropout",
     "mc_dropout",
     "mc_predict",
     "revert",

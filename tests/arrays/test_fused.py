@@ -67,8 +67,8 @@ def activated(keep, scale, x, bias=0.0, activation="gelu"):
     return (dropped(ACTIVATIONS[activation](x + bias), keep, scale),)
 
 
-def gated(keep, scale, gate, up):
-    return (dropped(ACTIVATIONS["silu"](gate) * up, keep, scale),)
+def gated(keep, scale, gate, up, activation="silu"):
+    return (dropped(ACTIVATIONS[activation](gate) * up, keep, scale),)
 
 
 def normed(keep, scale, x, residual=None, weight=1.0, bias=0.0, x_bias=0.0, eps=1e-5, centred=True):
@@ -160,6 +160,16 @@ OPS = {
     "gelu_tanh": act("gelu_tanh"),
     "silu": act("silu"),
     "swiglu_dropout": Op(fd.swiglu_dropout, {"gate": "x", "up": "x"}, gated, {}, ("gate", "up")),
+    "geglu_dropout": Op(
+        fd.geglu_dropout, {"gate": "x", "up": "x"}, partial(gated, activation="gelu"), {}, ("gate", "up")
+    ),
+    "geglu_dropout, tanh": Op(
+        fd.geglu_dropout,
+        {"gate": "x", "up": "x"},
+        partial(gated, activation="gelu_tanh"),
+        {"approximate": "tanh"},
+        ("gate", "up"),
+    ),
     "layer_norm": Op(fd.dropout_add_layer_norm, NORM, normed, {}, WEIGHTED_NORM),
     "layer_norm, bare": Op(fd.dropout_add_layer_norm, {"x": "x"}, normed, {"residual": None}, BARE_NORM),
     "rms_norm": Op(fd.dropout_add_rms_norm, RMS, RMSED, {"eps": 2.0**-23}, WEIGHTED_NORM),

@@ -185,6 +185,8 @@ def test_arrays_partly_on_a_gpu_are_refused(op, arrays):
 def test_activation_is_refused(name):
     parts = "activation must be one of None, 'relu', 'gelu', 'gelu_tanh', 'silu', but got", repr(name)
     assert_refused(fd.bias_act_dropout, {"x": X, "bias": COLUMNS}, ValueError, *parts, activation=name)
+    parts = "approximate must be one of 'none', 'tanh', but got", repr(name)
+    assert_refused(fd.geglu_dropout, {"gate": X, "up": X}, ValueError, *parts, approximate=name)
 
 
 NO_NUMBERS = [("1", "str"), (None, "NoneType"), (True, "bool"), (1j, "complex"), ([1.0], "list")]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...core import checks
 from . import fused_calls as calls
 from .fused_calls import Options
 from .plan import check_tensor, for_subclasses
@@ -19,6 +20,7 @@ __all__ = [
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
+    "geglu_dropout",
     "softmax_dropout",
     "swiglu_dropout",
 ]
@@ -191,6 +193,47 @@ def swiglu_dropout(
     check_tensor(up, "up")
     options = Options(p, training, (generator, seed), store)
     return calls.pointwise(gate, None, up, None, "silu", options, name="gate")
+
+
+@for_subclasses
+def geglu_dropout(
+    gate: Tensor,
+    up: Tensor,
+    p: float | Tensor = 0.5,
+    training: bool = True,
+    *,
+    approximate: str = "none",
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    store: str = "bits",
+) -> Tensor:
+    """Returns ``dropout(F.gelu(gate, approximate=approximate) * up, p)``: the gated feed-forward block of T5 v1.1.
+
+    Parameters
+    ----------
+    gate : Tensor of float32, float64, float16 or bfloat16, any shape ``(*)``
+    up : Tensor of gate's shape and dtype
+        Autocast promotes other dtypes.
+    approximate : {"none", "tanh"}
+        The exact gelu, or its approximation by tanh, which T5 v1.1 and Gemma use ("gelu_new"). ValueError for another.
+    p, training, generator, seed, store
+        As in `dropout_add`, with the same errors.
+
+    Returns
+    -------
+    Tensor with gate's dtype and strides
+
+    Kept for backward: as in `swiglu_dropout`. Source: Shazeer, "GLU variants improve Transformer", 2020.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.geglu_dropout(torch.arange(4.0), torch.ones(4), 0.5, seed=4)
+    tensor([0.0000, 0.0000, 3.9090, 5.9919])
+    """
+    checks.choice("approximate", approximate, ("none", "tanh"))
+    check_tensor(up, "up")
+    options = Options(p, training, (generator, seed), store)
+    activation = "gelu" if approximate == "none" else "gelu_tanh"
+    return calls.pointwise(gate, None, up, None, activation, options, name="gate")
 
 
 @for_subclasses

@@ -127,6 +127,16 @@ FUSED = {
         {"gate": "*", "up": "*"},
         ("gate", "up"),
     ),
+    "geglu_dropout": Fused(
+        fdt.geglu_dropout, lambda gate, up, drop: drop(F.gelu(gate) * up), {"gate": "*", "up": "*"}, ("gate", "up")
+    ),
+    "geglu_dropout tanh": Fused(
+        fdt.geglu_dropout,
+        lambda gate, up, drop: drop(F.gelu(gate, approximate="tanh") * up),
+        {"gate": "*", "up": "*"},
+        ("gate", "up"),
+        {"approximate": "tanh"},
+    ),
     "dropout_add_layer_norm": Fused(
         fdt.dropout_add_layer_norm,
         _layer_norm,

@@ -835,6 +835,11 @@ BAD = {
     "input no tensor": (lambda: fdt.dropout_add(3.0, X), TypeError, "input must be a Tensor, but got float"),
     "residual no tensor": (lambda: fdt.dropout_add(X, None), TypeError, "residual must be a Tensor, but got NoneType"),
     "gate no tensor": (lambda: fdt.swiglu_dropout([1.0], X), TypeError, "gate must be a Tensor, but got list"),
+    "unknown gelu": (
+        lambda: fdt.geglu_dropout(X, X, approximate="quick"),
+        ValueError,
+        "approximate must be one of 'none', 'tanh', but got 'quick'",
+    ),
     "integers": (lambda: fdt.dropout_add(X.long(), X), RuntimeError, "dropout takes .*, but got torch.int64"),
     "complex norm": (
         lambda: fdt.dropout_add_layer_norm(X.cfloat(), None),
