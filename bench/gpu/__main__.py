@@ -1,4 +1,4 @@
-"""Runs everything that needs a GPU, by one command: `python bench/gpu.py [--output FOLDER] [--quick] [--no-tune]`.
+"""Runs everything that needs a GPU, by one command: `python bench/gpu.py [--output FOLDER] [--quick]`.
 
 It runs the tests that need GPU 0, and times fastdrop there beside a copy of memory, torch's dropout, torch.compile's
 and a seeded one in Triton. It takes under eight minutes, prints a table last, and leaves gpu-NAME.json and gpu-NAME.md
@@ -8,8 +8,8 @@ stop the others.
 The fused kernels have a run of their own, as long: ``--sections build,suite,fused`` tests and times each, forward and
 backward, beside a copy of memory and torch's formula, eager and compiled.
 
-``--dry-run`` goes the same ways on the CPU, with tiny tensors and the reference in the kernels' place. It shows that
-the script runs, and nothing else. Without ``--output`` it leaves no files.
+``--dry-run`` runs the sections on the CPU, with tiny tensors and no tests. It shows that the script runs, and nothing
+else. Without ``--output`` it leaves no files.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import datetime
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import re
@@ -27,21 +26,12 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fastdrop.backends.cuda import compile
-from fastdrop.backends.cuda.compile import Variant
-from fastdrop.backends.cuda.tile import ITEM_BYTES
-from fastdrop.core.activations import ACTIVATIONS
-from fastdrop.core.checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
-
-from . import report, timing
-from .processes import ROOT, Item, Skip, Task, failed, one_line, run_for, run_items, run_section
+from . import build, report, timing
+from .processes import ROOT, Item, Task, failed, one_line, run_for, run_items, run_section
 
 TOTAL_SECONDS, QUICK_SECONDS = 450.0, 200.0
 NO_GPU = 2  # exit code
@@ -52,86 +42,32 @@ PACKAGES = ("fastdrop", "torch", "triton", "numba", "numba-cuda", "cuda-bindings
 # ---- sections that time nothing ----
 
 
-def machine(quick: bool) -> dict[str, Item]:
-    def describe(task: Task) -> dict[str, Any]:
-        versions = {"Python": platform.python_version()}
-        for package in PACKAGES:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions[package] = importlib.metadata.version(package)
-        versions["CUDA of torch"] = str(task.machine.torch.version.cuda)
-        return {**task.machine.describe(), "system": platform.platform(), "cpus": os.cpu_count(), "versions": versions}
-
-    return {"machine": describe}
+def describe(task: Task) -> dict[str, Any]:
+    versions = {"Python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    versions["CUDA of torch"] = str(task.machine.torch.version.cuda)
+    return {**task.machine.describe(), "system": platform.platform(), "cpus": os.cpu_count(), "versions": versions}
 
 
-def build(quick: bool) -> dict[str, Item]:
-    """Compiling the kernels, apart from all that is timed."""
-
-    def compile_all(task: Task) -> dict[str, Any]:
-        if importlib.util.find_spec("numba_cuda") is None:
-            raise Skip("numba-cuda is not installed")
-        cc = tuple(task.machine.describe()["compute_capability"])
-        variants = every_variant()
-        if task.dry_run:
-            variants = variants[:1]
-        workers = min(len(variants), os.cpu_count() or 1, 16)
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            list(pool.map(compile_one, [cc] * len(variants), variants))
-        return {"kernels": len(variants), "workers": workers}
-
-    return {"kernels": compile_all}
+def run_tests(task: Task) -> dict[str, Any]:
+    if task.dry_run:
+        return {"summary": "no tests in a dry run"}
+    # Without the other tests' conftest.py and options, which may need what isn't installed here.
+    flags = ["--noconftest", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short", "-v", "-rfE", "--maxfail=40"]
+    code, text = run_for([sys.executable, "-m", "pytest", *flags, *GPU_TESTS], task.left() - 5.0)
+    return judged_suite(code, text)
 
 
-def every_variant() -> list[Variant]:
-    """All that is timed or tested: nothing is compiled while the clock runs."""
-    tags = range(len(ITEM_BYTES))
-    found = [Variant(body) for body in ("draw_words", "dilate_bits", "count_bits")]
-    found += [Variant("gaussian_multiply", tag) for tag in tags]
-    counted = ("elementwise", "stored"), ("strided", "wide"), ("strided", "narrow")
-    found += [Variant(body, tag, form, counted=True) for tag in tags for body, form in counted]
-    for body, forms in (("elementwise", ("drawn", "drawn_shifted", "stored")), ("strided", ("wide", "narrow"))):
-        found += [Variant(body, tag, form, plain) for tag in tags for form in forms for plain in (True, False)]
-    found += [Variant("add_panels", tag, "narrow", residual_dtype=tag) for tag in (FLOAT32, FLOAT64)]
-    forms = "wide", "narrow"
-    for tag, of_sum in (*zip(tags, tags, strict=True), (FLOAT16, FLOAT32), (BFLOAT16, FLOAT32)):
-        of = partial(Variant, dtype=tag, residual_dtype=of_sum)
-        for code in ACTIVATIONS.values():
-            found += [of(body, activation=code) for body in ("pointwise_forward", "pointwise_backward")]
-            found += [of("pointwise_columns", form=form, activation=code) for form in forms]
-        norms = "norm_forward", "norm_backward", "norm_columns"
-        bodies = (*norms, "softmax_forward", "softmax_backward") if tag == of_sum else norms
-        found += [of(body, form=form) for body in bodies for form in forms]
-    return found
-
-
-def compile_one(cc: tuple[int, int], variant: Variant) -> None:
-    compile.image(variant, cc)
-
-
-def pytest_command(*arguments: str) -> list[str]:
-    """Without the other tests' conftest.py and options, which may need what isn't installed here."""
-    flags = ["--noconftest", "-o", "addopts=", "-p", "no:cacheprovider", "--tb=short"]
-    return [sys.executable, "-m", "pytest", *flags, *GPU_TESTS, *arguments]
-
-
-def suite(quick: bool) -> dict[str, Item]:
-    def test(task: Task) -> dict[str, Any]:
-        code, text = run_for(pytest_command("-v", "-rfE", "--maxfail=40"), task.left() - 5.0)
-        return judged_suite(code, text, task.dry_run)
-
-    return {"tests": test}
-
-
-def judged_suite(code: int | None, text: str, may_skip: bool = False) -> dict[str, Any]:
+def judged_suite(code: int | None, text: str) -> dict[str, Any]:
     """pytest's summary; AssertionError where a test failed, where they didn't end, and where none ran."""
     lines = text.strip().splitlines() or ["no output"]
     last = lines[-1].strip("= ")
     if code is None:
         begun = [line.split()[0] for line in lines if "::" in line]
         raise AssertionError(f"the tests did not end in time; the last one begun is {begun[-1] if begun else 'none'}")
-    if code in (0, 5) and not re.search(r"\d+ passed", last):  # 5: nothing was collected
-        raise (Skip if may_skip else AssertionError)(f"no test ran: {last}")
-    if code:
+    if code or not re.search(r"\d+ passed", last):
         failures = [line for line in lines if line.startswith(("FAILED ", "ERROR "))]
         raise AssertionError("; ".join([f"{last} (code {code})", *failures[:12]]) + "\n" + text[-5000:])
     return {"summary": last}
@@ -145,21 +81,20 @@ class Section:
     title: str
     items: Callable[[bool], dict[str, Item]]  # given whether the run is a quick one
     seconds: float  # at most, all items together
-    quick: bool = True  # also in a quick run
-    asked: bool = False  # only where it is asked for by name
 
 
 SECTIONS = {
-    "machine": Section("the machine", machine, 60),
-    "build": Section("compiling the kernels", build, 75),
-    "suite": Section("the tests that need a GPU", suite, 130),
+    "machine": Section("the machine", lambda quick: {"machine": describe}, 60),
+    "build": Section("compiling the kernels", lambda quick: {"kernels": build.compile_all}, 75),
+    "suite": Section("the tests that need a GPU", lambda quick: {"tests": run_tests}, 130),
     "kernels": Section("times of kernels", timing.kernels, 140),
     "host": Section("time on the host", timing.host, 25),
     "channels": Section("a decision per channel", timing.channels, 20),
-    "fused": Section("times of fused kernels", timing.fused, 400, asked=True),
-    "tune": Section("launch shapes", timing.tune, 90, quick=False),
+    "fused": Section("times of fused kernels", timing.fused, 400),
+    "tune": Section("launch shapes", timing.tune, 90),
 }
-ALL = ",".join(name for name, section in SECTIONS.items() if not section.asked)
+QUICK = "machine,build,suite,kernels,host,channels"
+ALL = f"{QUICK},tune"
 
 
 def run_sections(
@@ -207,15 +142,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="folder for the JSON and the report (default: bench/results)")
     parser.add_argument("--quick", action="store_true", help="about three minutes: fewer sizes, no launch shapes")
-    parser.add_argument("--no-tune", dest="tune", action="store_false", help="don't try other launch shapes")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU: shows that the script runs")
-    parser.add_argument(
-        "--sections", default=ALL, help=f"some of {','.join(SECTIONS)} (default: %(default)s); the files are named so"
-    )
+    parser.add_argument("--sections", help=f"some of {','.join(SECTIONS)} (default: {ALL}); the files are named so")
     # What `run_section` starts: a section's name, the file of its lines, the seconds that are left.
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     chosen = parser.parse_args(arguments)
-    unknown = set(chosen.sections.split(",")) - set(SECTIONS)
+    unknown = set((chosen.sections or ALL).split(",")) - set(SECTIONS)
     if unknown:
         parser.error(f"--sections must be of {', '.join(SECTIONS)}, but got {', '.join(sorted(unknown))}")
     return chosen
@@ -232,15 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"bench/gpu.py needs a GPU: {reason}", file=sys.stderr)
         return NO_GPU
     folder = chosen.output or (None if chosen.dry_run else ROOT / "bench" / "results")
-    wanted = {"machine", *chosen.sections.split(",")}
-    sections = {
-        name: section
-        for name, section in SECTIONS.items()
-        if name in wanted and (section.quick or not chosen.quick) and (chosen.tune or name != "tune")
-    }
+    wanted = {"machine", *(chosen.sections or (QUICK if chosen.quick else ALL)).split(",")}
     data: dict[str, Any] = {
-        "options": {"quick": chosen.quick, "tune": chosen.tune, "dry_run": chosen.dry_run},
-        "part": "" if chosen.sections == ALL else chosen.sections.replace(",", "-"),
+        "options": {"quick": chosen.quick, "dry_run": chosen.dry_run},
+        "part": (chosen.sections or "").replace(",", "-"),
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "sections": {},
     }
@@ -251,9 +178,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             command = [sys.executable, "-m", "bench.gpu", *modes, "--child", name]
             return run_section(command, Path(scratch) / f"{name}.jsonl", seconds)
 
+        sections = {name: section for name, section in SECTIONS.items() if name in wanted}
         run_sections(data, sections, run, QUICK_SECONDS if chosen.quick else TOTAL_SECONDS, folder)
-    print()
-    print(report.printed(data), flush=True)
+    print(f"\n{report.printed(data)}", flush=True)
     if folder:
         print("wrote " + " and ".join(map(str, report.save(data, folder))), flush=True)
     return int(any(section["status"] == "failed" for section in data["sections"].values()))

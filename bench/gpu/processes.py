@@ -15,7 +15,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,10 +29,6 @@ Row = dict[str, Any]
 NOT_RUN: Row = {"status": "not run", "error": "the section's time was over"}
 
 
-class Skip(Exception):
-    """Why there is nothing to do here."""
-
-
 @dataclass
 class Task:
     """What an item gets."""
@@ -40,7 +36,6 @@ class Task:
     dry_run: bool = False
     deadline: float = math.inf  # of the section, by time.monotonic
     remaining: int = 1  # items, this one included
-    found: dict[str, Row] = field(default_factory=dict)  # rows of the items before it
     is_spoiled: bool = False  # for items to set: what comes next needs another process
 
     @cached_property
@@ -79,23 +74,19 @@ def add(file: Path, name: str, row: Row) -> None:
 
 def run_items(items: Mapping[str, Item], file: Path, task: Task) -> bool:
     """Runs the items that have no row yet until one fails; returns whether all of them have one now."""
-    task.found = rows(file)
-    pending = [name for name in items if name not in task.found]
+    pending = [name for name in items if name not in rows(file)]
     for k, name in enumerate(pending):
         if task.left() <= 0:
             add(file, name, NOT_RUN)
             continue
         add(file, name, failed(BEGUN))
-        task.remaining, start = len(pending) - k, time.monotonic()
+        task.remaining = len(pending) - k
         try:
-            row = {"status": "ok", "result": items[name](task)}
-        except Skip as reason:
-            row = {"status": "skipped", "error": str(reason)}
+            add(file, name, {"status": "ok", "result": items[name](task)})
         except Exception as error:
-            row, task.is_spoiled = failed(one_line(error), traceback.format_exc()), True
-        task.found[name] = {**row, "seconds": round(time.monotonic() - start, 3)}
-        add(file, name, task.found[name])
-        if task.is_spoiled:  # the next item gets another process
+            add(file, name, failed(one_line(error), traceback.format_exc()))
+            task.is_spoiled = True
+        if task.is_spoiled:
             return k + 1 == len(pending)
     return True
 
@@ -109,12 +100,12 @@ def run_section(command: Sequence[str], file: Path, seconds: float) -> dict[str,
     while code != 0 and (left := deadline - time.monotonic()) > 0:
         code, output = run_for([*command, str(file), f"{left:.1f}"], left + GRACE_SECONDS)
         found = rows(file)
+        ended = failed(f"the section's process ended with code {code}", output[-3000:])
         for name, row in found.items():
             if row.get("error") == BEGUN:
-                fate = NOT_RUN if code is None else failed(f"its process ended with code {code}", output[-3000:])
-                add(file, name, fate)
-        if (code != 0 and len(found) == before) or not found:  # another process would fare no better
-            add(file, "process", failed(f"the section's process ended with code {code}", output[-3000:]))
+                add(file, name, NOT_RUN if code is None else ended)
+        if not found or (code != 0 and len(found) == before):  # another process would fare no better
+            add(file, "process", ended)
             break
         before = len(found)
     return rows(file)

@@ -14,11 +14,9 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 COPY = "copy"
-L2_TURNS = 4
 MIN_ROUNDS, MAX_ROUNDS = 5, 101
 
 
@@ -54,7 +52,7 @@ def race(machine: Any, contenders: Sequence[Contender], seconds: float, *bases: 
         machine.synchronize()
         for contender, marks in taken:
             samples[contender.name].append(machine.seconds(*marks) / repeats[contender.name] / contender.launches)
-    return {contender.name: row(contender, samples, contenders, bases) for contender in contenders}
+    return table(contenders, samples, bases)
 
 
 def race_on_host(machine: Any, calls: dict[str, Callable[[], object]], seconds: float, *bases: str) -> dict[str, Any]:
@@ -70,7 +68,7 @@ def race_on_host(machine: Any, calls: dict[str, Callable[[], object]], seconds: 
                 contender.call()
             samples[contender.name].append((time.perf_counter() - start) / machine.host_calls)
     machine.synchronize()
-    return {contender.name: row(contender, samples, contenders, bases) for contender in contenders}
+    return table(contenders, samples, bases)
 
 
 def rounds(contenders: Sequence[Contender], seconds: float) -> Iterator[list[Contender]]:
@@ -88,46 +86,24 @@ def rounds(contenders: Sequence[Contender], seconds: float) -> Iterator[list[Con
         gc.enable()
 
 
-def row(
-    contender: Contender, samples: dict[str, list[float]], contenders: Sequence[Contender], bases: Sequence[str]
-) -> dict[str, Any]:
-    mine = samples[contender.name]
-    low, middle, high = statistics.quantiles(mine, n=4)
-    result: dict[str, Any] = {"seconds": middle, "low": low, "high": high, "rounds": len(mine)}
-    result["bytes"] = contender.nbytes
-    result["ratios"] = {
-        base: statistics.median(a / b for a, b in zip(mine, samples[base], strict=True))
-        for base in bases
-        if base in samples
-    }
-    if contender.nbytes:
-        result["bytes_per_second"] = contender.nbytes / middle
-        limit = next((other.nbytes for other in contenders if other.name == COPY), None)
-        if limit and COPY in result["ratios"]:
-            result["share"] = contender.nbytes / limit / result["ratios"][COPY]
+def table(
+    contenders: Sequence[Contender], samples: dict[str, list[float]], bases: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Medians and quartiles, ratios to ``bases``, and the share of the copy's bandwidth."""
+    copied = next((contender.nbytes for contender in contenders if contender.name == COPY), None)
+    result = {}
+    for contender in contenders:
+        mine = samples[contender.name]
+        low, middle, high = statistics.quantiles(mine, n=4)
+        ratios = {
+            base: statistics.median(a / b for a, b in zip(mine, samples[base], strict=True))
+            for base in bases
+            if base in samples
+        }
+        row = {"seconds": middle, "low": low, "high": high, "rounds": len(mine), "ratios": ratios}
+        if contender.nbytes:
+            row |= {"bytes": contender.nbytes, "bytes_per_second": contender.nbytes / middle}
+            if copied and COPY in ratios:
+                row["share"] = contender.nbytes / copied / ratios[COPY]
+        result[contender.name] = row
     return result
-
-
-def moved(elements: int, itemsize: int, passes: int, mask_bits: int = 0) -> int:
-    """Bytes that so many passes over data read and write, with ``mask_bits`` per element read or written in all."""
-    return passes * 2 * elements * itemsize + (elements + 31) // 32 * 4 * mask_bits
-
-
-def rotation(machine: Any, shape: Any, dtype_name: str) -> list[Any]:
-    """Inputs, so many that the cache has nothing of one when its turn comes again; at least two."""
-    machine.free()
-    make = partial(machine.torch.randn, shape, dtype=getattr(machine.torch, dtype_name), device=machine.device)
-    first = make()
-    count = max(2, -(-L2_TURNS * machine.l2_bytes // (first.numel() * first.element_size())))
-    return [first, *(make() for _ in range(count - 1))]
-
-
-def for_each(buffers: Sequence[Any], *steps: Callable[[int], object]) -> Callable[[], None]:
-    """Each step for all buffers before the next one: backward finds nothing of forward in the cache."""
-
-    def call() -> None:
-        for step in steps:
-            for i in range(len(buffers)):
-                step(i)
-
-    return call

@@ -11,61 +11,45 @@ import re
 from pathlib import Path
 from typing import Any
 
-from . import timing
 from .races import COPY
-from .timing import BACKWARD, BOTH, FORWARD, OURS, THEIRS
+from .timing import BACKWARD, BOTH, COMPILED, EAGER, FORWARD, HOST_ELEMENTS, OURS, SEEDED, THEIRS, TRITON
 
 PRINTED = 11_500  # characters
 SHOWN = 14  # items that did not end well
-SHARE_OF_COPY, FUSED_SHARE_OF_COPY = 0.9, 0.85
+LEAST_SHARES = {"kernels": 0.9, "fused": 0.85}  # of the copy's bandwidth
 HOST_RATIO = 1.5
 Data = dict[str, Any]
+Target = tuple[str, str, str, str, bool]  # what, case, must be, measured, met
 
 
-def results(data: Data, section: str) -> list[Any]:
+def results(data: Data, section: str) -> dict[str, Any]:
     """Of the items that have one."""
     items = data["sections"].get(section, {}).get("items", {})
-    return [row["result"] for row in items.values() if row["status"] == "ok" and row["result"]]
+    return {name: row["result"] for name, row in items.items() if row["status"] == "ok" and row["result"]}
 
 
-def timed(data: Data, section: str) -> list[Any]:
-    return [result for result in results(data, section) if "rows" in result]
-
-
-def shares(result: Any, least: float) -> list[tuple[str, str, str, str, bool]]:
-    """Forward and backward beside a copy."""
-    found = []
-    for operation in (FORWARD, BACKWARD):
-        share = result["rows"].get(f"{OURS} {operation}", {}).get("share")
-        if share is not None:
-            must = f"at least {least:.0%} of the copy's bandwidth"
-            found.append((operation, result["case"], must, f"{share:.1%}", share >= least))
-    return found
-
-
-def targets(data: Data) -> list[tuple[str, str, str, str, bool]]:
-    """(what, case, must be, measured, met), misses first."""
-    found = []
-    for result in timed(data, "fused"):
-        found += shares(result, FUSED_SHARE_OF_COPY)
-    for result in timed(data, "kernels"):
-        rows, case = result["rows"], result["case"]
-        if case.startswith("256M"):
-            found += shares(result, SHARE_OF_COPY)
-        for other in (timing.NATIVE, timing.COMPILED):
-            ratio = rows.get(f"{other} {BOTH}", {}).get("ratios", {}).get(f"{OURS} {BOTH}")
-            if ratio is not None:
-                found.append((f"{BOTH} against {other}", case, "faster", f"{ratio:.2f}x", ratio > 1.0))
-    host = data["sections"].get("host", {}).get("items", {})
-    case = f"{timing.HOST_ELEMENTS} elements"
-    for name, row in host.get("calls", {}).get("result", {}).items():
+def targets(data: Data) -> list[Target]:
+    """Misses first."""
+    found: list[Target] = []
+    for section, least in LEAST_SHARES.items():
+        for case, result in results(data, section).items():
+            rows = result["rows"]
+            for what in (FORWARD, BACKWARD) if section == "fused" or case.startswith("256M") else ():
+                share = rows.get(f"{OURS} {what}", {}).get("share")
+                if share is not None:
+                    must = f"at least {least:.0%} of the copy's bandwidth"
+                    found.append((what, case, must, f"{share:.1%}", share >= least))
+            for other in (EAGER, COMPILED) if section == "kernels" else ():
+                ratio = rows.get(f"{other} {BOTH}", {}).get("ratios", {}).get(f"{OURS} {BOTH}")
+                if ratio is not None:
+                    found.append((f"{BOTH} against {other}", case, "faster", f"{ratio:.2f}x", ratio > 1.0))
+    host, case = results(data, "host"), f"{HOST_ELEMENTS} elements"
+    for name, row in host.get("calls", {}).items():
         other = f"{THEIRS}, {name.rpartition(', ')[2]}"
         if name.startswith(OURS):
-            ratio = row["ratios"][other]
-            must = f"at most {HOST_RATIO}x {other}"
+            ratio, must = row["ratios"][other], f"at most {HOST_RATIO}x {other}"
             found.append((f"host: {name}", case, must, f"{ratio:.2f}x", ratio <= HOST_RATIO))
-    kept = host.get("kept", {}).get("result")
-    if kept:
+    if kept := host.get("kept"):
         limit = kept[THEIRS] // 8 + 4  # a byte per element there; our words are whole
         found.append(("bytes kept for backward", case, f"at most {limit}", f"{kept[OURS]}", kept[OURS] <= limit))
     return sorted(found, key=lambda target: target[4])
@@ -73,13 +57,13 @@ def targets(data: Data) -> list[tuple[str, str, str, str, bool]]:
 
 def report(data: Data) -> str:
     """Markdown."""
-    tables = kernel_table(data), fused_table(data), smaller_tables(data), shape_table(data)
-    parts = heading(data), correctness(data), judged(data), *tables
+    tables = [line for section in ("kernels", "fused", "channels") for line in table(data, section)]
+    parts = heading(data), sections(data), judged(data), tables, host_table(data), shape_table(data)
     return "\n".join(line for part in parts for line in part) + "\n"
 
 
 def heading(data: Data) -> list[str]:
-    about = next(iter(results(data, "machine")), {})
+    about = results(data, "machine").get("machine", {})
     lines = [f"# GPU report: {about.get('device', 'no device')}", ""]
     if data["options"]["dry_run"]:
         lines += ["**A dry run on the CPU: it shows that the script runs. No number here means anything.**", ""]
@@ -93,16 +77,17 @@ def heading(data: Data) -> list[str]:
     ]
 
 
-def correctness(data: Data) -> list[str]:
+def sections(data: Data) -> list[str]:
+    """How each section ended, and why items did not end well: failures first."""
     lines, bad = ["", "## Sections", ""], []
     for name, section in data["sections"].items():
         statuses = [row["status"] for row in section["items"].values()]
         told = ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses)) or "nothing ran"
-        told += "".join(f"; {result['summary']}" for result in results(data, name) if "summary" in result)
+        told += "".join(f"; {result['summary']}" for result in results(data, name).values() if "summary" in result)
         mark = {"failed": "**failed**", "cut": "**cut short**"}.get(section["status"], "ok")
         lines.append(f"* {section['title']}: {mark}; {told}; {section['seconds']} s")
         bad += [(name, item, row) for item, row in section["items"].items() if row["status"] != "ok"]
-    bad.sort(key=lambda entry: ("failed", "not run", "skipped").index(entry[2]["status"]))
+    bad.sort(key=lambda entry: entry[2]["status"] != "failed")
     if bad:
         lines += ["", "| section | item | | why |", "|---|---|---|---|"]
     for name, item, row in bad[:SHOWN]:
@@ -117,10 +102,7 @@ def judged(data: Data) -> list[str]:
         return []
     lines = ["", "## Targets", ""]
     if data["sections"].get("suite", {}).get("status") != "ok":
-        lines += [
-            "**The tests have not passed: what follows are times of something that isn't known to be right.**",
-            "",
-        ]
+        lines += ["**The tests have not passed: the times below may be those of wrong results.**", ""]
     lines += ["| what | case | must be | measured | |", "|---|---|---|---|---|"]
     for what, case, must, measured, met in found:
         lines.append(f"| {what} | {case} | {must} | {measured} | {'met' if met else '**missed**'} |")
@@ -138,60 +120,37 @@ def microseconds(row: dict[str, Any] | None) -> str:
     return f"{1e6 * row['seconds']:,.1f}" + (f" ({row['share']:.0%})" if "share" in row else "")
 
 
-def kernel_table(data: Data) -> list[str]:
-    columns = [f"{OURS} {operation}" for operation in (FORWARD, BACKWARD, timing.REGENERATE)]
-    columns += [f"{timing.NATIVE} {FORWARD}", f"{timing.NATIVE} {BACKWARD}", f"{timing.TRITON} {FORWARD}"]
-    columns += [f"{who} {BOTH}" for who in (OURS, timing.SEEDED, timing.NATIVE, timing.COMPILED, timing.TRITON)]
-    text = 'f, b: forward, backward; regenerate: forward and backward of store="seed", which are one kernel.'
-    return table(timed(data, "kernels"), "Kernels", text, columns)
-
-
-def fused_table(data: Data) -> list[str]:
-    columns = [f"{who} {what}" for what in (FORWARD, BACKWARD, BOTH) for who in (OURS, timing.EAGER, timing.COMPILED)]
-    columns.remove(f"{timing.COMPILED} {BACKWARD}")
-    text = (
-        "f, b: forward, backward, draw of the mask and autograd's kernels included; torch and torch.compile: the "
-        "formula. Bytes are those of the arrays that must be read and written once, and of the mask's bits."
-    )
-    return table(timed(data, "fused"), "Fused kernels", text, columns)
-
-
-def table(found: list[Any], title: str, text: str, columns: list[str]) -> list[str]:
+def table(data: Data, section: str) -> list[str]:
+    """Every case of a section that times functions, and every contender that took part in any."""
+    found = results(data, section)
     if not found:
         return []
-    names = [column.replace(BOTH, "f+b").replace(FORWARD, "f").replace(BACKWARD, "b") for column in columns]
+    present = {name for result in found.values() for name in result["rows"]}
+    every = (f"{who} {what}" for what in (FORWARD, BACKWARD, BOTH) for who in (OURS, SEEDED, EAGER, COMPILED, TRITON))
+    columns = [name for name in every if name in present]
+    names = [name.replace(BOTH, "f+b").replace(FORWARD, "f").replace(BACKWARD, "b") for name in columns]
     lines = [
-        "", f"## {title}", "",
-        "us, medians of alternating rounds; in brackets the share of the copy's bandwidth, by the bytes each moves.",
-        text, "",
+        "", f"## {data['sections'][section]['title'].capitalize()}", "",
+        "us, medians of alternating rounds; f: forward, b: backward. In brackets: share of the copy's bandwidth, by",
+        "the bytes that each must move.", "",
         "| case | copy, us | copy, GB/s | " + " | ".join(names) + " |", "|---" * (3 + len(columns)) + "|",
     ]  # fmt: skip
-    for result in found:
+    for case, result in found.items():
         rows = result["rows"]
         speed = f"{rows[COPY]['bytes_per_second'] / 1e9:,.0f}" if COPY in rows else "-"
         values = [microseconds(rows.get(name)) for name in (COPY, *columns)]
-        lines.append(f"| {result['case']} | {values[0]} | {speed} | " + " | ".join(values[1:]) + " |")
-    notes = {f"* {name}: {cell(why, 160)}" for result in found for name, why in result["notes"].items()}
-    lines += ["", *sorted(notes)]
-    spread = max((row["high"] - row["low"]) / row["seconds"] for result in found for row in result["rows"].values())
-    return [*lines, f"* quartiles lie at most {spread:.1%} of the median apart"]
+        lines.append(f"| {case} | {values[0]} | {speed} | " + " | ".join(values[1:]) + " |")
+    notes = {f"* {name}: {cell(why, 160)}" for result in found.values() for name, why in result["notes"].items()}
+    spread = max(
+        (row["high"] - row["low"]) / row["seconds"] for each in found.values() for row in each["rows"].values()
+    )
+    return [*lines, "", *sorted(notes), f"* quartiles lie at most {spread:.1%} of the median apart"]
 
 
-def smaller_tables(data: Data) -> list[str]:
-    lines = []
-    host = data["sections"].get("host", {}).get("items", {})
-    for name in ("calls", "pieces"):
-        rows = host.get(name, {}).get("result", {})
-        told = "; ".join(f"{what} {1e6 * row['seconds']:.2f}" for what, row in rows.items())
-        if told:
-            lines += ["", f"## Host, {name}: us each on {timing.HOST_ELEMENTS} elements", "", f"{told}."]
-    images = results(data, "channels")
-    if images:
-        lines += ["", "## A decision per channel, forward, us (share of the copy's bandwidth)", ""]
-    for result in images:
-        told = "; ".join(f"{name} {microseconds(row)}" for name, row in result["rows"].items())
-        lines.append(f"* {result['case']}: {told}")
-    return lines
+def host_table(data: Data) -> list[str]:
+    rows = results(data, "host").get("calls", {})
+    told = "; ".join(f"{what} {1e6 * row['seconds']:.2f}" for what, row in rows.items())
+    return ["", f"## Host: us for a call on {HOST_ELEMENTS} elements", "", f"{told}."] if told else []
 
 
 def shape_table(data: Data) -> list[str]:
@@ -200,15 +159,14 @@ def shape_table(data: Data) -> list[str]:
         return []
     lines = [
         "", "## Launch shapes: threads per block x blocks per SM, us (share of the copy's bandwidth), best first", "",
-        "| case | operation | default | others |", "|---|---|---|---|",
+        "| case | operation | default | best |", "|---|---|---|---|",
     ]  # fmt: skip
-    for result in found:
-        for operation in (FORWARD, BACKWARD):
-            named = [(name.partition(" "), row) for name, row in result["rows"].items()]
-            rows = {shape: row for (what, _, shape), row in named if what == operation}
-            default = f"{result['default']}: {microseconds(rows[result['default']])}"
-            others = [f"{shape}: {microseconds(row)}" for shape, row in rows.items()][:3]
-            lines.append(f"| {result['case']} | {operation} | {default} | {'; '.join(others)} |")
+    for case, result in found.items():
+        for what in (FORWARD, BACKWARD):
+            named = [(name.partition(" "), microseconds(row)) for name, row in result["rows"].items()]
+            rows = {shape: told for (operation, _, shape), told in named if operation == what}
+            best = "; ".join(f"{shape}: {told}" for shape, told in list(rows.items())[:3])
+            lines.append(f"| {case} | {what} | {result['default']}: {rows.get(result['default'])} | {best} |")
     return lines
 
 
@@ -223,14 +181,14 @@ def printed(data: Data) -> str:
 def save(data: Data, folder: Path) -> list[Path]:
     """Writes the JSON, then the report, each whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = next(iter(results(data, "machine")), {})
+    about = results(data, "machine").get("machine", {})
     of = f"{about.get('device', 'unknown')} {data.get('part', '')}"
     stem = "gpu-" + re.sub(r"[^a-z0-9]+", "-", of.lower()).strip("-")
     written = []
-    for suffix, made in ((".json", lambda: json.dumps(data, indent=1) + "\n"), (".md", lambda: report(data))):
+    for suffix, text in ((".json", json.dumps(data, indent=1) + "\n"), (".md", report(data))):
         file = folder / f"{stem}{suffix}"
         part = file.with_suffix(f"{suffix}.part")
-        part.write_text(made())
+        part.write_text(text)
         part.replace(file)
         written.append(file)
     return written

@@ -27,7 +27,7 @@ class Fused:
     """A function of the tensors in ``arguments``: "*" of the data's shape, "c" of its columns.
 
     ``forward`` and ``backward``: how many arrays of the data's size each must read or write, once, beside the mask's
-    bits. Vectors and row statistics, a thousandth of that and less, don't count.
+    bits if it ``has_bits``. Vectors and row statistics, a thousandth of that and less, don't count.
     """
 
     function: Callable[..., Any]
@@ -35,6 +35,8 @@ class Fused:
     arguments: dict[str, str]
     forward: int
     backward: int
+    p: float = P
+    has_bits: bool = True
 
     def tensors(self, x: Tensor) -> dict[str, Tensor]:
         """The first argument is x."""
@@ -46,11 +48,11 @@ class Fused:
         return {name: tensor.detach().requires_grad_() for name, tensor in made.items()}
 
     def ours(self, **tensors: Tensor) -> Any:
-        return self.function(**tensors, p=P, seed=SEED)
+        return self.function(**tensors, p=self.p, seed=SEED)
 
     def moved(self, x: Tensor) -> tuple[int, int]:
         """Bytes of forward and of backward."""
-        bits, array = 4 * word_count(x.numel()), x.numel() * x.element_size()
+        bits, array = 4 * word_count(x.numel()) * self.has_bits, x.numel() * x.element_size()
         return self.forward * array + bits, self.backward * array + bits
 
 
@@ -106,6 +108,16 @@ def _layer_norm(input: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -
 def _rms_norm(input: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     sum = residual + drop(input)
     return F.rms_norm(sum, sum.shape[-1:], weight), sum
+
+
+def dropout(p: float, store: str = "bits") -> Fused:
+    """Plain dropout, as a function fused with nothing."""
+    function = partial(fdt.dropout, store=store)
+    return Fused(function, lambda input: F.dropout(input, p), {"input": "*"}, 2, 2, p, store == "bits")
+
+
+def dropout2d() -> Fused:
+    return Fused(fdt.dropout2d, lambda input: F.dropout2d(input, P), {"input": "*"}, 2, 2, has_bits=False)
 
 
 # A norm's second result, the sum, has a gradient too, as in a pre-norm network.
