@@ -151,7 +151,7 @@ MUTATIONS = (
         "csrc/dilate.inc.h",
         "more = min_u64(have, taken - have);",
         "more = min_u64(have, taken - have) - (taken - have == 1);",
-        "tests/backends/test_dilate.py",
+        PRIMITIVES,
     ),
     Mutation(
         "a relu keeps the bits of zeros",
