@@ -98,10 +98,11 @@ def _softmax(scores, drop, attn_mask=None, scale=1.0, causal=False):
     logits = scores * scale
     if attn_mask is not None:
         logits = logits + attn_mask
-    if not causal:
-        return drop(torch.softmax(logits, -1))
-    hidden = torch.ones(logits.shape[-2:]).tril() == 0
-    return drop(torch.softmax(logits.masked_fill(hidden, -math.inf), -1).masked_fill(hidden, 0.0))
+    hidden = torch.ones(logits.shape[-2:]).tril() == 0 if causal else torch.tensor(False)
+    logits = logits.masked_fill(hidden, -math.inf)
+    without_keys = (logits == -math.inf).all(-1, keepdim=True)
+    softmax = torch.softmax(logits.masked_fill(without_keys, 0.0), -1)
+    return drop(softmax.masked_fill(hidden | without_keys, 0.0))
 
 
 def _softmax_case(axes, **options):

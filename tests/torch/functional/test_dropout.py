@@ -29,14 +29,12 @@ import torch.nn.functional as F
 
 import fastdrop.torch as fdt
 
-from ..cases import array_of, numbers_drawn, saved_tensors, tensor_of, untouched
+from ..cases import array_of, assert_equal, saved_tensors, tensor_of, untouched
 
 # torch's own, when it first loads what forward-mode AD needs
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 STORES = ("bits", "seed")
-FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-COMPLEX = (torch.complex64, torch.complex128)
 
 
 @pytest.fixture(autouse=True)
@@ -48,18 +46,34 @@ def torch_state():
     torch.set_num_threads(threads)
 
 
-def public(dtype, n, reverse=False):
-    """n numbers of random bits, special ones first or last, as the NumPy API takes them."""
-    data = dtype.data(n)[::-1] if reverse else dtype.data(n)
-    return np.ascontiguousarray(data).view(dtype.public)
-
-
 def plain(x):
     """A C-contiguous copy with no conjugate or negative bit: x as plainly as it can be had."""
     return x.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
 
 
 # ---- the values NumPy gets ----
+
+
+def assert_is_numpys(array, p, seed, **options):
+    """Output and gradient, with either store and without a gradient."""
+    wanted, mask = fd.dropout(array, p, rng=seed, **options)
+    gradient = np.ascontiguousarray(array[..., ::-1]) if array.ndim else array
+    for store in STORES:
+        x = tensor_of(array).requires_grad_()
+        y = fdt.dropout(x, p, seed=seed, store=store, **options)
+        y.backward(tensor_of(gradient))
+        what = array.shape, p, store
+        assert_same_bits(array_of(y), wanted, what)
+        assert_same_bits(array_of(x.grad), fd.dropout_backward(gradient, mask), what)
+        assert_same_bits(array_of(fdt.dropout(x.detach(), p, seed=seed, store=store, **options)), wanted, what)
+
+
+def test_dropout_equals_numpy(backend):
+    """At the lengths where blocks, chunks and threads begin, special values included; and at every p."""
+    for n in LENGTHS:
+        assert_is_numpys(DTYPES[0].data(n), 0.1, n)
+    for p in (*P, 1 - 2.0**-32, 2.0**-32, 1.0):
+        assert_is_numpys(DTYPES[0].data(5000), p, 7)
 
 
 NOISE = (
@@ -75,42 +89,14 @@ NOISE = (
 )
 
 
-def assert_is_numpys(array, gradient, p, seed, **options):
-    """Output and gradient, with either store and without a gradient."""
-    wanted, mask = fd.dropout(array, p, rng=seed, **options)
-    for store in STORES:
-        x = tensor_of(array).requires_grad_()
-        y = fdt.dropout(x, p, seed=seed, store=store, **options)
-        y.backward(tensor_of(gradient))
-        what = array.dtype, array.shape, p, store
-        assert_same_bits(array_of(y), wanted, what)
-        assert_same_bits(array_of(x.grad), fd.dropout_backward(gradient, mask), what)
-        assert_same_bits(array_of(x), array, what)
-        assert_same_bits(array_of(fdt.dropout(x.detach(), p, seed=seed, store=store, **options)), wanted, what)
-
-
-@pytest.mark.parametrize("p", [0.5, 0.1, 0.003, 1.0])
-def test_dropout_equals_numpy(variant, dtype, p):
-    """At the lengths where blocks, chunks and threads begin, special values included."""
-    for n in LENGTHS if p == 0.1 else LENGTHS[-4:-2]:
-        assert_is_numpys(public(dtype, n), public(dtype, n, reverse=True), p, n)
-
-
-def test_dropout_equals_numpy_at_every_p(backend):
-    for p in (*P, 1 - 2.0**-32, 2.0**-32, 1.0):
-        array = DTYPES[0].numbers(5000)
-        assert_same_bits(array_of(fdt.dropout(tensor_of(array), p, seed=7)), fd.dropout(array, p, rng=7)[0])
-
-
-@pytest.mark.parametrize(("shape", "noise_shape"), NOISE, ids=str)
-def test_dropout_equals_numpy_under_a_noise_shape(variant, shape, noise_shape):
-    for dtype, p in itertools.product((DTYPES[0], DTYPES[3]), (0.5, 0.1, 1.0)):
-        array, gradient = (np.asarray(dtype.numbers(shape, seed=i), dtype.public) for i in range(2))
-        assert_is_numpys(array, gradient, p, 5, noise_shape=noise_shape)
+def test_dropout_equals_numpy_under_a_noise_shape(backend):
+    for shape, noise_shape in NOISE:
+        for dtype, p in ((DTYPES[0], 0.1), (DTYPES[3], 0.5), (DTYPES[0], 1.0)):
+            assert_is_numpys(np.asarray(dtype.numbers(shape), dtype.public), p, 5, noise_shape=noise_shape)
 
 
 def test_gradient_of_complex_numbers_is_right():
-    for kind, store in itertools.product(COMPLEX, STORES):
+    for kind, store in itertools.product((torch.complex64, torch.complex128), STORES):
         x, w = torch.randn(50, dtype=kind, requires_grad=True), torch.randn(50, dtype=kind)
         (fdt.dropout(x, 0.4, seed=2, store=store) * w).abs().sum().backward()
         reference = x.detach().clone().requires_grad_()
@@ -153,7 +139,7 @@ LAYOUTS = {
     "empty": lambda make: make(0),
     "empty, permuted": lambda make: make(3, 0, 4).permute(2, 0, 1),
 }
-# Of the other kind of number: parts of complex ones, and conjugates.
+# Made of complex numbers: parts of them, and conjugates.
 PARTS = {
     "real part": lambda make: make(5, 7).real,
     "imaginary part": lambda make: make(5, 7).imag,
@@ -167,28 +153,16 @@ CONJUGATES = {
 }
 
 
-def make_of(kind):
+def make_of(dtype):
     generator = torch.Generator().manual_seed(1)
-    return lambda *shape: torch.randn(shape, dtype=kind, generator=generator)
+    return lambda *shape: torch.randn(shape, dtype=dtype, generator=generator)
 
 
-def layouts(kind):
-    """(name, tensor) of every layout of a dtype."""
-    kinds = LAYOUTS | CONJUGATES if kind.is_complex else LAYOUTS
-    yield from ((name, layout(make_of(kind))) for name, layout in kinds.items())
-    if kind in (torch.float32, torch.float64):
-        parent = torch.complex64 if kind is torch.float32 else torch.complex128
-        yield from ((name, layout(make_of(parent))) for name, layout in PARTS.items())
-
-
-def test_layouts_are_what_they_say():
-    conjugates, negatives = dict(layouts(torch.complex64)), dict(layouts(torch.float32))
-    assert all(conjugates[name].is_conj() for name in CONJUGATES)
-    assert all(negatives[name].is_neg() for name in negatives if "negative" in name)
-    assert all(0 in x.stride() for name, x in negatives.items() if "expanded" in name)
-    assert negatives["unaligned"].data_ptr() % 4 == 1
-    for name in ("transposed", "channels last", "stepped", "imaginary part", "diagonal"):
-        assert not negatives[name].is_contiguous()
+def layouts(dtype):
+    """(name, tensor) of every layout of float32 or complex64."""
+    of_complex = CONJUGATES if dtype.is_complex else PARTS
+    yield from ((name, layout(make_of(dtype))) for name, layout in LAYOUTS.items())
+    yield from ((name, layout(make_of(torch.complex64))) for name, layout in of_complex.items())
 
 
 def significant(x):
@@ -196,14 +170,14 @@ def significant(x):
     return [stride for stride, extent in zip(x.stride(), x.shape, strict=True) if extent > 1]
 
 
-@pytest.mark.parametrize("kind", [*FLOATS, torch.complex64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize("shared", [False, True], ids=["", "noise_shape"])
-def test_any_layout(backend, kind, shared):
+def test_any_layout(backend, dtype, shared):
     """Output and gradient, dy in that layout too, and in place: all are those of contiguous tensors.
 
     The strides of the result are those that torch's dropout gives.
     """
-    for (name, x), store, p in itertools.product(layouts(kind), STORES, (0.3, 1.0)):
+    for (name, x), (store, p) in itertools.product(layouts(dtype), (("bits", 0.3), ("seed", 0.3), ("bits", 1.0))):
         options = {"p": p, "seed": 4, "noise_shape": [1, *[None] * (x.dim() - 1)] if shared and x.dim() else None}
         before, wanted, what = plain(x), fdt.dropout(plain(x), **options), (name, store, p)
         leaf = x.detach().requires_grad_()
@@ -211,8 +185,8 @@ def test_any_layout(backend, kind, shared):
         for result in (y, fdt.dropout(x, **options, store=store)):
             assert_same_bits(array_of(plain(result)), array_of(wanted), what)
             assert result.stride() == torch.empty_like(x).stride(), what
-            assert kind.is_complex or significant(result) == significant(F.dropout(x)), what
-            assert not any((result.is_conj(), result.is_neg(), result._is_view() and not kind.is_complex)), what
+            assert dtype.is_complex or significant(result) == significant(F.dropout(x)), what
+            assert not any((result.is_conj(), result.is_neg(), result._is_view() and not dtype.is_complex)), what
         assert_same_bits(array_of(plain(x)), array_of(before), what)
         for dy in (torch.randn_like(before), x):
             (dx,) = torch.autograd.grad(y, leaf, dy, retain_graph=True)
@@ -226,7 +200,7 @@ def test_any_layout(backend, kind, shared):
         assert_same_bits(array_of(plain(x)), array_of(wanted), what)
 
 
-# ---- values ----
+# ---- p ----
 
 
 def test_smallest_p_that_drops():
@@ -235,35 +209,6 @@ def test_smallest_p_that_drops():
     assert fdt.dropout(x, 2.0**-33) is x
     assert fdt.dropout(x, p) is not x
     assert threshold(p) == 1
-
-
-def test_bfloat16_is_unbiased():
-    """Within sampling error, which is small enough to see that torch's own, whose scale is rounded, is not."""
-    p, n = 0.1, 1 << 21
-    x = torch.rand(n, generator=torch.Generator().manual_seed(0)).add_(1).to(torch.bfloat16)
-    spread = x.double().square().mean() / x.double().mean() ** 2
-    error = 4 * math.sqrt(p / (1 - p) / n * spread)
-    ratio = fdt.dropout(x, p, seed=0).double().mean() / x.double().mean()
-    assert abs(ratio - 1) < error < 0.0016
-
-
-# ---- p ----
-
-
-def test_what_drops_nothing_is_the_very_same_object():
-    """Of integers as well, as in torch's dropout."""
-    leaf = torch.randn(4, 5, requires_grad=True)
-    inputs = [leaf, leaf * 1, leaf.detach(), leaf.t()[:, :], leaf.detach().conj(), torch.nn.Parameter(leaf.detach())]
-    inputs += [torch.ones(4, 5, dtype=kind) for kind in (torch.int64, torch.bool, torch.complex64, torch.float16)]
-    nothing = [{"p": p} for p in (0.0, 0, torch.tensor(0.0), 1e-10, 2.0**-33)]
-    nothing += [{"training": False}, {"p": 1.0, "training": False}, {"training": False, "seed": 1}]
-    nothing += [{"p": 0.0, "store": "seed"}, {"p": 0.0, "noise_shape": (1, None)}]
-    for options, inplace, x in itertools.product(nothing, (False, True), inputs):
-        before, results = x._version, []
-        call = functools.partial(fdt.dropout, x, inplace=inplace, **options)
-        assert numbers_drawn(lambda call=call, to=results: to.append(call())) == 0
-        assert results[0] is x
-        assert x._version == before
 
 
 def test_p_may_be_any_number():
@@ -283,20 +228,15 @@ def test_p_may_be_any_number():
         assert torch.equal(fdt.dropout(x, p, seed=1), fdt.dropout(x, same, seed=1))
 
 
-BAD_P = (-0.1, 1.1, -5e-324, math.nextafter(1, 2), math.inf, -math.inf, 2, -1, 10**30, np.float32("nan"))
-
-
-@pytest.mark.parametrize("p", BAD_P, ids=str)
+@pytest.mark.parametrize("p", [-0.1, -5e-324, math.nextafter(1, 2), math.inf, 2, 10**30], ids=str)
 def test_p_is_refused_as_by_torchs_dropout(p):
-    """torch's lets a NaN pass."""
-    forms = [p] if isinstance(p, int) and p > 2**60 else [p, torch.tensor(float(p), dtype=torch.float64)]
-    for form, training, inplace in itertools.product(forms, (True, False), (True, False)):
-        x, text = torch.ones(12), "^dropout probability has to be between 0 and 1, but got nan$"
-        if p == p:
-            with pytest.raises(ValueError, match="between 0 and 1") as torchs:
-                F.dropout(x, form, training, inplace)
-            text = f"^{re.escape(str(torchs.value))}$"
-        untouched(x, functools.partial(fdt.dropout, x, form, training, inplace), ValueError, text)
+    for form in [p] if isinstance(p, int) else [p, torch.tensor(p, dtype=torch.float64)]:
+        x = torch.ones(12)
+        with pytest.raises(ValueError, match="between 0 and 1") as torchs:
+            F.dropout(x, form)
+        for training, inplace in itertools.product((True, False), repeat=2):
+            call = functools.partial(fdt.dropout, x, form, training, inplace)
+            untouched(x, call, ValueError, f"^{re.escape(str(torchs.value))}$")
 
 
 # ---- other bad input ----
@@ -306,7 +246,6 @@ BAD = {
     "seed too large": ({"seed": 2**64}, ValueError, "seed must be from 0 to 2.*64 - 1, but got 18446744073709551616"),
     "seed float": ({"seed": 1.0}, TypeError, "seed must be an int, but got float"),
     "seed bool": ({"seed": True}, TypeError, "seed must be an int, but got bool"),
-    "seed str": ({"seed": "1"}, TypeError, "seed must be an int, but got str"),
     "seed int32": ({"seed": torch.tensor(1, dtype=torch.int32)}, TypeError, "seed must be .*int64.*got.*int32"),
     "seed float tensor": ({"seed": torch.tensor(1.0)}, TypeError, "seed must be .*int64.*got.*float32"),
     "seed of two": ({"seed": torch.tensor([1, 2])}, ValueError, r"seed must be one number, .*\(2,\)"),
@@ -314,8 +253,7 @@ BAD = {
     "seed and generator": ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed and generator"),
     "generator int": ({"generator": 5}, TypeError, "generator"),
     "generator of NumPy": ({"generator": np.random.default_rng(0)}, TypeError, "generator"),
-    "store unknown": ({"store": "bytes"}, ValueError, "store must be one of 'bits', 'seed', but got 'bytes'"),
-    "store None": ({"store": None}, ValueError, "store must be one of 'bits', 'seed', but got None"),
+    "store": ({"store": "bytes"}, ValueError, "store must be one of 'bits', 'seed', but got 'bytes'"),
     "noise_shape extent": ({"noise_shape": (2, None)}, ValueError, r"noise_shape must be 1, .*\(3, 4\).*\(2, None\)"),
     "noise_shape short": ({"noise_shape": (1,)}, ValueError, r"noise_shape must have one entry per axis.*\(1,\)"),
     "noise_shape long": ({"noise_shape": (1, 1, 1)}, ValueError, "noise_shape must have one entry per axis"),
@@ -327,6 +265,7 @@ BAD = {
 
 @pytest.mark.parametrize(("options", "error", "match"), BAD.values(), ids=BAD)
 def test_bad_options_are_refused(options, error, match):
+    """Whichever way the call takes."""
     for inplace in (False, True):
         drop = functools.partial(fdt.dropout, inplace=inplace, **options)
         x, own, complex_ = torch.ones(2, 3, 4), torch.ones(3, 4).requires_grad_() * 1, torch.ones(3, 4) + 0j
@@ -337,29 +276,28 @@ def test_bad_options_are_refused(options, error, match):
 
 # ---- in place ----
 
-VIEWS = (
-    lambda x: x,
-    lambda x: x[1:],
-    lambda x: x.t(),
-    lambda x: x[:, ::2],
-    lambda x: x.view(-1),
-    lambda x: x.conj(),
-    lambda x: x.real,
-    lambda x: x.conj().imag,
-)
+VIEWS = {
+    "itself": lambda x: x,
+    "rows": lambda x: x[1:],
+    "transposed": lambda x: x.t(),
+    "stepped": lambda x: x[:, ::2],
+    "conjugate": lambda x: x.conj(),
+    "real": lambda x: x.real,
+    "negative": lambda x: x.conj().imag,
+}
 
 
-@pytest.mark.parametrize("view", VIEWS, ids=range(len(VIEWS)))
-def test_inplace_gradient_reaches_through_views(view):
+@pytest.mark.parametrize("name", VIEWS)
+def test_inplace_gradient_reaches_through_views(name):
     """Of a tensor part of which was dropped in place, against the same out of place."""
+    view = VIEWS[name]
     leaf = torch.randn(4, 6, dtype=torch.complex128, requires_grad=True)
-    probe = view(leaf.detach())
-    for store, shared in itertools.product(STORES, (False, True)):
-        options = {"p": 0.4, "seed": 6, "noise_shape": [1, *[None] * (probe.dim() - 1)] if shared else None}
-        scale = fdt.dropout(torch.ones(probe.shape, dtype=torch.float64), **options)
+    for store, noise_shape in (("bits", None), ("seed", (1, None))):
+        options = {"p": 0.4, "seed": 6, "noise_shape": noise_shape}
+        scale = fdt.dropout(torch.ones(view(leaf.detach()).shape, dtype=torch.float64), **options)
         results = []
         for change in (
-            lambda x: fdt.dropout(x, inplace=True, store=store, **options),  # noqa: B023
+            functools.partial(fdt.dropout, inplace=True, store=store, **options),
             lambda x: x.mul_(scale),  # noqa: B023
         ):
             base = leaf * 1
@@ -380,7 +318,6 @@ def no_grad(function):
 
 REFUSED = {
     "leaf": lambda leaf: leaf,
-    "parameter": lambda leaf: torch.nn.Parameter(leaf.detach()),
     "view of a leaf": lambda leaf: leaf.view(2, 6),
     "transposed view of a leaf": lambda leaf: leaf.view(2, 6).t(),
     "one of several views": lambda leaf: (leaf * 1).view(2, 6).unbind()[0],
@@ -395,11 +332,9 @@ REFUSED = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_inplace_is_refused_where_torch_refuses_it(name):
     """In torch's words, with nothing written and nothing drawn."""
-    for options in ({}, {"p": 1.0}, {"store": "seed"}, {"noise_shape": (1, None)}):
+    for options in ({}, {"p": 1.0, "store": "seed"}):
         leaf = torch.ones(12, requires_grad=True)
         x = REFUSED[name](leaf)
-        if x.dim() < 2 and "noise_shape" in options:
-            continue
         match = "more than one element of the written-to tensor"
         if not x.is_complex():
             with pytest.raises(RuntimeError) as torchs:
@@ -418,20 +353,19 @@ def test_inplace_of_a_leaf_is_allowed_without_gradient():
     assert set(x.tolist()) == {0.0, 2.0}
 
 
-@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.t(), lambda x: x[1:]], ids=["itself", "transposed", "rows"])
-def test_inference_tensors_outside_of_inference_mode(view):
+def test_inference_tensors_outside_of_inference_mode():
     """In place they are refused by torch's rule, because nothing tracks their version."""
-    with torch.inference_mode():
-        x, torchs = torch.ones(5, 8), torch.ones(5, 8)
-    for function, tensor in ((F.dropout, torchs), (fdt.dropout, x)):
-        with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
-            function(view(tensor), 0.5, True, True)
-    assert (x == 1).all()
-    y = fdt.dropout(view(x), seed=3)
-    assert not y.is_inference()
-    w = torch.ones(y.shape, requires_grad=True)
-    (y * w).sum().backward()
-    assert torch.equal(w.grad, fdt.dropout(view(x).clone(), seed=3))
+    for view in (lambda x: x, lambda x: x.t()):
+        with torch.inference_mode():
+            x, torchs = torch.ones(5, 8), torch.ones(5, 8)
+        for function, tensor in ((F.dropout, torchs), (fdt.dropout, x)):
+            with pytest.raises(RuntimeError, match="Inplace update to inference tensor outside InferenceMode"):
+                function(view(tensor), 0.5, True, True)
+        y = fdt.dropout(view(x), seed=3)
+        assert not y.is_inference()
+        w = torch.ones(y.shape, requires_grad=True)
+        (y * w).sum().backward()
+        assert torch.equal(w.grad, fdt.dropout(torch.ones(y.shape), seed=3))
 
 
 # ---- where masks come from ----
@@ -439,30 +373,17 @@ def test_inference_tensors_outside_of_inference_mode(view):
 
 def test_seed_is_the_63_bits_that_torch_draws():
     """Whichever way the call takes."""
-    for kind in (torch.float32, torch.complex64):
-        for name, x in layouts(kind):
-            for leaf in (x, x.detach().requires_grad_()):
-                torch.manual_seed(11)
-                y = fdt.dropout(leaf)
-                torch.manual_seed(11)
-                seed = torch.empty((), dtype=torch.int64).random_()
-                assert 0 <= int(seed) < 2**63
-                assert torch.equal(y, fdt.dropout(leaf, seed=seed)), name
+    x = torch.randn(6, 7)
+    for leaf in (x, x.clone().requires_grad_(), x.t(), x.to(torch.complex64).conj()):
+        torch.manual_seed(11)
+        y = fdt.dropout(leaf)
+        torch.manual_seed(11)
+        seed = torch.empty((), dtype=torch.int64).random_()
+        assert 0 <= int(seed) < 2**63
+        assert torch.equal(y, fdt.dropout(leaf, seed=seed))
 
 
-def test_fork_rng_and_set_state_take_masks_back():
-    x = torch.ones(5000)
-    with torch.random.fork_rng():
-        inside = fdt.dropout(x)
-    assert torch.equal(fdt.dropout(x), inside)
-    state = torch.get_rng_state()
-    y = fdt.dropout(x)
-    torch.set_rng_state(state)
-    assert torch.equal(fdt.dropout(x), y)
-
-
-@pytest.mark.parametrize("noise_shape", [None, (1, None)])
-def test_kernels_get_torchs_number_of_threads(compiled, noise_shape, monkeypatch):
+def test_kernels_get_torchs_number_of_threads(compiled, monkeypatch):
     """And fastdrop's own number stays."""
     seen = []
     for name in ("dropout_forward", "draw_bits", "masked_affine"):
@@ -476,7 +397,7 @@ def test_kernels_get_torchs_number_of_threads(compiled, noise_shape, monkeypatch
 
                 monkeypatch.setattr(compiled, entry, spy)
     fd.set_num_threads(3)
-    for threads in (1, 2):
+    for threads, noise_shape in itertools.product((1, 2), (None, (1, None))):
         seen.clear()
         torch.set_num_threads(threads)
         x = torch.ones(10, 30_000, requires_grad=True)
@@ -506,48 +427,45 @@ def test_python_threads_at_once_share_the_default_generator():
 # ---- what is kept ----
 
 
-@pytest.mark.parametrize("shape", [(0,), (), (1,), (32,), (33,), (7, 1001), (1001, 7)], ids=str)
-def test_bits_kept_are_one_per_element_and_nothing_else(shape):
-    for kind, inplace in itertools.product((torch.float32, torch.bfloat16, torch.complex64), (False, True)):
-        leaf = torch.randn(shape, dtype=kind, requires_grad=True)
-        for layout in (lambda x: x, lambda x: x.mT if x.dim() > 1 else x):
-            x = layout(leaf * 1)
-            with saved_tensors() as kept:
-                fdt.dropout(x, 0.1, inplace=inplace)
-            assert sum(t.untyped_storage().nbytes() for t in kept) == math.ceil(math.prod(shape) / 32) * 4
-
-
 @pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("view", [lambda x: x, lambda x: x.conj(), lambda x: x.t()], ids=["", "conj", "transposed"])
-def test_input_and_output_are_not_kept(store, view):
-    leaf = torch.randn(30, 40, dtype=torch.complex64, requires_grad=True)
-    x = leaf * 1
-    with saved_tensors() as kept:
-        y = fdt.dropout(view(x), 0.5, store=store)
-    assert kept
-    assert all(tensor.untyped_storage().data_ptr() != x.untyped_storage().data_ptr() for tensor in kept)
-    total, freed = y.real.sum(), [weakref.ref(x), weakref.ref(y)]
-    del x, y
-    gc.collect()
-    assert [reference() for reference in freed] == [None, None]
-    total.backward()
-    assert leaf.grad.shape == (30, 40)
+def test_input_and_output_are_not_kept(store):
+    for view in (lambda x: x, lambda x: x.conj(), lambda x: x.t()):
+        leaf = torch.randn(30, 40, dtype=torch.complex64, requires_grad=True)
+        x = leaf * 1
+        with saved_tensors() as kept:
+            y = fdt.dropout(view(x), 0.5, store=store)
+        assert sum(t.untyped_storage().nbytes() for t in kept) == (8 if store == "seed" else math.ceil(1200 / 32) * 4)
+        total, freed = y.real.sum(), [weakref.ref(x), weakref.ref(y)]
+        del x, y
+        gc.collect()
+        assert [reference() for reference in freed] == [None, None]
+        total.backward()
+        assert leaf.grad.shape == (30, 40)
 
 
-def test_saved_tensors_may_be_packed():
-    """Hooks that move what is saved elsewhere, as save_on_cpu does."""
-    x = torch.ones(500, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: t.numpy().tobytes(), lambda b: unpacked(b)):
-        y = fdt.dropout(x, 0.5)
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach())
-    with torch.autograd.graph.save_on_cpu():
-        y = fdt.dropout(x, 0.5, store="seed")
-    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], y.detach())
+def test_hooks_may_move_what_is_kept(backend):
+    """As `save_on_cpu` does; into another layout too. Other words are refused, not read past their end."""
+    x = torch.ones(4000, requires_grad=True)
 
+    def run(pack, unpack, **options):
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            y = fdt.dropout(x, 0.5, seed=1, **options)
+        return y.detach(), torch.autograd.grad(y.sum(), x)[0]
 
-def unpacked(data):
-    return torch.frombuffer(bytearray(data), dtype=torch.int32)
+    def as_bytes(t):
+        return t.dtype, t.numpy().tobytes()
+
+    def of_bytes(packed):
+        dtype, data = packed
+        words = torch.frombuffer(bytearray(data), dtype=dtype)
+        return words if dtype is torch.int32 else words[0]
+
+    assert_equal(*run(as_bytes, of_bytes))
+    assert_equal(*run(as_bytes, of_bytes, store="seed"))
+    assert_equal(*run(lambda t: torch.stack([t, t], 1)[:, 0], lambda t: t))
+    for change in (lambda t: t[:1].clone(), lambda t: t.long(), lambda t: t.to("meta")):
+        with pytest.raises(ValueError, match=r"^words must be 125 int32 on cpu for 4000 cells, but got"):
+            run(change, lambda t: t)
 
 
 # ---- autograd ----
@@ -594,95 +512,3 @@ def test_anomaly_mode_finds_no_anomaly():
     with torch.autograd.set_detect_anomaly(True):
         fdt.dropout(x, 1.0).sum().backward()
     assert torch.equal(x.grad, torch.zeros(100))
-
-
-# ---- the samples that torch ships ----
-
-
-@pytest.fixture(scope="module")
-def opinfo():
-    """torch's own description of dropout with its sample inputs; importing it takes seconds."""
-    pytest.importorskip("expecttest", reason="torch's own test samples need expecttest")
-    from torch.testing._internal.common_methods_invocations import op_db
-
-    (found,) = [op for op in op_db if op.name == "nn.functional.dropout"]
-    return found
-
-
-def sampled(op, kind):
-    samples = list(op.sample_inputs("cpu", kind, requires_grad=True))
-    assert len(samples) > 10
-    for sample in samples:
-        assert not sample.args
-        yield sample, sample.kwargs.get("p", 0.5), sample.kwargs.get("training", True)
-        sample = sample.noncontiguous()
-        assert sample.input.dim() < 2 or not sample.input.is_contiguous()
-        yield sample, sample.kwargs.get("p", 0.5), sample.kwargs.get("training", True)
-
-
-@pytest.mark.slow("test_any_layout and test_corner_cases_agree_with_native_dropout")
-def test_opinfo_samples_agree_with_torchs_dropout(opinfo):
-    assert opinfo.supported_dtypes("cpu") <= set(FLOATS)
-    for kind in FLOATS:
-        for sample, p, training in sampled(opinfo, kind):
-            x = sample.input
-            torchs = opinfo(x, **sample.kwargs)
-            ours = fdt.dropout(x, **sample.kwargs)
-            assert (ours.shape, ours.dtype, ours.requires_grad) == (torchs.shape, kind, True)
-            assert significant(ours) == significant(torchs)
-            (dx,) = torch.autograd.grad(ours.sum(), x)
-            if p in (0.0, 1.0) or not training:
-                assert torch.equal(ours, torchs)
-                assert torch.equal(dx, torch.autograd.grad(torchs.sum(), x)[0])
-            else:
-                assert ((ours == 0) | (ours == x * 2)).all()
-                assert torch.equal(dx, (ours != 0).to(kind) * 2)
-            changed = fdt.dropout(plain(x), inplace=True, seed=1, **sample.kwargs)
-            assert torch.equal(changed, fdt.dropout(x, seed=1, **sample.kwargs))
-
-
-@pytest.mark.slow("test_derivatives_match_finite_differences")
-def test_opinfo_samples_gradients(opinfo):
-    for sample, _, _ in sampled(opinfo, torch.float64):
-        for store in STORES:
-
-            def function(x, store=store, options=sample.kwargs):
-                return fdt.dropout(x, seed=1, store=store, **options)
-
-            x = sample.input
-            assert torch.autograd.gradcheck(
-                function, x, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
-            )
-            assert torch.autograd.gradgradcheck(function, x, check_fwd_over_rev=True)
-
-
-def test_corner_cases_agree_with_native_dropout():
-    for shape, p, training in itertools.product(((5,), (), (2, 3, 4)), (0.0, 1.0), (True, False)):
-        x, reference = (torch.ones(shape, requires_grad=True) for _ in range(2))
-        y, y_reference = fdt.dropout(x, p, training), torch.native_dropout(reference, p, training)[0]
-        y.sum().backward()
-        y_reference.sum().backward()
-        assert torch.equal(y, y_reference)
-        assert torch.equal(x.grad, reference.grad)
-
-
-# ---- saved tensors that hooks have changed ----
-
-
-@pytest.mark.parametrize("n", [1000, 400_000])
-def test_words_come_back_from_hooks_in_another_layout(backend, n):
-    x = torch.ones(n, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: torch.stack([t, t], 1)[:, 0], lambda t: t):
-        y = fdt.dropout(x, 0.5, seed=1)
-    y.sum().backward()
-    assert torch.equal(x.grad, y.detach())
-
-
-def test_other_words_come_back_from_hooks(backend):
-    """Refused, where kernels would read past the end or take other bits."""
-    x = torch.ones(4000, requires_grad=True)
-    for change in (lambda t: t[:1].clone(), lambda t: t.long(), lambda t: t.float(), lambda t: t.to("meta")):
-        with torch.autograd.graph.saved_tensors_hooks(change, lambda t: t):
-            y = fdt.dropout(x, 0.5, seed=1)
-        with pytest.raises(ValueError, match=r"^words must be 125 int32 on cpu for 4000 cells, but got"):
-            y.sum().backward()
