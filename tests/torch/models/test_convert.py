@@ -17,26 +17,12 @@ from ..module_cases import COPIES
 
 seeded = partial(under, 5)
 
-STORES = ("bits", "seed")
-CLASSES = {
-    nn.Dropout: fdt.Dropout,
-    nn.Dropout1d: fdt.Dropout1d,
-    nn.Dropout2d: fdt.Dropout2d,
-    nn.Dropout3d: fdt.Dropout3d,
-    nn.AlphaDropout: fdt.AlphaDropout,
-    nn.FeatureAlphaDropout: fdt.FeatureAlphaDropout,
-}
-
 
 class Custom(nn.Dropout):
     """A subclass whose forward is its own."""
 
     def forward(self, input):
         return input * 3
-
-
-class CustomFeatures(nn.Dropout2d):
-    """One of another of torch's classes."""
 
 
 class Block(nn.Module):
@@ -51,18 +37,14 @@ class Block(nn.Module):
         return self.drop(self.linear(x))
 
 
-def classes(model):
-    """Of all modules, by every name they have."""
-    return {name: type(module) for name, module in model.named_modules(remove_duplicate=False)}
-
-
-def attributes(model):
-    """Of all modules but for those that are themselves modules or parameters."""
+def state_of(model):
+    """All that can be seen of a model but for the modules and parameters themselves, in order."""
     own = ("_modules", "_parameters", "_buffers")
-    return {
-        name: {key: value for key, value in module.__dict__.items() if key not in own}
-        for name, module in model.named_modules()
-    }
+    modules = [
+        (name, type(module), [(key, value) for key, value in vars(module).items() if key not in own])
+        for name, module in model.named_modules(remove_duplicate=False)
+    ]
+    return repr(model), modules, list(model.state_dict())
 
 
 def nested():
@@ -79,182 +61,145 @@ def nested():
 PATHS = {"1": 0.1, "2.1.0": 0.2, "3.a.0": 0.25, "3.a.1": 0.3, "3.b": 0.3, "4.drop": 0.4}
 
 
-@pytest.mark.parametrize("store", STORES)
-def test_convert_reaches_every_depth(store):
+def test_convert_reaches_every_depth():
     model = nested()
-    before = dict(model.named_modules(remove_duplicate=False))
-    report = fdt.convert(model, store=store)
+    model[3].eval()
+    before = [(path, module, module.training) for path, module in model.named_modules(remove_duplicate=False)]
+    report = fdt.convert(model, store="seed")
     for path, p in PATHS.items():
         module = model.get_submodule(path)
         assert type(module) is fdt.Dropout, path
-        assert (module.p, module.inplace, module.store) == (p, path == "2.1.0", store)
-    after = dict(model.named_modules(remove_duplicate=False))
-    assert list(after) == list(before)
-    assert all(after[path] is before[path] for path in before)
+        assert (module.p, module.inplace, module.store) == (p, path == "2.1.0", "seed")
+    assert [(path, m, m.training) for path, m in model.named_modules(remove_duplicate=False)] == before
     assert [row.path for row in report] == [path for path in PATHS if path != "3.b"]  # it is 3.a.1, once in the report
     assert not report.left
 
 
-def test_convert_converts_the_model_itself():
-    model = nn.Dropout(0.3)
+def test_convert_converts_the_model_itself_and_its_children():
+    """A user may have hung a module on a dropout module."""
+    model = nn.Dropout(0.1)
+    model.inner = nn.Dropout(0.2)
     report = fdt.convert(model)
-    assert type(model) is fdt.Dropout
-    (row,) = report
-    assert row.path == ""
+    assert [row.path for row in report] == ["", "inner"]
     assert "(the model)" in str(report)
-    assert len(fdt.revert(model)) == 1
-    assert type(model) is nn.Dropout
-
-
-def test_convert_is_seen_by_whoever_holds_the_module():
-    shared = nn.Dropout(0.3)
-    held, other = [shared], nn.Sequential(shared)
-    fdt.convert(nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared])}))
-    assert type(held[0]) is fdt.Dropout
-    assert other[0] is shared
-    fdt.revert(other)
-    assert type(shared) is nn.Dropout
-
-
-def test_convert_keeps_the_training_state_of_each_module():
-    model = nested()
-    model[3].eval()
-    flags = {name: module.training for name, module in model.named_modules()}
-    fdt.convert(model)
-    assert {name: module.training for name, module in model.named_modules()} == flags
-    assert not model.get_submodule("3.b").training
-    fdt.revert(model)
-    assert {name: module.training for name, module in model.named_modules()} == flags
+    assert type(model) is type(model.inner) is fdt.Dropout
+    assert len(fdt.revert(model)) == 2
+    assert type(model) is type(model.inner) is nn.Dropout
 
 
 def test_convert_keeps_hooks():
     drop, seen = nn.Dropout(0.5), []
     drop.register_forward_pre_hook(lambda module, inputs: seen.append(("pre", type(module))))
-    handle = drop.register_forward_hook(lambda module, inputs, output: seen.append(("forward", type(module))))
+    drop.register_forward_hook(lambda module, inputs, output: seen.append(("forward", type(module))))
     drop.register_full_backward_hook(lambda module, dx, dy: seen.append(("backward", type(module))))
     model = nn.Sequential(nn.Linear(8, 8), drop)
-    fdt.convert(model)
-    model(torch.ones(3, 8)).sum().backward()
-    assert seen == [(name, fdt.Dropout) for name in ("pre", "forward", "backward")]
-    seen.clear()
-    handle.remove()
-    fdt.revert(model)
-    model(torch.ones(3, 8)).sum().backward()
-    assert seen == [(name, nn.Dropout) for name in ("pre", "backward")]
-
-
-@pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize("theirs", CLASSES, ids=lambda cls: cls.__name__)
-def test_convert_knows_all_of_torchs_dropouts(theirs, store):
-    """Each becomes ours of the same name, and has its values; `revert` makes it torch's again."""
-    module, x = theirs(0.25, inplace=True).eval(), torch.ones(4, 5, 3, 2, 2)[..., 0, 0]
-    if theirs in (nn.Dropout2d, nn.Dropout3d):
-        x = torch.ones(4, 5, 3, 2, 2)[(..., 0)[theirs is nn.Dropout3d :]]
-    before, attributes = repr(module), list(vars(module))
-    (row,) = fdt.convert(module, store=store)
-    assert type(module) is CLASSES[theirs]
-    assert (row.before, row.after) == (before, f"{theirs.__name__}(p=0.25, inplace=True, store={store!r})")
-    assert (module.p, module.inplace, module.training, module.store) == (0.25, True, False, store)
-    assert module(x) is x
-    expected = seeded(CLASSES[theirs](0.25), x.clone())
-    assert torch.equal(seeded(module.train(), x.clone()), expected)
-    assert not torch.equal(expected, x)
-    (row,) = fdt.revert(module)
-    assert (type(module), row.after, list(vars(module))) == (theirs, before, attributes)
-
-
-LEFT = {
-    "subclass": (lambda: Custom(0.5), "a subclass of nn.Dropout;"),
-    "subclass of another": (lambda: CustomFeatures(0.5), "a subclass of nn.Dropout2d;"),
-    "MultiheadAttention": (lambda: nn.MultiheadAttention(8, 2, dropout=0.5), "enable()"),
-    "LSTM": (lambda: nn.LSTM(8, 8, 2, dropout=0.5), "enable()"),
-}
-
-
-@pytest.mark.parametrize(("make", "reason"), LEFT.values(), ids=LEFT)
-def test_convert_leaves_what_is_not_torchs_own_dropout_and_says_why(make, reason):
-    module = make()
-    model = nn.ModuleDict({"other": module})
-    before = list(module.__dict__)
-    report = fdt.convert(model)
-    (row,) = report
-    assert (row.path, row.after) == ("other", None)
-    assert reason in row.reason
-    assert row.before.startswith(type(module).__name__)
-    assert f"left: {row.reason}" in str(report)
-    assert report.left == [row]
-    assert not report.changed
-    assert type(module) is type(make())
-    assert list(module.__dict__) == before
-    assert len(fdt.revert(model)) == 0
-
-
-def test_convert_leaves_a_module_whose_forward_was_replaced():
-    """As wrappers do that keep the old bound method: the class would change and what runs would not."""
-    module = nn.Dropout(0.5)
-    inner = module.forward
-    module.forward = lambda x: inner(x)
-    (row,) = fdt.convert(nn.Sequential(module))
-    assert type(module) is nn.Dropout
-    assert (row.path, row.after) == ("0", None)
-    assert "forward" in row.reason
+    for change, cls in ((fdt.convert, fdt.Dropout), (fdt.revert, nn.Dropout)):
+        change(model)
+        model(torch.ones(3, 8)).sum().backward()
+        assert seen == [(name, cls) for name in ("pre", "forward", "backward")]
+        seen.clear()
 
 
 @pytest.mark.parametrize(
-    "module",
-    [nn.Linear(8, 8), nn.MultiheadAttention(8, 2), nn.LSTM(8, 8, 2), fdt.Dropout(0.5), nn.Identity()],
-    ids=lambda module: type(module).__name__,
+    ("name", "shape"),
+    [
+        ("Dropout", (4, 5)),
+        ("Dropout1d", (4, 5, 3)),
+        ("Dropout2d", (4, 5, 3, 2)),
+        ("Dropout3d", (4, 5, 3, 2, 2)),
+        ("AlphaDropout", (4, 5)),
+        ("FeatureAlphaDropout", (4, 5, 3)),
+    ],
 )
-def test_convert_does_not_list_what_draws_no_dropout_of_torchs(module):
-    assert len(fdt.convert(nn.Sequential(module))) == 0
+def test_convert_knows_all_of_torchs_dropouts(name, shape):
+    """Each becomes ours of the same name, and has its values; `revert` makes it torch's again."""
+    theirs, ours, x = getattr(nn, name), getattr(fdt, name), torch.ones(shape)
+    module = theirs(0.25, inplace=True).eval()
+    before = state_of(module)
+    (row,) = fdt.convert(module, store="seed")
+    assert type(module) is ours
+    assert (row.before, row.after) == (before[0], f"{name}(p=0.25, inplace=True, store='seed')")
+    assert (module.p, module.inplace, module.training, module.store) == (0.25, True, False, "seed")
+    assert module(x) is x
+    expected = seeded(ours(0.25), x.clone())
+    assert torch.equal(seeded(module.train(), x.clone()), expected)
+    assert not torch.equal(expected, x)
+    (row,) = fdt.revert(module.eval())
+    assert row.after == before[0]
+    assert state_of(module) == before
 
 
-@pytest.mark.parametrize("grad", [True, False])
-def test_convert_changes_no_bit_in_evaluation(grad):
+def replaced():
+    """As wrappers do that keep the old bound method: the class would change and what runs would not."""
+    module = nn.Dropout(0.5)
+    module.forward = module.forward
+    return module
+
+
+LEFT = {
+    "a subclass of nn.Dropout;": lambda: Custom(0.5),
+    "a subclass of nn.Dropout2d;": type("CustomFeatures", (nn.Dropout2d,), {}),
+    "attention; use fdt.enable()": lambda: nn.MultiheadAttention(8, 2, dropout=0.5),
+    "between layers inside torch; use fdt.enable()": lambda: nn.LSTM(8, 8, 2, dropout=0.5),
+    "its forward was replaced": replaced,
+}
+
+
+@pytest.mark.parametrize("reason", LEFT)
+def test_convert_leaves_what_is_not_torchs_own_dropout_and_says_why(reason):
+    model = nn.ModuleDict({"other": LEFT[reason]()})
+    before = state_of(model)
+    report = fdt.convert(model)
+    (row,) = report.left
+    assert (row.path, row.after) == ("other", None)
+    assert reason in row.reason
+    assert row.before.startswith(type(model["other"]).__name__)
+    assert f"left: {row.reason}" in str(report)
+    assert not report.changed
+    assert len(fdt.revert(model)) == 0
+    assert state_of(model) == before
+
+
+def test_convert_does_not_list_what_draws_no_dropout_of_torchs():
+    modules = nn.Linear(8, 8), nn.MultiheadAttention(8, 2), nn.LSTM(8, 8, 2), fdt.Dropout(0.5), nn.Identity()
+    assert len(fdt.convert(nn.Sequential(*modules))) == 0
+
+
+def test_convert_changes_no_bit_in_evaluation():
     """The fused path that torch takes for a TransformerEncoder in evaluation included."""
-    x = torch.randn(2, 5, 8)
-    for model in (
-        nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True), 2),
-        nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), Block(0.9), nn.Dropout(0.2, inplace=True)),
-    ):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, 0.1, batch_first=True), 2)
+    for model in (encoder, nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Dropout(0.2, inplace=True))):
         model.eval()
-        with torch.set_grad_enabled(grad):
-            before = model(x)
+        with torch.no_grad():
+            before = model(x := torch.randn(2, 5, 8))
             fdt.convert(model)
             assert torch.equal(model(x), before)
-            fdt.revert(model)
-            assert torch.equal(model(x), before)
 
 
-def test_convert_twice_is_harmless():
-    model = nested()
-    before, was = repr(model), classes(model)
-    assert len(fdt.convert(model, store="seed")) == 5
-    once, modules = repr(model), attributes(model)
-    assert len(fdt.convert(model, store="seed")) == 0
-    assert repr(model) == once
-    assert attributes(model) == modules
-    assert len(fdt.revert(model)) == 5
-    assert (repr(model), classes(model)) == (before, was)
-
-
-# ---- revert ----
-
-
-def test_revert_restores_classes_repr_and_attributes():
+def test_convert_twice_is_harmless_and_revert_restores_all():
     model = nested().append(Custom(0.1)).append(nn.Dropout2d(0.1)).append(nn.LSTM(8, 8, 2, dropout=0.1))
     changed = [path for path in PATHS if path != "3.b"] + ["6"]
     model[1].register_forward_hook(lambda *_: None)
     model[1].note = "mine"
-    before = repr(model), classes(model), attributes(model), list(model.state_dict())
-    order = [list(module.__dict__) for module in model.modules()]
-    fdt.convert(model, store="seed")
-    assert repr(model) != before[0]
+    before = state_of(model)
+    assert [row.path for row in fdt.convert(model, store="seed").changed] == changed
+    once = state_of(model)
+    assert once != before
+    assert not fdt.convert(model, store="seed").changed
+    assert state_of(model) == once
     report = fdt.revert(model)
-    assert (repr(model), classes(model), attributes(model), list(model.state_dict())) == before
-    assert [list(module.__dict__) for module in model.modules()] == order
+    assert state_of(model) == before
     assert [row.path for row in report] == changed
     assert all(row.before.endswith("store='seed')") and "store" not in row.after for row in report)
+
+
+def test_store_is_changed_and_refused():
+    model = nn.Sequential(nn.Dropout(0.1))
+    fdt.convert(model)
+    (row,) = fdt.convert(model, store="seed")
+    assert (row.before[-7:], row.after[-7:], model[0].store) == ("'bits')", "'seed')", "seed")
+    with pytest.raises(ValueError, match="store"):
+        fdt.convert(model, store="words")
 
 
 def test_revert_leaves_modules_that_were_built_as_ours():
@@ -268,21 +213,15 @@ def test_revert_leaves_modules_that_were_built_as_ours():
 
 @pytest.mark.parametrize("duplicate", COPIES.values(), ids=COPIES)
 def test_copies_of_a_converted_model_run_and_revert(duplicate):
-    original, model = nested(), nested()
+    model = nested()
     fdt.convert(model, store="seed")
     twin = duplicate(model)
     assert repr(twin) == repr(model)
     assert twin[3]["b"] is twin[3]["a"][1]
     assert torch.equal(seeded(twin[4].drop, torch.ones(100)), seeded(model[4].drop, torch.ones(100)))
     fdt.revert(twin)
-    assert (repr(twin), classes(twin)) == (repr(original), classes(original))
+    assert state_of(twin) == state_of(nested())
     assert type(model[1]) is fdt.Dropout
-    assert [list(module.__dict__) for module in twin.modules()] == [
-        list(module.__dict__) for module in original.modules()
-    ]
-
-
-# ---- the report ----
 
 
 def test_report_prints_a_table():
@@ -294,16 +233,10 @@ def test_report_prints_a_table():
         "2.long  Custom(p=0.25, inplace=True)   left: a subclass of nn.Dropout; its forward may be its own",
     ]
     assert repr(report) == str(report)
-
-
-def test_report_of_a_model_without_dropout():
     for function in (fdt.convert, fdt.revert):
         report = function(nn.Linear(2, 2))
         assert str(report) == "no module with dropout"
         assert (len(report), list(report), report.changed, report.left) == (0, [], [], [])
-
-
-# ---- beside other parts of torch ----
 
 
 def test_compiled_model_is_compiled_anew_after_convert():
@@ -315,19 +248,9 @@ def test_compiled_model_is_compiled_anew_after_convert():
     before = seeded(compiled, x)
     report = fdt.convert(compiled)
     assert [row.after for row in report] == [repr(fdt.Dropout(0.5))]
-    wanted = seeded(lambda x: fdt.dropout(x, 0.5), x)
+    wanted = seeded(fdt.dropout, x, 0.5)
     assert torch.equal(seeded(compiled, x), wanted)
     assert not torch.equal(before, wanted)
     fdt.revert(compiled)
     assert torch.equal(seeded(compiled, x), before)
     torch.compiler.reset()
-
-
-def test_children_of_a_converted_module_are_reached():
-    """A user may have hung a module on a dropout module."""
-    outer = nn.Dropout(0.1)
-    outer.inner = nn.Dropout(0.2)
-    report = fdt.convert(nn.Sequential(outer))
-    assert [row.path for row in report] == ["0", "0.inner"]
-    assert len(fdt.revert(nn.Sequential(outer))) == 2
-    assert type(outer.inner) is nn.Dropout
