@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike
 
 from ..core import checks, variants
 from ..core.mask import PackedMask
-from .array_ops import Array, ArrayOps, BitMask, Shape, compute_dtype, dtype_tags, rows_and_columns
+from .array_ops import Array, BitMask, Shape, compute_dtype, dtype_tags, rows_and_columns
 from .masking import array_ops, mask_words, masked
 
 __all__ = [
@@ -119,7 +120,7 @@ class Saved(Generic[Gradients]):
         """The arrays that are kept besides the mask, by name."""
         return {}
 
-    def _check_gradient(self, name: str, given: Any, result: str, dtype: np.dtype[Any]) -> tuple[ArrayOps, Any]:
+    def _check_gradient(self, name: str, given: Any, result: str, dtype: np.dtype[Any]) -> tuple[ModuleType, Any]:
         """A gradient as an array, checked against the result that it is the gradient of; and its operations."""
         ops, kept = array_ops(given), self._arrays()
         if isinstance(self.mask, PackedMask):
@@ -130,7 +131,7 @@ class Saved(Generic[Gradients]):
         checks.fits(name, gradient, result, self._shape, dtype)
         return ops, gradient
 
-    def _words(self, ops: ArrayOps, dy: Any) -> Any:
+    def _words(self, ops: ModuleType, dy: Any) -> Any:
         return None if self.mask is None else mask_words(ops, self.mask, dy)
 
     def _scale(self) -> float:
@@ -189,7 +190,7 @@ class SavedNorm(Saved[Gradients]):
     def backward(self, dy: ArrayLike, dresidual: ArrayLike | None = None) -> Gradients:
         """The gradients, given those of y and, unless it is None, of residual_out."""
         ops, g = self._check_gradient("dy", dy, "y", self._dtype)
-        residual_dtype, dresidual_out = np.dtype(self._residual_out.dtype), None
+        residual_dtype, dresidual_out = self._residual_out.dtype, None
         if dresidual is not None:
             _, dresidual_out = self._check_gradient("dresidual", dresidual, "residual_out", residual_dtype)
             dresidual_out = ops.as_contiguous(dresidual_out)
@@ -236,12 +237,12 @@ class SavedSoftmax(Saved[SoftmaxGradients]):
         return {"probabilities": self._probabilities}
 
 
-def _panel_sums(ops: ArrayOps, like: Any, line: Shape, rows: int, dtype: np.dtype[Any]) -> Any:
+def _panel_sums(ops: ModuleType, like: Any, line: Shape, rows: int, dtype: np.dtype[Any]) -> Any:
     """An array of sums over rows, with a line for each panel of rows."""
     make = ops.empty if rows * line[-1] else ops.zeros
     return make(like, (variants.panels(rows), *line), compute_dtype(dtype))
 
 
-def _from_first_panel(ops: ArrayOps, sums: Any, line: Any, dtype: Any) -> Any:
+def _from_first_panel(ops: ModuleType, sums: Any, line: Any, dtype: Any) -> Any:
     """A gradient copied out of the sums, so that it does not keep their memory alive."""
     return ops.cast("the gradient", ops.copy_if_overlapping(line, sums), dtype)

@@ -26,7 +26,6 @@ __all__ = [
     "packed_mask",
     "popcount",
     "seeded_mask",
-    "state_of",
     "to_host",
     "word_count",
 ]
@@ -326,11 +325,6 @@ def seeded_mask(state: State, shape: tuple[int, ...], p: float, scale: float, th
     mask._seed, mask._offset = state
     mask._shape, mask._p, mask._scale, mask._threshold = shape, p, scale, threshold
     return mask
-
-
-def state_of(mask: SeededMask | GaussianNoise) -> State:
-    """The seed and the offset that a mask or noise is drawn from."""
-    return mask._seed, mask._offset
 
 
 def gaussian_noise(state: State, shape: tuple[int, ...], p: float) -> GaussianNoise:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import fastdrop as fd
-from fastdrop.arrays.host import HostOps
+from fastdrop.arrays import host
 from fastdrop.cli import selftest
 from fastdrop.core.random import keep_scale, threshold
 
@@ -664,13 +664,13 @@ MASKS = [
 
 def elements_given(monkeypatch):
     """The sizes of attention masks as they come to the primitive."""
-    sizes, run = [], HostOps.run_primitive
+    sizes, run = [], host.run_primitive
 
-    def spy(ops, primitive, dtypes, arrays, *rest):
+    def spy(primitive, dtypes, arrays, *rest):
         sizes.append(arrays[1].size)
-        return run(ops, primitive, dtypes, arrays, *rest)
+        return run(primitive, dtypes, arrays, *rest)
 
-    monkeypatch.setattr(HostOps, "run_primitive", spy)
+    monkeypatch.setattr(host, "run_primitive", spy)
     return sizes
 
 
