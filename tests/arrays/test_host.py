@@ -93,13 +93,6 @@ def test_words_of_a_subclass(backend, tmp_path):
         assert_same_bits(fd.apply_mask(X, fd.PackedMask(words, SHAPE, 0.5)), fd.apply_mask(X, mask))
 
 
-def test_masked_words_and_flags_are_refused():
-    with pytest.raises(TypeError, match=r"^keep must not be a masked array"):
-        fd.PackedMask.from_bool(np.ma.masked_array([True, False], [False, True]), 0.5)
-    with pytest.raises(TypeError, match=r"^words must not be a masked array"):
-        fd.PackedMask(np.ma.masked_array(np.zeros(1, np.uint32)), (5,), 0.5)
-
-
 # ---- memory that overlaps ----
 
 
