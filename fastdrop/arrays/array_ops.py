@@ -12,18 +12,6 @@ from ..core import checks
 from ..core.mask import GaussianNoise, PackedMask, SeededMask
 from ..core.random import State, Stream
 
-__all__ = [
-    "Array",
-    "BitMask",
-    "DeferredDraw",
-    "Mask",
-    "RandomState",
-    "Shape",
-    "compute_dtype",
-    "dtype_tags",
-    "rows_and_columns",
-]
-
 Array = NDArray[Any]
 Shape = tuple[int, ...]
 BitMask = PackedMask | SeededMask

@@ -81,7 +81,7 @@ def output_array(out: Any, x: Any, name: str) -> Any:
 
 
 def check_no_overlap(out: Any, x: Any, name: str) -> None:
-    same_elements = _address(out) == _address(x) and out.dtype == x.dtype  # the shapes are the same
+    same_elements = _start(out) == _start(x) and out.dtype == x.dtype  # the shapes are the same
     if _overlap(out, x) and not same_elements:
         raise checks.overlap_error(name)
 
@@ -304,15 +304,15 @@ def _places(*arrays: Any) -> list[Place]:
     return places
 
 
-def _address(x: Any) -> int:
-    return int(x.__cuda_array_interface__["data"][0])
-
-
 def _size(x: Any) -> int:
     """Size in bytes."""
     return int(math.prod(x.shape) * np.dtype(x.__cuda_array_interface__["typestr"]).itemsize)
 
 
+def _start(x: Any) -> int:
+    return int(x.__cuda_array_interface__["data"][0])
+
+
 def _overlap(x: Any, y: Any) -> bool:
     """Whether they share memory."""
-    return _address(x) < _address(y) + _size(y) and _address(y) < _address(x) + _size(x)
+    return _start(x) < _start(y) + _size(y) and _start(y) < _start(x) + _size(x)

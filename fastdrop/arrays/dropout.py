@@ -19,16 +19,6 @@ from . import host
 from .array_ops import Array, BitMask, Mask, RandomState, Shape
 from .masking import array_ops, copy_to_output, drop, masked
 
-__all__ = [
-    "alpha_dropout",
-    "apply_mask",
-    "draw_mask",
-    "drop_connect",
-    "dropout",
-    "dropout_backward",
-    "gaussian_dropout",
-]
-
 
 def dropout(
     x: ArrayLike,

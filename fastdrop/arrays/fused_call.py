@@ -31,8 +31,6 @@ from .array_ops import (
 from .masking import array_ops, copy_to_output
 from .saved import Gradients, SavedNorm, SavedPointwise, SavedSoftmax, SoftmaxGradients
 
-__all__ = ["NO_VECTOR", "FusedCall", "Vector"]
-
 Vector = tuple[Any, Any]  # an element for each column, and the dtype that it was given in
 NO_VECTOR: Vector = (None, None)
 
@@ -45,7 +43,8 @@ class FusedCall:
         self.ops = array_ops(given)
         self.x, _ = self.ops.as_array(name, given)
         self.p = checks.probability(p)
-        checks.choice("store", store, checks.STORES)
+        if store != "bits":
+            checks.choice("store", store, checks.STORES)
         self.threshold, self.scale = threshold_and_scale(self.p if training else 0.0)
         self.shape: Shape = tuple(self.x.shape)
         self.dtype: np.dtype[Any] = self.x.dtype
@@ -116,9 +115,8 @@ class FusedCall:
         mask = self.forward("norm_forward", dtypes, *arrays, self.scale, eps, int(centred))
         common = self.op, mask, gradients, self.shape, self.dtype
         vector_dtypes = {name: dtype for name, (_, dtype) in given.items()}
-        has_residual = residual is not None
-        saved = SavedNorm(*common, residual_out, statistics, weight, centred, vector_dtypes, has_residual)
-        return y, residual_out, saved
+        kept = residual_out, statistics, weight, centred, vector_dtypes, residual is not None
+        return y, residual_out, SavedNorm(*common, *kept)
 
     def softmax(self, softmax_scale: Any, attn_mask: Any, causal: bool, out: Any) -> tuple[Array, SavedSoftmax]:
         """``dropout(softmax(softmax_scale * x + attn_mask))`` over the last axis."""

@@ -6,7 +6,8 @@ memory that arrays lie in they ask of this module or, for arrays on a GPU, of `d
 that are not C-contiguous there.
 
 An array whose elements fill their memory without gaps is passed as it lies, in any order of axes; others are copied to
-C order. bfloat16 is passed as its bits. Backends receive instances of ndarray itself, never of a subclass.
+C order. bfloat16, which NumPy itself does not know, is passed as its bits. Backends receive ndarrays, never instances
+of a subclass.
 
 ``tag`` is the number by which kernels know a dtype. ``words`` are the words of a mask, and ``mask_shape`` is its shape:
 1 on axes along which elements share a decision. ``like`` is an array that says on which device a mask is drawn.
@@ -110,7 +111,7 @@ def dropout_forward(
 ) -> None:
     """Draws a mask of x's shape and applies it; ``words`` receives it unless None."""
     if tag == BFLOAT16:
-        x, y = _bits(x), _bits(y)
+        x, y = x.view(np.uint16), y.view(np.uint16)
     seed, offset = state
     scale, shift, dropped = coefficients
     backends.active().dropout_forward(tag, x, y, words, 0, x.size, seed, offset, threshold, scale, shift, dropped)
@@ -118,20 +119,24 @@ def dropout_forward(
 
 def gaussian_multiply(tag: int, x: Array, y: Array, state: State, sigma: float) -> None:
     """y = x times Gaussian noise of mean 1."""
+    if tag == BFLOAT16:
+        x, y = x.view(np.uint16), y.view(np.uint16)
     if x.size:
-        backends.active().gaussian_multiply(tag, _bits(x), _bits(y), 0, x.size, *state, sigma)
+        backends.active().gaussian_multiply(tag, x, y, 0, x.size, *state, sigma)
 
 
 def apply_mask(tag: int, x: Array, y: Array, words: Words, mask_shape: Shape, coefficients: Scaling) -> None:
     """y = x under a stored mask."""
     if not x.size:
         return
+    if tag == BFLOAT16:
+        x, y = x.view(np.uint16), y.view(np.uint16)
     masked_affine = backends.active().masked_affine
     if mask_shape == x.shape:
-        masked_affine(tag, _bits(x), _bits(y), words, 0, 1, 1, x.size, *coefficients)
+        masked_affine(tag, x, y, words, 0, 1, 1, x.size, *coefficients)
         return
     grid = _grid_in_memory(x, y, mask_shape) or Grid.of(x.shape, mask_shape)
-    elements, results = (_bits(array.ravel("K")) for array in (x, y))
+    elements, results = x.ravel("K"), y.ravel("K")
     for start, cell in grid.pieces():
         piece = slice(start, start + grid.size)
         extents = grid.outer, grid.repeat, grid.inner
@@ -185,13 +190,14 @@ def run_primitive(
     draw: DeferredDraw | None = None,
 ) -> None:
     """Runs a fused primitive on contiguous arrays; ``draw`` is the result of `draw_or_defer`."""
-    stored = [None if x is None else _bits(x) for x in arrays]
+    if BFLOAT16 in dtypes:
+        arrays = tuple(x.view(np.uint16) if x is not None and x.dtype.kind == "V" else x for x in arrays)
     if draw is not None:
         # The function is the one found before: another thread may have switched backends since.
         primitive_with_draw, state, threshold = draw
-        primitive_with_draw(primitive, *state, threshold, *dtypes, *stored, *numbers)
+        primitive_with_draw(primitive, *state, threshold, *dtypes, *arrays, *numbers)
     else:
-        getattr(backends.active(), primitive)(*dtypes, *stored, *numbers)
+        getattr(backends.active(), primitive)(*dtypes, *arrays, *numbers)
 
 
 def _grid_in_memory(x: Array, y: Array, mask_shape: Shape) -> Grid | None:
@@ -202,8 +208,3 @@ def _grid_in_memory(x: Array, y: Array, mask_shape: Shape) -> Grid | None:
     if any(x.strides[axis] != y.strides[axis] or x.strides[axis] % x.itemsize for axis in longer):
         return None
     return Grid.in_memory(x.shape, tuple(stride // x.itemsize for stride in x.strides), mask_shape)
-
-
-def _bits(x: Array) -> Array:
-    """x as backends receive it: bfloat16, which NumPy itself does not know, as its bits."""
-    return x.view(np.uint16) if x.dtype.kind == "V" else x

@@ -20,8 +20,6 @@ from ..core.random import DROP_ALL, State, check_random_state, random_state, thr
 from . import device, host
 from .array_ops import Array, BitMask, Mask, RandomState, Shape
 
-__all__ = ["array_ops", "copy_to_output", "drop", "mask_words", "masked"]
-
 Options = tuple[bool, str, RandomState, Array | None]  # training, store, rng, out
 
 

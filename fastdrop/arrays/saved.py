@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -18,20 +17,6 @@ from ..core import checks, variants
 from ..core.mask import PackedMask
 from .array_ops import Array, BitMask, Shape, compute_dtype, dtype_tags, rows_and_columns
 from .masking import array_ops, mask_words, masked
-
-__all__ = [
-    "BiasActGradients",
-    "BiasDropoutAddGradients",
-    "DropoutAddGradients",
-    "GatedGradients",
-    "LayerNormGradients",
-    "RmsNormGradients",
-    "Saved",
-    "SavedNorm",
-    "SavedPointwise",
-    "SavedSoftmax",
-    "SoftmaxGradients",
-]
 
 
 class DropoutAddGradients(NamedTuple):
@@ -77,7 +62,6 @@ class SoftmaxGradients(NamedTuple):
 Gradients = TypeVar("Gradients")
 
 
-@dataclass(frozen=True, repr=False, eq=False)
 class Saved(Generic[Gradients]):
     """What a fused op keeps for its backward pass.
 
@@ -102,6 +86,16 @@ class Saved(Generic[Gradients]):
     _gradients: Callable[..., Gradients]
     _shape: Shape
     _dtype: np.dtype[Any]  # of x
+
+    def __init_subclass__(cls) -> None:
+        cls._names = *Saved.__annotations__, *cls.__annotations__  # type: ignore[attr-defined]
+
+    def __init__(self, *values: Any) -> None:
+        """In the order of the annotations. (One update, because a frozen dataclass makes a call for each of them.)"""
+        self.__dict__.update(zip(self._names, values, strict=True))  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name} of a Saved cannot be changed")
 
     def backward(self, dy: ArrayLike) -> Gradients:
         raise NotImplementedError
@@ -141,7 +135,6 @@ class Saved(Generic[Gradients]):
         return self._gradients(*(by_name.get(name) for name in self._gradients._fields))  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True, repr=False, eq=False)
 class SavedPointwise(Saved[Gradients]):
     """What an elementwise op keeps; see `Saved`."""
 
@@ -176,7 +169,6 @@ class SavedPointwise(Saved[Gradients]):
         return {name: array for name, array in arrays.items() if array is not None}
 
 
-@dataclass(frozen=True, repr=False, eq=False)
 class SavedNorm(Saved[Gradients]):
     """What an op that ends in a norm keeps; see `Saved`."""
 
@@ -216,7 +208,6 @@ class SavedNorm(Saved[Gradients]):
         return {"residual_out": self._residual_out, "statistics": self._statistics, **weight}
 
 
-@dataclass(frozen=True, repr=False, eq=False)
 class SavedSoftmax(Saved[SoftmaxGradients]):
     """What `softmax_dropout` keeps; see `Saved`."""
 
