@@ -294,6 +294,48 @@ MUTATIONS = (
         "return self.values[bisect_right(self.boundaries, step - 1)]",
         "tests/test_schedules.py",
     ),
+    Mutation(
+        "the words of a mask are allocated after the random state has moved",
+        "fastdrop/arrays/masking.py",
+        "    kernel_x, kernel_y = ops.kernel_arrays(x, y, mask_shape)\n    state = random_state(rng)\n",
+        "    state = random_state(rng)\n    kernel_x, kernel_y = ops.kernel_arrays(x, y, mask_shape)\n",
+        "tests/backends/test_ends.py",
+    ),
+    Mutation(
+        "a gated op keeps its inputs in the wrong order",
+        "fastdrop/arrays/fused_call.py",
+        "kept_x, kept_multiplier = ops.copy_if_overlapping(x, y), ops.copy_if_overlapping(multiplier, y)",
+        "kept_multiplier, kept_x = ops.copy_if_overlapping(x, y), ops.copy_if_overlapping(multiplier, y)",
+        FUSED,
+    ),
+    Mutation(
+        "an attention mask loses the stride of its heads",
+        "fastdrop/arrays/fused_call.py",
+        "(heads, head_stride)",
+        "(1, head_stride)",
+        FUSED,
+    ),
+    Mutation(
+        "backward of a saved mask without its scale",
+        "fastdrop/arrays/saved.py",
+        "return 1.0 if self.mask is None else self.mask.scale",
+        "return 1.0",
+        FUSED,
+    ),
+    Mutation(
+        "an array in another order of axes is applied in C order",
+        "fastdrop/arrays/host.py",
+        "grid = _grid_in_memory(x, y, mask_shape) or Grid.of(x.shape, mask_shape)",
+        "grid = Grid.of(x.shape, mask_shape)",
+        FAMILY,
+    ),
+    Mutation(
+        "an array on a GPU: every argument is of the stream 0",
+        "fastdrop/arrays/device.py",
+        'return Place(address, cuda_backend().device_of(address), described.get("stream") or 0)',
+        "return Place(address, cuda_backend().device_of(address), 0)",
+        "tests/arrays/test_device.py",
+    ),
     # ---- Numba ----
     Mutation(
         "Numba: keys of the last round",

@@ -49,11 +49,8 @@ each = pytest.mark.parametrize("schedule", EXAMPLES.values(), ids=EXAMPLES)
 # ---- values ----
 
 
-def test_constant_is_p():
+def test_constant_and_linear_are_lines():
     assert [constant(0.3)(step) for step in (0, 1, 10**9)] == [0.3] * 3
-
-
-def test_linear_is_a_line_between_its_ends():
     schedule = linear(0.75, 0.25, 8)
     assert [schedule(step) for step in (0, 1, 2, 4, 6, 8, 9, 10**9)] == [0.75, 0.6875, 0.625, 0.5, 0.375] + [0.25] * 3
     assert linear(0.25, 0.75, 8)(0.5) == 0.28125
@@ -63,15 +60,7 @@ def test_cosine_is_half_a_cosine():
     schedule = cosine(0.5, 0.1, 10)
     for step in range(11):
         assert schedule(step) == pytest.approx(0.1 + 0.4 * (1 + math.cos(math.pi * step / 10)) / 2, rel=1e-14)
-    assert schedule(0) == 0.5
-    assert schedule(5) == pytest.approx(0.3, rel=1e-14)
     assert schedule(10) == schedule(11) == schedule(1e9) == 0.1
-
-
-def test_cosine_is_slower_than_a_line_at_its_ends():
-    slow, even = cosine(0, 1, 100), linear(0, 1, 100)
-    assert all(slow(step) < even(step) for step in range(1, 50))
-    assert all(slow(step) > even(step) for step in range(51, 100))
 
 
 def test_exponential_is_the_formula():
@@ -129,12 +118,6 @@ def test_ramps_begin_and_end_where_they_say_and_never_turn_back(ramp, a, b):
         assert ramp.start >= earlier >= later - rounding >= ramp.end - 2 * rounding
 
 
-@given(PROBABILITY, PROBABILITY, st.floats(0, 1e3), st.floats(0, 1e3))
-def test_exponential_falls_to_its_floor_and_no_further(start, decay, a, b):
-    schedule = exponential(start, decay, floor=start / 2)
-    assert start >= schedule(min(a, b)) >= schedule(max(a, b)) >= start / 2
-
-
 # ---- values that compare, print, pickle ----
 
 
@@ -149,22 +132,13 @@ def test_schedule_is_a_value(schedule):
     assert all(schedule != other for other in EXAMPLES.values() if other is not schedule)
 
 
-def test_schedules_of_other_kinds_or_numbers_differ():
+def test_schedules_compare_by_kind_and_numbers():
     assert linear(0.5, 0.1, 10) != cosine(0.5, 0.1, 10)
-    assert linear(0.5, 0.1, 10) != linear(0.5, 0.1, 11)
     assert linear(1, 0, 10) == linear(1.0, np.float32(0), np.int64(10))
-    assert piecewise([1], [0, 1]) == piecewise((1.0,), np.array([0.0, 1.0]))
-
-
-def test_schedule_repr():
-    assert repr(exponential(0.5, 0.9, floor=0.1)) == "exponential(start=0.5, decay=0.9, floor=0.1)"
     assert repr(linear(1, 0, 10)) == "linear(start=1.0, end=0.0, steps=10.0)"
-
-
-def test_schedule_does_not_change():
-    schedule = linear(0.5, 0.1, 10)
+    assert piecewise([1], [0, 1]) == piecewise((1.0,), np.array([0.0, 1.0]))
     with pytest.raises(AttributeError):
-        schedule.start = 0.9
+        linear(0.5, 0.1, 10).start = 0.9
 
 
 # ---- bad input ----

@@ -8,25 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from numpy.typing import ArrayLike
 
-from ..core import checks
+from ..core import checks, variants
 from ..core.mask import GaussianNoise, PackedMask, empty_words, gaussian_noise, packed_mask
 from ..core.random import check_random_state, random_state, threshold_and_scale
+from . import host
 from .array_ops import Array, BitMask, Mask, RandomState, Shape
-from .host import draw_cells
-from .masking import array_ops, copy_to_output, drop, masked, multiply_by_noise
-
-__all__ = [
-    "alpha_dropout",
-    "apply_mask",
-    "draw_mask",
-    "drop_connect",
-    "dropout",
-    "dropout_backward",
-    "gaussian_dropout",
-]
+from .masking import array_ops, copy_to_output, drop, masked
 
 
 def dropout(
@@ -101,7 +92,7 @@ def dropout(
     """
     mask_shape_of: Callable[[Shape], Shape] | None = None
     if noise_shape is not None:
-        mask_shape_of = lambda shape: checks.noise_shape(noise_shape, shape)  # noqa: E731
+        mask_shape_of = partial(checks.noise_shape, noise_shape)
     return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out))
 
 
@@ -179,7 +170,7 @@ def draw_mask(shape: int | tuple[int, ...], p: float, *, rng: RandomState = None
     first = checks.first_cell(first_cell, cells)
     threshold, scale = threshold_and_scale(p)
     words = empty_words(cells)
-    draw_cells(words, first, cells, random_state(rng), threshold)
+    host.draw_words(words, None, cells, random_state(rng), threshold, first)
     return packed_mask(words, extents, p, scale)
 
 
@@ -280,6 +271,6 @@ def gaussian_dropout(
     y = ops.output_array(out, source, "x")
     shape = tuple(source.shape)
     kernel_x, kernel_y = ops.kernel_arrays(source, y, shape)
-    noise = gaussian_noise(random_state(rng), shape, p)
-    multiply_by_noise(ops, tag, kernel_x, kernel_y, noise)
-    return copy_to_output(ops, kernel_y, y, out), noise
+    state = random_state(rng)
+    ops.gaussian_multiply(tag, kernel_x, kernel_y, state, variants.spread(p))
+    return copy_to_output(ops, kernel_y, y, out), gaussian_noise(state, shape, p)

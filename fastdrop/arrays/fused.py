@@ -29,17 +29,6 @@ from .saved import (
     SavedSoftmax,
 )
 
-__all__ = [
-    "bias_act_dropout",
-    "bias_dropout_add",
-    "dropout_add",
-    "dropout_add_layer_norm",
-    "dropout_add_rms_norm",
-    "geglu_dropout",
-    "softmax_dropout",
-    "swiglu_dropout",
-]
-
 
 def dropout_add(
     x: ArrayLike,

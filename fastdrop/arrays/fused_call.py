@@ -31,8 +31,6 @@ from .array_ops import (
 from .masking import array_ops, copy_to_output
 from .saved import Gradients, SavedNorm, SavedPointwise, SavedSoftmax, SoftmaxGradients
 
-__all__ = ["NO_VECTOR", "FusedCall", "Vector"]
-
 Vector = tuple[Any, Any]  # an element for each column, and the dtype that it was given in
 NO_VECTOR: Vector = (None, None)
 
@@ -45,10 +43,11 @@ class FusedCall:
         self.ops = array_ops(given)
         self.x, _ = self.ops.as_array(name, given)
         self.p = checks.probability(p)
-        checks.choice("store", store, checks.STORES)
+        if store != "bits":
+            checks.choice("store", store, checks.STORES)
         self.threshold, self.scale = threshold_and_scale(self.p if training else 0.0)
         self.shape: Shape = tuple(self.x.shape)
-        self.dtype = np.dtype(self.x.dtype)
+        self.dtype: np.dtype[Any] = self.x.dtype
         self.rows, self.columns = rows_and_columns(self.shape)
         self.cells = self.rows * self.columns
 
@@ -66,17 +65,16 @@ class FusedCall:
     ) -> tuple[Array, SavedPointwise[Gradients]]:
         """``residual + dropout(act(x + bias) * multiplier)``; what is None is left out."""
         ops = self.ops
-        y = self.output(out, {"residual": residual, self.name: self.x, "up": multiplier})
-        x, multiplier, residual = (
-            None if array is None else ops.as_contiguous(array) for array in (self.x, multiplier, residual)
-        )
-        input_bias, bias_dtype = bias
-        input_bias = None if input_bias is None else ops.copy_if_overlapping(input_bias, y)
-        inputs: tuple[Any, ...] = (x, multiplier, input_bias)
-        keeps = inputs if keeps_input(activation, multiplier is not None) else (None, None, None)
-        kept_x, kept_multiplier, kept_bias = (
-            None if array is None else ops.copy_if_overlapping(array, y) for array in keeps
-        )
+        if residual is None:
+            y = self.output(out, self.name, self.x, up=multiplier)
+        else:
+            y = self.output(out, "residual", residual, x=self.x)
+        x, multiplier, residual = ops.as_contiguous(self.x), ops.as_contiguous(multiplier), ops.as_contiguous(residual)
+        input_bias, bias_dtype = ops.copy_if_overlapping(bias[0], y), bias[1]
+        kept_x = kept_multiplier = kept_bias = None
+        if keeps_input(activation, multiplier is not None):
+            kept_x, kept_multiplier = ops.copy_if_overlapping(x, y), ops.copy_if_overlapping(multiplier, y)
+            kept_bias = input_bias
         y_buffer = ops.output_buffer(y)
         signs = ops.empty_words(x, self.cells) if keeps_signs(activation, multiplier is not None) else None
         arrays = (x, input_bias, multiplier, residual), (y_buffer, signs)
@@ -87,7 +85,7 @@ class FusedCall:
             activation = NONE
         common = self.op, mask, gradients, self.shape, self.dtype
         kept = kept_x, kept_multiplier, kept_bias, bias_dtype
-        return result, SavedPointwise(*common, np.dtype(y.dtype), activation, *kept)
+        return result, SavedPointwise(*common, y.dtype, activation, *kept)
 
     def norm(
         self,
@@ -117,9 +115,8 @@ class FusedCall:
         mask = self.forward("norm_forward", dtypes, *arrays, self.scale, eps, int(centred))
         common = self.op, mask, gradients, self.shape, self.dtype
         vector_dtypes = {name: dtype for name, (_, dtype) in given.items()}
-        has_residual = residual is not None
-        saved = SavedNorm(*common, residual_out, statistics, weight, centred, vector_dtypes, has_residual)
-        return y, residual_out, saved
+        kept = residual_out, statistics, weight, centred, vector_dtypes, residual is not None
+        return y, residual_out, SavedNorm(*common, *kept)
 
     def softmax(self, softmax_scale: Any, attn_mask: Any, causal: bool, out: Any) -> tuple[Array, SavedSoftmax]:
         """``dropout(softmax(softmax_scale * x + attn_mask))`` over the last axis."""
@@ -127,9 +124,9 @@ class FusedCall:
         checks.at_least(self.name, len(self.shape), 1 + bool(causal), "queries and keys" if causal else "keys")
         softmax_scale = checks.finite("scale", softmax_scale)
         additive, strides = self.additive_mask(attn_mask)
-        y = self.output(out, {self.name: self.x})
+        y = self.output(out, self.name, self.x)
         x = ops.as_contiguous(self.x)
-        additive = None if additive is None else ops.copy_if_overlapping(additive, y)
+        additive = ops.copy_if_overlapping(additive, y)
         y_buffer = ops.output_buffer(y)
         probabilities = ops.empty(x, self.shape, self.dtype) if self.threshold else None
         heads, queries = (1, 1, *self.shape)[-3:-1]
@@ -195,20 +192,19 @@ class FusedCall:
         checks.at_least(self.name, len(self.shape), 1, "an axis of columns")
         checks.per_column(name, tuple(array.shape), self.name, self.columns)
         vector = self.ops.cast(name, array, compute_dtype(self.dtype))
-        return self.ops.copy_if_overlapping(vector, array) if is_saved else vector, np.dtype(array.dtype)
+        return self.ops.copy_if_overlapping(vector, array) if is_saved else vector, array.dtype
 
-    def output(self, out: Any, inputs: dict[str, Any]) -> Any:
-        """``out``, or a new array, for a result like the first of the inputs that is not None."""
-        given = [(name, array) for name, array in inputs.items() if array is not None]
-        name, like = given[0]
+    def output(self, out: Any, name: str, like: Any, **others: Any) -> Any:
+        """``out``, or a new array, for a result like an input of this name; ``others`` are inputs too, or None."""
         if out is None:
             return self.ops.empty(like, self.shape, like.dtype)
         y = self.ops.output_array(out, like, name)
-        for name, array in given[1:]:
-            self.ops.check_no_overlap(y, array, name)
+        for other, array in others.items():
+            if array is not None:
+                self.ops.check_no_overlap(y, array, other)
         return y
 
-    def additive_mask(self, value: Any) -> tuple[Any, tuple[int, int, int]]:
+    def additive_mask(self, value: Any) -> tuple[Any, tuple[int, ...]]:
         """attn_mask as numbers to add, and its strides along the axes before heads, along heads and along queries.
 
         Axes of heads and queries that the mask shares stay shared: their stride is 0. The axes before them are copied
@@ -224,10 +220,10 @@ class FusedCall:
         given = (*(1,) * (len(full) - len(mask.shape)), *mask.shape)
         lead = full[:-3] if math.prod(given[:-3]) > 1 else given[:-3]
         shape = (*lead, *given[-3:-1], self.columns)
-        strides = []
-        step = self.columns
-        for extent in (given[-2], given[-3], math.prod(lead)):
-            strides.append(step if extent > 1 else 0)
-            step *= extent
+        heads, queries = given[-3:-1]
+        query_stride = self.columns
+        head_stride = query_stride * queries
+        outer_stride = head_stride * heads
         additive = self.ops.as_additive_mask(name, mask, shape, compute_dtype(self.dtype))
-        return additive, (strides[2], strides[1], strides[0])
+        strides = (math.prod(lead), outer_stride), (heads, head_stride), (queries, query_stride)
+        return additive, tuple(stride if extent > 1 else 0 for extent, stride in strides)

@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from ..core import checks, variants
-from ..core.mask import GaussianNoise, PackedMask, SeededMask, packed_mask, seeded_mask, state_of
+from ..core.mask import GaussianNoise, PackedMask, SeededMask, packed_mask, seeded_mask
 from ..core.random import DROP_ALL, State, check_random_state, random_state, threshold_and_scale
-from .array_ops import Array, ArrayOps, BitMask, Mask, RandomState, Shape
-from .device import DEVICE, is_on_device
-from .host import HOST
-
-__all__ = ["array_ops", "copy_to_output", "drop", "mask_words", "masked", "multiply_by_noise"]
-
+from . import device, host
+from .array_ops import Array, BitMask, Mask, RandomState, Shape
 
 Options = tuple[bool, str, RandomState, Array | None]  # training, store, rng, out
 
 
-def array_ops(x: Any) -> ArrayOps:
-    """The operations for the memory that x lies in."""
-    return DEVICE if type(x) is not np.ndarray and is_on_device(x) else HOST
+def array_ops(x: Any) -> ModuleType:
+    """The module of functions for the memory that x lies in: `host` or `device`."""
+    return device if type(x) is not np.ndarray and device.is_on_device(x) else host
 
 
 def drop(
@@ -101,43 +98,38 @@ def masked(name: str, given: Any, mask: Mask | None, out: Array | None) -> Any:
         ops.check_no_overlap(y, words, "mask")
     kernel_x, kernel_y = ops.kernel_arrays(x, y, mask_shape)
     if isinstance(mask, GaussianNoise):
-        multiply_by_noise(ops, tag, kernel_x, kernel_y, mask)
+        ops.gaussian_multiply(tag, kernel_x, kernel_y, (mask.seed, mask.offset), variants.spread(mask.p))
     elif isinstance(mask, SeededMask) and mask_shape == tuple(x.shape) and 0 < mask.threshold < DROP_ALL:
         if math.prod(mask_shape):
-            coefficients = mask.scale, 0.0, 0.0
-            ops.dropout_forward(tag, kernel_x, kernel_y, None, state_of(mask), mask.threshold, coefficients)
+            state, coefficients = (mask.seed, mask.offset), (mask.scale, 0.0, 0.0)
+            ops.dropout_forward(tag, kernel_x, kernel_y, None, state, mask.threshold, coefficients)
     else:
         words = mask_words(ops, mask, x) if words is None else words
         ops.apply_mask(tag, kernel_x, kernel_y, words, mask_shape, (mask.scale, 0.0, 0.0))
     return copy_to_output(ops, kernel_y, y, out)
 
 
-def mask_words(ops: ArrayOps, mask: BitMask, like: Any) -> Any:
+def mask_words(ops: ModuleType, mask: BitMask, like: Any) -> Any:
     """The mask's words, drawn again if the mask has only its random state."""
     if isinstance(mask, PackedMask):
         return mask.words
-    return _new_words(ops, like, math.prod(mask.shape), state_of(mask), mask.threshold)
+    return _new_words(ops, like, math.prod(mask.shape), (mask.seed, mask.offset), mask.threshold)
 
 
-def multiply_by_noise(ops: ArrayOps, tag: int, x: Any, y: Any, noise: GaussianNoise) -> None:
-    if math.prod(noise.shape):
-        ops.gaussian_multiply(tag, x, y, state_of(noise), variants.spread(noise.p))
-
-
-def copy_to_output(ops: ArrayOps, result: Any, y: Any, out: Any) -> Any:
+def copy_to_output(ops: ModuleType, result: Any, y: Any, out: Any) -> Any:
     """Copies a result to the array that the caller expects it in, and returns that array: ``out`` itself if given."""
     if result is not y:
         ops.copy_into(y, result)
     return y if out is None else out
 
 
-def _scale_everything(ops: ArrayOps, x: Any, scale: float) -> PackedMask:
+def _scale_everything(ops: ModuleType, x: Any, scale: float) -> PackedMask:
     """A mask of one cell for all of x, which keeps and scales."""
     words = _new_words(ops, x, 1, (0, 0), 0 if scale else DROP_ALL)
     return packed_mask(words, (1,) * len(x.shape), 0.0, scale)
 
 
-def _new_words(ops: ArrayOps, like: Any, cells: int, state: State, threshold: int) -> Any:
+def _new_words(ops: ModuleType, like: Any, cells: int, state: State, threshold: int) -> Any:
     words = ops.empty_words(like, cells)
     ops.draw_words(words, like, cells, state, threshold)
     return words

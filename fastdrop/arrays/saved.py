@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,22 +15,8 @@ from numpy.typing import ArrayLike
 
 from ..core import checks, variants
 from ..core.mask import PackedMask
-from .array_ops import Array, ArrayOps, BitMask, Shape, compute_dtype, dtype_tags, rows_and_columns
+from .array_ops import Array, BitMask, Shape, compute_dtype, dtype_tags, rows_and_columns
 from .masking import array_ops, mask_words, masked
-
-__all__ = [
-    "BiasActGradients",
-    "BiasDropoutAddGradients",
-    "DropoutAddGradients",
-    "GatedGradients",
-    "LayerNormGradients",
-    "RmsNormGradients",
-    "Saved",
-    "SavedNorm",
-    "SavedPointwise",
-    "SavedSoftmax",
-    "SoftmaxGradients",
-]
 
 
 class DropoutAddGradients(NamedTuple):
@@ -76,7 +62,6 @@ class SoftmaxGradients(NamedTuple):
 Gradients = TypeVar("Gradients")
 
 
-@dataclass(frozen=True, repr=False, eq=False)
 class Saved(Generic[Gradients]):
     """What a fused op keeps for its backward pass.
 
@@ -102,6 +87,16 @@ class Saved(Generic[Gradients]):
     _shape: Shape
     _dtype: np.dtype[Any]  # of x
 
+    def __init_subclass__(cls) -> None:
+        cls._names = *Saved.__annotations__, *cls.__annotations__  # type: ignore[attr-defined]
+
+    def __init__(self, *values: Any) -> None:
+        """In the order of the annotations. (One update, because a frozen dataclass makes a call for each of them.)"""
+        self.__dict__.update(zip(self._names, values, strict=True))  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"{name} of a Saved cannot be changed")
+
     def backward(self, dy: ArrayLike) -> Gradients:
         raise NotImplementedError
 
@@ -119,7 +114,7 @@ class Saved(Generic[Gradients]):
         """The arrays that are kept besides the mask, by name."""
         return {}
 
-    def _check_gradient(self, name: str, given: Any, result: str, dtype: np.dtype[Any]) -> tuple[ArrayOps, Any]:
+    def _check_gradient(self, name: str, given: Any, result: str, dtype: np.dtype[Any]) -> tuple[ModuleType, Any]:
         """A gradient as an array, checked against the result that it is the gradient of; and its operations."""
         ops, kept = array_ops(given), self._arrays()
         if isinstance(self.mask, PackedMask):
@@ -130,7 +125,7 @@ class Saved(Generic[Gradients]):
         checks.fits(name, gradient, result, self._shape, dtype)
         return ops, gradient
 
-    def _words(self, ops: ArrayOps, dy: Any) -> Any:
+    def _words(self, ops: ModuleType, dy: Any) -> Any:
         return None if self.mask is None else mask_words(ops, self.mask, dy)
 
     def _scale(self) -> float:
@@ -140,7 +135,6 @@ class Saved(Generic[Gradients]):
         return self._gradients(*(by_name.get(name) for name in self._gradients._fields))  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True, repr=False, eq=False)
 class SavedPointwise(Saved[Gradients]):
     """What an elementwise op keeps; see `Saved`."""
 
@@ -175,7 +169,6 @@ class SavedPointwise(Saved[Gradients]):
         return {name: array for name, array in arrays.items() if array is not None}
 
 
-@dataclass(frozen=True, repr=False, eq=False)
 class SavedNorm(Saved[Gradients]):
     """What an op that ends in a norm keeps; see `Saved`."""
 
@@ -189,7 +182,7 @@ class SavedNorm(Saved[Gradients]):
     def backward(self, dy: ArrayLike, dresidual: ArrayLike | None = None) -> Gradients:
         """The gradients, given those of y and, unless it is None, of residual_out."""
         ops, g = self._check_gradient("dy", dy, "y", self._dtype)
-        residual_dtype, dresidual_out = np.dtype(self._residual_out.dtype), None
+        residual_dtype, dresidual_out = self._residual_out.dtype, None
         if dresidual is not None:
             _, dresidual_out = self._check_gradient("dresidual", dresidual, "residual_out", residual_dtype)
             dresidual_out = ops.as_contiguous(dresidual_out)
@@ -215,7 +208,6 @@ class SavedNorm(Saved[Gradients]):
         return {"residual_out": self._residual_out, "statistics": self._statistics, **weight}
 
 
-@dataclass(frozen=True, repr=False, eq=False)
 class SavedSoftmax(Saved[SoftmaxGradients]):
     """What `softmax_dropout` keeps; see `Saved`."""
 
@@ -236,12 +228,12 @@ class SavedSoftmax(Saved[SoftmaxGradients]):
         return {"probabilities": self._probabilities}
 
 
-def _panel_sums(ops: ArrayOps, like: Any, line: Shape, rows: int, dtype: np.dtype[Any]) -> Any:
+def _panel_sums(ops: ModuleType, like: Any, line: Shape, rows: int, dtype: np.dtype[Any]) -> Any:
     """An array of sums over rows, with a line for each panel of rows."""
     make = ops.empty if rows * line[-1] else ops.zeros
     return make(like, (variants.panels(rows), *line), compute_dtype(dtype))
 
 
-def _from_first_panel(ops: ArrayOps, sums: Any, line: Any, dtype: Any) -> Any:
+def _from_first_panel(ops: ModuleType, sums: Any, line: Any, dtype: Any) -> Any:
     """A gradient copied out of the sums, so that it does not keep their memory alive."""
     return ops.cast("the gradient", ops.copy_if_overlapping(line, sums), dtype)

@@ -17,8 +17,6 @@ from ..core.random import check_random_state, random_state, threshold_and_scale
 from .array_ops import Array, BitMask, RandomState, Shape
 from .masking import array_ops, copy_to_output, drop, masked
 
-__all__ = ["drop_block", "feature_alpha_dropout", "feature_dropout", "stochastic_depth", "variational_dropout"]
-
 
 def feature_dropout(
     x: ArrayLike,

@@ -7,8 +7,6 @@ comment says which function each approximates.
 
 from __future__ import annotations
 
-__all__ = ["ACTIVATIONS"]
-
 # The names that users pass, and the codes of csrc/fastdrop.h.
 ACTIVATIONS: dict[str | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 NONE, RELU, GELU, GELU_TANH, SILU = ACTIVATIONS.values()
@@ -25,25 +23,9 @@ def keeps_input(activation: int, has_multiplier: bool = False) -> bool:
 
 
 # exp(r) for |r| <= ln 2 / 2.
-EXP = (
-    1.38358019285e-3,
-    8.37564503033e-3,
-    4.16682887279e-2,
-    1.66664102439e-1,
-    4.99999915941e-1,
-    1.00000003853,
-    1.0,
-)
+EXP = (1.38358019285e-3, 8.37564503033e-3, 4.16682887279e-2, 1.66664102439e-1, 4.99999915941e-1, 1.00000003853, 1.0)
 # 2**r for |r| <= 1 / 2.
-EXP2 = (
-    1.53457891094e-4,
-    1.3399957587e-3,
-    9.61848924371e-3,
-    5.55032871194e-2,
-    2.40226468861e-1,
-    6.93147205767e-1,
-    1.0,
-)
+EXP2 = (1.53457891094e-4, 1.3399957587e-3, 9.61848924371e-3, 5.55032871194e-2, 2.40226468861e-1, 6.93147205767e-1, 1.0)
 EXP_LOWEST, EXP_HIGHEST = -104.0, 89.0  # below: 0, above: infinity
 LOG2_E = 1.44269504088896341
 # log2 of the probability that a standard normal number is above t, for t up to 6; above that, 0 is used.

@@ -112,6 +112,20 @@ def finite(name: str, value: Any) -> float:
     return result
 
 
+def between(name: str, value: Any, low: float, high: float) -> float:
+    result = number(name, value)
+    if not low <= result <= high:
+        raise ValueError(f"{name} must be between {low:g} and {high:g}, but got {result}")
+    return result
+
+
+def number_from(name: str, value: Any, low: float) -> float:
+    result = finite(name, value)
+    if result < low:
+        raise ValueError(f"{name} must be at least {low:g}, but got {result:g}")
+    return result
+
+
 def uint64(name: str, value: Any) -> int:
     if type(value) is int and 0 <= value < UINT64_END:
         return value
@@ -242,16 +256,10 @@ def check_spatial_axes(name: str, ndim: int) -> None:
 
 def check_mask_shape(name: str, data_shape: tuple[int, ...], mask_shape: tuple[int, ...], shared: bool = True) -> None:
     """Raises unless each extent of the mask is the data's or, if decisions may be shared, 1."""
-    fits = len(data_shape) == len(mask_shape) and all(
-        m == d or (shared and m == 1) for m, d in zip(mask_shape, data_shape, strict=True)
-    )
-    if not fits and not shared:
-        raise ValueError(f"mask must have the shape of {name}, {data_shape}, but got noise of shape {mask_shape}")
-    if not fits:
-        raise ValueError(
-            f"mask must have the shape of {name}, {data_shape}, or 1 on axes that share a decision, but got a mask of "
-            f"shape {mask_shape}"
-        )
+    extents = zip(mask_shape, data_shape, strict=False)
+    if len(data_shape) != len(mask_shape) or any(m != d and not (shared and m == 1) for m, d in extents):
+        got = ", or 1 on axes that share a decision, but got a mask" if shared else ", but got noise"
+        raise ValueError(f"mask must have the shape of {name}, {data_shape}{got} of shape {mask_shape}")
 
 
 def first_cell(value: Any, cells: int) -> int:
@@ -330,19 +338,19 @@ def overlap_error(name: str) -> ValueError:
 
 def _same_elements(a: Array, b: Array) -> bool:
     same_start: bool = a.__array_interface__["data"][0] == b.__array_interface__["data"][0]
-    return same_start and a.dtype == b.dtype and a.shape == b.shape and _steps(a) == _steps(b)
+    return same_start and a.dtype == b.dtype and a.shape == b.shape and _axes(a) == _axes(b)
 
 
-def _steps(array: Array) -> list[int]:
-    """The strides of the axes that have more than one element."""
-    return [stride for stride, extent in zip(array.strides, array.shape, strict=True) if extent > 1]
+def _axes(array: Array) -> list[tuple[int, int]]:
+    """(stride, extent) of the axes that have more than one element."""
+    return [(stride, extent) for stride, extent in zip(array.strides, array.shape, strict=True) if extent > 1]
 
 
 def _overlaps_itself(array: Array) -> bool:
     """Whether any two elements share a byte."""
     if not array.size:
         return False
-    axes = sorted((abs(s), e) for s, e in zip(array.strides, array.shape, strict=True) if e > 1)
+    axes = sorted((abs(step), extent) for step, extent in _axes(array))
     reach = array.itemsize  # the span in bytes of the elements along the axes so far
     nested = True
     for step, extent in axes:
@@ -362,20 +370,6 @@ def _overlap(a: Array, b: Array) -> bool:
         return np.shares_memory(a, b, max_work=EXACT_OVERLAP_WORK)  # type: ignore[arg-type]
     except np.exceptions.TooHardError:
         return True
-
-
-def between(name: str, value: Any, low: float, high: float) -> float:
-    result = number(name, value)
-    if not low <= result <= high:
-        raise ValueError(f"{name} must be between {low:g} and {high:g}, but got {result}")
-    return result
-
-
-def number_from(name: str, value: Any, low: float) -> float:
-    result = finite(name, value)
-    if result < low:
-        raise ValueError(f"{name} must be at least {low:g}, but got {result:g}")
-    return result
 
 
 def function(name: str, value: Any) -> None:

@@ -14,8 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
-__all__ = ["Grid", "cell_axes", "memory_order"]
-
 Axis = tuple[int, int]  # extent, stride in cells; the stride is 0 if elements share a decision along the axis
 
 SMALL_PIECE = 1 << 14  # elements; a kernel's call takes about as long as a copy of so many

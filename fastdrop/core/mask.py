@@ -16,21 +16,6 @@ from numpy.typing import ArrayLike, NDArray
 from . import checks
 from .random import DROP_ALL, State, keep_scale, threshold
 
-__all__ = [
-    "GaussianNoise",
-    "PackedMask",
-    "SeededMask",
-    "empty_words",
-    "fill_words",
-    "gaussian_noise",
-    "packed_mask",
-    "popcount",
-    "seeded_mask",
-    "state_of",
-    "to_host",
-    "word_count",
-]
-
 UINT32 = np.dtype(np.uint32)
 LINE_BYTES = 64
 # Masks of so many words and more are written past the cache, one cache line at a time: they must start on a line.
@@ -75,7 +60,24 @@ def to_host(words: Any) -> NDArray[np.uint32]:
     return copied
 
 
-class PackedMask:
+class _Mask:
+    """What all masks have."""
+
+    __slots__ = ("_p", "_shape")
+
+    _shape: tuple[int, ...]
+    _p: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._shape
+
+    @property
+    def p(self) -> float:
+        return self._p
+
+
+class PackedMask(_Mask):
     """A dropout mask at one bit per cell.
 
     The mask of an array on a GPU keeps its words on that GPU, in an array of the same library. Counting, comparing,
@@ -105,11 +107,9 @@ class PackedMask:
     (array([13], dtype=uint32), array([ True, False,  True,  True]))
     """
 
-    __slots__ = ("_p", "_scale", "_shape", "_words")
+    __slots__ = ("_scale", "_words")
 
     _words: NDArray[np.uint32]
-    _shape: tuple[int, ...]
-    _p: float
     _scale: float
 
     def __init__(self, words: NDArray[np.uint32], shape: tuple[int, ...], p: float, scale: float | None = None) -> None:
@@ -142,14 +142,6 @@ class PackedMask:
         return self._words
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self._shape
-
-    @property
-    def p(self) -> float:
-        return self._p
-
-    @property
     def scale(self) -> float:
         """Multiplier of kept elements: ``1 / (1 - T / 2**32)``, or 1 under standard scaling; 0 when all are dropped."""
         return self._scale
@@ -176,8 +168,6 @@ class PackedMask:
         same = (self._shape, self._p, self._scale) == (other._shape, other._p, other._scale)
         return same and np.array_equal(to_host(self._words), to_host(other._words))
 
-    __hash__ = None  # type: ignore[assignment]
-
     def __reduce__(self) -> tuple[Any, ...]:
         return PackedMask, (np.ascontiguousarray(to_host(self._words)), self._shape, self._p, self._scale)
 
@@ -185,15 +175,13 @@ class PackedMask:
         return f"PackedMask(shape={self._shape}, p={self._p}, kept={self.kept}, nbytes={self.nbytes})"
 
 
-class _Drawn:
+class _Drawn(_Mask):
     """A mask or noise that is drawn again from its random state whenever it is needed: zero bytes per cell."""
 
-    __slots__ = ("_offset", "_p", "_seed", "_shape")
+    __slots__ = ("_offset", "_seed")
 
     _seed: int
     _offset: int
-    _shape: tuple[int, ...]
-    _p: float
 
     @property
     def seed(self) -> int:
@@ -204,14 +192,6 @@ class _Drawn:
         return self._offset
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return self._shape
-
-    @property
-    def p(self) -> float:
-        return self._p
-
-    @property
     def nbytes(self) -> int:
         """Bytes kept per cell: none."""
         return 0
@@ -220,8 +200,6 @@ class _Drawn:
         if not isinstance(other, type(self)):
             return NotImplemented
         return bool(self.__reduce__() == other.__reduce__())
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(seed={self._seed}, offset={self._offset}, shape={self._shape}, p={self._p})"
@@ -326,11 +304,6 @@ def seeded_mask(state: State, shape: tuple[int, ...], p: float, scale: float, th
     mask._seed, mask._offset = state
     mask._shape, mask._p, mask._scale, mask._threshold = shape, p, scale, threshold
     return mask
-
-
-def state_of(mask: SeededMask | GaussianNoise) -> State:
-    """The seed and the offset that a mask or noise is drawn from."""
-    return mask._seed, mask._offset
 
 
 def gaussian_noise(state: State, shape: tuple[int, ...], p: float) -> GaussianNoise:

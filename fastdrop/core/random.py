@@ -19,19 +19,6 @@ from numpy.typing import NDArray
 
 from . import checks
 
-__all__ = [
-    "State",
-    "Stream",
-    "check_random_state",
-    "keep_scale",
-    "manual_seed",
-    "nearest",
-    "philox4x32_10",
-    "random_state",
-    "threshold",
-    "threshold_and_scale",
-]
-
 UInt32Array = NDArray[np.uint32]
 State = tuple[int, int]  # seed, offset
 
@@ -228,8 +215,6 @@ class Stream:
         if not isinstance(other, Stream):
             return NotImplemented
         return bool(self.__reduce__() == other.__reduce__())
-
-    __hash__ = None  # type: ignore[assignment]
 
     def __reduce__(self) -> tuple[type[Stream], tuple[int, int, int]]:
         return Stream, (self._seed, self._offset, self._spawned)

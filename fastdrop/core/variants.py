@@ -15,19 +15,6 @@ from typing import NamedTuple
 from . import checks
 from .random import DROP_ALL, keep_scale, nearest, threshold
 
-__all__ = [
-    "Blocks",
-    "Coefficients",
-    "affine",
-    "blocks",
-    "feature_cells",
-    "panels",
-    "sample_cells",
-    "shared_cells",
-    "slope",
-    "spread",
-]
-
 Shape = tuple[int, ...]
 
 SCALINGS = (*checks.SCALINGS, "alpha", "alpha_slope")

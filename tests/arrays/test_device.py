@@ -1,8 +1,13 @@
-"""The NumPy API for arrays on a GPU, without a GPU: a stand-in for CuPy, and the real kernels in the interpreter."""
+"""The NumPy API for arrays on a GPU, without a GPU: stand-ins for arrays, and the primitives of the reference.
+
+One test runs the real kernels, in the interpreter of tests/backends/cuda.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import inspect
 import pickle
 import sys
 from functools import partial
@@ -12,6 +17,13 @@ import numpy as np
 import pytest
 
 import fastdrop as fd
+from fastdrop.arrays import device, host
+from fastdrop.backends import reference
+from fastdrop.backends.cuda import launch
+from fastdrop.backends.primitives import PRIMITIVES
+
+from ..cases import DTYPES, assert_same_bits
+from .test_bad_input import KINDS, refused
 
 pytest_plugins = ["tests.backends.cuda.gpu_stub"]
 
@@ -19,15 +31,17 @@ STREAM = 0x70
 
 
 class Array:
-    """As much of a CuPy array as is used: memory of a device, here the host's."""
+    """As much of an array on a GPU as is used; its memory is the host's."""
 
-    def __init__(self, own: np.ndarray, stream: int | None = STREAM) -> None:
-        self.own, self._stream = own, stream
-        self.device = contextlib.nullcontext()
+    def __init__(self, own, memory, stream=STREAM):
+        self.own, self.memory, self._stream = own, memory, stream
 
     shape = property(lambda self: self.own.shape)
     dtype = property(lambda self: self.own.dtype)
     nbytes = property(lambda self: self.own.nbytes)
+
+    def __getitem__(self, index):
+        return type(self)(self.own[index], self.memory)
 
     @property
     def __cuda_array_interface__(self):
@@ -35,243 +49,415 @@ class Array:
         strides = None if self.own.flags.c_contiguous else self.own.strides
         return {**described, "strides": strides, "version": 3, "stream": self._stream}
 
+
+class CupyArray(Array):
+    device = contextlib.nullcontext()
+
     def get(self):
         return self.own.copy()
 
+    def astype(self, dtype):
+        return CupyArray(self.memory.keep(self.own.astype(dtype)), self.memory)
 
-Array.__module__ = "cupy"
+
+class NumbaArray(Array):
+    stream = STREAM
+
+    def copy_to_host(self):
+        return self.own.copy()
+
+
+CupyArray.__module__, NumbaArray.__module__ = "cupy", "numba"
+
+
+class Memory:
+    """Makes arrays, and stands in for the module of CuPy. ``keep`` is told of the memory that kernels may use."""
+
+    def __init__(self, allow=lambda own: None):
+        self.allow = allow
+
+    def keep(self, own):
+        self.allow(own)
+        return own
+
+    def cupy(self, x, **more):
+        return x if x is None else CupyArray(self.keep(np.array(x, order="C")), self, **more)
+
+    def numba(self, x):
+        return x if x is None else NumbaArray(self.keep(np.array(x, order="C")), self)
+
+    def empty(self, shape, dtype):
+        own = np.empty(shape, dtype)
+        own.reshape(-1).view(np.uint8)[...] = 0xA5  # what nobody wrote shows
+        return CupyArray(self.keep(own), self)
+
+    def where(self, mask, a, b):
+        return CupyArray(np.where(mask.own, a, b), self)
+
+    def broadcast_to(self, x, shape):
+        return CupyArray(np.broadcast_to(x.own, shape), self)
+
+    def ascontiguousarray(self, x, dtype):
+        return self.cupy(x.own.astype(dtype))
+
+
+class Gpu(Memory):
+    """A CUDA backend whose kernels are the reference. It finds only arrays that it was told of."""
+
+    def __init__(self):
+        super().__init__(lambda own: self.arrays.append(own))
+        self.arrays, self.calls, self.devices = [], [], {}
+        for name in PRIMITIVES:
+            setattr(self, f"{name}_at", partial(self._run, name))
+        self.backend = self
+
+    def _run(self, name, device, stream, *arguments):
+        self.calls.append((name, device, stream))
+        values = [
+            self._found(value) if parameter.is_array else value
+            for parameter, value in zip(PRIMITIVES[name].parameters, arguments, strict=True)
+        ]
+        getattr(reference, name)(*values)
+
+    def _found(self, address):
+        if address == 0:
+            return None
+        own = next(array for array in self.arrays if array.ctypes.data == address and array.size)
+        return (own.view(np.uint16) if own.dtype.kind == "V" else own).reshape(-1)
+
+    def device_of(self, address):
+        return self.devices.get(address, 0)
+
+    def fill_at(self, device, stream, address, word, count):
+        ctypes.memmove(address, bytes(np.full(count, word, np.uint32)), 4 * count)
+
+    def copy_at(self, device, stream, to, source, size):
+        ctypes.memmove(to, source, size)
+
+    def count_bits_at(self, device, stream, words, count, kept):
+        self._found(kept)[0] += np.unpackbits(self._found(words)[:count].view(np.uint8)).sum()
+
+    def strided_affine_at(self, device, stream, dtype, x, y, words, position, axes, *affine):
+        cells = np.full((), position)
+        for extent, stride in axes:
+            cells = np.add.outer(cells, stride * np.arange(extent))
+        bits = np.unpackbits(self._found(words).view(np.uint8), bitorder="little")[cells.reshape(-1)]
+        packed = np.packbits(np.pad(bits, (0, -bits.size % 32)), bitorder="little").view(np.uint32)
+        self.calls.append(("strided_affine", device, stream))
+        reference.masked_affine(dtype, self._found(x), self._found(y), packed, 0, 1, 1, bits.size, *affine)
 
 
 @pytest.fixture
-def cupy(gpu, monkeypatch):
-    """A stand-in for the module: ``asarray``, ``empty`` and what the device saw."""
-
-    def asarray(x, **options):
-        own = x.copy()
-        gpu.allow(own)
-        return Array(own, **options)
-
-    def empty(shape, dtype):
-        own = np.empty(shape, dtype)
-        own.reshape(-1).view(np.uint8)[...] = 0xA5  # what nobody wrote shows
-        gpu.allow(own)
-        return Array(own)
-
-    module = SimpleNamespace(asarray=asarray, empty=empty, gpu=gpu)
-    monkeypatch.setitem(sys.modules, "cupy", module)
-    return module
+def there(monkeypatch):
+    """``there.cupy(x)`` and ``there.numba(x)`` are arrays on the GPU with x's numbers."""
+    gpu = Gpu()
+    gpu.empty = lambda shape, dtype, *on: (
+        NumbaArray(gpu.keep(np.full(shape, 7, dtype)), gpu) if on else Memory.empty(gpu, shape, dtype)
+    )
+    monkeypatch.setitem(sys.modules, "cupy", gpu)
+    monkeypatch.setattr(device, "cuda_backend", lambda: gpu)
+    return gpu
 
 
-def data(shape, dtype=np.float32):
-    return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+def numbers(*shape, dtype="float32", seed=0):
+    return next(d for d in DTYPES if d.name == dtype).numbers(shape, seed)
 
 
-CALLS = {  # call, shape, options beside none
+X, OTHER, COLUMNS = numbers(6, 33), numbers(6, 33, seed=1), numbers(33, seed=2)
+HALF = numbers(6, 33, dtype="bfloat16")
+MASK = np.random.default_rng(0).random((1, 33)) < 0.8
+SEED, ALL, EVALUATION = {"store": "seed"}, {"p": 1.0}, {"training": False}
+PLAIN = {  # call, array, ways to call it
     "dropout": (
         fd.dropout,
-        (6, 300),
-        (
-            {"p": 0.5},
-            {"store": "seed"},
-            {"noise_shape": (6, 1)},
-            {"noise_shape": (1, None)},
-            {"noise_shape": (6, 1), "store": "seed"},
-            {"scaling": "standard"},
-            {"training": False, "scaling": "standard"},
-            {"p": 1.0, "store": "seed"},
-        ),
+        {"x": X},
+        ({}, SEED, ALL, {**ALL, **SEED}, {"noise_shape": (1, None)}, {"noise_shape": (6, 1), **SEED}),
     ),
-    "dropout of a number": (fd.dropout, (), ()),
-    "feature_dropout": (fd.feature_dropout, (3, 5, 4, 6), ({"store": "seed"}, {"scaling": "standard"})),
-    "feature_dropout, channels last": (partial(fd.feature_dropout, channel_axis=-1), (3, 4, 6, 5), ()),
-    "alpha_dropout": (fd.alpha_dropout, (6, 50), ({"store": "seed"},)),
-    "feature_alpha_dropout": (fd.feature_alpha_dropout, (3, 5, 4, 6), ({"store": "seed"},)),
-    "variational_dropout": (partial(fd.variational_dropout, time_axis=0), (5, 3, 20), ({"store": "seed"},)),
-    "drop_connect": (fd.drop_connect, (17, 20), ()),
-    "stochastic_depth, row": (partial(fd.stochastic_depth, mode="row"), (40, 3, 2), ()),
-    "stochastic_depth, batch": (partial(fd.stochastic_depth, mode="batch"), (4, 3, 5), ()),
-    "drop_block, one axis": (partial(fd.drop_block, block_size=3), (3, 2, 40), ()),
-    "drop_block": (partial(fd.drop_block, block_size=2), (3, 2, 7, 9), ()),
-    "drop_block, three axes": (partial(fd.drop_block, block_size=(1, 2, 9)), (2, 2, 3, 4, 5), ()),
-    "gaussian_dropout": (fd.gaussian_dropout, (5, 43), ()),
+    "dropout, standard": (partial(fd.dropout, scaling="standard"), {"x": X}, ({}, EVALUATION, {**EVALUATION, **ALL})),
+    "dropout, bfloat16": (fd.dropout, {"x": HALF}, ({}, SEED, ALL)),
+    "dropout of a number": (fd.dropout, {"x": numbers()}, ({},)),
+    "feature_dropout": (fd.feature_dropout, {"x": numbers(3, 5, 4, 6)}, ({}, SEED, {"channel_axis": -1})),
+    "alpha_dropout": (fd.alpha_dropout, {"x": X}, ({}, SEED, ALL)),
+    "feature_alpha_dropout": (fd.feature_alpha_dropout, {"x": numbers(3, 5, 4, 6)}, ({}, SEED)),
+    "variational_dropout": (partial(fd.variational_dropout, time_axis=0), {"x": numbers(5, 3, 20)}, ({}, SEED)),
+    "drop_connect": (fd.drop_connect, {"w": X}, ({},)),
+    "stochastic_depth": (fd.stochastic_depth, {"x": numbers(40, 3, 2)}, ({"mode": "row"}, {"mode": "batch"})),
+    "drop_block, one axis": (partial(fd.drop_block, block_size=3), {"x": numbers(3, 2, 40)}, ({}, ALL)),
+    "drop_block": (partial(fd.drop_block, block_size=(1, 2, 9)), {"x": numbers(2, 2, 3, 4, 5)}, ({},)),
+    "gaussian_dropout": (fd.gaussian_dropout, {"x": numbers(5, 43)}, ({},)),
 }
-calls = pytest.mark.parametrize(("op", "shape", "ways"), CALLS.values(), ids=CALLS)
+MODES = ({}, SEED, ALL, EVALUATION)
+FUSED = {
+    "dropout_add": (fd.dropout_add, {"x": X, "residual": OTHER}, MODES),
+    "dropout_add, mixed": (fd.dropout_add, {"x": HALF, "residual": OTHER}, MODES),
+    "bias_dropout_add": (fd.bias_dropout_add, {"x": X, "bias": COLUMNS, "residual": OTHER}, MODES),
+    "bias_dropout_add, mixed": (
+        fd.bias_dropout_add,
+        {"x": HALF, "bias": COLUMNS.astype(HALF.dtype), "residual": OTHER},
+        ({},),
+    ),
+    "relu": (partial(fd.bias_act_dropout, activation="relu"), {"x": X, "bias": COLUMNS}, MODES),
+    "gelu": (fd.bias_act_dropout, {"x": X, "bias": COLUMNS.astype(np.float64)}, MODES),
+    "swiglu_dropout": (fd.swiglu_dropout, {"gate": X, "up": OTHER}, MODES),
+    "layer_norm": (
+        fd.dropout_add_layer_norm,
+        {"x": HALF, "residual": OTHER, "weight": COLUMNS, "bias": COLUMNS, "x_bias": COLUMNS},
+        MODES,
+    ),
+    "rms_norm": (fd.dropout_add_rms_norm, {"x": X, "residual": None, "weight": COLUMNS}, MODES),
+    "softmax": (partial(fd.softmax_dropout, scale=0.5, causal=True), {"scores": X, "attn_mask": MASK}, MODES),
+    "softmax, floats": (fd.softmax_dropout, {"scores": X, "attn_mask": OTHER}, ({},)),
+}
+CALLS = PLAIN | FUSED
 
 
-def assert_is_the_cpus(cupy, op, x, **options):
-    """Output, mask and gradient, bit for bit."""
-    options = {"p": 0.3, "rng": 5, **options}
-    expected, expected_mask = op(x, **options)
-    y, mask = op(cupy.asarray(x), **options)
-    assert type(y) is Array
-    assert y.own.dtype == x.dtype
-    assert y.own.tobytes() == expected.tobytes(), options
-    assert type(mask) is type(expected_mask)
-    assert mask == expected_mask, options
-    dy = x[::-1].copy() if x.ndim else x
-    assert fd.dropout_backward(cupy.asarray(dy), mask).own.tobytes() == fd.dropout_backward(dy, expected_mask).tobytes()
+def each(calls):
+    return pytest.mark.parametrize(("op", "arrays", "ways"), calls.values(), ids=calls)
 
 
-@calls
-def test_results_are_the_cpus(cupy, op, shape, ways):
-    """Nothing waits for the GPU but DropBlock, which counts in the array's own method."""
-    for options in ({}, *ways):
-        assert_is_the_cpus(cupy, op, np.asarray(data(shape)), **options)
-    assert {launch.stream for launch in cupy.gpu.launches} <= {STREAM}
-    assert not [name for name in cupy.gpu.calls if "Synchronize" in name or "Memcpy" in name or "Alloc" in name]
-    if shape:
-        assert_is_the_cpus(cupy, op, data((0, *shape[1:])))
+def run(op, arrays, options, at=lambda x: x):
+    """Results, what is kept for backward, and gradients by name; ``at`` brings arrays to the GPU."""
+    *results, kept = op(**{name: at(array) for name, array in arrays.items()}, **{"p": 0.3, "rng": 5, **options})
+    down = [at(np.asarray(getattr(result, "own", result) + 1, result.dtype)) for result in results]
+    if isinstance(kept, fd.Saved):
+        return results, kept, kept.backward(*down)._asdict()
+    return results, kept, {"x": fd.dropout_backward(down[0], kept)}
 
 
-@pytest.mark.parametrize("kind", ["float64", "float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["dropout", "alpha_dropout", "drop_block", "gaussian_dropout"])
-def test_other_dtypes(cupy, name, kind):
-    op, shape, _ = CALLS[name]
-    assert_is_the_cpus(cupy, op, data(shape, pytest.importorskip("ml_dtypes").bfloat16 if kind == "bfloat16" else kind))
+def assert_same(of_gpu, of_cpu, kind):
+    """Bit for bit, and arrays of one library."""
+    assert len(of_gpu) == len(of_cpu)
+    for result, expected in zip(of_gpu, of_cpu, strict=True):
+        assert (result is None) == (expected is None)
+        if result is not None:
+            assert type(result) is kind
+            assert_same_bits(result.own, np.asarray(expected))
 
 
-@calls
-def test_everything_and_nothing_is_dropped(cupy, op, shape, ways):
-    x = cupy.asarray(np.full(shape, np.inf, np.float32))
-    if op is not fd.gaussian_dropout:
-        y, mask = op(x, p=1.0, rng=5)
-        assert not np.atleast_1d(y.own).view(np.uint32).any()
-        assert mask == op(x.own, p=1.0, rng=5)[1]
-        assert not np.atleast_1d(fd.dropout_backward(x, mask).own).view(np.uint32).any()
-    launched = len(cupy.gpu.launches)
+def test_host_and_device_have_the_same_functions():
+    def functions(module):
+        found = {name: value for name, value in vars(module).items() if inspect.isfunction(value) and name[0] != "_"}
+        return {name: list(inspect.signature(value).parameters) for name, value in found.items()}
+
+    own, wanted = functions(device), functions(host)
+    for name in wanted.keys() - {"kept_count"}:
+        count = 5 if name == "draw_words" else None  # the host's takes a first cell as well
+        assert own[name] == wanted[name][:count], name
+
+
+@pytest.mark.parametrize("name", PRIMITIVES)
+def test_the_stand_in_is_called_as_the_backend_is(name):
+    calls = getattr(launch, f"{name}_at"), getattr(reference, name)
+    own, contract = (list(inspect.signature(call).parameters) for call in calls)
+    assert own[: 2 + len(contract)] == ["device", "stream", *contract]
+
+
+@each(CALLS)
+def test_results_are_the_cpus(there, op, arrays, ways):
+    for options in ways:
+        with fd.use_backend("numpy"):
+            expected, expected_kept, expected_gradients = run(op, arrays, options)
+        results, kept, gradients = run(op, arrays, options, there.cupy)
+        assert_same(results, expected, CupyArray)
+        assert_same(gradients.values(), expected_gradients.values(), CupyArray)
+        assert repr(kept) == repr(expected_kept)
+        mask, expected_mask = (getattr(k, "mask", k) for k in (kept, expected_kept))
+        assert type(mask) is type(expected_mask)
+        assert mask == expected_mask
+    assert {(device, stream) for _, device, stream in there.calls} == {(0, STREAM)}
+
+
+@each(CALLS)
+def test_empty_arrays(there, op, arrays, ways):
+    shape = next(iter(arrays.values())).shape
+    for empty in [(0, *shape[1:]), (*shape[:-1], 0)] if shape else []:
+        data = {
+            name: array if array is None else np.zeros(empty if array.ndim > 1 else empty[-1:], array.dtype)
+            for name, array in arrays.items()
+            if name != "attn_mask"
+        }
+        results, _, gradients = run(op, data, ways[0], there.cupy)
+        assert all(result.shape == empty for result in results)
+        assert all(gradient is None or not gradient.own.any() for gradient in gradients.values())
+
+
+@each({name: call for name, call in CALLS.items() if "norm" not in name})
+def test_out(there, op, arrays, ways):
+    over = "residual" if "residual" in arrays else next(iter(arrays))
+    with fd.use_backend("numpy"):
+        expected, _, expected_gradients = run(op, arrays, ways[0])
+    own = {name: there.cupy(array) for name, array in arrays.items()}
+    for out in (there.cupy(np.zeros_like(arrays[over])), own[over]):
+        result, kept = op(**own, p=0.3, rng=5, **ways[0], out=out)
+        assert result is out
+        assert_same_bits(out.own, np.asarray(expected[0]))
+    dy = there.cupy(np.asarray(expected[0] + 1, expected[0].dtype))
+    if isinstance(kept, fd.Saved):
+        assert_same(kept.backward(dy), expected_gradients.values(), CupyArray)
+    else:
+        assert fd.dropout_backward(dy, kept, out=dy) is dy
+        assert_same([dy], expected_gradients.values(), CupyArray)
+
+
+@each({name: call for name, call in PLAIN.items() if name != "dropout, standard"})
+def test_what_drops_nothing_is_x_itself(there, op, arrays, ways):
+    (array,) = arrays.values()
+    x, out = there.cupy(array), there.cupy(np.zeros_like(array))
     for undrawn in ({"p": 0.0}, {"p": 0.3, "training": False}):
-        y, mask = op(x, rng=5, **undrawn)
-        assert y is x
-        assert mask is None
-    assert len(cupy.gpu.launches) == launched
+        assert op(x, rng=5, **{**ways[0], **undrawn}) == (x, None)
+    assert op(x, **{**ways[0], "p": 0.0}, out=out)[0] is out
+    assert_same_bits(out.own, x.own)
+    assert not there.calls
 
 
-@calls
-def test_out(cupy, op, shape, ways):
-    x, out = cupy.asarray(np.asarray(data(shape))), cupy.asarray(np.zeros(shape, np.float32))
-    source = x.own.copy()
-    expected, expected_mask = op(source, p=0.3, rng=5)
-    y, mask = op(x, p=0.3, rng=5, out=out)
-    assert y is out
-    assert np.array_equal(out.own, expected)
-    assert op(x, p=0.0, out=out)[0] is out
-    assert np.array_equal(out.own, source)
-    assert op(x, p=0.3, rng=5, out=x)[0] is x
-    assert np.array_equal(x.own, expected)
-    assert fd.dropout_backward(x, mask, out=x) is x
-    assert np.array_equal(x.own, fd.dropout_backward(expected, expected_mask))
+def test_arrays_of_numba_of_the_types_that_kernels_take(there):
+    for name in ("dropout", "drop_block", "bias_dropout_add", "relu", "swiglu_dropout", "rms_norm", "softmax, floats"):
+        op, arrays, ways = CALLS[name]
+        with fd.use_backend("numpy"):
+            expected, _, expected_gradients = run(op, arrays, ways[0])
+        results, _, gradients = run(op, arrays, ways[0], there.numba)
+        assert_same(results, expected, NumbaArray)
+        assert_same(gradients.values(), expected_gradients.values(), NumbaArray)
 
 
-@calls
-def test_bad_arguments_are_refused_as_in_memory(cupy, op, shape, ways):
-    x, name = cupy.asarray(np.asarray(data(shape))), "w" if op is fd.drop_connect else "x"
-    for error, pattern, arguments in (
-        (ValueError, "^p, the drop probability", {"p": 1.5}),
-        (TypeError, "^rng must be None", {"rng": "seed"}),
-        (TypeError, f"^out must be an array on the GPU, as {name} is, but got ndarray", {"out": np.zeros(shape)}),
-        (ValueError, f"^out must have {name}'s shape", {"out": cupy.asarray(data((2, 2)))}),
-    ):
-        with pytest.raises(error, match=pattern):
-            op(x, **{"p": 0.3, **arguments})
-    with pytest.raises(TypeError, match=f"^{name} must have dtype float32, .*, but got int64"):
-        op(cupy.asarray(np.zeros(shape, np.int64)), p=0.3)
-    if len(shape) > 1:
-        with pytest.raises(ValueError, match=f"^{name} must be C-contiguous on a GPU, but got strides"):
-            op(Array(data(shape).T.copy().T), p=0.3)
-    assert not cupy.gpu.launches
+def test_weights_may_change_before_backward(there):
+    for at in (there.cupy, there.numba):
+        x, weight, ones = at(X), at(COLUMNS), at(np.ones_like(X))
+        for op in (fd.bias_act_dropout, partial(fd.dropout_add_rms_norm, x)):
+            *_, saved = op(x, weight, p=0.3, rng=5)
+            before = saved.backward(ones)
+            weight.own += 1
+            assert_same(saved.backward(ones), [g if g is None else g.own for g in before], type(x))
 
 
-def test_noise_needs_no_memory_of_a_gpu(cupy):
-    """Made by hand, or for an array in memory, it serves one on a GPU."""
-    x = data((5, 43))
-    y, noise = fd.gaussian_dropout(x, 0.3, rng=5)
-    assert np.array_equal(fd.apply_mask(cupy.asarray(x), noise).own, y)
-    assert np.array_equal(fd.apply_mask(cupy.asarray(x), fd.GaussianNoise(5, 0, x.shape, 0.3)).own, y)
-    with pytest.raises(ValueError, match=r"^mask must have the shape of x, \(4, 6\), but got noise of shape \(5, 43\)"):
-        fd.apply_mask(cupy.asarray(data((4, 6))), noise)
-
-
-def test_masks_stay_there_and_come_back_when_looked_at(cupy):
-    x = data((6, 300))
-    _, mask = fd.dropout(cupy.asarray(x), 0.3, rng=5)
-    _, expected = fd.dropout(x, 0.3, rng=5)
-    assert type(mask.words) is Array
-    assert mask.nbytes == expected.nbytes
-    assert mask.kept == expected.kept
+def test_masks_stay_there_and_come_back_when_looked_at(there):
+    _, mask = fd.dropout(there.cupy(X), 0.3, rng=5)
+    _, expected = fd.dropout(X, 0.3, rng=5)
+    assert type(mask.words) is CupyArray
+    assert (mask.nbytes, mask.kept) == (expected.nbytes, expected.kept)
     assert np.array_equal(mask.to_bool(), expected.to_bool())
-    assert repr(mask) == repr(expected)
     assert pickle.loads(pickle.dumps(mask)) == expected
 
 
-def test_streams(cupy):
-    fd.dropout(cupy.asarray(data(100), stream=None), 0.3)
-    fd.dropout(cupy.asarray(data(100), stream=2), 0.3)
-    assert [launch.stream for launch in cupy.gpu.launches] == [0, 2]
+def test_noise_and_seeds_need_no_memory_of_a_gpu(there):
+    """Made for an array in memory, they serve one on a GPU."""
+    for draw in (fd.gaussian_dropout, partial(fd.dropout, store="seed")):
+        y, kept = draw(X, 0.3, rng=5)
+        assert_same([fd.apply_mask(there.cupy(X), kept)], [y], CupyArray)
+
+
+def test_streams(there):
+    for stream in (None, 2):
+        fd.dropout(there.cupy(X, stream=stream), 0.3)
+    assert [stream for _, _, stream in there.calls] == [0, 2]
+
+
+@pytest.mark.parametrize("name", ["dropout", "drop_block"])
+def test_the_kernels_give_what_the_cpu_gives(gpu, monkeypatch, name):
+    """Nothing waits for the GPU but DropBlock, which counts in the array's own method."""
+    memory = Memory(gpu.allow)
+    monkeypatch.setitem(sys.modules, "cupy", memory)
+    op, arrays, ways = PLAIN[name]
+    expected, expected_mask, expected_gradients = run(op, arrays, ways[0])
+    results, mask, gradients = run(op, arrays, ways[0], memory.cupy)
+    assert_same([*results, *gradients.values()], [*expected, *expected_gradients.values()], CupyArray)
+    assert mask == expected_mask
+    assert {launch.stream for launch in gpu.launches} == {STREAM}
+    assert not [name for name in gpu.calls if "Synchronize" in name or "Memcpy" in name or "Alloc" in name]
 
 
 # ---- bad input ----
 
 
-def refused(kind, pattern, *arguments, **options):
-    with pytest.raises(kind, match=pattern):
-        fd.dropout(*arguments, **options)
+def test_bad_arguments_are_refused_as_in_memory(there):
+    for call in KINDS.values():
+        name, array = next(iter(call.arrays.items()))
+        x, other = there.cupy(array), there.cupy(X)
+        for error, message, arguments in (
+            (ValueError, "p, the drop probability", {"p": 1.5}),
+            (TypeError, "rng must be None", {"rng": "seed"}),
+            (TypeError, f"out must be an array on the GPU, as {name} is, but got ndarray", {"out": array.copy()}),
+            (ValueError, f"out must have {name}'s shape", {"out": other}),
+            (TypeError, f"out must have {name}'s dtype, float32", {"out": there.cupy(array.astype(float))}),
+            (TypeError, f"{name} must have dtype float32", {name: there.cupy(array.astype(int))}),
+            (ValueError, f"{name} must be C-contiguous on a GPU", {name: CupyArray(array.T, there)}),
+        ):
+            with refused(error, message):
+                call(**{name: x, "p": 0.3, **arguments})
+    assert not there.calls
 
 
-def test_bad_arrays(cupy):
-    x = cupy.asarray(data((4, 6)))
-    refused(TypeError, r"^x must have dtype float32, .*, but got int64", cupy.asarray(np.arange(4)))
-    refused(ValueError, r"^x must be C-contiguous on a GPU, but got strides", Array(data((4, 6)).T))
-    refused(TypeError, r"^out must be an array on the GPU, as x is, but got ndarray", x, out=data((4, 6)))
-    refused(TypeError, r"^out must have x's dtype, float32, but got", x, out=cupy.asarray(data((4, 6), np.float64)))
-    refused(ValueError, r"^out must have x's shape, \(4, 6\), but got \(6, 4\)", x, out=cupy.asarray(data((6, 4))))
-    frozen = cupy.asarray(data((4, 6)))
+def test_bad_arrays_are_refused(there):
+    x = there.cupy(X)
+    frozen = there.cupy(X)
     frozen.own.flags.writeable = False
-    refused(ValueError, r"^out must be writeable", x, out=frozen)
-    shared = cupy.asarray(data(20))
-    overlapping = Array(shared.own[:10]), Array(shared.own[5:15])
-    refused(ValueError, r"^out must be x itself or not share memory", overlapping[0], out=overlapping[1])
-    refused(ValueError, r"^p, the drop probability", x, 1.5)
-    refused(ValueError, r"^noise_shape must", x, 0.5, noise_shape=(2, 6))
-    refused(ValueError, r"^scaling must be one of", x, scaling="other")
-    refused(ValueError, r"^store must be one of", x, store="other")
-    refused(TypeError, r"^rng must be None", x, rng="seed")
-    assert not cupy.gpu.launches
+    with refused(ValueError, "out must be writeable"):
+        fd.dropout(x, out=frozen)
+    line = there.keep(np.zeros(300, np.float32))
+    first, second = (CupyArray(line[start : start + 198].reshape(6, 33), there) for start in (0, 5))
+    with refused(ValueError, "out must be x itself or not share memory with it"):
+        fd.dropout(first, out=second)
+    with refused(ValueError, "out must be residual itself or not share memory with it"):
+        fd.dropout_add(x, first, out=second)
+    with refused(ValueError, "out must be x itself or not share memory with it"):
+        fd.dropout_add(second, x, out=first)
+    with refused(TypeError, "residual must be on a GPU, as x is, but got one in memory"):
+        fd.dropout_add(x, X)
+    with refused(TypeError, "residual must be in memory, as x is, but got one on a GPU"):
+        fd.dropout_add(X, x)
+    with refused(TypeError, "attn_mask must be on a GPU, as scores is, but got one in memory"):
+        fd.softmax_dropout(x, attn_mask=MASK)
+    with refused(TypeError, "attn_mask, unless boolean, must have dtype", "got int64"):
+        fd.softmax_dropout(x, attn_mask=there.cupy(np.ones((6, 33), np.int64)))
+    with refused(ValueError, "attn_mask must be C-contiguous on a GPU"):
+        fd.softmax_dropout(x, attn_mask=CupyArray(np.ones((33, 6), np.bool_).T, there))
+    with refused(ValueError, "bias must have an element for each column of x, shape (33,), but got (6,)"):
+        fd.bias_act_dropout(x, there.cupy(X[:, 0]))
+    there.devices[frozen.own.ctypes.data] = 1
+    frozen.own.flags.writeable = True
+    with refused(ValueError, "x, out and mask must lie on one GPU, but got GPUs 0, 1"):
+        fd.dropout(x, out=frozen)
+    assert not there.calls
 
 
-def test_bad_masks(cupy):
-    x = cupy.asarray(data((4, 6)))
-    with pytest.raises(TypeError, match=r"^mask must be of an array on the GPU, or a SeededMask"):
-        fd.apply_mask(x, fd.draw_mask((4, 6), 0.5))
-    with pytest.raises(
-        TypeError, match=r"^mask must be a PackedMask, a SeededMask, a GaussianNoise or None, but got int"
+def test_bad_masks_and_gradients_are_refused(there):
+    x, narrow = there.cupy(X), there.cupy(X[:, :5])
+    for mask, error, message in (
+        (fd.draw_mask(X.shape, 0.5), TypeError, "mask must be of an array on the GPU, or a SeededMask"),
+        (3, TypeError, "mask must be a PackedMask, a SeededMask, a GaussianNoise or None, but got int"),
+        (fd.dropout(narrow)[1], ValueError, "mask must have the shape of x"),
+        (fd.gaussian_dropout(narrow)[1], ValueError, "mask must have the shape of x, (6, 33), but got noise"),
     ):
-        fd.apply_mask(x, 3)
-    with pytest.raises(ValueError, match=r"^mask must have the shape of x"):
-        fd.apply_mask(x, fd.dropout(cupy.asarray(data((4, 5))), 0.5)[1])
+        with refused(error, message):
+            fd.apply_mask(x, mask)
+    with refused(TypeError, "mask must be in memory, as x is, or a SeededMask"):
+        fd.apply_mask(X, fd.dropout(x)[1])
+    with refused(TypeError, "dy must be on a GPU, as mask is, but got one in memory"):
+        fd.dropout_add(x, x, 0.5)[1].backward(X)
+    with refused(TypeError, "dy must be in memory, as gate is, but got one on a GPU"):
+        fd.swiglu_dropout(X, X, 0.5, store="seed")[1].backward(x)
 
 
-def test_arrays_on_different_gpus(cupy):
-    cupy.gpu.install((9, 0), (9, 0))
-    x, out = (Array(data(100)) for _ in range(2))
-    cupy.gpu.allow(x.own, device=0)
-    cupy.gpu.allow(out.own, device=1)
-    refused(ValueError, r"^x, out and mask must lie on one GPU, but got GPUs 0, 1", x, 0.5, out=out, store="seed")
+def test_arrays_of_numba_that_would_have_to_be_changed_are_refused(there):
+    x = there.numba(X)
+    with refused(TypeError, "bias must have dtype float32 as an array of Numba, but got float16"):
+        fd.bias_dropout_add(x, there.numba(COLUMNS.astype(np.float16)), x)
+    for mask in (MASK, OTHER.astype(np.float64)):
+        with refused(TypeError, "attn_mask must have dtype float32 as an array of Numba, but got", mask.dtype):
+            fd.softmax_dropout(x, attn_mask=there.numba(mask))
+    with refused(ValueError, "attn_mask must have shape (1, 6, 33) as an array of Numba, but got (1, 6, 1)"):
+        fd.softmax_dropout(x, attn_mask=there.numba(OTHER[:, :1]))
 
 
-@pytest.mark.parametrize("kind", ["torch", "jax", "builtins"])
-def test_arrays_of_others(cupy, kind):
-    other = type("Other", (Array,), {"__module__": kind, "is_cuda": True})(data(4))
-    refused(
-        TypeError, r"fastdrop\.torch\.dropout takes those" if kind == "torch" else r"of CuPy or Numba, but got", other
-    )
-
-
-def test_arrays_that_only_dlpack_knows(cupy):
-    other = SimpleNamespace(__dlpack_device__=lambda: (2, 0))
-    refused(TypeError, r"^x on a GPU must be an array of CuPy or Numba, but got types\.SimpleNamespace", other)
+def test_arrays_of_others_are_refused(there):
+    for kind, message in (("torch", "fastdrop.torch.dropout takes those"), ("jax", "CuPy or Numba, but got jax.Other")):
+        other = type("Other", (Array,), {"__module__": kind, "is_cuda": True})(X, there)
+        with refused(TypeError, message):
+            fd.dropout(other)
+    with refused(TypeError, "x on a GPU must be an array of CuPy or Numba, but got types.SimpleNamespace"):
+        fd.dropout(SimpleNamespace(__dlpack_device__=lambda: (2, 0)))
 
 
 def test_arrays_in_memory_that_dlpack_knows_are_ndarrays():
-    assert fd.dropout(np.ones(8, np.float32).view(np.ndarray), 0.5, rng=1)[0].shape == (8,)
     torch = pytest.importorskip("torch")
     assert type(fd.dropout(torch.ones(8), 0.5, rng=1)[0]) is np.ndarray

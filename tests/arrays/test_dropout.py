@@ -1,11 +1,9 @@
-"""Plain dropout and masks in the NumPy API: shapes of decisions, random state, p, and the odd kinds of input.
+"""Plain dropout and masks in the NumPy API: shapes of decisions, p, and the odd kinds of input.
 
 What plain dropout has in common with the other kinds is tested in test_variants.py, whose table has it as a row.
 """
 
 from __future__ import annotations
-
-import itertools
 
 import numpy as np
 import pytest
@@ -18,18 +16,6 @@ from .variant_cases import under
 
 STORES = ("bits", "seed")
 FLOAT32 = DTYPES[0]
-
-
-# ---- values ----
-
-
-def test_worked_average_of_all_thinned_networks_is_the_full_one(variant):
-    """16 networks of a linear layer: numbers that float64 holds exactly, so that equality is exact."""
-    a, weights = np.array([0.375, 0.125, 0.4375, 0.25]), np.array([[1.5, -2.0], [0.5, 4.0], [-1.25, 8.0], [3.0, 0.75]])
-    keeps = list(itertools.product([True, False], repeat=4))
-    outputs = [fd.apply_mask(a, fd.PackedMask.from_bool(keep, 0.5)) @ weights for keep in keeps]
-    assert len(outputs) == 16
-    assert (np.mean(outputs, axis=0) == a @ weights).all()
 
 
 def test_dropout_matches_float64_within_tolerance(variant, dtype):
@@ -47,14 +33,8 @@ def test_dropout_matches_float64_within_tolerance(variant, dtype):
         ((8, 3, 5, 5), (None, None, 1, 1), (8, 3, 1, 1)),  # spatial dropout, channels first
         ((8, 5, 5, 3), (8, 1, 1, 3), (8, 1, 1, 3)),  # and last
         ((9, 4, 6), (1, 4, 6), (1, 4, 6)),  # shared along time
-        ((16, 7, 5), (None, 1, 1), (16, 1, 1)),  # stochastic depth
-        ((3, 4, 5, 6), (1, None, 1, None), (1, 4, 1, 6)),  # needs a loop over pieces
-        ((2, 3, 4, 5, 6), (None, 1, None, 1, None), (2, 1, 4, 1, 6)),
+        ((2, 3, 4, 5, 6), (None, 1, None, 1, None), (2, 1, 4, 1, 6)),  # needs a loop over pieces
         ((50, 60), (1, 1), (1, 1)),
-        ((1, 700), (1, None), (1, 700)),
-        ((40, 1), (None, None), (40, 1)),
-        ((3, 0), (1, 1), (1, 1)),
-        ((0, 4), (None, 1), (0, 1)),
     ],
     ids=str,
 )
@@ -68,9 +48,9 @@ def test_dropout_noise_shape_broadcasts(variant, shape, noise_shape, cells, stor
     assert_same_bits(fd.dropout_backward(dy, mask), under(FLOAT32, dy, keep, 2.0))
 
 
-def test_dropout_out_may_interleave_with_x(variant, dtype):
+def test_dropout_out_may_interleave_with_x(variant):
     """Sharing a buffer is not overlapping: odd and even elements."""
-    both = dtype.numbers(2000)
+    both = FLOAT32.numbers(2000)
     source = both[::2].copy()
     y, _ = fd.dropout(both[::2], 0.3, rng=0, out=both[1::2])
     assert_same_bits(y, fd.dropout(source, 0.3, rng=0)[0])
@@ -86,10 +66,15 @@ def test_dropout_of_arrays_that_repeat_or_may_not_be_written(variant):
     assert_same_bits(fd.dropout(row, 0.5, rng=0)[0], fd.dropout(row.copy(), 0.5, rng=0)[0])
 
 
-def test_dropout_of_lists_and_scalars(variant):
+def test_lists_and_scalars_are_arrays(variant):
     for do_nothing in (fd.dropout([1.0, 2.0], 0.0)[0], fd.dropout_backward([1.0, 2.0], None)):
         assert do_nothing.tolist() == [1.0, 2.0]
     assert fd.dropout(np.float32(3), 0.5, rng=0)[0].dtype == np.float32
+    x = np.random.default_rng(0).normal(size=(2, 3, 4))
+    for op in (fd.dropout, fd.gaussian_dropout, lambda x, p, rng: fd.drop_block(x, p, 2, rng=rng)):
+        y, mask = op(x.tolist(), 0.3, rng=0)
+        assert_same_bits(y, op(x, 0.3, rng=0)[0])
+        assert_same_bits(fd.dropout_backward(x.tolist(), mask), fd.dropout_backward(x, mask))
 
 
 def test_backward_without_a_mask_is_dy_itself(variant):
@@ -100,32 +85,6 @@ def test_backward_without_a_mask_is_dy_itself(variant):
     assert_same_bits(out, dy)
 
 
-# ---- random state and p ----
-
-
-def test_rng_takes_seeds_streams_and_generators(variant):
-    mask = fd.draw_mask(500, 0.5, rng=3)
-    assert all(mask == fd.draw_mask(500, 0.5, rng=kind(3)) for kind in (int, np.int8, np.uint64, fd.Stream))
-    assert mask != fd.draw_mask(500, 0.5, rng=4)
-    assert fd.draw_mask(500, 0.5, rng=2**64 - 1) == fd.draw_mask(500, 0.5, rng=np.uint64(2**64 - 1))
-    stream, x = fd.Stream(3), np.ones(500)
-    masks = [fd.dropout(x, 0.5, rng=stream)[1], fd.draw_mask(500, 0.5, rng=stream), fd.dropout(x, 0.5, rng=stream)[1]]
-    assert stream.offset == 3
-    assert masks == [fd.draw_mask(500, 0.5, rng=fd.Stream(3, offset)) for offset in range(3)]
-    assert masks[0] != masks[1] != masks[2] != masks[0]
-    generator = np.random.default_rng(8)
-    seed = int(np.random.default_rng(8).integers(0, 2**64, dtype=np.uint64))
-    assert fd.draw_mask(500, 0.5, rng=generator) == fd.draw_mask(500, 0.5, rng=seed)
-    assert fd.draw_mask(500, 0.5, rng=generator) != fd.draw_mask(500, 0.5, rng=seed)
-
-
-def test_rng_none_draws_from_the_process_wide_stream(variant):
-    x = np.ones(500)
-    assert fd.dropout(x, 0.5)[1] != fd.dropout(x, 0.5)[1]
-    fd.manual_seed(6)
-    assert fd.dropout(x, 0.5)[1] == fd.draw_mask(500, 0.5, rng=6)
-
-
 def test_p_is_not_quantised(variant):
     """Both sides of a cell's draw give masks that differ, however near: the threshold has 32 bits."""
     n = 1 << 16
@@ -134,33 +93,13 @@ def test_p_is_not_quantised(variant):
         assert 0 < differ < 20
 
 
-def test_draw_mask_shape_of_any_kind(variant):
+def test_draw_mask_takes_shapes_of_any_kind_and_draws_shards(variant):
     for shape in (5, [5], np.array([5]), (np.int64(5),)):
         assert fd.draw_mask(shape, 0.5, rng=0) == fd.draw_mask((5,), 0.5, rng=0)
-
-
-def test_draw_mask_first_cell_shards(variant):
     whole = fd.draw_mask(10_000, 0.1, rng=0).to_bool()
-    for first in (0, 1, 31, 512, 4097, 9999, 10_000):
+    for first in (1, 512, 9999, 10_000):
         shard = fd.draw_mask(10_000 - first, 0.1, rng=0, first_cell=first)
         assert (shard.to_bool() == whole[first:]).all(), first
-
-
-@pytest.mark.every_backend
-def test_dropout_equals_the_numpy_backend(variant):
-    """In 16 bits too, and under shared decisions of each orientation."""
-    for dtype in (FLOAT32, DTYPES[3]):
-        source = np.resize(dtype.specials().view(dtype.public), 9 * 700).reshape(9, 700)
-
-        def results(source=source):
-            stream = fd.Stream(77)
-            for p, noise_shape in itertools.product((0.5, 0.1, 1e-6, 1.0), (None, (1, None), (None, 1))):
-                for store in STORES:
-                    y, mask = fd.dropout(source.T, p, rng=stream, noise_shape=noise_shape, store=store)
-                    yield y
-                    yield fd.dropout_backward(source.T, mask)
-
-        with fd.use_backend("numpy"):
-            wanted = list(results())
-        for actual, want in zip(results(), wanted, strict=True):
-            assert_same_bits(actual, want)
+    fd.manual_seed(6)
+    assert fd.draw_mask(500, 0.5) == fd.draw_mask(500, 0.5, rng=6)
+    assert fd.draw_mask(500, 0.5) == fd.draw_mask(500, 0.5, rng=fd.Stream(6, 1))

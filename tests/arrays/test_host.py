@@ -11,7 +11,7 @@ import pytest
 
 import fastdrop as fd
 
-from ..cases import assert_same_bits, run_python
+from ..cases import assert_same_bits
 
 SHAPE = (3, 4)
 X = np.arange(1, 13, dtype=np.float32).reshape(SHAPE)
@@ -43,48 +43,34 @@ def given(call, make=lambda array: array):
     return [make({"x": X, "r": X[::-1], "b": VECTOR}[name].copy()) for name in names]
 
 
+def refuse(self, *args, **more):
+    raise AssertionError(args)
+
+
 class Hostile(np.ndarray):
     """A user's class that answers every question in its own way."""
 
-    def reshape(self, *shape, **more):
-        raise AssertionError("reshape")
-
-    def ravel(self, *args, **more):
-        raise AssertionError("ravel")
-
-    def view(self, *args, **more):
-        raise AssertionError("view")
-
-    def __getitem__(self, index):
-        raise AssertionError("index")
-
-    def __array_function__(self, function, kinds, args, kwargs):
-        raise AssertionError(function)
-
-    def __array_ufunc__(self, *args, **kwargs):
-        raise AssertionError("ufunc")
+    reshape = ravel = view = __getitem__ = __array_function__ = __array_ufunc__ = refuse
 
 
 def subclass_of(kind, tmp_path):
-    def make(array):
-        if kind == "memmap":
-            if array.ndim == 1:
-                return array
-            mapped = np.memmap(tmp_path / f"{next(numbers)}", array.dtype, "w+", shape=array.shape)
-            mapped[...] = array
-            return mapped
-        cls = {"matrix": np.matrix, "recarray": np.recarray, "hostile": Hostile}[kind]
-        return array.view(cls) if array.ndim == 2 or kind != "matrix" else array
-
+    """A function that makes an array an instance of a subclass, where the subclass has arrays of so many axes."""
     numbers = itertools.count()
+
+    def make(array):
+        if array.ndim == 1 and kind in ("matrix", "memmap"):
+            return array
+        if kind != "memmap":
+            return array.view({"matrix": np.matrix, "recarray": np.recarray, "hostile": Hostile}[kind])
+        mapped = np.memmap(tmp_path / f"{next(numbers)}", array.dtype, "w+", shape=array.shape)
+        mapped[...] = array
+        return mapped
+
     return make
 
 
-KINDS = ["matrix", "memmap", "recarray", "hostile"]
-
-
 @pytest.mark.every_backend
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["matrix", "memmap", "recarray", "hostile"])
 def test_subclasses_in_every_place_give_what_arrays_give(backend, kind, tmp_path):
     make = subclass_of(kind, tmp_path)
     for name, call in ALL.items():
@@ -93,29 +79,10 @@ def test_subclasses_in_every_place_give_what_arrays_give(backend, kind, tmp_path
         got = call(*arrays)
         assert got is arrays[0] if name == "p=0" else type(got) is np.ndarray, name
         assert_same_bits(np.asarray(got), want, name)
-        if name not in CALLS:
-            continue
-        out = make(np.full(SHAPE, 7, np.float32))
-        assert call(*arrays, out=out) is out, name
-        assert_same_bits(np.asarray(out), want, name)
-        assert call(*arrays, out=arrays[0]) is arrays[0], name
-        assert_same_bits(np.asarray(arrays[0]), want, name)
-
-
-def test_a_matrix_as_out_of_numba_does_not_write_past_its_end():
-    """Reshaping a matrix keeps two axes, by which kernels once counted wrongly."""
-    code = """
-import numpy as np, fastdrop as fd
-fd.use_backend("numba")
-x = np.arange(12, dtype=np.float32).reshape(3, 4)
-want = fd.dropout(x, 0.5, rng=0)[0]
-for _ in range(50):
-    out = np.matrix(np.zeros((3, 4), np.float32))
-    assert fd.dropout(x, 0.5, rng=0, out=out)[0] is out and (np.asarray(out) == want).all()
-print("same")
-"""
-    pytest.importorskip("numba")
-    assert run_python(code).stdout.strip() == "same"
+        if name in CALLS:
+            for out in (make(np.full(SHAPE, 7, np.float32)), arrays[0]):
+                assert call(*arrays, out=out) is out, name
+                assert_same_bits(np.asarray(out), want, name)
 
 
 def test_words_of_a_subclass(backend, tmp_path):
@@ -126,52 +93,12 @@ def test_words_of_a_subclass(backend, tmp_path):
         assert_same_bits(fd.apply_mask(X, fd.PackedMask(words, SHAPE, 0.5)), fd.apply_mask(X, mask))
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_masked_arrays_are_refused_in_every_place(name):
-    """Their mask would be lost."""
-    call = ALL[name]
-    for place in range(len(given(call))):
-        arrays = given(call)
-        arrays[place] = np.ma.masked_array(arrays[place], arrays[place] > 3)
-        with pytest.raises(TypeError, match=r"must not be a masked array"):
-            call(*arrays)
-    if name in CALLS:
-        out = np.ma.masked_array(np.full(SHAPE, 7, np.float32), True)
-        with pytest.raises(TypeError, match=r"^out must not be a masked array"):
-            call(*given(call), out=out)
-        assert (out.data == 7).all()
-
-
-def test_masked_words_and_flags_are_refused():
-    with pytest.raises(TypeError, match=r"^keep must not be a masked array"):
-        fd.PackedMask.from_bool(np.ma.masked_array([True, False], [False, True]), 0.5)
-    with pytest.raises(TypeError, match=r"^words must not be a masked array"):
-        fd.PackedMask(np.ma.masked_array(np.zeros(1, np.uint32)), (5,), 0.5)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_sparse_arrays_are_refused_in_one_sentence(name):
-    csr_array = type("csr_array", (), {"todense": lambda self: X, "shape": SHAPE, "dtype": X.dtype})
-    call = ALL[name]
-    arrays = given(call)
-    arrays[0] = csr_array()
-    with pytest.raises(TypeError, match=r"must be a dense array, but got a sparse csr_array"):
-        call(*arrays)
-
-
-def test_sparse_arrays_of_scipy_are_refused():
-    sparse = pytest.importorskip("scipy.sparse")
-    for make in (sparse.csr_array, sparse.coo_matrix):
-        with pytest.raises(TypeError, match=r"^x must be a dense array, but got a sparse"):
-            fd.dropout(make(X), 0.5)
-
-
 # ---- memory that overlaps ----
 
 
 def layouts():
     """Arrays of all strides on a small buffer, by brute force whether two of their elements share a byte."""
-    for shape in ((3,), (2, 3), (3, 2), (2, 2, 2), (1, 3), (2, 0)):
+    for shape in ((3,), (2, 3), (2, 2, 2), (1, 3), (2, 0)):
         for strides in itertools.product((-8, -4, -2, 0, 2, 4, 5, 6, 8, 12), repeat=len(shape)):
             starts = [sum(i * s for i, s in zip(index, strides, strict=True)) for index in np.ndindex(*shape)]
             taken = [start + byte for start in starts for byte in range(4)]
@@ -189,17 +116,6 @@ def test_outputs_that_overlap_themselves_are_found_exactly():
         else:
             fd.dropout(x, 0.5, rng=0, out=out)
             assert_same_bits(out, fd.dropout(x, 0.5, rng=0)[0])
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_every_call_refuses_windows_as_out(name):
-    line = np.full(6, 7, np.float32)
-    out = np.lib.stride_tricks.as_strided(line, SHAPE, (4, 4))
-    with pytest.raises(ValueError, match=r"^out must not have elements that overlap"):
-        CALLS[name](*given(CALLS[name]), out=out)
-    with pytest.raises(ValueError, match=r"^out must not have elements that overlap"):
-        CALLS[name](out, *given(CALLS[name])[1:], out=out)
-    assert (line == 7).all()
 
 
 def test_out_over_the_mask_is_refused():

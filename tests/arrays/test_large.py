@@ -152,45 +152,33 @@ def test_dropout_beyond_2_32_elements(threads):
                 assert_same_bits(y[part], want, part)
 
 
+ROWS, SAMPLES = 2**22 + 1, 2**12 + 1
+SHARED = {  # shape of the data and of the mask
+    "a row of cells": ((ROWS, 1024), (1, 1024)),
+    "a cell per row": ((ROWS, 1024), (ROWS, 1)),
+    "channels first": ((SAMPLES, 1024, 1024), (SAMPLES, 1024, 1)),
+    "channels last": ((SAMPLES, 1024, 1024), (SAMPLES, 1, 1024)),
+}
+
+
 @pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create, which Linux has")
-@pytest.mark.parametrize("cells", [pytest.param((1, 1024), marks=pytest.mark.slow(GUARD)), (2**22 + 1, 1)], ids=str)
-def test_shared_mask_beyond_2_32_elements(cells, threads):
-    """One row of cells for all rows, or one cell per row; the last rows are what is left to see."""
+@pytest.mark.parametrize(
+    "name",
+    ["a cell per row", *(pytest.param(n, marks=pytest.mark.slow(GUARD)) for n in SHARED if n != "a cell per row")],
+)
+def test_shared_mask_beyond_2_32_elements(name, threads):
+    """The last rows or samples are what is left to see."""
     needs(2)
-    rows, repeat = 2**22 + 1, 2**24
+    (shape, cells), repeat = SHARED[name], 2**24
     fd.set_num_threads(1)
     mask = fd.draw_mask(cells, 0.5, rng=4)
-    with repeating(1024 * rows, repeat) as x, repeating(1024 * rows, repeat) as y:
-        x[:repeat] = 1
-        y[:repeat] = np.nan
-        fd.apply_mask(x.reshape(rows, 1024), mask, out=y.reshape(rows, 1024))
-        keep = np.broadcast_to(mask.to_bool(), (rows, 1024))
-        for row in (rows - repeat // 1024, rows - 777, rows - 2, rows - 1):
-            assert_same_bits(y.reshape(rows, 1024)[row], 2 * keep[row].astype(np.float16), row)
-
-
-@pytest.mark.slow(GUARD)
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create, which Linux has")
-@pytest.mark.parametrize("channel_axis", [1, 2], ids=["channels first", "channels last"])
-def test_feature_dropout_beyond_2_32_elements(channel_axis, threads):
-    """Forward and backward; the last samples are what is left to see."""
-    needs(2)
-    samples, side, repeat = 2**12 + 1, 1024, 2**24
-    shape = samples, side, side
-    fd.set_num_threads(1)
+    keep = np.broadcast_to(mask.to_bool(), shape)
     with repeating(math.prod(shape), repeat) as x, repeating(math.prod(shape), repeat) as y:
         x[:repeat] = 1
         y[:repeat] = np.nan
-        _, mask = fd.feature_dropout(x.reshape(shape), 0.5, channel_axis, rng=4, out=y.reshape(shape))
-        keep = fd.draw_mask((samples, side), 0.5, rng=4).to_bool()
-        for call in (None, lambda: fd.dropout_backward(x.reshape(shape), mask, out=y.reshape(shape))):
-            if call:
-                y[:repeat] = np.nan
-                call()
-            for sample in (samples - repeat // side**2, samples - 2, samples - 1):
-                decided = keep[sample][:, None] if channel_axis == 1 else keep[sample]
-                want = np.broadcast_to(2 * decided.astype(np.float16), (side, side))
-                assert_same_bits(y.reshape(shape)[sample], want, sample)
+        fd.apply_mask(x.reshape(shape), mask, out=y.reshape(shape))
+        for at in (shape[0] - repeat // math.prod(shape[1:]), shape[0] - 2, shape[0] - 1):
+            assert_same_bits(y.reshape(shape)[at], 2 * keep[at].astype(np.float16), at)
 
 
 @pytest.mark.slow(GUARD)

@@ -6,7 +6,6 @@ import itertools
 import math
 
 import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -28,6 +27,7 @@ def cells_of(grid, elements):
 
 @given(axes)
 def test_grid_pieces_match_broadcasting(axes):
+    """Shared and separate axes alternate in the loop over pieces, and no extent of 1 is looped over."""
     shape = tuple(extent for extent, _ in axes)
     mask_shape = tuple(1 if shared else extent for extent, shared in axes)
     cells = np.arange(math.prod(mask_shape)).reshape(mask_shape)
@@ -35,13 +35,6 @@ def test_grid_pieces_match_broadcasting(axes):
     grid = Grid.of(shape, mask_shape)
     assert (cells_of(grid, math.prod(shape)) == expected).all()
     assert grid.size * math.prod(extent for extent, _ in grid.lead) == math.prod(shape)
-
-
-@given(axes)
-def test_grid_merges_neighbours(axes):
-    """Shared and separate axes alternate in the loop over pieces, and no extent of 1 is looped over."""
-    shape = tuple(extent for extent, _ in axes)
-    grid = Grid.of(shape, tuple(1 if shared else extent for extent, shared in axes))
     kinds = [stride == 0 for _, stride in grid.lead]
     assert all(a != b for a, b in itertools.pairwise(kinds))
     assert all(extent != 1 for extent, _ in grid.lead)
@@ -71,25 +64,28 @@ def test_memory_order_finds_the_order_of_dense_data(drawn):
     assert memory_order(x.shape, x.strides) == [axis for axis in order if x.shape[axis] > 1]
 
 
-@pytest.mark.parametrize(
-    "x", [np.empty((4, 6))[:, :3], np.empty((4, 6))[::2], np.empty(6)[::-1]], ids=["columns", "rows", "reversed"]
-)
-def test_memory_order_of_gaps_is_none(x):
-    assert memory_order(x.shape, [stride // x.itemsize for stride in x.strides]) is None
+def test_memory_order_of_gaps_is_none():
+    for x in (np.empty((4, 6))[:, :3], np.empty((4, 6))[::2], np.empty(6)[::-1]):
+        assert memory_order(x.shape, [stride // x.itemsize for stride in x.strides]) is None
 
 
-@pytest.mark.parametrize(
-    ("axes", "expected"),
-    [
+def test_canonical_forms():
+    for axes, expected in (
         ([(8, 3), (5, 0), (5, 0), (3, 1)], Grid(8, 25, 3)),
         ([(7, 0), (16, 5), (5, 1)], Grid(1, 7, 80)),
         ([(16, 5), (7, 0), (5, 1)], Grid(16, 7, 5)),
         ([(7, 0), (5, 1), (16, 5)], None),
-    ],
-    ids=str,
-)
-def test_grid_over_memory_canonical_forms(axes, expected):
-    assert Grid.over(axes) == expected
+    ):
+        assert Grid.over(axes) == expected
+    for shape, cells, expected in (
+        ((1, 1), (1, 1), Grid(1, 1, 1)),
+        ((4, 5, 6), (4, 5, 6), Grid(1, 1, 120)),
+        ((8, 3, 5, 5), (8, 3, 1, 1), Grid(24, 25, 1)),
+        ((8, 5, 5, 3), (8, 1, 1, 3), Grid(8, 25, 3)),
+        ((9, 4, 6), (1, 4, 6), Grid(1, 9, 24)),
+        ((2, 3, 4, 5, 6), (2, 1, 4, 1, 6), Grid(4, 5, 6, ((2, 24), (3, 0)))),
+    ):
+        assert Grid.of(shape, cells) == expected
 
 
 def test_grid_in_memory_declines_many_small_pieces():
@@ -99,22 +95,3 @@ def test_grid_in_memory_declines_many_small_pieces():
     large = Grid.in_memory((2, 3, 1 << 14), (1 << 14, 2 << 14, 1), (2, 3, 1))
     assert large is not None
     assert len(list(large.pieces())) == 6
-
-
-@pytest.mark.parametrize(
-    ("shape", "cells", "expected"),
-    [
-        ((), (), Grid(1, 1, 1)),
-        ((1, 1), (1, 1), Grid(1, 1, 1)),
-        ((4, 5, 6), (4, 5, 6), Grid(1, 1, 120)),
-        ((8, 3, 5, 5), (8, 3, 1, 1), Grid(24, 25, 1)),
-        ((8, 5, 5, 3), (8, 1, 1, 3), Grid(8, 25, 3)),
-        ((9, 4, 6), (1, 4, 6), Grid(1, 9, 24)),
-        ((16, 7, 5), (16, 1, 1), Grid(16, 35, 1)),
-        ((2, 3, 4, 5), (1, 3, 1, 5), Grid(3, 4, 5, ((2, 0),))),
-        ((2, 3, 4, 5, 6), (2, 1, 4, 1, 6), Grid(4, 5, 6, ((2, 24), (3, 0)))),
-    ],
-    ids=str,
-)
-def test_grid_canonical_forms(shape, cells, expected):
-    assert Grid.of(shape, cells) == expected

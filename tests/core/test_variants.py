@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from fractions import Fraction
 
@@ -22,27 +23,29 @@ SCALINGS = ("inverted", "standard", "alpha", "alpha_slope")
 CUTS = {"T=0": 0, **THRESHOLDS}
 ULP = 2.0**-52
 
-cuts = pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
-
-
-def share(cut):
-    """The drop probability really used."""
-    return Fraction(cut, DROP_ALL)
-
 
 # ---- affine ----
 
 
-@cuts
-def test_affine_inverted_divides_by_the_keep_probability(cut):
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_affine_is_what_the_papers_say(cut):
+    """Inverted dropout divides by the keep probability q; standard leaves what is kept.
+
+    Klambauer's a is (q + f**2 q (1 - q)) ** -1/2, and b is -a (1 - q) f; kept x becomes a x + b, dropped x a f + b.
+    """
+    q, floor = 1 - Fraction(cut, DROP_ALL), Fraction(variants.SELU_FLOOR)
     a, b, c = variants.affine("inverted", cut)
-    assert abs(Fraction(a) * (1 - share(cut)) - 1) <= ULP
+    assert abs(Fraction(a) * q - 1) <= ULP
     assert (b, c) == (0.0, 0.0)
-
-
-@cuts
-def test_affine_standard_leaves_what_is_kept(cut):
     assert variants.affine("standard", cut) == (1.0, 0.0, 0.0)
+    a, b, c = (Fraction(value) for value in variants.affine("alpha", cut))
+    assert abs(a * a * (q + floor**2 * q * (1 - q)) - 1) <= 8 * ULP
+    assert abs(b + a * (1 - q) * floor) <= 4 * ULP * abs(b)
+    assert abs(c - (a * floor + b)) <= 4 * ULP * abs(a * floor)
+    for scaling in SCALINGS:  # the slope is the derivative
+        a, _, _ = variants.affine(scaling, cut)
+        assert variants.affine(variants.slope(scaling), cut) == (a, 0.0, 0.0)
+        assert variants.slope(variants.slope(scaling)) == variants.slope(scaling)
 
 
 def test_selu_floor_is_selus():
@@ -51,53 +54,24 @@ def test_selu_floor_is_selus():
     assert -scale * alpha == variants.SELU_FLOOR
 
 
-@cuts
-def test_affine_alpha_is_klambauers(cut):
-    """a = (q + f**2 q (1 - q)) ** -1/2 and b = -a (1 - q) f, q the keep probability; kept a x + b, dropped a f + b."""
-    q, floor = 1 - share(cut), Fraction(variants.SELU_FLOOR)
-    a, b, c = (Fraction(value) for value in variants.affine("alpha", cut))
-    assert abs(a * a * (q + floor**2 * q * (1 - q)) - 1) <= 8 * ULP
-    assert abs(b + a * (1 - q) * floor) <= 4 * ULP * abs(b)
-    assert abs(c - (a * floor + b)) <= 4 * ULP * abs(a * floor)
-
-
-@cuts
-def test_affine_slope_is_the_derivative(cut):
+def test_affine_of_everything_and_of_nothing_dropped():
+    """Of everything all are 0, except standard scaling's, whose scale is never needed then."""
     for scaling in SCALINGS:
-        a, _, _ = variants.affine(scaling, cut)
-        assert variants.affine(variants.slope(scaling), cut) == (a, 0.0, 0.0)
-        assert variants.slope(variants.slope(scaling)) == variants.slope(scaling)
-
-
-def test_affine_of_everything_dropped_is_zero():
-    """But for standard scaling, whose scale is never needed then."""
-    assert {scaling: variants.affine(scaling, DROP_ALL) for scaling in SCALINGS} == {
-        "inverted": (0.0, 0.0, 0.0),
-        "standard": (1.0, 0.0, 0.0),
-        "alpha": (0.0, 0.0, 0.0),
-        "alpha_slope": (0.0, 0.0, 0.0),
-    }
-
-
-def test_affine_of_nothing_dropped_changes_nothing():
-    for scaling in SCALINGS:
-        a, b, _ = variants.affine(scaling, 0)
-        assert (a, b) == (1.0, 0.0)
-
-
-@pytest.mark.parametrize("scaling", SCALINGS)
-def test_affine_is_finite_up_to_the_last_threshold(scaling):
-    assert all(map(math.isfinite, variants.affine(scaling, DROP_ALL - 1)))
+        assert variants.affine(scaling, DROP_ALL) == ((1.0 if scaling == "standard" else 0.0), 0.0, 0.0)
+        assert variants.affine(scaling, 0)[:2] == (1.0, 0.0)
+        assert all(map(math.isfinite, variants.affine(scaling, DROP_ALL - 1)))
+    with pytest.raises(ValueError, match="scaling must be one of 'inverted', 'standard', 'alpha', 'alpha_slope'"):
+        variants.affine("invertd", 1 << 31)
 
 
 # ---- spread ----
 
 
-@pytest.mark.parametrize("p", [1e-300, 1e-6, 0.1, 1 / 3, 0.5, 0.9, 1 - 2.0**-53])
-def test_spread_is_what_dropout_has(p):
+def test_spread_is_what_dropout_has():
     """Dropout's factor is 1 / (1 - p) with probability 1 - p and else 0: its variance is p / (1 - p)."""
-    exact = Fraction(p)
-    assert abs(Fraction(variants.spread(p)) ** 2 / (exact / (1 - exact)) - 1) <= 4 * ULP
+    for p in (1e-300, 1e-6, 1 / 3, 0.9, 1 - 2.0**-53):
+        exact = Fraction(p)
+        assert abs(Fraction(variants.spread(p)) ** 2 / (exact / (1 - exact)) - 1) <= 4 * ULP
 
 
 # ---- cells ----
@@ -163,14 +137,11 @@ def test_blocks_widen_seeds_to_blocks(geometry, p, seed):
     assert (fd.PackedMask(words, shape, 0.5).to_bool() == keep).all()
 
 
-@pytest.mark.parametrize("feature_size", [1, 5, 7, 14, 56])
-@pytest.mark.parametrize("size", [1, 2, 3, 5, 7])
-def test_blocks_gamma_is_ghiasis(feature_size, size):
+def test_blocks_gamma_is_ghiasis():
     """Equation 1 of the paper, for square maps: (1 - keep_prob) / size**2 * feature**2 / (feature - size + 1)**2."""
-    size = min(size, feature_size)
-    for p in (0.1, 0.25, 0.9):
-        gamma = p / size**2 * feature_size**2 / (feature_size - size + 1) ** 2
-        shape = (8, 3, feature_size, feature_size)
+    for feature, size, p in itertools.product((7, 14, 56), (1, 2, 3, 7), (0.1, 0.9)):
+        gamma = p / size**2 * feature**2 / (feature - size + 1) ** 2
+        shape = (8, 3, feature, feature)
         assert math.isclose(variants.blocks(shape, p, (size, size)).gamma, gamma, rel_tol=4 * ULP)
 
 
@@ -185,11 +156,9 @@ def test_blocks_gamma_is_a_probability_up_to_p(geometry, p):
         assert gamma == p
 
 
-@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 3, 0, 5), (0, 0, 0, 0)], ids=str)
-def test_blocks_of_nothing(shape):
-    plan = variants.blocks(shape, 0.3, (3, 3))
-    assert 0 <= plan.gamma <= 1
-    assert math.prod(shape) == 0
+def test_blocks_of_nothing():
+    for shape in ((0, 3, 4, 5), (2, 3, 0, 5), (0, 0, 0, 0)):
+        assert 0 <= variants.blocks(shape, 0.3, (3, 3)).gamma <= 1
 
 
 def covers(extents, fits):
@@ -212,17 +181,3 @@ def test_blocks_drop_a_little_less_than_p(geometry, p):
     assert math.isclose(c.mean() * gamma, p, rel_tol=1e-12, abs_tol=1e-300)
     dropped = 1 - np.mean((1 - gamma) ** c)
     assert p - gamma**2 * np.mean(c * (c - 1)) / 2 - 1e-12 <= dropped <= p + 1e-12
-
-
-# ---- the module as a whole ----
-
-
-def test_public_names():
-    """All functions and classes of its own."""
-    own = {name for name, value in vars(variants).items() if getattr(value, "__module__", "") == variants.__name__}
-    assert set(variants.__all__) == {name for name in own if not name.startswith("_")}
-
-
-def test_affine_refuses_an_unknown_scaling():
-    with pytest.raises(ValueError, match="scaling must be one of 'inverted', 'standard', 'alpha', 'alpha_slope'"):
-        variants.affine("invertd", 1 << 31)
