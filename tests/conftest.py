@@ -19,6 +19,9 @@ from types import ModuleType
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Several processes of tests share the cores. A thread of torch's that waits by spinning takes one from another process.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import fastdrop as fd
 from fastdrop.backends import c as native
 
