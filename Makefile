@@ -19,19 +19,22 @@ OUT := build/c
 .PHONY: help demo test check test-all test-torch-next bench bench-quick bench-torch bench-family bench-fused cuda-report fuzz report lint format sanitize test-c test-neon package clean
 
 help:
-	@echo "make demo       train a network in NumPy and a transformer in torch, beside what is used today; two pictures"
-	@echo "make test       the test suite; make check: lint, and a few cases of the tests of what you changed (a minute);"
-	@echo "                make test-all: also what is slow; FASTDROP_TEST_EVERYTHING=1 lifts the limits of any of them"
-	@echo "make test-torch-next  the torch tests on torch $(NEXT_TORCH), in an environment of its own (several GB)"
-	@echo "make bench      plain dropout, every kernel (about a quarter of an hour), then the report"
-	@echo "                bench-quick: the speed table alone; bench-torch: torch's function and training steps"
-	@echo "                bench-family: the other kinds of dropout; bench-fused: fused kernels"
-	@echo "make cuda-report  the CUDA kernels compiled for three GPUs, none needed: registers, widths, instructions"
-	@echo "make fuzz       calls of the raw torch ops with arguments that don't fit, for SECONDS=60, from SEED"
-	@echo "make lint       ruff, mypy, clang-format; make format applies the formatters"
-	@echo "make sanitize   the C kernels under the address, undefined-behaviour and thread sanitizers"
-	@echo "make test-neon  the Arm kernels, cross-compiled and emulated"
-	@echo "make package    wheel and sdist, installed in clean environments and self-tested"
+	@echo "make demo         trains a network in NumPy and a transformer in torch, with fastdrop and with what is used today"
+	@echo "make test         the test suite"
+	@echo "make check        lint, and a few cases of the tests of what you changed: about a minute"
+	@echo "make test-all     the test suite and its slow tests; FASTDROP_TEST_EVERYTHING=1 lifts the limits of all three"
+	@echo "make test-torch-next  the torch tests on torch $(NEXT_TORCH), in its own environment (several GB)"
+	@echo "make bench        benchmarks of plain dropout, every kernel (a quarter of an hour), and their report"
+	@echo "make bench-quick, bench-torch, bench-family, bench-fused"
+	@echo "                  its speed table alone; torch's function and training steps; other kinds; fused kernels"
+	@echo "make report       writes the reports again from the results that are there"
+	@echo "make cuda-report  compiles the CUDA kernels for three GPUs (none is needed): registers, widths, instructions"
+	@echo "make fuzz         calls the torch ops with arguments that don't fit, for SECONDS=60, from SEED"
+	@echo "make lint         ruff, mypy, clang-format; make format applies the formatters"
+	@echo "make test-c       the C kernels; make sanitize: under the address, undefined-behaviour and thread sanitizers"
+	@echo "make test-neon    the Arm kernels, cross-compiled and emulated"
+	@echo "make package      builds wheel and sdist, installs them in clean environments and tests them"
+	@echo "make clean        removes .venv and everything that was built"
 
 # The stamp stands for: the pinned packages are there, and fastdrop is built and installed in place.
 $(VENV)/.packages: requirements-dev.txt

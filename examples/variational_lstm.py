@@ -31,7 +31,7 @@ class Language(nn.Module):
 
 
 def picture(quick: bool) -> Figure:
-    steps, every = (6, 3) if quick else (800, 40)
+    steps, every = (2, 1) if quick else (800, 40)
     text = "".join(topics[name] for name in sorted(topics))[:CHARACTERS]
     alphabet = sorted(set(text))
     codes = torch.tensor([alphabet.index(character) for character in text])

@@ -1,19 +1,21 @@
-"""The examples and their notebook, in their quick form: they run, print results and draw a picture of them."""
+"""The examples in their quick form: they run, print results and draw a picture of them."""
 
 from __future__ import annotations
 
-import importlib
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from .cases import ROOT
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 pytest.importorskip("sklearn")
-pytest.importorskip("matplotlib")
+figures = pytest.importorskip("matplotlib.figure")
 
 EXAMPLES = ROOT / "examples"
 PICTURES = sorted(path.stem for path in EXAMPLES.glob("*.py") if "def picture(" in path.read_text())
@@ -21,62 +23,48 @@ PICTURES = sorted(path.stem for path in EXAMPLES.glob("*.py") if "def picture(" 
 
 @pytest.fixture
 def beside_examples(monkeypatch):
-    """Imports as a script of that folder has them; modules are forgotten again."""
+    """Imports as a script of that folder has them; modules are forgotten again. One thread: others use the cores."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.random.fork_rng():
+        yield
+    torch.set_num_threads(threads)
     for name in [*PICTURES, "common"]:
         sys.modules.pop(name, None)
 
 
-@pytest.mark.slow("test_notebook_runs")
-@pytest.mark.parametrize("name", PICTURES)
-def test_example_draws_what_it_found(name, beside_examples, tmp_path, capsys, monkeypatch):
-    example = importlib.import_module(name)
-    output = tmp_path / "picture.png"
-    monkeypatch.setattr(sys, "argv", [name, "--quick", "--output", str(output)])
-    figures = []
-
-    def remember(quick):
-        figures.append(example.picture(quick))
-        return figures[-1]
-
-    example.run(remember, example.__doc__, "unused.png")
-    printed = capsys.readouterr().out
-    assert output.read_bytes()[:4] == b"\x89PNG"
-    assert printed.count("\n") > 1
-    assert "nan" not in printed
-    for axis in figures[0].axes:
-        drawn = [line.get_ydata() for line in axis.lines] + [[bar.get_height() for bar in axis.patches]]
-        values = np.concatenate([np.asarray(values, float).reshape(-1) for values in drawn])
+def test_tour_shows_every_example(beside_examples, monkeypatch, tmp_path, capsys):
+    pytest.importorskip("IPython")
+    drawn, save = [], figures.Figure.savefig
+    monkeypatch.setattr(figures.Figure, "savefig", lambda self, *a, **o: drawn.append(self) or save(self, *a, **o))
+    monkeypatch.setenv("FASTDROP_QUICK", "1")
+    cells = json.loads((EXAMPLES / "tour.ipynb").read_text())["cells"]
+    namespace: dict[str, object] = {}
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    for k, cell in enumerate(code):
+        exec(compile(cell, f"cell {k}", "exec"), namespace)
+        printed = capsys.readouterr().out
+        assert "nan" not in printed
+        assert printed.count("\n") >= 1 or k == 0
+    assert "Dropout" in printed  # the audit's table
+    assert all(f"show({name}.picture)" in "".join(code) for name in PICTURES)
+    assert len(drawn) == len(PICTURES) == 7
+    for axis in (axis for figure in drawn for axis in figure.axes):
+        lines = [line.get_ydata() for line in axis.lines] + [[bar.get_height() for bar in axis.patches]]
+        values = np.concatenate([np.asarray(values, float).reshape(-1) for values in lines])
         assert values.size > 1
         assert np.isfinite(values).all()
         assert axis.get_title(loc="left")
         assert axis.get_xlabel() or len(axis.get_xticklabels()) > 1
 
 
-def test_demo_draws_its_picture(tmp_path):
-    picture = tmp_path / "demo.png"
-    command = [sys.executable, str(EXAMPLES / "demo.py"), "--quick", "--output", str(picture)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+@pytest.mark.parametrize("name", ["demo", "sparsity"])
+def test_command_draws_its_picture(name, tmp_path):
+    picture = Path(tmp_path, "picture.png")
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick", "--output", str(picture)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")
-    assert "dropout p = 0.5" in done.stdout
-
-
-def test_every_example_is_in_the_notebook():
-    text = (EXAMPLES / "tour.ipynb").read_text()
-    assert all(f"show({name}.picture)" in text for name in PICTURES)
-    assert len(PICTURES) == 7
-
-
-def test_notebook_runs(monkeypatch):
-    nbformat = pytest.importorskip("nbformat")
-    nbclient = pytest.importorskip("nbclient")
-    monkeypatch.setenv("FASTDROP_QUICK", "1")
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # other tests run on the other cores
-    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
-    notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
-    nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
-    pictures = [output for cell in notebook.cells for output in cell.get("outputs", ()) if "image/png" in str(output)]
-    assert len(pictures) == len(PICTURES)
-    assert "Dropout" in notebook.cells[-1].outputs[0].text  # the audit's table
+    assert "p = 0.5" in done.stdout
