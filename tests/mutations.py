@@ -36,7 +36,7 @@ MASKS, PRIMITIVES, ROWS = (
     "tests/backends/test_mask.py",
     "tests/backends/test_fused.py",
 )
-OPS, FUSED, FAMILY = "tests/arrays/test_dropout.py", "tests/arrays/test_fused.py", "tests/arrays/test_variants.py"
+FUSED, FAMILY = "tests/arrays/test_fused.py", "tests/arrays/test_variants.py"
 CUDA, CUDA_ROWS = "tests/backends/cuda/test_primitives.py", "tests/backends/cuda/test_fused.py"
 
 MUTATIONS = (
@@ -229,7 +229,7 @@ MUTATIONS = (
         "fastdrop/core/mask.py",
         "words[:] = 0 if threshold == DROP_ALL else 0xFFFFFFFF",
         "words[:-1] = 0 if threshold == DROP_ALL else 0xFFFFFFFF",
-        "tests/core/test_mask.py tests/arrays/test_dropout.py",
+        "tests/core/test_mask.py",
     ),
     Mutation(
         "masks compare without their scale",
@@ -271,7 +271,7 @@ MUTATIONS = (
         "fastdrop/core/grid.py",
         "yield i * self.size, sum(at * stride for at, stride in zip(index, strides, strict=True))",
         "yield i * self.size, sum(at * stride for at, stride in zip(index, strides[::-1], strict=True))",
-        "tests/core/test_grid.py tests/arrays/test_dropout.py",
+        "tests/core/test_grid.py tests/arrays/test_variants.py",
     ),
     Mutation(
         "cosine starts fast",

@@ -1,4 +1,4 @@
-"""Plain dropout and masks in the NumPy API: shapes of decisions, p, and the odd kinds of input.
+"""Plain dropout and masks in the NumPy API: rounding, and the odd kinds of input.
 
 What plain dropout has in common with the other kinds is tested in test_variants.py, whose table has it as a row.
 """
@@ -6,15 +6,12 @@ What plain dropout has in common with the other kinds is tested in test_variants
 from __future__ import annotations
 
 import numpy as np
-import pytest
 
 import fastdrop as fd
 from fastdrop.core.random import threshold
 
 from ..cases import DTYPES, TOLERANCE, assert_same_bits
-from .variant_cases import under
 
-STORES = ("bits", "seed")
 FLOAT32 = DTYPES[0]
 
 
@@ -24,28 +21,6 @@ def test_dropout_matches_float64_within_tolerance(variant, dtype):
     y, mask = fd.dropout(x, 0.1, rng=0)
     wanted = x.astype(np.float64) / (1 - threshold(0.1) / 2**32) * mask.to_bool()
     np.testing.assert_allclose(y.astype(np.float64), wanted, rtol=TOLERANCE[dtype.name], atol=0)
-
-
-@pytest.mark.parametrize("store", STORES)
-@pytest.mark.parametrize(
-    ("shape", "noise_shape", "cells"),
-    [
-        ((8, 3, 5, 5), (None, None, 1, 1), (8, 3, 1, 1)),  # spatial dropout, channels first
-        ((8, 5, 5, 3), (8, 1, 1, 3), (8, 1, 1, 3)),  # and last
-        ((9, 4, 6), (1, 4, 6), (1, 4, 6)),  # shared along time
-        ((2, 3, 4, 5, 6), (None, 1, None, 1, None), (2, 1, 4, 1, 6)),  # needs a loop over pieces
-        ((50, 60), (1, 1), (1, 1)),
-    ],
-    ids=str,
-)
-def test_dropout_noise_shape_broadcasts(variant, shape, noise_shape, cells, store):
-    x, dy = FLOAT32.numbers(shape), FLOAT32.numbers(shape, seed=1)
-    y, mask = fd.dropout(x, 0.5, noise_shape=noise_shape, store=store, rng=2)
-    keep = fd.draw_mask(cells, 0.5, rng=2).to_bool()
-    assert mask.shape == cells
-    assert mask.nbytes == (0 if store == "seed" else -(-keep.size // 32) * 4)
-    assert_same_bits(y, under(FLOAT32, x, keep, 2.0))
-    assert_same_bits(fd.dropout_backward(dy, mask), under(FLOAT32, dy, keep, 2.0))
 
 
 def test_dropout_out_may_interleave_with_x(variant):
@@ -83,14 +58,6 @@ def test_backward_without_a_mask_is_dy_itself(variant):
     out = np.empty_like(dy)
     assert fd.dropout_backward(dy, None, out=out) is out
     assert_same_bits(out, dy)
-
-
-def test_p_is_not_quantised(variant):
-    """Both sides of a cell's draw give masks that differ, however near: the threshold has 32 bits."""
-    n = 1 << 16
-    for p, q in ((0.1, 0.1 + 2.0**-16), (0.5, 0.5 - 2.0**-16)):
-        differ = (fd.draw_mask(n, p, rng=0).to_bool() != fd.draw_mask(n, q, rng=0).to_bool()).sum()
-        assert 0 < differ < 20
 
 
 def test_draw_mask_takes_shapes_of_any_kind_and_draws_shards(variant):

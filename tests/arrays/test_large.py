@@ -17,12 +17,12 @@ import pytest
 import fastdrop as fd
 from fastdrop import backends
 from fastdrop.backends import reference
-from fastdrop.core.random import keep_scale, threshold
 
 from ..cases import DTYPES, assert_same_bits
 
 pytestmark = pytest.mark.large
 GUARD = "test_draw_bits_at_positions_beyond_2_32 and test_shared_mask_beyond_2_32_elements"
+needs_memfd = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create, which Linux has")
 
 PIECE = 1000
 
@@ -55,40 +55,6 @@ def keep_of(part: slice, p: float, rng: int) -> np.ndarray:
     return fd.draw_mask(part.stop - part.start, p, rng=rng, first_cell=part.start).to_bool()
 
 
-@pytest.mark.slow(GUARD)
-def test_dropout_and_noise_beyond_2_31_elements():
-    """In place, all of it in memory: 4 GiB, which the system takes longest to provide.
-
-    The noise around each border is what the reference draws for its cells.
-    """
-    needs(6)
-    dtype, n = DTYPES[2], 2**31 + PIECE
-    x = np.empty(n, np.float16)
-    parts = around(2**29, 2**30, 2**31, end=n)
-    keeps = [keep_of(part, 0.1, 3).astype(np.float16) for part in parts]
-    for store in ("seed", "bits"):
-        x.fill(1)
-        y, mask = fd.dropout(x, 0.1, rng=3, store=store, out=x)
-        assert y is x
-        for part, keep in zip(parts, keeps, strict=True):
-            assert_same_bits(x[part], dtype.rounded(keep, mask.scale), (store, part))
-        x.fill(1)
-        fd.dropout_backward(x, mask, out=x)
-        for part, keep in zip(parts, keeps, strict=True):
-            assert_same_bits(x[part], dtype.rounded(keep, mask.scale), (store, part))
-    noise = fd.GaussianNoise(3, 0, (n,), 0.2)
-    for call in (
-        lambda: fd.gaussian_dropout(x, 0.2, rng=3, out=x)[0],
-        lambda: fd.dropout_backward(x, noise, out=x),
-    ):
-        x.fill(1)
-        assert call() is x
-        for part in parts:
-            want = np.empty(PIECE, np.float16)
-            reference.gaussian_multiply(2, np.ones(PIECE, np.float16), want, part.start, PIECE, 3, 0, 0.5)
-            assert_same_bits(x[part], want, part)
-
-
 @contextmanager
 def repeating(n: int, repeat: int) -> Iterator[np.ndarray]:
     """n float16 in memory that comes round every ``repeat`` of them: all addresses, hardly any memory."""
@@ -111,29 +77,8 @@ def repeating(n: int, repeat: int) -> Iterator[np.ndarray]:
 
 
 @pytest.mark.slow(GUARD)
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create, which Linux has")
-def test_torch_dropout_beyond_2_31_elements():
-    """Output and gradient are all there, 4 GiB each."""
-    torch = pytest.importorskip("torch")
-    import fastdrop.torch as fdt
-
-    needs(10)
-    dtype, n = DTYPES[2], 2**31 + PIECE
-    parts = around(2**29, 2**30, 2**31, end=n)
-    wanted = [dtype.rounded(keep_of(part, 0.1, 3).astype(np.float16), keep_scale(threshold(0.1))) for part in parts]
-    with repeating(n, 2**24) as memory:
-        memory[: 2**24] = 1
-        x = torch.from_numpy(memory).requires_grad_()
-        y = fdt.dropout(x, 0.1, seed=3)
-        (dx,) = torch.autograd.grad(y, x, torch.from_numpy(memory))
-        for part, want in zip(parts, wanted, strict=True):
-            assert_same_bits(y.detach()[part].numpy(), want, part)
-            assert_same_bits(dx[part].numpy(), want, part)
-
-
-@pytest.mark.slow(GUARD)
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create, which Linux has")
-def test_dropout_beyond_2_32_elements(threads):
+@needs_memfd
+def test_dropout_and_noise_beyond_2_32_elements(threads):
     """Only the last part of y outlives the pass over it, written in order by one thread: it holds element 2**32."""
     needs(2)
     dtype, n, repeat = DTYPES[2], 2**32 + PIECE, 2**24
@@ -150,6 +95,11 @@ def test_dropout_beyond_2_32_elements(threads):
                 call()
             for part, want in zip(parts, wanted, strict=True):
                 assert_same_bits(y[part], want, part)
+        fd.gaussian_dropout(x, 0.2, rng=3, out=y)
+        for part in parts:
+            want = np.empty(PIECE, np.float16)
+            reference.gaussian_multiply(2, np.ones(PIECE, np.float16), want, part.start, PIECE, 3, 0, 0.5)
+            assert_same_bits(y[part], want, part)
 
 
 ROWS, SAMPLES = 2**22 + 1, 2**12 + 1
@@ -161,7 +111,7 @@ SHARED = {  # shape of the data and of the mask
 }
 
 
-@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create, which Linux has")
+@needs_memfd
 @pytest.mark.parametrize(
     "name",
     ["a cell per row", *(pytest.param(n, marks=pytest.mark.slow(GUARD)) for n in SHARED if n != "a cell per row")],
