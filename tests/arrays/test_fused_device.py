@@ -63,9 +63,9 @@ class Gpu:
     def empty(self, shape, dtype, device, stream):
         return NumbaArray(self.keep(np.full(shape, 7, dtype)), self)
 
-    def strided_affine_at(self, device, stream, dtype, x, y, words, position, axes, a, b, c):
+    def strided_affine_at(self, place, dtype, arrays, position, axes, affine):
         n = int(np.prod([extent for extent, _ in axes]))
-        reference.masked_affine(dtype, self._found(x), self._found(y), self._found(words), position, 1, 1, n, a, b, c)
+        reference.masked_affine(dtype, *map(self._found, arrays), position, 1, 1, n, *affine)
 
     def dropout_forward_at(self, device, stream, dtype, x, y, words, *rest):
         reference.dropout_forward(dtype, self._found(x), self._found(y), self._found(words), *rest)
