@@ -162,8 +162,8 @@ def apply_mask(tag: int, x: Any, y: Any, words: Any, mask_shape: Shape, coeffici
     shape = tuple(x.shape)
     if math.prod(shape):
         source, target, mask = _places(x, y, words)
-        at = source.device, source.stream, tag, source.address, target.address, mask.address
-        cuda_backend().strided_affine_at(*at, 0, cell_axes(shape, mask_shape), *coefficients)
+        on, arrays = (source.device, source.stream), (source.address, target.address, mask.address)
+        cuda_backend().strided_affine_at(on, tag, arrays, 0, cell_axes(shape, mask_shape), coefficients)
 
 
 # ---- the fused primitives ----

@@ -137,14 +137,15 @@ class Gpu(Memory):
     def count_bits_at(self, device, stream, words, count, kept):
         self._found(kept)[0] += np.unpackbits(self._found(words)[:count].view(np.uint8)).sum()
 
-    def strided_affine_at(self, device, stream, dtype, x, y, words, position, axes, *affine):
+    def strided_affine_at(self, place, dtype, arrays, position, axes, affine):
+        x, y, words = map(self._found, arrays)
         cells = np.full((), position)
         for extent, stride in axes:
             cells = np.add.outer(cells, stride * np.arange(extent))
-        bits = np.unpackbits(self._found(words).view(np.uint8), bitorder="little")[cells.reshape(-1)]
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[cells.reshape(-1)]
         packed = np.packbits(np.pad(bits, (0, -bits.size % 32)), bitorder="little").view(np.uint32)
-        self.calls.append(("strided_affine", device, stream))
-        reference.masked_affine(dtype, self._found(x), self._found(y), packed, 0, 1, 1, bits.size, *affine)
+        self.calls.append(("strided_affine", *place))
+        reference.masked_affine(dtype, x, y, packed, 0, 1, 1, bits.size, *affine)
 
 
 @pytest.fixture

@@ -35,102 +35,111 @@ def constant(number: int, type: Any = I32) -> Any:
 
 
 class Vocabulary:
-    """The words of kernels with one storage type."""
+    """The words of kernels with one storage type.
+
+    A word that `__init__` declares is emitted by the method of its name with an underscore, which gets LLVM's builder
+    and the values of the arguments. ``affine`` is (a, b, c): a kept x becomes a x + b, a dropped one c.
+    """
 
     def __init__(self, dtype: int, cc: tuple[int, int], plain: bool, counted: bool = False) -> None:
         self.dtype, self.cc, self.plain, self.counted = dtype, cc, plain, counted
-        item = ITEM_BYTES[dtype]
-        self.item_bytes = item
-        self.vector_items = VECTOR_BYTES // item
-        self.sweeps = TILE_CELLS * item // (LANES * VECTOR_BYTES)
+        self.item_bytes = ITEM_BYTES[dtype]
+        self.vector_items = VECTOR_BYTES // self.item_bytes
+        self.sweeps = TILE_CELLS // (LANES * self.vector_items)
+        self._item = ir.IntType(8 * self.item_bytes)
+        self._computed = F64 if dtype == FLOAT64 else F32
         self._register = I64 if dtype == FLOAT64 else I32  # a vector is loaded as two or four of these
         self._registers = VECTOR_BYTES * 8 // self._register.width
-        held = types.uint64 if dtype == FLOAT64 else types.uint32
-        item_type = {8: types.uint64, 4: types.uint32, 2: types.uint16}[item]
-        a = types.float64 if dtype == FLOAT64 else types.float32  # what elements are computed in
+
+        u32, u64, f32, flag, void = types.uint32, types.uint64, types.float32, types.boolean, types.void
+        a = types.float64 if dtype == FLOAT64 else f32  # what elements are computed in
+        register = u64 if dtype == FLOAT64 else u32
+        vector, tile = (types.UniTuple(register, self._registers * sweeps) for sweeps in (1, self.sweeps))
+        item = {8: u64, 4: u32, 2: types.uint16}[self.item_bytes]
+        four, batch, affine = types.UniTuple(item, 4), types.UniTuple(item, BATCH), types.UniTuple(a, 3)
 
         self.inline = njit(inline="always")
-        self.lane = _special("laneid")
-        self.thread, self.block = _special("tid.x"), _special("ctaid.x")
+        self.lane, self.thread, self.block = _special("laneid"), _special("tid.x"), _special("ctaid.x")
         self.block_threads, self.blocks = _special("ntid.x"), _special("nctaid.x")
-        self.multiply = define(types.uint64, (types.uint64, types.uint64), self._multiply)
-        self.multiply_high = define(types.uint64, (types.uint64, types.uint64), self._multiply_high)
-        self.divide = define(types.uint32, (types.uint32, types.uint32, types.uint32), self._divide)
-        self.plane_mask = define(types.uint32, (types.uint32, types.uint32), self._plane_mask)
-        self.uniform = define(types.uint32, (types.uint32,), self._uniform)
-        self.any_lane = define(types.boolean, (types.boolean,), self._any_lane)
-        self.ones = define(types.uint32, (types.uint32,), operation("ctpop.i32"))
-        self.sum_lanes = define(types.uint32, (types.uint32,), self._sum_lanes)
-        self.add_long = define(types.void, (types.uint64, types.uint64), self._add_long)
-        f32 = types.float32
+        self.ones = define(u32, (u32,), operation("ctpop.i32"))
         self.plus = define(f32, (f32, f32), operation("nvvm.add.rn.f"))
         self.times = define(f32, (f32, f32), operation("nvvm.mul.rn.f"))
         self.root = define(f32, (f32,), operation("nvvm.sqrt.rn.f"))
-        self.scale = define(a, (types.float64 if counted else a, types.uint64), self._scale)
-        self.load_word = define(types.uint32, (types.uint64,), _load(I32))
-        self.store_word = define(types.void, (types.uint64, types.uint32), _store)
-        self.load_long = define(types.uint64, (types.uint64,), _load(I64))
-        tile = types.UniTuple(held, self.sweeps * self._registers)
-        self.load_tile = define(tile, (types.uint64,), self._load_tile)
-        self.store_tile = define(
-            types.void, (types.uint64, tile, types.uint32, types.uint32, a, a, a), self._store_tile
+        self.load_word, self.load_long = define(u32, (u64,), _load(I32)), define(u64, (u64,), _load(I64))
+        self.store_word = define(void, (u64, u32), _store)
+        self.declare(
+            multiply=(u64, u64, u64),
+            multiply_high=(u64, u64, u64),
+            divide=(u32, u32, u32, u32),
+            plane_mask=(u32, u32, u32),
+            uniform=(u32, u32),
+            any_lane=(flag, flag),
+            sum_lanes=(u32, u32),
+            add_long=(void, u64, u64),
+            scale=(a, types.float64 if counted else a, u64),
+            load_tile=(tile, u64),
+            store_tile=(void, u64, tile, u32, affine),
+            load_batch=(batch, u64, u32, u32),
+            store_batch=(void, u64, u32, u32, batch, u32, affine),
+            load_four=(four, u64, u64, u64),
+            store_four=(void, u64, u64, u64, four, types.UniTuple(f32, 4)),
+            load_vector=(vector, u64),
+            store_vector=(void, u64, vector, u32, affine),
+            load_item=(item, u64),
+            store_item=(void, u64, item, u32, affine),
         )
-        rest = types.UniTuple(item_type, BATCH)
-        u32 = types.uint32
-        self.load_rest = define(rest, (types.uint64, u32, u32), self._load_rest)
-        self.store_rest = define(types.void, (types.uint64, u32, u32, rest, u32, u32, u32, a, a, a), self._store_rest)
-        four, u64 = types.UniTuple(item_type, 4), types.uint64
-        self.load_four = define(four, (u64, u64, u64), self._load_four)
-        self.store_four = define(types.void, (u64, u64, u64, four, types.UniTuple(f32, 4)), self._store_four)
-        vector = types.UniTuple(held, self._registers)
-        self.load_vector = define(vector, (types.uint64,), self._load_vector)
-        self.store_vector = define(types.void, (types.uint64, vector, types.uint32, a, a, a), self._store_vector)
-        self.load_item = define(item_type, (types.uint64,), self._load_item)
-        self.store_item = define(types.void, (types.uint64, item_type, types.uint32, a, a, a), self._store_item)
+
+    def declare(self, **signatures: tuple[Any, ...]) -> None:
+        """Words by the types of their result and of their arguments."""
+        for name, (returns, *parameters) in signatures.items():
+            setattr(self, name, define(returns, tuple(parameters), getattr(self, f"_{name}")))
 
     # ---- a tile, in vectors ----
 
-    def _load_tile(self, context, builder, address):
+    def _load_tile(self, builder, address):
         """Vectors of this lane, at ``address`` and every 512 bytes from there: all under way before one is used."""
-        vectors = [self._load_vector(context, builder, at) for at in self._sweep_addresses(builder, address)]
+        vectors = [self._load_vector(builder, at) for at in self._sweep_addresses(builder, address)]
         return [register for vector in vectors for register in vector]
 
-    def _store_tile(self, context, builder, address, tile, word, lane, a, b, c):
-        per = self._registers
-        first = builder.mul(lane, constant(self.vector_items))  # cell, within a sweep
+    def _store_tile(self, builder, address, tile, word, affine):
+        registers, per, affine = parts(builder, tile), self._registers, parts(builder, affine)
+        first = builder.mul(_read_special(builder, "laneid"), constant(self.vector_items))  # cell, within a sweep
         owner, shift = builder.lshr(first, constant(5)), builder.and_(first, constant(31))
         for sweep, at in enumerate(self._sweep_addresses(builder, address)):
             bits = shuffle(builder, word, builder.add(owner, constant(sweep * self.vector_items)))
-            registers = [builder.extract_value(tile, sweep * per + i) for i in range(per)]
-            self._put_vector(builder, at, registers, builder.lshr(bits, shift), (a, b, c))
+            own = registers[sweep * per : (sweep + 1) * per]
+            self._put_vector(builder, at, own, builder.lshr(bits, shift), affine)
 
     def _sweep_addresses(self, builder, address):
         return [builder.add(address, constant(s * LANES * VECTOR_BYTES, I64)) for s in range(self.sweeps)]
 
     # ---- element by element ----
 
-    def _load_rest(self, context, builder, address, first, end):
-        """This lane's next elements of a tile: ``first``, ``first + 32`` and on; those from ``end`` on are not read."""
-        return self._load_places(context, builder, [self._rest(builder, address, first, i, end) for i in range(BATCH)])
+    def _load_batch(self, builder, address, owner, end):
+        """This lane's elements of a tile under the words of lane ``owner`` and on, but not from element ``end`` on."""
+        return self._load_places(builder, self._batch(builder, address, owner, end))
 
-    def _store_rest(self, context, builder, address, first, end, rest, word, owner, lane, a, b, c):
-        """``owner``: the lane that has the bits of the first."""
-        for i in range(BATCH):
-            bits = builder.lshr(shuffle(builder, word, builder.add(owner, constant(i))), lane)
-            at, inside = self._rest(builder, address, first, i, end)
+    def _store_batch(self, builder, address, owner, end, batch, word, affine):
+        affine = parts(builder, affine)
+        for i, (at, inside) in enumerate(self._batch(builder, address, owner, end)):
+            bits = builder.lshr(
+                shuffle(builder, word, builder.add(owner, constant(i))), _read_special(builder, "laneid")
+            )
             with builder.if_then(inside):
-                self._put_item(builder, at, builder.extract_value(rest, i), bits, (a, b, c))
+                self._put_item(builder, at, builder.extract_value(batch, i), bits, affine)
 
-    def _rest(self, builder, address, first, i, end):
-        element = builder.add(first, constant(i * LANES))
-        offset = builder.mul(builder.zext(element, I64), constant(self.item_bytes, I64))
-        return builder.add(address, offset), builder.icmp_unsigned("<", element, end)
+    def _batch(self, builder, address, owner, end):
+        first = builder.add(builder.shl(owner, constant(5)), _read_special(builder, "laneid"))
+        for i in range(BATCH):
+            element = builder.add(first, constant(i * LANES))
+            offset = builder.mul(builder.zext(element, I64), constant(self.item_bytes, I64))
+            yield builder.add(address, offset), builder.icmp_unsigned("<", element, end)
 
-    def _load_four(self, context, builder, address, first, end):
+    def _load_four(self, builder, address, first, end):
         """Element ``first``, at ``address``, ``first + 16`` and on; those from ``end`` on are not read."""
-        return self._load_places(context, builder, self._four(builder, address, first, end))
+        return self._load_places(builder, self._four(builder, address, first, end))
 
-    def _store_four(self, context, builder, address, first, end, four, factors):
+    def _store_four(self, builder, address, first, end, four, factors):
         """Each by its own factor."""
         zero = ir.Constant(self._computed, 0)
         for i, (at, inside) in enumerate(self._four(builder, address, first, end)):
@@ -139,19 +148,17 @@ class Vocabulary:
                 self._put_item(builder, at, builder.extract_value(four, i), constant(1), (factor, zero, zero))
 
     def _four(self, builder, address, first, end):
-        places = []
         for step in range(0, 4 * NOISE_COUNTERS, NOISE_COUNTERS):
             inside = builder.icmp_unsigned("<", builder.add(first, constant(step, I64)), end)
-            places.append((builder.add(address, constant(step * self.item_bytes, I64)), inside))
-        return places
+            yield builder.add(address, constant(step * self.item_bytes, I64)), inside
 
-    def _load_places(self, context, builder, places):
+    def _load_places(self, builder, places):
         """What lies at each address that has an element."""
         items = []
-        for at, inside in places:
+        for at, inside in list(places):
             before = builder.block
             with builder.if_then(inside):
-                loaded = self._load_item(context, builder, at)
+                loaded = self._load_item(builder, at)
                 there = builder.block
             item = builder.phi(self._item)
             item.add_incoming(ir.Constant(self._item, 0), before)
@@ -161,18 +168,13 @@ class Vocabulary:
 
     # ---- one vector, one element ----
 
-    @property
-    def _item(self):
-        return ir.IntType(8 * self.item_bytes)
-
-    def _load_vector(self, context, builder, address):
+    def _load_vector(self, builder, address):
         vector = ir.VectorType(self._register, self._registers)
         loaded = builder.load(_pointer(builder, address, vector), align=VECTOR_BYTES)
         return [builder.extract_element(loaded, constant(i)) for i in range(self._registers)]
 
-    def _store_vector(self, context, builder, address, vector, bits, a, b, c):
-        registers = [builder.extract_value(vector, i) for i in range(self._registers)]
-        self._put_vector(builder, address, registers, bits, (a, b, c))
+    def _store_vector(self, builder, address, vector, bits, affine):
+        self._put_vector(builder, address, parts(builder, vector), bits, parts(builder, affine))
 
     def _put_vector(self, builder, address, registers, bits, affine):
         """Elements under the low bits of ``bits``, each register holding one element or two."""
@@ -180,11 +182,11 @@ class Vocabulary:
         kept = [self._affine(builder, n, self._bit(builder, bits, i), affine) for i, n in enumerate(numbers)]
         self._write_vector(builder, address, kept)
 
-    def _load_item(self, context, builder, address):
+    def _load_item(self, builder, address):
         return builder.load(_pointer(builder, address, self._item), align=self.item_bytes)
 
-    def _store_item(self, context, builder, address, item, bits, a, b, c):
-        self._put_item(builder, address, item, bits, (a, b, c))
+    def _store_item(self, builder, address, item, bits, affine):
+        self._put_item(builder, address, item, bits, parts(builder, affine))
 
     def _put_item(self, builder, address, item, bits, affine):
         kept = self._affine(builder, self.number_of(builder, item), self._bit(builder, bits, 0), affine)
@@ -195,9 +197,9 @@ class Vocabulary:
     def read(self, builder, address, count):
         """The numbers that lie at an address: one, or so many in whole vectors."""
         if count == 1:
-            return [self.number_of(builder, self._load_item(None, builder, address))]
+            return [self.number_of(builder, self._load_item(builder, address))]
         starts = [builder.add(address, constant(at, I64)) for at in range(0, count * self.item_bytes, VECTOR_BYTES)]
-        registers = [register for at in starts for register in self._load_vector(None, builder, at)]
+        registers = [register for at in starts for register in self._load_vector(builder, at)]
         return [number for register in registers for number in self._numbers(builder, register)]
 
     def write(self, builder, address, numbers):
@@ -234,10 +236,6 @@ class Vocabulary:
 
     # ---- arithmetic ----
 
-    @property
-    def _computed(self):
-        return F64 if self.dtype == FLOAT64 else F32
-
     def _bit(self, builder, bits, i):
         return builder.icmp_unsigned("!=", builder.and_(bits, constant(1 << i)), constant(0))
 
@@ -273,16 +271,16 @@ class Vocabulary:
         low, high = (builder.zext(self._narrow(builder, value), I32) for value in (low, high))
         return builder.or_(low, builder.shl(high, constant(16)))
 
-    def _multiply(self, context, builder, c, m):
+    def _multiply(self, builder, c, m):
         """Low 32 bits by low 32 bits, in the one instruction there is for it."""
         low = [builder.trunc(factor, I32) for factor in (c, m)]
         return _assembly(builder, I64, "mul.wide.u32 $0, $1, $2;", "=l,r,r", *low)
 
-    def _multiply_high(self, context, builder, a, b):
+    def _multiply_high(self, builder, a, b):
         product = builder.mul(builder.zext(a, I128), builder.zext(b, I128))
         return builder.trunc(builder.lshr(product, constant(64, I128)), I64)
 
-    def _scale(self, context, builder, a, kept_at):
+    def _scale(self, builder, a, kept_at):
         """a; counted, a by the count that lies at an address, and 0 by none."""
         if not self.counted:
             return a
@@ -291,34 +289,39 @@ class Vocabulary:
         none = builder.icmp_unsigned("==", kept, constant(0, I64))
         return builder.fptrunc(builder.select(none, ir.Constant(F64, 0), quotient), self._computed)
 
-    def _divide(self, context, builder, n, multiplier, shift):
+    def _divide(self, builder, n, multiplier, shift):
         """n, below 2**31, by the extent that `reciprocal` gave the other two for."""
         product = builder.mul(builder.zext(n, I64), builder.zext(multiplier, I64))
         return builder.trunc(builder.lshr(product, builder.zext(shift, I64)), I32)
 
-    def _plane_mask(self, context, builder, threshold, k):
+    def _plane_mask(self, builder, threshold, k):
         """Bit ``31 - k`` of the threshold, spread to a whole word."""
         return builder.ashr(builder.shl(threshold, k), constant(31))
 
-    def _uniform(self, context, builder, value):
+    def _uniform(self, builder, value):
         """A number that all lanes share, in a form that tells the compiler so."""
         return shuffle(builder, value, constant(0))
 
-    def _any_lane(self, context, builder, flag):
+    def _any_lane(self, builder, flag):
         return call(builder, "llvm.nvvm.vote.any.sync", I1, constant(-1), flag)
 
-    def _sum_lanes(self, context, builder, value):
+    def _sum_lanes(self, builder, value):
         for step in (16, 8, 4, 2, 1):
             value = builder.add(value, shuffle(builder, value, constant(step), "bfly"))
         return value
 
-    def _add_long(self, context, builder, address, value):
+    def _add_long(self, builder, address, value):
         """To what lies there, at once."""
         builder.atomic_rmw("add", _pointer(builder, address, I64), value, "monotonic")
 
 
 def define(returns: Any, parameters: tuple[Any, ...], body: Callable[..., Any]) -> Any:
-    """An intrinsic; ``body(context, builder, *values)`` emits it and returns its value, a list for a tuple."""
+    """An intrinsic; ``body(builder, *values)`` emits it and returns its value, a list for a tuple."""
+    return define_in_context(returns, parameters, lambda context, builder, *values: body(builder, *values))
+
+
+def define_in_context(returns: Any, parameters: tuple[Any, ...], body: Callable[..., Any]) -> Any:
+    """The same for a body that gets Numba's context first."""
 
     def codegen(context, builder, signature, arguments):
         result = body(context, builder, *arguments)
@@ -339,22 +342,31 @@ def define(returns: Any, parameters: tuple[Any, ...], body: Callable[..., Any]) 
 
 def _special(name: str) -> Any:
     """A special register, as uint32."""
-    return define(types.uint32, (), lambda context, builder: call(builder, f"llvm.nvvm.read.ptx.sreg.{name}", I32))
+    return define(types.uint32, (), lambda builder: _read_special(builder, name))
+
+
+def _read_special(builder, name):
+    return call(builder, f"llvm.nvvm.read.ptx.sreg.{name}", I32)
+
+
+def parts(builder, value):
+    """The elements of a tuple."""
+    return [builder.extract_value(value, i) for i in range(value.type.count)]
 
 
 def operation(name: str) -> Callable[..., Any]:
     """An intrinsic of LLVM's whose result and arguments are of one type."""
-    return lambda context, builder, *values: call(builder, f"llvm.{name}", values[0].type, *values)
+    return lambda builder, *values: call(builder, f"llvm.{name}", values[0].type, *values)
 
 
 def _load(type: Any) -> Callable[..., Any]:
-    def load(context, builder, address):
+    def load(builder, address):
         return builder.load(_pointer(builder, address, type), align=type.width // 8)
 
     return load
 
 
-def _store(context, builder, address, value):
+def _store(builder, address, value):
     builder.store(value, _pointer(builder, address, value.type), align=value.type.width // 8)
 
 

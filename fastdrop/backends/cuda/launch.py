@@ -28,6 +28,9 @@ DIMS = 4
 INDEX_END = 1 << 31  # elements that one launch of `strided` numbers
 
 Axis = tuple[int, int]  # extent, stride in cells
+Place = tuple[int, int]  # device, stream
+Arrays = tuple[int, int, int]  # addresses of x, y, words
+Affine = tuple[float, float, float]
 
 
 def unavailable() -> str | None:
@@ -68,70 +71,55 @@ def dropout_forward_at(p: Any) -> None:
 @primitive_at("kept_at")
 def masked_affine_at(p: Any) -> None:
     """``kept_at``: kept elements become ``a / kept * x + b`` for the uint64 kept at this address, 0 x + b for 0."""
-    place, affine = (p.device, p.stream), (p.a, p.b, p.c)
+    call = (p.device, p.stream), p.dtype, (p.x, p.y, p.words), p.position
     if p.repeat == 1:
-        _stored_affine_at(place, p.dtype, (p.x, p.y, p.words), p.position, p.outer * p.inner, affine, p.kept_at)
-        return
-    axes = (p.outer, p.inner), (p.repeat, 0), (p.inner, 1)
-    strided_affine_at(*place, p.dtype, p.x, p.y, p.words, p.position, axes, *affine, kept_at=p.kept_at)
+        _stored_affine_at(*call, p.outer * p.inner, (p.a, p.b, p.c), p.kept_at)
+    else:
+        axes = (p.outer, p.inner), (p.repeat, 0), (p.inner, 1)
+        strided_affine_at(*call, axes, (p.a, p.b, p.c), p.kept_at)
 
 
 def _stored_affine_at(
-    place: tuple[int, int],
-    dtype: int,
-    arrays: tuple[int, int, int],
-    position: int,
-    n: int,
-    affine: tuple[float, float, float],
-    kept_at: int,
+    place: Place, dtype: int, arrays: Arrays, position: int, n: int, affine: Affine, kept_at: int
 ) -> None:
     """An element for each cell, in the cells' order."""
     if n:
         device, stream = place
-        x, y, _ = arrays
-        whole, threads = _tiles(x, y, n)
-        plain = affine[1] == affine[2] == 0.0
-        kernel = driver.device(device).kernel("elementwise", dtype, "stored", plain, kept_at != 0)
+        whole, threads = _tiles(arrays[0], arrays[1], n)
+        kernel = driver.device(device).kernel(
+            "elementwise", dtype, "stored", affine[1] == affine[2] == 0.0, kept_at != 0
+        )
         kernel.launch(stream, threads, *arrays, position, n, whole, 0, 0, 0, 0, 0, kept_at, *affine)
 
 
 def strided_affine_at(
-    device: int,
-    stream: int,
-    dtype: int,
-    x: int,
-    y: int,
-    words: int,
-    position: int,
-    axes: Sequence[Axis],
-    a: float,
-    b: float,
-    c: float,
-    *,
-    kept_at: int = 0,
+    place: Place, dtype: int, arrays: Arrays, position: int, axes: Sequence[Axis], affine: Affine, kept_at: int = 0
 ) -> None:
-    """``masked_affine`` for cells at any strides, ``axes`` in the order of memory, outermost first; a stride of 0
-    shares a decision. One launch, unless there are 2**31 elements or more than four axes that don't merge."""
+    """``masked_affine`` for cells at any strides.
+
+    ``place`` is (device, stream), ``arrays`` are x, y and words, ``affine`` is (a, b, c). ``axes`` are in the order of
+    memory, outermost first; a stride of 0 shares a decision. One launch, unless there are 2**31 elements or more than
+    four axes that don't merge.
+    """
     axes = _collapsed(axes)
     n = math.prod(extent for extent, _ in axes)
     if not axes or axes == [(n, 1)] or not n:
-        _stored_affine_at((device, stream), dtype, (x, y, words), position, n, (a, b, c), kept_at)
+        _stored_affine_at(place, dtype, arrays, position, n, affine, kept_at)
         return
+    x, y, words = arrays
     if len(axes) > DIMS or n >= INDEX_END:
         for start, cell, part in _parts(axes):
             at = start * ITEM_BYTES[dtype]
-            strided_affine_at(
-                device, stream, dtype, x + at, y + at, words, position + cell, part, a, b, c, kept_at=kept_at
-            )
+            strided_affine_at(place, dtype, (x + at, y + at, words), position + cell, part, affine, kept_at)
         return
-    step = VECTOR_BYTES // ITEM_BYTES[dtype]
-    wide = (x | y) % VECTOR_BYTES == 0 and axes[-1][0] % step == 0
-    form = "wide" if wide else "narrow"
-    kernel = driver.device(device).kernel("strided", dtype, form, b == 0.0 and c == 0.0, kept_at != 0)
+    wide = _in_vectors(dtype, axes[-1][0], x, y)
+    kernel = driver.device(place[0]).kernel(
+        "strided", dtype, "wide" if wide else "narrow", affine[1] == affine[2] == 0.0, kept_at != 0
+    )
     inner_first = [*reversed(axes), *[(1, 0)] * (DIMS - len(axes))]
     divisions = [value for extent, cells in inner_first[:-1] for value in (extent, *reciprocal(extent), cells)]
-    threads, outermost = n // step if wide else n, inner_first[-1][1]
-    kernel.launch(stream, threads, x, y, words, position, n, *divisions, outermost, kept_at, a, b, c)
+    threads, outermost = n * ITEM_BYTES[dtype] // VECTOR_BYTES if wide else n, inner_first[-1][1]
+    kernel.launch(place[1], threads, *arrays, position, n, *divisions, outermost, kept_at, *affine)
 
 
 @primitive_at("seed_at")

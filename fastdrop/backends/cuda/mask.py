@@ -33,7 +33,7 @@ from ...core import random as stream
 from ...core.random import GROUP_SHIFT, LOW, MASK_DOMAIN, NOISE_DOMAIN, PLANES_PER_GROUP
 from ..numba.scalars import decide_group, normal_pair, philox
 from . import tile as shares
-from .teams import LANES, LOW_5, ONE, WORD_BYTES, WORD_SHIFT, U, indices, thread_counter, warp_counter
+from .teams import LANES, LOW_5, ONE, WORD_BYTES, WORD_SHIFT, U, thread_counter, warp_counter
 
 HALF, LOW_32 = U(32), U(LOW)
 DOMAIN, NOISE, GROUP_AT = U(MASK_DOMAIN), U(NOISE_DOMAIN), U(GROUP_SHIFT)
@@ -46,8 +46,9 @@ def _drawing(v: Any) -> Any:
     any_lane, plane_mask, philox_planes = v.any_lane, v.plane_mask, philox(v.multiply)
 
     @v.inline
-    def draw(word, k0, k1, o0, o1, threshold, groups):
+    def draw(word, state, threshold, groups):
         """A mask word of each lane, group by group until no lane of the warp has an undecided cell left."""
+        k0, k1, o0, o1 = state
         c1 = (word >> HALF) | DOMAIN
         keep, undecided = ~U(0), ~U(0)
         t, group = threshold, np.uint32(0)
@@ -66,27 +67,26 @@ def _drawing(v: Any) -> Any:
     return draw
 
 
-def _seeds(v: Any) -> Any:
+def _states(v: Any) -> Any:
     load_long = v.load_long
 
     @v.inline
-    def seed_of(seed, seed_at):
-        """The seed itself, or the one that lies at an address."""
+    def state_of(seed, seed_at, offset):
+        """Key and offset in halves; of the seed itself, or of the one that lies at an address."""
         if seed_at:
-            return load_long(seed_at)
-        return seed
+            seed = load_long(seed_at)
+        return seed & LOW_32, seed >> HALF, offset & LOW_32, offset >> HALF
 
-    return seed_of
+    return state_of
 
 
 def draw_words(v: Any) -> Any:
-    draw, seed_of, warps = _drawing(v), _seeds(v), warp_counter(v)
+    draw, state_of, warps = _drawing(v), _states(v), warp_counter(v)
     lane_index, load_word, store_word = v.lane, v.load_word, v.store_word
 
     def kernel(words, position, first, n, seed, seed_at, offset, threshold, groups):
         """Bits of cells first .. first+n-1, to bits position .. position+n-1 of words, a thread per word written."""
-        seed = seed_of(seed, seed_at)
-        k0, k1, o0, o1 = seed & LOW_32, seed >> HALF, offset & LOW_32, offset >> HALF
+        state = state_of(seed, seed_at, offset)
         lead = position & LOW_5
         shift = (first - lead) & LOW_5
         # Where the first word begins before cell 0 this wraps: its bits are not ours, and the next one, 2**59, has the
@@ -97,9 +97,9 @@ def draw_words(v: Any) -> Any:
         warp_first, step = warps()
         while warp_first < count:  # whole warps, since lanes vote
             i = warp_first + U(lane_index())
-            word = draw(begin + i, k0, k1, o0, o1, threshold, groups)
+            word = draw(begin + i, state, threshold, groups)
             if shift:
-                high = draw(begin + i + ONE, k0, k1, o0, o1, threshold, groups)
+                high = draw(begin + i + ONE, state, threshold, groups)
                 word = ((word | (high << HALF)) >> shift) & LOW_32
             if i < count:
                 end = lead + n - (i << WORD_SHIFT)
@@ -115,22 +115,19 @@ def draw_words(v: Any) -> Any:
 
 
 def elementwise(v: Any, source: str) -> Any:
-    draw, seed_of = _drawing(v), _seeds(v)
+    draw, state_of, warps = _drawing(v), _states(v), warp_counter(v)
     drawn, shifted = source != "stored", source == "drawn_shifted"
-    item = U(v.item_bytes)
-    lane_index, thread_index, block_index, blocks, block_threads = indices(v)
-    load_word, store_word, uniform = v.load_word, v.store_word, v.uniform
-    load_tile, store_tile, load_rest, store_rest = v.load_tile, v.store_tile, v.load_rest, v.store_rest
-    scale_of = v.scale
+    item, lane_index, load_word, store_word, scale_of = U(v.item_bytes), v.lane, v.load_word, v.store_word, v.scale
+    load_tile, store_tile, load_batch, store_batch = v.load_tile, v.store_tile, v.load_batch, v.store_batch
 
     @v.inline
-    def word_of(tile, words, first, n, k0, k1, o0, o1, threshold, groups):
+    def word_of(tile, words, first, n, state, threshold, groups):
         """The lane's word of the tile: drawn, or read from words, where element 0 has bit ``first``."""
         index = (tile << WORD_SHIFT) + U(lane_index())
         if drawn:
-            word = draw((first >> WORD_SHIFT) + index, k0, k1, o0, o1, threshold, groups)
+            word = draw((first >> WORD_SHIFT) + index, state, threshold, groups)
             if shifted:
-                high = draw((first >> WORD_SHIFT) + index + ONE, k0, k1, o0, o1, threshold, groups)
+                high = draw((first >> WORD_SHIFT) + index + ONE, state, threshold, groups)
                 word = ((word | (high << HALF)) >> (first & LOW_5)) & LOW_32
             return word
         shift = first & LOW_5
@@ -144,36 +141,33 @@ def elementwise(v: Any, source: str) -> Any:
 
     def kernel(x, y, words, first, n, whole, seed, seed_at, offset, threshold, groups, kept_at, a, b, c):
         """``whole`` tiles in vectors, what is left element by element; all of it where whole is 0."""
-        scale, seed = scale_of(a, kept_at), seed_of(seed, seed_at)
-        k0, k1, o0, o1 = seed & LOW_32, seed >> HALF, offset & LOW_32, offset >> HALF
+        affine, state = (scale_of(a, kept_at), b, c), state_of(seed, seed_at, offset)
         lane = U(lane_index())
-        warps = U(blocks()) * (U(block_threads()) >> WORD_SHIFT)
-        warp = U(block_index()) * (U(block_threads()) >> WORD_SHIFT) + U(uniform(thread_index() >> 5))
-        tile = warp
+        warp_first, step = warps()
+        tile = warp_first >> WORD_SHIFT
         while tile < whole:
             at = tile * (TILE * item) + lane * VECTOR_BYTES
             held = load_tile(x + at)
-            word = word_of(tile, words, first, n, k0, k1, o0, o1, threshold, groups)
+            word = word_of(tile, words, first, n, state, threshold, groups)
             if drawn and words:
                 store_word(words + ((tile << WORD_SHIFT) + lane) * WORD_BYTES, word)
-            store_tile(y + at, held, word, lane, scale, b, c)
-            tile += warps
-        tile = whole + warp
+            store_tile(y + at, held, word, affine)
+            tile += step >> WORD_SHIFT
+        tile = whole + (warp_first >> WORD_SHIFT)
         tiles = (n + TILE - ONE) >> TILE_SHIFT
         while tile < tiles:
             at = tile * (TILE * item)
             valid = min(n - (tile << TILE_SHIFT), TILE)
-            word = word_of(tile, words, first, n, k0, k1, o0, o1, threshold, groups)
+            word = word_of(tile, words, first, n, state, threshold, groups)
             if drawn and words and (lane << WORD_SHIFT) < valid:
                 bits = min(valid - (lane << WORD_SHIFT), HALF)
                 store_word(words + ((tile << WORD_SHIFT) + lane) * WORD_BYTES, word & ((ONE << bits) - ONE))
-            batch = U(0)
-            while batch < LANES:
-                first_item = (batch << WORD_SHIFT) + lane
-                rest = load_rest(x + at, first_item, valid)
-                store_rest(y + at, first_item, valid, rest, word, batch, lane, scale, b, c)
-                batch += BATCH
-            tile += warps
+            owner = U(0)
+            while owner < LANES:
+                batch = load_batch(x + at, owner, valid)
+                store_batch(y + at, owner, valid, batch, word, affine)
+                owner += BATCH
+            tile += step >> WORD_SHIFT
 
     return kernel
 
@@ -185,32 +179,34 @@ def strided(v: Any, wide: bool) -> Any:
     """
     threads_of, load_word, divide, scale_of = thread_counter(v), v.load_word, v.divide, v.scale
     load_vector, store_vector, load_item, store_item = v.load_vector, v.store_vector, v.load_item, v.store_item
-    step, vector_bytes = v.vector_items, VECTOR_BYTES
-    item = U(v.item_bytes)
+    step, item = v.vector_items, U(v.item_bytes)
 
     @v.inline
-    def cell_of(e, e0, m0, s0, c0, e1, m1, s1, c1, e2, m2, s2, c2, c3):
-        q = divide(e, m0, s0)
-        cell = U(e - q * e0) * c0
-        e = q
-        q = divide(e, m1, s1)
-        cell += U(e - q * e1) * c1
-        e = q
-        q = divide(e, m2, s2)
-        return cell + U(e - q * e2) * c2 + U(q) * c3
+    def along(e, axis):
+        """How far cells are along an axis for element e, and what number e is without it."""
+        extent, multiplier, shift, cells = axis
+        outer = divide(e, multiplier, shift)
+        return U(e - outer * extent) * cells, outer
+
+    @v.inline
+    def cell_of(e, axes, outermost):
+        cell0, outer0 = along(e, axes[0])
+        cell1, outer1 = along(outer0, axes[1])
+        cell2, outer2 = along(outer1, axes[2])
+        return cell0 + cell1 + cell2 + U(outer2) * outermost
 
     @v.inline
     def bit(words, cell):
         return (U(load_word(words + (cell >> WORD_SHIFT) * WORD_BYTES)) >> (cell & LOW_5)) & ONE
 
     def kernel(x, y, words, position, n, e0, m0, s0, c0, e1, m1, s1, c1, e2, m2, s2, c2, c3, kept_at, a, b, c):
-        scale = scale_of(a, kept_at)
+        axes, affine = ((e0, m0, s0, c0), (e1, m1, s1, c1), (e2, m2, s2, c2)), (scale_of(a, kept_at), b, c)
         i, threads = threads_of()
         if wide:
             while i * U(step) < U(n):
-                at = i * vector_bytes
+                at = i * VECTOR_BYTES
                 held = load_vector(x + at)
-                cell = position + cell_of(i * U(step), e0, m0, s0, c0, e1, m1, s1, c1, e2, m2, s2, c2, c3)
+                cell = position + cell_of(i * U(step), axes, c3)
                 if c0 == U(0):
                     bits = U(0) - bit(words, cell)
                 elif c0 == ONE:
@@ -222,20 +218,19 @@ def strided(v: Any, wide: bool) -> Any:
                     bits = U(0)
                     for j in range(step):
                         bits |= bit(words, cell + U(j) * c0) << U(j)
-                store_vector(y + at, held, bits, scale, b, c)
+                store_vector(y + at, held, bits, affine)
                 i += threads
         else:
             while i < U(n):
                 held = load_item(x + i * item)
-                cell = position + cell_of(i, e0, m0, s0, c0, e1, m1, s1, c1, e2, m2, s2, c2, c3)
-                store_item(y + i * item, held, bit(words, cell), scale, b, c)
+                store_item(y + i * item, held, bit(words, position + cell_of(i, axes, c3)), affine)
                 i += threads
 
     return kernel
 
 
 def gaussian_multiply(v: Any) -> Any:
-    threads_of, seed_of = thread_counter(v), _seeds(v)
+    threads_of, state_of = thread_counter(v), _states(v)
     philox_planes, normals = philox(v.multiply), normal_pair(v.plus, v.times, v.root)
     load_four, store_four, plus, times = v.load_four, v.store_four, v.plus, v.times
     item, one, three = U(v.item_bytes), np.float32(1), U(3)
@@ -246,8 +241,7 @@ def gaussian_multiply(v: Any) -> Any:
 
     def kernel(x, y, first, n, seed, seed_at, offset, sigma):
         """A thread per counter, whose cells lie 16 apart: threads side by side access elements side by side."""
-        seed = seed_of(seed, seed_at)
-        k0, k1, o0, o1 = seed & LOW_32, seed >> HALF, offset & LOW_32, offset >> HALF
+        k0, k1, o0, o1 = state_of(seed, seed_at, offset)
         thread, threads = threads_of()
         counter = first // NOISE_CELLS * NOISE_COUNTERS + thread
         end = (first + n + NOISE_CELLS - ONE) // NOISE_CELLS * NOISE_COUNTERS

@@ -40,8 +40,9 @@ def _forward(v: Any, activation: int) -> Any:
     value = v.each(lambda h, f, a: activate(h) * f * a, "vvn")
 
     @v.inline
-    def forward(cell, column, x, input_bias, multiplier, residual, words, y, a):
+    def forward(cell, column, arrays, a):
         """The elements from ``cell`` on; the bits of those kept and not at or below 0."""
+        x, input_bias, multiplier, residual, words, y = arrays
         zeros = spread(zero)
         h = load_data(x + cell * item)
         b = numbers_or(zeros, input_bias, column)
@@ -66,8 +67,9 @@ def _backward(v: Any, activation: int) -> Any:
     of_multiplier = v.each(lambda g, h: g * activate(h), "vv")
 
     @v.inline
-    def backward(cell, column, dy, x, input_bias, multiplier, words, dx, dmultiplier, a):
+    def backward(cell, column, arrays, a):
         """The gradients of the elements from ``cell`` on; that of the input."""
+        dy, x, input_bias, multiplier, words, dx, dmultiplier = arrays
         zeros = spread(zero)
         g = load_residual(dy + cell * residual_item)
         h = data_or(zeros, x, cell)
@@ -104,12 +106,12 @@ def _forward_over(v: Any, activation: int) -> Any:
     lane_index, store_word, count, has_signs = v.lane, v.store_word, U(v.count), activation == RELU
 
     @v.inline
-    def over(first, end, x, input_bias, multiplier, residual, words, y, signs, columns, a):
+    def over(first, end, arrays, signs, columns, a):
         begin, step, column, column_step = walk(first, columns)
         while begin < end:  # whole warps, since lanes put their bits together
             cell, bits = begin + U(lane_index()) * count, U(0)
             if cell < end:
-                bits = forward(cell, column, x, input_bias, multiplier, residual, words, y, a)
+                bits = forward(cell, column, arrays, a)
             if has_signs and signs:
                 word = gather(bits, lane_index())
                 if cell < end and cell & LOW_5 == U(0):
@@ -127,8 +129,9 @@ def pointwise_forward(wide: Any, narrow: Any, activation: int) -> Any:
 
     def kernel(x, input_bias, multiplier, residual, words, y, signs, n, columns, whole, a):
         """``whole`` elements in vectors, full words of them; what is left one by one."""
-        over_vectors(U(0), whole, x, input_bias, multiplier, residual, words, y, signs, columns, a)
-        over_items(whole, n, x, input_bias, multiplier, residual, words, y, signs, columns, a)
+        arrays = x, input_bias, multiplier, residual, words, y
+        over_vectors(U(0), whole, arrays, signs, columns, a)
+        over_items(whole, n, arrays, signs, columns, a)
 
     return kernel
 
@@ -137,11 +140,11 @@ def _backward_over(v: Any, activation: int) -> Any:
     walk, backward, lane_index, count = _walk(v), _backward(v, activation), v.lane, U(v.count)
 
     @v.inline
-    def over(first, end, dy, x, input_bias, multiplier, words, dx, dmultiplier, columns, a):
+    def over(first, end, arrays, columns, a):
         begin, step, column, column_step = walk(first, columns)
         cell = begin + U(lane_index()) * count
         while cell < end:
-            backward(cell, column, dy, x, input_bias, multiplier, words, dx, dmultiplier, a)
+            backward(cell, column, arrays, a)
             cell += step
             column += column_step
             if column >= columns:
@@ -154,8 +157,9 @@ def pointwise_backward(wide: Any, narrow: Any, activation: int) -> Any:
     over_vectors, over_items = _backward_over(wide, activation), _backward_over(narrow, activation)
 
     def kernel(dy, x, input_bias, multiplier, words, dx, dmultiplier, n, columns, whole, a):
-        over_vectors(U(0), whole, dy, x, input_bias, multiplier, words, dx, dmultiplier, columns, a)
-        over_items(whole, n, dy, x, input_bias, multiplier, words, dx, dmultiplier, columns, a)
+        arrays = dy, x, input_bias, multiplier, words, dx, dmultiplier
+        over_vectors(U(0), whole, arrays, columns, a)
+        over_items(whole, n, arrays, columns, a)
 
     return kernel
 
@@ -168,6 +172,7 @@ def pointwise_columns(v: Any, activation: int) -> Any:
 
     def kernel(dy, x, input_bias, multiplier, words, dx, dmultiplier, sums, rows, columns, panels, width, a):
         """`pointwise_backward`, and the sum of dx by columns; ``width`` is from one panel's to the next one's."""
+        arrays = dy, x, input_bias, multiplier, words, dx, dmultiplier
         warp = own_warp()
         number, end = U(block_index()), tasks(columns, panels)
         while number < end:
@@ -176,10 +181,7 @@ def pointwise_columns(v: Any, activation: int) -> Any:
             total = spread(zero)
             if column < columns:
                 while row < stop:
-                    cell = row * columns + column
-                    total = plus(
-                        total, backward(cell, column, dy, x, input_bias, multiplier, words, dx, dmultiplier, a)
-                    )
+                    total = plus(total, backward(row * columns + column, column, arrays, a))
                     row += warps
             total = over_warps(total)
             if warp == U(0) and column < columns:

@@ -26,12 +26,8 @@ WORD_BYTES, LANES = U(4), U(tile.LANES)
 # ---- elements ----
 
 
-def indices(v: Any) -> Any:
-    return v.lane, v.thread, v.block, v.blocks, v.block_threads
-
-
 def thread_counter(v: Any) -> Any:
-    _, thread_index, block_index, blocks, block_threads = indices(v)
+    thread_index, block_index, blocks, block_threads = v.thread, v.block, v.blocks, v.block_threads
 
     @v.inline
     def threads():
@@ -42,7 +38,7 @@ def thread_counter(v: Any) -> Any:
 
 
 def warp_counter(v: Any) -> Any:
-    _, thread_index, block_index, blocks, block_threads = indices(v)
+    thread_index, block_index, blocks, block_threads = v.thread, v.block, v.blocks, v.block_threads
     uniform = v.uniform
 
     @v.inline

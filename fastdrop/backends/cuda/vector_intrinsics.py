@@ -20,7 +20,20 @@ from llvmlite import ir
 from numba import types
 
 from ...core.checks import FLOAT32, FLOAT64
-from .intrinsics import F32, F64, I32, I64, Vocabulary, call, constant, define, operation, shuffle
+from .intrinsics import (
+    F32,
+    F64,
+    I32,
+    I64,
+    Vocabulary,
+    call,
+    constant,
+    define,
+    define_in_context,
+    operation,
+    parts,
+    shuffle,
+)
 from .tile import LANES, TEAM_WARPS, VECTOR_BYTES
 
 SHARED = 3  # address space
@@ -41,12 +54,12 @@ class RowVocabulary(Vocabulary):
         v, u32, u64, void = self._vector_type, types.uint32, types.uint64, types.void
 
         def memory(kind, type, count):
-            def load(context, builder, address):
+            def load(builder, address):
                 numbers = kind.read(builder, address, count)
                 return numbers if type is v else numbers[0]
 
-            def store(context, builder, address, value):
-                kind.write(builder, address, self._parts(builder, value) if type is v else [value])
+            def store(builder, address, value):
+                kind.write(builder, address, parts(builder, value) if type is v else [value])
 
             return define(type, (u64,), load), define(void, (u64, type), store)
 
@@ -55,19 +68,21 @@ class RowVocabulary(Vocabulary):
         self.load_numbers, self.store_numbers = memory(plain, v, count)
         self.load_number, self.store_number = memory(plain, n, 1)
         self.number_root = define(n, (n,), operation("nvvm.sqrt.rn.d" if self.doubles else "nvvm.sqrt.rn.f"))
-        self.spread = define(v, (n,), lambda context, builder, value: [value] * count)
-        self.kept = define(v, (u32, v), self._kept)
-        self.rounded = define(v, (v,), self._rounded)
-        self.total = define(n, (v,), self._total)
-        self.most = define(n, (v,), self._most)
-        self.above = define(u32, (v,), self._above)
-        self.gather = define(u32, (u32, u32), self._gather)
-        self.across = define(n, (n, u32), self._across)
-        self.share = define(void, (u32, v), self._share)
-        self.shared = define(v, (u32,), self._shared)
-        self.share_number = define(void, (u32, n), self._share_number)
-        self.shared_number = define(n, (u32,), self._shared_number)
-        self.meet = define(void, (), self._meet)
+        self.declare(
+            spread=(v, n),
+            kept=(v, u32, v),
+            rounded=(v, v),
+            total=(n, v),
+            most=(n, v),
+            above=(u32, v),
+            gather=(u32, u32, u32),
+            across=(n, n, u32),
+            share=(void, u32, v),
+            shared=(v, u32),
+            share_number=(void, u32, n),
+            shared_number=(n, u32),
+            meet=(void,),
+        )
 
     def each(self, function: Callable[..., Any], codes: str) -> Any:
         """Of a function of numbers, the one that applies it to each of a vector's elements.
@@ -89,44 +104,44 @@ class RowVocabulary(Vocabulary):
                 results.append(context.compile_internal(builder, function, signature, values))
             return results
 
-        return define(self._vector_type, tuple(passed), apply)
+        return define_in_context(self._vector_type, tuple(passed), apply)
 
-    def _parts(self, builder, vector):
-        return [builder.extract_value(vector, i) for i in range(self.count)]
+    def _spread(self, builder, number):
+        return [number] * self.count
 
-    def _kept(self, context, builder, bits, vector):
+    def _kept(self, builder, bits, vector):
         """Elements under 1s, and +0 for the others."""
         zero = ir.Constant(self._computed, 0)
-        numbers = self._parts(builder, vector)
+        numbers = parts(builder, vector)
         return [builder.select(self._bit(builder, bits, i), number, zero) for i, number in enumerate(numbers)]
 
-    def _rounded(self, context, builder, vector):
+    def _rounded(self, builder, vector):
         """As numbers of the residual stream come back from memory."""
-        numbers = self._parts(builder, vector)
+        numbers = parts(builder, vector)
         if self._stream.item_bytes == self.number_bytes:
             return numbers
         return [self._stream.number_of(builder, self._stream.item_of(builder, number)) for number in numbers]
 
-    def _total(self, context, builder, vector):
-        return reduce(builder.fadd, self._parts(builder, vector))
+    def _total(self, builder, vector):
+        return reduce(builder.fadd, parts(builder, vector))
 
-    def _most(self, context, builder, vector):
+    def _most(self, builder, vector):
         """The largest of those that are numbers, if the first is one."""
 
         def larger(a, b):
             return builder.select(builder.fcmp_ordered(">", b, a), b, a)
 
-        return reduce(larger, self._parts(builder, vector))
+        return reduce(larger, parts(builder, vector))
 
-    def _above(self, context, builder, vector):
+    def _above(self, builder, vector):
         """A bit for each: 0 at or below 0, 1 for NaN too."""
         zero, bits = ir.Constant(self._computed, 0), constant(0)
-        for i, number in enumerate(self._parts(builder, vector)):
+        for i, number in enumerate(parts(builder, vector)):
             above = builder.fcmp_unordered(">", number, zero)
             bits = builder.or_(bits, builder.select(above, constant(1 << i), constant(0)))
         return bits
 
-    def _gather(self, context, builder, bits, lane):
+    def _gather(self, builder, bits, lane):
         """A mask word, of the bits that the lanes beside each other have of it."""
         bits = builder.and_(bits, constant((1 << self.count) - 1))
         place = builder.and_(builder.mul(lane, constant(self.count)), constant(31))
@@ -135,7 +150,7 @@ class RowVocabulary(Vocabulary):
             word, step = builder.or_(word, shuffle(builder, word, constant(step), "bfly")), 2 * step
         return word
 
-    def _across(self, context, builder, number, step):
+    def _across(self, builder, number, step):
         """The number of the lane whose own number differs in the bits of ``step``."""
         if not self.doubles:
             return builder.bitcast(shuffle(builder, builder.bitcast(number, I32), step, "bfly"), F32)
@@ -164,19 +179,19 @@ class RowVocabulary(Vocabulary):
     def _number_place(self, builder, warp):
         return self._place(builder, "fastdrop_numbers", TEAM_WARPS, warp)
 
-    def _share(self, context, builder, thread, vector):
-        for place, number in zip(self._vector_places(builder, thread), self._parts(builder, vector), strict=True):
+    def _share(self, builder, thread, vector):
+        for place, number in zip(self._vector_places(builder, thread), parts(builder, vector), strict=True):
             builder.store(number, place)
 
-    def _shared(self, context, builder, thread):
+    def _shared(self, builder, thread):
         return [builder.load(place) for place in self._vector_places(builder, thread)]
 
-    def _share_number(self, context, builder, warp, number):
+    def _share_number(self, builder, warp, number):
         builder.store(number, self._number_place(builder, warp))
 
-    def _shared_number(self, context, builder, warp):
+    def _shared_number(self, builder, warp):
         return builder.load(self._number_place(builder, warp))
 
-    def _meet(self, context, builder):
+    def _meet(self, builder):
         """Of all threads of the block."""
         call(builder, "llvm.nvvm.barrier0", ir.VoidType())

@@ -99,7 +99,7 @@ def apply_strided(
     in_memory = [axes[axis] for axis in order]
     to, from_ = y.data_ptr(), read_address(x)
     at = from_, to, read_address(words)
-    backends.cuda_backend().strided_affine_at(*place(x), tag, *at, 0, in_memory, *affine, kept_at=_address(kept_count))
+    backends.cuda_backend().strided_affine_at(place(x), tag, at, 0, in_memory, affine, _address(kept_count))
 
 
 def run(primitive: str, *arguments: Tensor | float | None) -> None:

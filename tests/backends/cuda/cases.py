@@ -133,7 +133,7 @@ def strided(
     if launch:
         launch(0, STREAM, dtype.tag, *addresses, position, **options)
     else:
-        numba_cuda.strided_affine_at(0, STREAM, dtype.tag, *addresses, position, axes, *affine, **options)
+        numba_cuda.strided_affine_at((0, STREAM), dtype.tag, addresses, position, axes, affine, **options)
     return y.array
 
 

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import numpy as np
 import pytest
 
 from . import ptx
-from .ptx_running import BITS, TYPES, aligned, assembled, bits_of, entry, launch, same_bits, samples
-
-__all__ = ["assembled"]
-
-# ---- memory ----
+from .ptx_running import aligned, bits_of, entry, launch, same_bits, samples
 
 COPY = """
-    .reg .b64 %a, %b; .reg .b32 %i; .reg .REGISTER %r<4>;
+    .reg .b64 %a, %b, %o; .reg .b32 %i; .reg .REGISTER %r<4>;
     mov.u32 %i, %tid.x; ld.param.u64 %a, [p0]; ld.param.u64 %b, [p1];
-    mad.wide.u32 %a, %i, SIZE, %a; mad.wide.u32 %b, %i, SIZE, %b;
+    mul.wide.u32 %o, %i, SIZE; add.s64 %a, %a, %o; add.s64 %b, %b, %o;
     ld.global.TYPE GROUP, [%a]; st.global.TYPE [%b], GROUP;
 """
 
@@ -26,7 +21,7 @@ COPY = """
 def copying(type: str, count: int = 1) -> str:
     """A kernel that copies ``count`` numbers a thread, from p0 to p1."""
     group = f"{{{', '.join(f'%r{i}' for i in range(count))}}}" if count > 1 else "%r0"
-    register = type if type[0] == "f" else f"b{max(16, bits_of(type))}"
+    register = type if type[0] == "f" else f"b{bits_of(type)}"
     body = COPY.replace("SIZE", str(count * bits_of(type) // 8)).replace("GROUP", group).replace("REGISTER", register)
     return entry(body.replace("TYPE", f"v{count}.{type}" if count > 1 else type), ["u64", "u64"])
 
@@ -38,180 +33,160 @@ def faults(what: str) -> Any:
     return pytest.raises(ptx.Fault, match=what)
 
 
+def races(who: str) -> Any:
+    return pytest.raises(ptx.Race, match=who)
+
+
 def test_loads_and_stores() -> None:
-    for type in ("u8", "s8", *BITS, *TYPES, "f32", "f64"):
-        for count in (1, 2, 4):
-            if count * bits_of(type) <= 128:
-                x, y = (aligned(50 * count, ptx.DTYPES[type]) for _ in range(2))
-                x[:] = samples(type, n=50 * count)
-                launch(copying(type, count), [x, y], threads=50)
-                same_bits(y, x)
+    for type, count in (("b16", 1), ("u16", 1), ("u32", 1), ("u64", 2), ("f32", 4), ("f64", 2)):
+        x, y = (aligned(50 * count, ptx.DTYPES[type]) for _ in range(2))
+        x[:] = samples(type, n=50 * count)
+        launch(copying(type, count), [x, y], threads=50)
+        same_bits(y, x)
 
 
-@pytest.mark.parametrize("type", ["u8", "s8", "u16", "s16", "u32", "s32"])
-def test_narrow_loads_extend_and_narrow_stores_truncate(type: str) -> None:
-    body = f"""
-        .reg .b64 %x, %a, %b; .reg .b32 %i;
+def test_narrow_loads_extend_and_narrow_stores_truncate() -> None:
+    body = """
+        .reg .b64 %x, %a, %b, %o; .reg .b32 %i;
         mov.u32 %i, %tid.x; ld.param.u64 %a, [p0]; ld.param.u64 %b, [p1];
-        mad.wide.u32 %a, %i, {bits_of(type) // 8}, %a; mad.wide.u32 %b, %i, 8, %b;
-        ld.global.{type} %x, [%a]; st.global.u64 [%b], %x; st.global.{type} [%a+0], %x;
+        mul.wide.u32 %o, %i, 8; add.s64 %a, %a, %o; add.s64 %b, %b, %o;
+        ld.global.u32 %x, [%a]; st.global.u64 [%b], %x; ld.global.u64 %x, [%a]; st.global.u32 [%b+4], %x;
     """
-    x, y = samples(type, n=100), aligned(100, np.int64)
-    before = x.copy()
+    x, y = samples("u64", n=100), aligned(100, np.uint64)
     launch(entry(body, ["u64", "u64"]), [x, y], threads=100)
-    np.testing.assert_array_equal(y, before.astype(np.int64))
-    np.testing.assert_array_equal(x, before)
+    np.testing.assert_array_equal(y, (x & 0xFFFFFFFF) * np.uint64(2**32 + 1))
+
+
+def test_parameters_lie_at_their_natural_alignment() -> None:
+    out, parameters = aligned(3, np.uint64), np.zeros(4, np.uint64)
+    parameters[0] = out.ctypes.data
+    parameters[1] = 7 | 0x3FC00000 << 32  # and 1.5 in float32
+    parameters[2] = 0xFFFFFFFE
+    parameters[3] = np.float64(-2.5).view(np.uint64)
+    body = """
+        .reg .b64 %o, %x; .reg .f64 %d; .reg .f32 %f;
+        ld.param.u64 %o, [p0]; ld.param.u32 %x, [p1]; st.global.u64 [%o], %x;
+        ld.param.f32 %f, [p2]; st.global.f32 [%o+8], %f; ld.param.u32 %x, [p3]; st.global.u32 [%o+12], %x;
+        ld.param.f64 %d, [p4]; st.global.f64 [%o+16], %d; ret;
+    """
+    text = entry(body, ["u64", "u32", "f32", "u32", "f64"])
+    ptx.Machine([out]).launch(text, 1, 1, parameters.tobytes())
+    assert out.tolist() == [7, 0x3FC00000 | 0xFFFFFFFE << 32, int(parameters[3])]
+    with pytest.raises(ValueError, match="has 32 bytes of parameters, but got 31"):
+        ptx.Machine([out]).launch(text, 1, 1, parameters.tobytes()[:-1])
 
 
 def test_access_out_of_bounds_is_a_fault() -> None:
-    x, y = np.zeros(64, np.uint32), np.zeros(64, np.uint32)
-    one_block = {"blocks": 1, "threads": 64}
-    launch(COPY_4, [x, y], **one_block)
-    address = x.ctypes.data + 4 * 63
-    pattern = rf"outside.*load from {address:#x}, by thread 63 of block 0, at: ld\.global\.u32 %r0, \[%a\];"
-    parameters = struct.pack("<QQ", x.ctypes.data, y.ctypes.data)
-    with faults(pattern):
-        ptx.Machine([x[:63], y]).launch(COPY_4, 1, 64, parameters)
-    with faults(rf"outside.*load from {x.ctypes.data:#x}, by thread 0"):
-        ptx.Machine([x[1:], y]).launch(COPY_4, 1, 64, parameters)
-    with faults(rf"outside.*store to {y.ctypes.data:#x}"):
-        ptx.Machine([x]).launch(COPY_4, 1, 64, parameters)
-    with faults("outside"):
-        ptx.Machine([]).launch(COPY_4, 1, 64, parameters)
-
-
-def test_access_may_not_straddle_the_end() -> None:
-    x, y = aligned(8, np.uint32), aligned(8, np.uint32)
-    launch(COPY_16, [x, y], threads=2)
-    with faults(rf"outside.*{x.ctypes.data + 16:#x}"):
-        ptx.Machine([x[:7], y]).launch(COPY_16, 1, 2, struct.pack("<QQ", x.ctypes.data, y.ctypes.data))
-
-
-@pytest.mark.parametrize("off", [4, 8, 12])
-def test_misaligned_access_is_a_fault(off: int) -> None:
     x, y = aligned(64, np.uint32), aligned(64, np.uint32)
-    with faults(f"misaligned for 16 bytes: load from {x.ctypes.data + off:#x}, by thread 0 of block 0"):
-        ptx.Machine([x, y]).launch(COPY_16, 1, 2, struct.pack("<QQ", x.ctypes.data + off, y.ctypes.data))
-    with faults(f"misaligned for 16 bytes: store to {y.ctypes.data + off:#x}, by thread 0 of block 0"):
-        ptx.Machine([x, y]).launch(COPY_16, 1, 2, struct.pack("<QQ", x.ctypes.data, y.ctypes.data + off))
+    parameters = np.array([x.ctypes.data, y.ctypes.data], np.uint64).tobytes()
+
+    def run(*arrays: Any, text: str = COPY_4, threads: int = 64) -> None:
+        ptx.Machine(arrays).launch(text, 1, threads, parameters)
+
+    run(x, y)
+    pattern = rf"outside.*load from {x.ctypes.data + 252:#x}, by thread 63 of block 0, at: ld\.global\.u32 %r0, \[%a\];"
+    with faults(pattern):
+        run(x[:63], y)
+    with faults(rf"outside.*load from {x.ctypes.data:#x}, by thread 0"):
+        run(x[1:], y)
+    with faults(rf"outside.*store to {y.ctypes.data:#x}"):
+        run(x)
+    with faults(rf"outside.*{x.ctypes.data + 16:#x}"):  # straddles the end
+        run(x[:7], y, text=COPY_16, threads=2)
+    y.flags.writeable = False
+    with faults(f"read-only memory: store to {y.ctypes.data:#x}"):
+        run(x, y)
 
 
-def test_store_to_read_only_memory_is_a_fault() -> None:
-    x, y = np.arange(64, dtype=np.uint32), np.zeros(64, np.uint32)
-    x.flags.writeable = False
-    launch(COPY_4, [x, y], threads=64)
-    np.testing.assert_array_equal(x, y)
-    with faults(f"read-only memory: store to {x.ctypes.data:#x}"):
-        launch(COPY_4, [y, x], threads=64)
+def test_misaligned_access_is_a_fault() -> None:
+    x, y = aligned(64, np.uint32), aligned(64, np.uint32)
+    for arrays, what in (((x[1:], y), "load from"), ((x, y[2:]), "store to")):
+        with faults(f"misaligned for 16 bytes: {what} .*, by thread 0 of block 0"):
+            launch(COPY_16, arrays, threads=2)
 
 
 # ---- races ----
 
 
 def store_at(index: str, load: bool = False) -> str:
-    """Thread i stores to (or loads from) word ``index`` of p0; and loads word i first, of p1."""
+    """Thread i stores to word ``index`` of p0, then loads word i of p1 and stores it there."""
     body = f"""
-        .reg .b64 %a, %b; .reg .b32 %i, %j, %r, %n, %c;
-        mov.u32 %i, %tid.x; mov.u32 %n, %ntid.x; mov.u32 %c, %ctaid.x; mad.lo.u32 %i, %c, %n, %i;
+        .reg .b64 %a, %b, %o; .reg .b32 %i, %j, %r, %n, %c;
+        mov.u32 %i, %tid.x; mov.u32 %n, %ntid.x; mov.u32 %c, %ctaid.x; mul.lo.s32 %c, %c, %n; add.s32 %i, %i, %c;
         ld.param.u64 %a, [p0]; ld.param.u64 %b, [p1];
         {index}
-        mad.wide.u32 %a, %j, 4, %a; mad.wide.u32 %b, %i, 4, %b;
+        mul.wide.u32 %o, %j, 4; add.s64 %a, %a, %o; mul.wide.u32 %o, %i, 4; add.s64 %b, %b, %o;
         st.global.u32 [%a], %i; {"ld.global.u32 %r, [%b]; st.global.u32 [%b], %r;" if load else ""}
     """
     return entry(body, ["u64", "u64"])
 
 
-def races(who: str) -> Any:
-    return pytest.raises(ptx.Race, match=who)
-
-
 def test_two_writers_race() -> None:
     x, y = np.zeros(9000, np.uint32), np.zeros(9000, np.uint32)
     launch(store_at("mov.u32 %j, %i;"), [x, y], blocks=90, threads=100)
-    pattern = (
-        rf"writes {x.ctypes.data + 4 * 50:#x}, which thread (0|50) of block (0|1) accessed, by thread (50|0) of block"
-    )
-    with races(pattern):  # in one instruction
-        launch(store_at("rem.u32 %j, %i, 50; add.u32 %j, %j, 50;"), [x, y], blocks=1, threads=100)
+    with races(rf"writes {x.ctypes.data + 200:#x}, which thread (0|50) of block 0 accessed, by thread (50|0) of block"):
+        launch(store_at("rem.u32 %j, %i, 50; add.s32 %j, %j, 50;"), [x, y], threads=100)  # in one instruction
     apart = ptx.THREADS_AT_ONCE // 100  # blocks that don't run together
     with races(rf"writes {x.ctypes.data:#x}, which thread 0 of block 0 accessed, by thread 0 of block {apart}"):
         launch(store_at(f"rem.u32 %j, %i, {100 * apart};"), [x, y], blocks=apart + 3, threads=100)
-    launch(store_at("mov.u32 %j, 0;"), [x, y], blocks=1, threads=100, races=False)
 
 
 def test_reader_and_writer_race() -> None:
     x = np.zeros(200, np.uint32)
-    own = store_at("mov.u32 %j, %i;", load=True)
-    launch(own, [x, x], threads=100)  # its own byte a thread may read and write again
-    shifted = store_at("add.u32 %j, %i, 1;", load=True)
+    launch(store_at("mov.u32 %j, %i;", load=True), [x, x], threads=100)  # its own byte a thread may access again
     with races(rf"reads {x.ctypes.data + 4:#x}, which thread 0 of block 0 accessed, by thread 1 of block 0"):
-        launch(shifted, [x, x], threads=100)
-    launch(shifted, [x, x], threads=100, races=False)
-
-
-WRITE_AFTER_READS = entry(
-    """
-    .reg .b64 %a, %b; .reg .b32 %i, %r; .reg .pred %p;
-    mov.u32 %i, %tid.x; ld.param.u64 %a, [p0];
-    ld.global.u32 %r, [%a];
-    setp.ne.u32 %p, %i, 5;
-    @%p bra DONE;
-    st.global.u32 [%a], %r;
-    DONE: ret;
-    """,
-    ["u64"],
-)
+        launch(store_at("add.s32 %j, %i, 1;", load=True), [x, x], threads=100)
 
 
 def test_writing_what_others_read_is_a_race() -> None:
-    x = np.zeros(4, np.uint32)
-    with races(rf"writes {x.ctypes.data:#x}, which several threads accessed, by thread 5 of block 0"):
-        launch(WRITE_AFTER_READS, [x])
-
-
-def test_races_are_found_by_the_byte() -> None:
-    """Neighbours within a word are no race; a wide access meets a narrow one inside it."""
     body = """
-        .reg .b64 %a, %b; .reg .b32 %i, %r, %s; .reg .pred %p;
-        mov.u32 %i, %tid.x; ld.param.u64 %a, [p0]; cvt.u64.u32 %b, %i; add.u64 %b, %a, %b;
-        st.global.u8 [%b], %i;
-        setp.ne.u32 %p, %i, 31;
+        .reg .b64 %a; .reg .b32 %i, %r; .reg .pred %p;
+        mov.u32 %i, %tid.x; ld.param.u64 %a, [p0]; ld.global.u32 %r, [%a]; setp.ne.s32 %p, %i, 5;
         @%p bra DONE;
-        WIDE
+        st.global.u32 [%a], %r;
         DONE: ret;
     """
-    x = aligned(48, np.uint8)
-    launch(entry(body.replace("WIDE", ""), ["u64"]), [x])
+    x = np.zeros(4, np.uint32)
+    with races(rf"writes {x.ctypes.data:#x}, which several threads accessed, by thread 5 of block 0"):
+        launch(entry(body, ["u64"]), [x])
+
+
+def test_races_are_found_by_the_access() -> None:
+    """Neighbours within a word are no race; a wide access meets a narrow one inside it."""
+    body = """
+        .reg .b64 %a, %b; .reg .b32 %i; .reg .pred %p;
+        mov.u32 %i, %tid.x; ld.param.u64 %a, [p0]; mul.wide.u32 %b, %i, 2; add.s64 %b, %a, %b;
+        st.global.u16 [%b], %i; setp.ne.s32 %p, %i, 31;
+        @%p bra DONE;
+        ld.global.u64 %b, [%a+PLACE];
+        DONE: ret;
+    """
+    x = aligned(48, np.uint16)
+    launch(entry(body.replace("PLACE", "64"), ["u64"]), [x])
     np.testing.assert_array_equal(x[:32], np.arange(32))
-    launch(entry(body.replace("WIDE", "ld.global.u64 %b, [%a+32];"), ["u64"]), [x])
-    with races(f"reads {x.ctypes.data + 24:#x}, which thread 24 of block 0 accessed, by thread 31"):
-        launch(entry(body.replace("WIDE", "ld.global.u64 %b, [%a+24];"), ["u64"]), [x])
+    with races(f"reads {x.ctypes.data + 48:#x}, which thread 24 of block 0 accessed, by thread 31"):
+        launch(entry(body.replace("PLACE", "48"), ["u64"]), [x])
 
 
 ADD = """
-    .reg .b64 %a, %b, %i, %r; .reg .b32 %t; .reg .pred %p;
+    .reg .b64 %a, %b, %i, %r; .reg .b32 %t;
     mov.u32 %t, %tid.x; cvt.u64.u32 %i, %t; ld.param.u64 %a, [p0]; ld.param.u64 %b, [p1];
-    and.b64 %r, %i, 1; mad.lo.u64 %a, %r, 8, %a;
-    atom.global.add.u64 %r, [%a], %i;
-    MORE
-    mad.lo.u64 %b, %i, 8, %b; st.global.u64 [%b], %r;
+    shl.b64 %r, %i, 3; add.s64 %b, %b, %r; and.b64 %r, %r, 8; add.s64 %a, %a, %r;
+    BEFORE atom.global.add.u64 %r, [%a], %i; AFTER
+    st.global.u64 [%b], %r;
 """
+
+
+def adding(before: str = "", after: str = "") -> str:
+    return entry(ADD.replace("BEFORE", before).replace("AFTER", after), ["u64", "u64"])
 
 
 def test_atomic_addition() -> None:
     sums, before = np.array([2**32 - 1, 7], np.uint64), np.zeros(64, np.uint64)
-    launch(entry(ADD.replace("MORE", ""), ["u64", "u64"]), [sums, before], threads=64)
+    launch(adding(), [sums, before], threads=64)
     assert sums.tolist() == [2**32 - 1 + sum(range(0, 64, 2)), 7 + sum(range(1, 64, 2))]
     assert before[:6].tolist() == [2**32 - 1, 7, 2**32 - 1, 8, 2**32 + 1, 11]
-
-
-@pytest.mark.parametrize(
-    ("more", "verb"), [("ld.global.u64 %i, [%a];", "reads"), ("st.global.u64 [%a], %i;", "writes")]
-)
-def test_atomic_addition_beside_other_accesses_is_a_race(more: str, verb: str) -> None:
-    sums, before = np.zeros(2, np.uint64), np.zeros(64, np.uint64)
-    with races(f"{verb} {sums.ctypes.data:#x}, which an atomic accessed, by thread 0 of block 0"):
-        launch(entry(ADD.replace("MORE", more), ["u64", "u64"]), [sums, before], threads=64)
-    reads_first = ADD.replace("MORE", "").replace("atom.", "ld.global.u64 %r, [%a]; atom.")
+    with races(f"reads {sums.ctypes.data:#x}, which an atomic accessed, by thread 0 of block 0"):
+        launch(adding(after="ld.global.u64 %i, [%a];"), [sums, before], threads=64)
     with races(f"writes {sums.ctypes.data:#x}, which several threads accessed"):
-        launch(entry(reads_first, ["u64", "u64"]), [sums, before], threads=64)
+        launch(adding("ld.global.u64 %r, [%a];"), [sums, before], threads=64)

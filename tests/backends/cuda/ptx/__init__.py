@@ -4,15 +4,14 @@ The tests of the CUDA kernels launch through it (`gpu_stub`)::
 
     ptx.Machine([x, y]).launch(text, blocks, threads_per_block, parameters)
 
-A program that PTX leaves undefined is stopped rather than given some result: memory outside of what was allowed,
-misaligned addresses, data races, lanes that never come to a warp instruction or are read though they aren't there,
-threads that never come to their block's barrier, division by zero. Races: no two threads may touch a byte that either
-writes within a launch, whatever orders them, unless both add atomically; in shared memory, between two barriers.
+It stops at what PTX leaves undefined: memory outside of what was allowed, misaligned addresses, data races, lanes that
+never come to a warp instruction or are read though they aren't there, threads that never come to their block's barrier,
+division by zero. Races: no two threads may touch a byte that either writes within a launch, whatever orders them,
+unless both add atomically; in shared memory, between two barriers.
 
-Not there are local and constant memory, generic addresses, atomics but 64-bit addition, barriers but ``bar.sync 0``,
-calls, and roundings other than to nearest: `Unsupported` names the line. The two approximate functions are nearly
-exact, which a GPU's are not. Lanes may not meet at two different warp instructions, nor threads at two different
-barriers, though GPUs let them.
+It knows the instructions that the kernels have; `Unsupported` names the line of another. The two approximate functions
+are nearly exact, which a GPU's are not. Lanes may not meet at two different warp instructions, nor threads at two
+different barriers, though GPUs let them.
 """
 
 from .arithmetic import DTYPES

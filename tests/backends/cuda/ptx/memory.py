@@ -35,19 +35,10 @@ def round_up(n: int, multiple: int) -> int:
 class Memory:
     """Arrays that kernels may access, from lowest to highest byte, and write unless they are read-only; kept alive."""
 
-    def __init__(self, arrays: Iterable[NDArray[Any]] = ()) -> None:
-        self._arrays: list[NDArray[Any]] = []
-        self._ranges: list[tuple[int, int, bool]] = []
-        for array in arrays:
-            self.allow(array)
-
-    def allow(self, array: NDArray[Any]) -> None:
-        if array.size:
-            reach = [(n - 1) * stride for n, stride in zip(array.shape, array.strides, strict=True)]
-            low = array.ctypes.data + sum(min(r, 0) for r in reach)
-            high = array.ctypes.data + sum(max(r, 0) for r in reach) + array.itemsize
-            self._arrays.append(array)
-            self._ranges.append((low, high, array.flags.writeable))
+    def __init__(self, arrays: Iterable[NDArray[Any]]) -> None:
+        self._arrays = [array for array in arrays if array.size]
+        bounds = map(np.lib.array_utils.byte_bounds, self._arrays)
+        self._ranges = [(*ends, a.flags.writeable) for ends, a in zip(bounds, self._arrays, strict=True)]
 
     def intervals(self, writeable: bool) -> NDArray[np.uint64]:
         """Starts and ends of what may be read or written, joined where they touch."""
@@ -71,13 +62,13 @@ class _Bytes:
 class Window:
     """Memory as one launch sees it. Threads' marks are kept per granule: the narrowest access there is."""
 
-    def __init__(self, memory: Memory, granule: int, races: bool) -> None:
+    def __init__(self, memory: Memory, granule: int) -> None:
         (self.starts, self.ends), (self.may_start, self.may_end) = map(memory.intervals, (False, True))
         self.low = int(self.starts[0]) // WIDEST * WIDEST
         high = round_up(int(self.ends[-1]), WIDEST) if self.ends[-1] < 2**63 else self.low
         self.bytes = np.asarray(_Bytes(self.low, high)) if high > self.low else np.empty(0, np.uint8)
-        self.granule, self.races = granule, races
-        if races and high > self.low:
+        self.granule = granule
+        if high > self.low:
             firsts = self.starts // np.uint64(WIDEST) * np.uint64(WIDEST)
             sizes = [round_up(int(size), WIDEST) for size in self.ends - firsts]
             *offsets, total = accumulate(sizes, initial=0)
@@ -86,9 +77,8 @@ class Window:
 
     def forget(self, interval: int) -> None:
         """What was accessed there: a barrier is between that and what follows."""
-        if self.races:
-            first, end = (int(at[interval] - self.shifts[interval]) // self.granule for at in (self.starts, self.ends))
-            self.writer[first:end] = self.reader[first:end] = 0
+        first, end = (int(at[interval] - self.shifts[interval]) // self.granule for at in (self.starts, self.ends))
+        self.writer[first:end] = self.reader[first:end] = 0
 
     def load(self, t: Threads, at: Selection, address: Any, dtype: np.dtype[Any], count: int) -> list[NDArray[Any]]:
         units, index = self._units(t, at, address, dtype, count, writes=False)
@@ -126,8 +116,7 @@ class Window:
         if writes:
             _, inside = self._find(self.may_start, self.may_end, address, width)
             self._fail_if(t, at, address, ~inside, "read-only memory:", writes)
-        if self.races:
-            self._mark(t, at, address, address - self.shifts[interval], width, writes, atomic)
+        self._mark(t, at, address, address - self.shifts[interval], width, writes, atomic)
         return self.bytes.view(dtype).reshape(-1, count), ((address - self.low) // width).astype(np.intp)
 
     @staticmethod

@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .arithmetic import COMPARISONS, DTYPES, FLOATS, INTEGERS, JOINS, UNSIGNED, conversion, divide, pair, rounded
+from .arithmetic import (
+    DTYPES,
+    FLOAT_COMPARISONS,
+    FLOATS,
+    INTEGER_COMPARISONS,
+    INTEGERS,
+    UNSIGNED,
+    conversion,
+    pair,
+    rounded,
+)
 from .memory import WIDEST, Fault, Selection, Threads, round_up
 
 Read = Callable[[Threads, Selection], Any]
@@ -23,28 +33,24 @@ Run = Callable[[Threads, Selection], None]
 Form = dict[str, str]  # what an opcode's pattern matched
 
 LANES = 32
-MOST_THREADS_PER_BLOCK = 1024
 
 
 class Unsupported(Exception):
     """PTX that this interpreter doesn't know."""
 
 
-COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/|^\s*\.(?:loc|file)\b[^\n]*", re.S | re.M)
-ENTRY = re.compile(r"\.entry\s+[\w$]+\s*(?:\((?P<parameters>[^)]*)\))?(?P<bounds>[^{;]*)\{", re.S)
-PARAMETER = re.compile(
-    r"\.param(?:\s*\.align\s+(?P<align>\d+))?\s*\.(?P<type>\w+)(?:\s*\.ptr(?:\s*\.(?:global|align\s+\d+))*)?"
-    r"\s+(?P<name>[\w$]+)(?:\[(?P<length>\d+)\])?"
-)
+COMMENT = re.compile(r"//[^\n]*")
+ENTRY = re.compile(r"\.entry\s+[\w$]+\s*\((?P<parameters>[^)]*)\)[^{;]*\{", re.S)
+PARAMETER = re.compile(r"\.param\s+\.(?P<type>\w+)\s+(?P<name>[\w$]+)")
 TOKEN = re.compile(r"\s*(?:(?P<open>\{)|(?P<close>\})|(?P<label>[\w$%.]+)\s*:(?!:)|(?P<statement>[^;]+);)", re.S)
-STATEMENT = re.compile(r"(?:@(?P<guard>!?\s*[\w$%]+)\s+)?(?P<opcode>[\w.:]+)\s*(?P<operands>.*);")
+STATEMENT = re.compile(r"(?:@(?P<guard>[\w$%]+)\s+)?(?P<opcode>[\w.:]+)\s*(?P<operands>.*);")
 DECLARATION = re.compile(r"\.reg\s*\.(?P<type>\w+) (?P<names>.*);")
 SHARED = re.compile(r"\.shared \.align (?P<align>\d+) \.b8 (?P<name>[\w$]+)\[(?P<size>\d+)\];")
 COMMA = re.compile(r"\s*,\s*(?![^{\[]*[}\]])")
 ADDRESS = re.compile(r"\[\s*(?P<base>[\w$%.]+)\s*(?:\+\s*(?P<offset>-?\w+))?\s*\]")
-NUMBER = re.compile(r"-?\d[\w.+-]*|WARP_SZ")
+NUMBER = re.compile(r"-?\d\w*")
 
-SPECIAL = ["%laneid", "%warpid", *(f"%{name}.{axis}" for name in ("tid", "ntid", "ctaid", "nctaid") for axis in "xyz")]
+SPECIAL = ("%laneid", "%tid.x", "%ntid.x", "%ctaid.x", "%nctaid.x")
 
 
 class Register(NamedTuple):
@@ -59,7 +65,6 @@ class Instruction:
     kind: str = "plain"  # or "branch", "exit", "warp", "block"
     guard: Read | None = None
     run: Run = lambda t, at: None
-    members: Read = lambda t, at: None  # membermask
     target: int = -1
 
 
@@ -72,8 +77,6 @@ class Program:
         if len(entries) != 1:
             raise Unsupported(f"one .entry is expected, not {len(entries)}")
         (entry,) = entries
-        bounds = re.search(r"\.maxntid\s+(\d+)", entry["bounds"])
-        self.most_threads = int(bounds[1]) if bounds else MOST_THREADS_PER_BLOCK
         self.granule = WIDEST
         self.shared: dict[str, int] = {}  # where variables lie in the block's memory
         self.shared_bytes = 0
@@ -84,7 +87,7 @@ class Program:
         self.labels: ChainMap[str, int] = ChainMap()
         self.branches: list[tuple[Instruction, str, ChainMap[str, int]]] = []
         self.instructions: list[Instruction] = []
-        self._parse_parameters(entry["parameters"] or "")
+        self._parse_parameters(entry["parameters"])
         self._parse_body(text, entry.end())
         for branch, label, labels in self.branches:
             if label not in labels:
@@ -99,9 +102,8 @@ class Program:
             if not match or match["type"] not in DTYPES:
                 raise Unsupported(declaration.strip())
             size = DTYPES[match["type"]].itemsize
-            offset = round_up(self.parameter_bytes, int(match["align"] or size))
-            self.parameters[match["name"]] = offset
-            self.parameter_bytes = offset + size * int(match["length"] or 1)
+            self.parameters[match["name"]] = round_up(self.parameter_bytes, size)
+            self.parameter_bytes = self.parameters[match["name"]] + size
 
     def _parse_body(self, text: str, at: int) -> None:
         depth = 1
@@ -140,7 +142,7 @@ class Program:
             operands = COMMA.split(match["operands"]) if match["operands"] else []
             self.current.run = self._compiled(match["opcode"], operands)
             self.instructions.append(self.current)
-        elif not line.startswith(".pragma"):
+        else:
             raise KeyError(line)
 
     def _register(self, type: str) -> Register:
@@ -149,42 +151,33 @@ class Program:
 
     # ---- operands ----
 
-    def _slot(self, register: Register, dtype: np.dtype[Any]) -> int:
+    def _slot(self, operand: str, dtype: np.dtype[Any], wide: bool) -> int:
+        register = self.names[operand]
+        if wide and dtype.kind == "u" and register.dtype.itemsize > dtype.itemsize:
+            dtype = register.dtype
+        if register.dtype.itemsize != dtype.itemsize or (register.dtype.kind == "b") != (dtype.kind == "b"):
+            raise KeyError(operand)
         return self.slots.setdefault((register.number, dtype), len(self.slots))
 
     def _read(self, operand: str, type: str, wide: bool = False) -> Read:
         """The operand's values as ``type``; ``wide`` takes the low bits of wider registers."""
         dtype = DTYPES[type]
-        if operand.startswith("!") and type == "pred":
-            positive = self._read(operand[1:].strip(), type)
-            return lambda t, at: ~positive(t, at)
         if NUMBER.fullmatch(operand):
             constant = _constant(operand, dtype)
             return lambda t, at: constant
         if operand in self.shared and type in ("u64", "b64"):
             place = np.uint64(self.shared[operand])
             return lambda t, at: place
-        register = self.names[operand]
-        if _alike(register.dtype, dtype):
-            slot = self._slot(register, dtype)
-            return lambda t, at: t.registers[slot][at]
-        if not wide or register.dtype.itemsize < dtype.itemsize or dtype.kind == "f":
-            raise KeyError(operand)
-        slot = self._slot(register, register.dtype)
-        return lambda t, at: t.registers[slot][at].astype(dtype)
+        slot = self._slot(operand, dtype, wide)
+        if wide:
+            return lambda t, at: t.registers[slot][at].astype(dtype)
+        return lambda t, at: t.registers[slot][at]
 
     def _write(self, operand: str, type: str, wide: bool = False) -> Write:
-        """Puts values of ``type``; ``wide`` extends integers to wider registers, by the sign if they have one."""
-        if operand == "_":
-            return lambda t, at, value: None
-        dtype, register = DTYPES[type], self.names[operand]
-        if not _alike(register.dtype, dtype):
-            if not wide or register.dtype.itemsize < dtype.itemsize or dtype.kind == "f":
-                raise KeyError(operand)
-            dtype = np.dtype(f"{dtype.kind}{register.dtype.itemsize}")
+        """Puts values of ``type``; ``wide`` extends them by zeros to wider registers."""
         if operand in self.special:
             raise KeyError(operand)
-        slot = self._slot(register, dtype)
+        slot = self._slot(operand, DTYPES[type], wide)
 
         def put(t: Threads, at: Selection, value: Any) -> None:
             t.registers[slot][at] = value
@@ -209,10 +202,9 @@ class Program:
         for pattern, signature, function in INTEGERS + FLOATS:
             if form := re.fullmatch(pattern, opcode):
                 t = form.groupdict("").get("t", "")
-                wide = f"{t[0]}{2 * int(t[1:])}" if "w" in signature else ""
-                result, *types = ({"t": t, "w": wide}.get(type, type) for type in signature.split())
+                result, *types = ({"t": t, "w": f"{t[:1]}64"}.get(type, type) for type in signature.split())
                 reads = [self._read(operand, type) for operand, type in zip(operands[1:], types, strict=True)]
-                if function in (divide, np.fmod):
+                if function in (np.floor_divide, np.remainder):
                     reads[1] = _nonzero(reads[1])
                 if (pattern, signature, function) in FLOATS:
                     function = rounded(function)
@@ -228,14 +220,11 @@ class Program:
         self.current.kind = "exit"
         return self.current.run
 
-    def _trap(self, form: Form) -> Run:
-        return lambda t, at: t.fail(Fault, "trap", at)
-
     def _convert(self, form: Form, result: str, operand: str) -> Run:
         d, a = form["d"], form["a"]
         function = conversion(d, a, form["round"])
-        write = self._write(result, "b16" if d in ("f16", "bf16") else d, wide=True)
-        return _compute(write, function, self._read(operand, a, wide=True))
+        write = self._write(result, "b16" if d in ("f16", "bf16") else d)
+        return _compute(write, function, self._read(operand, a))
 
     def _convert_pair(self, form: Form, result: str, high: str, low: str) -> Run:
         reads = self._read(high, "f32"), self._read(low, "f32")
@@ -260,59 +249,43 @@ class Program:
 
         return _compute(self._write(whole, type), pack, *(self._read(name, part) for name in parts))
 
-    def _compare(self, form: Form, result: str, a: str, b: str, *more: str) -> Run:
-        compare, join = COMPARISONS[form["t"][0]][form["compare"]], JOINS.get(form["join"])
+    def _compare(self, form: Form, result: str, a: str, b: str) -> Run:
+        table = FLOAT_COMPARISONS if form["t"][0] == "f" else INTEGER_COMPARISONS
         reads = [self._read(operand, form["t"]) for operand in (a, b)]
-        others = [self._read(operand, "pred") for operand in more]
-        holds, *fails = [self._write(name.strip(), "pred") for name in result.split("|")]
-        if len(others) != (join is not None) or len(fails) > 1:
-            raise KeyError(result)
-
-        def run(t: Threads, at: Selection) -> None:
-            x, y = (read(t, at) for read in reads)
-            true = compare(x, y)
-            holds(t, at, join(true, others[0](t, at)) if join else true)
-            for write in fails:
-                write(t, at, join(~true, others[0](t, at)) if join else ~true)
-
-        return run
+        return _compute(self._write(result, "pred"), table[form["compare"]], *reads)
 
     def _load_parameter(self, form: Form, result: str, source: str) -> Run:
-        address = ADDRESS.fullmatch(source)
         dtype, write = DTYPES[form["t"]], self._write(result, form["t"], wide=True)
-        offset = self.parameters[address["base"]] + int(address["offset"] or "0", 0) if address else -1
-        if not 0 <= offset <= self.parameter_bytes - dtype.itemsize:
-            raise KeyError(source)
+        offset = self.parameters[source.strip("[]")]
         return lambda t, at: write(t, at, np.frombuffer(t.parameters, dtype, 1, offset))
 
-    def _accessed(self, form: Form, group: str) -> tuple[str, np.dtype[Any], list[str]]:
+    def _accessed(self, form: Form, group: str) -> tuple[str, list[str]]:
         """Type, without the difference of floats and bits; and the registers."""
-        type, names = form["t"].replace("f", "b"), _names(group) if form["count"] else [group]
+        names = _names(group) if form["count"] else [group]
         if len(names) != int(form["count"] or 1):
             raise KeyError(group)
-        self.granule = min(self.granule, DTYPES[type].itemsize * len(names))
-        return type, DTYPES[type], names
+        type = form["t"].replace("f", "b")
+        self.granule = min(self.granule, DTYPES[type].itemsize)
+        return type, names
 
     def _load(self, form: Form, result: str, source: str) -> Run:
-        type, dtype, names = self._accessed(form, result)
-        address, writes = self._address(source), [self._write(name, type, wide="f" not in form["t"]) for name in names]
-        space = form["space"]
+        type, names = self._accessed(form, result)
+        address, writes = self._address(source), [self._write(name, type, wide=True) for name in names]
 
         def load(t: Threads, at: Selection) -> None:
-            window, where = t.space(space, at, address(t, at))
-            for write, value in zip(writes, window.load(t, at, where, dtype, len(writes)), strict=True):
+            window, where = t.space(form["space"], at, address(t, at))
+            for write, value in zip(writes, window.load(t, at, where, DTYPES[type], len(writes)), strict=True):
                 write(t, at, value)
 
         return load
 
     def _store(self, form: Form, target: str, source: str) -> Run:
-        type, dtype, names = self._accessed(form, source)
-        address, reads = self._address(target), [self._read(name, type, wide="f" not in form["t"]) for name in names]
-        space = form["space"]
+        type, names = self._accessed(form, source)
+        address, reads = self._address(target), [self._read(name, type, wide=True) for name in names]
 
         def store(t: Threads, at: Selection) -> None:
-            window, where = t.space(space, at, address(t, at))
-            window.store(t, at, where, dtype, [read(t, at) for read in reads])
+            window, where = t.space(form["space"], at, address(t, at))
+            window.store(t, at, where, DTYPES[type], [read(t, at) for read in reads])
 
         return store
 
@@ -321,9 +294,10 @@ class Program:
         address, read, write = self._address(target), self._read(source, "u64"), self._write(result, "u64")
         return lambda t, at: write(t, at, t.window.add(t, at, address(t, at), read(t, at)))
 
-    def _synchronise(self, form: Form, members: str) -> Run:
-        self.current.kind, self.current.members = "warp", self._read(members, "b32")
-        return self.current.run
+    def _synchronise(self, members: str) -> None:
+        if members != "-1":
+            raise KeyError(members)
+        self.current.kind = "warp"
 
     def _barrier(self, form: Form, number: str) -> Run:
         if number != "0":
@@ -332,55 +306,40 @@ class Program:
         return lambda t, at: t.meet(at)
 
     def _shuffle(self, form: Form, result: str, source: str, step: str, bounds: str, members: str) -> Run:
-        self._synchronise(form, members)
-        read, mode, mask = self._read(source, "b32"), form["mode"], self.current.members
-        operands = self._read(step, "u32"), self._read(bounds, "u32")
-        names = [name.strip() for name in result.split("|")]
-        writes = [self._write(name, type) for name, type in zip(names, ("b32", "pred"), strict=False)]
+        self._synchronise(members)
+        if bounds != "31":
+            raise KeyError(bounds)
+        read, step_of, write = self._read(source, "b32"), self._read(step, "u32"), self._write(result, "b32")
 
         def shuffle(t: Threads, at: Selection) -> None:
-            threads = t.ids[at]
-            lane = threads % LANES
-            b, c = (np.asarray(operand(t, at), np.int64) for operand in operands)
-            b, clamp, segment = b & 31, c & 31, c >> 8 & 31
-            first, last = lane & segment, (lane & segment) | (clamp & ~segment)
-            other = lane ^ b if mode == "bfly" else first | (b & ~segment)
-            inside = other <= last
-            other = np.where(inside, other, lane)
-            absent = ~t.here[threads - lane + other] | (mask(t, at) >> other & 1 == 0)
+            threads, number = t.ids[at], np.asarray(step_of(t, at), np.int64) & 31
+            other = threads ^ number if form["mode"] == "bfly" else threads - threads % LANES + number
+            absent = ~t.here[other]
             if absent.any():
-                t.fail(Fault, f"reads lane {other[absent][0]}, which is not there", at, absent)
-            values = read(t, threads - lane + other)
-            for write, value in zip(writes, (values, inside), strict=False):
-                write(t, at, value)
+                t.fail(Fault, f"reads lane {other[absent][0] % LANES}, which is not there", at, absent)
+            write(t, at, read(t, other))
 
         return shuffle
 
     def _vote(self, form: Form, result: str, source: str, members: str) -> Run:
-        self._synchronise(form, members)
-        read, mask, write = self._read(source, "pred"), self.current.members, self._write(result, "pred")
-        return lambda t, at: write(t, at, t.ballot(at, read(t, at)) & mask(t, at) != 0)
+        self._synchronise(members)
+        read, write = self._read(source, "pred"), self._write(result, "pred")
+        return lambda t, at: write(t, at, t.any_of_warp(at, read(t, at)))
 
 
-CACHE = r"(?:\.(?:ca|cg|cs|lu|cv|nc|wb|wt|L1::\w+|L2::(?:evict_\w+|\d+B)))*"
-SPACE = r"(?:\.(?P<space>global|shared))?"
-ACCESS = rf"(?:\.weak|\.volatile)?{SPACE}{CACHE}(?:\.v(?P<count>[24]))?\.(?P<t>[bus](?:8|16|32|64)|f32|f64)"
-CONVERTED = "[us](?:8|16|32|64)|f16|bf16|f32|f64"
+SPACE = r"\.(?P<space>global|shared)"
+ACCESS = rf"{SPACE}(?:\.v(?P<count>[24]))?\.(?P<t>[bu](?:16|32|64)|f32|f64)"
+CONVERTED = "[us](?:16|32|64)|f16|bf16|f32|f64"
 BUILDERS: list[tuple[str, Callable[..., Run]]] = [
     (r"bra(?:\.uni)?", Program._branch),
-    (r"ret(?:\.uni)?|exit", Program._exit),
-    (r"trap", Program._trap),
-    (
-        rf"cvt(?:\.(?P<round>rn|rni))?\.(?P<d>{CONVERTED})\.(?P<a>{CONVERTED})",
-        Program._convert,
-    ),
+    (r"ret", Program._exit),
+    (rf"cvt(?:\.(?P<round>rn|rni))?\.(?P<d>{CONVERTED})\.(?P<a>{CONVERTED})", Program._convert),
     (r"cvt\.rn\.(?P<t>b?f16)x2\.f32", Program._convert_pair),
-    (r"setp\.(?P<compare>\w+)(?:\.(?P<join>and|or|xor))?\.(?P<t>[bus](?:16|32|64)|f32|f64)", Program._compare),
-    (r"ld\.param\.(?P<t>[bus](?:8|16|32|64)|f32|f64)", Program._load_parameter),
+    (r"setp\.(?P<compare>\w+)\.(?P<t>[bus](?:32|64)|f32|f64)", Program._compare),
+    (r"ld\.param\.(?P<t>u32|u64|f32|f64)", Program._load_parameter),
     (rf"ld{ACCESS}", Program._load),
     (rf"st{ACCESS}", Program._store),
     (r"atom\.global\.add\.u64", Program._add),
-    (r"bar\.warp\.sync", Program._synchronise),
     (r"bar\.sync", Program._barrier),
     (r"shfl\.sync\.(?P<mode>idx|bfly)\.b32", Program._shuffle),
     (r"vote\.sync\.any\.pred", Program._vote),
@@ -392,21 +351,10 @@ def _names(group: str) -> list[str]:
     return [name.strip() for name in group.removeprefix("{").removesuffix("}").split(",")]
 
 
-def _alike(register: np.dtype[Any], operand: np.dtype[Any]) -> bool:
-    return register.itemsize == operand.itemsize and (register.kind == "b") == (operand.kind == "b")
-
-
 def _constant(text: str, dtype: np.dtype[Any]) -> Any:
     if bits := re.fullmatch(r"0(?:[fF]([\da-fA-F]{8})|[dD]([\da-fA-F]{16}))", text):
         return UNSIGNED[4 if bits[1] else 8].type(int(text[2:], 16)).view(dtype).reshape(())[()]
-    if dtype.kind == "f":
-        return dtype.type(float(text))
-    number = LANES if text == "WARP_SZ" else int(text.rstrip("U"), 0)
-    return (
-        np.bool_(number)
-        if dtype.kind == "b"
-        else UNSIGNED[dtype.itemsize].type(number % 256**dtype.itemsize).view(dtype)
-    )
+    return UNSIGNED[dtype.itemsize].type(int(text, 0) % 256**dtype.itemsize).view(dtype)
 
 
 def _compute(write: Write, function: Callable[..., Any], *reads: Read) -> Run:

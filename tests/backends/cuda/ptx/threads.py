@@ -1,8 +1,8 @@
 """Runs a compiled PTX kernel: all threads of many blocks advance together, an instruction at a time.
 
 A register is an array with an element per thread. When threads diverge, those at the lowest program counter run, and so
-structured code comes together again. Threads that reach a warp instruction wait there for the lanes that its membermask
-names; threads that reach a barrier wait for their block.
+structured code comes together again. Threads that reach a warp instruction wait there for their warp; threads that
+reach a barrier wait for their block.
 """
 
 from __future__ import annotations
@@ -20,11 +20,6 @@ from .program import LANES, Program
 
 THREADS_AT_ONCE = 8192  # registers of more would leave the cache
 POISON = {size: int("A5" * size, 16) for size in (1, 2, 4, 8)}  # what registers hold that nothing was written to
-
-
-def _pack(flags: NDArray[np.bool_]) -> NDArray[np.uint32]:
-    """A word per warp."""
-    return np.packbits(flags.reshape(-1, LANES), axis=1, bitorder="little").view(np.uint32)[:, 0]
 
 
 def _selection(ids: NDArray[np.intp]) -> Selection:
@@ -51,22 +46,17 @@ class Threads:
         self.current = program.instructions[0]
         n = len(self.ids)
         files = [np.full(n, POISON[dtype.itemsize] if dtype.kind == "u" else 0, dtype) for dtype in program.dtypes]
-        special: dict[str, Any] = {
-            "%tid.x": thread,
-            "%laneid": thread % LANES,
-            "%warpid": thread // LANES,
-            "%ctaid.x": block + blocks.start,
-        }
-        special |= {"%ntid.x": grid[1], "%nctaid.x": grid[0]}
+        special = {"%tid.x": thread, "%laneid": thread % LANES, "%ctaid.x": block + blocks.start}
+        special |= {"%ntid.x": np.array(grid[1]), "%nctaid.x": np.array(grid[0])}
         for name, register in program.special.items():
-            files[register.number][:] = special.get(name, int(name.startswith(("%nt", "%nc"))))
+            files[register.number][:] = special[name]
         self.registers = [files[number].view(dtype) for number, dtype in program.slots]
         if program.shared_bytes:
             apart = round_up(program.shared_bytes, WIDEST) + 4 * WIDEST
             room = np.full((len(blocks) + 1) * apart, POISON[1], np.uint8)
             start = -room.ctypes.data % WIDEST
             self.of_blocks = room[start:][: len(blocks) * apart].reshape(-1, apart)[:, : program.shared_bytes]
-            self.shared = Window(Memory(self.of_blocks), program.granule, window.races)
+            self.shared = Window(Memory(self.of_blocks), program.granule)
 
     def space(self, name: str, at: Selection, address: Any) -> tuple[Window, Any]:
         """The memory of a state space, and where these threads' addresses are there."""
@@ -87,11 +77,11 @@ class Threads:
     def fail(self, error: type[Exception], what: str, at: Selection, flags: Any = slice(None)) -> NoReturn:
         raise error(f"{what}, by {self.name(self.first + int(self.ids[at][flags][0]))}, at: {self.current.text}")
 
-    def ballot(self, at: Selection, flags: Any = True) -> Any:
-        """For each of the threads, those flags that its warp's lanes raise."""
+    def any_of_warp(self, at: Selection, flags: Any) -> Any:
+        """For each of the threads, whether a lane of its warp raises its flag."""
         raised = np.zeros(len(self.ids), bool)
         raised[at] = flags
-        return _pack(raised)[self.ids[at] // LANES]
+        return raised.reshape(-1, LANES).any(axis=1)[self.ids[at] // LANES]
 
     def run(self, executed: NDArray[np.int64], steps: int) -> None:
         instructions = self.program.instructions
@@ -116,7 +106,7 @@ class Threads:
                 self._arrive(pc, at)
         for pc, at in self.parked.items():
             self.current = instructions[pc]
-            who = "threads of the block" if self.current.kind == "block" else "lanes named in the membermask"
+            who = "threads of the block" if self.current.kind == "block" else "lanes of the warp"
             self.fail(Fault, f"{who} never come here", at)
 
     def _control(self, pc: int, at: Selection, executed: NDArray[np.int64]) -> None:
@@ -124,15 +114,12 @@ class Threads:
         chosen, rest = self._guarded(at)
         if rest is not None:
             self._arrive(pc + 1, rest)
-        if instruction.kind == "warp" and chosen is not None:
-            waiting, chosen = self._split(chosen, self._lacks(chosen, instruction.members(self, chosen)))
-            if waiting is not None:
-                self.parked[pc] = waiting
-        if instruction.kind == "block" and chosen is not None:
-            self.here[:] = False
-            self.here[chosen] = True
-            absent = (self.alive & ~self.here).reshape(-1, self.padded).any(axis=1)
-            waiting, chosen = self._split(chosen, np.take(absent, self.ids[chosen] // self.padded))
+        if instruction.kind in ("warp", "block") and chosen is not None:
+            if instruction.kind == "warp":
+                absent = self._absent(chosen, LANES, but=self._leaving())
+            else:
+                absent = self._absent(chosen, self.padded)
+            waiting, chosen = self._split(chosen, absent)
             if waiting is not None:
                 self.parked[pc] = waiting
         executed[pc] += self._warps(self._joined(chosen, rest))
@@ -177,38 +164,29 @@ class Threads:
             instruction = self.program.instructions[instruction.target]
         return instruction.kind == "exit" and instruction.guard is None
 
-    def _lacks(self, at: Selection, members: Any) -> NDArray[np.bool_]:
-        """Threads that lack lanes of their membermask; those that have exited, or are about to, don't count."""
-        threads = self.ids[at]
-        warp, members = threads // LANES, np.broadcast_to(members, threads.shape)
-        outside = members >> (threads % LANES) & 1 == 0
-        if outside.any():
-            self.fail(Fault, "lane not in its own membermask", at, outside)
+    def _absent(self, at: Selection, size: int, but: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
+        """Which of these threads lack others of their warp, or block, of this size that live; ``but`` don't count."""
         self.here[:] = False
         self.here[at] = True
-        expected = self.alive & ~self.here
-        for pc, others in self.groups.items():
+        absent = self.alive & ~self.here
+        if but is not None:
+            absent &= ~but
+        return np.take(absent.reshape(-1, size).any(axis=1), self.ids[at] // size)
+
+    def _leaving(self) -> NDArray[np.bool_]:
+        """Threads that have nothing before them but the end."""
+        leaving = np.zeros_like(self.alive)
+        for pc, at in self.groups.items():
             if self._ends(pc):
-                expected[others] = False
-        if members.min() != members.max():
-            masks = np.zeros(len(self.ids), np.uint32)
-            masks[at] = members
-            named = (members[:, None] >> np.arange(LANES) & 1 != 0) & self.here.reshape(-1, LANES)[warp]
-            differ = (named & (masks.reshape(-1, LANES)[warp] != members[:, None])).any(axis=1)
-            if differ.any():
-                self.fail(Fault, "lanes with different membermasks", at, differ)
-        return (members & _pack(expected)[warp]) != 0  # type: ignore[no-any-return]
+                leaving[at] = True
+        return leaving
 
 
 class Machine:
-    """Runs kernels over ``memory``: arrays, or a `Memory` that may grow.
+    """Runs kernels over arrays. ``steps`` ends runaway loops; it counts stretches without a branch."""
 
-    ``races`` looks for data races. ``steps`` ends runaway loops; it counts stretches without a branch.
-    """
-
-    def __init__(self, memory: Memory | Iterable[NDArray[Any]], *, races: bool = True, steps: int = 1_000_000) -> None:
-        self.memory = memory if isinstance(memory, Memory) else Memory(memory)
-        self.races, self.steps = races, steps
+    def __init__(self, arrays: Iterable[NDArray[Any]], steps: int = 1_000_000) -> None:
+        self.memory, self.steps = Memory(arrays), steps
 
     def launch(self, ptx: str, blocks: int, threads_per_block: int, parameters: bytes) -> Counter[str]:
         """Warp instructions executed, by opcode: one for each warp that comes to an instruction, whatever its guard.
@@ -218,9 +196,7 @@ class Machine:
         program = _program(ptx)
         if not program.parameter_bytes <= len(parameters) <= round_up(program.parameter_bytes, 8):
             raise ValueError(f"the kernel has {program.parameter_bytes} bytes of parameters, but got {len(parameters)}")
-        if blocks < 1 or not 1 <= threads_per_block <= program.most_threads:
-            raise ValueError(f"no launch of {blocks} blocks of {threads_per_block} threads")
-        window = Window(self.memory, program.granule, self.races)
+        window = Window(self.memory, program.granule)
         executed = np.zeros(len(program.instructions), np.int64)
         at_once = max(1, THREADS_AT_ONCE // threads_per_block)
         with np.errstate(all="ignore"):
