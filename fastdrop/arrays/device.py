@@ -1,9 +1,8 @@
 """Arrays on a GPU: how those of CuPy and Numba, which must be C-contiguous, reach the CUDA backend.
 
-The functions are those of `host.py`, whose docstrings say what they do. The ops call them for arrays that have the CUDA
-array interface. Results and masks are arrays of the same library as the argument. Work is submitted to the stream that
-the array names (CuPy: the current one). Nothing waits and nothing is copied to the host, but DropBlock reads the number
-of kept cells.
+The ops call `DEVICE` for arrays that have the CUDA array interface. Results and masks are arrays of the same library as
+the argument. Work is submitted to the stream that the array names (CuPy: the current one). Nothing waits and nothing is
+copied to the host, except that DropBlock reads the number of kept cells.
 """
 
 from __future__ import annotations
@@ -20,11 +19,190 @@ from ..core import checks
 from ..core.grid import cell_axes
 from ..core.mask import to_host, word_count
 from ..core.random import DROP_ALL, State
-from .array_ops import BlockPasses, Scaling, Shape
+from .array_ops import BlockPasses, DeferredDraw, Scaling, Shape
 
 DLPACK_CUDA = 2
 
-on_device = True
+
+class DeviceOps:
+    """`ArrayOps` for arrays of CuPy and Numba, which must be C-contiguous."""
+
+    __slots__ = ()
+
+    on_device = True
+
+    # ---- arguments and results ----
+
+    def as_array(self, name: str, value: Any) -> tuple[Any, int]:
+        _library(name, value)
+        tag = checks.dtype_tag(name, value.dtype)
+        _check_order(name, value)
+        return value, tag
+
+    def as_attention_mask(self, name: str, value: Any) -> Any:
+        _library(name, value)
+        _check_order(name, value)
+        if value.dtype != np.bool_:
+            checks.dtype_tag(f"{name}, unless boolean,", value.dtype)
+        return value
+
+    def output_array(self, out: Any, x: Any, name: str) -> Any:
+        if out is None:
+            return self.empty(x, tuple(x.shape), x.dtype)
+        if out is x:
+            return x
+        if not hasattr(out, "__cuda_array_interface__"):
+            raise TypeError(f"out must be an array on the GPU, as {name} is, but got {type(out).__name__}")
+        self.as_array("out", out)
+        checks.check_output(out, x, name, not out.__cuda_array_interface__["data"][1])
+        self.check_no_overlap(out, x, name)
+        _places(x, out)
+        return out
+
+    def check_no_overlap(self, out: Any, x: Any, name: str) -> None:
+        same_elements = _start(out) == _start(x) and out.dtype == x.dtype  # the shapes are the same
+        if _overlap(out, x) and not same_elements:
+            raise checks.overlap_error(name)
+
+    def check_mask_memory(self, name: str, words: Any) -> None:
+        if isinstance(words, np.ndarray):
+            raise TypeError("mask must be of an array on the GPU, or a SeededMask, but got a PackedMask in memory")
+
+    def copy_into(self, y: Any, x: Any) -> None:
+        source, target = _places(x, y)
+        if source.address:
+            cuda_backend().copy_at(source.device, source.stream, target.address, source.address, _size(x))
+
+    # ---- masks ----
+
+    def empty_words(self, like: Any, cells: int) -> Any:
+        return self.empty(like, (word_count(cells),), np.uint32)
+
+    def draw_words(self, words: Any, like: Any, cells: int, state: State, threshold: int) -> None:
+        """Unused bits of the last word are not 0 if the mask keeps everything."""
+        if not cells:
+            return
+        place, stream = _place(words), _place(like).stream
+        if 0 < threshold < DROP_ALL:
+            cuda_backend().draw_bits_at(place.device, stream, place.address, 0, 0, cells, *state, threshold)
+        else:
+            word = 0 if threshold == DROP_ALL else 0xFFFFFFFF
+            cuda_backend().fill_at(place.device, stream, place.address, word, word_count(cells))
+
+    def draw_or_defer(self, words: Any, like: Any, cells: int, state: State, threshold: int) -> DeferredDraw | None:
+        """CUDA's primitives read words that were drawn before: nothing is deferred."""
+        self.draw_words(words, like, cells, state, threshold)
+        return None
+
+    def widen_blocks(self, words: Any, buffers: list[Any], passes: BlockPasses) -> Any:
+        for buffer, extents in zip(buffers, passes, strict=True):
+            target, source = _place(buffer), _place(words)
+            cuda_backend().dilate_bits_at(target.device, source.stream, target.address, source.address, *extents)
+            words = buffer
+        return words
+
+    def kept_count(self, words: Any) -> int:
+        """Waits for the GPU and copies eight bytes from it."""
+        count = self.empty(words, (1,), np.uint64)
+        place, source = _place(count), _place(words)
+        cuda_backend().fill_at(place.device, source.stream, place.address, 0, 2)
+        cuda_backend().count_bits_at(place.device, source.stream, source.address, math.prod(words.shape), place.address)
+        return int(to_host(count)[0])
+
+    # ---- the primitives of plain dropout ----
+
+    def kernel_arrays(self, x: Any, y: Any, mask_shape: Shape) -> tuple[Any, Any]:
+        return x, y
+
+    def dropout_forward(
+        self, tag: int, x: Any, y: Any, words: Any, state: State, threshold: int, coefficients: Scaling
+    ) -> None:
+        source, target, mask = _places(x, y, words)
+        at = source.device, source.stream, tag, source.address, target.address, mask.address
+        cuda_backend().dropout_forward_at(*at, 0, math.prod(x.shape), *state, threshold, *coefficients)
+
+    def gaussian_multiply(self, tag: int, x: Any, y: Any, state: State, sigma: float) -> None:
+        if cells := math.prod(x.shape):
+            source, target = _places(x, y)
+            at = source.device, source.stream, tag, source.address, target.address
+            cuda_backend().gaussian_multiply_at(*at, 0, cells, *state, sigma)
+
+    def apply_mask(self, tag: int, x: Any, y: Any, words: Any, mask_shape: Shape, coefficients: Scaling) -> None:
+        shape = tuple(x.shape)
+        if math.prod(shape):
+            source, target, mask = _places(x, y, words)
+            on, arrays = (source.device, source.stream), (source.address, target.address, mask.address)
+            cuda_backend().strided_affine_at(on, tag, arrays, 0, cell_axes(shape, mask_shape), coefficients)
+
+    # ---- the fused primitives ----
+
+    def empty(self, like: Any, shape: Shape, dtype: Any) -> Any:
+        if _library("x", like) == "cupy":
+            with like.device:
+                return _cupy().empty(shape, dtype)
+        return cuda_backend().empty(shape, dtype, _place(like).device, like.stream)
+
+    def zeros(self, like: Any, shape: Shape, dtype: Any) -> Any:
+        array = self.empty(like, shape, dtype)
+        if math.prod(shape):
+            place = _place(array)
+            cuda_backend().fill_at(place.device, _place(like).stream, place.address, 0, _size(array) // 4)
+        return array
+
+    def as_contiguous(self, x: Any) -> Any:
+        """x itself, because `as_array` refuses arrays that are not contiguous."""
+        return x
+
+    def output_buffer(self, y: Any) -> Any:
+        """y itself, because `output_array` refuses arrays that are not contiguous."""
+        return y
+
+    def copy_if_overlapping(self, x: Any, y: Any) -> Any:
+        if x is None or not _overlap(x, y):
+            return x
+        copy = self.empty(x, tuple(x.shape), x.dtype)
+        self.copy_into(copy, x)
+        return copy
+
+    def cast(self, name: str, x: Any, dtype: Any) -> Any:
+        """An array of Numba must already have the dtype."""
+        if x.dtype == dtype:
+            return x
+        if _library(name, x) != "cupy":
+            raise TypeError(f"{name} must have dtype {np.dtype(dtype)} as an array of Numba, but got {x.dtype}")
+        with x.device:
+            return x.astype(dtype)
+
+    def as_additive_mask(self, name: str, mask: Any, shape: Shape, dtype: Any) -> Any:
+        """An array of Numba must already have the dtype and the shape."""
+        if _library(name, mask) == "cupy":
+            cupy = _cupy()
+            with mask.device:
+                if mask.dtype == np.bool_:
+                    mask = cupy.where(mask, 0.0, -np.inf)
+                return cupy.ascontiguousarray(cupy.broadcast_to(mask, shape), dtype)
+        mask = self.cast(name, mask, dtype)
+        given = (1,) * (len(shape) - len(mask.shape)) + tuple(mask.shape)
+        if given != shape:
+            raise ValueError(f"{name} must have shape {shape} as an array of Numba, but got {given}")
+        return mask
+
+    def run_primitive(
+        self,
+        primitive: str,
+        dtypes: tuple[int, ...],
+        arrays: tuple[Any, ...],
+        numbers: tuple[float, ...],
+        draw: DeferredDraw | None = None,
+    ) -> None:
+        """The first array, which is never None, names the stream."""
+        places = _places(*arrays)
+        addresses = [place.address for place in places]
+        run = getattr(cuda_backend(), f"{primitive}_at")
+        run(places[0].device, places[0].stream, *dtypes, *addresses, *numbers)
+
+
+DEVICE = DeviceOps()
 
 
 class Place(NamedTuple):
@@ -46,199 +224,6 @@ def is_on_device(x: Any) -> bool:
         return True
     dlpack_device = getattr(x, "__dlpack_device__", None)
     return dlpack_device is not None and dlpack_device()[0] == DLPACK_CUDA
-
-
-# ---- arguments and results ----
-
-
-def as_array(name: str, value: Any) -> tuple[Any, int]:
-    _library(name, value)
-    tag = checks.dtype_tag(name, value.dtype)
-    _check_order(name, value)
-    return value, tag
-
-
-def as_attention_mask(name: str, value: Any) -> Any:
-    _library(name, value)
-    _check_order(name, value)
-    if value.dtype != np.bool_:
-        checks.dtype_tag(f"{name}, unless boolean,", value.dtype)
-    return value
-
-
-def output_array(out: Any, x: Any, name: str) -> Any:
-    if out is None:
-        return empty(x, tuple(x.shape), x.dtype)
-    if out is x:
-        return x
-    if not hasattr(out, "__cuda_array_interface__"):
-        raise TypeError(f"out must be an array on the GPU, as {name} is, but got {type(out).__name__}")
-    as_array("out", out)
-    checks.check_output(out, x, name, not out.__cuda_array_interface__["data"][1])
-    check_no_overlap(out, x, name)
-    _places(x, out)
-    return out
-
-
-def check_no_overlap(out: Any, x: Any, name: str) -> None:
-    same_elements = _start(out) == _start(x) and out.dtype == x.dtype  # the shapes are the same
-    if _overlap(out, x) and not same_elements:
-        raise checks.overlap_error(name)
-
-
-def check_mask_memory(name: str, words: Any) -> None:
-    if isinstance(words, np.ndarray):
-        raise TypeError("mask must be of an array on the GPU, or a SeededMask, but got a PackedMask in memory")
-
-
-def copy_into(y: Any, x: Any) -> None:
-    source, target = _places(x, y)
-    if source.address:
-        cuda_backend().copy_at(source.device, source.stream, target.address, source.address, _size(x))
-
-
-# ---- masks ----
-
-
-def empty_words(like: Any, cells: int) -> Any:
-    return empty(like, (word_count(cells),), np.uint32)
-
-
-def draw_words(words: Any, like: Any, cells: int, state: State, threshold: int) -> None:
-    """Unused bits of the last word are not 0 if the mask keeps everything."""
-    if not cells:
-        return
-    place, stream = _place(words), _place(like).stream
-    if 0 < threshold < DROP_ALL:
-        cuda_backend().draw_bits_at(place.device, stream, place.address, 0, 0, cells, *state, threshold)
-    else:
-        word = 0 if threshold == DROP_ALL else 0xFFFFFFFF
-        cuda_backend().fill_at(place.device, stream, place.address, word, word_count(cells))
-
-
-def draw_or_defer(words: Any, like: Any, cells: int, state: State, threshold: int) -> None:
-    """CUDA's primitives read words that were drawn before: nothing is deferred."""
-    draw_words(words, like, cells, state, threshold)
-
-
-def widen_blocks(words: Any, buffers: list[Any], passes: BlockPasses) -> Any:
-    for buffer, extents in zip(buffers, passes, strict=True):
-        target, source = _place(buffer), _place(words)
-        cuda_backend().dilate_bits_at(target.device, source.stream, target.address, source.address, *extents)
-        words = buffer
-    return words
-
-
-def kept_count(words: Any) -> int:
-    """Waits for the GPU and copies eight bytes from it."""
-    count = empty(words, (1,), np.uint64)
-    place, source = _place(count), _place(words)
-    cuda_backend().fill_at(place.device, source.stream, place.address, 0, 2)
-    cuda_backend().count_bits_at(place.device, source.stream, source.address, math.prod(words.shape), place.address)
-    return int(to_host(count)[0])
-
-
-# ---- the primitives of plain dropout ----
-
-
-def kernel_arrays(x: Any, y: Any, mask_shape: Shape) -> tuple[Any, Any]:
-    return x, y
-
-
-def dropout_forward(tag: int, x: Any, y: Any, words: Any, state: State, threshold: int, coefficients: Scaling) -> None:
-    source, target, mask = _places(x, y, words)
-    at = source.device, source.stream, tag, source.address, target.address, mask.address
-    cuda_backend().dropout_forward_at(*at, 0, math.prod(x.shape), *state, threshold, *coefficients)
-
-
-def gaussian_multiply(tag: int, x: Any, y: Any, state: State, sigma: float) -> None:
-    if cells := math.prod(x.shape):
-        source, target = _places(x, y)
-        at = source.device, source.stream, tag, source.address, target.address
-        cuda_backend().gaussian_multiply_at(*at, 0, cells, *state, sigma)
-
-
-def apply_mask(tag: int, x: Any, y: Any, words: Any, mask_shape: Shape, coefficients: Scaling) -> None:
-    shape = tuple(x.shape)
-    if math.prod(shape):
-        source, target, mask = _places(x, y, words)
-        on, arrays = (source.device, source.stream), (source.address, target.address, mask.address)
-        cuda_backend().strided_affine_at(on, tag, arrays, 0, cell_axes(shape, mask_shape), coefficients)
-
-
-# ---- the fused primitives ----
-
-
-def empty(like: Any, shape: Shape, dtype: Any) -> Any:
-    if _library("x", like) == "cupy":
-        with like.device:
-            return _cupy().empty(shape, dtype)
-    return cuda_backend().empty(shape, dtype, _place(like).device, like.stream)
-
-
-def zeros(like: Any, shape: Shape, dtype: Any) -> Any:
-    array = empty(like, shape, dtype)
-    if math.prod(shape):
-        place = _place(array)
-        cuda_backend().fill_at(place.device, _place(like).stream, place.address, 0, _size(array) // 4)
-    return array
-
-
-def as_contiguous(x: Any) -> Any:
-    """x itself, because `as_array` refuses arrays that are not contiguous."""
-    return x
-
-
-def output_buffer(y: Any) -> Any:
-    """y itself, because `output_array` refuses arrays that are not contiguous."""
-    return y
-
-
-def copy_if_overlapping(x: Any, y: Any) -> Any:
-    if x is None or not _overlap(x, y):
-        return x
-    copy = empty(x, tuple(x.shape), x.dtype)
-    copy_into(copy, x)
-    return copy
-
-
-def cast(name: str, x: Any, dtype: Any) -> Any:
-    """An array of Numba must already have the dtype."""
-    if x.dtype == dtype:
-        return x
-    if _library(name, x) != "cupy":
-        raise TypeError(f"{name} must have dtype {np.dtype(dtype)} as an array of Numba, but got {x.dtype}")
-    with x.device:
-        return x.astype(dtype)
-
-
-def as_additive_mask(name: str, array: Any, shape: Shape, dtype: Any) -> Any:
-    """An array of Numba must already have the dtype and the shape."""
-    if _library(name, array) == "cupy":
-        cupy = _cupy()
-        with array.device:
-            if array.dtype == np.bool_:
-                array = cupy.where(array, 0.0, -np.inf)
-            return cupy.ascontiguousarray(cupy.broadcast_to(array, shape), dtype)
-    array = cast(name, array, dtype)
-    given = (1,) * (len(shape) - len(array.shape)) + tuple(array.shape)
-    if given != shape:
-        raise ValueError(f"{name} must have shape {shape} as an array of Numba, but got {given}")
-    return array
-
-
-def run_primitive(
-    primitive: str,
-    dtypes: tuple[int, ...],
-    arrays: tuple[Any, ...],
-    numbers: tuple[float, ...],
-    draw: None = None,
-) -> None:
-    """The first array, which is never None, names the stream."""
-    places = _places(*arrays)
-    addresses = [place.address for place in places]
-    run = getattr(cuda_backend(), f"{primitive}_at")
-    run(places[0].device, places[0].stream, *dtypes, *addresses, *numbers)
 
 
 # ---- what an array says of itself ----

@@ -15,8 +15,8 @@ from numpy.typing import ArrayLike
 from ..core import checks, variants
 from ..core.mask import GaussianNoise, PackedMask, empty_words, gaussian_noise, packed_mask
 from ..core.random import check_random_state, random_state, threshold_and_scale
-from . import host
 from .array_ops import Array, BitMask, Mask, RandomState, Shape
+from .host import HOST
 from .masking import array_ops, copy_to_output, drop, masked
 
 
@@ -170,7 +170,7 @@ def draw_mask(shape: int | tuple[int, ...], p: float, *, rng: RandomState = None
     first = checks.first_cell(first_cell, cells)
     threshold, scale = threshold_and_scale(p)
     words = empty_words(cells)
-    host.draw_words(words, None, cells, random_state(rng), threshold, first)
+    HOST.draw_words(words, None, cells, random_state(rng), threshold, first)
     return packed_mask(words, extents, p, scale)
 
 

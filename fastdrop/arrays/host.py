@@ -1,16 +1,8 @@
 """Arrays in the host's memory: how an ndarray reaches a backend.
 
-The ops of the NumPy API say once what they do, in `masking.py`, `fused_call.py` and `saved.py`. Whatever depends on the
-memory that arrays lie in they ask of this module or, for arrays on a GPU, of `device.py`, which has the same functions
-(`masking.array_ops` chooses between the two). For example, `as_array` takes any array_like here, and refuses arrays
-that are not C-contiguous there.
-
-An array whose elements fill their memory without gaps is passed as it lies, in any order of axes; others are copied to
-C order. bfloat16, which NumPy itself does not know, is passed as its bits. Backends receive ndarrays, never instances
-of a subclass.
-
-``tag`` is the number by which kernels know a dtype. ``words`` are the words of a mask, and ``mask_shape`` is its shape:
-1 on axes along which elements share a decision. ``like`` is an array that says on which device a mask is drawn.
+The ops call `HOST` for every array that is not on a GPU. An array whose elements fill their memory without gaps is
+passed as it lies, in any order of axes; others are copied to C order. bfloat16, which NumPy itself does not know, is
+passed as its bits. Backends receive ndarrays, never instances of a subclass.
 """
 
 from __future__ import annotations
@@ -21,183 +13,157 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import backends
-from ..core import checks, mask
+from ..core import checks
 from ..core.checks import BFLOAT16
 from ..core.grid import Grid
+from ..core.mask import empty_words, fill_words, popcount
 from ..core.random import DROP_ALL, State
 from .array_ops import Array, BlockPasses, DeferredDraw, Scaling, Shape
 
 Words = NDArray[np.uint32]
 
-on_device = False
+
+class HostOps:
+    """`ArrayOps` for ndarrays."""
+
+    __slots__ = ()
+
+    on_device = False
+
+    # ---- arguments and results ----
+
+    as_array = staticmethod(checks.as_array)
+    output_array = staticmethod(checks.output_array)
+    check_no_overlap = staticmethod(checks.check_no_overlap)
+
+    def as_attention_mask(self, name: str, value: Any) -> Array:
+        """Extents are 1 on axes that the caller broadcast, so that these take no memory."""
+        array = checks.as_ndarray(name, value)
+        if array.dtype != np.bool_:
+            checks.dtype_tag(f"{name}, unless boolean,", array.dtype)
+        return array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)]
+
+    def check_mask_memory(self, name: str, words: Any) -> None:
+        if type(words) is not np.ndarray:
+            raise TypeError(f"mask must be in memory, as {name} is, or a SeededMask, but got a PackedMask on a GPU")
+
+    def copy_into(self, y: Array, x: Array) -> None:
+        np.copyto(y, x)
+
+    # ---- masks ----
+
+    kept_count = staticmethod(popcount)
+
+    def empty_words(self, like: Array, cells: int) -> Words:
+        return empty_words(cells)
+
+    def draw_words(
+        self, words: Words, like: Any, cells: int, state: State, threshold: int, first_cell: int = 0
+    ) -> None:
+        if 0 < threshold < DROP_ALL and cells:
+            backends.active().draw_bits(words, 0, first_cell, cells, *state, threshold)
+        else:
+            fill_words(words, cells, threshold)
+
+    def draw_or_defer(self, words: Words, like: Array, cells: int, state: State, threshold: int) -> DeferredDraw | None:
+        """C draws while data is on its way to the CPU, so the draw is left to its primitive."""
+        primitive_with_draw = backends.drawn()
+        if 0 < threshold < DROP_ALL and primitive_with_draw is not None:
+            return primitive_with_draw, state, threshold
+        self.draw_words(words, like, cells, state, threshold)
+        return None
+
+    def widen_blocks(self, words: Words, buffers: list[Words], passes: BlockPasses) -> Words:
+        for buffer, (outer, n, inner, block) in zip(buffers, passes, strict=True):
+            backends.active().dilate_bits(buffer, words, outer, n, inner, block)
+            words = buffer
+        return words
+
+    # ---- the primitives of plain dropout ----
+
+    def kernel_arrays(self, x: Array, y: Array, mask_shape: Shape) -> tuple[Array, Array]:
+        if x.flags.c_contiguous and y.flags.c_contiguous:
+            return x, y
+        if mask_shape != x.shape and _grid_in_memory(x, y, mask_shape) is not None:
+            return x, y
+        return self.as_contiguous(x), self.output_buffer(y)
+
+    def dropout_forward(
+        self, tag: int, x: Array, y: Array, words: Words | None, state: State, threshold: int, coefficients: Scaling
+    ) -> None:
+        if tag == BFLOAT16:
+            x, y = x.view(np.uint16), y.view(np.uint16)
+        seed, offset = state
+        scale, shift, dropped = coefficients
+        backends.active().dropout_forward(tag, x, y, words, 0, x.size, seed, offset, threshold, scale, shift, dropped)
+
+    def gaussian_multiply(self, tag: int, x: Array, y: Array, state: State, sigma: float) -> None:
+        if tag == BFLOAT16:
+            x, y = x.view(np.uint16), y.view(np.uint16)
+        if x.size:
+            backends.active().gaussian_multiply(tag, x, y, 0, x.size, *state, sigma)
+
+    def apply_mask(self, tag: int, x: Array, y: Array, words: Words, mask_shape: Shape, coefficients: Scaling) -> None:
+        if not x.size:
+            return
+        if tag == BFLOAT16:
+            x, y = x.view(np.uint16), y.view(np.uint16)
+        masked_affine = backends.active().masked_affine
+        if mask_shape == x.shape:
+            masked_affine(tag, x, y, words, 0, 1, 1, x.size, *coefficients)
+            return
+        grid = _grid_in_memory(x, y, mask_shape) or Grid.of(x.shape, mask_shape)
+        elements, results = x.ravel("K"), y.ravel("K")
+        for start, cell in grid.pieces():
+            piece = slice(start, start + grid.size)
+            extents = grid.outer, grid.repeat, grid.inner
+            masked_affine(tag, elements[piece], results[piece], words, cell, *extents, *coefficients)
+
+    # ---- the fused primitives; None stands for an array that an op does not have ----
+
+    def empty(self, like: Array, shape: Shape, dtype: Any) -> Array:
+        return np.empty(shape, dtype)
+
+    def zeros(self, like: Array, shape: Shape, dtype: Any) -> Array:
+        return np.zeros(shape, dtype)
+
+    def as_contiguous(self, x: Any) -> Any:
+        return x if x is None or x.flags.c_contiguous else np.ascontiguousarray(x)
+
+    def output_buffer(self, y: Array) -> Array:
+        return y if y.flags.c_contiguous else np.empty(y.shape, y.dtype)
+
+    def copy_if_overlapping(self, x: Any, y: Array) -> Any:
+        return x if x is None or not np.may_share_memory(x, y) else x.copy()
+
+    def cast(self, name: str, x: Array, dtype: Any) -> Array:
+        with np.errstate(over="ignore"):
+            return np.ascontiguousarray(x, dtype)
+
+    def as_additive_mask(self, name: str, mask: Array, shape: Shape, dtype: Any) -> Array:
+        if mask.dtype == np.bool_:
+            mask = np.where(mask, 0.0, -np.inf)
+        return self.cast(name, np.broadcast_to(mask, shape), dtype)
+
+    def run_primitive(
+        self,
+        primitive: str,
+        dtypes: tuple[int, ...],
+        arrays: tuple[Array | None, ...],
+        numbers: tuple[float, ...],
+        draw: DeferredDraw | None = None,
+    ) -> None:
+        if BFLOAT16 in dtypes:
+            arrays = tuple(x.view(np.uint16) if x is not None and x.dtype.kind == "V" else x for x in arrays)
+        if draw is not None:
+            # The function is the one found before: another thread may have switched backends since.
+            primitive_with_draw, state, threshold = draw
+            primitive_with_draw(primitive, *state, threshold, *dtypes, *arrays, *numbers)
+        else:
+            getattr(backends.active(), primitive)(*dtypes, *arrays, *numbers)
 
 
-# ---- arguments and results ----
-
-as_array = checks.as_array
-output_array = checks.output_array
-check_no_overlap = checks.check_no_overlap
-
-
-def as_attention_mask(name: str, value: Any) -> Array:
-    """An attention mask, of booleans or floats. Extents are 1 on axes that the caller broadcast, to take no memory."""
-    array = checks.as_ndarray(name, value)
-    if array.dtype != np.bool_:
-        checks.dtype_tag(f"{name}, unless boolean,", array.dtype)
-    return array[tuple(slice(0, 1) if stride == 0 else slice(None) for stride in array.strides)]
-
-
-def check_mask_memory(name: str, words: Any) -> None:
-    """Raises unless a mask's words lie where the array of this name lies."""
-    if type(words) is not np.ndarray:
-        raise TypeError(f"mask must be in memory, as {name} is, or a SeededMask, but got a PackedMask on a GPU")
-
-
-def copy_into(y: Array, x: Array) -> None:
-    np.copyto(y, x)
-
-
-# ---- masks ----
-
-kept_count = mask.popcount
-
-
-def empty_words(like: Array, cells: int) -> Words:
-    return mask.empty_words(cells)
-
-
-def draw_words(words: Words, like: Any, cells: int, state: State, threshold: int, first_cell: int = 0) -> None:
-    """Draws the mask of so many cells, for any threshold."""
-    if 0 < threshold < DROP_ALL and cells:
-        backends.active().draw_bits(words, 0, first_cell, cells, *state, threshold)
-    else:
-        mask.fill_words(words, cells, threshold)
-
-
-def draw_or_defer(words: Words, like: Array, cells: int, state: State, threshold: int) -> DeferredDraw | None:
-    """Draws a mask, or returns what `run_primitive` needs to draw it: C does so while data is on its way to the CPU."""
-    primitive_with_draw = backends.drawn()
-    if 0 < threshold < DROP_ALL and primitive_with_draw is not None:
-        return primitive_with_draw, state, threshold
-    draw_words(words, like, cells, state, threshold)
-    return None
-
-
-def widen_blocks(words: Words, buffers: list[Words], passes: BlockPasses) -> Words:
-    """The words after DropBlock's passes, each of which writes to a buffer of its own."""
-    for buffer, (outer, n, inner, block) in zip(buffers, passes, strict=True):
-        backends.active().dilate_bits(buffer, words, outer, n, inner, block)
-        words = buffer
-    return words
-
-
-# ---- the primitives of plain dropout ----
-
-
-def kernel_arrays(x: Array, y: Array, mask_shape: Shape) -> tuple[Array, Array]:
-    """x and y if the primitives below accept them as they lie in memory, otherwise C-contiguous stand-ins.
-
-    The caller copies y's stand-in to y afterwards.
-    """
-    if x.flags.c_contiguous and y.flags.c_contiguous:
-        return x, y
-    if mask_shape != x.shape and _grid_in_memory(x, y, mask_shape) is not None:
-        return x, y
-    return as_contiguous(x), output_buffer(y)
-
-
-def dropout_forward(
-    tag: int, x: Array, y: Array, words: Words | None, state: State, threshold: int, coefficients: Scaling
-) -> None:
-    """Draws a mask of x's shape and applies it; ``words`` receives it unless None."""
-    if tag == BFLOAT16:
-        x, y = x.view(np.uint16), y.view(np.uint16)
-    seed, offset = state
-    scale, shift, dropped = coefficients
-    backends.active().dropout_forward(tag, x, y, words, 0, x.size, seed, offset, threshold, scale, shift, dropped)
-
-
-def gaussian_multiply(tag: int, x: Array, y: Array, state: State, sigma: float) -> None:
-    """y = x times Gaussian noise of mean 1."""
-    if tag == BFLOAT16:
-        x, y = x.view(np.uint16), y.view(np.uint16)
-    if x.size:
-        backends.active().gaussian_multiply(tag, x, y, 0, x.size, *state, sigma)
-
-
-def apply_mask(tag: int, x: Array, y: Array, words: Words, mask_shape: Shape, coefficients: Scaling) -> None:
-    """y = x under a stored mask."""
-    if not x.size:
-        return
-    if tag == BFLOAT16:
-        x, y = x.view(np.uint16), y.view(np.uint16)
-    masked_affine = backends.active().masked_affine
-    if mask_shape == x.shape:
-        masked_affine(tag, x, y, words, 0, 1, 1, x.size, *coefficients)
-        return
-    grid = _grid_in_memory(x, y, mask_shape) or Grid.of(x.shape, mask_shape)
-    elements, results = x.ravel("K"), y.ravel("K")
-    for start, cell in grid.pieces():
-        piece = slice(start, start + grid.size)
-        extents = grid.outer, grid.repeat, grid.inner
-        masked_affine(tag, elements[piece], results[piece], words, cell, *extents, *coefficients)
-
-
-# ---- the fused primitives; None stands for an array that an op does not have ----
-
-
-def empty(like: Array, shape: Shape, dtype: Any) -> Array:
-    return np.empty(shape, dtype)
-
-
-def zeros(like: Array, shape: Shape, dtype: Any) -> Array:
-    return np.zeros(shape, dtype)
-
-
-def as_contiguous(x: Any) -> Any:
-    """x in C order: a copy if x is not."""
-    return x if x is None or x.flags.c_contiguous else np.ascontiguousarray(x)
-
-
-def output_buffer(y: Array) -> Array:
-    """y if it is in C order, otherwise a new array whose contents the caller copies to y."""
-    return y if y.flags.c_contiguous else np.empty(y.shape, y.dtype)
-
-
-def copy_if_overlapping(x: Any, y: Array) -> Any:
-    """x, or a copy of it if a write to y could change it."""
-    return x if x is None or not np.may_share_memory(x, y) else x.copy()
-
-
-def cast(name: str, x: Array, dtype: Any) -> Array:
-    """x converted to a dtype, in C order."""
-    with np.errstate(over="ignore"):
-        return np.ascontiguousarray(x, dtype)
-
-
-def as_additive_mask(name: str, array: Array, shape: Shape, dtype: Any) -> Array:
-    """An attention mask as numbers that are added to scores: 0 and -inf if it is boolean."""
-    if array.dtype == np.bool_:
-        array = np.where(array, 0.0, -np.inf)
-    return cast(name, np.broadcast_to(array, shape), dtype)
-
-
-def run_primitive(
-    primitive: str,
-    dtypes: tuple[int, ...],
-    arrays: tuple[Array | None, ...],
-    numbers: tuple[float, ...],
-    draw: DeferredDraw | None = None,
-) -> None:
-    """Runs a fused primitive on contiguous arrays; ``draw`` is the result of `draw_or_defer`."""
-    if BFLOAT16 in dtypes:
-        arrays = tuple(x.view(np.uint16) if x is not None and x.dtype.kind == "V" else x for x in arrays)
-    if draw is not None:
-        # The function is the one found before: another thread may have switched backends since.
-        primitive_with_draw, state, threshold = draw
-        primitive_with_draw(primitive, *state, threshold, *dtypes, *arrays, *numbers)
-    else:
-        getattr(backends.active(), primitive)(*dtypes, *arrays, *numbers)
+HOST = HostOps()
 
 
 def _grid_in_memory(x: Array, y: Array, mask_shape: Shape) -> Grid | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,16 @@ import numpy as np
 from ..core import checks, variants
 from ..core.mask import GaussianNoise, PackedMask, SeededMask, packed_mask, seeded_mask
 from ..core.random import DROP_ALL, State, check_random_state, random_state, threshold_and_scale
-from . import device, host
-from .array_ops import Array, BitMask, Mask, RandomState, Shape
+from .array_ops import Array, ArrayOps, BitMask, Mask, RandomState, Shape
+from .device import DEVICE, is_on_device
+from .host import HOST
 
 Options = tuple[bool, str, RandomState, Array | None]  # training, store, rng, out
 
 
-def array_ops(x: Any) -> ModuleType:
-    """The module of functions for the memory that x lies in: `host` or `device`."""
-    return device if type(x) is not np.ndarray and device.is_on_device(x) else host
+def array_ops(x: Any) -> ArrayOps:
+    """The operations for the memory that x lies in."""
+    return DEVICE if type(x) is not np.ndarray and is_on_device(x) else HOST
 
 
 def drop(
@@ -109,27 +109,27 @@ def masked(name: str, given: Any, mask: Mask | None, out: Array | None) -> Any:
     return copy_to_output(ops, kernel_y, y, out)
 
 
-def mask_words(ops: ModuleType, mask: BitMask, like: Any) -> Any:
+def mask_words(ops: ArrayOps, mask: BitMask, like: Any) -> Any:
     """The mask's words, drawn again if the mask has only its random state."""
     if isinstance(mask, PackedMask):
         return mask.words
     return _new_words(ops, like, math.prod(mask.shape), (mask.seed, mask.offset), mask.threshold)
 
 
-def copy_to_output(ops: ModuleType, result: Any, y: Any, out: Any) -> Any:
+def copy_to_output(ops: ArrayOps, result: Any, y: Any, out: Any) -> Any:
     """Copies a result to the array that the caller expects it in, and returns that array: ``out`` itself if given."""
     if result is not y:
         ops.copy_into(y, result)
     return y if out is None else out
 
 
-def _scale_everything(ops: ModuleType, x: Any, scale: float) -> PackedMask:
+def _scale_everything(ops: ArrayOps, x: Any, scale: float) -> PackedMask:
     """A mask of one cell for all of x, which keeps and scales."""
     words = _new_words(ops, x, 1, (0, 0), 0 if scale else DROP_ALL)
     return packed_mask(words, (1,) * len(x.shape), 0.0, scale)
 
 
-def _new_words(ops: ModuleType, like: Any, cells: int, state: State, threshold: int) -> Any:
+def _new_words(ops: ArrayOps, like: Any, cells: int, state: State, threshold: int) -> Any:
     words = ops.empty_words(like, cells)
     ops.draw_words(words, like, cells, state, threshold)
     return words

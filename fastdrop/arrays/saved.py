@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -15,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from ..core import checks, variants
 from ..core.mask import PackedMask
-from .array_ops import Array, BitMask, Shape, compute_dtype, dtype_tags, rows_and_columns
+from .array_ops import Array, ArrayOps, BitMask, Shape, compute_dtype, dtype_tags, rows_and_columns
 from .masking import array_ops, mask_words, masked
 
 
@@ -114,7 +113,7 @@ class Saved(Generic[Gradients]):
         """The arrays that are kept besides the mask, by name."""
         return {}
 
-    def _check_gradient(self, name: str, given: Any, result: str, dtype: np.dtype[Any]) -> tuple[ModuleType, Any]:
+    def _check_gradient(self, name: str, given: Any, result: str, dtype: np.dtype[Any]) -> tuple[ArrayOps, Any]:
         """A gradient as an array, checked against the result that it is the gradient of; and its operations."""
         ops, kept = array_ops(given), self._arrays()
         if isinstance(self.mask, PackedMask):
@@ -125,7 +124,7 @@ class Saved(Generic[Gradients]):
         checks.fits(name, gradient, result, self._shape, dtype)
         return ops, gradient
 
-    def _words(self, ops: ModuleType, dy: Any) -> Any:
+    def _words(self, ops: ArrayOps, dy: Any) -> Any:
         return None if self.mask is None else mask_words(ops, self.mask, dy)
 
     def _scale(self) -> float:
@@ -228,12 +227,12 @@ class SavedSoftmax(Saved[SoftmaxGradients]):
         return {"probabilities": self._probabilities}
 
 
-def _panel_sums(ops: ModuleType, like: Any, line: Shape, rows: int, dtype: np.dtype[Any]) -> Any:
+def _panel_sums(ops: ArrayOps, like: Any, line: Shape, rows: int, dtype: np.dtype[Any]) -> Any:
     """An array of sums over rows, with a line for each panel of rows."""
     make = ops.empty if rows * line[-1] else ops.zeros
     return make(like, (variants.panels(rows), *line), compute_dtype(dtype))
 
 
-def _from_first_panel(ops: ModuleType, sums: Any, line: Any, dtype: Any) -> Any:
+def _from_first_panel(ops: ArrayOps, sums: Any, line: Any, dtype: Any) -> Any:
     """A gradient copied out of the sums, so that it does not keep their memory alive."""
     return ops.cast("the gradient", ops.copy_if_overlapping(line, sums), dtype)

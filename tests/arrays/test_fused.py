@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import fastdrop as fd
-from fastdrop.arrays import host
+from fastdrop.arrays.host import HOST, HostOps
 from fastdrop.cli import selftest
 from fastdrop.core.random import keep_scale, threshold
 
@@ -542,13 +542,13 @@ MASKS = [
 
 @pytest.mark.parametrize("kind", ["bool", "float16"])
 def test_attention_masks_broadcast_without_copies(backend, monkeypatch, kind):
-    rng, run, sizes = np.random.default_rng(1), host.run_primitive, []
+    rng, run, sizes = np.random.default_rng(1), HOST.run_primitive, []
 
-    def spy(primitive, dtypes, arrays, *rest):
+    def spy(_, primitive, dtypes, arrays, *rest):
         sizes.append(arrays[1].size)
         return run(primitive, dtypes, arrays, *rest)
 
-    monkeypatch.setattr(host, "run_primitive", spy)
+    monkeypatch.setattr(HostOps, "run_primitive", spy)
     scores = rng.normal(size=SCORES).astype(np.float32)
     for shape in MASKS:
         mask = np.asarray(rng.random(shape) < 0.7 if kind == "bool" else rng.normal(size=shape), kind)
