@@ -1,6 +1,6 @@
 """Every kind of dropout in the NumPy API, plain dropout among them: values, gradients, memory, masks and seeds.
 
-The table `KINDS` gives each kind as a call and its formula in plain NumPy. A new kind is tested by its row in that table.
+`KINDS` gives each kind as a call and its formula in NumPy. A new kind is tested by its row in that table.
 """
 
 from __future__ import annotations

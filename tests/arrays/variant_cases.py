@@ -1,4 +1,4 @@
-"""The table of all kinds of dropout in the NumPy API: the call, the shape of its data, and its formula in plain NumPy."""
+"""All kinds of dropout in the NumPy API: the call, the shape of its data, and its formula in plain NumPy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCALINGS = ("inverted", "standard")
 
 @dataclass(frozen=True)
 class Kind:
-    """``keep`` gives, from p and a seed, the booleans that are kept, of a shape that broadcasts; None: there are none.
+    """``keep`` gives the kept elements for p and a seed, as booleans that broadcast; None if the kind has no mask.
 
     ``scalings`` and ``stores`` are what the call takes.
     """
