@@ -131,7 +131,7 @@ class Dtype:
 
     @property
     def computed(self) -> type:
-        """What it is computed in."""
+        """The type that kernels compute in."""
         return np.float64 if self.name == "float64" else np.float32
 
     def wide(self, stored: np.ndarray) -> np.ndarray:
@@ -140,7 +140,7 @@ class Dtype:
         return values.astype(np.float64)
 
     def narrow(self, values: np.ndarray) -> np.ndarray:
-        """Numbers as they are stored; bfloat16 cut off, which is good enough to make data."""
+        """Numbers as they are stored. (bfloat16 is truncated, which is good enough for test data.)"""
         if self.name != "bfloat16":
             return values.astype(self.storage)
         return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
@@ -167,7 +167,7 @@ class Dtype:
         return np.random.default_rng(seed).normal(size=shape).astype(self.public)
 
     def rounded(self, values: np.ndarray, scale: float) -> np.ndarray:
-        """values * scale as the specification has it: computed in the wider type, rounded once."""
+        """values * scale as specified: computed in the wider type and rounded once."""
         with np.errstate(all="ignore"):
             return (values.astype(self.computed) * self.computed(scale)).astype(values.dtype)
 
@@ -190,7 +190,7 @@ def _data(dtype: Dtype) -> np.ndarray:
 
 
 class Guarded:
-    """An array so many bytes past a cache line in a larger poisoned buffer: NaN before, and guards on both sides."""
+    """An array in a larger buffer full of NaN, so many bytes past a cache line, with guards on both sides."""
 
     GUARD = 256
     POISON = 0xFF  # NaN in every dtype
@@ -216,7 +216,7 @@ class Guarded:
 
 
 def bits_of(array: np.ndarray) -> np.ndarray:
-    """The array's bytes as integers: equal where bits are equal, NaNs and signed zeros included."""
+    """The array's bits as integers, so that NaNs and signed zeros compare by their bits."""
     return np.ascontiguousarray(array).reshape(-1).view(f"u{array.itemsize}")
 
 
@@ -267,7 +267,7 @@ def primitive_modules() -> dict[str, ModuleType]:
 
 @contextmanager
 def activated(name: str) -> Iterator[ModuleType]:
-    """A variant as the active backend, then everything as it was; skips where the variant can't run."""
+    """Makes a variant the active backend until the block ends. Skips if the variant can't run."""
     backend, _, isa = name.partition("-")
     reason = primitive_modules()[backend].unavailable()
     if reason:
@@ -289,12 +289,12 @@ def activated(name: str) -> Iterator[ModuleType]:
 
 
 def streaming_elements(module: ModuleType, dtype: Dtype) -> int:
-    """Elements from which on a compiled backend writes around the cache."""
+    """The number of elements from which a compiled backend writes around the cache."""
     return int(module.STREAM_BYTES) // dtype.itemsize
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs code in a fresh interpreter that imports this fastdrop; a hang is a failure, of its children as well."""
+    """Runs code in a new interpreter that imports this fastdrop. A hang, also of its children, is a failure."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTDROP_")}
     path = str(Path(fd.__file__).resolve().parents[1])
     process = subprocess.Popen(

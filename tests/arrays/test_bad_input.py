@@ -33,7 +33,7 @@ BAD_DTYPES = ["i4", "i8", "u1", "u2", "u4", "?", "c8", "c16", "g", ">f4", ">f8",
 
 @dataclass(frozen=True)
 class Call:
-    """``arrays`` and ``options`` are what the function cannot do without, by name."""
+    """A function and the arguments of a valid call, by name: arrays and others."""
 
     function: Callable[..., Any]
     arrays: dict[str, np.ndarray]
@@ -95,18 +95,18 @@ VECTORS = ("bias", "weight", "x_bias")
 
 
 def of(calls, *taking):
-    """A decorator: ``call`` is each of the calls that takes any of these arrays, or each of all."""
+    """A decorator that runs a test for each call, or for each call that takes one of these arrays."""
     found = {name: call for name, call in calls.items() if not taking or set(taking) & set(call.arrays)}
     return pytest.mark.parametrize("call", found.values(), ids=found)
 
 
 def refused(error, *parts):
-    """raises(error) whose message has each of these in this order."""
+    """Expects an error whose message contains the parts in this order."""
     return pytest.raises(error, match="(?s)" + ".*".join(re.escape(str(part)) for part in parts))
 
 
 def assert_refused(call, error, *parts, **bad):
-    """In training and out of it; nothing is written and no random number is taken."""
+    """Expects the error with training on and off, and that nothing is written and no random number is taken."""
     out = np.full(np.shape(bad.get(call.like_out, call.arrays[call.like_out])), 7, np.float32)
     stream, generator = fd.Stream(0), np.random.default_rng(0)
     untouched = generator.bit_generator.state
@@ -190,7 +190,7 @@ ARGUMENTS = {  # value, error, parts of the message
 
 @of(KINDS | FUSED)
 def test_bad_arguments_are_refused(call):
-    """Also where p = 0, so that nothing would be drawn."""
+    """Also if p = 0, when nothing would be drawn."""
     parameters = inspect.signature(call.function).parameters
     for argument in sorted(call.takes & set(ARGUMENTS)):
         for value, error, *parts in ARGUMENTS[argument]:
@@ -207,7 +207,7 @@ def test_every_argument_has_bad_values():
 
 
 def test_gaussian_dropout_refuses_p_of_1():
-    """Its variance would have no bounds."""
+    """The variance would be infinite."""
     for p in (1, 1.0, np.float32(1)):
         assert_refused(KINDS["gaussian_dropout"], ValueError, "p must be below 1", "Gaussian", "got 1", p=p)
 
@@ -280,7 +280,7 @@ def test_sparse_arrays_of_scipy_are_refused():
 
 
 def bad_outs(shape):
-    """(x, out, error, what the message must have); out always starts as sevens."""
+    """Yields (x, out, error, parts of the message). ``out`` is filled with 7."""
     size = int(np.prod(shape))
     x, sevens = np.arange(size, dtype=np.float32).reshape(shape), np.full(shape, 7, np.float32)
     readonly = sevens.copy()
@@ -324,7 +324,7 @@ def test_bad_out_is_refused_and_left_alone(call):
 
 
 def test_out_over_numbers_of_another_dtype_is_refused():
-    """Both begin at one address and step alike."""
+    """Both arrays have the same address and the same strides."""
     residual = np.zeros((3, 1), np.float32)
     with refused(ValueError, "out must be x itself or not share memory with it"):
         fd.dropout_add(residual.view(np.float16)[:, :1], residual, out=residual)
@@ -367,7 +367,7 @@ def test_attention_masks_that_do_not_broadcast_are_refused():
 
 
 class OnGpu:
-    """As much of an array on a GPU as says that it is one."""
+    """An object that only says that it is an array on a GPU."""
 
     __cuda_array_interface__: dict[str, object] = {}  # noqa: RUF012
 
@@ -421,7 +421,7 @@ def test_gradients_of_a_norms_sum_that_do_not_fit_are_refused():
 
 @pytest.mark.parametrize("function", [fd.dropout_backward, fd.apply_mask], ids=lambda f: f.__name__)
 def test_masks_that_do_not_fit_are_refused(function):
-    """Noise shares nothing, so that an extent of 1 is no help to it."""
+    """Noise has a number for each element, so an extent of 1 does not fit either."""
     out = np.full_like(X, 7)
     for shape in ((4, 3), (12,), (3, 4, 1), (1, 3, 4), (3, 5), (3, 2), (2, 1), ()):
         for mask in (fd.draw_mask(shape, 0.5, rng=0), fd.SeededMask(0, 0, shape, 0.5)):

@@ -31,7 +31,7 @@ STREAM = 0x70
 
 
 class Array:
-    """As much of an array on a GPU as is used; its memory is the host's."""
+    """A stand-in for an array on a GPU. Its memory is the host's."""
 
     def __init__(self, own, memory, stream=STREAM):
         self.own, self.memory, self._stream = own, memory, stream
@@ -71,7 +71,7 @@ CupyArray.__module__, NumbaArray.__module__ = "cupy", "numba"
 
 
 class Memory:
-    """Makes arrays, and stands in for the module of CuPy. ``keep`` is told of the memory that kernels may use."""
+    """Makes arrays, and stands in for the module cupy. `keep` registers the memory that kernels may use."""
 
     def __init__(self, allow=lambda own: None):
         self.allow = allow
@@ -102,7 +102,7 @@ class Memory:
 
 
 class Gpu(Memory):
-    """A CUDA backend whose kernels are the reference. It finds only arrays that it was told of."""
+    """A CUDA backend that runs the reference. It finds only arrays that were registered."""
 
     def __init__(self):
         super().__init__(lambda own: self.arrays.append(own))
@@ -209,7 +209,7 @@ def each(calls):
 
 
 def run(op, arrays, options, at=lambda x: x):
-    """Results, what is kept for backward, and gradients by name; ``at`` brings arrays to the GPU."""
+    """Returns the results, the mask or Saved, and the gradients by name. ``at`` brings arrays to the GPU."""
     *results, kept = op(**{name: at(array) for name, array in arrays.items()}, **{"p": 0.3, "rng": 5, **options})
     down = [at(np.asarray(getattr(result, "own", result) + 1, result.dtype)) for result in results]
     if isinstance(kept, fd.Saved):
@@ -218,7 +218,7 @@ def run(op, arrays, options, at=lambda x: x):
 
 
 def assert_same(of_gpu, of_cpu, kind):
-    """Bit for bit, and arrays of one library."""
+    """Compares bit for bit. The results on the GPU must be of type ``kind``."""
     assert len(of_gpu) == len(of_cpu)
     for result, expected in zip(of_gpu, of_cpu, strict=True):
         assert (result is None) == (expected is None)
@@ -322,7 +322,7 @@ def test_masks_stay_there_and_come_back_when_looked_at(there):
 
 
 def test_noise_and_seeds_need_no_memory_of_a_gpu(there):
-    """Made for an array in memory, they serve one on a GPU."""
+    """A mask without words that was made for an array in memory fits an array on a GPU."""
     for draw in (fd.gaussian_dropout, partial(fd.dropout, store="seed")):
         y, kept = draw(X, 0.3, rng=5)
         assert_same([fd.apply_mask(there.cupy(X), kept)], [y], CupyArray)
@@ -336,7 +336,7 @@ def test_streams(there):
 
 @pytest.mark.parametrize("name", ["dropout", "drop_block"])
 def test_the_kernels_give_what_the_cpu_gives(gpu, monkeypatch, name):
-    """Nothing waits for the GPU but DropBlock, which counts in the array's own method."""
+    """No call waits for the GPU. (DropBlock waits in the array's own method.)"""
     memory = Memory(gpu.allow)
     monkeypatch.setitem(sys.modules, "cupy", memory)
     op, arrays, ways = PLAIN[name]

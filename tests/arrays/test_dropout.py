@@ -16,7 +16,7 @@ FLOAT32 = DTYPES[0]
 
 
 def test_dropout_matches_float64_within_tolerance(variant, dtype):
-    """The one comparison with arithmetic not our own: within the rounding of a scale and a product."""
+    """Compares with NumPy's arithmetic, up to the rounding of a scale and a product."""
     x = dtype.numbers(10_000)
     y, mask = fd.dropout(x, 0.1, rng=0)
     wanted = x.astype(np.float64) / (1 - threshold(0.1) / 2**32) * mask.to_bool()
@@ -24,7 +24,7 @@ def test_dropout_matches_float64_within_tolerance(variant, dtype):
 
 
 def test_dropout_out_may_interleave_with_x(variant):
-    """Sharing a buffer is not overlapping: odd and even elements."""
+    """Odd and even elements of one buffer do not overlap."""
     both = FLOAT32.numbers(2000)
     source = both[::2].copy()
     y, _ = fd.dropout(both[::2], 0.3, rng=0, out=both[1::2])

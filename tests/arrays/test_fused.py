@@ -87,7 +87,7 @@ def softmax(keep, scale, scores, factor=1.0, mask=None, causal=False):
 
 @dataclass(frozen=True)
 class Op:
-    """``takes`` names the arrays: "x" of its shape, "stream" of that and the residual's dtype, "columns"."""
+    """``takes`` says for each array: like x ("x"), like the residual ("stream"), or a vector ("columns")."""
 
     call: Callable[..., tuple[Any, ...]]
     takes: dict[str, str]
@@ -105,11 +105,11 @@ class Op:
 
     @property
     def keeps_results(self) -> bool:
-        """Whether it keeps what it computed, rounded to the dtype of x or residual."""
+        """Whether backward reads results that were rounded to the dtype of x or of the residual."""
         return bool({"residual_out", "probabilities"} & set(self.keeps))
 
     def arrays(self, kinds: tuple[str, str], shape: tuple[int, ...] = SHAPE) -> dict[str, np.ndarray]:
-        """Ordinary numbers; what is per column is always float32 or float64."""
+        """Ordinary numbers. Vectors are float32 or float64."""
         x, stream = (DTYPE[name] for name in kinds)
         dtypes = {"x": x, "stream": stream, "columns": DTYPE["float64" if x.name == "float64" else "float32"]}
         return {
@@ -185,7 +185,7 @@ def op(request):
 
 @pytest.fixture(params=[name for name, op in OPS.items() if "attn_mask" not in op.options])
 def unmasked(request):
-    """Those that take data of any shape."""
+    """Each op that accepts data of any shape."""
     return OPS[request.param]
 
 
@@ -200,13 +200,13 @@ def incoming(results):
 
 
 def gradients_of(op, arrays, **options):
-    """Of a call, given ordinary numbers for what comes back; by name."""
+    """The gradients of a call by name, for ordinary numbers as incoming gradients."""
     results, saved = op(arrays, **options)
     return saved.backward(*incoming(results))._asdict()
 
 
 def assert_near(actual, expected, kind, what="", rounded=False):
-    """``rounded``: something on the way was stored in 16 bits, and every number may show it."""
+    """``rounded``: an intermediate result was stored in 16 bits, which may change every number."""
     actual, expected = actual.astype(np.float64), expected.astype(np.float64)
     if rounded:
         rounding = TOLERANCE[kind]
@@ -216,7 +216,7 @@ def assert_near(actual, expected, kind, what="", rounded=False):
 
 
 def assert_all_same(first, second):
-    """Bit for bit, results or gradients."""
+    """Compares results or gradients bit for bit."""
     for a, b in zip(first, second, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
@@ -280,7 +280,7 @@ def test_gradients_match_finite_differences(backend, op, training):
 
 
 def test_gradient_of_either_result_alone(backend):
-    """The two results of a norm are used apart as well: y alone, and the stream by way of a zero dy."""
+    """A norm's two results may be used alone: y without dresidual, and the sum with dy = 0."""
     op = OPS["layer_norm"]
     (y, stream), saved = op(op.arrays(FLOAT64))
     (dy,) = incoming([y])
@@ -325,7 +325,7 @@ def test_nothing_is_dropped_and_no_number_taken(backend, op):
 
 @pytest.mark.parametrize("store", STORES)
 def test_everything_is_dropped(backend, op, store):
-    """p = 1: the residual passes, whatever x is, and x gets no gradient, whatever dy is."""
+    """p = 1: the result is the residual even if x is infinite, and the gradient of x is 0 even if dy is NaN."""
     arrays = op.arrays(FLOAT32)
     is_softmax = op.first == "scores"
     if not is_softmax:
@@ -358,7 +358,7 @@ def test_seed_store_equals_bits_store(backend, op):
 
 
 def test_what_is_kept(op):
-    """It may be used twice and pickled, and does not change if weights do, as an optimiser changes them in place."""
+    """Backward may run twice and after pickling. It does not change if an optimiser changes weights in place."""
     arrays = op.arrays(MIXED)
     columns = [name for name, of in op.takes.items() if of == "columns"]
     n, keeps = math.prod(SHAPE), ("mask", *op.keeps)
@@ -384,7 +384,7 @@ def test_what_is_kept(op):
 
 
 def test_shapes(backend, unmasked):
-    """Rows are rows whatever the axes before them; one element and one row among them."""
+    """The axes before the last make no difference to a row. One element and one row are among the shapes."""
     op = unmasked
     for shape in [(1,), (5,), (4, 1), (1, 1), (3, 2, 33), (2, 3, 1, 8), (130, 3)]:
         arrays = op.arrays(FLOAT32, shape)
@@ -475,7 +475,7 @@ def test_out_takes_the_result(backend, name):
 
 @pytest.mark.parametrize("name", ["bias_dropout_add", "gelu", "softmax"])
 def test_out_over_columns_changes_nothing(backend, name):
-    """The first row goes over a bias or an attention mask that the second one needs, as does gelu's gradient."""
+    """The first row of the result overwrites a bias or attention mask that the second row and gelu's gradient need."""
     op, n = OPS[name], 3001  # more than kernels have in hand at once
     x, columns = op.arrays(FLOAT64, (2, n)), np.linspace(0, 1, n)
     of = "attn_mask" if name == "softmax" else "bias"
@@ -489,7 +489,7 @@ def test_out_over_columns_changes_nothing(backend, name):
 
 
 def test_eps_of_an_rms_norm_is_that_of_the_arithmetic(backend):
-    """What is small shows it."""
+    """The numbers are as small as eps, so that the result depends on it."""
     for kind, eps in (("float32", 2.0**-23), ("float16", 2.0**-23), ("float64", 2.0**-52)):
         x = np.full((2, 8), math.sqrt(eps), kind)
         y, _, _ = fd.dropout_add_rms_norm(x, None, p=0.0)
@@ -499,7 +499,7 @@ def test_eps_of_an_rms_norm_is_that_of_the_arithmetic(backend):
 
 @pytest.mark.parametrize("of", ["bfloat16", "float64"])
 def test_columns_of_any_dtype(backend, of):
-    """They are computed with as the data is, and their gradients come in their own."""
+    """They are cast to the dtype of the computation; their gradients have their own dtype."""
     for name in ("bias_dropout_add", "gelu", "layer_norm", "rms_norm"):
         op = OPS[name]
         arrays = op.arrays(FLOAT32)
@@ -512,7 +512,7 @@ def test_columns_of_any_dtype(backend, of):
 
 
 def test_selftest_compares_results():
-    """One number wrong in a gradient is one check failed."""
+    """One wrong number in a gradient makes one check fail."""
     right = {"gelu, float32": [np.linspace(-1, 1, 9, dtype=np.float32) for _ in range(3)]}
     wrong = {name: [array.copy() for array in arrays] for name, arrays in right.items()}
     wrong["gelu, float32"][2][5] += 0.01

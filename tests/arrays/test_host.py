@@ -48,13 +48,13 @@ def refuse(self, *args, **more):
 
 
 class Hostile(np.ndarray):
-    """A user's class that answers every question in its own way."""
+    """A class whose methods must not be called."""
 
     reshape = ravel = view = __getitem__ = __array_function__ = __array_ufunc__ = refuse
 
 
 def subclass_of(kind, tmp_path):
-    """A function that makes an array an instance of a subclass, where the subclass has arrays of so many axes."""
+    """A function that turns an array into an instance of a subclass, unless the subclass has no arrays of one axis."""
     numbers = itertools.count()
 
     def make(array):
@@ -97,7 +97,7 @@ def test_words_of_a_subclass(backend, tmp_path):
 
 
 def layouts():
-    """Arrays of all strides on a small buffer, by brute force whether two of their elements share a byte."""
+    """Yields arrays of many strides, and whether two of their elements share a byte, found by brute force."""
     for shape in ((3,), (2, 3), (2, 2, 2), (1, 3), (2, 0)):
         for strides in itertools.product((-8, -4, -2, 0, 2, 4, 5, 6, 8, 12), repeat=len(shape)):
             starts = [sum(i * s for i, s in zip(index, strides, strict=True)) for index in np.ndindex(*shape)]
@@ -140,7 +140,7 @@ def test_a_view_with_other_strides_where_there_is_one_element_is_x_itself():
 
 
 def test_memory_of_bytearrays_is_let_go_by_good_and_bad_calls(backend):
-    """A bytearray can be resized when nothing exports it any more."""
+    """A bytearray can be resized only if no array uses its memory any more."""
     kept = []
     for name, call in ALL.items():
         owners = [bytearray(array.tobytes()) for array in (*given(call), X)]
@@ -161,7 +161,7 @@ def test_memory_of_bytearrays_is_let_go_by_good_and_bad_calls(backend):
 
 
 def test_primitives_let_go_of_what_they_refuse(c_variant):
-    """Where an argument can't be taken, those before it are let go."""
+    """If an argument is refused, the memory of those before it is released."""
     owner = bytearray(64)
     x = np.frombuffer(owner, np.float32)
     for bad in (None, types.SimpleNamespace(), "text", np.zeros((4, 8), np.float32)[:, ::2]):

@@ -28,7 +28,7 @@ PIECE = 1000
 
 
 def needs(gigabytes: float) -> None:
-    """Skips where there is not that much memory, or where only NumPy could do it."""
+    """Skips if there is less memory than that, or only the NumPy backend."""
     if backends.active_name() == "numpy":
         pytest.skip("2**31 elements take the NumPy backend a minute: needs the C extension or numba")
     try:
@@ -57,7 +57,7 @@ def keep_of(part: slice, p: float, rng: int) -> np.ndarray:
 
 @contextmanager
 def repeating(n: int, repeat: int) -> Iterator[np.ndarray]:
-    """n float16 in memory that comes round every ``repeat`` of them: all addresses, hardly any memory."""
+    """n numbers of float16 in memory that repeats after ``repeat`` of them, so that it takes little memory."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -79,7 +79,7 @@ def repeating(n: int, repeat: int) -> Iterator[np.ndarray]:
 @pytest.mark.slow(GUARD)
 @needs_memfd
 def test_dropout_and_noise_beyond_2_32_elements(threads):
-    """Only the last part of y outlives the pass over it, written in order by one thread: it holds element 2**32."""
+    """One thread writes in order, so y holds the last ``repeat`` elements afterwards, with element 2**32 among them."""
     needs(2)
     dtype, n, repeat = DTYPES[2], 2**32 + PIECE, 2**24
     fd.set_num_threads(1)
@@ -117,7 +117,7 @@ SHARED = {  # shape of the data and of the mask
     ["a cell per row", *(pytest.param(n, marks=pytest.mark.slow(GUARD)) for n in SHARED if n != "a cell per row")],
 )
 def test_shared_mask_beyond_2_32_elements(name, threads):
-    """The last rows or samples are what is left to see."""
+    """y holds the last rows or samples afterwards."""
     needs(2)
     (shape, cells), repeat = SHARED[name], 2**24
     fd.set_num_threads(1)
@@ -133,7 +133,7 @@ def test_shared_mask_beyond_2_32_elements(name, threads):
 
 @pytest.mark.slow(GUARD)
 def test_mask_beyond_2_32_cells():
-    """Drawn, counted, and read again far inside."""
+    """The mask is drawn, counted, and applied at cells far from its start."""
     needs(3)
     n = 2**32 + PIECE
     mask = fd.draw_mask(n, 0.1, rng=5)

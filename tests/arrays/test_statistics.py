@@ -46,14 +46,14 @@ def count_z(words, p):
 
 
 def correlation_z(a, b, p):
-    """Of sum (a - q)(b - q) over cells, q known: mean 0 and standard deviation q (1 - q) sqrt(n) if independent."""
+    """z-score of sum (a - q)(b - q), which has mean 0 and deviation q (1 - q) sqrt(n) if a and b are independent."""
     q, n = realised(p), 32 * a.size
     total = count(a & b) - q * (count(a) + count(b)) + n * q * q
     return total / (math.sqrt(n) * q * (1 - q))
 
 
 def lagged(words, lag):
-    """(words, those of the cells lag further on), of the cells that have both."""
+    """The words, and those of the cells ``lag`` further on, for the cells that have both."""
     whole, bits = divmod(lag, 32)
     later = words[whole:] if not bits else (words[whole:-1] >> bits) | (words[whole + 1 :] << (32 - bits))
     return words[: later.size], later
@@ -67,7 +67,7 @@ def test_kept_counts():
 
 @probabilities
 def test_neighbours_are_independent(p):
-    """Across cells, words, blocks, chunks, thread grains."""
+    """The lags reach across cells, words, blocks, chunks and the parts of threads."""
     words = drops(p)
     for lag in (1, 2, 31, 32, 33, 512, 8192, 1 << 16):
         assert abs(correlation_z(*lagged(words, lag), p)) < SIGMAS, lag
@@ -86,7 +86,7 @@ def test_streams_and_far_cells_are_independent(p):
 
 @probabilities
 def test_positions_within_a_block_are_uniform(p):
-    """Each of the 512 cells of a block alone, and all together as chi-squared."""
+    """Tests each of the 512 cells of a block, and all together by chi-squared."""
     bits = np.unpackbits(drops(p).view(np.uint8), bitorder="little").reshape(-1, BLOCK)
     q, blocks = realised(p), N // BLOCK
     z = (bits.sum(0, dtype=np.int64) - blocks * q) / math.sqrt(blocks * q * (1 - q))
@@ -113,7 +113,7 @@ def test_draws_are_uniform_in_every_plane():
 
 
 def test_kept_counts_vary_as_independent_cells_do():
-    """Not too even either: the variance of counts over blocks of 512 is binomial."""
+    """The variance of counts over blocks of 512 is binomial, and not smaller."""
     q = realised(0.1)
     counts = np.unpackbits(drops(0.1).view(np.uint8)).reshape(-1, BLOCK).sum(1, dtype=np.int64)
     z = (counts - BLOCK * q) ** 2 / (BLOCK * q * (1 - q)) - 1
@@ -132,7 +132,7 @@ def test_mean_of_dropout_is_its_input(dtype):
 
 
 def mean_z(values, mean, deviation):
-    """Of the mean of independent values."""
+    """z-score of the mean of independent values."""
     return (np.mean(values, dtype=np.float64) - mean) / (deviation / math.sqrt(np.size(values)))
 
 
@@ -151,13 +151,13 @@ def test_alpha_dropout_keeps_mean_0_and_variance_1(p):
 
 
 def noise(*, seed=1, offset=0):
-    """Standard normal numbers, read off the factors."""
+    """The standard normal numbers from which the multipliers were made."""
     y, _ = fd.gaussian_dropout(np.ones(N), 0.5, rng=fd.Stream(seed, offset))
     return (y - 1) / variants.spread(0.5)
 
 
 def test_gaussian_noise_is_normally_distributed():
-    """Moments; chi-squared over 1,024 equally likely bins, and Kolmogorov's distance; tails; places within a tile."""
+    """Tests moments, 1,024 equally likely bins (chi-squared), Kolmogorov's distance, tails, places within a tile."""
     z = noise()
     for k, moment in enumerate([0, 1, 0, 3, 0, 15, 0, 105], start=1):
         double = math.prod(range(1, 2 * k, 2))  # E[z**2k] = (2 k - 1)!!
@@ -180,7 +180,7 @@ def test_gaussian_noise_is_normally_distributed():
 
 
 def test_gaussian_noise_of_neighbours_is_independent():
-    """Also of the pairs that one transform makes, 16 cells apart: values, sizes, and size against value."""
+    """Tests values, squares, and squares against values. One transform makes pairs that lie 16 cells apart."""
     z = noise()
     size = z * z - 1
     for lag in (1, 2, 3, 16, 32, 48, 64, 512, 1 << 16):

@@ -1,6 +1,6 @@
 """Every kind of dropout in the NumPy API, plain dropout among them: values, gradients, memory, masks and seeds.
 
-The table `KINDS` gives each kind as a call and its law in plain NumPy. A new kind is tested by its row in that table.
+`KINDS` gives each kind as a call and its formula in NumPy. A new kind is tested by its row in that table.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ kinds_of_masks = pytest.mark.parametrize("kind", MASKED.values(), ids=MASKED)
 
 
 @kinds_of_masks
-def test_forward_and_backward_are_their_law(variant, kind):
-    """What is dropped is infinite or NaN, and leaves no trace."""
+def test_forward_and_backward_match_the_formula(variant, kind):
+    """All dropped elements are infinite or NaN, and the results do not show it."""
     specials = np.resize([np.inf, -np.inf, np.nan], kind.shape)
     for dtype, p, options in itertools.product((FLOAT32, BFLOAT16), P, kind.options()):
         keep = kind.keep(p, 5)
@@ -77,7 +77,7 @@ def test_what_drops_nothing_is_x_itself(kind):
 
 @pytest.mark.parametrize("name", ["dropout", "variational_dropout, time last", "drop_connect", "stochastic_depth, row"])
 def test_standard_evaluation_multiplies_by_the_realised_keep_probability(variant, name):
-    """At p = 1 by nothing: zeros, even of infinities."""
+    """At p = 1 everything is 0, even infinities."""
     kind = MASKED[name]
     for dtype, p, store in itertools.product((FLOAT32, BFLOAT16), (1 / 3, 1.0), STORES):
         x = dtype.numbers(kind.shape)
@@ -92,7 +92,7 @@ def test_standard_evaluation_multiplies_by_the_realised_keep_probability(variant
 @pytest.mark.every_backend
 @kinds_of_all
 def test_results_equal_the_numpy_backend(variant, kind):
-    """With the special values there are, in C's order and another."""
+    """The data are special values, in C order and in Fortran order."""
     x = np.resize(FLOAT32.specials().view(FLOAT32.public), kind.shape)
 
     def results():
@@ -125,9 +125,9 @@ def test_any_number_of_threads_gives_the_same_bits(variant, threads, name):
 
 @kinds_of_all
 def test_memory_of_any_layout(variant, kind):
-    """Of x, of dy, of ``out``, and in place: the numbers are those of contiguous arrays.
+    """The layout of x, dy and ``out`` does not change the numbers, and neither does working in place.
 
-    The result lies as x does where x has no gaps. ``out`` may be another view of x.
+    The result has x's layout if x has no gaps. ``out`` may be another view of x.
     """
     x = BFLOAT16.numbers(kind.shape)
     for options in kind.options():
@@ -237,14 +237,14 @@ def factors(n, p, seed, offset=0):
 
 
 def test_gaussian_dropout_multiplies_by_normal_numbers(variant):
-    """Those of the formulas, within float32's rounding of a radius up to 6.7."""
+    """Compares with the formulas, up to float32's rounding of a radius of at most 6.7."""
     for p, n in itertools.product((0.5, 0.1, 0.9), (1, 65, 20_001)):
         y, _ = fd.gaussian_dropout(np.ones(n, np.float32), p, rng=fd.Stream(2**40 + 7, 2**33 + 5))
         np.testing.assert_allclose(y, factors(n, p, 2**40 + 7, 2**33 + 5), rtol=0, atol=1e-5 * math.sqrt(p / (1 - p)))
 
 
 def test_gaussian_dropout_multiplies_by_float32_factors(variant, dtype):
-    """They are the same for every dtype, forward and backward, and depend on the logical index alone.
+    """The multipliers are the same for every dtype, in forward and backward, and depend on the logical index only.
 
     The product is computed in the wider type and rounded once: infinities, NaNs and zeros stay what they are.
     """
@@ -274,7 +274,7 @@ DTYPE = st.sampled_from(DTYPES)
 
 @st.composite
 def laid_out(draw, values):
-    """values in memory of some other order, stride and direction: equal by logical index."""
+    """The same array in memory of another order, stride and direction."""
     order = draw(st.permutations(range(values.ndim)))
     steps = [draw(st.sampled_from([1, 1, 2, 3])) for _ in order]
     flips = [draw(st.booleans()) for _ in order]
@@ -288,7 +288,7 @@ def laid_out(draw, values):
 
 @st.composite
 def sharing(draw):
-    """(the call of x, p and options, shape, shape of cells) of a kind in which elements may share decisions."""
+    """(call, shape of x, shape of the mask) of a kind in which elements may share decisions."""
     name = draw(st.sampled_from(["noise_shape", "feature", "variational", "row", "batch"]))
     least = {"noise_shape": 0, "feature": 2}.get(name, 1)
     shape = tuple(draw(st.lists(st.integers(0, 7), min_size=least, max_size=5)))
@@ -365,7 +365,7 @@ def test_shards_tile_the_whole_mask(variant, n, p, seed, first, cuts):
 
 @given(shape=SHAPES, more=st.integers(0, 99), p=PROBABILITIES, q=PROBABILITIES, seed=SEEDS)
 def test_masks_depend_on_the_logical_index_and_are_nested_in_p(shape, more, p, q, seed):
-    """The same cells under another shape are the same bits, and what a lower p drops a higher one drops too."""
+    """A mask of another shape has the same bits, and a higher p drops everything that a lower one drops."""
     n, (low, high) = math.prod(shape), sorted((p, q))
     kept, longer = fd.draw_mask(shape, high, rng=seed).to_bool(), fd.draw_mask(n + more, high, rng=seed).to_bool()
     assert (kept.reshape(-1) == longer[:n]).all()

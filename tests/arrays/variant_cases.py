@@ -1,4 +1,4 @@
-"""The table of all kinds of dropout in the NumPy API: the call, the shape of its data, and its law in plain NumPy."""
+"""All kinds of dropout in the NumPy API: the call, the shape of its data, and its formula in plain NumPy."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCALINGS = ("inverted", "standard")
 
 @dataclass(frozen=True)
 class Kind:
-    """``keep`` gives, from p and a seed, the booleans that are kept, of a shape that broadcasts; None: there are none.
+    """``keep`` gives the kept elements for p and a seed, as booleans that broadcast; None if the kind has no mask.
 
     ``scalings`` and ``stores`` are what the call takes.
     """
@@ -33,13 +33,13 @@ class Kind:
     stores: tuple[str, ...] = STORES
 
     def options(self) -> Iterator[dict[str, str]]:
-        """Each way to call it."""
+        """Yields the options of each way to call it."""
         for scaling, store in itertools.product(self.scalings or (None,), self.stores or (None,)):
             both = {"scaling": scaling, "store": store}
             yield {name: value for name, value in both.items() if value is not None}
 
     def affine(self, p: float, keep: np.ndarray, scaling: str = "alpha") -> tuple[float, float, float]:
-        """(a, b, c): kept x becomes ``a x + b``, dropped x becomes c."""
+        """(a, b, c): a kept x becomes ``a x + b``, a dropped one becomes c."""
         if not self.stores:  # DropBlock counts
             return (keep.size / keep.sum() if keep.any() else 0.0), 0.0, 0.0
         return variants.affine(scaling, threshold(p))
@@ -50,7 +50,7 @@ def drawn(*cells: int) -> Callable[[float, int], np.ndarray]:
 
 
 def in_blocks(shape: tuple[int, ...], sizes: tuple[int, ...]) -> Callable[[float, int], np.ndarray]:
-    """DropBlock as Ghiasi et al. 2018 tell it: a block for each seed that is dropped, one after the other."""
+    """DropBlock as in Ghiasi et al. 2018: for each dropped seed a block is dropped, in a loop."""
 
     def keep(p: float, rng: int) -> np.ndarray:
         lead, extents = shape[:2], shape[2:]
@@ -105,7 +105,7 @@ KINDS = {**MASKED, "gaussian_dropout": Kind(fd.gaussian_dropout, (6, 7, 41), Non
 
 
 def under(dtype: Any, x: np.ndarray, keep: np.ndarray | bool, a: float, b: float = 0.0, c: float = 0.0) -> np.ndarray:
-    """``a x + b`` where kept, c elsewhere: in float32 or wider, each step rounded, once more at the end."""
+    """``a x + b`` if kept, otherwise c, computed in float32 or wider and rounded once more at the end."""
     kind = dtype.computed
     with np.errstate(all="ignore"):
         kept = x.astype(kind) * kind(a)
@@ -115,7 +115,7 @@ def under(dtype: Any, x: np.ndarray, keep: np.ndarray | bool, a: float, b: float
 
 
 def layouts(x: np.ndarray) -> dict[str, np.ndarray]:
-    """The same logical array, of two axes or more, in other memory; the first three without gaps."""
+    """The same array of at least two axes in other layouts. The first three have no gaps."""
     wide = np.zeros((*x.shape[:-1], 2 * x.shape[-1]), x.dtype)
     wide[..., ::2] = x
     backwards = (slice(None, None, -1), *(slice(None),) * (x.ndim - 2), slice(None, None, -1))

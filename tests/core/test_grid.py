@@ -15,7 +15,7 @@ axes = st.lists(st.tuples(st.integers(0, 4), st.booleans()), max_size=7)
 
 
 def cells_of(grid, elements):
-    """The cell of each element, from the pieces and their extents; -1 where no piece reaches."""
+    """The cell of each element, computed from the pieces and extents; -1 if no piece has it."""
     cells = np.full(elements, -1)
     o, _, i = np.ogrid[: grid.outer, : grid.repeat, : grid.inner]
     piece = np.broadcast_to(o * grid.inner + i, (grid.outer, grid.repeat, grid.inner)).reshape(-1)
@@ -42,7 +42,7 @@ def test_grid_pieces_match_broadcasting(axes):
 
 @given(axes.flatmap(lambda drawn: st.tuples(st.just(drawn), st.permutations(range(len(drawn))))))
 def test_grid_over_memory_matches_broadcasting(drawn):
-    """Data in any order of its axes: a grid gives each element its logical cell, or there is none."""
+    """For any order of the axes in memory the grid gives each element its logical cell, or there is no grid."""
     axes, order = drawn
     shape = tuple(extent for extent, _ in axes)
     mask_shape = tuple(1 if shared else extent for extent, shared in axes)
@@ -89,7 +89,7 @@ def test_canonical_forms():
 
 
 def test_grid_in_memory_declines_many_small_pieces():
-    """A call for each would cost more than a copy: tokens of a batch that lies batch first, seen time first."""
+    """A call for each piece would take longer than a copy. The first case is a transposed batch of tokens."""
     assert Grid.in_memory((1000, 64, 64), (64, 64_000, 1), (1000, 64, 1)) is None
     assert Grid.in_memory((2, 100, 1 << 14), (100 << 14, 1 << 14, 1), (2, 100, 1)) == Grid(200, 1 << 14, 1)
     large = Grid.in_memory((2, 3, 1 << 14), (1 << 14, 2 << 14, 1), (2, 3, 1))

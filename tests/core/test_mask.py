@@ -23,7 +23,7 @@ LARGE = (5, 32 * ALIGNED_FROM_WORDS // 4 + 3)
 
 @pytest.mark.parametrize("n", SIZES)
 def test_packed_mask_nbytes(variant, n):
-    """One bit per cell, and what the words are cut from counts too; large words start on a cache line."""
+    """One bit per cell, and at most 64 bytes more. Large masks start on a cache line."""
     mask = fd.draw_mask(n, 0.5, rng=0)
     assert mask.nbytes == mask.words.nbytes == -(-n // 32) * 4
     base = mask.words if mask.words.base is None else mask.words.base
@@ -65,7 +65,7 @@ def test_packed_mask_from_bool_of_nothing_kept():
 
 
 def test_unaligned_words_are_words(variant):
-    """A mask over bytes read from a file at an odd offset."""
+    """Words may lie at any address, for example in bytes read from a file."""
     mask = fd.draw_mask(1000, 0.5, rng=0)
     buffer = np.frombuffer(b"x" + mask.words.tobytes(), np.uint8)
     unaligned = fd.PackedMask(buffer[1:].view(np.uint32), (1000,), 0.5)
@@ -78,7 +78,7 @@ def test_unaligned_words_are_words(variant):
 
 @pytest.mark.parametrize("p", [0.0, 0.3, 1.0])
 def test_seeded_mask_is_the_packed_one(variant, p):
-    """Also with thresholds that need no draw."""
+    """Also for p = 0 and 1, which need no draw."""
     x = np.full((5, 40), np.inf, np.float32)
     packed, seeded = fd.draw_mask(x.shape, p, rng=fd.Stream(3, 4)), fd.SeededMask(3, 4, x.shape, p)
     assert (fd.apply_mask(x, packed) == fd.apply_mask(x, seeded)).all()
@@ -137,7 +137,7 @@ def test_equality():
 @pytest.mark.parametrize("clone", [lambda m: pickle.loads(pickle.dumps(m)), copy.copy, copy.deepcopy])
 @pytest.mark.parametrize("shape", [(0,), (), LARGE], ids=str)
 def test_masks_pickle(shape, clone):
-    """A packed mask with its words alone, the others in a few bytes."""
+    """A packed mask pickles its words only, the others take a few bytes."""
     x, last = np.ones(shape, np.float32), 2**64 - 1
     for mask in (
         fd.draw_mask(shape, 0.3, rng=0),

@@ -95,7 +95,7 @@ def test_stream_refuses(arguments, error, message):
 
 
 def yielding(frame, event, arg):
-    """Trace function that lets other threads run between any two lines of take()."""
+    """A trace function that lets other threads run between any two lines of take()."""
     if frame.f_code.co_name != "take":
         return None
     time.sleep(0)
@@ -147,7 +147,7 @@ for prepare in (lambda: None, lambda: fd.manual_seed(5)):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_forked_children_share_a_seeded_stream_only():
-    """As with numpy.random.seed, a child goes on where a seeded parent stood; unseeded, it gets its own seed.
+    """As with numpy.random.seed, a child continues a seeded parent's stream. Without a seed it gets a seed of its own.
 
     Processes that are left unseeded draw different masks.
     """
@@ -194,5 +194,5 @@ print(child_draws_while_a_thread_takes(fd.manual_seed(1), None), child_draws_whi
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_forked_child_draws_though_a_thread_was_drawing():
-    """The lock that the parent's other thread holds is not the child's to wait for."""
+    """The child must not wait for the lock that a thread of the parent holds."""
     assert output_of(FORK_WITHIN_TAKE) == "0 0"

@@ -55,7 +55,7 @@ def test_selu_floor_is_selus():
 
 
 def test_affine_of_everything_and_of_nothing_dropped():
-    """Of everything all are 0, except standard scaling's, whose scale is never needed then."""
+    """If everything is dropped all are 0, except the scale of standard scaling."""
     for scaling in SCALINGS:
         assert variants.affine(scaling, DROP_ALL) == ((1.0 if scaling == "standard" else 0.0), 0.0, 0.0)
         assert variants.affine(scaling, 0)[:2] == (1.0, 0.0)
@@ -99,21 +99,21 @@ def test_cells_are_ones_where_decisions_are_shared(shape, data):
 
 @st.composite
 def geometries(draw):
-    """(shape of cells, sizes of blocks over its last axes)."""
+    """(shape of the mask, extents of blocks on its last axes)."""
     shape = tuple(draw(st.lists(st.integers(1, 7), min_size=1, max_size=5)))
     axes = draw(st.integers(1, len(shape)))
     return shape, tuple(draw(st.integers(1, 9)) for _ in range(axes))
 
 
 def fitting(shape, sizes):
-    """Extents of the blocked axes and of blocks, cut to them."""
+    """The extents of the last axes, and those of the blocks, which are at most as long."""
     extents = shape[len(shape) - len(sizes) :]
     return extents, [min(size, extent) for size, extent in zip(sizes, extents, strict=True)]
 
 
 @given(geometries(), st.floats(0, 1), st.integers(0, 99))
 def test_blocks_widen_seeds_to_blocks(geometry, p, seed):
-    """Pass after pass by the contract's own primitive, against one block after another."""
+    """Compares the passes, run by the reference, with a loop over blocks."""
     shape, sizes = geometry
     plan = variants.blocks(shape, p, sizes)
     extents, fits = fitting(shape, sizes)
@@ -147,7 +147,7 @@ def test_blocks_gamma_is_ghiasis():
 
 @given(geometries(), st.floats(0, 1))
 def test_blocks_gamma_is_a_probability_up_to_p(geometry, p):
-    """p itself where blocks are single cells or fill the axes; then nothing overlaps."""
+    """gamma is p if blocks are single cells or fill the axes, because nothing overlaps then."""
     shape, sizes = geometry
     gamma = variants.blocks(shape, p, sizes).gamma
     assert 0 <= gamma <= p
@@ -162,7 +162,7 @@ def test_blocks_of_nothing():
 
 
 def covers(extents, fits):
-    """How many blocks hold each cell of a map: the product over its axes."""
+    """How many blocks contain each cell: the product over the axes."""
     along = []
     for extent, size in zip(extents, fits, strict=True):
         count = np.zeros(extent, np.int64)
