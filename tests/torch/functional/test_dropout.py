@@ -484,31 +484,3 @@ def test_first_call_of_a_thread_may_be_in_inference_mode():
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(run).result()
-
-
-@pytest.mark.parametrize("store", STORES)
-def test_gradients_of_several_inputs_and_hooks_on_the_output(store):
-    x, unused, other = (torch.ones(40, requires_grad=True) for _ in range(3))
-    y = fdt.dropout(x, 0.5, store=store)
-    dx, none, dother = torch.autograd.grad((y + other).sum(), [x, unused, other], allow_unused=True)
-    assert torch.equal(dx, y.detach())
-    assert none is None
-    assert torch.equal(dother, torch.ones(40))
-    y = fdt.dropout(x, 0.5, store=store)
-    y.retain_grad()
-    seen = []
-    y.register_hook(lambda dy: dy * 3)
-    y.grad_fn.register_prehook(lambda dy: seen.append("before"))
-    y.grad_fn.register_hook(lambda dx, dy: seen.append("after"))
-    y.sum().backward()
-    assert torch.equal(x.grad, 3 * y.detach())
-    assert torch.equal(y.grad, torch.full((40,), 3.0))
-    assert seen == ["before", "after"]
-
-
-def test_anomaly_mode_finds_no_anomaly():
-    """Of a dropped NaN nothing is left in the gradient."""
-    x = torch.full((100,), math.nan, requires_grad=True)
-    with torch.autograd.set_detect_anomaly(True):
-        fdt.dropout(x, 1.0).sum().backward()
-    assert torch.equal(x.grad, torch.zeros(100))

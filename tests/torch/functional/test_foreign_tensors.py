@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -50,29 +48,19 @@ COMPOSED = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(layout):
+@pytest.mark.parametrize("residual", LAYOUTS)
+def test_layouts(layout, residual):
     """Results lie as torch's composition does, and hold what it does; gradients lie as dy does."""
-    for residual, grads in itertools.product(LAYOUTS, ("channels_last", "contiguous")):
-        assert_lies_as_torchs(layout, residual, grads)
-
-
-def assert_lies_as_torchs(layout, residual, grads):
-    x, r, dy = LAYOUTS[layout](), LAYOUTS[residual](), LAYOUTS[grads]()
+    x, r, dy = LAYOUTS[layout](), LAYOUTS[residual](), LAYOUTS["channels_last"]()
     for name, (function, composed) in COMPOSED.items():
-        with torch.no_grad():
-            plain = function(x, r)
         inputs = [tensor.detach().requires_grad_() for tensor in (x, r)]
         y, expected = function(*inputs), composed(*inputs)
         torch.testing.assert_close(y, expected)
-        assert_equal(plain, y.detach())
         if "expanded" not in (layout, residual):
-            assert y.stride() == plain.stride() == expected.stride(), name
+            assert y.stride() == function(x, r).stride() == expected.stride(), name
         actual, wanted = (torch.autograd.grad(z, inputs, dy, allow_unused=True) for z in (y, expected))
-        for a, e in zip(actual, wanted, strict=True):
-            assert (a is None) == (e is None)
-            if a is not None:
-                torch.testing.assert_close(a, e)
-                assert a.stride() == dy.stride(), name
+        torch.testing.assert_close([a for a in actual if a is not None], [w for w in wanted if w is not None])
+        assert all(a is None or a.stride() == dy.stride() for a in actual), name
 
 
 def test_layout_beside_an_expanded_residual():
@@ -88,29 +76,23 @@ def test_layout_of_softmax():
     assert fdt.softmax_dropout(x, seed=3).stride() == fdt.softmax_dropout(x, 0.0).stride() == x.stride()
 
 
-@pytest.mark.parametrize(
-    "mixed", [True, pytest.param(False, marks=pytest.mark.slow("the other case"))], ids=["float16 and float32", "alike"]
-)
-def test_layouts_of_ops(mixed):
-    """What compilers are told of strides is what they get, in both directions."""
-    x, r = LAYOUTS["channels_last"](), LAYOUTS["every other"]()
-    x, dtype = (x.half(), torch.float16) if mixed else (x, torch.float32)
+def test_layouts_of_ops():
+    """What compilers are told of strides is what they get, in both directions, float16 beside float32."""
+    x, r, dy = LAYOUTS["channels_last"]().half(), LAYOUTS["every other"](), LAYOUTS["channels_last"]()
     seed, ops = torch.tensor(5), torch.ops.fastdrop
-    torch.library.opcheck(ops.pointwise.default, (x.requires_grad_(), BIAS, None, r, seed, 0.5, "gelu", True))
-    bits = ops.pointwise(x, BIAS, None, r, seed, 0.5, "gelu", True)[1]
-    dy = LAYOUTS["channels_last"]()
-    for kept, wanted in ((bits, True), (None, False)):
-        torch.library.opcheck(
-            ops.pointwise_backward.default,
-            (dy, x.detach(), None, None, kept, 0.5, kept is not None, "gelu", dtype, wanted, False),
-        )
-        torch.library.opcheck(
-            ops.pointwise_backward.default,
-            (dy, None, None, None, kept, 0.5, kept is not None, None, dtype, False, False),
-        )
-    torch.library.opcheck(ops.softmax.default, (x.detach(), None, seed, 0.5, 1.0, False, True, True))
-    y, probabilities, words = ops.softmax(x.detach(), None, seed, 0.5, 1.0, False, True, True)
-    torch.library.opcheck(ops.softmax_backward.default, (y, probabilities, words, 0.5, True, 1.0))
+    forward = x, BIAS, None, r, seed, 0.5, "gelu", True
+    bits = ops.pointwise(*forward)[1]
+    scores = x, None, seed, 0.5, 1.0, False, True, True
+    y, probabilities, words = ops.softmax(*scores)
+    for op, arguments in (
+        (ops.pointwise, forward),
+        (ops.pointwise_backward, (dy, x, None, None, bits, 0.5, True, "gelu", x.dtype, True, False)),
+        (ops.pointwise_backward, (dy, x, None, None, None, 0.5, False, "gelu", x.dtype, False, False)),
+        (ops.pointwise_backward, (dy, None, None, None, bits, 0.5, True, None, x.dtype, False, False)),
+        (ops.softmax, scores),
+        (ops.softmax_backward, (y, probabilities, words, 0.5, True, 1.0)),
+    ):
+        torch.library.opcheck(op.default, arguments, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_layouts_compiled():
@@ -139,32 +121,28 @@ SPARSE = {
     "bsc": lambda: DENSE.to_sparse_bsc((2, 2)),
     "mkldnn": DENSE.to_mkldnn,
 }
-DROPS = {
-    "dropout": fdt.dropout,
-    "seed": lambda x: fdt.dropout(x, seed=3),
-    "inplace": lambda x: fdt.dropout(x, inplace=True),
-    "noise_shape": lambda x: fdt.dropout(x, noise_shape=(None, 1)),
-    "alpha_dropout": lambda x: fdt.alpha_dropout(x, 0.5, True),
-    "feature_alpha_dropout": lambda x: fdt.feature_alpha_dropout(x, 0.5, True),
-    "dropout1d": lambda x: fdt.dropout1d(x, 0.5),
-    "variational_dropout": lambda x: fdt.variational_dropout(x, 0.5, 0),
-    "stochastic_depth": lambda x: fdt.stochastic_depth(x, 0.5, "row"),
-    "drop_connect": fdt.drop_connect,
-    "gaussian_dropout": fdt.gaussian_dropout,
-    "dropout_add": lambda x: fdt.dropout_add(x, x),
-    "residual": lambda x: fdt.dropout_add(DENSE, x),
-    "bias_act_dropout": lambda x: fdt.bias_act_dropout(x, None),
-    "swiglu_dropout": lambda x: fdt.swiglu_dropout(DENSE, x),
-    "layer_norm": lambda x: fdt.dropout_add_layer_norm(x, None),
-    "rms_norm": lambda x: fdt.dropout_add_rms_norm(DENSE, x),
-    "softmax_dropout": fdt.softmax_dropout,
-    "attn_mask": lambda x: fdt.softmax_dropout(DENSE, attn_mask=x),
-    "attention": lambda x: fdt.scaled_dot_product_attention(DENSE, x, DENSE, dropout_p=0.5),
-    "Dropout": fdt.Dropout(),
-    "VariationalDropout": fdt.VariationalDropout(),
-    "DropPath": fdt.DropPath(0.5),
-    "GaussianDropout": fdt.GaussianDropout(),
-}
+DROPS = (
+    fdt.dropout,
+    lambda x: fdt.dropout(x, seed=3),
+    lambda x: fdt.dropout(x, inplace=True),
+    lambda x: fdt.dropout(x, noise_shape=(None, 1)),
+    lambda x: fdt.alpha_dropout(x, 0.5, True),
+    lambda x: fdt.feature_alpha_dropout(x, 0.5, True),
+    lambda x: fdt.dropout1d(x, 0.5),
+    lambda x: fdt.variational_dropout(x, 0.5, 0),
+    lambda x: fdt.stochastic_depth(x, 0.5, "row"),
+    fdt.gaussian_dropout,
+    lambda x: fdt.dropout_add(x, x),
+    lambda x: fdt.dropout_add(DENSE, x),
+    lambda x: fdt.bias_act_dropout(x, None),
+    lambda x: fdt.swiglu_dropout(DENSE, x),
+    lambda x: fdt.dropout_add_layer_norm(x, None),
+    lambda x: fdt.dropout_add_rms_norm(DENSE, x),
+    fdt.softmax_dropout,
+    lambda x: fdt.softmax_dropout(DENSE, attn_mask=x),
+    lambda x: fdt.scaled_dot_product_attention(DENSE, x, DENSE, dropout_p=0.5),
+    fdt.DropPath(0.5),
+)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # of torch: its support of some layouts is in beta
@@ -173,7 +151,7 @@ def test_sparse(kind):
     """One sentence from all that drop, before anything is drawn; what drops nothing doesn't mind."""
     x = SPARSE[kind]()
     state = torch.get_rng_state()
-    for function in DROPS.values():
+    for function in DROPS:
         with pytest.raises(
             RuntimeError, match=r"dropout takes dense tensors, but got one of layout .*: give x.to_dense"
         ):
@@ -187,8 +165,7 @@ def test_sparse(kind):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("aware", [False, True], ids=["prepare", "prepare_qat"])
-@pytest.mark.parametrize("change", [fdt.convert, fdt.fuse], ids=["convert", "fuse"])
+@pytest.mark.parametrize(("aware", "change"), [(False, fdt.convert), (True, fdt.fuse)], ids=["convert", "fuse"])
 def test_quantised(aware, change):
     """A changed model becomes a quantised one as torch's does, and drops nothing there, training or not."""
     from torch.ao import quantization as quantize
@@ -229,7 +206,7 @@ def test_gradient_of_p_is_refused(compiled):
         lambda: fdt.softmax_dropout(x, p),
         lambda: fdt.scaled_dot_product_attention(x, x, x, dropout_p=p),
     ]
-    for function in functions[:: 4 if compiled else 1]:
+    for function in functions[-2:-1] if compiled else functions:
         called = torch.compile(function, backend="eager") if compiled else function
         for recording in (False, True):
             with torch.set_grad_enabled(recording), pytest.raises(TypeError, match="must be a number or a tensor that"):

@@ -21,7 +21,6 @@ import torch.autograd.forward_ad as fwAD
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.checkpoint import checkpoint
 
 import fastdrop.torch as fdt
 from fastdrop import backends
@@ -325,17 +324,6 @@ def test_random_numbers_taken(fused):
         assert numbers_drawn(lambda: fused(inputs, p)) == 0  # noqa: B023
 
 
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint(kind, use_reentrant):
-    def twice(tensors):
-        return tuple(y * 2 for y in kind.bare({name: x * 2 for name, x in tensors.items()}))
-
-    def checkpointed(tensors):
-        return checkpoint(by_position(twice, tensors), *tensors.values(), use_reentrant=use_reentrant)
-
-    assert_equal(*(tuple(under(4, gradients, run, kind.tensors())[1].values()) for run in (twice, checkpointed)))
-
-
 def test_backends_agree(kind, backend):
     """NumPy views where the backend is not C."""
     for dtype in (torch.float32, torch.bfloat16):
@@ -377,16 +365,6 @@ def test_without_a_gradient_nothing_is_kept(fused, monkeypatch):
         with torch.inference_mode():
             assert_equal(fused(fused.tensors()), expected)
     assert not kept
-
-
-def test_saved_tensor_hooks(fused):
-    """What hooks move out and back does its part."""
-    tensors = fused.tensors()
-    inputs = leaves(tensors)
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy(force=True).copy(), torch.from_numpy):
-        results = fused(inputs)
-    loss(results).backward()
-    assert_equal(tuple(x.grad for x in inputs.values()), tuple(gradients(fused, tensors)[1].values()))
 
 
 # ---- special numbers, shapes, strides ----
