@@ -99,14 +99,10 @@ def sdpa(
 
 
 SDPA_OPTIONS = ("position_bias", "cache", "softcap")  # that fastdrop's attention lacks
-FUNCTIONS = {
-    "eager": ("fastdrop_eager", eager),
-    "sdpa": ("fastdrop_sdpa", sdpa),
-}  # by the name of the function that it replaces
-ORIGINAL_MODULES = (
-    None,
-    "transformers.integrations.sdpa_attention",
-)  # the modules in which transformers' functions are; None is the model's own
+# By the name of the function that each replaces: its own name and the function.
+FUNCTIONS = {"eager": ("fastdrop_eager", eager), "sdpa": ("fastdrop_sdpa", sdpa)}
+# The modules in which transformers' functions are; None is the model's own.
+ORIGINAL_MODULES = (None, "transformers.integrations.sdpa_attention")
 
 
 class _Attention(Fused):
@@ -128,9 +124,8 @@ class _Attention(Fused):
         if getattr(module, "reorder_and_upcast_attn", False):
             return "its attention is reordered and upcast"
         function = _interface().ALL_ATTENTION_FUNCTIONS.get(name)
-        return (
-            "" if getattr(function, "__module__", None) in ORIGINAL_MODULES else f"its {name!r} attention was replaced"
-        )
+        is_original = getattr(function, "__module__", None) in ORIGINAL_MODULES
+        return "" if is_original else f"its {name!r} attention was replaced"
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return _run_attention(self, {}, hidden_states, *args, **kwargs)
@@ -196,6 +191,10 @@ def _without_end(attention: Any, end: Any) -> dict[str, Any]:
 # ---- blocks ----
 
 
+def _can_fuse(block: Fused, drop: Any, x: Any) -> bool:
+    return drop.training and can_fuse_input(x) and not block.obstacle(block)
+
+
 class _BertIntermediate(Fused):
     """Bias and activation in one pass."""
 
@@ -207,7 +206,7 @@ class _BertIntermediate(Fused):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         layer: Any = self
-        if not self.training or not can_fuse_input(hidden_states) or self.obstacle(self):
+        if not _can_fuse(self, layer, hidden_states):
             return super().forward(hidden_states)  # type: ignore[no-any-return]
         h = F.linear(hidden_states, layer.dense.weight)
         return fused.bias_act_dropout(h, layer.dense.bias, 0.0, activation_name(layer.intermediate_act_fn))
@@ -226,11 +225,9 @@ class _BertOutput(Fused):
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         layer: Any = self
-        if (
-            not layer.dropout.training
-            or not can_fuse_input(hidden_states)
-            or self.obstacle(self)
-            or input_tensor.shape != (*hidden_states.shape[:-1], layer.dense.out_features)
+        if not _can_fuse(self, layer.dropout, hidden_states) or input_tensor.shape != (
+            *hidden_states.shape[:-1],
+            layer.dense.out_features,
         ):
             return super().forward(hidden_states, input_tensor)  # type: ignore[no-any-return]
         h = F.linear(hidden_states, layer.dense.weight)
@@ -251,7 +248,7 @@ class _GPT2MLP(Fused):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         layer: Any = self
-        if not layer.dropout.training or not can_fuse_input(hidden_states) or self.obstacle(self):
+        if not _can_fuse(self, layer.dropout, hidden_states):
             return super().forward(hidden_states)  # type: ignore[no-any-return]
         h = _gpt2_projected(layer, hidden_states)
         return fused.bias_act_dropout(h, layer.c_proj.bias, activation=None, **options_of(layer.dropout))
@@ -320,24 +317,19 @@ class _GPT2Block(Fused):
     ) -> Tensor:
         layer: Any = self
         attention, x = layer.attn, hidden_states
+        options = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+        options |= kwargs
         if (
             encoder_hidden_states is not None
             or not can_fuse_input(x)
             or self._obstacle(self)
             or not (attention.resid_dropout.training or layer.mlp.dropout.training)
         ):
-            return super().forward(  # type: ignore[no-any-return]
-                hidden_states,
-                past_key_values,
-                attention_mask,
-                encoder_hidden_states,
-                encoder_attention_mask,
-                use_cache,
-                **kwargs,
-            )
-        options = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+            options |= {"encoder_hidden_states": encoder_hidden_states}
+            options |= {"encoder_attention_mask": encoder_attention_mask}
+            return super().forward(x, **options)  # type: ignore[no-any-return]
         parts = _without_end(attention, lambda h: h)
-        h = _run_attention(attention, parts, layer.ln_1(x), **options, **kwargs)[0]
+        h = _run_attention(attention, parts, layer.ln_1(x), **options)[0]
         normed, x = add_then_norm(h, attention.c_proj.bias, x, attention.resid_dropout, layer.ln_2)
         return add(_gpt2_projected(layer.mlp, normed), layer.mlp.c_proj.bias, x, layer.mlp.dropout)
 

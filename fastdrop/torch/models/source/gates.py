@@ -121,19 +121,10 @@ def _verdicts(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[str]:
     while node in parents:
         before, node = node, parents[node]
         if isinstance(node, ast.If | ast.While):
-            # A branch that drops and does more can only be turned on as a whole.
-            yield from _verdict(node.test)
-            said = [list(_verdict(statement)) for statement in node.body]
-            if any(said):
-                yield DROP
-                if not all(said):
-                    yield MORE
-            elif not node.orelse and isinstance(node.body[-1], ast.Return):  # the rest of the block is the other branch
-                said = [list(_verdict(statement)) for statement in _following(node, parents[node])]
-                if any(said):
-                    yield DROP
-                    if not all(said):
-                        yield MORE
+            branch = _branch_verdicts(node.body)
+            if not branch and not node.orelse and isinstance(node.body[-1], ast.Return):
+                branch = _branch_verdicts(_following(node, parents[node]))  # the rest of the block is the other branch
+            yield from branch
         elif isinstance(node, ast.IfExp | ast.BoolOp):
             yield from _verdict(node)
             if isinstance(node, ast.IfExp):
@@ -151,6 +142,12 @@ def _verdicts(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[str]:
             yield from _verdict(node)
         if isinstance(node, ast.stmt):
             return
+
+
+def _branch_verdicts(statements: list[ast.stmt]) -> list[str]:
+    """A branch that drops and does more can only be turned on as a whole."""
+    said = [any(_verdict(statement)) for statement in statements]
+    return [] if not any(said) else [DROP] if all(said) else [DROP, MORE]
 
 
 def _following(statement: ast.stmt, block: ast.AST) -> list[ast.stmt]:
