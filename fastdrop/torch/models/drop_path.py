@@ -9,13 +9,10 @@ from __future__ import annotations
 import ast
 import functools
 import types
-import weakref
-from typing import Any
 
 import torch
-from torch import nn
 
-from .source.functions import definition, global_value, python_function
+from .source.functions import definition, global_value, python_function, remembered
 
 __all__ = ["is_drop_path"]
 
@@ -55,20 +52,15 @@ def drop_path(x, drop_prob, training):
     return x * random_tensor.div_(keep_prob)
 """
 
-# By class, with the code of the forward at that time: a class may be given another one.
-_drop_paths: weakref.WeakKeyDictionary[type, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 
-
-def is_drop_path(cls: type[nn.Module]) -> bool:
+@remembered
+def is_drop_path(cls: type) -> bool:
     """Whether a class's forward drops whole samples with the rate ``drop_prob`` and scales the others by 1 / (1 - p).
 
     It must be one of the forwards above, whatever names it uses.
     """
     forward = python_function(getattr(cls, "forward", None))
-    code = getattr(forward, "__code__", None)
-    if cls not in _drop_paths or _drop_paths[cls][0] is not code:
-        _drop_paths[cls] = code, forward is not None and _is_drop_path(forward)
-    return _drop_paths[cls][1]
+    return forward is not None and _is_drop_path(forward)
 
 
 def _is_drop_path(forward: types.FunctionType) -> bool:
