@@ -306,8 +306,7 @@ def test_enable_passes_over_a_package_without_the_class(packages):
         assert vars(packages.DropPath)["forward"] is not forward
 
 
-def test_enabled_modules_are_traced_by_fx(case):
-    module, _, _, x = case
-    module.eval()
+def test_enabled_modules_are_traced_by_fx(packages):
+    model, x = nn.Sequential(packages.DropPath(0.3), packages.TimmBlock(0.3, 3)).eval(), torch.randn(IMAGES)
     with fdt.enabled():
-        assert_equal(torch.fx.symbolic_trace(torch.nn.Sequential(module))(x), x)
+        assert_equal(torch.fx.symbolic_trace(model)(x), x)

@@ -325,36 +325,6 @@ def test_encoder_layer_in_evaluation_drops_where_torchs_would():
         assert_equal(under(3, model, x), under(4, model, x))
 
 
-@pytest.mark.parametrize("p", [0.0, 1.0])
-def test_layer_with_nothing_or_all_dropped(p):
-    model, plain = pair(lambda: layer(ENCODER, p, dtype=torch.float64))
-    (x,) = inputs_of(ENCODER)
-    with fdt.enabled():
-        expected = step(plain, x)
-    with fused_calls() as calls:
-        actual = step(model, x)
-    assert calls == BERT_CALLS
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e)
-
-
-def test_layer_keeps_little_for_backward():
-    """Six tenths of what torch keeps, of the shape of the benchmark."""
-    model = ENCODER(64, 4, 256, 0.1, batch_first=True)
-    x = torch.randn(8, 128, 64)
-
-    def kept():
-        with saved_tensors() as tensors:
-            model(x)
-        parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(size for at, size in storages.items() if at not in parameters)
-
-    before = kept()
-    fuse(model)
-    assert kept() < 0.6 * before
-
-
 def with_own(name, value):
     """A layer of which one module or method is another."""
     changed = layer(ENCODER)

@@ -30,7 +30,6 @@ from .fuse_cases import (
     LENGTH,
     NO_SOURCE,
     WIDTH,
-    Backend,
     Named,
     assert_same,
     bert,
@@ -234,47 +233,45 @@ def test_bert_output_with_a_residual_that_broadcasts():
     assert not assert_same(model, plain, h, x)
 
 
-def real_model(kind, implementation, **options):
-    """A tiny model of two layers, of another rate at each kind of place."""
-    torch.manual_seed(0)
-    options |= {"vocab_size": 50, "attn_implementation": implementation}
-    if kind == "BERT":
-        config = transformers.BertConfig(
-            hidden_size=WIDTH,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=HIDDEN,
-            hidden_dropout_prob=0.2,
-            attention_probs_dropout_prob=0.3,
-            hidden_act="gelu_new" if implementation == "eager" else "gelu",
-            **options,
-        )
-        return shaken(transformers.BertModel(config, add_pooling_layer=False)).train()
-    config = transformers.GPT2Config(
-        n_embd=WIDTH,
-        n_layer=2,
-        n_head=2,
-        resid_pdrop=0.2,
-        embd_pdrop=0.1,
-        attn_pdrop=0.3,
-        activation_function="gelu_fast" if implementation == "eager" else "gelu_new",
-        **options,
-    )
-    return shaken(transformers.GPT2LMHeadModel(config)).train()
-
-
-REAL_CALLS = {
-    "BERT": {"bias_act_dropout": 2, "dropout_add_layer_norm": 4},
-    "GPT-2": {"bias_act_dropout": 2, "bias_dropout_add": 2, "dropout_add_layer_norm": 2},
+SIZES = {
+    "BERT": {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": HIDDEN,
+        "hidden_dropout_prob": 0.2,
+        "attention_probs_dropout_prob": 0.3,
+    },
+    "GPT-2": {"n_embd": WIDTH, "n_layer": 2, "n_head": 2, "resid_pdrop": 0.2, "attn_pdrop": 0.3},
 }
-
-
-@pytest.fixture
-def tokens():
-    """Of two sequences, one of which is shorter."""
-    mask = torch.ones(2, 7, dtype=torch.int64)
-    mask[1, 5:] = 0
-    return {"input_ids": torch.randint(50, (2, 7)), "attention_mask": mask}
+CROSS = {"add_cross_attention": True, "is_decoder": True}
+MODELS = {  # kind, options, and the fused functions that it calls
+    "BERT, eager": (
+        "BERT",
+        {"attn_implementation": "eager", "hidden_act": "gelu_new"},
+        {"softmax_dropout": 2, "bias_act_dropout": 2, "dropout_add_layer_norm": 4},
+    ),
+    "BERT, cross": (
+        "BERT",
+        {"attn_implementation": "sdpa", **CROSS},
+        {"scaled_dot_product_attention": 4, "bias_act_dropout": 2, "dropout_add_layer_norm": 6},
+    ),
+    "GPT-2": (
+        "GPT-2",
+        {"attn_implementation": "sdpa"},
+        {
+            "scaled_dot_product_attention": 2,
+            "bias_act_dropout": 2,
+            "bias_dropout_add": 2,
+            "dropout_add_layer_norm": 2,
+        },
+    ),
+    "GPT-2, eager and cross": (
+        "GPT-2",
+        {"attn_implementation": "eager", "activation_function": "gelu_fast", **CROSS},
+        {"softmax_dropout": 4, "bias_act_dropout": 8},
+    ),
+}
 
 
 def result_of(model, tokens, **options):
@@ -287,13 +284,28 @@ def result_of(model, tokens, **options):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "implementation"), [("BERT", "eager"), ("GPT-2", "sdpa")])
-def test_models_of_transformers(kind, implementation, tokens):
-    model, plain = pair(lambda: real_model(kind, implementation).double())
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_transformers(name):
+    """Also with checkpoints, and where its attentions are asked for; queries and keys have masks of their own."""
+    kind, options, expected_calls = MODELS[name]
+
+    def make():
+        torch.manual_seed(0)
+        if kind == "BERT":
+            config = transformers.BertConfig(**SIZES[kind], vocab_size=50, **options)
+            return shaken(transformers.BertModel(config, add_pooling_layer=False)).double().train()
+        config = transformers.GPT2Config(**SIZES[kind], vocab_size=50, **options)
+        return shaken(transformers.GPT2LMHeadModel(config)).double().train()
+
+    model, plain = pair(make)
     assert len(fuse(model).left) == 1  # the embeddings'
     fdt.convert(model)
-    attention = "scaled_dot_product_attention" if implementation == "sdpa" else "softmax_dropout"
-    expected_calls = {attention: 2, **REAL_CALLS[kind]}
+    mask = torch.ones(2, 7, dtype=torch.int64)
+    mask[1, 5:] = 0
+    tokens = {"input_ids": torch.randint(50, (2, 7)), "attention_mask": mask}
+    if "cross" in name:
+        tokens["encoder_hidden_states"] = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+        tokens["encoder_attention_mask"] = mask[:, 2:]
     with fused_calls() as calls:
         actual = result_of(model, tokens)
     assert calls == expected_calls
@@ -305,43 +317,9 @@ def test_models_of_transformers(kind, implementation, tokens):
         torch.testing.assert_close(result_of(model, tokens), expected)
     assert calls == {name: 2 * count for name, count in expected_calls.items()}
     model.gradient_checkpointing_disable()
-    if implementation == "eager":
+    if "eager" in name:
         with fdt.enabled():
             expected = result_of(plain, tokens, output_attentions=True)
         torch.testing.assert_close(result_of(model, tokens, output_attentions=True), expected)
     model.eval(), plain.eval()
     torch.testing.assert_close(result_of(model, tokens), result_of(plain, tokens))
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("kind", "implementation"), [("BERT", "sdpa"), ("GPT-2", "eager")])
-def test_cross_attention_of_transformers(kind, implementation, tokens):
-    """Queries and keys of different lengths, each with a mask of its own."""
-    options = {"add_cross_attention": True, "is_decoder": True}
-    model, plain = pair(lambda: real_model(kind, implementation, **options).double())
-    fuse(model)
-    fdt.convert(model)
-    seen = torch.ones(2, 5, dtype=torch.int64)
-    seen[0, 3:] = 0
-    tokens |= {"encoder_hidden_states": torch.randn(2, 5, WIDTH, dtype=torch.float64), "encoder_attention_mask": seen}
-    with fused_calls() as calls:
-        actual = result_of(model, tokens)
-    assert calls["scaled_dot_product_attention" if implementation == "sdpa" else "softmax_dropout"] == 4
-    with fdt.enabled():
-        torch.testing.assert_close(actual, result_of(plain, tokens))
-
-
-@pytest.mark.slow("test_compile")
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["BERT", "GPT-2"])
-def test_compiled_model_of_transformers(kind, tokens):
-    model = real_model(kind, "sdpa")
-    fdt.convert(model)
-    fuse(model)
-    torch.compiler.reset()
-    backend = Backend()
-    with torch._functorch.config.patch(enable_autograd_cache=False):
-        compiled = torch.compile(model, backend=backend, fullgraph=True)
-        torch.testing.assert_close(result_of(compiled, tokens), result_of(model, tokens))
-    assert backend.ops == ((2, 4, 2) if kind == "BERT" else (4, 2, 2))
-    torch.compiler.reset()
