@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import types
 
 import torch
@@ -96,16 +97,8 @@ def _normalise(tree: ast.FunctionDef, names: dict[str, str] | None = None) -> st
     for statement in _without_docstring(tree):
         if isinstance(statement, ast.AnnAssign) and statement.value is not None:
             statement = ast.Assign([statement.target], statement.value)
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                own.setdefault(node.id, f"_{len(own)}")
-        lines.append(ast.dump(_Renamer(own).visit(ast.parse(ast.unparse(ast.fix_missing_locations(statement))))))
-    return "\n".join(lines)
-
-
-class _Renamer(ast.NodeTransformer):
-    def __init__(self, names: dict[str, str]) -> None:
-        self.names = names
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        return ast.Name(self.names.get(node.id, node.id), node.ctx)
+        lines.append(ast.dump(statement))
+    text = "\n".join(lines)
+    for name in re.findall(r"Name\(id='(\w+)', ctx=Store", text):
+        own.setdefault(name, f"_{len(own)}")
+    return re.sub(r"(?<=Name\(id=')\w+", lambda found: own.get(found[0], found[0]), text)

@@ -147,14 +147,6 @@ class Reader(ast.NodeVisitor):
             if isinstance(own, types.FunctionType):  # a method that is given to another function is called there
                 self._follow(own, ast.Call(node, [], []), True)
 
-    def visit_Subscript(self, node: ast.Subscript) -> None:
-        self.visit(node.value)
-        self.visit(node.slice)
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        for statement in node.body:
-            self.visit(statement)
-
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load) and not self._note_mention(node) and self.scope.chain(node) == ():
             self._use(("*",), "other")  # the module itself is given away
