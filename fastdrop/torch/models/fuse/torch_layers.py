@@ -16,22 +16,8 @@ from ...functional import fused
 from ...functional.attention import scaled_dot_product_attention
 from ...nn.base import is_traced, trace_call
 from ...runtime.dispatch.modules import DECODER_BLOCKS, ENCODER_BLOCKS, additive_mask, children_of
-from .rules import (
-    DROPOUTS,
-    Fused,
-    activation_name,
-    activation_obstacle,
-    add,
-    add_then_norm,
-    call_obstacle,
-    can_fuse_input,
-    module_obstacle,
-    norm_obstacle,
-    norm_of_sum,
-    options_of,
-    replaced_method,
-    scripted_as,
-)
+from . import rules
+from .rules import DROPOUTS, Fused
 
 __all__ = ["FusedSequential", "FusedTransformerDecoderLayer", "FusedTransformerEncoderLayer", "Run", "find_run"]
 
@@ -55,22 +41,23 @@ class Run(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.linear.weight)
-        return fused.bias_act_dropout(h, self.linear.bias, activation=self.activation, **options_of(self.drop))
+        return fused.bias_act_dropout(h, self.linear.bias, activation=self.activation, **rules.options_of(self.drop))
 
 
 def find_run(sequence: nn.Sequential, last: int) -> Run | str:
     """The run that ends with the module at a position of a sequence, or why there is none."""
     names, modules = list(children_of(sequence)), list(children_of(sequence).values())
     drop: Any = modules[last]
-    activation = activation_name(modules[last - 1]) if last else None
+    activation = rules.activation_name(modules[last - 1]) if last else None
     start = last - (1 if activation is None else 2)
     linear: Any = modules[start] if start >= 0 else None
     # A class named Linear that isn't torch's gets a reason of its own.
     if not isinstance(linear, nn.Linear) and type(linear).__name__ != "Linear":
         return "no Linear, or Linear and activation, right before it"
-    reason = module_obstacle(names[start], linear, nn.Linear) or module_obstacle(names[last], drop, *DROPOUTS)
+    reason = rules.module_obstacle(names[start], linear, nn.Linear)
+    reason = reason or rules.module_obstacle(names[last], drop, *DROPOUTS)
     if activation is not None:
-        reason = reason or call_obstacle(names[last - 1], modules[last - 1])
+        reason = reason or rules.call_obstacle(names[last - 1], modules[last - 1])
     if not reason and not linear.weight.is_floating_point():
         reason = f"{names[start]} is not of real numbers"
     return reason or Run(start, names[start : last + 1], linear, activation, drop)
@@ -80,7 +67,7 @@ class FusedSequential(Fused, nn.Sequential):
     original = nn.Sequential
     METHODS = _methods(nn.Sequential, "forward", "__iter__")
 
-    @scripted_as(nn.Sequential.forward)
+    @rules.scripted_as(nn.Sequential.forward)
     def forward(self, input: Any) -> Any:
         modules: list[Any] = list(children_of(self).values())
         runs: dict[int, Run] = {}
@@ -91,7 +78,7 @@ class FusedSequential(Fused, nn.Sequential):
                     runs[run.start] = run
         i = 0
         while i < len(modules):
-            if i in runs and can_fuse_input(input):
+            if i in runs and rules.can_fuse_input(input):
                 input, i = runs[i](input), i + len(runs[i].names)
             else:
                 input, i = modules[i](input), i + 1
@@ -113,30 +100,30 @@ class _Layer(Fused):
 
     @classmethod
     def obstacle(cls, module: Any) -> str:
-        if reason := replaced_method(module, cls):
+        if reason := rules.replaced_method(module, cls):
             return reason
         for name in cls.ATTENTIONS:
             attention = getattr(module, name)
-            if reason := module_obstacle(name, attention, nn.MultiheadAttention):
+            if reason := rules.module_obstacle(name, attention, nn.MultiheadAttention):
                 return reason
             if attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None:
                 return f"{name} has keys and values of its own"
         for names, classes in ((("linear1", "linear2"), (nn.Linear,)), (cls.DROPS, DROPOUTS)):
             for name in names:
-                if reason := module_obstacle(name, getattr(module, name), *classes):
+                if reason := rules.module_obstacle(name, getattr(module, name), *classes):
                     return reason
         for name in cls.NORMS[1:] if module.norm_first else cls.NORMS:  # pre-norm layers still call the first norm
-            if reason := norm_obstacle(name, getattr(module, name)):
+            if reason := rules.norm_obstacle(name, getattr(module, name)):
                 return reason
-        return activation_obstacle("activation", module.activation)
+        return rules.activation_obstacle("activation", module.activation)
 
     def _is_fused(self, x: Any, *inputs: Input) -> bool:
         drops = any(getattr(self, name).training for name in self.ATTENTIONS + self.DROPS)
         return (
             drops
-            and can_fuse_input(x)
+            and rules.can_fuse_input(x)
             and not self.obstacle(self)
-            and all(memory is None or can_fuse_input(memory) for memory, _ in inputs)
+            and all(memory is None or rules.can_fuse_input(memory) for memory, _ in inputs)
             and all(_fits(attention, x, given) for attention, given in zip(self._attentions(), inputs, strict=True))
         )
 
@@ -153,18 +140,18 @@ class _Layer(Fused):
             normed = norms[0](x)
             for attention, given, drop, norm in parts:
                 h = _attend_unbiased(attention, normed, given)
-                normed, x = add_then_norm(h, attention.out_proj.bias, x, drop, norm)
-            return add(self._begin_feed_forward(normed), layer.linear2.bias, x, drops[-1])
+                normed, x = rules.add_then_norm(h, attention.out_proj.bias, x, drop, norm)
+            return rules.add(self._begin_feed_forward(normed), layer.linear2.bias, x, drops[-1])
         for attention, given, drop, norm in parts:
-            x = norm_of_sum(_attend_unbiased(attention, x, given), attention.out_proj.bias, x, drop, norm)
-        return norm_of_sum(self._begin_feed_forward(x), layer.linear2.bias, x, drops[-1], norms[-1])
+            x = rules.norm_of_sum(_attend_unbiased(attention, x, given), attention.out_proj.bias, x, drop, norm)
+        return rules.norm_of_sum(self._begin_feed_forward(x), layer.linear2.bias, x, drops[-1], norms[-1])
 
     def _begin_feed_forward(self, x: Tensor) -> Tensor:
         """The feed-forward part up to the second matrix product, without its bias: the pass that follows adds that."""
         layer: Any = self
         h = F.linear(x, layer.linear1.weight)
-        activation = activation_name(layer.activation)
-        h = fused.bias_act_dropout(h, layer.linear1.bias, activation=activation, **options_of(layer.dropout))
+        activation = rules.activation_name(layer.activation)
+        h = fused.bias_act_dropout(h, layer.linear1.bias, activation=activation, **rules.options_of(layer.dropout))
         return F.linear(h, layer.linear2.weight)
 
 
@@ -179,7 +166,7 @@ class FusedTransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
         # torch's forward may leave out the modules inside in evaluation
         return self.training and super()._is_fused(x, *inputs)
 
-    @scripted_as(nn.TransformerEncoderLayer.forward)
+    @rules.scripted_as(nn.TransformerEncoderLayer.forward)
     def forward(
         self,
         src: Tensor,
@@ -202,7 +189,7 @@ class FusedTransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     DROPS = ("dropout", "dropout1", "dropout2", "dropout3")
     NORMS = ("norm1", "norm2", "norm3")
 
-    @scripted_as(nn.TransformerDecoderLayer.forward)
+    @rules.scripted_as(nn.TransformerDecoderLayer.forward)
     def forward(
         self,
         tgt: Tensor,

@@ -270,9 +270,7 @@ class Reader(ast.NodeVisitor):
 
     def _may_follow(self, function: types.FunctionType) -> bool:
         """Whether to read a function that is called: not if it is a caller of this one, nor if there are too many."""
-        if package_of(function) == "torch":  # a method of nn.Module such as `register_buffer`
-            return False
-        if function.__code__ in self.above:
+        if package_of(function) == "torch" or function.__code__ in self.above:  # as `register_buffer` of nn.Module
             return False
         if len(self.above) > DEEPEST or len(self.uses.followed) > MOST_FUNCTIONS:
             self.uses.readable = False
