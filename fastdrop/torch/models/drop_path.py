@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import types
-import weakref
-from typing import Any
 
 import torch
-from torch import nn
 
-from .source.functions import definition, global_value, python_function
+from .source.functions import definition, global_value, python_function, remembered
 
 __all__ = ["is_drop_path"]
 
@@ -55,20 +53,15 @@ def drop_path(x, drop_prob, training):
     return x * random_tensor.div_(keep_prob)
 """
 
-# By class, with the code of the forward at that time: a class may be given another one.
-_drop_paths: weakref.WeakKeyDictionary[type, tuple[Any, bool]] = weakref.WeakKeyDictionary()
 
-
-def is_drop_path(cls: type[nn.Module]) -> bool:
+@remembered
+def is_drop_path(cls: type) -> bool:
     """Whether a class's forward drops whole samples with the rate ``drop_prob`` and scales the others by 1 / (1 - p).
 
     It must be one of the forwards above, whatever names it uses.
     """
     forward = python_function(getattr(cls, "forward", None))
-    code = getattr(forward, "__code__", None)
-    if cls not in _drop_paths or _drop_paths[cls][0] is not code:
-        _drop_paths[cls] = code, forward is not None and _is_drop_path(forward)
-    return _drop_paths[cls][1]
+    return forward is not None and _is_drop_path(forward)
 
 
 def _is_drop_path(forward: types.FunctionType) -> bool:
@@ -104,16 +97,8 @@ def _normalise(tree: ast.FunctionDef, names: dict[str, str] | None = None) -> st
     for statement in _without_docstring(tree):
         if isinstance(statement, ast.AnnAssign) and statement.value is not None:
             statement = ast.Assign([statement.target], statement.value)
-        for node in ast.walk(statement):
-            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                own.setdefault(node.id, f"_{len(own)}")
-        lines.append(ast.dump(_Renamer(own).visit(ast.parse(ast.unparse(ast.fix_missing_locations(statement))))))
-    return "\n".join(lines)
-
-
-class _Renamer(ast.NodeTransformer):
-    def __init__(self, names: dict[str, str]) -> None:
-        self.names = names
-
-    def visit_Name(self, node: ast.Name) -> ast.AST:
-        return ast.Name(self.names.get(node.id, node.id), node.ctx)
+        lines.append(ast.dump(statement))
+    text = "\n".join(lines)
+    for name in re.findall(r"Name\(id='(\w+)', ctx=Store", text):
+        own.setdefault(name, f"_{len(own)}")
+    return re.sub(r"(?<=Name\(id=')\w+", lambda found: own.get(found[0], found[0]), text)

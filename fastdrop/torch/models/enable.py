@@ -257,7 +257,7 @@ def _is_ours(x: Any) -> bool:
 
 def is_supported(x: Tensor, p: float) -> bool:
     """Whether fastdrop has kernels for a tensor. A p out of range is left to torch, which raises its own error."""
-    if not (_is_known(x) or _is_wrapper(x)) or x.dtype not in DTYPES or not 0.0 <= p <= 1.0:
+    if not _is_dense(x) or x.dtype not in DTYPES or not 0.0 <= p <= 1.0 or _is_dtensor(x):
         return False
     return x.is_cpu or (x.is_cuda and cuda.is_usable(x.get_device()))
 
@@ -265,18 +265,17 @@ def is_supported(x: Tensor, p: float) -> bool:
 def _is_known(x: Tensor) -> bool:
     """Whether x is dense, and a plain tensor or a compiler's."""
     known = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ or isinstance(x, (FakeTensor, FunctionalTensor))
-    return known and x.layout is torch.strided and not x.is_nested
+    return known and _is_dense(x)
 
 
-def _is_wrapper(x: Tensor) -> bool:
-    """Whether x is dense, of a subclass that sees each op which is called with it. It then sees our ops too.
+def _is_dense(x: Tensor) -> bool:
+    return x.layout is torch.strided and not x.is_nested
 
-    DTensor does not: it has a rule for each op that it knows, and none for ours.
-    """
-    if x.layout is not torch.strided or x.is_nested:
-        return False
+
+def _is_dtensor(x: Tensor) -> bool:
+    """Other subclasses see each op that is called with them, ours too. DTensor has a rule for each op that it knows."""
     package = sys.modules.get("torch.distributed.tensor")
-    return package is None or not isinstance(x, package.DTensor)
+    return package is not None and isinstance(x, package.DTensor)
 
 
 def _is_called_from_python() -> bool:

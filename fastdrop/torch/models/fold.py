@@ -105,9 +105,7 @@ def _graphs(module: nn.Module, is_whole: bool = True) -> Iterator[tuple[nn.Modul
     """The module's graph or, if it can't be traced, those of the sequences inside."""
     graph, attributes = None, set(vars(module))
     if is_whole or isinstance(module, nn.Sequential):
-        with contextlib.suppress(
-            Exception
-        ):  # any exception, because the forward runs on fx's proxies in place of tensors
+        with contextlib.suppress(Exception):  # any, because the forward runs on fx's proxies in place of tensors
             graph = fx.Tracer().trace(module)
     for name in set(vars(module)) - attributes:  # the tracer puts constants there
         delattr(module, name)

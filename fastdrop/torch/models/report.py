@@ -8,15 +8,18 @@ If the rows of ``layer.0.dropout`` to ``layer.11.dropout`` say the same, one lin
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 __all__ = ["Report", "Row", "class_name", "fold", "fold_and_count", "table"]
 
 NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
 MODEL = "(the model)"  # the path of the model itself, in print
 
-Key = tuple[str | frozenset[int], ...]
+Key = tuple[Any, ...]  # the parts of a path: texts and, at odd positions, sets of numbers
+Entry = tuple[Key, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,10 @@ def fold(lines: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 def fold_and_count(lines: Iterable[tuple[str, ...]]) -> list[tuple[tuple[str, ...], int]]:
     """The same as `fold`, with how many lines each one stands for."""
-    counts: dict[tuple[Key, tuple[str, ...]], int] = {}
+    counts: Counter[Entry] = Counter()
     for path, *rest in lines:
         parts = NUMBER.split(path)
-        key = tuple(frozenset([int(part)]) if i % 2 else part for i, part in enumerate(parts))
-        counts[key, tuple(rest)] = counts.get((key, tuple(rest)), 0) + 1
+        counts[tuple(frozenset([int(part)]) if i % 2 else part for i, part in enumerate(parts)), tuple(rest)] += 1
     longest = max((len(key) for key, _ in counts), default=0)
     for position in range(longest - longest % 2 - 1, 0, -2):
         counts = _merge(counts, position)
@@ -108,22 +110,16 @@ def fold_and_count(lines: Iterable[tuple[str, ...]]) -> list[tuple[tuple[str, ..
     ]
 
 
-def _merge(counts: dict[tuple[Key, tuple[str, ...]], int], position: int) -> dict[tuple[Key, tuple[str, ...]], int]:
+def _merge(counts: Counter[Entry], position: int) -> Counter[Entry]:
     """Makes one entry of those that differ at one position only, in the place of the first of them."""
-    groups: dict[object, list[tuple[Key, tuple[str, ...]]]] = {}
+    groups: dict[object, list[Entry]] = {}
     for key, rest in counts:
-        if position < len(key):
-            groups.setdefault((key[:position], key[position + 1 :], rest), []).append((key, rest))
-        else:
-            groups.setdefault((key, rest), []).append((key, rest))
-    merged = {}
+        groups.setdefault((key[:position], key[position + 1 :], rest), []).append((key, rest))
+    merged: Counter[Entry] = Counter()
     for entries in groups.values():
         key, rest = entries[0]
-        if len(entries) > 1:
-            numbers: frozenset[int] = frozenset()
-            for entry, _ in entries:
-                number = entry[position]
-                numbers |= number if isinstance(number, frozenset) else frozenset()
+        if position < len(key):
+            numbers = frozenset[int]().union(*(other[position] for other, _ in entries))
             key = (*key[:position], numbers, *key[position + 1 :])
         merged[key, rest] = sum(counts[entry] for entry in entries)
     return merged

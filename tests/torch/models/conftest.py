@@ -16,11 +16,3 @@ def torch_state() -> Iterator[None]:
     import fastdrop.torch as fdt
 
     fdt.disable()
-
-
-@pytest.fixture
-def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Classes of transformers' names, where transformers would have its own."""
-    from .fuse_cases import place
-
-    place(monkeypatch)

@@ -130,23 +130,16 @@ def test_convert_and_revert(case):
     assert module(x) is x
     assert_equal(under(3, gradient, module.train(), x), under(3, gradient, function, x))
     assert len(fdt.convert(model, store="seed")) == 0
-    (row,) = fdt.revert(model)
-    assert (row.path, row.after) == ("held", before)
-    assert type(module) is theirs
-    assert dict(vars(module)) == attributes
-    assert_equal(module(x), x * 3)
-
-
-def test_copies_of_a_converted_module_revert(case):
-    module, become, _, x = case
-    theirs, before = type(module), repr(module)
-    fdt.convert(module)
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert type(twin) is become
         assert_equal(under(3, twin, x), under(3, module, x))
         fdt.revert(twin)
         assert (type(twin), repr(twin)) == (theirs, before)
-    assert type(module) is become
+    (row,) = fdt.revert(model)
+    assert (row.path, row.after) == ("held", before)
+    assert type(module) is theirs
+    assert dict(vars(module)) == attributes
+    assert_equal(module(x), x * 3)
 
 
 @pytest.mark.parametrize("reason", LEFT)
@@ -169,8 +162,8 @@ def test_convert_knows_timms_former_drop_block(packages):
     assert_equal(under(3, module, x), under(3, fdt.drop_block2d, x, 0.3, 3))
 
 
-def test_converted_modules_follow_a_scheduler(case):
-    module, _, _, x = case
+def test_converted_modules_follow_a_scheduler(packages):
+    module, x = packages.DropPath(0.3), torch.randn(IMAGES)
     model = nn.Sequential(module)
     fdt.convert(model)
     scheduler = fdt.DropoutScheduler(model, lambda step: 0.2 * step)
@@ -306,8 +299,7 @@ def test_enable_passes_over_a_package_without_the_class(packages):
         assert vars(packages.DropPath)["forward"] is not forward
 
 
-def test_enabled_modules_are_traced_by_fx(case):
-    module, _, _, x = case
-    module.eval()
+def test_enabled_modules_are_traced_by_fx(packages):
+    model, x = nn.Sequential(packages.DropPath(0.3), packages.TimmBlock(0.3, 3)).eval(), torch.randn(IMAGES)
     with fdt.enabled():
-        assert_equal(torch.fx.symbolic_trace(torch.nn.Sequential(module))(x), x)
+        assert_equal(torch.fx.symbolic_trace(model)(x), x)

@@ -17,7 +17,6 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 import fastdrop.torch as fdt
-from fastdrop.__main__ import main
 from fastdrop.torch.models.rates import rate_name
 
 from ..cases import assert_equal, gradient, under
@@ -603,21 +602,3 @@ def test_equal_lines_of_every_report_are_one_with_a_count():
     lines = str(fdt.audit(plain)).splitlines()
     assert sum(folded in line for line in lines) == 1
     assert sum("0-11.f (12x)" in line for line in lines) == 1
-
-
-def test_a_folded_line_stands_for_exactly_its_paths():
-    depths = [2, 2, 6, 2]
-    blocks = [nn.ModuleList([nn.Dropout(0.1) for _ in range(depth)]) for depth in depths]
-    lines = str(fdt.convert(nn.ModuleDict({"layers": nn.ModuleList(blocks), "head": nn.Dropout(0.1)}))).splitlines()
-    assert [line.split("  ")[0] for line in lines[1:]] == ["layers.0-1,3.0-1 (6x)", "layers.2.0-5 (6x)", "head"]
-
-
-def test_the_command_lists_functions(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "functional_models.py").write_text(
-        "import torch.nn.functional as F\nfrom torch import nn\n"
-        "class Net(nn.Module):\n    def forward(self, x):\n        return F.dropout(x, 0.2, self.training).sum()\n"
-    )
-    assert main(["audit", "functional_models:Net", "--strict"]) == 0
-    assert "F.dropout(p=0.2)" in capsys.readouterr().out

@@ -16,22 +16,8 @@ from ...functional import fused
 from ...functional.attention import scaled_dot_product_attention
 from ...nn.base import is_traced, trace_call
 from ...runtime.dispatch.modules import DECODER_BLOCKS, ENCODER_BLOCKS, additive_mask, children_of
-from .rules import (
-    DROPOUTS,
-    Fused,
-    activation_name,
-    activation_obstacle,
-    add,
-    add_then_norm,
-    call_obstacle,
-    can_fuse_input,
-    module_obstacle,
-    norm_obstacle,
-    norm_of_sum,
-    options_of,
-    replaced_method,
-    scripted_as,
-)
+from . import rules
+from .rules import DROPOUTS, Fused
 
 __all__ = ["FusedSequential", "FusedTransformerDecoderLayer", "FusedTransformerEncoderLayer", "Run", "find_run"]
 
@@ -55,23 +41,23 @@ class Run(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.linear.weight)
-        return fused.bias_act_dropout(h, self.linear.bias, activation=self.activation, **options_of(self.drop))
+        return fused.bias_act_dropout(h, self.linear.bias, activation=self.activation, **rules.options_of(self.drop))
 
 
 def find_run(sequence: nn.Sequential, last: int) -> Run | str:
     """The run that ends with the module at a position of a sequence, or why there is none."""
     names, modules = list(children_of(sequence)), list(children_of(sequence).values())
     drop: Any = modules[last]
-    activation = activation_name(modules[last - 1]) if last else None
+    activation = rules.activation_name(modules[last - 1]) if last else None
     start = last - (1 if activation is None else 2)
     linear: Any = modules[start] if start >= 0 else None
-    if (
-        not isinstance(linear, nn.Linear) and type(linear).__name__ != "Linear"
-    ):  # a class of that name elsewhere gets a reason of its own
+    # A class named Linear that isn't torch's gets a reason of its own.
+    if not isinstance(linear, nn.Linear) and type(linear).__name__ != "Linear":
         return "no Linear, or Linear and activation, right before it"
-    reason = module_obstacle(names[start], linear, nn.Linear) or module_obstacle(names[last], drop, *DROPOUTS)
+    reason = rules.module_obstacle(names[start], linear, nn.Linear)
+    reason = reason or rules.module_obstacle(names[last], drop, *DROPOUTS)
     if activation is not None:
-        reason = reason or call_obstacle(names[last - 1], modules[last - 1])
+        reason = reason or rules.call_obstacle(names[last - 1], modules[last - 1])
     if not reason and not linear.weight.is_floating_point():
         reason = f"{names[start]} is not of real numbers"
     return reason or Run(start, names[start : last + 1], linear, activation, drop)
@@ -81,7 +67,7 @@ class FusedSequential(Fused, nn.Sequential):
     original = nn.Sequential
     METHODS = _methods(nn.Sequential, "forward", "__iter__")
 
-    @scripted_as(nn.Sequential.forward)
+    @rules.scripted_as(nn.Sequential.forward)
     def forward(self, input: Any) -> Any:
         modules: list[Any] = list(children_of(self).values())
         runs: dict[int, Run] = {}
@@ -92,7 +78,7 @@ class FusedSequential(Fused, nn.Sequential):
                     runs[run.start] = run
         i = 0
         while i < len(modules):
-            if i in runs and can_fuse_input(input):
+            if i in runs and rules.can_fuse_input(input):
                 input, i = runs[i](input), i + len(runs[i].names)
             else:
                 input, i = modules[i](input), i + 1
@@ -100,6 +86,9 @@ class FusedSequential(Fused, nn.Sequential):
 
 
 # ---- torch's transformer layers ----
+
+Masks = tuple[Tensor | None, Tensor | None, bool]  # the attention mask, the padding mask, whether it is causal
+Input = tuple[Tensor | None, Masks]  # what one attention attends to, None for the layer's own input, and its masks
 
 
 class _Layer(Fused):
@@ -111,35 +100,58 @@ class _Layer(Fused):
 
     @classmethod
     def obstacle(cls, module: Any) -> str:
-        if reason := replaced_method(module, cls):
+        if reason := rules.replaced_method(module, cls):
             return reason
         for name in cls.ATTENTIONS:
             attention = getattr(module, name)
-            if reason := module_obstacle(name, attention, nn.MultiheadAttention):
+            if reason := rules.module_obstacle(name, attention, nn.MultiheadAttention):
                 return reason
             if attention.bias_k is not None or attention.add_zero_attn or attention.in_proj_weight is None:
                 return f"{name} has keys and values of its own"
-        for name in ("linear1", "linear2"):
-            if reason := module_obstacle(name, getattr(module, name), nn.Linear):
-                return reason
-        for name in cls.DROPS:
-            if reason := module_obstacle(name, getattr(module, name), *DROPOUTS):
-                return reason
+        for names, classes in ((("linear1", "linear2"), (nn.Linear,)), (cls.DROPS, DROPOUTS)):
+            for name in names:
+                if reason := rules.module_obstacle(name, getattr(module, name), *classes):
+                    return reason
         for name in cls.NORMS[1:] if module.norm_first else cls.NORMS:  # pre-norm layers still call the first norm
-            if reason := norm_obstacle(name, getattr(module, name)):
+            if reason := rules.norm_obstacle(name, getattr(module, name)):
                 return reason
-        return activation_obstacle("activation", module.activation)
+        return rules.activation_obstacle("activation", module.activation)
 
-    def _is_fused(self, x: Any) -> bool:
+    def _is_fused(self, x: Any, *inputs: Input) -> bool:
         drops = any(getattr(self, name).training for name in self.ATTENTIONS + self.DROPS)
-        return drops and can_fuse_input(x) and not self.obstacle(self)
+        return (
+            drops
+            and rules.can_fuse_input(x)
+            and not self.obstacle(self)
+            and all(memory is None or rules.can_fuse_input(memory) for memory, _ in inputs)
+            and all(_fits(attention, x, given) for attention, given in zip(self._attentions(), inputs, strict=True))
+        )
+
+    def _attentions(self) -> list[Any]:
+        return [getattr(self, name) for name in self.ATTENTIONS]
+
+    def _run(self, x: Tensor, *inputs: Input) -> Tensor:
+        """The layer. ``inputs`` are what each attention takes besides x."""
+        layer: Any = self
+        _, *drops = (getattr(self, name) for name in self.DROPS)
+        norms = [getattr(self, name) for name in self.NORMS]
+        parts = list(zip(self._attentions(), inputs, drops, norms[layer.norm_first :], strict=False))
+        if layer.norm_first:
+            normed = norms[0](x)
+            for attention, given, drop, norm in parts:
+                h = _attend_unbiased(attention, normed, given)
+                normed, x = rules.add_then_norm(h, attention.out_proj.bias, x, drop, norm)
+            return rules.add(self._begin_feed_forward(normed), layer.linear2.bias, x, drops[-1])
+        for attention, given, drop, norm in parts:
+            x = rules.norm_of_sum(_attend_unbiased(attention, x, given), attention.out_proj.bias, x, drop, norm)
+        return rules.norm_of_sum(self._begin_feed_forward(x), layer.linear2.bias, x, drops[-1], norms[-1])
 
     def _begin_feed_forward(self, x: Tensor) -> Tensor:
         """The feed-forward part up to the second matrix product, without its bias: the pass that follows adds that."""
         layer: Any = self
         h = F.linear(x, layer.linear1.weight)
-        activation = activation_name(layer.activation)
-        h = fused.bias_act_dropout(h, layer.linear1.bias, activation=activation, **options_of(layer.dropout))
+        activation = rules.activation_name(layer.activation)
+        h = fused.bias_act_dropout(h, layer.linear1.bias, activation=activation, **rules.options_of(layer.dropout))
         return F.linear(h, layer.linear2.weight)
 
 
@@ -150,10 +162,11 @@ class FusedTransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
     DROPS = ("dropout", "dropout1", "dropout2")
     NORMS = ("norm1", "norm2")
 
-    def _is_fused(self, x: Any) -> bool:
-        return self.training and super()._is_fused(x)  # torch's forward may leave out the modules inside in evaluation
+    def _is_fused(self, x: Any, *inputs: Input) -> bool:
+        # torch's forward may leave out the modules inside in evaluation
+        return self.training and super()._is_fused(x, *inputs)
 
-    @scripted_as(nn.TransformerEncoderLayer.forward)
+    @rules.scripted_as(nn.TransformerEncoderLayer.forward)
     def forward(
         self,
         src: Tensor,
@@ -161,19 +174,12 @@ class FusedTransformerEncoderLayer(_Layer, nn.TransformerEncoderLayer):
         src_key_padding_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        x, attention = src, self.self_attn
-        if is_traced(self, x):
-            return trace_call(self, x, src_mask, src_key_padding_mask, is_causal)  # type: ignore[no-any-return]
-        masks = src_mask, src_key_padding_mask, is_causal
-        if not self._is_fused(x) or not _fits(attention, x, x, *masks):
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
-        bias = attention.out_proj.bias
-        if self.norm_first:
-            h = _attend_unbiased(attention, self.norm1(x), None, *masks)
-            normed, x = add_then_norm(h, bias, x, self.dropout1, self.norm2)
-            return add(self._begin_feed_forward(normed), self.linear2.bias, x, self.dropout2)
-        x = norm_of_sum(_attend_unbiased(attention, x, None, *masks), bias, x, self.dropout1, self.norm1)
-        return norm_of_sum(self._begin_feed_forward(x), self.linear2.bias, x, self.dropout2, self.norm2)
+        given = src_mask, src_key_padding_mask, is_causal
+        if is_traced(self, src):
+            return trace_call(self, src, *given)  # type: ignore[no-any-return]
+        if not self._is_fused(src, (None, given)):
+            return super().forward(src, *given)
+        return self._run(src, (None, given))
 
 
 class FusedTransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
@@ -183,7 +189,7 @@ class FusedTransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
     DROPS = ("dropout", "dropout1", "dropout2", "dropout3")
     NORMS = ("norm1", "norm2", "norm3")
 
-    @scripted_as(nn.TransformerDecoderLayer.forward)
+    @rules.scripted_as(nn.TransformerDecoderLayer.forward)
     def forward(
         self,
         tgt: Tensor,
@@ -195,30 +201,13 @@ class FusedTransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
         tgt_is_causal: bool = False,
         memory_is_causal: bool = False,
     ) -> Tensor:
-        x, attention, cross = tgt, self.self_attn, self.multihead_attn
         given = tgt_mask, memory_mask, tgt_key_padding_mask, memory_key_padding_mask, tgt_is_causal, memory_is_causal
-        if is_traced(self, x):
-            return trace_call(self, x, memory, *given)  # type: ignore[no-any-return]
-        masks = tgt_mask, tgt_key_padding_mask, tgt_is_causal
-        memory_masks = memory_mask, memory_key_padding_mask, memory_is_causal
-        if not (
-            self._is_fused(x)
-            and can_fuse_input(memory)
-            and _fits(attention, x, x, *masks)
-            and _fits(cross, x, memory, *memory_masks)
-        ):
+        if is_traced(self, tgt):
+            return trace_call(self, tgt, memory, *given)  # type: ignore[no-any-return]
+        inputs = (None, given[::2]), (memory, given[1::2])
+        if not self._is_fused(tgt, *inputs):
             return super().forward(tgt, memory, *given)
-        bias, cross_bias = attention.out_proj.bias, cross.out_proj.bias
-        if self.norm_first:
-            h = _attend_unbiased(attention, self.norm1(x), None, *masks)
-            normed, x = add_then_norm(h, bias, x, self.dropout1, self.norm2)
-            normed, x = add_then_norm(
-                _attend_unbiased(cross, normed, memory, *memory_masks), cross_bias, x, self.dropout2, self.norm3
-            )
-            return add(self._begin_feed_forward(normed), self.linear2.bias, x, self.dropout3)
-        x = norm_of_sum(_attend_unbiased(attention, x, None, *masks), bias, x, self.dropout1, self.norm1)
-        x = norm_of_sum(_attend_unbiased(cross, x, memory, *memory_masks), cross_bias, x, self.dropout2, self.norm2)
-        return norm_of_sum(self._begin_feed_forward(x), self.linear2.bias, x, self.dropout3, self.norm3)
+        return self._run(tgt, *inputs)
 
 
 def _extents(attention: Any, x: Tensor) -> tuple[int, int]:
@@ -228,29 +217,27 @@ def _extents(attention: Any, x: Tensor) -> tuple[int, int]:
     return (x.shape[0], x.shape[1]) if attention.batch_first else (x.shape[1], x.shape[0])
 
 
-def _fits(
-    attention: Any, x: Tensor, memory: Tensor, mask: Tensor | None, padding: Tensor | None, is_causal: bool
-) -> bool:
+def _fits(attention: Any, x: Tensor, given: Input) -> bool:
     """Whether shapes and masks are as torch's attention wants them. If not, torch's forward runs and raises."""
+    memory, (mask, padding, is_causal) = given
+    memory = x if memory is None else memory
     if x.shape[-1] != attention.embed_dim or memory.shape[-1] != attention.embed_dim:
         return False
     if x.dim() not in (2, 3) or memory.dim() != x.dim() or (is_causal and mask is None):
         return False
     batch, queries = _extents(attention, x)
     others, keys = _extents(attention, memory)
-    for given in (mask, padding):
-        if given is not None and not (given.dtype == torch.bool or given.is_floating_point()):
-            return False
+    if not all(part is None or part.dtype == torch.bool or part.is_floating_point() for part in (mask, padding)):
+        return False
     if padding is not None and padding.shape != ((keys,) if x.dim() == 2 else (batch, keys)):
         return False
     shapes = (queries, keys), (batch * attention.num_heads, queries, keys)
     return others == batch and (mask is None or mask.shape in shapes)
 
 
-def _merge_masks(
-    heads: int, batch: int, mask: Tensor | None, padding: Tensor | None, is_causal: bool, dtype: torch.dtype
-) -> tuple[Tensor | None, bool]:
+def _merge_masks(heads: int, batch: int, masks: Masks, dtype: torch.dtype) -> tuple[Tensor | None, bool]:
     """Both masks as one that is added, and whether attention is causal, which torch takes without padding only."""
+    mask, padding, is_causal = masks
     padding = additive_mask(padding, "key_padding_mask", None if mask is None else mask.dtype, "attn_mask", dtype)
     if padding is None and is_causal:
         return None, True
@@ -263,13 +250,12 @@ def _merge_masks(
     return padding if mask is None else mask + padding, False
 
 
-def _attend_unbiased(
-    attention: Any, x: Tensor, memory: Tensor | None, mask: Tensor | None, padding: Tensor | None, is_causal: bool
-) -> Tensor:
-    """What `torch.nn.MultiheadAttention` returns, without the bias of its output projection; memory None means x."""
+def _attend_unbiased(attention: Any, x: Tensor, given: Input) -> Tensor:
+    """What `torch.nn.MultiheadAttention` returns, without the bias of its output projection."""
+    memory, masks = given
     heads, width, batched = attention.num_heads, attention.embed_dim, x.dim() == 3
     batch, _ = _extents(attention, x)
-    mask, is_causal = _merge_masks(heads, batch, mask, padding, is_causal, x.dtype)
+    mask, is_causal = _merge_masks(heads, batch, masks, x.dtype)
     if not batched:
         x, memory = x.unsqueeze(0), None if memory is None else memory.unsqueeze(0)
     batch_first = attention.batch_first or not batched

@@ -17,22 +17,8 @@ from torch import Tensor, nn
 from ...functional import fused
 from ...functional.attention import scaled_dot_product_attention
 from ..report import class_name
-from .rules import (
-    DROPOUTS,
-    Fused,
-    activation_name,
-    activation_obstacle,
-    add,
-    add_then_norm,
-    call_obstacle,
-    can_fuse_input,
-    changed_code,
-    module_obstacle,
-    norm_obstacle,
-    norm_of_sum,
-    options_of,
-    original_class,
-)
+from . import rules
+from .rules import DROPOUTS, Fused
 
 __all__ = ["fused_class"]
 
@@ -99,14 +85,10 @@ def sdpa(
 
 
 SDPA_OPTIONS = ("position_bias", "cache", "softcap")  # that fastdrop's attention lacks
-FUNCTIONS = {
-    "eager": ("fastdrop_eager", eager),
-    "sdpa": ("fastdrop_sdpa", sdpa),
-}  # by the name of the function that it replaces
-ORIGINAL_MODULES = (
-    None,
-    "transformers.integrations.sdpa_attention",
-)  # the modules in which transformers' functions are; None is the model's own
+# By the name of the function that each replaces: its own name and the function.
+FUNCTIONS = {"eager": ("fastdrop_eager", eager), "sdpa": ("fastdrop_sdpa", sdpa)}
+# The modules in which transformers' functions are; None is the model's own.
+ORIGINAL_MODULES = (None, "transformers.integrations.sdpa_attention")
 
 
 class _Attention(Fused):
@@ -128,9 +110,8 @@ class _Attention(Fused):
         if getattr(module, "reorder_and_upcast_attn", False):
             return "its attention is reordered and upcast"
         function = _interface().ALL_ATTENTION_FUNCTIONS.get(name)
-        return (
-            "" if getattr(function, "__module__", None) in ORIGINAL_MODULES else f"its {name!r} attention was replaced"
-        )
+        is_original = getattr(function, "__module__", None) in ORIGINAL_MODULES
+        return "" if is_original else f"its {name!r} attention was replaced"
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         return _run_attention(self, {}, hidden_states, *args, **kwargs)
@@ -143,10 +124,10 @@ def _interface() -> Any:
 def _run_attention(attention: Any, parts: dict[str, Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Runs the original forward of an attention with some parts of the module replaced."""
     drops = attention.training and isinstance(attention, _Attention) and getattr(attention, attention.DROP).p > 0.0
-    if drops and can_fuse_input(x) and not _Attention.obstacle(attention):
+    if drops and rules.can_fuse_input(x) and not _Attention.obstacle(attention):
         name, _ = FUNCTIONS[attention.config._attn_implementation]
         parts = {"config": View(attention.config, _attn_implementation=name), **parts}
-    return original_class(attention).forward(View(attention, **parts) if parts else attention, x, *args, **kwargs)
+    return rules.original_class(attention).forward(View(attention, **parts) if parts else attention, x, *args, **kwargs)
 
 
 class _BertSelfAttention(_Attention):
@@ -173,17 +154,17 @@ class _GPT2Attention(_Attention):
     @staticmethod
     def end_obstacle(module: Any) -> str:
         """Why the projection and the dropout at the end can't be left out."""
-        return _conv1d_obstacle("c_proj", module.c_proj) or module_obstacle(
+        return _conv1d_obstacle("c_proj", module.c_proj) or rules.module_obstacle(
             "resid_dropout", module.resid_dropout, *DROPOUTS
         )
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         attention: Any = self
         drop, parts = attention.resid_dropout, {}
-        if drop.training and can_fuse_input(hidden_states) and not self.end_obstacle(self):
+        if drop.training and rules.can_fuse_input(hidden_states) and not self.end_obstacle(self):
             parts = _without_end(
                 attention,
-                lambda h: fused.bias_act_dropout(h, attention.c_proj.bias, activation=None, **options_of(drop)),
+                lambda h: fused.bias_act_dropout(h, attention.c_proj.bias, activation=None, **rules.options_of(drop)),
             )
         return _run_attention(self, parts, hidden_states, *args, **kwargs)
 
@@ -196,21 +177,25 @@ def _without_end(attention: Any, end: Any) -> dict[str, Any]:
 # ---- blocks ----
 
 
+def _can_fuse(block: Fused, drop: Any, x: Any) -> bool:
+    return drop.training and rules.can_fuse_input(x) and not block.obstacle(block)
+
+
 class _BertIntermediate(Fused):
     """Bias and activation in one pass."""
 
     @classmethod
     def obstacle(cls, module: Any) -> str:
-        return module_obstacle("dense", module.dense, nn.Linear) or activation_obstacle(
+        return rules.module_obstacle("dense", module.dense, nn.Linear) or rules.activation_obstacle(
             "intermediate_act_fn", module.intermediate_act_fn
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         layer: Any = self
-        if not self.training or not can_fuse_input(hidden_states) or self.obstacle(self):
+        if not _can_fuse(self, layer, hidden_states):
             return super().forward(hidden_states)  # type: ignore[no-any-return]
         h = F.linear(hidden_states, layer.dense.weight)
-        return fused.bias_act_dropout(h, layer.dense.bias, 0.0, activation_name(layer.intermediate_act_fn))
+        return fused.bias_act_dropout(h, layer.dense.bias, 0.0, rules.activation_name(layer.intermediate_act_fn))
 
 
 class _BertOutput(Fused):
@@ -219,22 +204,20 @@ class _BertOutput(Fused):
     @classmethod
     def obstacle(cls, module: Any) -> str:
         return (
-            module_obstacle("dense", module.dense, nn.Linear)
-            or module_obstacle("dropout", module.dropout, *DROPOUTS)
-            or norm_obstacle("LayerNorm", module.LayerNorm)
+            rules.module_obstacle("dense", module.dense, nn.Linear)
+            or rules.module_obstacle("dropout", module.dropout, *DROPOUTS)
+            or rules.norm_obstacle("LayerNorm", module.LayerNorm)
         )
 
     def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
         layer: Any = self
-        if (
-            not layer.dropout.training
-            or not can_fuse_input(hidden_states)
-            or self.obstacle(self)
-            or input_tensor.shape != (*hidden_states.shape[:-1], layer.dense.out_features)
+        if not _can_fuse(self, layer.dropout, hidden_states) or input_tensor.shape != (
+            *hidden_states.shape[:-1],
+            layer.dense.out_features,
         ):
             return super().forward(hidden_states, input_tensor)  # type: ignore[no-any-return]
         h = F.linear(hidden_states, layer.dense.weight)
-        return norm_of_sum(h, layer.dense.bias, input_tensor, layer.dropout, layer.LayerNorm)
+        return rules.norm_of_sum(h, layer.dense.bias, input_tensor, layer.dropout, layer.LayerNorm)
 
 
 class _GPT2MLP(Fused):
@@ -244,22 +227,22 @@ class _GPT2MLP(Fused):
     def obstacle(cls, module: Any) -> str:
         return (
             _conv1d_obstacle("c_fc", module.c_fc)
-            or activation_obstacle("act", module.act)
+            or rules.activation_obstacle("act", module.act)
             or _conv1d_obstacle("c_proj", module.c_proj)
-            or module_obstacle("dropout", module.dropout, *DROPOUTS)
+            or rules.module_obstacle("dropout", module.dropout, *DROPOUTS)
         )
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         layer: Any = self
-        if not layer.dropout.training or not can_fuse_input(hidden_states) or self.obstacle(self):
+        if not _can_fuse(self, layer.dropout, hidden_states):
             return super().forward(hidden_states)  # type: ignore[no-any-return]
         h = _gpt2_projected(layer, hidden_states)
-        return fused.bias_act_dropout(h, layer.c_proj.bias, activation=None, **options_of(layer.dropout))
+        return fused.bias_act_dropout(h, layer.c_proj.bias, activation=None, **rules.options_of(layer.dropout))
 
 
 def _gpt2_projected(mlp: Any, x: Tensor) -> Tensor:
     """The result of both projections, without the second bias: the dropout at the end adds that."""
-    h = fused.bias_act_dropout(x @ mlp.c_fc.weight, mlp.c_fc.bias, 0.0, activation_name(mlp.act))
+    h = fused.bias_act_dropout(x @ mlp.c_fc.weight, mlp.c_fc.bias, 0.0, rules.activation_name(mlp.act))
     y: Tensor = h @ mlp.c_proj.weight
     return y
 
@@ -267,7 +250,7 @@ def _gpt2_projected(mlp: Any, x: Tensor) -> Tensor:
 def _conv1d_obstacle(name: str, module: Any) -> str:
     if (type(module).__module__, type(module).__name__) != CONV1D:
         return f"{name} is a {class_name(type(module), CONV1D[1])}, not transformers' Conv1D"
-    return call_obstacle(name, module)
+    return rules.call_obstacle(name, module)
 
 
 class _GPT2Block(Fused):
@@ -284,7 +267,7 @@ class _GPT2Block(Fused):
         if reason := cls._part_obstacle(module):
             return reason
         for name, known in cls.PARTS:
-            if reason := changed_code(getattr(module, name), known):
+            if reason := rules.changed_code(getattr(module, name), known):
                 return f"{name}: {reason}"
         return cls._obstacle(module)
 
@@ -292,7 +275,7 @@ class _GPT2Block(Fused):
     def _part_obstacle(cls, module: Any) -> str:
         for name, known in cls.PARTS:
             part = getattr(module, name)
-            if fused_class(original_class(part)) is not known:
+            if fused_class(rules.original_class(part)) is not known:
                 theirs = known.__name__[1:]
                 return f"{name} is a {class_name(type(part), theirs)}, not transformers' {theirs}"
         return ""
@@ -301,10 +284,10 @@ class _GPT2Block(Fused):
     def _obstacle(cls, module: Any) -> str:
         return (
             cls._part_obstacle(module)
-            or call_obstacle("attn", module.attn)
+            or rules.call_obstacle("attn", module.attn)
             or _GPT2Attention.end_obstacle(module.attn)
-            or norm_obstacle("ln_2", module.ln_2)
-            or call_obstacle("mlp", module.mlp)
+            or rules.norm_obstacle("ln_2", module.ln_2)
+            or rules.call_obstacle("mlp", module.mlp)
             or _GPT2MLP.obstacle(module.mlp)
         )
 
@@ -320,26 +303,21 @@ class _GPT2Block(Fused):
     ) -> Tensor:
         layer: Any = self
         attention, x = layer.attn, hidden_states
+        options = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+        options |= kwargs
         if (
             encoder_hidden_states is not None
-            or not can_fuse_input(x)
+            or not rules.can_fuse_input(x)
             or self._obstacle(self)
             or not (attention.resid_dropout.training or layer.mlp.dropout.training)
         ):
-            return super().forward(  # type: ignore[no-any-return]
-                hidden_states,
-                past_key_values,
-                attention_mask,
-                encoder_hidden_states,
-                encoder_attention_mask,
-                use_cache,
-                **kwargs,
-            )
-        options = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": use_cache}
+            options |= {"encoder_hidden_states": encoder_hidden_states}
+            options |= {"encoder_attention_mask": encoder_attention_mask}
+            return super().forward(x, **options)  # type: ignore[no-any-return]
         parts = _without_end(attention, lambda h: h)
-        h = _run_attention(attention, parts, layer.ln_1(x), **options, **kwargs)[0]
-        normed, x = add_then_norm(h, attention.c_proj.bias, x, attention.resid_dropout, layer.ln_2)
-        return add(_gpt2_projected(layer.mlp, normed), layer.mlp.c_proj.bias, x, layer.mlp.dropout)
+        h = _run_attention(attention, parts, layer.ln_1(x), **options)[0]
+        normed, x = rules.add_then_norm(h, attention.c_proj.bias, x, attention.resid_dropout, layer.ln_2)
+        return rules.add(_gpt2_projected(layer.mlp, normed), layer.mlp.c_proj.bias, x, layer.mlp.dropout)
 
 
 # By module and name, because transformers need not be installed.

@@ -10,7 +10,6 @@ import inspect
 import itertools
 import re
 import types
-import weakref
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 
 from .attributes import attribute, guards_hold, modules_at, values_at
 from .calls import ENABLE, ENABLE_CPU, Drop
-from .functions import LIBRARIES, definition, names_in, package_of, python_function, unwrap
+from .functions import LIBRARIES, definition, names_in, package_of, python_function, remembered, unwrap
 from .reader import Uses, read_function
 
 __all__ = [
@@ -108,10 +107,6 @@ def lenders(owner: nn.Module, drop: Drop) -> list[nn.Module]:
 
 # ---- reading classes, each once ----
 
-# By class, with the code of the forward at that time: a class may be given another one.
-_read: weakref.WeakKeyDictionary[type, tuple[Any, Uses]] = weakref.WeakKeyDictionary()
-_overriding: weakref.WeakKeyDictionary[type, Uses] = weakref.WeakKeyDictionary()
-
 
 def _forward_of(module: nn.Module) -> Any:
     return vars(module).get("forward", getattr(type(module), "forward", None))
@@ -128,26 +123,27 @@ def uses_of(module: nn.Module) -> Uses:
     if "forward" in vars(module):
         forward = vars(module)["forward"]
         return read_function(forward, cls, getattr(unwrap(forward), "__self__", None) is module)
+    return _uses_of_class(cls)
+
+
+@remembered
+def _uses_of_class(cls: type) -> Uses:
     forward = inspect.getattr_static(cls, "forward", None)
-    code = getattr(python_function(forward), "__code__", None)
-    if cls not in _read or _read[cls][0] is not code:
-        _read[cls] = code, read_function(forward, cls, not isinstance(forward, staticmethod))
-    return _read[cls][1]
+    return read_function(forward, cls, not isinstance(forward, staticmethod))
 
 
-def _overriding_methods(cls: type[nn.Module]) -> Uses:
+@remembered
+def _overriding_methods(cls: type) -> Uses:
     """What the methods of a class do that override methods of a class of torch or fastdrop."""
-    if cls not in _overriding:
-        uses = Uses()
-        own = list(itertools.takewhile(lambda base: package_of(base) not in LIBRARIES, cls.__mro__))
-        library_class = cls.__mro__[len(own)]
-        for name, method in ((name, method) for base in own for name, method in vars(base).items()):
-            if isinstance(method, types.FunctionType) and name != "__init__" and name in dir(library_class):
-                part = read_function(method, cls, True)
-                uses.drops += part.drops
-                uses.held += part.held
-        _overriding[cls] = uses
-    return _overriding[cls]
+    uses = Uses()
+    own = list(itertools.takewhile(lambda base: package_of(base) not in LIBRARIES, cls.__mro__))
+    library_class = cls.__mro__[len(own)]
+    for name, method in ((name, method) for base in own for name, method in vars(base).items()):
+        if isinstance(method, types.FunctionType) and name != "__init__" and name in dir(library_class):
+            part = read_function(method, cls, True)
+            uses.drops += part.drops
+            uses.held += part.held
+    return uses
 
 
 def other_methods(cls: type, uses: Uses, names: set[str]) -> list[Uses]:

@@ -11,7 +11,9 @@ import functools
 import inspect
 import textwrap
 import types
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 __all__ = [
     "LIBRARIES",
@@ -21,8 +23,11 @@ __all__ = [
     "names_in",
     "package_of",
     "python_function",
+    "remembered",
     "unwrap",
 ]
+
+Result = TypeVar("Result")
 
 LIBRARIES = ("torch", "fastdrop")  # whose classes and functions are known without reading their source
 
@@ -57,6 +62,20 @@ def definition(code: types.CodeType) -> ast.FunctionDef | None:
     if isinstance(defined, ast.FunctionDef) and defined.name == code.co_name:
         return defined
     return None
+
+
+def remembered(read: Callable[[type], Result]) -> Callable[[type], Result]:
+    """A decorator that remembers what was read of a class, until the class is given another forward."""
+    known: WeakKeyDictionary[type, tuple[Any, Result]] = WeakKeyDictionary()
+
+    @functools.wraps(read)
+    def ask(cls: type) -> Result:
+        code = getattr(python_function(getattr(cls, "forward", None)), "__code__", None)
+        if cls not in known or known[cls][0] is not code:
+            known[cls] = code, read(cls)
+        return known[cls][1]
+
+    return ask
 
 
 def names_in(code: types.CodeType) -> set[str]:

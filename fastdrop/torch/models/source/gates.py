@@ -14,12 +14,11 @@ import inspect
 import types
 from collections.abc import Iterator
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from .forward import functional_drops, own_random, rate_text
-from .functions import LIBRARIES, definition, names_in, package_of, python_function
+from .functions import LIBRARIES, definition, names_in, package_of, python_function, remembered
 
 __all__ = ["Gate", "gate_of"]
 
@@ -39,23 +38,10 @@ class Gate(enum.Enum):
     MIXED = "for dropout and more, or the source does not tell"
 
 
-_known: WeakKeyDictionary[type[nn.Module], Gate] = WeakKeyDictionary()
-
-
 def gate_of(module: nn.Module) -> Gate:
     """What the methods of a module's class and of its base classes read ``self.training`` for."""
     cls = type(module)
-    gate = _known.get(cls)
-    if gate is None:
-        drops = [
-            reads or _says_drop(base.__name__)
-            for base in cls.__mro__
-            for method in _methods(base)
-            if "training" in names_in(method.__code__)
-            for reads in _reads(method)
-        ]
-        gate = Gate.NOTHING if True not in drops else Gate.DROPOUT if all(drops) else Gate.MIXED
-        _known[cls] = gate
+    gate = _gate_of_class(cls)
     if gate is Gate.NOTHING and _mentions_mode(cls):
         drops_as_function = any(rate_text(module, drop) != "0" for drop in functional_drops(module))
         if drops_as_function or own_random(module):
@@ -63,16 +49,22 @@ def gate_of(module: nn.Module) -> Gate:
     return gate
 
 
-_mentioning: WeakKeyDictionary[type[nn.Module], bool] = WeakKeyDictionary()
+@remembered
+def _gate_of_class(cls: type) -> Gate:
+    drops = [
+        reads or _says_drop(base.__name__)
+        for base in cls.__mro__
+        for method in _methods(base)
+        if "training" in names_in(method.__code__)
+        for reads in _reads(method)
+    ]
+    return Gate.NOTHING if True not in drops else Gate.DROPOUT if all(drops) else Gate.MIXED
 
 
-def _mentions_mode(cls: type[nn.Module]) -> bool:
+@remembered
+def _mentions_mode(cls: type) -> bool:
     """Whether "training" is among the names and strings of a class's methods or of functions that they name."""
-    if cls not in _mentioning:
-        _mentioning[cls] = any(
-            _mentions_training(method, DEEPEST_HELPER) for base in cls.__mro__ for method in _methods(base)
-        )
-    return _mentioning[cls]
+    return any(_mentions_training(method, DEEPEST_HELPER) for base in cls.__mro__ for method in _methods(base))
 
 
 def _mentions_training(function: Any, depth: int) -> bool:
@@ -121,19 +113,10 @@ def _verdicts(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[str]:
     while node in parents:
         before, node = node, parents[node]
         if isinstance(node, ast.If | ast.While):
-            # A branch that drops and does more can only be turned on as a whole.
-            yield from _verdict(node.test)
-            said = [list(_verdict(statement)) for statement in node.body]
-            if any(said):
-                yield DROP
-                if not all(said):
-                    yield MORE
-            elif not node.orelse and isinstance(node.body[-1], ast.Return):  # the rest of the block is the other branch
-                said = [list(_verdict(statement)) for statement in _following(node, parents[node])]
-                if any(said):
-                    yield DROP
-                    if not all(said):
-                        yield MORE
+            branch = _branch_verdicts(node.body)
+            if not branch and not node.orelse and isinstance(node.body[-1], ast.Return):
+                branch = _branch_verdicts(_following(node, parents[node]))  # the rest of the block is the other branch
+            yield from branch
         elif isinstance(node, ast.IfExp | ast.BoolOp):
             yield from _verdict(node)
             if isinstance(node, ast.IfExp):
@@ -151,6 +134,12 @@ def _verdicts(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[str]:
             yield from _verdict(node)
         if isinstance(node, ast.stmt):
             return
+
+
+def _branch_verdicts(statements: list[ast.stmt]) -> list[str]:
+    """A branch that drops and does more can only be turned on as a whole."""
+    said = [any(_verdict(statement)) for statement in statements]
+    return [] if not any(said) else [DROP] if all(said) else [DROP, MORE]
 
 
 def _following(statement: ast.stmt, block: ast.AST) -> list[ast.stmt]:

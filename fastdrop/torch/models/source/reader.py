@@ -147,14 +147,6 @@ class Reader(ast.NodeVisitor):
             if isinstance(own, types.FunctionType):  # a method that is given to another function is called there
                 self._follow(own, ast.Call(node, [], []), True)
 
-    def visit_Subscript(self, node: ast.Subscript) -> None:
-        self.visit(node.value)
-        self.visit(node.slice)
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        for statement in node.body:
-            self.visit(statement)
-
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load) and not self._note_mention(node) and self.scope.chain(node) == ():
             self._use(("*",), "other")  # the module itself is given away
@@ -278,9 +270,7 @@ class Reader(ast.NodeVisitor):
 
     def _may_follow(self, function: types.FunctionType) -> bool:
         """Whether to read a function that is called: not if it is a caller of this one, nor if there are too many."""
-        if package_of(function) == "torch":  # a method of nn.Module such as `register_buffer`
-            return False
-        if function.__code__ in self.above:
+        if package_of(function) == "torch" or function.__code__ in self.above:  # as `register_buffer` of nn.Module
             return False
         if len(self.above) > DEEPEST or len(self.uses.followed) > MOST_FUNCTIONS:
             self.uses.readable = False

@@ -38,25 +38,22 @@ class Scope:
 
     def note_assignments(self, tree: ast.FunctionDef) -> None:
         for node in ast.walk(tree):
-            self._note_assignment(node)
-
-    def _note_assignment(self, node: ast.AST) -> None:
-        if isinstance(node, ast.Assign) and len(node.targets) == 1:
-            self._assign(node.targets[0], node.value)
-        elif isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value is not None:
-            self._assign(node.target, node.value)
-        elif isinstance(node, ast.AugAssign):
-            self._assign(node.target, None)
-        elif isinstance(node, ast.For | ast.comprehension):
-            self._assign_item(node.target, node.iter)
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                name = alias.name if alias.asname else alias.name.partition(".")[0]
-                self.imported[alias.asname or name] = sys.modules.get(name)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            for alias in node.names:
-                found = getattr(sys.modules.get(node.module or ""), alias.name, None)
-                self.imported[alias.asname or alias.name] = found
+            if isinstance(node, ast.Assign) and len(node.targets) == 1:
+                self._assign(node.targets[0], node.value)
+            elif isinstance(node, ast.AnnAssign | ast.NamedExpr) and node.value is not None:
+                self._assign(node.target, node.value)
+            elif isinstance(node, ast.AugAssign):
+                self._assign(node.target, None)
+            elif isinstance(node, ast.For | ast.comprehension):
+                self._assign_item(node.target, node.iter)
+            elif isinstance(node, ast.Import):
+                for alias in node.names:
+                    name = alias.name if alias.asname else alias.name.partition(".")[0]
+                    self.imported[alias.asname or name] = sys.modules.get(name)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                for alias in node.names:
+                    found = getattr(sys.modules.get(node.module or ""), alias.name, None)
+                    self.imported[alias.asname or alias.name] = found
 
     def _assign(self, target: ast.expr, value: ast.expr | None) -> None:
         if isinstance(target, ast.Name):
