@@ -212,104 +212,49 @@ def arguments(function: Callable[..., Any]) -> dict[str, Any]:
     return function.keywords if isinstance(function, partial) else {}
 
 
-def _coupled(x, p, block_size, **options):
+def _with(functions, **options):
+    """The torch function, the NumPy one and the module, with options bound."""
+    return tuple(partial(function, **options) for function in functions)
+
+
+def _coupled(x, p, block_size, couple_channels, **options):
+    """NumPy's face for one mask of all channels."""
+    assert couple_channels
     _, mask = fd.drop_block(x[:, :1], p, block_size, **options)
     return fd.apply_mask(x, mask), mask
 
 
-def _standard(function):
-    return partial(function, scaling="standard")
-
+_DROPOUT = fdt.dropout, fd.dropout, fdt.Dropout
+_VARIATIONAL = fdt.variational_dropout, fd.variational_dropout, fdt.VariationalDropout
+_BLOCKS2D = fdt.drop_block2d, fd.drop_block, fdt.DropBlock2d
+_COUPLED = fdt.drop_block2d, _coupled, fdt.DropBlock2d
+_BLOCKS3D = fdt.drop_block3d, fd.drop_block, fdt.DropBlock3d
+_DEPTH = fdt.stochastic_depth, fd.stochastic_depth, fdt.StochasticDepth
+_ALPHA = partial(fdt.alpha_dropout, training=True), fd.alpha_dropout, fdt.AlphaDropout
+_FEATURES = partial(fdt.feature_alpha_dropout, training=True), fd.feature_alpha_dropout, fdt.FeatureAlphaDropout
+_unbatched = partial(fd.feature_dropout, channel_axis=0)
+_IMAGES, _BITS = (3, 2, 7, 8), ("bits",)
 
 KINDS = {
-    "dropout standard": Kind(
-        (7, 33), (7, 33), _standard(fdt.dropout), _standard(fd.dropout), _standard(fdt.Dropout), "standard"
-    ),
+    "dropout standard": Kind((7, 33), (7, 33), *_with(_DROPOUT, scaling="standard"), "standard"),
     "dropout1d": Kind((4, 15, 6), (4, 15, 1), fdt.dropout1d, fd.feature_dropout, fdt.Dropout1d),
-    "dropout1d unbatched": Kind(
-        (60, 6), (60, 1), fdt.dropout1d, partial(fd.feature_dropout, channel_axis=0), fdt.Dropout1d
-    ),
+    "dropout1d unbatched": Kind((60, 6), (60, 1), fdt.dropout1d, _unbatched, fdt.Dropout1d),
     "dropout2d": Kind((4, 15, 3, 2), (4, 15, 1, 1), fdt.dropout2d, fd.feature_dropout, fdt.Dropout2d),
     "dropout3d": Kind((4, 15, 3, 2, 2), (4, 15, 1, 1, 1), fdt.dropout3d, fd.feature_dropout, fdt.Dropout3d),
-    "dropout3d unbatched": Kind(
-        (60, 3, 2, 2), (60, 1, 1, 1), fdt.dropout3d, partial(fd.feature_dropout, channel_axis=0), fdt.Dropout3d
-    ),
-    "alpha_dropout": Kind(
-        (7, 33), (7, 33), partial(fdt.alpha_dropout, training=True), fd.alpha_dropout, fdt.AlphaDropout, "alpha"
-    ),
-    "feature_alpha_dropout": Kind(
-        (4, 15, 3, 2),
-        (4, 15, 1, 1),
-        partial(fdt.feature_alpha_dropout, training=True),
-        fd.feature_alpha_dropout,
-        fdt.FeatureAlphaDropout,
-        "alpha",
-    ),
-    "variational_dropout": Kind(
-        (9, 5, 13),
-        (1, 5, 13),
-        partial(fdt.variational_dropout, time_axis=0),
-        partial(fd.variational_dropout, time_axis=0),
-        partial(fdt.VariationalDropout, time_axis=0),
-    ),
-    "variational_dropout batch first": Kind(
-        (5, 9, 13),
-        (5, 1, 13),
-        partial(fdt.variational_dropout, time_axis=-2),
-        partial(fd.variational_dropout, time_axis=-2),
-        partial(fdt.VariationalDropout, time_axis=-2),
-    ),
+    "dropout3d unbatched": Kind((60, 3, 2, 2), (60, 1, 1, 1), fdt.dropout3d, _unbatched, fdt.Dropout3d),
+    "alpha_dropout": Kind((7, 33), (7, 33), *_ALPHA, "alpha"),
+    "feature_alpha_dropout": Kind((4, 15, 3, 2), (4, 15, 1, 1), *_FEATURES, "alpha"),
+    "variational_dropout": Kind((9, 5, 13), (1, 5, 13), *_with(_VARIATIONAL, time_axis=0)),
+    "variational_dropout batch first": Kind((5, 9, 13), (5, 1, 13), *_with(_VARIATIONAL, time_axis=-2)),
     "drop_connect": Kind((7, 33), (7, 33), fdt.drop_connect, fd.drop_connect, in_place=False),
-    "drop_block2d": Kind(
-        (3, 2, 7, 8),
-        (3, 2, 7, 8),
-        partial(fdt.drop_block2d, block_size=3),
-        partial(fd.drop_block, block_size=3),
-        partial(fdt.DropBlock2d, block_size=3),
-        "blocks",
-        ("bits",),
-    ),
-    "drop_block2d uneven": Kind(
-        (3, 2, 7, 8),
-        (3, 2, 7, 8),
-        partial(fdt.drop_block2d, block_size=(2, 9)),
-        partial(fd.drop_block, block_size=(2, 9)),
-        partial(fdt.DropBlock2d, block_size=(2, 9)),
-        "blocks",
-        ("bits",),
-    ),
+    "drop_block2d": Kind(_IMAGES, _IMAGES, *_with(_BLOCKS2D, block_size=3), "blocks", _BITS),
+    "drop_block2d uneven": Kind(_IMAGES, _IMAGES, *_with(_BLOCKS2D, block_size=(2, 9)), "blocks", _BITS),
     "drop_block2d coupled": Kind(
-        (3, 2, 7, 8),
-        (3, 1, 7, 8),
-        partial(fdt.drop_block2d, block_size=3, couple_channels=True),
-        partial(_coupled, block_size=3),
-        partial(fdt.DropBlock2d, block_size=3, couple_channels=True),
-        "blocks",
-        ("bits",),
+        _IMAGES, (3, 1, 7, 8), *_with(_COUPLED, block_size=3, couple_channels=True), "blocks", _BITS
     ),
-    "drop_block3d": Kind(
-        (2, 2, 4, 5, 6),
-        (2, 2, 4, 5, 6),
-        partial(fdt.drop_block3d, block_size=2),
-        partial(fd.drop_block, block_size=2),
-        partial(fdt.DropBlock3d, block_size=2),
-        "blocks",
-        ("bits",),
-    ),
-    "stochastic_depth row": Kind(
-        (60, 3, 2),
-        (60, 1, 1),
-        partial(fdt.stochastic_depth, mode="row"),
-        partial(fd.stochastic_depth, mode="row"),
-        partial(fdt.StochasticDepth, mode="row"),
-    ),
-    "stochastic_depth batch": Kind(
-        (6, 3, 2),
-        (1, 1, 1),
-        partial(fdt.stochastic_depth, mode="batch"),
-        partial(fd.stochastic_depth, mode="batch"),
-        partial(fdt.StochasticDepth, mode="batch"),
-    ),
+    "drop_block3d": Kind((2, 2, 4, 5, 6), (2, 2, 4, 5, 6), *_with(_BLOCKS3D, block_size=2), "blocks", _BITS),
+    "stochastic_depth row": Kind((60, 3, 2), (60, 1, 1), *_with(_DEPTH, mode="row")),
+    "stochastic_depth batch": Kind((6, 3, 2), (1, 1, 1), *_with(_DEPTH, mode="batch")),
     "gaussian_dropout": Kind(
         (7, 33), (7, 33), fdt.gaussian_dropout, fd.gaussian_dropout, fdt.GaussianDropout, "gaussian", ("seed",)
     ),
@@ -317,7 +262,7 @@ KINDS = {
 
 # Plain dropout as rows of the same table; its own tests are elsewhere in most folders.
 PLAIN = {
-    "dropout": Kind((7, 33), (7, 33), fdt.dropout, fd.dropout, fdt.Dropout),
+    "dropout": Kind((7, 33), (7, 33), *_DROPOUT),
     "dropout shared": Kind(
         (7, 5, 6), (1, 5, 1), partial(fdt.dropout, noise_shape=(1, None, 1)), partial(fd.dropout, noise_shape=(1, 5, 1))
     ),

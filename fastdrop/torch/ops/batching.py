@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["by_sample", "of_arguments", "sample_like"]
-
 
 def of_arguments(op: Any, signature: Any, rule: Callable[..., Any]) -> Callable[..., Any]:
     """A rule as the dispatcher calls it, which leaves out arguments that have their default."""

@@ -23,20 +23,6 @@ from ..runtime.fused_kernels import Mask
 from . import mask as mask_ops
 from .record import Maybe
 
-__all__ = [
-    "alias",
-    "cast",
-    "check_real",
-    "differentiating",
-    "empty_like",
-    "empty_words",
-    "is_differentiated",
-    "mask_of_call",
-    "mask_of_saved",
-    "masked",
-    "sum_to_columns",
-]
-
 
 def check_real(call: Any) -> None:
     """Raises if an op is called by hand with complex data."""

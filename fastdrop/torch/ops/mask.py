@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 
 from ...core import checks, variants
 from ...core.mask import word_count
@@ -395,6 +396,6 @@ library.define(
 )
 library.impl("draw", _draw, "CompositeExplicitAutograd")
 torch.library.register_fake("fastdrop::draw", called_by_inductor("draw", _draw_outputs), lib=library)
-torch.library.register_torch_dispatch("fastdrop::draw", tracing.ProxyTorchDispatchMode, tracing.in_order, lib=library)
+torch.library.register_torch_dispatch("fastdrop::draw", ProxyTorchDispatchMode, tracing.in_order, lib=library)
 library.impl("draw", _draw_batched, "FuncTorchVmapMode")
 hide_from_dynamo(_draw, _draw_batched)

@@ -134,11 +134,7 @@ def _pointwise_saved(call: Pointwise, results: Result, needs: Any) -> Saved:
     )
 
 
-def _pointwise_gradients(needs: Any, saved: Saved, dy: Maybe, *_: Any) -> tuple[Maybe, ...]:
-    return gradients(needs, saved, dy)
-
-
-def gradients(needs: Any, saved: Saved, dy: Maybe) -> tuple[Maybe, ...]:
+def gradients(needs: Any, saved: Saved, dy: Maybe, _words: Maybe = None) -> tuple[Maybe, ...]:
     """dx, dinput_bias, dmultiplier and dresidual, of those that are needed."""
     needs_x, needs_bias, needs_multiplier, needs_residual, *_ = needs
     dresidual = dy if needs_residual else None
@@ -171,7 +167,7 @@ POINTWISE = Op(
     _pointwise_outputs,
     _pointwise,
     _pointwise_saved,
-    _pointwise_gradients,
+    gradients,
     check=formulas.check_real,
 )
 

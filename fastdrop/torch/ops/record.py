@@ -34,22 +34,6 @@ from ..runtime.dispatch.compilers import let_inductor_call
 from ..runtime.dispatch.ops import below_autograd, fast_apply, register_batching, register_derivative
 from . import batching
 
-__all__ = [
-    "Flags3",
-    "Flags5",
-    "Maybe",
-    "MaybeSeed",
-    "MaybeSizes",
-    "Op",
-    "P",
-    "Seed",
-    "Sizes",
-    "called_by_inductor",
-    "library",
-    "saved_mask",
-    "schema",
-]
-
 # Types of parameters. Where torch has no type for one, the annotation says what stands in the schema. A ``P`` gives an
 # op two overloads: p as a tensor without axes may change from step to step, and nothing is compiled again.
 Maybe = Tensor | None

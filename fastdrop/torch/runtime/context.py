@@ -41,19 +41,6 @@ from .dispatch.modes import (
     push_function_mode,
 )
 
-__all__ = [
-    "appearing",
-    "dispatching",
-    "drops_in_scripts",
-    "enabled_here",
-    "is_enabled",
-    "is_enabled_there",
-    "note_traced",
-    "overriding",
-    "set_everywhere",
-    "without_gradients",
-]
-
 CACHE_TAG = f"+fastdrop {__version__}"
 
 _everywhere = False

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from ...core.checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
 
-__all__ = ["DTYPES", "HALVES", "TAGS", "check_dtype", "check_real", "computed", "wide"]
-
 TAGS = {
     torch.float32: FLOAT32,
     torch.float64: FLOAT64,

@@ -16,7 +16,7 @@ from torch import Tensor
 from ... import backends
 from ...backends import c as native
 from ...core.grid import Grid, memory_order
-from ...core.mask import fill_words, popcount, word_count
+from ...core.mask import popcount, word_count
 from ...core.random import DROP_ALL
 from ...core.variants import Blocks
 from . import cuda, memory
@@ -44,16 +44,15 @@ def forward(
     """
     tag = TAGS.get(x.dtype)
     n = x.numel()
-    if mask_shape is None and tag is not None and 0 < threshold < DROP_ALL and n:
-        if x.is_cuda:
-            if x.is_contiguous():
-                y = x if inplace else torch.empty_like(x)
-                words = _empty_words(x, n) if store_bits else None
-                cuda.forward(tag, x, y, words, n, seed, threshold, affine)
-                return y, words
-            return _forward_by_words(x, seed, threshold, affine, None, store_bits, inplace)
+    on_cuda, contiguous = x.is_cuda, x.is_contiguous()
+    if mask_shape is None and tag is not None and 0 < threshold < DROP_ALL and n and (contiguous or not on_cuda):
+        if on_cuda:
+            y = x if inplace else torch.empty_like(x)
+            words = _empty_words(x, n) if store_bits else None
+            cuda.forward(tag, x, y, words, n, seed, threshold, affine)
+            return y, words
         words = new_words((n + 31) >> 5) if store_bits else None
-        if x.is_contiguous():
+        if contiguous:
             source, y = x, x if inplace else torch.empty_like(x) if n < HUGE_PAGES_FROM else new_like(x, n)
         else:
             source = y = x.contiguous()
@@ -70,7 +69,8 @@ def forward(
             call_with_threads(backend, backend.dropout_forward, tag, from_, to, keep, 0, n, seed, 0, threshold, *affine)
         return y if source is x else _delivered(y, x, source, inplace), words
     check_dtype(x)
-    return _forward_by_words(x, seed, threshold, affine, mask_shape, store_bits, inplace)
+    words = draw_mask(x, n if mask_shape is None else math.prod(mask_shape), seed, threshold)
+    return apply(x, words, affine, mask_shape, inplace=inplace), words if store_bits else None
 
 
 def forward_each(
@@ -112,40 +112,27 @@ def _delivered(y: Tensor, x: Tensor, source: Tensor, inplace: bool) -> Tensor:
     return x.copy_(y) if inplace else like_elementwise(y, x)
 
 
-def _forward_by_words(
-    x: Tensor, seed: Any, threshold: int, affine: Affine, mask_shape: Shape | None, store_bits: bool, inplace: bool
-) -> tuple[Tensor, Tensor | None]:
-    words = draw_mask(x, math.prod(x.shape if mask_shape is None else mask_shape), seed, threshold)
-    y = apply(x, words, affine, mask_shape, inplace=inplace)
-    return y, words if store_bits else None
-
-
 def _empty_words(like: Tensor, cells: int) -> Tensor:
-    return like.new_empty(word_count(cells), dtype=torch.int32)
+    """Words on the device of ``like``, not yet written."""
+    return like.new_empty(word_count(cells), dtype=torch.int32) if like.is_cuda else new_words(word_count(cells))
 
 
 def draw_mask(like: Tensor, cells: int, seed: Any, threshold: int) -> Tensor:
     """The words of a mask of ``cells`` cells, on the device of ``like``, for any threshold."""
-    if like.is_cuda:
-        words = _empty_words(like, cells)
-        if 0 < threshold < DROP_ALL and cells:
-            cuda.draw(words, cells, seed, threshold)
-        elif cells:
-            words.fill_(0 if threshold == DROP_ALL else -1)
-            if threshold != DROP_ALL and cells & 31:
-                words[-1].fill_((1 << (cells & 31)) - 1)
+    words = _empty_words(like, cells)
+    if not cells:
         return words
-    words = new_words(word_count(cells))
-    if 0 < threshold < DROP_ALL and cells:
-        backend = backends.active()
-        if backend is native:
-            if native.draw_bits_at(torch.get_num_threads(), words.data_ptr(), 0, 0, cells, seed, 0, threshold):
-                raise kernel_error()
-        else:
-            call_with_threads(backend, backend.draw_bits, mask_words(words), 0, 0, cells, seed, 0, threshold)
-        return words
-    if cells:
-        fill_words(mask_words(words), cells, threshold)
+    if not 0 < threshold < DROP_ALL:
+        words.fill_(0 if threshold else -1)
+        if not threshold and cells & 31:
+            words[-1].fill_((1 << (cells & 31)) - 1)
+    elif like.is_cuda:
+        cuda.draw(words, cells, seed, threshold)
+    elif (backend := backends.active()) is native:
+        if native.draw_bits_at(torch.get_num_threads(), words.data_ptr(), 0, 0, cells, seed, 0, threshold):
+            raise kernel_error()
+    else:
+        call_with_threads(backend, backend.draw_bits, mask_words(words), 0, 0, cells, seed, 0, threshold)
     return words
 
 
@@ -157,20 +144,14 @@ def draw_blocks(like: Tensor, seed: Any, threshold: int, plan: Blocks) -> tuple[
     words = draw_mask(like, math.prod(plan.seeds), seed, threshold)
     for outer, n, inner, block in plan.passes:
         cells = outer * (n + block - 1) * inner
+        to, extents = _empty_words(like, cells), (outer, n, inner, block)
         if like.is_cuda:
-            to = _empty_words(like, cells)
-            cuda.dilate(to, words, outer, n, inner, block)
+            cuda.dilate(to, words, *extents)
+        elif (backend := backends.active()) is native:
+            if native.dilate_bits_at(torch.get_num_threads(), to.data_ptr(), words.data_ptr(), *extents):
+                raise kernel_error()
         else:
-            to = new_words(word_count(cells))
-            backend = backends.active()
-            if backend is native:
-                at = to.data_ptr(), words.data_ptr()
-                if native.dilate_bits_at(torch.get_num_threads(), *at, outer, n, inner, block):
-                    raise kernel_error()
-            else:
-                call_with_threads(
-                    backend, backend.dilate_bits, mask_words(to), mask_words(words), outer, n, inner, block
-                )
+            call_with_threads(backend, backend.dilate_bits, mask_words(to), mask_words(words), *extents)
         words = to
     if like.is_cuda:
         return words, cuda.count(words)

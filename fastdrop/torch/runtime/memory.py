@@ -20,19 +20,6 @@ from ...backends import c as native
 from ...core.mask import word_count
 from .dispatch import is_lazy, read_address
 
-__all__ = [
-    "HUGE_PAGES_FROM",
-    "as_array",
-    "call_with_threads",
-    "check_words",
-    "kernel_error",
-    "like_elementwise",
-    "mask_words",
-    "new_like",
-    "new_words",
-    "read_array",
-]
-
 # A large result often lies in memory that is new to the process: glibc maps 32 MiB and more anew for each tensor, and
 # gives the end of its heap back when two results of 16 MiB there are freed. The system takes three times as long to
 # provide such memory page by page as the kernel takes to fill it: 3.8 ns per element of forward and backward, but 0.8

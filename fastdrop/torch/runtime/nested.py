@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .dispatch.tensors import jagged_like, ragged_axis, sample_sizes, strided_like
 
-__all__ = ["check_dense", "drop", "is_full", "on_values", "refuse", "shape_of", "write"]
-
 RAGGED = -1  # in place of an extent that differs between samples
 
 

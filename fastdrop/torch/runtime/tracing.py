@@ -18,14 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode, get_proxy_slot
+from torch.fx.experimental.proxy_tensor import get_proxy_slot
 from torch.fx.traceback import MEMORY_BUDGET_ANNOTATION_KEY
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .dispatch.compilers import memory_budget, runs_again_in_backward
 from .dispatch.tensors import jit_trace
-
-__all__ = ["ProxyTorchDispatchMode", "draw", "in_order"]
 
 # With a budget of 0 the partitioner keeps nothing at all, not even what it was told to keep. With this one it keeps
 # just that.

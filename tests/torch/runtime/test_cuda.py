@@ -1,11 +1,12 @@
 """The CUDA side of `fastdrop.torch` without a GPU: CPU tensors that say they are CUDA's, the real kernels in the
-interpreter, and fake CUDA tensors for what compilers see. `test_cuda_gpu.py` has what takes a GPU.
+interpreter, and fake CUDA tensors for what compilers see. tests/backends/cuda/test_gpu_torch.py has what takes a GPU.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -13,6 +14,8 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="fastdrop.torch needs torch")
+
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastdrop.torch as fdt
 from fastdrop import backends
@@ -22,13 +25,22 @@ from fastdrop.torch.runtime import mask_kernels
 from fastdrop.torch.runtime import seeds as seed_source
 from fastdrop.torch.runtime.dispatch.tensors import EAGER_DENSE_KEYS
 
-from ..cases import assert_equal
+from ..cases import DISTINCT, WAYS, Kind, assert_equal, saved_tensors
 
 pytest_plugins = ["tests.backends.cuda.gpu_stub"]
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 STREAM = 0x5EED
-CELLS = ((3, 4, 5, 8), (3, 4, 1, 1), (1, 4, 5, 8), (3, 1, 1, 1), (1, 4, 1, 8), (1, 1, 1, 1))
+FAMILY = DISTINCT | {name: WAYS[name] for name in ("drop_block2d uneven", "drop_block3d")}
+# One of each kernel, and of each way in which cells are found.
+FEW = ("dropout, bits", "dropout2d, seed", "variational_dropout batch first, bits", "drop_block2d", "gaussian_dropout")
+OPS = torch.ops.fastdrop
+ALLOWED = ("cuInit", "cuDevice", "cuCtx", "cuModule", "cuLaunchKernel", "cuThreadExchangeStreamCaptureMode")
+
+
+@pytest.fixture(params=FEW)
+def way(request) -> Kind:
+    return FAMILY[request.param]
 
 
 class Generator:
@@ -63,12 +75,21 @@ def cuda(gpu, monkeypatch):
     """``with cuda():`` makes all tensors CUDA's, on a device that `gpu` plays."""
     seen: list[np.ndarray] = []
     gpu.allow_from(lambda: seen)
-    for name in ("forward", "draw", "apply", "apply_strided"):
+    zeros = torch.zeros
+
+    def recorded(*arguments, **options):
+        made = zeros(*arguments, **options)
+        seen.append(memory(made))
+        return made
+
+    for name in ("forward", "draw", "apply", "apply_strided", "dilate", "count", "gaussian"):
         real = getattr(cuda_runtime, name)
 
         def watched(*arguments, real=real):
             seen[:] = [memory(x) for x in arguments if isinstance(x, torch.Tensor)]
-            return real(*arguments)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "zeros", recorded)  # where the count goes
+                return real(*arguments)
 
         monkeypatch.setattr(cuda_runtime, name, watched)
     monkeypatch.setattr(cuda_runtime, "place", lambda x: (0, STREAM))
@@ -89,93 +110,123 @@ def cuda(gpu, monkeypatch):
     backends.cuda_backend.cache_clear()
 
 
-def data(shape, dtype=torch.float32):
+def normal(shape, dtype=torch.float32):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
 
 
-def both(cuda, x, *arguments, **options):
+def both(cuda, function, x):
     """(output, gradient) on the CPU, then on the GPU."""
     results = []
     for context in (contextlib.nullcontext, cuda):
-        leaf = x.detach().clone().requires_grad_()
+        leaf = x.detach().clone(memory_format=torch.preserve_format).requires_grad_()
         with context():
-            y = fdt.dropout(leaf, *arguments, **options)
-            y.backward(torch.linspace(-1, 1, x.numel()).reshape(x.shape).to(x.dtype))
-        results.append((y.detach(), leaf.grad))
+            y = function(leaf)
+            (dx,) = torch.autograd.grad(y, leaf, torch.linspace(-1, 1, x.numel()).view(x.shape).to(x.dtype))
+        results.append((y.detach(), dx))
     return results
 
 
-@pytest.mark.parametrize("store", ["bits", "seed"])
-@pytest.mark.parametrize("n", [1, 33, 1024, 2500])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_output_and_gradient_are_the_cpus(cuda, dtype, n, store):
-    on_cpu, on_gpu = both(cuda, data(n, dtype), 0.1, seed=7, store=store)
-    assert_equal(on_gpu[0], on_cpu[0])
-    assert_equal(on_gpu[1], on_cpu[1])
+def assert_same(cuda, function, x):
+    on_cpu, on_gpu = both(cuda, function, x)
+    assert_equal(on_gpu, on_cpu)
+
+
+# ---- values ----
+
+
+@pytest.mark.parametrize(("name", "dtype"), list(zip(FAMILY, itertools.cycle(DTYPES), strict=False)))
+def test_output_and_gradient_are_the_cpus(cuda, name, dtype):
+    way = FAMILY[name]
+    for p in way.p:
+        assert_same(cuda, functools.partial(way.torch, p=p, seed=7), normal(way.shape, dtype))
     assert {launch.stream for launch in cuda.gpu.launches} == {STREAM}
-    assert len(cuda.gpu.launches) == 2
-
-
-@pytest.mark.parametrize("cells", CELLS, ids=str)
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_masks_of_any_grid_in_both_layouts(cuda, layout, cells):
-    x = data((3, 4, 5, 8)).to(memory_format=layout)
-    on_cpu, on_gpu = both(cuda, x, 0.4, seed=5, noise_shape=cells)
-    assert_equal(on_gpu[0], on_cpu[0])
-    assert_equal(on_gpu[1], on_cpu[1])
-    assert on_gpu[0].stride() == x.stride()
 
 
 @pytest.mark.parametrize(
-    "view",
+    ("n", "dtype", "store"),
     [
-        lambda x: x.t(),
-        lambda x: x[:, ::2],
-        lambda x: x[1:, 3:9],
-        lambda x: x[:, 1:],
-        lambda x: x[0, 1:],
-        lambda x: x.expand(3, *x.shape),
-        lambda x: x.to(torch.complex64),
-        lambda x: x[:0],
-        lambda x: x[0, 0],
+        (1, torch.float32, "bits"),
+        (33, torch.float64, "seed"),
+        (1024, torch.float16, "bits"),
+        (2500, torch.bfloat16, "seed"),
     ],
-    ids=["transposed", "every other", "block", "unaligned rows", "unaligned", "expanded", "complex", "empty", "scalar"],
 )
-@pytest.mark.parametrize("inplace", [False, True])
-def test_other_strides(cuda, view, inplace):
-    x = data((12, 70))
-    if inplace and view(x).stride().count(0):
-        pytest.skip("can't be written in place")
-    expected = fdt.dropout(view(x.clone()), 0.4, inplace=inplace, seed=5)
+def test_sizes(cuda, n, dtype, store):
+    assert_same(cuda, functools.partial(fdt.dropout, p=0.1, seed=7, store=store), normal(n, dtype))
+    assert len(cuda.gpu.launches) == 2
+
+
+@pytest.mark.parametrize(
+    ("cells", "layout"),
+    [
+        ((3, 4, 1, 1), torch.channels_last),
+        ((1, 4, 5, 8), torch.contiguous_format),
+        ((1, 4, 1, 8), torch.channels_last),
+        ((1, 1, 1, 1), torch.contiguous_format),
+    ],
+    ids=str,
+)
+def test_masks_of_any_grid_in_both_layouts(cuda, layout, cells):
+    x = normal((3, 4, 5, 8)).to(memory_format=layout)
+    assert_same(cuda, functools.partial(fdt.dropout, p=0.4, seed=5, noise_shape=cells), x)
+
+
+LAYOUTS = {
+    "transposed": lambda shape: normal(shape[::-1]).permute(*reversed(range(len(shape)))),
+    "every other": lambda shape: normal((*shape[:-1], 2 * shape[-1]))[..., ::2],
+    "part": lambda shape: normal((*shape[:-1], shape[-1] + 3))[..., 1:-2],
+    "expanded": lambda shape: normal((*shape[:-1], 1)).expand(shape),
+    "empty": lambda shape: normal((0, *shape[1:])),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(cuda, way, layout):
+    x, function = LAYOUTS[layout](way.shape), functools.partial(way.torch, p=0.3, seed=7)
+    assert_same(cuda, function, x)
     with cuda():
-        given = view(x.clone())
-        y = fdt.dropout(given, 0.4, inplace=inplace, seed=5)
-    assert (y is given) == inplace
-    assert y.stride() == expected.stride()
-    assert_equal(y, expected)
+        y = function(x)
+        assert y.stride() == torch.empty_like(x).stride()
+        if way.in_place and layout != "expanded":
+            assert function(x, inplace=True) is x
+            assert_equal(x, y)
 
 
-@pytest.mark.parametrize("p", [0.0, 1e-12, 1.0, 1 - 1e-12])
+def test_complex_numbers_and_scalars(cuda):
+    for x in (normal((12, 7)).to(torch.complex64), normal(())):
+        with cuda():
+            y = fdt.dropout(x, 0.4, seed=5)
+        assert_equal(y, fdt.dropout(x, 0.4, seed=5))
+
+
+@pytest.mark.parametrize("p", [0.0, 1e-12, 1 - 1e-12])
 def test_ends_of_p(cuda, p):
-    on_cpu, on_gpu = both(cuda, data(100), p, seed=5) if p > 1e-10 else ((data(100),), (data(100),))
-    assert_equal(on_gpu[0], on_cpu[0])
-    with cuda():
-        y = fdt.dropout(data((4, 50)), p, seed=5, noise_shape=(4, 1))
-    assert_equal(y, fdt.dropout(data((4, 50)), p, seed=5, noise_shape=(4, 1)))
+    x = normal((4, 50))
+    for options in ({}, {"noise_shape": (4, 1)}):
+        with cuda():
+            y = fdt.dropout(x, p, seed=5, **options)
+        assert_equal(y, fdt.dropout(x, p, seed=5, **options))
+
+
+@pytest.mark.parametrize(
+    ("extents", "size", "coupled"), [((7, 8), 1, False), ((7, 8), 2, True), ((3, 40), 9, False), ((1, 5), 7, True)]
+)
+def test_blocks_of_any_size(cuda, extents, size, coupled):
+    for p in (0.1, 0.9):
+        function = functools.partial(fdt.drop_block2d, p=p, block_size=size, seed=7, couple_channels=coupled)
+        assert_same(cuda, function, normal((3, 2, *extents)))
 
 
 # ---- seeds ----
 
 
-def test_a_seed_follows_from_the_generators_state_and_moves_it_on(cuda):
-    x = torch.ones(2000)
+def test_a_seed_follows_from_the_generators_state_and_moves_it_on(cuda, way):
+    x = normal(way.shape)
     with cuda() as state:
-        first, second = fdt.dropout(x, 0.5), fdt.dropout(x, 0.5)
+        first, second = way.torch(x, 0.3), way.torch(x, 0.3)
         assert state.generator.offset == 8
-        state.generator.offset = 0
-        assert_equal(fdt.dropout(x, 0.5), first)
     assert not torch.equal(first, second)
-    assert_equal(first, fdt.dropout(x, 0.5, seed=seed_source.mix(5, 0)))
+    assert_equal(first, way.torch(x, 0.3, seed=seed_source.mix(5, 0)))
 
 
 def test_eager_and_ops_take_the_same_seed(cuda):
@@ -188,19 +239,29 @@ def test_eager_and_ops_take_the_same_seed(cuda):
     assert_equal(y, first)
 
 
-def test_captured_calls_draw_into_memory_that_the_kernel_reads(cuda):
-    x = torch.ones(2000)
+def test_captured_calls_draw_into_memory_that_the_kernel_reads(cuda, way):
+    x = normal(way.shape).requires_grad_()
     with cuda() as state:
         state.capturing = True
-        offset = state.generator.offset
-        leaf = x.clone().requires_grad_()
         torch.manual_seed(4)
-        y = fdt.dropout(leaf, 0.5, store="seed")
-        y.sum().backward()
-        assert state.generator.offset == offset
-    assert_equal(leaf.grad, y.detach())
+        y = way.torch(x, 0.3)
+        (dx,) = torch.autograd.grad(y.sum(), x)
+        assert state.generator.offset == 0
     torch.manual_seed(4)
-    assert_equal(y.detach(), fdt.dropout(x, 0.5, seed=torch.empty((), dtype=torch.int64).random_()))
+    expected = way.torch(x, 0.3, seed=torch.empty((), dtype=torch.int64).random_())
+    assert_equal((y.detach(), dx), (expected.detach(), torch.autograd.grad(expected.sum(), x)[0]))
+
+
+def test_nothing_waits_and_nothing_is_copied(cuda, way, monkeypatch):
+    with cuda():
+        monkeypatch.setattr(torch.Tensor, "item", None)
+        leaf = normal(way.shape).requires_grad_()
+        with saved_tensors() as kept:
+            y = way.torch(leaf, 0.3)
+        y.sum().backward()
+    assert kept
+    assert not [name for name in cuda.gpu.calls if not name.startswith((*ALLOWED, "cuGetProcAddress", "cuDriverGet"))]
+    assert len(cuda.gpu.launches) >= 2
 
 
 def test_seeds_differ_by_offset_and_by_seed():
@@ -226,9 +287,24 @@ def test_generators_of_the_wrong_device(cuda):
         fdt.dropout(torch.ones(4), 0.5, generator=torch.Generator())
 
 
-def test_p_on_the_gpu_is_refused(cuda):
+@pytest.mark.parametrize("name", ["dropout, bits", "drop_block2d", "gaussian_dropout"])
+def test_p_on_the_gpu_is_refused(cuda, name):
+    way = FAMILY[name]
     with cuda(), pytest.raises(ValueError, match="p, the drop probability, must be a number or a tensor on the CPU"):
-        fdt.dropout(torch.ones(4), torch.tensor(0.5))
+        way.torch(torch.ones(way.shape), torch.tensor(0.5))
+
+
+def test_words_and_count_on_another_device_are_refused(cuda):
+    x, words, kept = torch.ones(2, 1, 4, 8), torch.zeros(2, dtype=torch.int32), torch.tensor(5)
+    refused = "words must be 2 int32 on cpu for 64 cells, but got"
+    with cuda():
+        with pytest.raises(ValueError, match=refused):
+            mask_kernels.apply(x, words.to("meta"), (2.0, 0.0, 0.0), None)
+        with pytest.raises(ValueError, match=refused):
+            mask_kernels.keep_blocks(x, words.to("meta"), kept, None)
+        for other in (kept.to("meta"), kept.int(), torch.tensor([5, 5])):
+            with pytest.raises(ValueError, match="kept_count must be one int64 on cpu, but got"):
+                mask_kernels.keep_blocks(x, words, other, None)
 
 
 # ---- no GPU, no backend ----
@@ -300,61 +376,51 @@ def test_fake_tensors_stay_on_their_device():
         assert torch.ops.fastdrop.forward(x, torch.tensor(3), 0.4, None, False)[1].device == x.device
 
 
-def test_words_on_another_device_are_refused(cuda):
-    x = torch.ones(64)
-    with cuda(), pytest.raises(ValueError, match="words must be 2 int32 on cpu for 64 cells, but got"):
-        mask_kernels.apply(x, torch.zeros(2, dtype=torch.int32, device="meta"), 2.0, None)
+@pytest.fixture
+def fake(way):
+    """A CUDA tensor without memory, where nothing is recorded for a gradient (see above)."""
+    with torch._subclasses.FakeTensorMode(), torch.no_grad():
+        yield torch.empty(way.shape, device="cuda")
 
 
-def test_nothing_waits_and_nothing_is_copied(cuda):
-    with cuda():
-        leaf = data(3000).requires_grad_()
-        fdt.dropout(leaf, 0.5).sum().backward()
-    allowed = ("cuInit", "cuDevice", "cuCtx", "cuModule", "cuLaunchKernel", "cuThreadExchangeStreamCaptureMode")
-    called = [name for name in cuda.gpu.calls if not name.startswith((*allowed, "cuGetProcAddress", "cuDriverGet"))]
-    assert not called
-    assert not [name for name in cuda.gpu.calls if "Synchronize" in name]
+def test_transforms_of_fake_tensors_stay_on_their_device(way, fake):
+    drop = functools.partial(way.torch, p=0.3)
+    assert drop(fake).device == drop(fake, seed=3).device == fake.device
+    for randomness in ("same", "different"):
+        assert torch.vmap(drop, randomness=randomness)(fake.expand(3, *fake.shape)).device == fake.device
+
+
+def test_a_trace_has_the_ops(way, fake):
+    names = {"gaussian": ["gaussian"], "blocks": ["draw_blocks", "keep_blocks"]}.get(way.law, ["forward"])
+    code = make_fx(lambda x: way.torch(x, 0.3))(fake).code
+    assert all(f"torch.ops.fastdrop.{name}.default" in code for name in ["draw", *names])
+
+
+def test_fake_ops_have_their_results_on_the_device():
+    with torch._subclasses.FakeTensorMode():
+        x, seed = torch.empty(2, 3, 8, 8, device="cuda"), torch.tensor(3)
+        for p, overload in ((0.3, "default"), (torch.tensor(0.3), "tensor")):
+            words, kept = getattr(OPS.draw_blocks, overload)(x, seed, p, [2, 3, 8, 8], [2, 2])
+            assert (words.device, words.shape, kept.device, kept.shape) == (x.device, (12,), x.device, ())
+            assert OPS.keep_blocks(x, words, kept, [2, 3, 8, 8]).device == x.device
+            assert getattr(OPS.gaussian, overload)(x, seed, p).device == x.device
 
 
 @pytest.fixture
-def fake():
-    """A CUDA tensor without memory, where nothing is recorded for a gradient (see above)."""
+def fake_plain():
     with torch._subclasses.FakeTensorMode(), torch.no_grad():
         yield torch.empty(4, 8, device="cuda")
 
 
-def test_transforms_of_fake_tensors_stay_on_their_device(fake):
-    drop = functools.partial(fdt.dropout, p=0.3)
-    assert torch.vmap(drop, randomness="different")(fake).device == fake.device
-    assert torch.vmap(drop, randomness="same")(fake).device == fake.device
-    value, tangent = torch.func.jvp(functools.partial(drop, seed=1), (fake,), (torch.empty_like(fake),))
-    assert value.device == tangent.device == fake.device
-
-
-def test_a_trace_has_the_ops(fake):
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    code = make_fx(lambda x: fdt.dropout(x, 0.3))(fake).code
-    assert "torch.ops.fastdrop.draw.default" in code
-    assert "torch.ops.fastdrop.forward.default" in code
-
-
 @pytest.mark.parametrize("strict", [False, True])
-def test_export(fake, strict):
-    exported = torch.export.export(torch.nn.Sequential(fdt.Dropout(0.3)), (fake,), strict=strict)
+def test_export(fake_plain, strict):
+    exported = torch.export.export(torch.nn.Sequential(fdt.Dropout(0.3)), (fake_plain,), strict=strict)
     values = {str(node.target): node.meta["val"] for node in exported.graph.nodes if node.op == "call_function"}
-    assert values["fastdrop.draw.default"].device == fake.device
-    assert [value.device for value in values["fastdrop.forward.default"]] == [fake.device] * 2
+    assert values["fastdrop.draw.default"].device == fake_plain.device
+    assert [value.device for value in values["fastdrop.forward.default"]] == [fake_plain.device] * 2
 
 
-def test_compile(fake):
-    seen = []
-
-    def backend(graph, inputs):
-        seen.append(inputs[0].device)
-        return graph.forward
-
-    assert torch.compile(lambda x: fdt.dropout(x, 0.3), backend=backend, fullgraph=True)(fake).device == fake.device
-    assert seen == [fake.device]
+def test_compile(fake_plain):
+    torch.compiler.reset()
     compiled = torch.compile(lambda x: fdt.dropout(x, 0.4), backend="aot_eager", fullgraph=True)
-    assert compiled(fake).device == fake.device
+    assert compiled(fake_plain).device == fake_plain.device

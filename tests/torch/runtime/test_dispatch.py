@@ -53,7 +53,7 @@ def is_private(name: str) -> bool:
 
 def private_names(tree: ast.Module, folder: Path = ROOT) -> set[str]:
     """Private names that ``folder`` doesn't define, in a source: attributes, imports from torch, strings."""
-    found, own = set(), own_names(folder)
+    found, own = set(), own_names(folder) | OTHERS
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").partition(".")[0] == "torch":
             paths = [f"{node.module}.{alias.name}" for alias in node.names]
@@ -61,14 +61,14 @@ def private_names(tree: ast.Module, folder: Path = ROOT) -> set[str]:
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if re.search(r"^torch\b.*\._", alias.name)}
         elif isinstance(node, ast.Attribute) and is_private(node.attr):
-            if node.attr not in own | OTHERS:
+            if node.attr not in own:
                 found.add(node.attr)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             if re.fullmatch(r"torch(\.\w+)+", node.value):
                 found |= {node.value} if any(map(is_private, node.value.split("."))) else set()
             elif re.fullmatch(r"(\w+\.)*_[a-z]\w*", node.value) and is_private(node.value.rpartition(".")[2]):
                 ours = any(name.endswith(node.value) for name in own) or node.value.startswith("_fastdrop")
-                found |= set() if ours else {node.value} - OTHERS
+                found |= set() if ours else {node.value}
     return found
 
 

@@ -1,6 +1,7 @@
 """Dropout for torch in more than one process: workers, forks, and training that is spread over processes.
 
-What runs in processes of its own is a function here, called in a fresh interpreter that a time limit ends.
+What runs in processes of its own is a function here, called in a fresh interpreter that a time limit ends. Each test
+has one interpreter, because it takes seconds to start.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
@@ -20,19 +22,13 @@ import fastdrop.torch as fdt
 
 from ...cases import ROOT, output_of
 
-LARGE = 1_000_003  # elements: several threads' worth of work
-
-forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-distributed = pytest.mark.skipif(
-    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
-    reason="this torch has no gloo to connect processes with",
-)
+LARGE = 300_003  # elements: several threads' worth of work
 
 
 def call(function, *arguments):
-    """Has a function of this module called in a fresh interpreter, and returns what it printed."""
+    """Has a function of this module called in a fresh interpreter."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom {__name__} import {function.__name__} as function\n"
-    return output_of(f"{code}function(*{arguments!r})")
+    assert output_of(f"{code}function(*{arguments!r})\nprint('done')") == "done"
 
 
 def fingerprint(*tensors):
@@ -43,68 +39,53 @@ def fingerprint(*tensors):
     return digest.hexdigest()
 
 
-# ---- DataLoader ----
+# ---- forks ----
 
 
 class Masks(Dataset):
-    """Item i: i, the worker's number and seed, and two dropouts of ones, long enough for several threads."""
+    """Item i: i, the worker's number and seed, and two dropouts of ones."""
 
     def __len__(self):
         return 8
 
     def __getitem__(self, i):
-        x = torch.ones(200_000)
+        x = torch.ones(LARGE)
         return i, get_worker_info().id, torch.initial_seed(), fdt.dropout(x, 0.5), fdt.dropout(x, 0.25, store="seed")
 
 
-def load(context, seed):
+def load(seed):
     loader = DataLoader(
         Masks(),
         batch_size=None,
         num_workers=2,
         generator=torch.Generator().manual_seed(seed),
-        multiprocessing_context=context,
+        multiprocessing_context="fork",
         timeout=60,
     )
     return [(i, worker, seed, a.clone(), b.clone()) for i, worker, seed, a, b in loader]
 
 
-def load_in_workers(context, again):
-    x = torch.ones(LARGE)
-    fdt.dropout(x)  # threads that a forked worker will not have
-    first = load(context, 1)
+def masks_of(items):
+    return [fingerprint(t) for _, _, _, a, b in items for t in (a, b)]
+
+
+def load_in_workers():
+    """Workers draw from their own seeds: the same under one seed of the loader, others under another."""
+    first = load(1)
     assert [i for i, *_ in first] == list(range(8))
-    assert {worker for _, worker, *_ in first} == {0, 1}
     seeds = {worker: seed for _, worker, seed, *_ in first}
+    assert set(seeds) == {0, 1}
     assert seeds[0] != seeds[1]
     for number, seed in seeds.items():
         torch.manual_seed(seed)
         for _, worker, _, a, b in first:
             if worker == number:
-                assert torch.equal(a, fdt.dropout(torch.ones(200_000), 0.5))
-                assert torch.equal(b, fdt.dropout(torch.ones(200_000), 0.25))
-    masks = [fingerprint(t) for _, _, _, a, b in first for t in (a, b)]
+                assert torch.equal(a, fdt.dropout(torch.ones(LARGE), 0.5))
+                assert torch.equal(b, fdt.dropout(torch.ones(LARGE), 0.25))
+    masks = masks_of(first)
     assert len(set(masks)) == 16
-    if again:
-        assert [fingerprint(t) for _, _, _, a, b in load(context, 1) for t in (a, b)] == masks
-        assert not set(masks) & {fingerprint(t) for _, _, _, a, b in load(context, 2) for t in (a, b)}
-    print("done")
-
-
-@pytest.mark.parametrize(("context", "again"), [pytest.param("fork", True, marks=forks), ("spawn", False)])
-def test_dataloader_workers_draw_from_their_own_seeds(context, again):
-    """Again with the same seed and another: once is enough, since a worker's seed is all that its masks hang on."""
-    assert call(load_in_workers, context, again) == "done"
-
-
-# ---- fork ----
-
-
-def step(x, store):
-    """Forward and backward, with nothing of torch's that takes threads."""
-    y = fdt.dropout(x, 0.3, store=store)
-    (dx,) = torch.autograd.grad(y, x, x.detach())
-    return fingerprint(y, dx, fdt.dropout(x.detach(), 0.5, noise_shape=(1, None)))
+    assert masks_of(load(1)) == masks
+    assert not set(masks) & set(masks_of(load(2)))
 
 
 def in_a_fork(function):
@@ -125,27 +106,26 @@ def in_a_fork(function):
     return answer
 
 
-def fork_after_use():
-    for threads in (1, 2):
-        for store in ("bits", "seed"):
-            torch.set_num_threads(threads)
-            fork_and_compare(threads, store)
-    print("done")
+def step(x, store):
+    """Forward and backward, with nothing of torch's that takes threads."""
+    y = fdt.dropout(x, 0.3, store=store)
+    (dx,) = torch.autograd.grad(y, x, x.detach())
+    return fingerprint(y, dx, fdt.dropout(x.detach(), 0.5, noise_shape=(1, None)))
 
 
-def fork_and_compare(threads, store):
+def fork_after_use(threads, store):
+    """A child has the generator's state, so its next mask is its parent's next, and so is its own child's."""
+    torch.set_num_threads(threads)
     x = torch.ones(2, LARGE, requires_grad=True)
     torch.manual_seed(0)
     before = step(x, store)
 
     def child():
         mine = step(x, store)
-        grandchildren = {in_a_fork(lambda: step(x, store)) for _ in range(2)}
-        assert grandchildren == {step(x, store)}
-        torch.set_num_threads(1)
-        step(x, store)
-        torch.set_num_threads(threads)
-        step(x, store)
+        assert in_a_fork(lambda: step(x, store)) == step(x, store)
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            step(x, store)
         return mine
 
     theirs = in_a_fork(child)
@@ -154,12 +134,6 @@ def fork_and_compare(threads, store):
     assert theirs == again == ours != before, (threads, store)
     torch.manual_seed(0)
     assert step(x, store) == before, (threads, store)
-
-
-@forks
-def test_forked_child_goes_on_as_its_parent_does():
-    """It has the generator's state, so its next mask is its parent's next, and so is its own child's."""
-    assert call(fork_after_use) == "done"
 
 
 def fork_while_others_compute():
@@ -182,62 +156,31 @@ def fork_while_others_compute():
         stop.set()
         for thread in threads:
             thread.join()
-    print("done")
-
-
-@forks
-def test_fork_in_the_middle_of_another_threads_dropout():
-    assert call(fork_while_others_compute) == "done"
 
 
 def fork_while_enabled():
-    fdt.enable()
-    x = torch.ones(LARGE)
-    torch.manual_seed(0)
-    torch.nn.functional.dropout(x)
-    child = in_a_fork(lambda: fingerprint(torch.nn.functional.dropout(x)))
-    assert child == fingerprint(fdt.dropout(x))
-    print("done")
+    with fdt.enabled():
+        x = torch.ones(LARGE)
+        torch.manual_seed(0)
+        child = in_a_fork(lambda: fingerprint(F.dropout(x)))
+        assert child == fingerprint(fdt.dropout(x))
 
 
-@forks
-def test_forked_child_is_enabled_as_its_parent_is():
-    assert call(fork_while_enabled) == "done"
+def fork():
+    for threads, store in ((1, "seed"), (2, "bits")):
+        fork_after_use(threads, store)
+    fork_while_enabled()
+    fork_while_others_compute()
+    load_in_workers()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_forked_processes_draw_what_they_should():
+    """After use, while enabled, in the middle of another thread's dropout, and as a DataLoader's workers."""
+    call(fork)
 
 
 # ---- spawn ----
-
-
-def spawned(rank, shared, results):
-    torch.manual_seed(rank)
-    fdt.dropout(shared[rank], 0.5, inplace=True)
-    x = torch.ones(LARGE, requires_grad=True)
-    y = fdt.dropout(x, 0.3)
-    y.backward(y.detach())
-    results.put((rank, fingerprint(y, x.grad)))
-
-
-def spawn_two():
-    context = torch.multiprocessing.get_context("spawn")
-    results, shared = context.SimpleQueue(), torch.ones(2, LARGE).share_memory_()
-    torch.multiprocessing.spawn(spawned, (shared, results), nprocs=2)
-    theirs = dict(results.get() for _ in range(2))
-    for rank in range(2):
-        torch.manual_seed(rank)
-        assert torch.equal(shared[rank], fdt.dropout(torch.ones(LARGE), 0.5))
-        x = torch.ones(LARGE, requires_grad=True)
-        y = fdt.dropout(x, 0.3)
-        y.backward(y.detach())
-        assert theirs[rank] == fingerprint(y, x.grad)
-    print("done")
-
-
-def test_spawned_processes_draw_from_their_seeds():
-    """And write what is dropped in place to memory that processes share."""
-    assert call(spawn_two) == "done"
-
-
-# ---- distributed ----
 
 
 def network():
@@ -267,59 +210,64 @@ def expected_gradients(seeds):
     return results, [(a + b) / 2 for a, b in zip(first, second, strict=True)]
 
 
-def connected(rank, file):
+def spawned(rank, shared, file):
+    """Drops in place in memory that processes share, then trains with the other process."""
     torch.set_num_threads(1)
+    torch.manual_seed(rank)
+    fdt.dropout(shared[rank], 0.5, inplace=True)
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        return
     torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     try:
-        for training in (data_parallel, fully_sharded):
-            training(rank)
+        for seeds in ((5, 6), (7, 7)):
+            data_parallel(rank, seeds)
             torch.distributed.barrier()
+        fully_sharded(rank, (5, 6))
+        torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
 
 
-def connect(file):
-    torch.multiprocessing.spawn(connected, (file,), nprocs=2)
-    print("done")
+def data_parallel(rank, seeds):
+    net = nn.parallel.DistributedDataParallel(network())
+    y, _ = train(net, seeds[rank], batch(rank))
+    results, gradients = expected_gradients(seeds)
+    torch.testing.assert_close(y, results[rank][0])
+    for p, gradient in zip(net.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad, gradient)
+    alone = network()
+    train(alone, seeds[rank], batch(rank))
+    assert not torch.allclose(alone[0].weight.grad, gradients[0])
+    mask = (fdt.dropout(torch.ones(4000), 0.5) == 0).int()
+    masks = [torch.empty_like(mask) for _ in range(2)]
+    torch.distributed.all_gather(masks, mask)
+    assert torch.equal(*masks) == (seeds[0] == seeds[1])
 
 
-def data_parallel(rank):
-    for seeds in ((5, 6), (7, 7)):
-        net = nn.parallel.DistributedDataParallel(network())
-        y, _ = train(net, seeds[rank], batch(rank))
-        results, gradients = expected_gradients(seeds)
-        torch.testing.assert_close(y, results[rank][0])
-        for p, gradient in zip(net.parameters(), gradients, strict=True):
-            torch.testing.assert_close(p.grad, gradient)
-        alone = network()
-        train(alone, seeds[rank], batch(rank))
-        assert not torch.allclose(alone[0].weight.grad, gradients[0])
-        mask = (fdt.dropout(torch.ones(4000), 0.5) == 0).int()
-        masks = [torch.empty_like(mask) for _ in range(2)]
-        torch.distributed.all_gather(masks, mask)
-        assert torch.equal(*masks) == (seeds[0] == seeds[1])
-
-
-def fully_sharded(rank):
+def fully_sharded(rank, seeds):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh = init_device_mesh("cpu", (2,))
-    for seeds in ((5, 6), (7, 7)):
-        net = network()
-        for layer in (net[0], net[4]):
-            fully_shard(layer, mesh=mesh)
-        fully_shard(net, mesh=mesh)
-        assert net[0].weight.to_local().numel() == 12 * 40 // 2
-        y, loss = train(net, seeds[rank], batch(rank))
-        results, gradients = expected_gradients(seeds)
-        torch.testing.assert_close(y, results[rank][0])
-        torch.testing.assert_close(loss, results[rank][1])
-        for p, gradient in zip(net.parameters(), gradients, strict=True):
-            torch.testing.assert_close(p.grad.full_tensor(), gradient)
+    mesh, net = init_device_mesh("cpu", (2,)), network()
+    for layer in (net[0], net[4]):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    assert net[0].weight.to_local().numel() == 12 * 40 // 2
+    y, loss = train(net, seeds[rank], batch(rank))
+    results, gradients = expected_gradients(seeds)
+    torch.testing.assert_close((y, loss), results[rank])
+    for p, gradient in zip(net.parameters(), gradients, strict=True):
+        torch.testing.assert_close(p.grad.full_tensor(), gradient)
 
 
-@distributed
+def spawn(file):
+    shared = torch.ones(2, LARGE).share_memory_()
+    torch.multiprocessing.spawn(spawned, (shared, file), nprocs=2)
+    for rank in range(2):
+        torch.manual_seed(rank)
+        assert torch.equal(shared[rank], fdt.dropout(torch.ones(LARGE), 0.5))
+
+
 def test_training_in_two_processes_has_the_mean_of_their_gradients(tmp_path):
-    """Under DDP, then FSDP2."""
-    assert call(connect, str(tmp_path / "rendezvous")) == "done"
+    """Under DDP, then FSDP2, where this torch has gloo to connect processes with."""
+    call(spawn, str(tmp_path / "rendezvous"))

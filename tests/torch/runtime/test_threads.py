@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dis
 import itertools
@@ -64,38 +65,29 @@ import sys, threading, torch
 import torch.nn.functional as F
 import fastdrop.torch as fdt
 sys.setswitchinterval(1e-5)
-stop, wrong = threading.Event(), []
-def attempt(work):
-    try:
-        while not stop.is_set():
-            work()
-    except BaseException as error:
-        wrong.append(repr(error))
-x = torch.ones(50)
-threads = [threading.Thread(target=attempt, args=(work,)) for work in ({work},)]
-for thread in threads:
+wrong, x, drop = [], torch.ones(50), torch.nn.Dropout(0.5)
+def while_another_drops(work, times, switch):
+    stop = threading.Event()
+    def attempt():
+        try:
+            while not stop.is_set():
+                work()
+        except BaseException as error:
+            wrong.append(repr(error))
+    thread = threading.Thread(target=attempt)
     thread.start()
-for _ in range({times}):
-    {switch}
-stop.set()
-for thread in threads:
+    for _ in range(times):
+        switch()
+    stop.set()
     thread.join()
+while_another_drops(lambda: F.dropout(x, 0.5), 1500, lambda: (fdt.enable(), fdt.disable()))
+while_another_drops(lambda: drop(x), 30, lambda: fdt.mc_predict(torch.nn.Sequential(torch.nn.Dropout(0.5)), x, 1))
 print(wrong)
 """
-SWITCHES = {
-    "enable": ("lambda: F.dropout(x, 0.5)", 3000, "fdt.enable(); fdt.disable()"),
-    "mc_predict": (
-        "lambda m=torch.nn.Dropout(0.5): m(x)",
-        80,
-        "fdt.mc_predict(torch.nn.Sequential(torch.nn.Dropout(0.5)), x, 1)",
-    ),
-}
 
 
-@pytest.mark.parametrize("name", SWITCHES)
-def test_switching_beside_a_thread_that_drops(name):
-    work, times, switch = SWITCHES[name]
-    assert output_of(CRASHES.format(work=work, times=times, switch=switch)) == "[]"
+def test_switching_beside_a_thread_that_drops():
+    assert output_of(CRASHES) == "[]"
 
 
 # ---- whose state it is ----
@@ -129,8 +121,7 @@ def test_recomputation_in_a_thread_of_autograds_sees_the_callers_state():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("first", [True, False], ids=["enabled first", "disabled first"])
-def test_compiled_code_runs_in_the_state_it_was_compiled_in(first):
+def test_compiled_code_runs_in_the_state_it_was_compiled_in():
     """In one thread and in another, without compiling again for what was there before."""
     torch.compiler.reset()
     graphs = []
@@ -139,25 +130,20 @@ def test_compiled_code_runs_in_the_state_it_was_compiled_in(first):
         graphs.append(graph)
         return graph.forward
 
-    compiled, x = (
-        torch.compile(lambda x: F.dropout(x, 0.5), backend=backend, fullgraph=True),
-        torch.full((9,), torch.nan),
-    )
+    compiled = torch.compile(lambda x: F.dropout(x, 0.5), backend=backend, fullgraph=True)
     everything = torch.compile(lambda x: F.dropout(x, 1.0), backend="aot_eager", fullgraph=True)
+    x = torch.full((9,), torch.nan)
 
-    def state(on):
-        if not on:
+    def drops(on):
+        """Whether compiled dropout is fastdrop's where it is on or off."""
+        with fdt.enabled() if on else contextlib.nullcontext():
             compiled(x)
             return not everything(x).isnan().any()
-        with fdt.enabled():
-            return state(False)
 
-    fdt.enable()
-    fdt.disable()
     for _ in range(2):
-        assert state(first) == first
-        assert state(not first) != first
-        assert in_threads(lambda: state(True), lambda: state(False)) == [True, False]
+        assert drops(True)
+        assert not drops(False)
+        assert in_threads(lambda: drops(True), lambda: drops(False)) == [True, False]
     assert len(graphs) == 2
     torch.compiler.reset()
 
@@ -232,7 +218,7 @@ def test_code_compiled_after_sampling_is_for_all_instances():
     fdt.mc_predict(nn.Dropout(0.5), torch.ones(4), 2)
     torch.compiler.reset()
     torch._dynamo.utils.counters.clear()
-    models, x = [Holder().eval() for _ in range(12)], torch.ones(99)
+    models, x = [Holder().eval() for _ in range(4)], torch.ones(99)
     for model in models:
         torch.compile(model, backend="eager", fullgraph=True)(x)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
@@ -370,13 +356,14 @@ def bert(implementation):
 
 
 @pytest.mark.filterwarnings("ignore:.*scripted")
-@pytest.mark.parametrize("how", ["plain", "convert", "enable", "fuse"])
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize(
+    ("implementation", "how"), [("eager", "plain"), ("sdpa", "plain"), ("sdpa", "enable"), ("eager", "fuse")]
+)
 def test_attention_of_bert_drops(implementation, how):
     """With no other dropout in the model, whose inputs have names and whose output has logits."""
     model, inputs = bert(implementation), {"input_ids": torch.arange(12).reshape(2, 6)}
-    if how in ("convert", "fuse"):
-        getattr(fdt, how)(model)
+    if how == "fuse":
+        fdt.fuse(model)
     if how == "enable":
         fdt.enable()
     prediction = fdt.mc_predict(model, inputs, 6, seed=1)
@@ -460,10 +447,13 @@ MAY_INTERRUPT = ("CALL", "CALL_FUNCTION_EX", "CALL_KW", "PRECALL", "RESUME", "JU
 
 
 class Interrupting:
-    """Raises where CPython would handle the n-th signal: after a call, at a function's start, at a loop's end."""
+    """Raises where CPython would handle the n-th signal: after a call, at a function's start, at a loop's end.
+
+    ``places`` are those it came by, in their order.
+    """
 
     def __init__(self, n):
-        self.left, self.last = n, {}
+        self.n, self.last, self.places = n, {}, []
 
     def __call__(self, frame, event, arg):
         name = frame.f_code.co_filename
@@ -477,8 +467,8 @@ class Interrupting:
         if event == "opcode":
             before, self.last[id(frame)] = self.last.get(id(frame)), operation(frame)
             if before in MAY_INTERRUPT and before != "PRECALL":
-                self.left -= 1
-                if self.left == 0:
+                self.places.append((frame.f_code, frame.f_lasti))
+                if len(self.places) == self.n:
                     raise Interrupt
         return self.local
 
@@ -512,7 +502,7 @@ MODELS = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5, inplace=True), nn.Batch
 CALLS = {
     "enabled": lambda model, x: torch.manual_seed(0) and enabled_call(x),
     # One to a pass: inside of torch.func.vmap an exception at the wrong moment can abort the process, in torch.
-    "mc_predict": lambda model, x: fdt.mc_predict(model, x, 4, seed=1, batch=1),
+    "mc_predict": lambda model, x: fdt.mc_predict(model, x, 2, seed=1, batch=1),
     "mc_dropout": lambda model, x: mc_dropout_call(model),
     "audit": lambda model, x: fdt.audit(model, x),
     "fuse": lambda model, x: fdt.unfuse(model) and fdt.fuse(model),
@@ -532,27 +522,30 @@ def mc_dropout_call(model):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", CALLS)
 def test_an_exception_at_any_moment_leaves_nothing_behind(name):
-    model, x = MODELS[0], torch.ones(3, 4)
+    model, x, tracer = MODELS[0], torch.ones(3, 4), sys.gettrace()
     fdt.enable()
     fdt.disable()
     CALLS[name](model, x)
-    torch.manual_seed(0)
-    before, n, tracer = state_of_torch(), 0, sys.gettrace()
-    while True:
-        n += 1 if n < 300 else 7
+
+    def interrupted(n):
         torch.manual_seed(0)
-        try:
-            sys.settrace(Interrupting(n))
-            CALLS[name](model, x)
-            done = True
-        except Interrupt:
-            done = False
-        finally:
-            sys.settrace(tracer)
+        interrupting = Interrupting(n)
+        with contextlib.suppress(Interrupt):
+            sys.settrace(interrupting)
+            try:
+                CALLS[name](model, x)
+            finally:
+                sys.settrace(tracer)
+        return interrupting.places
+
+    places = interrupted(0)
+    torch.manual_seed(0)
+    before = state_of_torch()
+    first = {place: n for n, place in reversed(list(enumerate(places, 1)))}
+    assert len(first) > 5
+    for n in first.values():
+        interrupted(n)
         assert state_of_torch() == before, n
-        if done:
-            break
-    assert n > 5
 
 
 # ---- wrapper subclasses ----
@@ -586,7 +579,7 @@ class KnowsTorchAlone(Logged):
     pass
 
 
-@pytest.mark.parametrize("function", [F.dropout, F.alpha_dropout, F.feature_alpha_dropout, F.dropout2d])
+@pytest.mark.parametrize("function", [F.dropout, F.feature_alpha_dropout])
 def test_wrappers_have_the_mask_of_plain_tensors(function):
     x = torch.randn(2, 3, 4, 4)
     with fdt.enabled():

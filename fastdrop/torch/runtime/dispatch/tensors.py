@@ -76,24 +76,12 @@ def can_call_kernel(dy: Tensor) -> bool:
 
 def is_in_dispatch_mode() -> bool:
     """Whether a `TorchDispatchMode` surrounds the call. True if nothing tells."""
-    return bool(_count_dispatch_modes())
-
-
-if _count_dispatch_modes is None:
-
-    def is_in_dispatch_mode() -> bool:
-        return True
+    return _count_dispatch_modes is None or bool(_count_dispatch_modes())
 
 
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` surrounds the call. True if nothing tells."""
-    return _peek_transform() is not None
-
-
-if _peek_transform is None:
-
-    def is_transformed() -> bool:
-        return True
+    return _peek_transform is None or _peek_transform() is not None
 
 
 def may_be_differentiated_forward() -> bool:
@@ -103,13 +91,9 @@ def may_be_differentiated_forward() -> bool:
 
 def jit_trace() -> Any:
     """The state of the `torch.jit.trace` that surrounds the call, None without one."""
-    return _jit_tracing_state()
-
-
-if _jit_tracing_state is None:
-
-    def jit_trace() -> Any:
+    if _jit_tracing_state is None:
         return torch.jit.is_tracing() or None  # type: ignore[attr-defined]
+    return _jit_tracing_state()
 
 
 # is_lazy(x): whether x shares memory until either of two tensors is written to, as a lazy clone does.
