@@ -33,27 +33,70 @@ def test_unknown_command_exits_with_2(capsys):
     assert "usage" in capsys.readouterr().err
 
 
-@pytest.mark.slow("test_selftest_fails_on_one_wrong_bit")
-def test_selftest_passes_and_restores(capsys):
+@pytest.fixture
+def quick(monkeypatch):
+    """A selftest of NumPy and of one backend more, on small arrays; its name."""
+    compiled = "c" if backends.reason("c") is None else "numba"
+    monkeypatch.setattr(backends, "reasons", lambda: {compiled: None, "numpy": None, "cuda": "left out"})
+    monkeypatch.setattr(selftest, "ISAS", ("scalar", "avx1024"))
+    monkeypatch.setattr(selftest, "STREAMED_BYTES", 2 << 20)
+    monkeypatch.setattr(selftest, "LONG_ROWS", (3, 1100))
+    return compiled
+
+
+def outcomes(capsys):
+    *lines, last = capsys.readouterr().out.splitlines()
+    return {line.split()[0]: line.split()[1] for line in lines}, lines, last.partition(":")[0]
+
+
+def test_selftest_passes_and_restores(quick, capsys):
     before = backends.active(), fd.get_num_threads()
     assert main(["selftest"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].startswith("PASS")
+    expected = {"c/scalar": "PASS", "c/avx1024": "n/a"} if quick == "c" else {"numba": "PASS"}
+    results, _, last = outcomes(capsys)
+    assert results == {**expected, "numpy": "PASS", "cuda": "n/a"}
+    assert last == "PASS"
     assert (backends.active(), fd.get_num_threads()) == before
 
 
-def wrong_bits(words, *arguments):
-    """draw_bits with the first bit wrong."""
-    RIGHT_BITS(words, *arguments)
-    words[0] ^= 1
+# Outputs of the reference in which a number is wrong: where they stand among the arguments, and what is said then.
+FAULTS = {
+    "draw_bits": (0, "FAIL", "first: golden mask p ="),
+    "softmax_backward": (4, "PASS", "softmax_dropout, float32: gradient 1 is not the reference's"),
+}
 
 
-RIGHT_BITS = reference.draw_bits
+@pytest.mark.parametrize("primitive", FAULTS)
+@pytest.mark.usefixtures("quick")
+def test_selftest_fails_on_one_wrong_number(primitive, capsys, monkeypatch):
+    output, of_numpy, text = FAULTS[primitive]
+    right = getattr(reference, primitive)
 
+    def wrong(*arguments):
+        right(*arguments)
+        arguments[output].reshape(-1)[:1] += 1
 
-def test_selftest_fails_on_one_wrong_bit(capsys, monkeypatch):
-    monkeypatch.setattr(reference, "draw_bits", wrong_bits)
+    monkeypatch.setattr(reference, primitive, wrong)
     before = backends.active()
-    assert not selftest.run(print=lambda line: None)
     assert main(["selftest"]) == 1
-    assert capsys.readouterr().out.splitlines()[-1].startswith("FAIL")
+    results, lines, last = outcomes(capsys)
+    assert results["numpy"] == of_numpy
+    assert any(text in line for line in lines)
+    assert last == "FAIL"
     assert backends.active() is before
+
+
+def test_selftest_of_a_backend_that_raises_goes_on(quick, capsys, monkeypatch):
+    def dilate_bits(*arguments):
+        raise OSError("a broken build")
+
+    monkeypatch.setattr(backends.load(quick), "dilate_bits", dilate_bits)
+    assert main(["selftest"]) == 1
+    results, lines, _ = outcomes(capsys)
+    assert "OSError: a broken build" in lines[0]
+    assert results["numpy"] == "PASS"
+
+
+@pytest.mark.slow("test_selftest_passes_and_restores")
+def test_selftest_of_all_backends_passes(capsys):
+    assert main(["selftest"]) == 0

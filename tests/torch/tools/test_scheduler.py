@@ -29,17 +29,32 @@ def perceptron(drop=fdt.Dropout):
 
 # ---- which modules, and what ----
 
+
+class SkipsBranch(nn.Module):
+    """transformers' stochastic depth, whose class has another name in each model."""
+
+    drop_prob = 0.1
+
+    def forward(self, hidden):
+        if self.drop_prob == 0.0 or not self.training:
+            return hidden
+        keep_prob = 1 - self.drop_prob
+        shape = (hidden.shape[0],) + (1,) * (hidden.ndim - 1)
+        random_tensor = torch.rand(shape, dtype=hidden.dtype, device=hidden.device)
+        random_tensor = torch.floor(random_tensor + keep_prob)
+        return hidden.div(keep_prob) * random_tensor
+
+
 KINDS = {
     "ours": (lambda: fdt.DropPath(0.5), "p"),
     "Dropout2d": (lambda: nn.Dropout2d(), "p"),
-    "FeatureAlphaDropout": (lambda: nn.FeatureAlphaDropout(), "p"),
     "subclass": (lambda: type("Mine", (nn.Dropout,), {})(), "p"),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(8, 2, dropout=0.1), "dropout"),
     "LSTM": (lambda: nn.LSTM(8, 8, 2, dropout=0.1), "dropout"),
-    "DropPath": (lambda: DropPath(0.1), "drop_prob"),
     "MyDropPath": (lambda: type("MyDropPath", (DropPath,), {})(0.1), "drop_prob"),
     "StochasticDepth": (lambda: StochasticDepth(0.1, "row"), "p"),
     "DropBlock2d": (lambda: DropBlock2d(), "drop_prob"),
+    "by its forward": (SkipsBranch, "drop_prob"),
 }
 
 
@@ -217,12 +232,12 @@ def test_values_of_p_compile_once_and_equal_eager():
     model = perceptron()
     with torch.inference_mode():
         DropoutScheduler(model, FALL).step()  # its tensors must serve training too
-    schedule = exponential(0.5, 0.7, floor=0.1)
-    eager = train(model, DropoutScheduler(model, schedule), 7)
+    schedule = exponential(0.5, 0.7, floor=0.3)
+    eager = train(model, DropoutScheduler(model, schedule), 4)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    results = train(compiled, DropoutScheduler(compiled, schedule), 7)
+    results = train(compiled, DropoutScheduler(compiled, schedule), 4)
     assert counters["stats"]["unique_graphs"] == 1
-    assert len({p for p, _, _ in results}) == 6  # then the floor
+    assert len({p for p, _, _ in results}) == 3  # then the floor
     torch.testing.assert_close(results, eager)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import pickle
 
 import pytest
@@ -21,11 +20,11 @@ from ..module_cases import DropPath
 RISE = linear(0.2, 0.0, 10)
 
 
-def swin(rate=0.2, blocks=12, path=DropPath):
+def swin(rate=0.2, blocks=12):
     """As timm's: dropouts that are off, and a ramp of stochastic depth from 0 on."""
     ramp = [rate * i / (blocks - 1) for i in range(blocks)]
     parts = [
-        nn.ModuleDict({"drop": nn.Dropout(0.0), "path": path(p) if p else nn.Identity(), "out": nn.Dropout(0.0)})
+        nn.ModuleDict({"drop": nn.Dropout(0.0), "path": DropPath(p) if p else nn.Identity(), "out": nn.Dropout(0.0)})
         for p in ramp
     ]
     return nn.ModuleDict({"pos_drop": nn.Dropout(0.0), "blocks": nn.ModuleList(parts)}), ramp
@@ -37,9 +36,8 @@ def rates(model):
     return dropouts, paths
 
 
-@pytest.mark.parametrize("path", [DropPath, fdt.DropPath])
-def test_dropouts_that_are_off_stay_off_and_the_ramp_stays_one(path):
-    model, ramp = swin(path=path)
+def test_dropouts_that_are_off_stay_off_and_the_ramp_stays_one():
+    model, ramp = swin()
     scheduler = DropoutScheduler(model, RISE)
     assert scheduler.mode == "scale"
     assert scheduler.paths == tuple(f"blocks.{i}.path" for i in range(1, 12))
@@ -55,14 +53,11 @@ def test_dropouts_that_are_off_stay_off_and_the_ramp_stays_one(path):
     assert rates(model) == ({0.0}, ramp[1:])
 
 
-def test_equal_rates_are_set():
+def test_the_mode_goes_by_the_rates_or_can_be_chosen():
     model = nn.Sequential(nn.Dropout(0.3), nn.Dropout(0.0), fdt.Dropout(0.3))
     scheduler = DropoutScheduler(model, constant(0.1))
     assert (scheduler.mode, scheduler.paths) == ("set", ("0", "2"))
     assert [module.p for module in model] == [0.1, 0.0, 0.1]
-
-
-def test_the_mode_can_be_chosen():
     model, _ = swin()
     scheduler = DropoutScheduler(model, constant(0.1), mode="set")
     assert (scheduler.mode, set(rates(model)[1])) == ("set", {0.1})
@@ -91,12 +86,11 @@ def test_a_model_that_is_off_has_nothing_to_drive():
     assert [module.p for module in model] == [0.0, 0.0]
 
 
-@pytest.mark.parametrize("twin", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
-def test_the_next_scheduler_starts_from_the_own_rates(twin):
+def test_the_next_scheduler_starts_from_the_own_rates():
     """Also where the last one has left all at 0, or far from them."""
     model, ramp = swin()
     DropoutScheduler(model, constant(0.0))
-    model = twin(model)
+    model = pickle.loads(pickle.dumps(model))
     second = DropoutScheduler(model, constant(0.4))
     assert second.mode == "scale"
     assert rates(model)[1] == pytest.approx([2 * p for p in ramp[1:]])
@@ -156,11 +150,9 @@ def cells(line):
     return [part.strip() for part in line.split("  ") if part.strip()]
 
 
+@pytest.mark.slow("test_scheduler_drives_every_kind")
 def test_stochastic_depth_of_transformers_is_driven():
-    transformers = pytest.importorskip("transformers")
-    from transformers.models.swin.modeling_swin import SwinDropPath
-
-    assert transformers
+    SwinDropPath = pytest.importorskip("transformers.models.swin.modeling_swin").SwinDropPath
     model = nn.Sequential(SwinDropPath(0.1), nn.Dropout(0.0), SwinDropPath(0.2))
     DropoutScheduler(model, constant(0.4))
     assert [model[0].drop_prob, model[1].p, model[2].drop_prob] == [0.2, 0.0, 0.4]
