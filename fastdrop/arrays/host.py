@@ -29,6 +29,11 @@ from .array_ops import Array, BlockPasses, DeferredDraw, Scaling, Shape
 
 Words = NDArray[np.uint32]
 
+UINT32 = np.dtype(np.uint32)
+LINE_BYTES = 64
+# Masks of so many words and more are written past the cache, one cache line at a time: they must start on a line.
+ALIGNED_FROM_WORDS = 1 << 16
+
 on_device = False
 
 
@@ -62,8 +67,14 @@ def copy_into(y: Array, x: Array) -> None:
 kept_count = mask.popcount
 
 
-def empty_words(like: Array, cells: int) -> Words:
-    return mask.empty_words(cells)
+def empty_words(like: Any, cells: int) -> Words:
+    """Uninitialised words for so many cells; large ones start on a cache line, at the cost of up to 64 bytes."""
+    n = (cells + 31) >> 5
+    if n < ALIGNED_FROM_WORDS:
+        return np.empty(n, UINT32)
+    padded = np.empty(n + LINE_BYTES // 4, UINT32)
+    skip = -padded.ctypes.data % LINE_BYTES // 4
+    return padded[skip : skip + n]
 
 
 def draw_words(words: Words, like: Any, cells: int, state: State, threshold: int, first_cell: int = 0) -> None:
