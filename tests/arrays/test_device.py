@@ -398,6 +398,8 @@ def test_bad_arrays_are_refused(there):
         fd.dropout_add(x, first, out=second)
     with refused(ValueError, "out must be x itself or not share memory with it"):
         fd.dropout_add(second, x, out=first)
+    with refused(ValueError, "x must be C-contiguous on a GPU, but got strides (132, 4)"):
+        fd.dropout(CupyArray(X[:, :5], there))
     with refused(TypeError, "residual must be on a GPU, as x is, but got one in memory"):
         fd.dropout_add(x, X)
     with refused(TypeError, "residual must be in memory, as x is, but got one on a GPU"):
