@@ -13,7 +13,7 @@ from functools import partial
 from numpy.typing import ArrayLike
 
 from ..core import checks, variants
-from ..core.mask import GaussianNoise, PackedMask, empty_words, gaussian_noise, packed_mask
+from ..core.mask import GaussianNoise, PackedMask, gaussian_noise, packed_mask
 from ..core.random import check_random_state, random_state, threshold_and_scale
 from .array_ops import Array, BitMask, Mask, RandomState, Shape
 from .host import HOST
@@ -169,7 +169,7 @@ def draw_mask(shape: int | tuple[int, ...], p: float, *, rng: RandomState = None
     cells = math.prod(extents)
     first = checks.first_cell(first_cell, cells)
     threshold, scale = threshold_and_scale(p)
-    words = empty_words(cells)
+    words = HOST.empty_words(None, cells)
     HOST.draw_words(words, None, cells, random_state(rng), threshold, first)
     return packed_mask(words, extents, p, scale)
 

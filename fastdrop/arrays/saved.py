@@ -103,19 +103,22 @@ class Saved(Generic[Gradients]):
     def nbytes(self) -> int:
         """Bytes kept for backward."""
         bits = 0 if self.mask is None else self.mask.nbytes
-        return bits + sum(int(array.nbytes) for array in self._arrays().values())
+        return bits + sum(int(array.nbytes) for array in self._kept().values())
 
     def __repr__(self) -> str:
-        keeps = (*(() if self.mask is None else ("mask",)), *self._arrays())
+        keeps = (*(() if self.mask is None else ("mask",)), *self._kept())
         return f"Saved(op={self.op!r}, shape={self._shape}, keeps={keeps}, nbytes={self.nbytes})"
 
     def _arrays(self) -> dict[str, Any]:
-        """The arrays that are kept besides the mask, by name."""
-        return {}
+        """The arrays that may be kept besides the mask, by name; None for one that is not."""
+        raise NotImplementedError
+
+    def _kept(self) -> dict[str, Any]:
+        return {name: array for name, array in self._arrays().items() if array is not None}
 
     def _check_gradient(self, name: str, given: Any, result: str, dtype: np.dtype[Any]) -> tuple[ArrayOps, Any]:
         """A gradient as an array, checked against the result that it is the gradient of; and its operations."""
-        ops, kept = array_ops(given), self._arrays()
+        ops, kept = array_ops(given), self._kept()
         if isinstance(self.mask, PackedMask):
             kept["mask"] = self.mask.words
         for kept_name, array in kept.items():
@@ -164,8 +167,7 @@ class SavedPointwise(Saved[Gradients]):
 
     def _arrays(self) -> dict[str, Any]:
         first = "x" if self._multiplier is None else "gate"
-        arrays = {first: self._x, "up": self._multiplier, "bias": self._bias}
-        return {name: array for name, array in arrays.items() if array is not None}
+        return {first: self._x, "up": self._multiplier, "bias": self._bias}
 
 
 class SavedNorm(Saved[Gradients]):
@@ -203,8 +205,7 @@ class SavedNorm(Saved[Gradients]):
         return self._named(gradients)
 
     def _arrays(self) -> dict[str, Any]:
-        weight = {} if self._weight is None else {"weight": self._weight}
-        return {"residual_out": self._residual_out, "statistics": self._statistics, **weight}
+        return {"residual_out": self._residual_out, "statistics": self._statistics, "weight": self._weight}
 
 
 class SavedSoftmax(Saved[SoftmaxGradients]):

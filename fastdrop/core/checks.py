@@ -348,8 +348,6 @@ def _axes(array: Array) -> list[tuple[int, int]]:
 
 def _overlaps_itself(array: Array) -> bool:
     """Whether any two elements share a byte."""
-    if not array.size:
-        return False
     axes = sorted((abs(step), extent) for step, extent in _axes(array))
     reach = array.itemsize  # the span in bytes of the elements along the axes so far
     nested = True

@@ -16,25 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from . import checks
 from .random import DROP_ALL, State, keep_scale, threshold
 
-UINT32 = np.dtype(np.uint32)
-LINE_BYTES = 64
-# Masks of so many words and more are written past the cache, one cache line at a time: they must start on a line.
-ALIGNED_FROM_WORDS = 1 << 16
-
 
 def word_count(cells: int) -> int:
     """The number of words for so many cells."""
     return (cells + 31) >> 5
-
-
-def empty_words(cells: int) -> NDArray[np.uint32]:
-    """Uninitialised words; large ones start on a cache line, at the cost of up to 64 bytes."""
-    n = (cells + 31) >> 5
-    if n < ALIGNED_FROM_WORDS:
-        return np.empty(n, UINT32)
-    padded = np.empty(n + LINE_BYTES // 4, UINT32)
-    skip = -padded.ctypes.data % LINE_BYTES // 4
-    return padded[skip : skip + n]
 
 
 def fill_words(words: NDArray[np.uint32], cells: int, threshold: int) -> None:

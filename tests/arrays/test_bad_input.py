@@ -150,7 +150,7 @@ BAD_BLOCKS = [
     *((size, ValueError, "positive") for size in (0, (3, 0))),
     *((size, ValueError, "negative") for size in (-1, (3, -2))),
     *((size, ValueError, "each of the 2 spatial axes") for size in ((3,), (3, 3, 3), ())),
-    *((size, TypeError, "tuple of ints") for size in (3.0, (3, 2.5), "33", None)),
+    *((size, TypeError, "tuple of ints") for size in (3.0, (3, 2.5), "33", None, True)),
 ]
 BAD_NOISE_SHAPES = [
     *((shape, ValueError) for shape in ((5,), (2, 3, 4, 5, 1), (), (3, 3, 4, 5), (2, 3, 4, 0), (2, 3, 4, -1))),
@@ -450,6 +450,7 @@ def test_draw_mask_refuses_bad_arguments():
         refuse(ValueError, "shape", "got", shape, shape=shape)
     for shape in (2.5, (3, 2.5), "ab", None):
         refuse(TypeError, "shape", "got", shape, shape=shape)
+    refuse(ValueError, "shape must have at most 2**64 cells, but got", shape=(1 << 40, 1 << 40))
     for p in (0.0, 0.5):
         for first in (-1, 2**64 - 99, 2**64, 2**70):
             refuse(ValueError, "first_cell", "got", first, shape=100, p=p, first_cell=first)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import fastdrop as fd
-from fastdrop.core.mask import ALIGNED_FROM_WORDS
+from fastdrop.arrays.host import ALIGNED_FROM_WORDS
 
 SIZES = (0, 1, 32, 33, 32 * ALIGNED_FROM_WORDS - 1, 32 * ALIGNED_FROM_WORDS + 5)
 LARGE = (5, 32 * ALIGNED_FROM_WORDS // 4 + 3)
