@@ -12,12 +12,9 @@ thread each because NumPy has no more, and the training step.
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
-import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +22,19 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+try:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from rich import box
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+    from sklearn.datasets import load_digits
+    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+except ImportError as error:
+    sys.exit(f"{error}. The demo needs scikit-learn, matplotlib and rich: pip install 'fastdrop[demo]'")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where bench/ is
 
@@ -34,8 +44,6 @@ from bench import contenders
 from bench.contenders import F_DROPOUT, FASTDROP, NUMPY, TORCH_MUL, Buffers
 from bench.timing import Timing, alternate
 from fastdrop import Stream, __version__, backends
-
-EXTRA = ("sklearn", "matplotlib", "rich")
 
 Array = NDArray[Any]
 
@@ -76,21 +84,15 @@ class Layer:
         return self.timings[p][name].median / self.timings[p][FASTDROP].median
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default="fastdrop-demo.png", help="the picture (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="few epochs and short timings, to see that it runs")
-    args = parser.parse_args(arguments)
-    if any(importlib.util.find_spec(name) is None for name in EXTRA):
-        print("the demo needs scikit-learn, matplotlib and rich: pip install 'fastdrop[demo]'", file=sys.stderr)
-        return 1
-    problem = _cannot_write(args.output)
-    if problem:
-        print(f"demo: {problem}", file=sys.stderr)
-        return 1
-    from rich.console import Console
-
-    threadpool_limits = importlib.import_module("threadpoolctl").threadpool_limits  # comes with scikit-learn, untyped
+    args = parser.parse_args()
+    try:
+        Figure().savefig(args.output)  # rather than to find out after training that it can't be written
+    except (OSError, ValueError) as error:
+        parser.error(f"--output: {error}")
     start = time.perf_counter()
     console = Console(highlight=False)
     console.print(f"fastdrop {__version__}: {backends.active().describe()}\n")
@@ -103,7 +105,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _print_steps(console, steps)
     _draw(args.output, curves, layer)
     console.print(f"Picture: {args.output} ({time.perf_counter() - start:.0f} s in all)")
-    return 0
 
 
 def _name(p: float) -> str:
@@ -114,27 +115,11 @@ def _sizes() -> str:
     return "-".join(map(str, WIDTHS))
 
 
-def _cannot_write(path: str) -> str | None:
-    """Why the picture could not be written there, before a minute is spent on it."""
-    from matplotlib.figure import Figure
-
-    formats = Figure().canvas.get_supported_filetypes()
-    if os.path.splitext(path)[1].lstrip(".").lower() not in formats:
-        return f"--output must end in one of {', '.join(sorted(formats))}, but got {path!r}"
-    folder = os.path.dirname(path) or "."
-    if not os.access(path if os.path.exists(path) else folder, os.W_OK) or os.path.isdir(path):
-        return f"--output must name a file that can be written, but got {path!r}"
-    return None
-
-
 # ---- training ----
 
 
-def _train(console: Any, quick: bool) -> dict[float, Array]:
+def _train(console: Console, quick: bool) -> dict[float, Array]:
     """Curves [split, epoch, CURVES] for each p, 0 and P."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from sklearn.datasets import load_digits
-
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype(np.float32)
     epochs, splits = (QUICK_EPOCHS, QUICK_SPLITS) if quick else (EPOCHS, SPLITS)
@@ -144,14 +129,8 @@ def _train(console: Any, quick: bool) -> dict[float, Array]:
         "from the same weights through the same batches with and without dropout"
     )
     curves = {p: np.zeros((splits, epochs, len(CURVES))) for p in (0.0, P)}
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("epochs"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs")
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         for p, curve in curves.items():
             task = progress.add_task(f"{_name(p):15}", total=splits * epochs)
             for split in range(splits):
@@ -176,7 +155,7 @@ def _train_one(
         after_epoch()
 
 
-def _print_training(console: Any, curves: dict[float, Array]) -> None:
+def _print_training(console: Console, curves: dict[float, Array]) -> None:
     headings = ("", "accuracy\ntraining", "\nvalidation", "\ngap", "loss\ntraining", "\nvalidation", "\ngap")
     console.print("\n[bold]After training, mean over the splits")
     table = _table(headings)
@@ -195,9 +174,6 @@ def _print_training(console: Any, curves: dict[float, Array]) -> None:
 
 
 def _table(headings: tuple[str, ...]) -> Any:
-    from rich import box
-    from rich.table import Table
-
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)  # so that all fits 80 columns
     for heading in headings:
         table.add_column(heading, justify="right" if heading else "left")
@@ -207,7 +183,7 @@ def _table(headings: tuple[str, ...]) -> Any:
 # ---- costs ----
 
 
-def _time_layer(console: Any, quick: bool) -> Layer:
+def _time_layer(console: Console, quick: bool) -> Layer:
     shape, seconds = (QUICK_LAYER, QUICK_SECONDS) if quick else (LAYER, SECONDS)
     console.print(f"Timing a dropout layer on {shape[0]} x {shape[1]} float32 beside what people use today ...")
     torch = contenders.import_torch()
@@ -240,7 +216,7 @@ def _time_steps(quick: bool) -> dict[str, Timing]:
     return alternate(calls, seconds=QUICK_SECONDS if quick else SECONDS)
 
 
-def _print_layer(console: Any, layer: Layer) -> None:
+def _print_layer(console: Console, layer: Layer) -> None:
     headings: list[str] = [""]
     for p in LAYER_P:
         headings += [f"p = {p}\nns/element", "against\nfastdrop"]
@@ -259,7 +235,7 @@ def _print_layer(console: Any, layer: Layer) -> None:
         console.print(f"({LABELS[F_DROPOUT]}: torch is not installed)")
 
 
-def _print_steps(console: Any, steps: dict[str, Timing]) -> None:
+def _print_steps(console: Console, steps: dict[str, Timing]) -> None:
     console.print(f"\n[bold]Whole training step of the network above, batch of {BATCH}, p = {P}")
     table = _table(("", "ms", "against\nno dropout"))
     for name, timing in steps.items():
@@ -272,9 +248,6 @@ def _print_steps(console: Any, steps: dict[str, Timing]) -> None:
 
 
 def _draw(path: str, curves: dict[float, Array], layer: Layer) -> None:
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
     style: Any = {
         "font.size": 10.5,
         "axes.spines.top": False,
@@ -322,8 +295,6 @@ def _draw_curves(axes: Any, curves: dict[float, Array]) -> None:
 
 
 def _draw_speed(axes: Any, layer: Layer) -> None:
-    from matplotlib.patches import Patch
-
     names = layer.names()
     height = 0.38
     for i, (p, colours) in enumerate(zip(LAYER_P, (LIGHT, COLOURS), strict=True)):
@@ -362,4 +333,4 @@ def _finish_bars(axes: Any, labels: list[str], quantity: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

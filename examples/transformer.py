@@ -14,7 +14,6 @@ in one forward pass, parameters aside. The text is Python's own language referen
 import argparse
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,20 +22,13 @@ from operator import sub, truediv
 from pydoc_data.topics import topics
 from typing import Any
 
-try:
-    import torch
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-    from rich import box
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Table
-    from torch import Tensor, nn
-    from torch.nn import functional as F
+from common import STYLE, F, Figure, Tensor, matplotlib, nn, torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
 
-    import fastdrop.torch as fdt
-except ImportError as error:
-    sys.exit(f'{error}. This example needs torch, matplotlib and rich: pip install "fastdrop[torch,demo]"')
+import fastdrop.torch as fdt
 
 CHARACTERS = 120_000  # of the text; the last tenth of them validates
 LAYERS, WIDTH, HEADS, CONTEXT, BATCH = 4, 128, 4, 128, 8
@@ -51,16 +43,6 @@ Context = Callable[[], AbstractContextManager[object]]
 
 F_DROPOUT, FASTDROP, NO_DROPOUT = "F.dropout", "fastdrop", "no dropout"
 COLOURS = {F_DROPOUT: "#d9822b", FASTDROP: "#0b7a75", NO_DROPOUT: "#8c8c8c"}
-STYLE: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.axisbelow": True,
-    "font.size": 10.5,
-    "grid.alpha": 0.3,
-}
 
 
 class CharacterModel(nn.Module):
@@ -242,8 +224,6 @@ def draw(path: str, contenders: dict[str, Contender], p: float) -> None:
         axes.set(ylabel=unit, title=title)
         axes.margins(y=0.17)
         axes.tick_params(axis="x", length=0)
-    for axes in (losses, times, memory):
-        axes.grid(axis="y")
     figure.savefig(path, dpi=160)
 
 
@@ -269,7 +249,7 @@ def main() -> None:
     console = Console(highlight=False)
     contenders = train(console, args.p, steps)
     report(console, contenders)
-    with rc_context(STYLE):
+    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "y"}):
         draw(args.output, contenders, args.p)
     console.print(f"Picture: {args.output} ({time.perf_counter() - start:.0f} s in all)")
 
