@@ -33,14 +33,6 @@ static inline uint64_t read_long(const uint32_t *words, uint64_t position) {
     return shift ? bits >> shift | (uint64_t)at[8] << (64 - shift) : bits;
 }
 
-/* Writes n <= 32 - position % 32 bits into one word: keeps the bits below them, clears those above. */
-static inline void write_bits(uint32_t *words, uint64_t position, unsigned n, uint32_t bits) {
-    uint32_t *w = words + (position >> 5);
-    unsigned shift = (unsigned)(position & 31);
-    uint32_t word = (word_at(w) & low_bits(shift)) | (bits & low_bits(n)) << shift;
-    memcpy(w, &word, sizeof word);
-}
-
 /* Copies n bits. In the first and last word touched, bits below stay and bits above are cleared, so that a mask filled
  * from left to right ends with the zero tail that the mask format asks for. */
 static inline void copy_bits(uint32_t *to, uint64_t to_position, const uint32_t *from, uint64_t from_position,
@@ -53,8 +45,10 @@ static inline void copy_bits(uint32_t *to, uint64_t to_position, const uint32_t 
         n &= 31;
     }
     while (n) {
-        unsigned space = 32 - (unsigned)(to_position & 31), step = n < space ? (unsigned)n : space;
-        write_bits(to, to_position, step, read_bits(from, from_position, step));
+        unsigned shift = (unsigned)(to_position & 31), step = n < 32 - shift ? (unsigned)n : 32 - shift;
+        uint32_t *w = to + (to_position >> 5);
+        uint32_t word = (word_at(w) & low_bits(shift)) | read_bits(from, from_position, step) << shift;
+        memcpy(w, &word, sizeof word);
         to_position += step;
         from_position += step;
         n -= step;

@@ -46,8 +46,10 @@ def _comment(sentences: str) -> str:
 
 
 def _list(macro: str, parameters: tuple[Any, ...]) -> list[str]:
-    entries = [f"    {'NEXT' if i else 'FIRST'}({p.c_type}, {p.name})" for i, p in enumerate(parameters)]
-    lines = [f"#define {macro}_PARAMETERS(FIRST, NEXT)", *entries]
+    entries = [f"{'NEXT' if i else 'FIRST'}({p.c_type}, {p.name})" for i, p in enumerate(parameters)]
+    whole = " ".join(entry.replace(" ", "~") for entry in entries)  # no line ends within an entry
+    wrapped = textwrap.wrap(whole, WIDTH - 2, initial_indent="    ", subsequent_indent="    ")
+    lines = [f"#define {macro}_PARAMETERS(FIRST, NEXT)", *(line.replace("~", " ") for line in wrapped)]
     return [line.ljust(WIDTH - 1) + "\\" for line in lines[:-1]] + lines[-1:]
 
 

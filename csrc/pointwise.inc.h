@@ -8,15 +8,14 @@
 /* A row that is repeated if it is short, so that a strip may begin at any column and go on past the row's end. */
 typedef struct {
     const C(t) * row; /* NULL: none */
-    uint64_t columns, reach, column;
+    uint64_t columns, reach;
     C(t) scratch[2 * STRIP_CELLS];
 } C(repeated_t);
 
-static void C(repeated_open)(C(repeated_t) * c, const void *row, uint64_t columns, uint64_t at) {
+static void C(repeated_open)(C(repeated_t) * c, const void *row, uint64_t columns) {
     c->row = row;
     c->columns = columns;
     c->reach = columns;
-    c->column = at % columns;
     if (!row || columns > STRIP_CELLS) return;
     c->reach = 2 * STRIP_CELLS;
     memcpy(c->scratch, row, columns * sizeof *c->scratch);
@@ -27,14 +26,12 @@ static void C(repeated_open)(C(repeated_t) * c, const void *row, uint64_t column
     c->row = c->scratch;
 }
 
-/* The row's numbers for the next elements: *n at most, fewer if a long row ends first. */
-INLINE const C(t) * C(repeated_next)(C(repeated_t) * c, uint64_t *n) {
+/* The row's numbers for elements at .. at+*n-1; *n becomes smaller if a long row ends first. */
+INLINE const C(t) * C(repeated_at)(const C(repeated_t) * c, uint64_t at, uint64_t *n) {
     if (!c->row) return NULL;
-    const C(t) *next = c->row + c->column;
-    *n = min_u64(*n, c->reach - c->column);
-    c->column += *n;
-    if (c->column >= c->columns) c->column %= c->columns;
-    return next;
+    const uint64_t column = at % c->columns;
+    *n = min_u64(*n, c->reach - column);
+    return c->row + column;
 }
 
 typedef struct {
@@ -91,11 +88,11 @@ static void C(pointwise_forward)(const pointwise_forward_args *args, uint64_t be
     C(repeated_t) bias;
     C(scratch_t) scratch;
     drawing_open(&drawing, args->words, args->rows * args->columns, args->draw, begin, end);
-    C(repeated_open)(&bias, args->input_bias, args->columns, begin);
+    C(repeated_open)(&bias, args->input_bias, args->columns);
     for (uint64_t at = begin, n; at < end; at += n) {
         uint64_t lead = args->stream ? C(to_line)(args->residual_dtype, args->y, at) : 0;
         n = min_u64(end - at, strip_after(lead));
-        const C(t) *part = C(repeated_next)(&bias, &n);
+        const C(t) *part = C(repeated_at)(&bias, at, &n);
         draw_until(&drawing, at + n);
         C(forward_strip)(args, &drawing.bits, &scratch, part, at, n, args->stream && !lead);
     }
@@ -118,10 +115,10 @@ static void C(backward_cells)(const pointwise_backward_args *args, uint64_t begi
     C(repeated_t) biases;
     C(t) g_scratch[STRIP_CELLS], h_scratch[STRIP_CELLS], multiplier_scratch[STRIP_CELLS];
     C(t) dx_scratch[STRIP_CELLS], dmultiplier[STRIP_CELLS];
-    C(repeated_open)(&biases, args->input_bias, args->columns, begin);
+    C(repeated_open)(&biases, args->input_bias, args->columns);
     for (uint64_t at = begin, n; at < end; at += n) {
         n = min_u64(end - at, STRIP_CELLS);
-        const C(t) *bias = C(repeated_next)(&biases, &n);
+        const C(t) *bias = C(repeated_at)(&biases, at, &n);
         const C(t) *g = C(load_strip)(residual_type, args->dy, at, n, g_scratch);
         const C(t) *h = C(load_strip)(type, args->x, at, n, h_scratch);
         const C(t) *multiplier = C(load_strip)(type, args->multiplier, at, n, multiplier_scratch);

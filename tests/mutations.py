@@ -107,8 +107,8 @@ MUTATIONS = (
     Mutation(
         "the tail of a mask is not cleared",
         "csrc/bits.h",
-        "uint32_t word = (word_at(w) & low_bits(shift)) | (bits & low_bits(n)) << shift;",
-        "uint32_t word = (word_at(w) & low_bits(shift)) | bits << shift;",
+        "return (uint32_t)(pair >> shift) & low_bits(n);",
+        "return (uint32_t)(pair >> shift);",
         PRIMITIVES,
     ),
     Mutation(
@@ -149,8 +149,8 @@ MUTATIONS = (
     Mutation(
         "blocks one cell too short",
         "csrc/dilate.inc.h",
-        "more = min_u64(have, taken - have);",
-        "more = min_u64(have, taken - have) - (taken - have == 1);",
+        "and_shifted(window, reached, more * inner);",
+        "and_shifted(window, reached, (more - (have + more == taken)) * inner);",
         PRIMITIVES,
     ),
     Mutation(
@@ -168,10 +168,10 @@ MUTATIONS = (
         ROWS,
     ),
     Mutation(
-        "columns of the bias wrap one late",
+        "columns of the bias begin one late",
         "csrc/pointwise.inc.h",
-        "if (c->column >= c->columns) c->column %= c->columns;",
-        "if (c->column > c->columns) c->column %= c->columns;",
+        "const uint64_t column = at % c->columns;",
+        "const uint64_t column = (at + 1) % c->columns;",
         ROWS,
     ),
     Mutation(

@@ -31,244 +31,139 @@ class Primitive:
 
     __slots__ = ("does", "draws", "name", "over", "parameters")
 
-    def __init__(self, name: str, over: str, does: str, draws: bool = False, **parameters: Parameter) -> None:
-        self.name, self.over, self.does, self.draws, self.parameters = name, over, does, draws, _named(**parameters)
+    def __init__(self, name: str, over: str, does: str, parameters: str, draws: bool = False) -> None:
+        self.name, self.over, self.does, self.draws, self.parameters = name, over, does, draws, _declared(parameters)
 
     @property
     def names(self) -> list[str]:
         return [parameter.name for parameter in self.parameters]
 
 
-def _named(**parameters: Parameter) -> tuple[Parameter, ...]:
-    return tuple(Parameter(p.kind, p.c_type, name, p.written, p.optional) for name, p in parameters.items())
-
-
-# Numbers. Codes and counts are ints; a seed may need all 64 bits.
-CODE = Parameter("code", "int")  # of a dtype or an activation
-FLAG = Parameter("flag", "int")
-COUNT = Parameter("count", "uint64_t")
-SEED = Parameter("seed", "uint64_t")
-NUMBER = Parameter("number", "double")  # rounded to the type of the arithmetic
-DOUBLE = Parameter("double", "double")  # taken as it is, or rounded to float32, for every dtype
-# Arrays. Those of the last four kinds hold numbers of the type that is computed in: float64 for float64 data, else
+# Kinds of numbers, and their types in C.
+NUMBERS = {
+    "code": "int",  # of a dtype or an activation
+    "flag": "int",
+    "count": "uint64_t",
+    "seed": "uint64_t",  # may need all 64 bits
+    "number": "double",  # rounded to the type of the arithmetic
+    "double": "double",  # taken as it is, or rounded to float32, for every dtype
+}
+# Kinds of arrays. Those of the last four hold numbers of the type that is computed in: float64 for float64 data, else
 # float32.
-WORDS = Parameter("words", "const void *")  # packed bits, uint32
-DATA = Parameter("data", "const void *")  # numbers of ``dtype``, one for each element
-RESIDUAL = Parameter("residual", "const void *")  # numbers of ``residual_dtype``, one for each element
-COLUMN = Parameter("column", "const void *")  # a number for each column
-MASK = Parameter("mask", "const void *")  # numbers to be added to scores, read at strides
-STATISTICS = Parameter("statistics", "const void *")  # two numbers for each row
-SUMS = Parameter("sums", "const void *")  # lines of columns, one or three for each panel of rows
+ARRAYS = {
+    "words": "packed bits, uint32",
+    "data": "numbers of ``dtype``, one for each element",
+    "residual": "numbers of ``residual_dtype``, one for each element",
+    "column": "a number for each column",
+    "mask": "numbers to be added to scores, read at strides",
+    "statistics": "two numbers for each row",
+    "sums": "lines of columns, one or three for each panel of rows",
+}
 
 
-def out(array: Parameter) -> Parameter:
-    """An array that is written."""
-    return Parameter(array.kind, "void *", written=True)
+def _declared(declarations: str) -> tuple[Parameter, ...]:
+    """Parameters of declarations as in C: a kind and names. An array of ``kind!`` is written. One of ``kind?`` may be
+    absent: None in Python, NULL in C, 0 where it is an address."""
+    found = []
+    for declaration in declarations.split(";"):
+        marked, *names = declaration.replace(",", " ").split()
+        kind, written, optional = marked.rstrip("!?"), "!" in marked, "?" in marked
+        c_type = "void *" if written else "const void *" if kind in ARRAYS else NUMBERS[kind]
+        found += [Parameter(kind, c_type, name, written, optional) for name in names]
+    return tuple(found)
 
 
-def maybe(array: Parameter) -> Parameter:
-    """An array that may be absent: None in Python, NULL in C, 0 where it is an address."""
-    return Parameter(array.kind, array.c_type, written=array.written, optional=True)
-
-
-DRAW = _named(seed=SEED, offset=SEED, threshold=COUNT)
+DRAW = _declared("seed seed, offset; count threshold")
 
 TABLE = (
     Primitive(
         "draw_bits",
         over="cells",
         does="Bits of cells first .. first+n-1, written at bits position .. position+n-1 of words.",
-        words=out(WORDS),
-        position=COUNT,
-        first=SEED,
-        n=COUNT,
-        seed=SEED,
-        offset=SEED,
-        threshold=COUNT,
+        parameters="words! words; count position; seed first; count n; seed seed, offset; count threshold",
     ),
     Primitive(
         "dropout_forward",
         over="cells",
         does="y[i] = keep(first + i) ? a x[i] + b : c for i < n; the bits go to words too, where there are any.",
-        dtype=CODE,
-        x=DATA,
-        y=out(DATA),
-        words=maybe(out(WORDS)),
-        first=SEED,
-        n=COUNT,
-        seed=SEED,
-        offset=SEED,
-        threshold=COUNT,
-        a=NUMBER,
-        b=NUMBER,
-        c=NUMBER,
+        parameters="code dtype; data x; data! y; words!? words; seed first; count n; seed seed, offset; "
+        "count threshold; number a, b, c",
     ),
     Primitive(
         "masked_affine",
         over="cells",
         does="y[o, r, i] = bit(position + o inner + i) ? a x[o, r, i] + b : c.",
-        dtype=CODE,
-        x=DATA,
-        y=out(DATA),
-        words=WORDS,
-        position=COUNT,
-        outer=COUNT,
-        repeat=COUNT,
-        inner=COUNT,
-        a=NUMBER,
-        b=NUMBER,
-        c=NUMBER,
+        parameters="code dtype; data x; data! y; words words; count position, outer, repeat, inner; number a, b, c",
     ),
     Primitive(
         "gaussian_multiply",
         over="cells",
         does="y[i] = x[i] (1 + sigma z(first + i)), z the cells' standard normal numbers.",
-        dtype=CODE,
-        x=DATA,
-        y=out(DATA),
-        first=SEED,
-        n=COUNT,
-        seed=SEED,
-        offset=SEED,
-        sigma=DOUBLE,
+        parameters="code dtype; data x; data! y; seed first; count n; seed seed, offset; double sigma",
     ),
     Primitive(
         "dilate_bits",
         over="cells",
-        does="Bit [o, i, j] of to = AND over s < block of bit [o, i - s, j] of words, [outer, n, inner], where there "
-        "is one; to is [outer, n + block - 1, inner].",
-        to=out(WORDS),
-        words=WORDS,
-        outer=COUNT,
-        n=COUNT,
-        inner=COUNT,
-        block=COUNT,
+        does="Bit [o, i, j] of to = AND over s < block of bit [o, i - s, j] of words, [outer, n, inner], where "
+        "there is one; to is [outer, n + block - 1, inner].",
+        parameters="words! to; words words; count outer, n, inner, block",
     ),
     Primitive(
         "pointwise_forward",
         over="cells",
         draws=True,
-        does="y = residual + (bit ? a act(x + input_bias) multiplier : 0). For relu alone, signs takes the bits of "
-        "what is kept and not at or below 0.",
-        dtype=CODE,
-        residual_dtype=CODE,
-        x=DATA,
-        input_bias=maybe(COLUMN),
-        multiplier=maybe(DATA),
-        residual=maybe(RESIDUAL),
-        words=maybe(WORDS),
-        y=out(RESIDUAL),
-        signs=maybe(out(WORDS)),
-        rows=COUNT,
-        columns=COUNT,
-        a=NUMBER,
-        activation=CODE,
+        does="y = residual + (bit ? a act(x + input_bias) multiplier : 0). For relu alone, signs takes the bits "
+        "of what is kept and not at or below 0.",
+        parameters="code dtype, residual_dtype; data x; column? input_bias; data? multiplier; residual? residual; "
+        "words? words; residual! y; words!? signs; count rows, columns; number a; code activation",
     ),
     Primitive(
         "pointwise_backward",
         over="cells",
-        does="Of dy, of residual_dtype: dx, dmultiplier, and the gradient of input_bias in sums, [panels, columns], "
-        "whose first row ends as the total.",
-        dtype=CODE,
-        residual_dtype=CODE,
-        dy=RESIDUAL,
-        x=maybe(DATA),
-        input_bias=maybe(COLUMN),
-        multiplier=maybe(DATA),
-        words=maybe(WORDS),
-        dx=out(DATA),
-        dmultiplier=maybe(out(DATA)),
-        sums=maybe(out(SUMS)),
-        rows=COUNT,
-        columns=COUNT,
-        panels=COUNT,
-        a=NUMBER,
-        activation=CODE,
+        does="Of dy, of residual_dtype: dx, dmultiplier, and the gradient of input_bias in sums, [panels, "
+        "columns], whose first row ends as the total.",
+        parameters="code dtype, residual_dtype; residual dy; data? x; column? input_bias; data? multiplier; "
+        "words? words; data! dx; data!? dmultiplier; sums!? sums; count rows, columns, panels; number a; "
+        "code activation",
     ),
     Primitive(
         "norm_forward",
         over="rows",
         draws=True,
-        does="residual_out = residual + (bit ? a (x + input_bias) : 0); y = (residual_out - mean) / deviation weight + "
-        "norm_bias by rows, mean 0 unless centred; statistics [rows, 2]: the mean and one over the deviation.",
-        dtype=CODE,
-        residual_dtype=CODE,
-        x=DATA,
-        input_bias=maybe(COLUMN),
-        residual=maybe(RESIDUAL),
-        words=maybe(WORDS),
-        weight=maybe(COLUMN),
-        norm_bias=maybe(COLUMN),
-        y=out(DATA),
-        residual_out=out(RESIDUAL),
-        statistics=out(STATISTICS),
-        rows=COUNT,
-        columns=COUNT,
-        a=NUMBER,
-        eps=DOUBLE,
-        centred=FLAG,
+        does="residual_out = residual + (bit ? a (x + input_bias) : 0); y = (residual_out - mean) / deviation "
+        "weight + norm_bias by rows, mean 0 unless centred; statistics [rows, 2]: the mean and one over the "
+        "deviation.",
+        parameters="code dtype, residual_dtype; data x; column? input_bias; residual? residual; words? words; "
+        "column? weight, norm_bias; data! y; residual! residual_out; statistics! statistics; "
+        "count rows, columns; number a; double eps; flag centred",
     ),
     Primitive(
         "norm_backward",
         over="panels",
-        does="dresidual = dresidual_out + the norm's gradient of dy; dx = bit ? a dresidual : 0; sums [panels, 3, "
-        "columns]: of weight, norm_bias and input_bias.",
-        dtype=CODE,
-        residual_dtype=CODE,
-        dy=DATA,
-        dresidual_out=maybe(RESIDUAL),
-        residual_out=RESIDUAL,
-        statistics=STATISTICS,
-        weight=maybe(COLUMN),
-        words=maybe(WORDS),
-        dx=maybe(out(DATA)),
-        dresidual=maybe(out(RESIDUAL)),
-        sums=maybe(out(SUMS)),
-        rows=COUNT,
-        columns=COUNT,
-        panels=COUNT,
-        a=NUMBER,
-        centred=FLAG,
+        does="dresidual = dresidual_out + the norm's gradient of dy; dx = bit ? a dresidual : 0; sums [panels, "
+        "3, columns]: of weight, norm_bias and input_bias.",
+        parameters="code dtype, residual_dtype; data dy; residual? dresidual_out; residual residual_out; "
+        "statistics statistics; column? weight; words? words; data!? dx; residual!? dresidual; sums!? sums; "
+        "count rows, columns, panels; number a; flag centred",
     ),
     Primitive(
         "softmax_forward",
         over="rows",
         draws=True,
-        does="probabilities = softmax by rows of softmax_scale x + mask; y = bit ? a probabilities : 0. Row r is query "
-        "r % queries of head r / queries % heads; its row of the mask begins at (r / queries / heads) outer_stride + "
-        "head head_stride + query query_stride.",
-        dtype=CODE,
-        x=DATA,
-        mask=maybe(MASK),
-        words=maybe(WORDS),
-        probabilities=maybe(out(DATA)),
-        y=out(DATA),
-        rows=COUNT,
-        columns=COUNT,
-        heads=COUNT,
-        queries=COUNT,
-        outer_stride=COUNT,
-        head_stride=COUNT,
-        query_stride=COUNT,
-        softmax_scale=NUMBER,
-        a=NUMBER,
-        causal=FLAG,
+        does="probabilities = softmax by rows of softmax_scale x + mask; y = bit ? a probabilities : 0. Row r is "
+        "query r % queries of head r / queries % heads; its row of the mask begins at (r / queries / heads) "
+        "outer_stride + head head_stride + query query_stride.",
+        parameters="code dtype; data x; mask? mask; words? words; data!? probabilities; data! y; "
+        "count rows, columns, heads, queries, outer_stride, head_stride, query_stride; "
+        "number softmax_scale, a; flag causal",
     ),
     Primitive(
         "softmax_backward",
         over="rows",
-        does="dx = softmax_scale probabilities (g - sum of g probabilities over the row), g = bit ? a dy : 0; y as in "
-        "forward.",
-        dtype=CODE,
-        dy=DATA,
-        probabilities=DATA,
-        words=maybe(WORDS),
-        dx=out(DATA),
-        y=maybe(out(DATA)),
-        rows=COUNT,
-        columns=COUNT,
-        softmax_scale=NUMBER,
-        a=NUMBER,
+        does="dx = softmax_scale probabilities (g - sum of g probabilities over the row), g = bit ? a dy : 0; y "
+        "as in forward.",
+        parameters="code dtype; data dy, probabilities; words? words; data! dx; data!? y; count rows, columns; "
+        "number softmax_scale, a",
     ),
 )
 

@@ -9,10 +9,12 @@ over a chunk of blocks and given more groups together, as in csrc/draw.inc.h.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from ...core.random import GROUP_SHIFT, GROUPS, MASK_DOMAIN, PLANES_PER_GROUP
-from .scalars import decide_group, inner, kernel, philox_planes
+from .scalars import decide_group, inner, kernel, philox_planes, stage
 from .threads import BLOCK_CELLS
 
 U = np.uint64
@@ -24,86 +26,114 @@ DOMAIN = U(MASK_DOMAIN)
 GROUP_COUNT = GROUPS * PLANES_PER_GROUP  # index, past the planes, of the number of groups that can decide anything
 
 
+class Draw(NamedTuple):
+    """What decides a cell: the generator's key and offset, and the threshold as `planes_of` gives it."""
+
+    key: Any
+    offset: Any
+    planes: Any
+
+
+class Chunk(NamedTuple):
+    """Words that are drawn together: the bits to keep, those that are undecided, and room for lists of the latter."""
+
+    keep: Any
+    undecided: Any
+    lists: Any
+
+
 @kernel
 def one_block(c0, c1, c2, c3, k0, k1):
     return philox_planes(c0, c1, c2, c3, k0, k1)
 
 
-@kernel
-def planes_of(threshold):
-    """The threshold's bits, most significant first, each spread to a whole word; then the number of groups up to its
-    last 1, because later groups decide nothing."""
+@stage
+def draw_of(seed, offset, threshold):
+    """With the planes: the threshold's bits, most significant first, each spread to a whole word; then the number of
+    groups up to its last 1, because later groups decide nothing."""
     planes = np.zeros(GROUP_COUNT + 1, np.uint64)
     for k in range(32):
         if (threshold >> U(31 - k)) & U(1):
             planes[k] = ~U(0)
             planes[GROUP_COUNT] = U(k // PLANES_PER_GROUP + 1)
-    return planes
+    return Draw((seed, seed >> U(32)), (offset, offset >> U(32)), planes)
 
 
 @inner
-def _look_1(keep, slot, word, k0, k1, o0, o1, planes):
+def _second(word, group):
+    """The second counter word. Loops over the words of a block compute it once, and what follows from it alone."""
+    return (word >> U(32)) | DOMAIN | (group << U(GROUP_SHIFT))
+
+
+@inner
+def _planes(draw, word, second):
+    """Four bit planes of a word of the mask."""
+    return philox_planes(word, second, draw.offset[0], draw.offset[1], draw.key[0], draw.key[1])
+
+
+@inner
+def _look_1(chunk, draw, slot, word):
     """Words word .. word+15, written at slot, for a threshold that one group decides."""
-    t0, t1, t2, t3 = planes[0], planes[1], planes[2], planes[3]
-    c1 = (word >> U(32)) | DOMAIN
+    t0, t1, t2, t3 = draw.planes[0], draw.planes[1], draw.planes[2], draw.planes[3]
+    second = _second(word, U(0))
     for i in range(BLOCK_WORDS):
-        r0, r1, r2, r3 = philox_planes(word + U(i), c1, o0, o1, k0, k1)
+        r0, r1, r2, r3 = _planes(draw, word + U(i), second)
         decided, _ = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
-        keep[slot + U(i)] = np.uint32(decided)
+        chunk.keep[slot + U(i)] = np.uint32(decided)
 
 
 @inner
-def _look_2(keep, undecided, slot, word, k0, k1, o0, o1, planes):
+def _look_2(chunk, draw, slot, word):
     """The same after two groups; ``undecided`` takes what they leave open."""
-    t0, t1, t2, t3 = planes[0], planes[1], planes[2], planes[3]
-    t4, t5, t6, t7 = planes[4], planes[5], planes[6], planes[7]
-    c1 = (word >> U(32)) | DOMAIN
+    t0, t1, t2, t3 = draw.planes[0], draw.planes[1], draw.planes[2], draw.planes[3]
+    t4, t5, t6, t7 = draw.planes[4], draw.planes[5], draw.planes[6], draw.planes[7]
+    high, low = _second(word, U(0)), _second(word, U(1))
     for i in range(BLOCK_WORDS):
-        w = word + U(i)
-        r0, r1, r2, r3 = philox_planes(w, c1, o0, o1, k0, k1)
-        r4, r5, r6, r7 = philox_planes(w, c1 | U(1 << GROUP_SHIFT), o0, o1, k0, k1)
+        r0, r1, r2, r3 = _planes(draw, word + U(i), high)
+        r4, r5, r6, r7 = _planes(draw, word + U(i), low)
         keep_high, equal_high = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
         keep_low, equal_low = decide_group(r4, r5, r6, r7, t4, t5, t6, t7)
-        keep[slot + U(i)] = np.uint32(keep_high & (keep_low | ~equal_high))
-        undecided[slot + U(i)] = np.uint32(equal_high & equal_low)
+        chunk.keep[slot + U(i)] = np.uint32(keep_high & (keep_low | ~equal_high))
+        chunk.undecided[slot + U(i)] = np.uint32(equal_high & equal_low)
 
 
-@kernel
-def _look_on(result, bits, slots, base, pending, group, k0, k1, o0, o1, planes, left):
+@stage
+def _look_on(lists, draw, base, pending, group):
     """One more group for the pending words, listed up to a multiple of 16 so that the loop has no tail: ``result``
     takes the word to AND in, ``left`` the bits still undecided."""
+    slots, bits, result, left = lists[0], lists[1], lists[2], lists[3]
     g = U(PLANES_PER_GROUP) * group
-    t0, t1, t2, t3 = planes[g], planes[g + U(1)], planes[g + U(2)], planes[g + U(3)]
+    t0, t1, t2, t3 = draw.planes[g], draw.planes[g + U(1)], draw.planes[g + U(2)], draw.planes[g + U(3)]
     for block in range(U(0), pending, U(BLOCK_WORDS)):
         for i in range(BLOCK_WORDS):
             at = block + U(i)
-            w = base + U(slots[at])
-            c1 = (w >> U(32)) | DOMAIN | (group << U(GROUP_SHIFT))
-            r0, r1, r2, r3 = philox_planes(w, c1, o0, o1, k0, k1)
+            word = base + U(slots[at])
+            r0, r1, r2, r3 = _planes(draw, word, _second(word, group))
             decided, equal = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
             result[at] = np.uint32(decided | ~U(bits[at]))
             left[at] = np.uint32(equal & U(bits[at]))
 
 
-@kernel
-def decide_pending(keep, undecided, blocks, base, k0, k1, o0, o1, planes, lists):
-    if planes[GROUP_COUNT] <= U(2):
+@stage
+def decide_pending(chunk, draw, blocks, base):
+    groups = draw.planes[GROUP_COUNT]
+    if groups <= U(2):
         return
-    slots, bits, result, left = lists[0], lists[1], lists[2], lists[3]
+    slots, bits, result, left = chunk.lists[0], chunk.lists[1], chunk.lists[2], chunk.lists[3]
     pending = U(0)
     for i in range(U(0), blocks * U(BLOCK_WORDS)):
         slots[pending] = np.uint32(i)
-        bits[pending] = undecided[i]
-        pending += U(undecided[i] != 0)  # no branch: it would be mispredicted one time in eight
+        bits[pending] = chunk.undecided[i]
+        pending += U(chunk.undecided[i] != 0)  # no branch: it would be mispredicted one time in eight
     group = U(2)
-    while pending and group < planes[GROUP_COUNT]:
+    while pending and group < groups:
         for i in range(pending, pending + U(BLOCK_WORDS)):
             slots[i] = 0
             bits[i] = 0
-        _look_on(result, bits, slots, base, pending, group, k0, k1, o0, o1, planes, left)
+        _look_on(chunk.lists, draw, base, pending, group)
         still = U(0)
         for i in range(U(0), pending):
-            keep[slots[i]] &= result[i]
+            chunk.keep[slots[i]] &= result[i]
             if left[i]:
                 slots[still] = slots[i]
                 bits[still] = left[i]
@@ -113,16 +143,16 @@ def decide_pending(keep, undecided, blocks, base, k0, k1, o0, o1, planes, lists)
 
 
 @inner
-def draw_block(keep, undecided, block, first_word, k0, k1, o0, o1, planes):
+def draw_block(chunk, draw, block, first_word):
     """First look at a block of the chunk that begins at first_word; decide_pending ends the chunk."""
     slot = block * U(BLOCK_WORDS)
-    if planes[GROUP_COUNT] == U(1):
-        _look_1(keep, slot, first_word + slot, k0, k1, o0, o1, planes)
+    if draw.planes[GROUP_COUNT] == U(1):
+        _look_1(chunk, draw, slot, first_word + slot)
     else:
-        _look_2(keep, undecided, slot, first_word + slot, k0, k1, o0, o1, planes)
+        _look_2(chunk, draw, slot, first_word + slot)
 
 
-@kernel
+@stage
 def copy_bits(to, to_position, words, position, n):
     """Copies n bits; bits below them in their first word stay, bits above them in their last are cleared."""
     if (to_position | position) & U(31) == U(0):
@@ -145,12 +175,11 @@ def copy_bits(to, to_position, words, position, n):
 
 
 @kernel
-def draw_bits(begin, end, words, position, first0, first1, n, seed0, seed1, offset0, offset1, threshold):
-    k0, k1, o0, o1 = U(seed0), U(seed1), U(offset0), U(offset1)
-    first, planes = U(first0) | U(first1) << U(32), planes_of(U(threshold))
+def draw_bits(begin, end, words, position, first, seed, offset, threshold):
+    draw = draw_of(seed, offset, U(threshold))
     keep = np.empty(CHUNK_WORDS + BLOCK_WORDS + 1, np.uint32)
     undecided = np.empty(CHUNK_WORDS + BLOCK_WORDS, np.uint32)
-    lists = np.empty((4, CHUNK_WORDS + 2 * BLOCK_WORDS), np.uint32)
+    chunk = Chunk(keep, undecided, np.empty((4, CHUNK_WORDS + 2 * BLOCK_WORDS), np.uint32))
     at, stop = U(begin), U(end)
     while at < stop:
         step = min(stop - at, U(CHUNK_CELLS))
@@ -159,7 +188,7 @@ def draw_bits(begin, end, words, position, first0, first1, n, seed0, seed1, offs
         blocks = (lead + step + U(BLOCK_CELLS - 1)) // U(BLOCK_CELLS)
         first_word = cell // U(BLOCK_CELLS) * U(BLOCK_WORDS)
         for block in range(U(0), blocks):
-            draw_block(keep, undecided, block, first_word, k0, k1, o0, o1, planes)
-        decide_pending(keep, undecided, blocks, first_word, k0, k1, o0, o1, planes, lists)
+            draw_block(chunk, draw, block, first_word)
+        decide_pending(chunk, draw, blocks, first_word)
         copy_bits(words, U(position) + at, keep, lead, step)
         at += step

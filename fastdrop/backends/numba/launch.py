@@ -8,6 +8,7 @@ ranges, which threads share (`threads`), and their compiled code is cached on di
 from __future__ import annotations
 
 import importlib
+import inspect
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from ...core.checks import BFLOAT16, FLOAT16, FLOAT64
 from ...core.random import LOW
 from ..generate import function
-from ..primitives import PRIMITIVES, Parameter, Primitive
+from ..primitives import PRIMITIVES, Primitive
 
 numba: Any
 try:
@@ -104,10 +105,11 @@ WORK = {
 
 
 def _launcher(kernel: Any) -> Any:
-    """The primitive of a kernel's name. The kernel takes a range, then the same parameters as `_passed` spells them."""
+    """The primitive of a kernel's name. The kernel takes a range, then what its parameters ask for (`_passed`)."""
     name = kernel.__name__
     primitive = PRIMITIVES[name]
-    arguments = ", ".join(filter(None, (_passed(primitive, parameter) for parameter in primitive.parameters)))
+    _, _, *asked = inspect.signature(kernel.py_func).parameters
+    arguments = ", ".join(_passed(primitive, parameter) for parameter in asked)
     body = f"run(kernel, ({arguments}), {WORK[name if name in WORK else primitive.over]})"
     if "sums" in primitive.names:
         by_panels = f"(run(kernel, ({arguments}), {WORK['panels']}), add_panels(sums, panels))"
@@ -122,31 +124,35 @@ def _launcher(kernel: Any) -> Any:
         "coefficients": _coefficients,
         "streams": _streams,
         "add_panels": _add_panels,
-        "LOW": LOW,
+        "uint64": np.uint64,
     }
     return function(name, ", ".join(primitive.names), body, scope)
 
 
-def _passed(primitive: Primitive, parameter: Parameter) -> str:
+def _passed(primitive: Primitive, name: str) -> str:
     """The text of what a kernel gets for a parameter.
 
-    Fused kernels take addresses and numbers of the type that they compute in. The others take arrays, seeds in two
-    halves, because Numba takes every int for one of 64 signed bits, and their affine as a tuple.
+    Fused kernels take addresses and numbers of the type that they compute in. The others take arrays and, for a, b and
+    c, the affine as a tuple. Seeds are given their type, because Numba takes every int for one of 64 signed bits.
     """
-    name, kind = parameter.name, parameter.kind
-    if kind == "seed":
-        return f"{name} & LOW, {name} >> 32"
-    if kind in ("flag", "double"):
-        return f"{'int' if kind == 'flag' else 'float'}({name})"
-    if "rows" not in primitive.names:
-        return {
-            "data": f"typed(dtype, {name})",
-            "words": f"no_words if {name} is None else {name}" if parameter.optional else name,
-            "number": "coefficients(a, b, c), streams(y)" if name == "a" else "",
-        }.get(kind, name)
-    if parameter.is_array:
-        return f"0 if {name} is None else address({name})" if parameter.optional else f"address({name})"
-    return f"real(dtype, {name})" if kind == "number" else name
+    if name == "coefficients":
+        return "coefficients(a, b, c)"
+    if name == "stream":
+        return "streams(y)"
+    parameter = next(parameter for parameter in primitive.parameters if parameter.name == name)
+    if parameter.kind in CONVERTED:
+        return CONVERTED[parameter.kind].format(name)
+    if not parameter.is_array:
+        return name
+    if "rows" in primitive.names:
+        absent, present = "0", f"address({name})"
+    else:
+        absent, present = "no_words", f"typed(dtype, {name})" if parameter.kind == "data" else name
+    return f"{absent} if {name} is None else {present}" if parameter.optional else present
+
+
+# Numbers that are not passed as they are, by kind.
+CONVERTED = {"seed": "uint64({})", "flag": "int({})", "double": "float({})", "number": "real(dtype, {})"}
 
 
 if numba is not None:

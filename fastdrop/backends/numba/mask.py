@@ -9,7 +9,7 @@ whole vectors, because LLVM doesn't vectorise streaming stores otherwise.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from llvmlite import ir
@@ -17,8 +17,8 @@ from numba import types
 from numba.core import extending
 
 from ...core.random import LOW, NOISE_CELLS, NOISE_COUNTERS, NOISE_DOMAIN
-from .draw import BLOCK_WORDS, CHUNK_CELLS, CHUNK_WORDS, U, copy_bits, decide_pending, draw_block, planes_of
-from .scalars import OPTIONS, affine, as_computed, dropped, inner, kernel, narrow, normals, philox_planes, widen
+from .draw import BLOCK_WORDS, CHUNK_CELLS, CHUNK_WORDS, Chunk, U, copy_bits, decide_pending, draw_block, draw_of
+from .scalars import OPTIONS, affine, as_computed, dropped, inner, kernel, narrow, normals, philox_planes, stage, widen
 from .threads import BLOCK_CELLS
 
 intrinsic: Any = extending.intrinsic
@@ -97,6 +97,17 @@ def prefetch(typingctx: Any, address: Any) -> Any:
     return types.void(types.uintp), codegen
 
 
+class How(NamedTuple):
+    """How elements are applied: the affine's coefficients, whether around the cache, and room for a block of them.
+
+    If y is x, a loop that reads one and writes the other would not be vectorised: elements are held in between.
+    """
+
+    coefficients: Any
+    stream: Any
+    held: Any
+
+
 @inner
 def _bits_at(words, position):
     """32 bits from a position on; the caller sees to it that both words are there."""
@@ -105,7 +116,7 @@ def _bits_at(words, position):
     return np.uint32(low | high)
 
 
-@kernel
+@stage
 def _apply_rest(x, y, start, bits, lead, n, coefficients):
     for i in range(U(0), n):
         cell = lead + i
@@ -114,38 +125,29 @@ def _apply_rest(x, y, start, bits, lead, n, coefficients):
         y[start + i] = narrow(value if kept else dropped(coefficients), x[U(0)])
 
 
-def _apply_whole_runs(
-    x: Any, y: Any, start: Any, bits: Any, lead: Any, n: Any, coefficients: Any, stream: Any, held: Any
-) -> Any:
-    """The affine on as many whole runs of 32 as there are; returns the number of elements done.
-
-    ``held`` has room for them: as y may be x, a loop that reads one and writes the other would not be vectorised.
-    """
+def _apply_runs(x: Any, y: Any, start: Any, bits: Any, lead: Any, runs: Any, how: Any) -> None:
+    """The affine on whole runs of 32."""
     raise NotImplementedError
 
 
-@extending.overload(_apply_whole_runs, jit_options=OPTIONS)
-def _whole_runs_of(x, y, start, bits, lead, n, coefficients, stream, held):
+@extending.overload(_apply_runs, jit_options=OPTIONS)
+def _apply_runs_of(x, y, start, bits, lead, runs, how):
     size = x.dtype.bitwidth // 8
-    if isinstance(x.dtype, types.Float):
 
-        def vectors(x, y, start, bits, lead, n, coefficients, stream, held):
-            source, target = U(x.ctypes.data) + start * U(size), U(y.ctypes.data) + start * U(size)
-            runs = n >> U(5)
-            for run in range(U(0), runs):
-                at = run * U(32 * size)
-                for line in range(U(0), U(32 * size), U(LINE_BYTES)):
-                    prefetch(source + at + line + U(PREFETCH_BYTES))
-                if stream:
-                    stream_run(source + at, target + at, _bits_at(bits, lead + (run << U(5))), coefficients)
-                else:
-                    store_run(source + at, target + at, _bits_at(bits, lead + (run << U(5))), coefficients)
-            return runs << U(5)
+    def vectors(x, y, start, bits, lead, runs, how):
+        source, target = U(x.ctypes.data) + start * U(size), U(y.ctypes.data) + start * U(size)
+        for run in range(U(0), runs):
+            at = run * U(32 * size)
+            for line in range(U(0), U(32 * size), U(LINE_BYTES)):
+                prefetch(source + at + line + U(PREFETCH_BYTES))
+            word = _bits_at(bits, lead + (run << U(5)))
+            if how.stream:
+                stream_run(source + at, target + at, word, how.coefficients)
+            else:
+                store_run(source + at, target + at, word, how.coefficients)
 
-        return vectors
-
-    def lanes(x, y, start, bits, lead, n, coefficients, stream, held):
-        runs = n >> U(5)
+    def lanes(x, y, start, bits, lead, runs, how):
+        held, coefficients = how.held, how.coefficients
         for i in range(runs << U(5)):
             held[i] = x[start + i]
         for run in range(U(0), runs):
@@ -155,42 +157,24 @@ def _whole_runs_of(x, y, start, bits, lead, n, coefficients, stream, held):
                 value = affine(widen(held[at + U(i)]), coefficients)
                 kept = (word >> np.uint32(i)) & np.uint32(1)
                 y[start + at + U(i)] = narrow(value if kept else dropped(coefficients), held[U(0)])
-        return runs << U(5)
 
-    return lanes
+    return vectors if isinstance(x.dtype, types.Float) else lanes
 
 
 @inner
-def _apply(x, y, start, bits, lead, n, coefficients, stream, held):
+def _apply(x, y, start, bits, lead, n, how):
     """The affine on at most a block of elements."""
-    done = _apply_whole_runs(x, y, start, bits, lead, n, coefficients, stream, held)
+    _apply_runs(x, y, start, bits, lead, n >> U(5), how)
+    done = n & ~U(31)
     if done < n:
-        _apply_rest(x, y, start + done, bits, lead + done, n - done, coefficients)
+        _apply_rest(x, y, start + done, bits, lead + done, n - done, how.coefficients)
 
 
 @kernel
-def dropout_forward(
-    begin,
-    end,
-    dtype,
-    x,
-    y,
-    words,
-    first0,
-    first1,
-    n,
-    seed0,
-    seed1,
-    offset0,
-    offset1,
-    threshold,
-    coefficients,
-    stream,
-):
+def dropout_forward(begin, end, x, y, words, first, seed, offset, threshold, coefficients, stream):
     """Draws one chunk ahead, alternating blocks to draw and blocks to apply: drawing fills the time that data takes."""
-    k0, k1, o0, o1 = U(seed0), U(seed1), U(offset0), U(offset1)
-    first, planes = U(first0) | U(first1) << U(32), planes_of(U(threshold))
-    coefficients, held = as_computed(coefficients, x), np.empty(BLOCK_CELLS, x.dtype)
+    draw = draw_of(seed, offset, U(threshold))
+    how = How(as_computed(coefficients, x), stream, np.empty(BLOCK_CELLS, x.dtype))
     keeps_of = np.empty((2, CHUNK_WORDS + BLOCK_WORDS + 1), np.uint32)
     undecided = np.empty(CHUNK_WORDS + BLOCK_WORDS, np.uint32)
     lists = np.empty((4, CHUNK_WORDS + 2 * BLOCK_WORDS), np.uint32)
@@ -199,17 +183,17 @@ def dropout_forward(
     word = (first + at) // U(BLOCK_CELLS) * U(BLOCK_WORDS)  # of the chunk drawn
     turn, step, ahead = U(0), U(0), min(stop - at, U(CHUNK_CELLS))
     while step or ahead:
-        now, drawn = keeps_of[turn], keeps_of[U(1) - turn]
+        now, drawn = keeps_of[turn], Chunk(keeps_of[U(1) - turn], undecided, lists)
         apply_blocks = (step + U(BLOCK_CELLS - 1)) // U(BLOCK_CELLS)
         draw_blocks = (lead + ahead + U(BLOCK_CELLS - 1)) // U(BLOCK_CELLS) if ahead else U(0)
         for block in range(U(0), max(apply_blocks, draw_blocks)):
             if block < draw_blocks:
-                draw_block(drawn, undecided, block, word, k0, k1, o0, o1, planes)
+                draw_block(drawn, draw, block, word)
             if block < apply_blocks:
                 done = block * U(BLOCK_CELLS)
                 count = min(step - done, U(BLOCK_CELLS))
-                _apply(x, y, at + done, now, lead + done, count, coefficients, stream, held)
-        decide_pending(drawn, undecided, draw_blocks, word, k0, k1, o0, o1, planes, lists)
+                _apply(x, y, at + done, now, lead + done, count, how)
+        decide_pending(drawn, draw, draw_blocks, word)
         if words.size and step:
             line = U(words.ctypes.data) + (at >> U(3))
             if stream and step == U(CHUNK_CELLS) and lead == U(0) and line % U(LINE_BYTES) == U(0):
@@ -223,7 +207,7 @@ def dropout_forward(
         step, ahead = ahead, min(stop - at - ahead, U(CHUNK_CELLS))
 
 
-@kernel
+@stage
 def _gather_bits(to, words, position, repeat, inner, at, n):
     """Bits of elements at .. at+n-1 of data (outer, repeat, inner) under a mask (outer, inner)."""
     if repeat == U(1):
@@ -255,22 +239,21 @@ def _gather_bits(to, words, position, repeat, inner, at, n):
 
 
 @kernel
-def masked_affine(begin, end, dtype, x, y, words, position, outer, repeat, inner, coefficients, stream):
+def masked_affine(begin, end, x, y, words, position, repeat, inner, coefficients, stream):
     bits = np.empty(CHUNK_WORDS + 1, np.uint32)
-    coefficients, held = as_computed(coefficients, x), np.empty(BLOCK_CELLS, x.dtype)
+    how = How(as_computed(coefficients, x), stream, np.empty(BLOCK_CELLS, x.dtype))
     at, stop = U(begin), U(end)
     while at < stop:
         step = min(stop - at, U(CHUNK_CELLS))
         _gather_bits(bits, words, U(position), U(repeat), U(inner), at, step)
         for done in range(U(0), step, U(BLOCK_CELLS)):
-            _apply(x, y, at + done, bits, done, min(step - done, U(BLOCK_CELLS)), coefficients, stream, held)
+            _apply(x, y, at + done, bits, done, min(step - done, U(BLOCK_CELLS)), how)
         at += step
 
 
 @kernel
-def gaussian_multiply(begin, end, dtype, x, y, first0, first1, n, seed0, seed1, offset0, offset1, sigma):
-    k0, k1, o0, o1 = U(seed0), U(seed1), U(offset0), U(offset1)
-    first, one, spread = U(first0) | U(first1) << U(32), np.float32(1), np.float32(sigma)
+def gaussian_multiply(begin, end, x, y, first, seed, offset, sigma):
+    one, spread = np.float32(1), np.float32(sigma)
     random = np.empty((4, NOISE_COUNTERS), np.uint32)
     factor = np.empty((4, NOISE_COUNTERS), np.float32)
     factors = factor.reshape(-1)
@@ -281,7 +264,7 @@ def gaussian_multiply(begin, end, dtype, x, y, first0, first1, n, seed0, seed1, 
         b = (first + at) // U(NOISE_CELLS) * U(NOISE_COUNTERS)
         c1 = (b >> U(32)) | U(NOISE_DOMAIN)
         for j in range(NOISE_COUNTERS):
-            r0, r1, r2, r3 = philox_planes(b + U(j), c1, o0, o1, k0, k1)
+            r0, r1, r2, r3 = philox_planes(b + U(j), c1, offset, offset >> U(32), seed, seed >> U(32))
             random[0, j], random[1, j] = np.uint32(r0), np.uint32(r1)
             random[2, j], random[3, j] = np.uint32(r2), np.uint32(r3)
         for j in range(NOISE_COUNTERS):
@@ -312,7 +295,7 @@ def _or_complement(to, to_position, words, position, n):
 
 
 @kernel
-def dilate_bits(begin, end, to, words, outer, n, inner, block):
+def dilate_bits(begin, end, to, words, n, inner, block):
     """First each row gets its new length, filled with kept cells. Then a cell is dropped if it is dropped itself or if
     a cell 1 to ``block - 1`` times ``inner`` before it is. The ends of rows need no care, because the filling of the
     row before lies in between. Each step combines the cells with themselves shifted by the width already covered, so

@@ -55,7 +55,6 @@ def norm_forward(
     y,
     residual_out,
     statistics,
-    rows,
     columns,
     a,
     eps,

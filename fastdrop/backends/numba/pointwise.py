@@ -11,10 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.core import extending
 
-from ...core.activations import NONE
 from .math import curves
 from .scalars import kernel, stage
 from .stages import (
@@ -22,6 +19,7 @@ from .stages import (
     U,
     add,
     as_type,
+    by_type,
     columns_of,
     copy,
     deliver,
@@ -34,7 +32,6 @@ from .stages import (
     take,
 )
 
-overload: Any = extending.overload
 STRIP_CELLS = 1024  # a multiple of 32: signs are written by whole words
 
 
@@ -53,13 +50,8 @@ def _write_signs(h, words, signs, position, n):
 
 
 @stage
-def _leave(h, n, activation):
-    """No activation."""
-
-
-@stage
-def _leave_slope(g, h, n, activation):
-    """Its slope is 1."""
+def _refuse(*arguments):
+    raise ValueError("unknown activation")
 
 
 def _activate_or(code: int, function: Any, otherwise: Any) -> Any:
@@ -89,36 +81,14 @@ def _times_slope_or(code: int, slope: Any, otherwise: Any) -> Any:
 
 
 def _stages_of(double: bool) -> tuple[Any, Any]:
-    activate, times_slope = _leave, _leave_slope
+    activate = times_slope = _refuse
     for code, function in curves(double).activations.items():
-        if code != NONE:
-            activate = _activate_or(code, function, activate)
-            times_slope = _times_slope_or(code, curves(double).slopes[code], times_slope)
+        activate = _activate_or(code, function, activate)
+        times_slope = _times_slope_or(code, curves(double).slopes[code], times_slope)
     return activate, times_slope
 
 
-_stages = _stages_of(False), _stages_of(True)
-
-
-def _activate(h: Any, n: Any, activation: Any) -> Any:
-    raise NotImplementedError
-
-
-def _times_slope(g: Any, h: Any, n: Any, activation: Any) -> Any:
-    """g times the activation's slope at h."""
-    raise NotImplementedError
-
-
-@overload(_activate, inline="always")
-def _activate_of(h, n, activation):
-    activate, _ = _stages[h.dtype == types.float64]
-    return lambda h, n, activation: activate(h, n, activation)
-
-
-@overload(_times_slope, inline="always")
-def _times_slope_of(g, h, n, activation):
-    _, times_slope = _stages[h.dtype == types.float64]
-    return lambda g, h, n, activation: times_slope(g, h, n, activation)
+_activate, _times_slope = (by_type(pair, 0) for pair in zip(_stages_of(False), _stages_of(True), strict=True))
 
 
 # ---- kernels ----
@@ -137,7 +107,6 @@ def pointwise_forward(
     words,
     y,
     signs,
-    rows,
     columns,
     a,
     activation,

@@ -11,85 +11,42 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import types
-from numba.core import extending
 
 from .math import curves
-from .scalars import bits_of, double_of, float_of, kernel, long_bits_of, stage
-from .stages import U, add, as_type, deliver, dot, drop, row_sum, scale, take, take_as
-
-overload: Any = extending.overload
+from .scalars import bits_of, double_of, float_of, kernel, long_bits_of, scalar, stage
+from .stages import U, add, as_type, by_type, deliver, dot, drop, row_sum, scale, take, take_as
 
 
-def _exponentials_stage(double: bool) -> Any:
+def _stages_of(double: bool) -> tuple[Any, Any]:
     exponential = curves(double).exponential
+    bits, number = (long_bits_of, double_of) if double else (bits_of, float_of)
+    unsigned, whole, last = (np.uint64, np.int64, 63) if double else (np.uint32, np.int32, 31)
+    magnitude, sign = whole((1 << last) - 1), whole(last)
+
+    @scalar
+    def turned(key):
+        """A float's bits as an integer of the same order, whose largest is found in lanes; and back."""
+        return whole(key ^ whole(whole(key >> sign) & magnitude))
 
     @stage
     def exponentials(h, n, top):
+        """Of h - top."""
         for i in range(U(0), n):
             h[i] = exponential(h[i] - top)
 
-    return exponentials
+    @stage
+    def largest(h, n):
+        """NaN may be taken for larger or for smaller than anything."""
+        found = turned(whole(bits(h[U(0)])))
+        for i in range(U(1), n):
+            key = turned(whole(bits(h[i])))
+            found = key if key > found else found
+        return number(unsigned(turned(found)))
+
+    return exponentials, largest
 
 
-_stages = _exponentials_stage(False), _exponentials_stage(True)
-
-
-def _exponentials(h: Any, n: Any, top: Any) -> Any:
-    """The exponentials of h - top."""
-    raise NotImplementedError
-
-
-@overload(_exponentials, inline="always")
-def _exponentials_of(h, n, top):
-    exponentials = _stages[h.dtype == types.float64]
-    return lambda h, n, top: exponentials(h, n, top)
-
-
-def _ordered(v: Any) -> Any:
-    """A float's bits as an integer of the same order, whose largest is found in lanes."""
-    raise NotImplementedError
-
-
-def _unordered(key: Any) -> Any:
-    """The float again."""
-    raise NotImplementedError
-
-
-@overload(_ordered, inline="always")
-def _ordered_of(v):
-    if v == types.float64:
-        return lambda v: _turned(np.int64(long_bits_of(v)))
-    return lambda v: _turned(np.int32(bits_of(v)))
-
-
-@overload(_unordered, inline="always")
-def _unordered_of(key):
-    if key == types.int64:
-        return lambda key: double_of(np.uint64(_turned(key)))
-    return lambda key: float_of(np.uint32(_turned(key)))
-
-
-def _turned(key: Any) -> Any:
-    """Negative numbers' magnitudes upside down."""
-    raise NotImplementedError
-
-
-@overload(_turned, inline="always")
-def _turned_of(key):
-    whole, last = (np.int64, 63) if key == types.int64 else (np.int32, 31)
-    magnitude, sign = whole((1 << last) - 1), whole(last)
-    return lambda key: whole(key ^ whole(whole(key >> sign) & magnitude))
-
-
-@stage
-def _largest(h, n):
-    """NaN may be taken for larger or for smaller than anything."""
-    largest = _ordered(h[U(0)])
-    for i in range(U(1), n):
-        key = _ordered(h[i])
-        largest = key if key > largest else largest
-    return _unordered(largest)
+_exponentials, _largest = (by_type(pair, 0) for pair in zip(_stages_of(False), _stages_of(True), strict=True))
 
 
 @kernel
@@ -102,7 +59,6 @@ def softmax_forward(
     words,
     probabilities,
     y,
-    rows,
     columns,
     heads,
     queries,
@@ -145,7 +101,7 @@ def _softmax_slope(g, p, n, dot, softmax_scale):
 
 
 @kernel
-def softmax_backward(begin, end, dtype, dy, probabilities, words, dx, y, rows, columns, softmax_scale, a):
+def softmax_backward(begin, end, dtype, dy, probabilities, words, dx, y, columns, softmax_scale, a):
     """Over rows."""
     columns = U(columns)
     g, p = np.full(columns, a), np.full(columns, a)

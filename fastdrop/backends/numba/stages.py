@@ -31,6 +31,23 @@ RUN = U(32)  # bits taken from a word at a time
 ONES = np.uint32(0xFFFFFFFF)
 
 
+def by_type(stages: Any, scratch: int) -> Any:
+    """A function that kernels call: the first stage for scratch of float32, the second for float64.
+
+    ``scratch`` says which argument decides.
+    """
+
+    def call(*arguments: Any) -> Any:
+        raise NotImplementedError
+
+    @overload(call)
+    def stage_of(*arguments):
+        stage = stages[arguments[scratch].dtype == types.float64]
+        return lambda *arguments: stage(*arguments)
+
+    return call
+
+
 # ---- memory ----
 
 
@@ -91,29 +108,8 @@ def _by_dtype(as_kind: Any) -> tuple[Any, Any]:
     return by_tag, as_it_is
 
 
-_takes, _deliveries = _by_dtype(take_as), _by_dtype(_deliver_as)
-
-
-def take(dtype: Any, address: Any, at: Any, n: Any, scratch: Any) -> Any:
-    """Elements at .. at+n-1 of a dtype into the scratch."""
-    raise NotImplementedError
-
-
-def deliver(dtype: Any, address: Any, at: Any, n: Any, scratch: Any) -> Any:
-    """The scratch's first n numbers as elements at .. at+n-1 of a dtype."""
-    raise NotImplementedError
-
-
-@overload(take, inline="always")
-def _take_of(dtype, address, at, n, scratch):
-    take = _takes[scratch.dtype == types.float64]
-    return lambda dtype, address, at, n, scratch: take(dtype, address, at, n, scratch)
-
-
-@overload(deliver, inline="always")
-def _deliver_of(dtype, address, at, n, scratch):
-    deliver = _deliveries[scratch.dtype == types.float64]
-    return lambda dtype, address, at, n, scratch: deliver(dtype, address, at, n, scratch)
+take = by_type(_by_dtype(take_as), -1)  # elements at .. at+n-1 of a dtype into the scratch
+deliver = by_type(_by_dtype(_deliver_as), -1)  # the scratch's first n numbers as elements at .. at+n-1 of a dtype
 
 
 @stage

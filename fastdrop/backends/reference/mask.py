@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.checks import BFLOAT16, FLOAT16
 from ...core.mask import word_count
 from ...core.random import (
     COSINE,
@@ -32,7 +31,7 @@ from ...core.random import (
     philox4x32_10,
 )
 from ..generate import primitive
-from .storage import bfloat16_to_float32, float32_to_bfloat16, unpack_bits, write_bits
+from .storage import as_computed, store, unpack_bits, write_bits
 
 Array = NDArray[Any]
 Words = NDArray[np.uint32]
@@ -66,18 +65,13 @@ def dropout_forward(p: Any) -> None:
 def masked_affine(p: Any) -> None:
     """Data ``[outer, repeat, inner]`` under stored bits: element (o, r, i) by bit ``position + o * inner + i``."""
     keep = unpack_bits(p.words, p.position, p.outer * p.inner).reshape(p.outer, 1, p.inner)
-    source, target = p.x.reshape(p.outer, p.repeat, p.inner), p.y.reshape(p.outer, p.repeat, p.inner)
-    if p.dtype == BFLOAT16:
-        source = bfloat16_to_float32(source)
-    elif p.dtype == FLOAT16:
-        source = source.astype(np.float32)
+    source = as_computed(p.dtype, p.x).reshape(p.outer, p.repeat, p.inner)
     kind = source.dtype.type
     with np.errstate(all="ignore"):  # inf and NaN in data are data
         kept = source * kind(p.a)
         if p.b != 0.0 or p.c != 0.0:
             kept += kind(p.b)
-        result = np.where(keep, kept, kind(p.c))
-        target[...] = float32_to_bfloat16(result) if p.dtype == BFLOAT16 else result
+        store(p.dtype, p.y.reshape(p.outer, p.repeat, p.inner), np.where(keep, kept, kind(p.c)))
 
 
 @primitive
@@ -93,14 +87,8 @@ def gaussian_multiply(p: Any) -> None:
     for at in range(0, p.n, 32 * CHUNK_WORDS):
         part = slice(at, min(p.n, at + 32 * CHUNK_WORDS))
         factor = one + spread * _normals(p.first + at, part.stop - at, p.seed, p.offset)
-        values = source[part]
-        if p.dtype == BFLOAT16:
-            values = bfloat16_to_float32(values)
         with np.errstate(all="ignore"):
-            if p.dtype == FLOAT16:
-                values = values.astype(np.float32)
-            result = values * factor
-            target[part] = float32_to_bfloat16(result) if p.dtype == BFLOAT16 else result
+            store(p.dtype, target[part], as_computed(p.dtype, source[part]) * factor)
 
 
 @primitive

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.checks import BFLOAT16
+from ...core.checks import BFLOAT16, FLOAT16
 
 Array = NDArray[Any]
 Words = NDArray[np.uint32]
@@ -26,6 +26,18 @@ def float32_to_bfloat16(values: Array) -> Array:
     bits = values.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16
     return np.where(np.isnan(values), (bits >> 16) | 0x40, rounded).astype(np.uint16)
+
+
+def as_computed(dtype: int, x: Array) -> Array:
+    """Data of a dtype in the type that plain dropout computes in: float32 for 16-bit data."""
+    if dtype == BFLOAT16:
+        return bfloat16_to_float32(x)
+    return x.astype(np.float32) if dtype == FLOAT16 else x
+
+
+def store(dtype: int, to: Array, values: Array) -> None:
+    """Rounds numbers of that type to the dtype."""
+    to[...] = float32_to_bfloat16(values) if dtype == BFLOAT16 else values
 
 
 def unpack_bits(words: Words, position: int, n: int) -> NDArray[np.bool_]:
@@ -58,5 +70,4 @@ def read_doubles(dtype: int, x: Array, shape: tuple[int, int]) -> Doubles:
 
 def write_doubles(dtype: int, to: Array, values: Doubles) -> None:
     """Rounds to the dtype."""
-    flat = to.reshape(values.shape)
-    flat[...] = float32_to_bfloat16(values.astype(np.float32)) if dtype == BFLOAT16 else values
+    store(dtype, to.reshape(values.shape), values.astype(np.float32) if dtype == BFLOAT16 else values)
