@@ -1,11 +1,7 @@
-"""Shared by the tests of the CUDA primitives, on `gpu_stub.Gpu` and on a real GPU.
-
-Here are calls by address on arrays between guards, the reference's results for them, and layouts.
-"""
+"""Calls of the CUDA primitives, by address on arrays between guards, and the reference's results for them."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 
@@ -21,24 +17,6 @@ from ...cases import AFFINE, OFFSET, SEED, TENTH, Guarded, assert_same_bits
 
 SCALE = AFFINE["scale"]
 STREAM = 0x5000
-
-# (cells, kept): of none, of all, and where float32 would not hold the cells.
-COUNTS = ((1000, 0), (1000, 1000), (1100, 987), (25_613_457, 23_052_111), (2**40 + 1, 2**39))
-# Uniform numbers at the borders of what makes a normal one: u = 1, its smallest, sqrt(1/2) and 1/2; quarters of a turn.
-RADII = (0xFFFFFFFF, 0xFFFFFF7F, 0, 1, 0xB504F333, 0xB504F2FF, 0x80000000, 0x7FFFFFFF)
-ANGLES = (0, 0x1FFFFFFF, 0x20000000, 0x3FFFFFFF, 0x40000000, 0x60000000, 0x80000000, 0xDFFFFFFF, 0xE0000000, 0xFFFFFFFF)
-DILATIONS = (  # (outer, n, inner, block)
-    (1, 1, 1, 1),
-    (5, 7, 1, 3),  # several rows in a word
-    (70, 1, 1, 7),
-    (3, 10, 7, 4),
-    (2, 5, 33, 3),
-    (1, 100, 1, 40),  # blocks wider than a word
-    (3, 4, 40, 9),  # and than what is widened
-    (2, 64, 32, 2),
-    (1, 2, 1000, 3),
-    (6, 50, 1, 1),  # a copy
-)
 
 AXES = {
     "channels-last": ((2, 105), (5, 7), (7, 1), (3, 35)),
@@ -61,7 +39,20 @@ AXES = {
 }
 
 
-def forward(gpu, dtype, n, *, first=0, cut=TENTH, affine=SCALE, shifts=(0, 0, 0), stored=True, in_place=False):
+def forward(
+    gpu,
+    dtype,
+    n,
+    *,
+    first=0,
+    cut=TENTH,
+    affine=SCALE,
+    shifts=(0, 0, 0),
+    stored=True,
+    in_place=False,
+    seed=SEED,
+    seed_at=0,
+):
     """(y, words) of dropout_forward on poisoned arrays; kernels may write y and words, and read x, no more."""
     x = Guarded.of(dtype.data(n), shifts[0])
     y = x if in_place else Guarded(n, dtype.storage, shifts[1])
@@ -70,18 +61,9 @@ def forward(gpu, dtype, n, *, first=0, cut=TENTH, affine=SCALE, shifts=(0, 0, 0)
     gpu.forget()
     gpu.allow(x.array, y.array, *[words.array] * stored)
     numba_cuda.dropout_forward_at(
-        0,
-        STREAM,
-        dtype.tag,
-        x.array.ctypes.data,
-        y.array.ctypes.data,
-        words.array.ctypes.data if stored else 0,
-        first,
-        n,
-        SEED,
-        OFFSET,
-        cut,
-        *affine,
+        *(0, STREAM, dtype.tag, x.array.ctypes.data, y.array.ctypes.data, words.array.ctypes.data * stored),
+        *(first, n, seed, OFFSET, cut, *affine),
+        seed_at=seed_at,
     )
     return y.array, words.array
 
@@ -112,9 +94,9 @@ def assert_forward_as_reference(gpu, dtype, n, *, shifts=(0, 0, 0), **options):
 
 
 def strided(
-    gpu, dtype, axes, words, *, position=0, affine=SCALE, shifts=(0, 0, 0), in_place=False, kept=None, launch=None
+    gpu, dtype, axes, words, *, position=0, affine=SCALE, shifts=(0, 0, 0), in_place=False, kept=None, grid=None
 ):
-    """strided_affine likewise; ``kept`` is to lie on the device; ``launch`` may put another call in its place."""
+    """strided_affine likewise, or masked_affine for a grid; ``kept`` is to lie on the device."""
     n = math.prod(extent for extent, _ in axes)
     x = Guarded.of(dtype.data(n), shifts[0])
     y = x if in_place else Guarded(n, dtype.storage, shifts[1])
@@ -130,18 +112,15 @@ def strided(
         there.flags.writeable = False
         gpu.allow(there)
         options = {"kept_at": there.ctypes.data}
-    if launch:
-        launch(0, STREAM, dtype.tag, *addresses, position, **options)
+    if grid:
+        numba_cuda.masked_affine_at(0, STREAM, dtype.tag, *addresses, position, *grid, *affine, **options)
     else:
         numba_cuda.strided_affine_at((0, STREAM), dtype.tag, addresses, position, axes, affine, **options)
     return y.array
 
 
-def masked(gpu, dtype, grid, words, *, affine=SCALE, **options):
-    def launch(*arguments, **kept):
-        numba_cuda.masked_affine_at(*arguments, *grid, *affine, **kept)
-
-    return strided(gpu, dtype, [(extent, 0) for extent in grid], words, launch=launch, **options)
+def masked(gpu, dtype, grid, words, **options):
+    return strided(gpu, dtype, [(extent, 0) for extent in grid], words, grid=grid, **options)
 
 
 def expected_masked(dtype, grid, words, *, position=0, affine=SCALE):
@@ -170,7 +149,8 @@ def random_words(cells):
     return np.random.default_rng(cells).integers(0, 2**32, word_count(cells), np.uint32)
 
 
-def assert_masked_as_reference(gpu, dtype, grid, words, *, position=0, affine=SCALE, **options):
+def assert_masked_as_reference(gpu, dtype, grid, *, position=0, affine=SCALE, **options):
+    words = random_words(position + grid[0] * grid[2])
     y = masked(gpu, dtype, grid, words, position=position, affine=affine, **options)
     expected = expected_masked(dtype, grid, words, position=position, affine=affine)
     assert_as_reference(dtype, y, expected, (grid, position, affine, options))
@@ -181,16 +161,6 @@ def assert_strided_as_reference(gpu, dtype, axes, *, position=0, affine=SCALE, *
     y = strided(gpu, dtype, axes, words, position=position, affine=affine, **options)
     expected = expected_strided(dtype, axes, words, position=position, affine=affine)
     assert_as_reference(dtype, y, expected, (axes, position, affine, options))
-
-
-def assert_scaled_by_a_count(gpu, dtype, cells, kept):
-    """masked_affine with ``cells / kept``, where only the GPU knows what was kept."""
-    scale = cells / kept if kept else 0.0
-    for grid, (b, c) in itertools.product(((1, 1, 1100), (3, 5, 16), (3, 5, 11)), ((0.0, 0.0), (-0.25, 0.7))):
-        words = random_words(5 + grid[0] * grid[2])
-        y = masked(gpu, dtype, grid, words, position=5, affine=(float(cells), b, c), kept=kept)
-        expected = expected_masked(dtype, grid, words, position=5, affine=(scale, b, c))
-        assert_as_reference(dtype, y, expected, (cells, kept, grid, b, c))
 
 
 def assert_gaussian_as_reference(
@@ -261,20 +231,17 @@ def launched(gpu):
     return {(launch.variant.body, launch.variant.form) for launch in gpu.launches}
 
 
-def drawn(gpu, n, *, first=0, cut=TENTH, position=0, seed=SEED, offset=OFFSET, seed_at=0):
-    """draw_bits into words of a pattern, one more than it needs; the words, and what they held before."""
-    before = np.random.default_rng(0).integers(0, 2**32, word_count(position + n) + 1, np.uint32)
-    words = Guarded.of(before)
+def drawn(gpu, n, *, first=0, cut=TENTH, position=0, seed=SEED, seed_at=0):
+    """draw_bits into words of a pattern, one more than it needs; the words, and what they are to be."""
+    expected = np.random.default_rng(0).integers(0, 2**32, word_count(position + n) + 1, np.uint32)
+    words = Guarded.of(expected)
+    reference.draw_bits(expected, position, first, n, seed, OFFSET, cut)
     gpu.allow(words.array)
-    at = words.array.ctypes.data
-    numba_cuda.draw_bits_at(0, STREAM, at, position, first, n, seed, offset, cut, seed_at=seed_at)
-    return words.array, before
-
-
-def expected_drawn(n, before, *, first=0, cut=TENTH, position=0, seed=SEED, offset=OFFSET):
-    words = before.copy()
-    reference.draw_bits(words, position, first, n, seed, offset, cut)
-    return words
+    by_value = 0 if seed_at else seed
+    numba_cuda.draw_bits_at(
+        0, STREAM, words.array.ctypes.data, position, first, n, by_value, OFFSET, cut, seed_at=seed_at
+    )
+    return words.array, expected
 
 
 def blocks_of(gpu, monkeypatch, *counts):
