@@ -17,6 +17,7 @@ import fastdrop as fd
 from fastdrop import backends
 from fastdrop.backends import reference
 from fastdrop.backends.cuda import launch as numba_cuda
+from fastdrop.backends.primitives import PRIMITIVES
 from fastdrop.core.activations import ACTIVATIONS
 from fastdrop.core.random import DROP_ALL, threshold_and_scale
 
@@ -74,24 +75,37 @@ def where():
     return torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
 
 
+def assert_as_reference(primitive, *arguments, shift=0, seed_at=False):
+    """A primitive's arrays, bit for bit, with nothing written around them; ``shift`` of data, in elements."""
+    values = dict(zip(PRIMITIVES[primitive].names, arguments, strict=True))
+    areas = {
+        name: Area(x, 0 if x.dtype == np.uint32 else shift * x.itemsize)
+        for name, x in values.items()
+        if isinstance(x, np.ndarray)
+    }
+    getattr(reference, primitive)(*arguments)
+    options = {}
+    if seed_at:
+        on_device = Area(np.array([values["seed"]], np.uint64))
+        options, values["seed"] = {"seed_at": on_device.address}, 0
+    values |= {name: area.address for name, area in areas.items()}
+    at = [0 if value is None else value for value in values.values()]
+    getattr(numba_cuda, f"{primitive}_at")(*where(), *at, **options)
+    for name, area in areas.items():
+        area.expect(arguments[list(values).index(name)])
+
+
 @pytest.mark.parametrize("shift", [0, 1, 3])
 @pytest.mark.parametrize("n", [1, 33, 1023, 1024, 1025, 4100, 20_011])
 @pytest.mark.parametrize("tag", range(4))
-def test_dropout_forward_writes_its_output_whole_and_nothing_else(tag, n, shift):
-    storage, size = STORAGE[tag], np.dtype(STORAGE[tag]).itemsize
+def test_dropout_forward(tag, n, shift):
     cut, scale = threshold_and_scale(0.1)
-    x, seed = numbers(tag, n), Area(np.array([SEED], np.uint64))
-    for first, (a, b, c), kept in itertools.product(FIRST, ((scale, 0.0, 0.0), (1.3, -0.25, 0.7)), (True, False)):
-        y, words = poison(n, storage), poison((n + 31) // 32, np.uint32)
-        areas = Area(x, shift * size), Area(y, shift * size), Area(words)
-        reference.dropout_forward(tag, x, y, words if kept else None, first, n, SEED, OFFSET, cut, a, b, c)
-        source, to, at = (area.address for area in areas)
-        number, seed_at = (SEED, 0) if kept else (0, seed.address)
-        numba_cuda.dropout_forward_at(
-            *where(), tag, source, to, at if kept else 0, first, n, number, OFFSET, cut, a, b, c, seed_at=seed_at
+    for first, affine, kept in itertools.product(FIRST, ((scale, 0.0, 0.0), (1.3, -0.25, 0.7)), (True, False)):
+        y, words = poison(n, STORAGE[tag]), poison((n + 31) // 32, np.uint32) if kept else None
+        drawn = first, n, SEED, OFFSET, cut
+        assert_as_reference(
+            "dropout_forward", tag, numbers(tag, n), y, words, *drawn, *affine, shift=shift, seed_at=not kept
         )
-        for area, content in zip(areas, (x, y, words), strict=True):
-            area.expect(content)
 
 
 class OnGpu:
@@ -129,6 +143,8 @@ def test_fused_primitives(name, pair):
 @pytest.mark.parametrize(("pair", "columns"), [("float32", 8), ("float64", 9), ("float16", 16), ("bfloat16", 11)])
 def test_fused_activations(activation, pair, columns):
     assert_activations_as_reference(OnGpu(), activation, pair, columns)
+    options = {"given": "x input_bias sums", "a": 1.25, "activation": ACTIVATIONS[activation]}
+    assert_fused_as_reference(OnGpu(), "pointwise_backward", PAIR[pair], 20, columns, **options)
 
 
 @pytest.mark.parametrize("pair", PAIR)
@@ -160,45 +176,32 @@ def test_fused_primitives_on_many_rows(pair, columns):
     "grid", [(1, 1, 33), (1, 1, 20_011), (24, 25, 1), (1, 9, 24), (4, 3, 33), (3, 2, 513), (2, 5, 512)]
 )
 @pytest.mark.parametrize("tag", range(4))
-def test_masked_affine_writes_its_output_whole_and_nothing_else(tag, grid, shift):
+def test_masked_affine(tag, grid, shift):
     n, cells = math.prod(grid), grid[0] * grid[2]
-    storage, size = STORAGE[tag], np.dtype(STORAGE[tag]).itemsize
     x, words = numbers(tag, n), np.random.default_rng(0).integers(0, 1 << 32, (cells + 7 + 31) // 32, np.uint32)
-    for position, (a, b, c) in itertools.product((0, 7), ((1.25, 0.0, 0.0), (1.3, -0.25, 0.7))):
-        y = poison(n, storage)
-        areas = Area(x, shift * size), Area(y, shift * size), Area(words)
-        reference.masked_affine(tag, x, y, words, position, *grid, a, b, c)
-        numba_cuda.masked_affine_at(*where(), tag, *(area.address for area in areas), position, *grid, a, b, c)
-        for area, content in zip(areas, (x, y, words), strict=True):
-            area.expect(content)
+    for position, affine in itertools.product((0, 7), ((1.25, 0.0, 0.0), (1.3, -0.25, 0.7))):
+        y = poison(n, STORAGE[tag])
+        assert_as_reference("masked_affine", tag, x, y, words, position, *grid, *affine, shift=shift)
 
 
 @pytest.mark.parametrize("position", [0, 7, 33])
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 1025, 20_011])
-def test_draw_bits_writes_its_bits_and_no_others(n, position):
+def test_draw_bits(n, position):
     cut, _ = threshold_and_scale(0.1)
     for first in FIRST:
         words = np.random.default_rng(n).integers(0, 1 << 32, (position + n + 31) // 32, np.uint32)
-        area = Area(words)
-        reference.draw_bits(words, position, first, n, SEED, OFFSET, cut)
-        numba_cuda.draw_bits_at(*where(), area.address, position, first, n, SEED, OFFSET, cut)
-        area.expect(words)
+        assert_as_reference("draw_bits", words, position, first, n, SEED, OFFSET, cut)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3])
 @pytest.mark.parametrize("n", [1, 17, 64, 1025, 20_011])
 @pytest.mark.parametrize("tag", range(4))
-def test_gaussian_multiply_is_the_references_bit_for_bit(tag, n, shift):
-    storage, size = STORAGE[tag], np.dtype(STORAGE[tag]).itemsize
-    x, seed = numbers(tag, n), Area(np.array([SEED], np.uint64))
+def test_gaussian_multiply(tag, n, shift):
     for first, sigma in itertools.product((0, 5, (1 << 34) - 1000), (1 / 3, 3.0)):
-        y = poison(n, storage)
-        areas = Area(x, shift * size), Area(y)
-        reference.gaussian_multiply(tag, x, y, first, n, SEED, OFFSET, sigma)
-        at = (area.address for area in areas)
-        numba_cuda.gaussian_multiply_at(*where(), tag, *at, first, n, 0, OFFSET, sigma, seed_at=seed.address)
-        for area, content in zip(areas, (x, y), strict=True):
-            area.expect(content)
+        x, y = numbers(tag, n), poison(n, STORAGE[tag])
+        assert_as_reference(
+            "gaussian_multiply", tag, x, y, first, n, SEED, OFFSET, sigma, shift=shift, seed_at=first == 5
+        )
 
 
 def test_millions_of_gaussian_factors():
@@ -244,9 +247,7 @@ def test_scale_of_a_count_on_the_device(tag, grid, cells, kept):
 
 def test_golden_masks():
     masks = json.loads((files("fastdrop") / "vectors" / "masks.json").read_text())["masks"]
-    drawn = [mask for mask in masks if 0 < mask["threshold"] < DROP_ALL]
-    assert drawn
-    for mask in drawn:
+    for mask in [mask for mask in masks if 0 < mask["threshold"] < DROP_ALL]:
         expected = np.array([int(word, 16) for word in mask["words"]], np.uint32)
         area = Area(poison(expected.size, np.uint32))
         seed, offset = int(mask["seed"], 16), int(mask["offset"], 16)
