@@ -18,14 +18,12 @@ from .cases import STREAM, accesses_vectors
 from .fused_cases import (
     F32,
     F64,
-    NO_MASK,
     PAIR,
     ROWS_CASES,
     assert_activations_as_reference,
     assert_case_as_reference,
     assert_fused_as_reference,
     assert_special_numbers_as_reference,
-    norm_numbers,
 )
 
 pytest_plugins = ["tests.backends.cuda.gpu_stub"]
@@ -87,18 +85,17 @@ def test_fused_special_numbers(gpu):
 def test_pointwise_forward_over_many_tiles(gpu):
     """Vectors, then what is left of the last word; the column of each found again and again."""
     for rows, columns, bias in ((501, 28, "input_bias"), (1, 9001, ""), (301, 27, "input_bias")):
-        numbers = {"a": 1.25, "activation": ACTIVATIONS["relu"], "given": f"{bias} residual signs"}
+        numbers = {"activation": ACTIVATIONS["relu"], "given": f"{bias} residual signs"}
         assert_fused_as_reference(gpu, "pointwise_forward", PAIR["float32"], rows, columns, **numbers)
 
 
 @pytest.mark.parametrize("columns", [SHORT_ROW, 5000])
 def test_rows_of_any_length(gpu, columns):
-    softmax = NO_MASK | {"a": 1.25, "softmax_scale": 3.0, "causal": 0}
     for primitive, options in {
-        "norm_forward": {"given": "residual weight norm_bias", **norm_numbers(1)},
-        "norm_backward": {"given": "weight dx sums", **norm_numbers(1)},
-        "softmax_forward": {"given": "probabilities", **softmax},
-        "softmax_backward": {"a": 1.25, "softmax_scale": 3.0},
+        "norm_forward": {"given": "residual weight norm_bias"},
+        "norm_backward": {"given": "weight dx sums"},
+        "softmax_forward": {"given": "probabilities", "softmax_scale": 3.0},
+        "softmax_backward": {"softmax_scale": 3.0},
     }.items():
         assert_fused_as_reference(gpu, primitive, PAIR["float32"], 2, columns, **options)
 
@@ -126,7 +123,6 @@ def test_bits_do_not_hang_on_the_number_of_blocks(gpu, name, monkeypatch):
 )
 def test_vectors_where_all_memory_allows_them(gpu, name):
     primitive, rows, columns, options = ROWS_CASES[name]
-    options = {"a": 1.25, "activation": 0} | options
     for shift, form in ((0, "wide"), (1, "narrow")):
         gpu.launches.clear()
         assert_fused_as_reference(gpu, primitive, PAIR["float32"], rows, columns, **options, shift=shift)

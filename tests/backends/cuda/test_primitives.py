@@ -21,7 +21,7 @@ from fastdrop.backends.cuda import launch as numba_cuda
 from fastdrop.core.checks import FLOAT32
 from fastdrop.core.mask import word_count
 
-from ...cases import AFFINE, DTYPES, GRIDS, OFFSET, SEED, TENTH, THRESHOLDS, Guarded, assert_same_bits, golden
+from ...cases import AFFINE, DTYPES, GRIDS, OFFSET, SEED, TENTH, THRESHOLDS, Guarded, assert_same_bits
 from .cases import (
     AXES,
     SCALE,
@@ -29,13 +29,15 @@ from .cases import (
     assert_as_reference,
     assert_counted,
     assert_dilated_as_reference,
+    assert_drawn_as_reference,
     assert_forward_as_reference,
     assert_gaussian_as_reference,
+    assert_golden_vectors,
     assert_masked_as_reference,
+    assert_scaled_by_a_count,
     assert_strided_as_reference,
     blocks_of,
     drawing_noise,
-    drawn,
     expected_forward,
     expected_masked,
     expected_strided,
@@ -44,6 +46,8 @@ from .cases import (
     masked,
     random_words,
     reach,
+    read_only,
+    run,
     strided,
 )
 from .launching import parameters
@@ -75,24 +79,8 @@ ANGLES = (0, 0x1FFFFFFF, 0x20000000, 0x3FFFFFFF, 0x40000000, 0x60000000, 0x80000
 # ---- draw_bits ----
 
 
-def assert_drawn_as_reference(gpu, n, **options):
-    gpu.forget()
-    words, expected = drawn(gpu, n, **options)
-    assert_same_bits(words, expected, (n, options))
-
-
 def test_draw_bits_golden_vectors(gpu):
-    vectors = [vector for vector in golden()["masks"] if 0 < vector["threshold"] < 1 << 32]
-    assert vectors
-    for vector in vectors:
-        expected = [int(word, 16) for word in vector["words"]]
-        words = np.full(len(expected), 0xA5A5A5A5, np.uint32)
-        gpu.forget()
-        gpu.allow(words)
-        seed, offset = int(vector["seed"], 16), int(vector["offset"], 16)
-        first, n = 32 * vector["first_word"], 32 * words.size
-        numba_cuda.draw_bits_at(0, 0, words.ctypes.data, 0, first, n, seed, offset, vector["threshold"])
-        assert words.tolist() == expected, vector
+    assert_golden_vectors(gpu)
 
 
 def test_draw_bits_positions(gpu):
@@ -126,19 +114,10 @@ def test_draw_bits_any_number_of_blocks_and_any_split(gpu, monkeypatch):
 
 
 def test_seed_on_the_device(gpu):
-    """The seed given by value is not used then."""
-    at = np.array([SEED], np.uint64)
-    at.flags.writeable = False
-    gpu.allow(at)
-    words, expected = drawn(gpu, 3000, seed_at=at.ctypes.data)
-    assert_same_bits(words, expected)
-    assert_gaussian_as_reference(gpu, F32, 3000, seed_at=at.ctypes.data)
-    gpu.allow_from(lambda: [at])
+    assert_drawn_as_reference(gpu, 3000, seed_at=SEED)
+    assert_gaussian_as_reference(gpu, F32, 3000, seed_at=SEED)
     for first in (0, 5):
-        y, words = forward(gpu, F32, 1500, first=first, seed=123, seed_at=at.ctypes.data)
-        expected_y, expected_words = expected_forward(F32, 1500, first=first)
-        assert_same_bits(words, expected_words, first)
-        assert_as_reference(F32, y, expected_y, first)
+        assert_forward_as_reference(gpu, F32, 1500, first=first, seed_at=SEED)
 
 
 def test_positions_beyond_32_bits(gpu):
@@ -261,12 +240,8 @@ def test_masked_affine_reads_only_its_bits(gpu):
 def test_scale_of_a_count(gpu, dtype):
     """``cells / kept``, where only the GPU knows what was kept: none, all, more cells than float32 can hold."""
     for cells, kept in ((1000, 0), (1000, 1000), (25_613_457, 23_052_111), (2**40 + 1, 2**39)):
-        scale = cells / kept if kept else 0.0
         for grid in ((1, 1, 1100), (3, 5, 16), (3, 5, 11))[: 3 if dtype is F32 else 1]:
-            words = random_words(5 + grid[0] * grid[2])
-            y = masked(gpu, dtype, grid, words, position=5, affine=(float(cells), 0.0, 0.0), kept=kept)
-            expected = expected_masked(dtype, grid, words, position=5, affine=(scale, 0.0, 0.0))
-            assert_as_reference(dtype, y, expected, (cells, kept, grid))
+            assert_scaled_by_a_count(gpu, dtype, grid, cells, kept)
     assert {launch.variant.counted for launch in gpu.launches} == {True}
 
 
@@ -277,18 +252,6 @@ def test_scale_of_a_count(gpu, dtype):
 def test_strided_affine_axes(gpu, axes):
     for dtype, position in ((F32, 0), (BF16, 29)):
         assert_strided_as_reference(gpu, dtype, axes, position=position, in_place=position == 29)
-
-
-def test_strided_affine_of_channels_last_is_that_of_the_mask(gpu):
-    """NHWC memory under a mask of NCHW cells: transposed back, it is what contiguous data gives."""
-    n, c, h, w = 3, 8, 5, 6
-    words = random_words(n * c * h * w)
-    axes = (n, c * h * w), (h, w), (w, 1), (c, h * w)
-    y = strided(gpu, F32, axes, words).reshape(n, h, w, c).transpose(0, 3, 1, 2)
-    x = F32.data(n * c * h * w).reshape(n, h, w, c).transpose(0, 3, 1, 2)
-    expected = np.empty(x.shape, np.float32)
-    reference.masked_affine(FLOAT32, np.ascontiguousarray(x), expected, words, 0, 1, 1, x.size, *SCALE)
-    assert_as_reference(F32, np.ascontiguousarray(y), expected)
 
 
 @pytest.mark.parametrize(
@@ -366,12 +329,9 @@ def test_every_16_bit_pattern(gpu, dtype, cc):
     x = np.arange(1 << 16, dtype=np.uint16).view(dtype.storage)
     keep_all, expected = np.full(x.size // 32, 0xFFFFFFFF, np.uint32), np.empty_like(x)
     for shift, scale in ((0, 1e-4), (2, 1e-4), (0, -1e4), (2, -1e4)):
-        source, y = Guarded.of(x, shift), Guarded(x.size, dtype.storage)
-        gpu.forget()
-        gpu.allow(source.array, y.array, keep_all)
-        addresses = [array.ctypes.data for array in (source.array, y.array, keep_all)]
-        numba_cuda.masked_affine_at(0, 0, dtype.tag, *addresses, 0, 1, 1, x.size, scale, 0.0, 0.0)
-        reference.masked_affine(dtype.tag, x, expected, keep_all, 0, 1, 1, x.size, scale, 0.0, 0.0)
+        numbers, y = (0, 1, 1, x.size, scale, 0.0, 0.0), Guarded(x.size, dtype.storage)
+        run(gpu, "masked_affine", dtype.tag, read_only(x, shift), y, read_only(keep_all), *numbers)
+        reference.masked_affine(dtype.tag, x, expected, keep_all, *numbers)
         assert_as_reference(dtype, y.array, expected, (shift, scale))
 
 
