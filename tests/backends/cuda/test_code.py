@@ -136,15 +136,6 @@ def test_machine_code_of_other_capabilities(variant: Variant, cc: Capability, to
     assert code.cubin.registers <= 80
 
 
-def test_translation_serves_all_capabilities(linker: None) -> None:
-    variant, cc = Variant("strided", BFLOAT16, "wide"), (12, 0)
-    own, shared = (
-        re.sub(r"\b_ZN[\w$]+?(?=_param_|[^\w$])", "", text)  # names tell the translation's number and capability
-        for text in (translated(variant, cc, "ptx"), translated_once(variant, cc, "ptx"))
-    )
-    assert own == shared
-
-
 def test_noise_is_rounded_at_each_step(tools: None) -> None:
     """Nothing is contracted, in PTX or after it: what multiplies and adds at once are the steps of two roots."""
     variant = Variant("gaussian_multiply", FLOAT32)
