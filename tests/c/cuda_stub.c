@@ -2,11 +2,10 @@
  *
  * It keeps the driver's rules: a stack of contexts per thread, modules and functions that belong to a context, loading
  * forbidden to a thread while a stream is captured unless it says otherwise. A launch's parameters are read as the
- * driver reads them and given to a callback. Calls are counted; of those that wait or need memory most exist only for
- * that.
+ * driver reads them and given to a callback. Calls are counted.
  *
- * An address of a function that isn't in FUNCTIONS is not to be had (CUDA_ERROR_NOT_FOUND). Functions named stub_ tell
- * it what to be; stub_reset makes it a driver that finds no device.
+ * An address of a function that isn't in FUNCTIONS is not to be had (CUDA_ERROR_NOT_FOUND): of none that waits.
+ * Functions named stub_ tell it what to be; stub_reset makes it a driver that finds no device.
  */
 #include <pthread.h>
 #include <stdatomic.h>
@@ -27,7 +26,6 @@ enum {
     INVALID_CONTEXT = 201,
     INVALID_HANDLE = 400,
     NOT_FOUND = 500,
-    NOT_SUPPORTED = 801,
     STREAM_CAPTURE_UNSUPPORTED = 900,
 };
 
@@ -49,20 +47,12 @@ enum {
 };
 
 /* clang-format off */
-#define IMPLEMENTED(X) \
-    X(cuInit) X(cuDriverGetVersion) X(cuGetErrorName) X(cuGetErrorString) X(cuDeviceGetCount) X(cuDeviceGet) \
-    X(cuDeviceGetAttribute) X(cuDevicePrimaryCtxRetain) X(cuCtxGetCurrent) X(cuCtxSetCurrent) X(cuCtxPushCurrent) \
-    X(cuCtxPopCurrent) X(cuThreadExchangeStreamCaptureMode) X(cuModuleLoadData) X(cuModuleGetFunction) \
-    X(cuLaunchKernel) X(cuPointerGetAttribute) X(cuMemcpyAsync) X(cuMemcpyDtoDAsync) X(cuMemsetD8Async) \
-    X(cuMemsetD32Async)
-#define WAITING_OR_COPYING(X) \
-    X(cuCtxSynchronize) X(cuStreamSynchronize) X(cuStreamQuery) X(cuStreamWaitEvent) X(cuEventCreate) \
-    X(cuEventQuery) X(cuEventRecord) X(cuEventSynchronize) X(cuMemAlloc) X(cuMemAllocAsync) X(cuMemAllocHost) \
-    X(cuMemAllocManaged) X(cuMemFree) X(cuMemFreeAsync) X(cuMemHostAlloc) X(cuMemHostRegister) X(cuMemcpy) \
-    X(cuMemcpyDtoD) X(cuMemcpyDtoH) X(cuMemcpyDtoHAsync) X(cuMemcpyHtoD) X(cuMemcpyHtoDAsync) X(cuMemcpyPeer) \
-    X(cuMemcpyPeerAsync) X(cuMemsetD8) X(cuMemsetD32)
+#define FUNCTIONS(X) \
+    X(cuInit) X(cuDriverGetVersion) X(cuDeviceGetCount) X(cuDeviceGet) X(cuDeviceGetAttribute) \
+    X(cuDevicePrimaryCtxRetain) X(cuCtxGetCurrent) X(cuCtxPushCurrent) X(cuCtxPopCurrent) \
+    X(cuThreadExchangeStreamCaptureMode) X(cuModuleLoadData) X(cuModuleGetFunction) X(cuLaunchKernel) \
+    X(cuPointerGetAttribute) X(cuMemcpyDtoDAsync) X(cuMemsetD32Async)
 /* clang-format on */
-#define FUNCTIONS(X) IMPLEMENTED(X) WAITING_OR_COPYING(X)
 
 enum {
 #define X(name) AT_##name,
@@ -256,18 +246,6 @@ CUresult cuDriverGetVersion(int *version) {
     return SUCCESS;
 }
 
-CUresult cuGetErrorName(CUresult error, const char **name) {
-    ENTER(cuGetErrorName);
-    *name = error ? "CUDA_ERROR_STUB" : "CUDA_SUCCESS";
-    return SUCCESS;
-}
-
-CUresult cuGetErrorString(CUresult error, const char **text) {
-    ENTER(cuGetErrorString);
-    *text = error ? "an error of the stub driver" : "no error";
-    return SUCCESS;
-}
-
 CUresult cuDeviceGetCount(int *count) {
     ENTER(cuDeviceGetCount);
     *count = device_count;
@@ -303,14 +281,6 @@ CUresult cuDevicePrimaryCtxRetain(device_t **context, int device) {
 CUresult cuCtxGetCurrent(device_t **context) {
     ENTER(cuCtxGetCurrent);
     *context = current();
-    return SUCCESS;
-}
-
-CUresult cuCtxSetCurrent(device_t *context) {
-    ENTER(cuCtxSetCurrent);
-    if (context && !is_context(context)) return INVALID_CONTEXT;
-    if (thread_state.depth) thread_state.depth--;
-    if (context) thread_state.stack[thread_state.depth++] = context;
     return SUCCESS;
 }
 
@@ -440,27 +410,11 @@ CUresult cuPointerGetAttribute(void *value, int attribute, uintptr_t address) {
     return status;
 }
 
-CUresult cuMemcpyAsync(void *to, const void *from, size_t bytes, void *stream) {
-    (void)stream;
-    ENTER(cuMemcpyAsync);
-    if (!current()) return INVALID_CONTEXT;
-    memcpy(to, from, bytes);
-    return SUCCESS;
-}
-
 CUresult cuMemcpyDtoDAsync(void *to, const void *from, size_t bytes, void *stream) {
     (void)stream;
     ENTER(cuMemcpyDtoDAsync);
     if (!current()) return INVALID_CONTEXT;
     memcpy(to, from, bytes);
-    return SUCCESS;
-}
-
-CUresult cuMemsetD8Async(uint8_t *to, uint8_t value, size_t count, void *stream) {
-    (void)stream;
-    ENTER(cuMemsetD8Async);
-    if (!current()) return INVALID_CONTEXT;
-    memset(to, value, count);
     return SUCCESS;
 }
 
@@ -471,14 +425,6 @@ CUresult cuMemsetD32Async(uint32_t *to, uint32_t value, size_t count, void *stre
     for (size_t i = 0; i < count; i++) to[i] = value;
     return SUCCESS;
 }
-
-#define X(name)                                                                                                        \
-    CUresult name(void) {                                                                                              \
-        ENTER(name);                                                                                                   \
-        return NOT_SUPPORTED;                                                                                          \
-    }
-WAITING_OR_COPYING(X)
-#undef X
 
 /* cuda.bindings asks for names without _v2 and says which version it means. */
 CUresult cuGetProcAddress_v2(const char *name, void **address, int version, uint64_t flags, int *found) {

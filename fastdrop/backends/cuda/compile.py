@@ -10,6 +10,7 @@ Nothing here needs a GPU or a driver. Numba and the linker are imported only if 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import importlib
 import os
@@ -31,15 +32,8 @@ OLDEST: Capability = (7, 5)
 
 # Source files that decide, beside the variant, what the machine code is: patterns within fastdrop/.
 SOURCES = ("core/*.py", "backends/numba/math.py", "backends/numba/scalars.py", "backends/cuda/*.py")
-PACKAGES = (
-    "numba",
-    "numba-cuda",
-    "llvmlite",
-    "nvidia-nvvm",
-    "nvidia-nvjitlink",
-    "nvidia-cuda-nvcc-cu12",
-    "nvidia-nvjitlink-cu12",
-)
+LINKERS = ("nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12")
+PACKAGES = ("numba", "numba-cuda", "llvmlite", *LINKERS)
 INSTALL = "pip install 'fastdrop[cuda]'"
 
 DIGEST_BYTES = hashlib.sha256().digest_size
@@ -88,7 +82,7 @@ class Variant(NamedTuple):
         if self.on_rows:
             return f"{self.body}-{self.dtype}-{self.residual_dtype}-{self.form or 'both'}-{self.activation}"
         affine = ("scale" if self.plain else "affine") + "-counted" * self.counted
-        return "-".join((self.body, str(self.dtype), self.form or "only", affine))
+        return f"{self.body}-{self.dtype}-{self.form or 'only'}-{affine}"
 
     @property
     def on_rows(self) -> bool:
@@ -98,11 +92,8 @@ class Variant(NamedTuple):
     @property
     def codes(self) -> str:
         computed = "d" if self.dtype == FLOAT64 else "f"
-        return (
-            (PARAMETERS | ROW_PARAMETERS)[self.body]
-            .replace("F", computed)
-            .replace("A", "d" if self.counted else computed)
-        )
+        codes = (PARAMETERS | ROW_PARAMETERS)[self.body]
+        return codes.replace("F", computed).replace("A", "d" if self.counted else computed)
 
 
 def packer(variant: Variant) -> struct.Struct:
@@ -185,29 +176,26 @@ def cubin(code: bytes, cc: Capability) -> bytes:
 def image(variant: Variant, cc: Capability) -> tuple[bytes, bytes]:
     """(kernel's name, machine code), from the disk where it has it."""
     file = cache_folder() / f"{variant}-sm_{cc[0]}{cc[1]}-{_fingerprint()}.cubin"
-    try:
-        code = _checked(file.read_bytes())
-    except OSError:
-        code = None
+    code = _kept(file)
     if code is None:
         try:
             code = cubin(intermediate(variant, cc), cc)
             _keep(file, hashlib.sha256(code).digest() + code)
         except Exception:  # no linker, or one too old for the IR: the driver compiles PTX itself
-            code = _for_the_driver(variant, cc)
+            try:
+                code = ptx(variant, cc).encode() + b"\0"
+            except Exception as error:
+                raise RuntimeError(f"the CUDA kernels can't be compiled here ({error}): {INSTALL}") from error
     return entry(code), code
 
 
-def _for_the_driver(variant: Variant, cc: Capability) -> bytes:
-    try:
-        return ptx(variant, cc).encode() + b"\0"
-    except Exception as error:
-        raise RuntimeError(f"the CUDA kernels can't be compiled here ({error}): {INSTALL}") from error
-
-
-def _checked(kept: bytes) -> bytes | None:
+def _kept(file: Path) -> bytes | None:
     """The code behind its digest, unless a disk has lost part of it."""
-    digest, code = kept[:DIGEST_BYTES], kept[DIGEST_BYTES:]
+    try:
+        content = file.read_bytes()
+    except OSError:
+        return None
+    digest, code = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
     return code if hashlib.sha256(code).digest() == digest else None
 
 
@@ -223,29 +211,20 @@ def cache_folder() -> Path:
     return Path(base) / "fastdrop" / "cuda"
 
 
+@functools.cache
 def _fingerprint() -> str:
     """Of `SOURCES` and the versions of `PACKAGES`."""
-    global _seen
-    if _seen is None:
-        digest = hashlib.sha256()
-        folder = Path(__file__).parents[2]
-        for pattern in SOURCES:
-            for source in sorted(folder.glob(pattern)):
-                digest.update(source.read_bytes())
-        for package in PACKAGES:
-            digest.update(f"{package} {_version(package)}\n".encode())
-        _seen = digest.hexdigest()[:16]
-    return _seen
-
-
-_seen: str | None = None
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
+    digest = hashlib.sha256()
+    for pattern in SOURCES:
+        for source in sorted(Path(__file__).parents[2].glob(pattern)):
+            digest.update(source.read_bytes())
+    for package in PACKAGES:
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            version = "none"
+        digest.update(f"{package} {version}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def _keep(file: Path, content: bytes) -> None:

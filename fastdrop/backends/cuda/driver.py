@@ -62,11 +62,8 @@ def unavailable() -> str | None:
 
 
 def too_old(cc: Capability) -> str:
-    return f"it takes a GPU of compute capability {_dotted(OLDEST)} or later, and this one has {_dotted(cc)}"
-
-
-def _dotted(cc: Capability) -> str:
-    return f"{cc[0]}.{cc[1]}"
+    oldest, own = (".".join(map(str, one)) for one in (OLDEST, cc))
+    return f"it takes a GPU of compute capability {oldest} or later, and this one has {own}"
 
 
 def count() -> int:
@@ -207,9 +204,9 @@ def device(ordinal: int) -> Device:
     found = _devices.get(ordinal)
     if found is None:
         with _lock:
-            found = _devices.get(ordinal)
-            if found is None:
-                found = _devices[ordinal] = Device(ordinal)
+            if ordinal not in _devices:
+                _devices[ordinal] = Device(ordinal)
+            found = _devices[ordinal]
     return found
 
 

@@ -1,11 +1,7 @@
-"""Shared by the tests of the CUDA primitives, on `gpu_stub.Gpu` and on a real GPU.
-
-Here are calls by address on arrays between guards, the reference's results for them, and layouts.
-"""
+"""Calls of the CUDA primitives, by address on arrays between guards, and the reference's results for them."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 
@@ -17,28 +13,10 @@ from fastdrop.backends.cuda import launch as numba_cuda
 from fastdrop.core.mask import word_count
 from fastdrop.core.random import LOW, MULTIPLIERS, NOISE_CELLS, NOISE_COUNTERS, NOISE_DOMAIN, ROUNDS, WEYL
 
-from ...cases import AFFINE, OFFSET, SEED, TENTH, Guarded, assert_same_bits
+from ...cases import AFFINE, OFFSET, SEED, TENTH, Guarded, assert_same_bits, golden
 
 SCALE = AFFINE["scale"]
 STREAM = 0x5000
-
-# (cells, kept): of none, of all, and where float32 would not hold the cells.
-COUNTS = ((1000, 0), (1000, 1000), (1100, 987), (25_613_457, 23_052_111), (2**40 + 1, 2**39))
-# Uniform numbers at the borders of what makes a normal one: u = 1, its smallest, sqrt(1/2) and 1/2; quarters of a turn.
-RADII = (0xFFFFFFFF, 0xFFFFFF7F, 0, 1, 0xB504F333, 0xB504F2FF, 0x80000000, 0x7FFFFFFF)
-ANGLES = (0, 0x1FFFFFFF, 0x20000000, 0x3FFFFFFF, 0x40000000, 0x60000000, 0x80000000, 0xDFFFFFFF, 0xE0000000, 0xFFFFFFFF)
-DILATIONS = (  # (outer, n, inner, block)
-    (1, 1, 1, 1),
-    (5, 7, 1, 3),  # several rows in a word
-    (70, 1, 1, 7),
-    (3, 10, 7, 4),
-    (2, 5, 33, 3),
-    (1, 100, 1, 40),  # blocks wider than a word
-    (3, 4, 40, 9),  # and than what is widened
-    (2, 64, 32, 2),
-    (1, 2, 1000, 3),
-    (6, 50, 1, 1),  # a copy
-)
 
 AXES = {
     "channels-last": ((2, 105), (5, 7), (7, 1), (3, 35)),
@@ -61,28 +39,50 @@ AXES = {
 }
 
 
-def forward(gpu, dtype, n, *, first=0, cut=TENTH, affine=SCALE, shifts=(0, 0, 0), stored=True, in_place=False):
-    """(y, words) of dropout_forward on poisoned arrays; kernels may write y and words, and read x, no more."""
-    x = Guarded.of(dtype.data(n), shifts[0])
-    y = x if in_place else Guarded(n, dtype.storage, shifts[1])
-    words = Guarded(word_count(n), np.uint32, shifts[2])
-    x.array.flags.writeable = in_place
+def run(gpu, primitive, *arguments, **options):
+    """Calls a primitive on arrays between guards, by address; a kernel may write where NumPy may.
+
+    A real ``gpu`` has memory of its own: ``address`` puts an array with its guards there, ``fetch`` brings all back.
+    """
+    guarded = [x for x in (*arguments, *options.values()) if isinstance(x, Guarded)]
     gpu.forget()
-    gpu.allow(x.array, y.array, *[words.array] * stored)
-    numba_cuda.dropout_forward_at(
-        0,
-        STREAM,
-        dtype.tag,
-        x.array.ctypes.data,
-        y.array.ctypes.data,
-        words.array.ctypes.data if stored else 0,
-        first,
-        n,
-        SEED,
-        OFFSET,
-        cut,
-        *affine,
-    )
+    gpu.allow(*[one.array for one in guarded])
+    address, stream = getattr(gpu, "address", lambda one: one.array.ctypes.data), getattr(gpu, "stream", STREAM)
+    at = [address(x) if isinstance(x, Guarded) else x for x in arguments]
+    options = {name: address(x) if isinstance(x, Guarded) else x for name, x in options.items()}
+    if primitive == "strided_affine":
+        tag, x, y, words, *rest = at
+        numba_cuda.strided_affine_at((0, stream), tag, (x, y, words), *rest, **options)
+    else:
+        getattr(numba_cuda, f"{primitive}_at")(0, stream, *at, **options)
+    getattr(gpu, "fetch", lambda: None)()
+    assert all(one.intact for one in guarded)
+
+
+def read_only(values, shift=0):
+    guarded = Guarded.of(values, shift)
+    guarded.array.flags.writeable = False
+    return guarded
+
+
+def on_device(number):
+    """The option of a primitive for a number on the device, or no number."""
+    return 0 if number is None else read_only(np.array([number], np.uint64))
+
+
+def data(dtype, n, shifts, in_place):
+    """x and y, each so many bytes past a border."""
+    x = Guarded.of(dtype.data(n), shifts[0]) if in_place else read_only(dtype.data(n), shifts[0])
+    return x, x if in_place else Guarded(n, dtype.storage, shifts[1])
+
+
+def forward(
+    gpu, dtype, n, *, first=0, cut=TENTH, affine=SCALE, shifts=(0, 0, 0), stored=True, in_place=False, seed_at=None
+):
+    """(y, words) of dropout_forward on poisoned arrays; ``seed_at``: the seed lies on the device."""
+    (x, y), words = data(dtype, n, shifts, in_place), Guarded(word_count(n), np.uint32, shifts[2])
+    draw = first, n, SEED if seed_at is None else 0, OFFSET, cut
+    run(gpu, "dropout_forward", dtype.tag, x, y, words if stored else 0, *draw, *affine, seed_at=on_device(seed_at))
     return y.array, words.array
 
 
@@ -104,44 +104,28 @@ def is_nan(dtype, values):
     return magnitude > ((1 << dtype.exponent) - 1) << dtype.mantissa
 
 
-def assert_forward_as_reference(gpu, dtype, n, *, shifts=(0, 0, 0), **options):
-    y, words = forward(gpu, dtype, n, shifts=shifts, **options)
+def assert_forward_as_reference(gpu, dtype, n, *, shifts=(0, 0, 0), seed_at=None, **options):
+    y, words = forward(gpu, dtype, n, shifts=shifts, seed_at=seed_at, **options)
     expected_y, expected_words = expected_forward(dtype, n, **options)
     assert_same_bits(words, expected_words, ("words", n, options, shifts))
     assert_as_reference(dtype, y, expected_y, ("y", n, options, shifts))
 
 
 def strided(
-    gpu, dtype, axes, words, *, position=0, affine=SCALE, shifts=(0, 0, 0), in_place=False, kept=None, launch=None
+    gpu, dtype, axes, words, *, position=0, affine=SCALE, shifts=(0, 0, 0), in_place=False, kept=None, grid=None
 ):
-    """strided_affine likewise; ``kept`` is to lie on the device; ``launch`` may put another call in its place."""
-    n = math.prod(extent for extent, _ in axes)
-    x = Guarded.of(dtype.data(n), shifts[0])
-    y = x if in_place else Guarded(n, dtype.storage, shifts[1])
-    stored = Guarded.of(words, shifts[2])
-    x.array.flags.writeable = in_place
-    stored.array.flags.writeable = False
-    gpu.forget()
-    gpu.allow(x.array, y.array, stored.array)
-    addresses = [array.ctypes.data for array in (x.array, y.array, stored.array)]
-    options = {}
-    if kept is not None:
-        there = np.array([kept], np.uint64)
-        there.flags.writeable = False
-        gpu.allow(there)
-        options = {"kept_at": there.ctypes.data}
-    if launch:
-        launch(0, STREAM, dtype.tag, *addresses, position, **options)
+    """strided_affine likewise, or masked_affine for a grid; ``kept`` is to lie on the device."""
+    x, y = data(dtype, math.prod(extent for extent, _ in axes), shifts, in_place)
+    arrays = dtype.tag, x, y, read_only(words, shifts[2]), position
+    if grid:
+        run(gpu, "masked_affine", *arrays, *grid, *affine, kept_at=on_device(kept))
     else:
-        numba_cuda.strided_affine_at((0, STREAM), dtype.tag, addresses, position, axes, affine, **options)
+        run(gpu, "strided_affine", *arrays, axes, affine, kept_at=on_device(kept))
     return y.array
 
 
-def masked(gpu, dtype, grid, words, *, affine=SCALE, **options):
-    def launch(*arguments, **kept):
-        numba_cuda.masked_affine_at(*arguments, *grid, *affine, **kept)
-
-    return strided(gpu, dtype, [(extent, 0) for extent in grid], words, launch=launch, **options)
+def masked(gpu, dtype, grid, words, **options):
+    return strided(gpu, dtype, [(extent, 0) for extent in grid], words, grid=grid, **options)
 
 
 def expected_masked(dtype, grid, words, *, position=0, affine=SCALE):
@@ -170,7 +154,8 @@ def random_words(cells):
     return np.random.default_rng(cells).integers(0, 2**32, word_count(cells), np.uint32)
 
 
-def assert_masked_as_reference(gpu, dtype, grid, words, *, position=0, affine=SCALE, **options):
+def assert_masked_as_reference(gpu, dtype, grid, *, position=0, affine=SCALE, **options):
+    words = random_words(position + grid[0] * grid[2])
     y = masked(gpu, dtype, grid, words, position=position, affine=affine, **options)
     expected = expected_masked(dtype, grid, words, position=position, affine=affine)
     assert_as_reference(dtype, y, expected, (grid, position, affine, options))
@@ -183,52 +168,57 @@ def assert_strided_as_reference(gpu, dtype, axes, *, position=0, affine=SCALE, *
     assert_as_reference(dtype, y, expected, (axes, position, affine, options))
 
 
-def assert_scaled_by_a_count(gpu, dtype, cells, kept):
+def assert_scaled_by_a_count(gpu, dtype, grid, cells, kept):
     """masked_affine with ``cells / kept``, where only the GPU knows what was kept."""
-    scale = cells / kept if kept else 0.0
-    for grid, (b, c) in itertools.product(((1, 1, 1100), (3, 5, 16), (3, 5, 11)), ((0.0, 0.0), (-0.25, 0.7))):
-        words = random_words(5 + grid[0] * grid[2])
-        y = masked(gpu, dtype, grid, words, position=5, affine=(float(cells), b, c), kept=kept)
-        expected = expected_masked(dtype, grid, words, position=5, affine=(scale, b, c))
-        assert_as_reference(dtype, y, expected, (cells, kept, grid, b, c))
+    words, scale = random_words(5 + grid[0] * grid[2]), cells / kept if kept else 0.0
+    y = masked(gpu, dtype, grid, words, position=5, affine=(float(cells), 0.0, 0.0), kept=kept)
+    expected = expected_masked(dtype, grid, words, position=5, affine=(scale, 0.0, 0.0))
+    assert_as_reference(dtype, y, expected, (cells, kept, grid))
 
 
 def assert_gaussian_as_reference(
-    gpu, dtype, n, *, first=0, seed=SEED, offset=OFFSET, sigma=0.5, shifts=(0, 0), in_place=False, seed_at=0
+    gpu, dtype, n, *, first=0, offset=OFFSET, sigma=0.5, shifts=(0, 0), in_place=False, seed_at=None
 ):
-    x = Guarded.of(dtype.data(n), shifts[0])
-    y = x if in_place else Guarded(n, dtype.storage, shifts[1])
     expected = np.empty(n, dtype.storage)
-    reference.gaussian_multiply(dtype.tag, x.array, expected, first, n, seed, offset, sigma)
-    x.array.flags.writeable = in_place
-    gpu.allow(x.array, y.array)
-    by_value = 0 if seed_at else seed
-    addresses = x.array.ctypes.data, y.array.ctypes.data
-    numba_cuda.gaussian_multiply_at(
-        0, STREAM, dtype.tag, *addresses, first, n, by_value, offset, sigma, seed_at=seed_at
-    )
+    reference.gaussian_multiply(dtype.tag, dtype.data(n), expected, first, n, SEED, offset, sigma)
+    (x, y), seed = data(dtype, n, shifts, in_place), SEED if seed_at is None else 0
+    run(gpu, "gaussian_multiply", dtype.tag, x, y, first, n, seed, offset, sigma, seed_at=on_device(seed_at))
     assert_as_reference(dtype, y.array, expected, (n, first, sigma, shifts))
 
 
 def assert_dilated_as_reference(gpu, outer, n, inner, block):
-    words = random_words(outer * n * inner) | np.random.default_rng(1).integers(0, 2**32, 1, np.uint32)
-    words.flags.writeable = False
+    words = read_only(random_words(outer * n * inner))
     to = Guarded(word_count(outer * (n + block - 1) * inner), np.uint32)
     expected = np.empty_like(to.array)
-    reference.dilate_bits(expected, words, outer, n, inner, block)
-    gpu.forget()
-    gpu.allow(words, to.array)
-    numba_cuda.dilate_bits_at(0, STREAM, to.array.ctypes.data, words.ctypes.data, outer, n, inner, block)
+    reference.dilate_bits(expected, words.array, outer, n, inner, block)
+    run(gpu, "dilate_bits", to, words, outer, n, inner, block)
     assert_same_bits(to.array, expected, (outer, n, inner, block))
 
 
 def assert_counted(gpu, count, before=0):
-    words, kept = random_words(32 * count), np.array([before], np.uint64)
-    words.flags.writeable = False
-    gpu.forget()
-    gpu.allow(words, kept)
-    numba_cuda.count_bits_at(0, STREAM, words.ctypes.data, count, kept.ctypes.data)
-    assert kept.tolist() == [before + int(np.bitwise_count(words).sum())], count
+    words, kept = random_words(32 * count), Guarded.of(np.array([before], np.uint64))
+    run(gpu, "count_bits", read_only(words), count, kept)
+    assert kept.array.tolist() == [before + int(np.bitwise_count(words).sum())], count
+
+
+def assert_drawn_as_reference(gpu, n, *, first=0, cut=TENTH, position=0, seed_at=None):
+    """draw_bits into words of a pattern, one more than it needs."""
+    expected = np.random.default_rng(0).integers(0, 2**32, word_count(position + n) + 1, np.uint32)
+    words, seed = Guarded.of(expected), SEED if seed_at is None else 0
+    reference.draw_bits(expected, position, first, n, SEED, OFFSET, cut)
+    run(gpu, "draw_bits", words, position, first, n, seed, OFFSET, cut, seed_at=on_device(seed_at))
+    assert_same_bits(words.array, expected, (n, first, cut, position))
+
+
+def assert_golden_vectors(gpu):
+    vectors = [vector for vector in golden()["masks"] if 0 < vector["threshold"] < 1 << 32]
+    assert vectors
+    for vector in vectors:
+        expected = [int(word, 16) for word in vector["words"]]
+        words, n = Guarded(len(expected), np.uint32), 32 * len(expected)
+        seed, offset = int(vector["seed"], 16), int(vector["offset"], 16)
+        run(gpu, "draw_bits", words, 0, 32 * vector["first_word"], n, seed, offset, vector["threshold"])
+        assert words.array.tolist() == expected, vector
 
 
 def drawing_noise(radius, angle, seed=SEED):
@@ -259,22 +249,6 @@ def accesses_vectors(launch):
 
 def launched(gpu):
     return {(launch.variant.body, launch.variant.form) for launch in gpu.launches}
-
-
-def drawn(gpu, n, *, first=0, cut=TENTH, position=0, seed=SEED, offset=OFFSET, seed_at=0):
-    """draw_bits into words of a pattern, one more than it needs; the words, and what they held before."""
-    before = np.random.default_rng(0).integers(0, 2**32, word_count(position + n) + 1, np.uint32)
-    words = Guarded.of(before)
-    gpu.allow(words.array)
-    at = words.array.ctypes.data
-    numba_cuda.draw_bits_at(0, STREAM, at, position, first, n, seed, offset, cut, seed_at=seed_at)
-    return words.array, before
-
-
-def expected_drawn(n, before, *, first=0, cut=TENTH, position=0, seed=SEED, offset=OFFSET):
-    words = before.copy()
-    reference.draw_bits(words, position, first, n, seed, offset, cut)
-    return words
 
 
 def blocks_of(gpu, monkeypatch, *counts):

@@ -18,21 +18,15 @@ from .cases import STREAM, accesses_vectors
 from .fused_cases import (
     F32,
     F64,
-    NO_MASK,
     PAIR,
     ROWS_CASES,
     assert_activations_as_reference,
     assert_case_as_reference,
     assert_fused_as_reference,
     assert_special_numbers_as_reference,
-    norm_numbers,
 )
 
 pytest_plugins = ["tests.backends.cuda.gpu_stub"]
-
-SUMS = ("bias's sums", "norm's gradients")
-GRADIENT = "softmax's gradient"
-
 
 # ---- results ----
 
@@ -42,77 +36,83 @@ def test_fused_float32(gpu, name):
     assert_case_as_reference(gpu, name, "float32")
 
 
-@pytest.mark.parametrize("name", ["bias_dropout_add", *SUMS, "layer norm, long", "softmax, causal"])
+IN_FLOAT64 = ("bias_dropout_add", "bias's sums, odd", "layer norm", "norm's gradients", "softmax, mask")
+
+
+@pytest.mark.parametrize(
+    ("name", "pair"),
+    [
+        *((name, "float64") for name in (*IN_FLOAT64, "softmax's gradient")),  # 8 bytes are exchanged in halves
+        ("bias_dropout_add, odd", "bfloat16"),
+        ("layer norm", "bfloat16"),
+        ("norm's gradients, odd", "float16"),
+        ("softmax's gradient", "float16"),
+    ],
+)
+def test_fused_in_other_types(gpu, name, pair):
+    """Each kernel in float64 with all that it may have; loads, stores and roundings of each type of 16 bits."""
+    assert_case_as_reference(gpu, name, pair)
+
+
+@pytest.mark.parametrize(
+    "name", ["bias_dropout_add", "bias's sums", "norm's gradients", "layer norm, long", "softmax, causal"]
+)
 def test_fused_bfloat16_on_float32(gpu, name):
     assert_case_as_reference(gpu, name, "bfloat16 on float32")
     assert all(accesses_vectors(launch) for launch in gpu.launches if launch.variant.body != "add_panels")
 
 
 @pytest.mark.parametrize(
-    "name", ["bias_dropout_add", "bias's sums, odd", "layer norm", "norm's gradients", "softmax, mask", GRADIENT]
+    ("activation", "pair", "columns"),
+    [
+        ("relu", "float32", 40),
+        ("gelu", "float32", 9),
+        ("gelu_tanh", "float32", 40),
+        ("silu", "float32", 9),
+        ("gelu", "float64", 9),
+        ("gelu_tanh", "float64", 40),
+    ],
 )
-def test_fused_float64(gpu, name):
-    """Each kernel once, with all that it may have: numbers of 8 bytes are exchanged in halves."""
-    assert_case_as_reference(gpu, name, "float64")
-
-
-@pytest.mark.parametrize("pair", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["bias's sums, odd", "layer norm", "norm's gradients, odd", GRADIENT])
-def test_fused_in_16_bits(gpu, name, pair):
-    assert_case_as_reference(gpu, name, pair)
-
-
-@pytest.mark.parametrize("activation", [name for name, code in ACTIVATIONS.items() if code])
-@pytest.mark.parametrize(("pair", "columns"), [("float32", 40), ("float64", 9)])
 def test_fused_activations(gpu, activation, pair, columns):
     assert_activations_as_reference(gpu, activation, pair, columns)
 
 
-@pytest.mark.parametrize("pair", ["float32", "float64"])
-def test_fused_special_numbers(gpu, pair):
-    assert_special_numbers_as_reference(gpu, pair, ACTIVATIONS)
+def test_fused_special_numbers(gpu):
+    assert_special_numbers_as_reference(gpu, "float32", ACTIVATIONS)
+    assert_special_numbers_as_reference(gpu, "float64", ("gelu", "gelu_tanh"))
 
 
 def test_pointwise_forward_over_many_tiles(gpu):
     """Vectors, then what is left of the last word; the column of each found again and again."""
-    numbers = {"a": 1.25, "activation": ACTIVATIONS["relu"]}
-    assert_fused_as_reference(
-        gpu, "pointwise_forward", PAIR["float32"], 501, 28, given="input_bias residual signs", **numbers
-    )
-    assert_fused_as_reference(gpu, "pointwise_forward", PAIR["float32"], 1, 9001, given="residual signs", **numbers)
-    assert_fused_as_reference(gpu, "pointwise_forward", PAIR["float32"], 301, 27, given="input_bias signs", **numbers)
+    for rows, columns, bias in ((501, 28, "input_bias"), (1, 9001, ""), (301, 27, "input_bias")):
+        numbers = {"activation": ACTIVATIONS["relu"], "given": f"{bias} residual signs"}
+        assert_fused_as_reference(gpu, "pointwise_forward", PAIR["float32"], rows, columns, **numbers)
 
 
-@pytest.mark.parametrize("columns", [SHORT_ROW, SHORT_ROW + 4, 66_000])
+@pytest.mark.parametrize("columns", [SHORT_ROW, 5000])
 def test_rows_of_any_length(gpu, columns):
-    given = {"given": "residual weight norm_bias", **norm_numbers(1)}
-    assert_fused_as_reference(gpu, "norm_forward", PAIR["float32"], 2, columns, **given)
-    softmax = NO_MASK | {"a": 1.25, "softmax_scale": 3.0, "causal": 0}
-    assert_fused_as_reference(gpu, "softmax_forward", PAIR["float32"], 2, columns, given="probabilities", **softmax)
-    given = {"given": "weight dx sums", **norm_numbers(1)}
-    assert_fused_as_reference(gpu, "norm_backward", PAIR["float32"], 2, columns, **given)
-    assert_fused_as_reference(gpu, "softmax_backward", PAIR["float32"], 2, columns, a=1.25, softmax_scale=3.0)
+    for primitive, options in {
+        "norm_forward": {"given": "residual weight norm_bias"},
+        "norm_backward": {"given": "weight dx sums"},
+        "softmax_forward": {"given": "probabilities", "softmax_scale": 3.0},
+        "softmax_backward": {"softmax_scale": 3.0},
+    }.items():
+        assert_fused_as_reference(gpu, primitive, PAIR["float32"], 2, columns, **options)
 
 
-# ---- order ----
-
-
-@pytest.mark.parametrize("name", [*SUMS, "layer norm, long", "norm's gradients, long", "softmax, long"])
+@pytest.mark.parametrize("name", ["bias's sums", "norm's gradients", "layer norm, long", "softmax, long"])
 def test_bits_do_not_hang_on_the_number_of_blocks(gpu, name, monkeypatch):
     results = []
-    for blocks in (1, 3, 132):
+    for blocks in (1, 3):
         monkeypatch.setattr(driver, "BLOCKS_PER_SM", blocks)
         gpu.install((9, 0), sms=1)
         results.append(assert_case_as_reference(gpu, name, "float32"))
         assert max(launch.grid[0] for launch in gpu.launches) <= blocks
+    primitive, _, columns, _ = ROWS_CASES[name]
     for output, (_, expected, _) in results[0].items():
-        for other in results[1:]:
-            if output == "sums":  # of which the first line is the result
-                primitive, _, columns, _ = ROWS_CASES[name]
-                width = columns * (3 if primitive == "norm_backward" else 1)
-                assert_same_bits(other[output][1][:width], expected[:width], output)
-            else:
-                assert_same_bits(other[output][1], expected, output)
+        first_line = columns * (3 if primitive == "norm_backward" else 1)  # of sums, which is the result
+        of_interest = slice(first_line if output == "sums" else None)
+        assert_same_bits(results[1][output][1][of_interest], expected[of_interest], output)
 
 
 # ---- launches ----
@@ -122,14 +122,13 @@ def test_bits_do_not_hang_on_the_number_of_blocks(gpu, name, monkeypatch):
     "name", ["bias_dropout_add", "layer norm", "norm's gradients", "softmax", "softmax's gradient"]
 )
 def test_vectors_where_all_memory_allows_them(gpu, name):
-    assert_case_as_reference(gpu, name, "float32")
-    assert all(accesses_vectors(launch) for launch in gpu.launches if launch.variant.body != "add_panels")
     primitive, rows, columns, options = ROWS_CASES[name]
-    options = {"a": 1.25, "activation": 0} | options
-    gpu.launches.clear()
-    assert_fused_as_reference(gpu, primitive, PAIR["float32"], rows, columns, **options, shift=1)
-    assert {launch.variant.form for launch in gpu.launches} == {"" if name == "bias_dropout_add" else "narrow"}
-    assert not any(accesses_vectors(launch) for launch in gpu.launches)
+    for shift, form in ((0, "wide"), (1, "narrow")):
+        gpu.launches.clear()
+        assert_fused_as_reference(gpu, primitive, PAIR["float32"], rows, columns, **options, shift=shift)
+        launches = [launch for launch in gpu.launches if launch.variant.body != "add_panels"]
+        assert {launch.variant.form for launch in launches} == {"" if name == "bias_dropout_add" else form}
+        assert {accesses_vectors(launch) for launch in launches} == {shift == 0}
 
 
 X, Y, WEIGHT, SUM, STATISTICS, WORDS, TOTALS = (0x10000 * i for i in range(1, 8))
@@ -150,28 +149,18 @@ def test_one_address_off_16_bytes_is_enough_for_single_elements(recorded):
     assert forward(columns=65) == forward(columns=66) == "narrow"
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "blocks"),
-    [(1, 1, 1), (4, 512, 1), (5, 512, 2), (5, 516, 5), (4224, 1024, 4224), (1_000_000, 1024, 4224)],
-)
-def test_grid_of_rows(recorded, rows, columns, blocks):
+def test_grids(recorded):
     """A warp of a block of four for a short row, a block for a long one; in turns where there are many."""
-    numba_cuda.softmax_backward_at(0, STREAM, F32.tag, X, Y, WORDS, X, 0, rows, columns, 1.0, 1.0)
-    (launch,) = recorded.launches
-    assert (launch.grid, launch.block) == ((blocks, 1, 1), (128, 1, 1))
-    assert (launch.stream, launch.shared) == (STREAM, 0)
-
-
-@pytest.mark.parametrize(
-    ("rows", "columns", "bias", "blocks"),
-    [(1, 513, 0, 1), (2, 256, 1, 1), (2, 320, 1, 2), (3, 43, 1, 2), (9, 43, 0, 1)],
-)
-def test_grid_of_elements(recorded, rows, columns, bias, blocks):
-    """Four elements a thread, but for the last of them and where the bias's columns don't come in fours."""
-    arrays = X, bias * WEIGHT, 0, Y, WORDS, X, 0
-    numba_cuda.pointwise_forward_at(0, STREAM, F32.tag, F32.tag, *arrays, rows, columns, 1.0, 0)
-    (launch,) = recorded.launches
-    assert launch.grid == (blocks, 1, 1)
+    for rows, columns, blocks in ((4, 512, 1), (5, 512, 2), (5, 516, 5), (1_000_000, 1024, 4224)):
+        numba_cuda.softmax_backward_at(0, STREAM, F32.tag, X, Y, WORDS, X, 0, rows, columns, 1.0, 1.0)
+        launch = recorded.launches[-1]
+        assert (launch.grid, launch.block) == ((blocks, 1, 1), (128, 1, 1))
+        assert (launch.stream, launch.shared) == (STREAM, 0)
+    # Four elements a thread, but for the last of them and where the bias's columns don't come in fours.
+    for rows, columns, bias, blocks in ((1, 513, 0, 1), (2, 256, 1, 1), (2, 320, 1, 2), (3, 43, 1, 2), (9, 43, 0, 1)):
+        arrays = X, bias * WEIGHT, 0, Y, WORDS, X, 0
+        numba_cuda.pointwise_forward_at(0, STREAM, F32.tag, F32.tag, *arrays, rows, columns, 1.0, 0)
+        assert recorded.launches[-1].grid == (blocks, 1, 1)
 
 
 def test_sums_take_a_block_for_a_panel_of_128_columns(recorded):

@@ -6,9 +6,7 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from importlib.resources import files
 
 import numpy as np
 import pytest
@@ -18,7 +16,6 @@ from fastdrop import backends
 from fastdrop.backends import reference
 from fastdrop.backends.cuda import launch as numba_cuda
 from fastdrop.core.activations import ACTIVATIONS
-from fastdrop.core.random import DROP_ALL, threshold_and_scale
 
 if reason := backends.reason("cuda"):
     pytest.skip(f"no GPU: {reason}", allow_module_level=True)
@@ -26,76 +23,31 @@ torch = pytest.importorskip("torch", reason="CUDA tensors come from torch")
 if not torch.cuda.is_available():
     pytest.skip("this torch has no CUDA", allow_module_level=True)
 
+from ...cases import AFFINE, SEED
+from .cases import (
+    assert_counted,
+    assert_dilated_as_reference,
+    assert_drawn_as_reference,
+    assert_forward_as_reference,
+    assert_gaussian_as_reference,
+    assert_golden_vectors,
+    assert_masked_as_reference,
+    assert_scaled_by_a_count,
+)
 from .fused_cases import (
-    NO_MASK,
     PAIR,
     ROWS_CASES,
     assert_activations_as_reference,
     assert_case_as_reference,
     assert_fused_as_reference,
     assert_special_numbers_as_reference,
-    norm_numbers,
 )
 
-STORAGE = (np.float32, np.float64, np.float16, np.uint16)  # by dtype tag
-BFLOAT16 = 3
-GUARD, POISON = 256, 0xFF  # bytes; NaN in every dtype
-SEED, OFFSET = 0x9E3779B97F4A7C15, 0x1_0000_0003
 FIRST = (0, 5, (1 << 37) - 1000)  # within a word; so that the word index passes 2**32 midway
 
 
-class Area:
-    """An array's bytes on the GPU, so many past a border of 256, between guards that nobody may write."""
-
-    def __init__(self, content, shift=0):
-        whole = np.full(content.nbytes + shift + 2 * GUARD, POISON, np.uint8)
-        self._inside = slice(GUARD + shift, GUARD + shift + content.nbytes)
-        whole[self._inside] = content.view(np.uint8)
-        self._buffer = torch.from_numpy(whole).to("cuda")
-        self.address = self._buffer.data_ptr() + GUARD + shift
-
-    def expect(self, content):
-        now = self._buffer.cpu().numpy()
-        assert np.array_equal(now[self._inside], content.view(np.uint8))
-        now[self._inside] = POISON
-        assert (now == POISON).all()
-
-
-def poison(n, storage):
-    return np.full(n * np.dtype(storage).itemsize, POISON, np.uint8).view(storage)
-
-
-def numbers(tag, n):
-    x = np.random.default_rng(tag).normal(size=n).astype(np.float32)
-    return reference.storage.float32_to_bfloat16(x) if tag == BFLOAT16 else x.astype(STORAGE[tag])
-
-
-def where():
-    return torch.cuda.current_device(), torch.cuda.current_stream().cuda_stream
-
-
-@pytest.mark.parametrize("shift", [0, 1, 3])
-@pytest.mark.parametrize("n", [1, 33, 1023, 1024, 1025, 4100, 20_011])
-@pytest.mark.parametrize("tag", range(4))
-def test_dropout_forward_writes_its_output_whole_and_nothing_else(tag, n, shift):
-    storage, size = STORAGE[tag], np.dtype(STORAGE[tag]).itemsize
-    cut, scale = threshold_and_scale(0.1)
-    x, seed = numbers(tag, n), Area(np.array([SEED], np.uint64))
-    for first, (a, b, c), kept in itertools.product(FIRST, ((scale, 0.0, 0.0), (1.3, -0.25, 0.7)), (True, False)):
-        y, words = poison(n, storage), poison((n + 31) // 32, np.uint32)
-        areas = Area(x, shift * size), Area(y, shift * size), Area(words)
-        reference.dropout_forward(tag, x, y, words if kept else None, first, n, SEED, OFFSET, cut, a, b, c)
-        source, to, at = (area.address for area in areas)
-        number, seed_at = (SEED, 0) if kept else (0, seed.address)
-        numba_cuda.dropout_forward_at(
-            *where(), tag, source, to, at if kept else 0, first, n, number, OFFSET, cut, a, b, c, seed_at=seed_at
-        )
-        for area, content in zip(areas, (x, y, words), strict=True):
-            area.expect(content)
-
-
 class OnGpu:
-    """Memory and stream for `cuda_cases.fused`."""
+    """Memory and stream for `cases.run`."""
 
     def __init__(self):
         self.stream = torch.cuda.current_stream().cuda_stream
@@ -119,141 +71,114 @@ class OnGpu:
             guarded._buffer[:] = there.cpu().numpy()
 
 
-@pytest.mark.parametrize("pair", PAIR)
-@pytest.mark.parametrize("name", ROWS_CASES)
-def test_fused_primitives(name, pair):
-    assert_case_as_reference(OnGpu(), name, pair)
+@pytest.fixture
+def gpu():
+    return OnGpu()
 
 
-@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
-@pytest.mark.parametrize(("pair", "columns"), [("float32", 8), ("float64", 9), ("float16", 16), ("bfloat16", 11)])
-def test_fused_activations(activation, pair, columns):
-    assert_activations_as_reference(OnGpu(), activation, pair, columns)
+# ---- plain dropout, bit for bit, and nothing around the arrays is written ----
 
 
-@pytest.mark.parametrize("pair", PAIR)
-def test_fused_special_numbers(pair):
-    assert_special_numbers_as_reference(OnGpu(), pair, ACTIVATIONS)
-
-
-@pytest.mark.parametrize("columns", [1000, 1024, 66_000])
-@pytest.mark.parametrize("pair", ["float32", "bfloat16 on float32"])
-def test_fused_primitives_on_many_rows(pair, columns):
-    """More blocks than a GPU takes at once; the same bits each time."""
-    rows = 2**22 // columns
-    cases = (
-        ("norm_forward", {"given": "input_bias residual weight norm_bias", **norm_numbers(1)}),
-        ("norm_backward", {"given": "dresidual_out weight dx dresidual sums", **norm_numbers(1)}),
-        ("softmax_forward", {"given": "probabilities", "causal": 0, "softmax_scale": 0.5, "a": 1.25, **NO_MASK}),
-        ("pointwise_backward", {"given": "x input_bias sums", "a": 1.25, "activation": ACTIVATIONS["gelu"]}),
-    )
-    for primitive, options in cases:
-        first, again = (
-            assert_fused_as_reference(OnGpu(), primitive, PAIR[pair], rows, columns, **options) for _ in range(2)
-        )
-        for output, (_, y, _) in first.items():
-            assert np.array_equal(y.view(np.uint8), again[output][1].view(np.uint8)), (primitive, output)
+@pytest.mark.parametrize("shift", [0, 1, 3])
+@pytest.mark.parametrize("n", [1, 33, 1023, 1024, 1025, 4100, 20_011])
+def test_dropout_forward(gpu, dtype, n, shift):
+    shifts = shift * dtype.itemsize, shift * dtype.itemsize, 0
+    for first, affine, seed_at in itertools.product(FIRST, ("scale", "affine"), (None, SEED)):
+        options = {"first": first, "affine": AFFINE[affine], "shifts": shifts, "seed_at": seed_at}
+        assert_forward_as_reference(gpu, dtype, n, **options)
 
 
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize(
     "grid", [(1, 1, 33), (1, 1, 20_011), (24, 25, 1), (1, 9, 24), (4, 3, 33), (3, 2, 513), (2, 5, 512)]
 )
-@pytest.mark.parametrize("tag", range(4))
-def test_masked_affine_writes_its_output_whole_and_nothing_else(tag, grid, shift):
-    n, cells = math.prod(grid), grid[0] * grid[2]
-    storage, size = STORAGE[tag], np.dtype(STORAGE[tag]).itemsize
-    x, words = numbers(tag, n), np.random.default_rng(0).integers(0, 1 << 32, (cells + 7 + 31) // 32, np.uint32)
-    for position, (a, b, c) in itertools.product((0, 7), ((1.25, 0.0, 0.0), (1.3, -0.25, 0.7))):
-        y = poison(n, storage)
-        areas = Area(x, shift * size), Area(y, shift * size), Area(words)
-        reference.masked_affine(tag, x, y, words, position, *grid, a, b, c)
-        numba_cuda.masked_affine_at(*where(), tag, *(area.address for area in areas), position, *grid, a, b, c)
-        for area, content in zip(areas, (x, y, words), strict=True):
-            area.expect(content)
+def test_masked_affine(gpu, dtype, grid, shift):
+    shifts = shift * dtype.itemsize, shift * dtype.itemsize, 0
+    for position, affine in itertools.product((0, 7), ("scale", "affine")):
+        assert_masked_as_reference(gpu, dtype, grid, position=position, affine=AFFINE[affine], shifts=shifts)
+
+
+@pytest.mark.parametrize("grid", [(1, 1, 20_011), (4, 33, 40), (4, 33, 37)])
+def test_scale_of_a_count_on_the_device(gpu, dtype, grid):
+    for cells, kept in ((1000, 0), (25_613_457, 23_052_111)):
+        assert_scaled_by_a_count(gpu, dtype, grid, cells, kept)
 
 
 @pytest.mark.parametrize("position", [0, 7, 33])
 @pytest.mark.parametrize("n", [1, 31, 32, 33, 1025, 20_011])
-def test_draw_bits_writes_its_bits_and_no_others(n, position):
-    cut, _ = threshold_and_scale(0.1)
+def test_draw_bits(gpu, n, position):
     for first in FIRST:
-        words = np.random.default_rng(n).integers(0, 1 << 32, (position + n + 31) // 32, np.uint32)
-        area = Area(words)
-        reference.draw_bits(words, position, first, n, SEED, OFFSET, cut)
-        numba_cuda.draw_bits_at(*where(), area.address, position, first, n, SEED, OFFSET, cut)
-        area.expect(words)
+        assert_drawn_as_reference(gpu, n, first=first, position=position)
+
+
+def test_golden_masks(gpu):
+    assert_golden_vectors(gpu)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3])
 @pytest.mark.parametrize("n", [1, 17, 64, 1025, 20_011])
-@pytest.mark.parametrize("tag", range(4))
-def test_gaussian_multiply_is_the_references_bit_for_bit(tag, n, shift):
-    storage, size = STORAGE[tag], np.dtype(STORAGE[tag]).itemsize
-    x, seed = numbers(tag, n), Area(np.array([SEED], np.uint64))
+def test_gaussian_multiply(gpu, dtype, n, shift):
     for first, sigma in itertools.product((0, 5, (1 << 34) - 1000), (1 / 3, 3.0)):
-        y = poison(n, storage)
-        areas = Area(x, shift * size), Area(y)
-        reference.gaussian_multiply(tag, x, y, first, n, SEED, OFFSET, sigma)
-        at = (area.address for area in areas)
-        numba_cuda.gaussian_multiply_at(*where(), tag, *at, first, n, 0, OFFSET, sigma, seed_at=seed.address)
-        for area, content in zip(areas, (x, y), strict=True):
-            area.expect(content)
+        options = {"first": first, "sigma": sigma, "shifts": (shift * dtype.itemsize, 0), "seed_at": SEED}
+        assert_gaussian_as_reference(gpu, dtype, n, **options)
 
 
-def test_millions_of_gaussian_factors():
+def test_millions_of_gaussian_factors(gpu):
     """Also by the ways that one draw in 2**25 takes."""
     n = 1 << 26
-    x = torch.ones(n, device="cuda")
-    numba_cuda.gaussian_multiply_at(*where(), 0, x.data_ptr(), x.data_ptr(), 0, n, SEED, OFFSET, 0.5)
-    y = np.ones(n, np.float32)
-    reference.gaussian_multiply(0, y, y, 0, n, SEED, OFFSET, 0.5)
+    x, y = torch.ones(n, device="cuda"), np.ones(n, np.float32)
+    numba_cuda.gaussian_multiply_at(0, gpu.stream, 0, x.data_ptr(), x.data_ptr(), 0, n, SEED, 0, 0.5)
+    reference.gaussian_multiply(0, y, y, 0, n, SEED, 0, 0.5)
     assert np.array_equal(x.cpu().numpy(), y)
 
 
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1, 1), (70, 1, 1, 7), (3, 10, 7, 4), (1, 100, 1, 40), (2, 64, 32, 2), (300, 56, 56, 7)]
 )
-def test_dilate_bits_and_count_them(shape):
-    outer, n, inner, block = shape
-    rng = np.random.default_rng(0)
-    words = rng.integers(0, 1 << 32, (outer * n * inner + 31) // 32, np.uint32)
-    to = poison((outer * (n + block - 1) * inner + 31) // 32, np.uint32)
-    source, target, kept = Area(words), Area(to), Area(np.array([2**32 - 1], np.uint64))
-    reference.dilate_bits(to, words, *shape)
-    numba_cuda.dilate_bits_at(*where(), target.address, source.address, *shape)
-    numba_cuda.count_bits_at(*where(), target.address, to.size, kept.address)
-    source.expect(words)
-    target.expect(to)
-    kept.expect(np.array([2**32 - 1 + int(np.bitwise_count(to).sum())], np.uint64))
+def test_dilate_bits_and_count_them(gpu, shape):
+    assert_dilated_as_reference(gpu, *shape)
+    assert_counted(gpu, math.prod(shape[:3]), before=2**32 - 1)
 
 
-@pytest.mark.parametrize(("cells", "kept"), [(1000, 0), (25_613_457, 23_052_111)])
-@pytest.mark.parametrize("grid", [(1, 1, 20_011), (4, 33, 40), (4, 33, 37)])
-@pytest.mark.parametrize("tag", range(4))
-def test_scale_of_a_count_on_the_device(tag, grid, cells, kept):
-    x, words = numbers(tag, math.prod(grid)), np.random.default_rng(0).integers(0, 1 << 32, 700, np.uint32)
-    y = poison(x.size, STORAGE[tag])
-    areas, count = (Area(x), Area(y), Area(words)), Area(np.array([kept], np.uint64))
-    reference.masked_affine(tag, x, y, words, 3, *grid, cells / kept if kept else 0.0, 0.0, 0.0)
-    at = (area.address for area in areas)
-    numba_cuda.masked_affine_at(*where(), tag, *at, 3, *grid, float(cells), 0.0, 0.0, kept_at=count.address)
-    for area, content in zip(areas, (x, y, words), strict=True):
-        area.expect(content)
+# ---- fused primitives ----
 
 
-def test_golden_masks():
-    masks = json.loads((files("fastdrop") / "vectors" / "masks.json").read_text())["masks"]
-    drawn = [mask for mask in masks if 0 < mask["threshold"] < DROP_ALL]
-    assert drawn
-    for mask in drawn:
-        expected = np.array([int(word, 16) for word in mask["words"]], np.uint32)
-        area = Area(poison(expected.size, np.uint32))
-        seed, offset = int(mask["seed"], 16), int(mask["offset"], 16)
-        numba_cuda.draw_bits_at(
-            *where(), area.address, 0, 32 * mask["first_word"], 32 * expected.size, seed, offset, mask["threshold"]
+@pytest.mark.parametrize("pair", PAIR)
+@pytest.mark.parametrize("name", ROWS_CASES)
+def test_fused_primitives(gpu, name, pair):
+    assert_case_as_reference(gpu, name, pair)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "gelu_tanh", "silu"])
+@pytest.mark.parametrize(("pair", "columns"), [("float32", 8), ("float64", 9), ("float16", 16), ("bfloat16", 11)])
+def test_fused_activations(gpu, activation, pair, columns):
+    assert_activations_as_reference(gpu, activation, pair, columns)
+    options = {"given": "x input_bias sums", "activation": ACTIVATIONS[activation]}
+    assert_fused_as_reference(gpu, "pointwise_backward", PAIR[pair], 20, columns, **options)
+
+
+@pytest.mark.parametrize("pair", PAIR)
+def test_fused_special_numbers(gpu, pair):
+    assert_special_numbers_as_reference(gpu, pair, ACTIVATIONS)
+
+
+@pytest.mark.parametrize("columns", [1000, 1024, 66_000])
+@pytest.mark.parametrize("pair", ["float32", "bfloat16 on float32"])
+def test_fused_primitives_on_many_rows(gpu, pair, columns):
+    """More blocks than a GPU takes at once; the same bits each time."""
+    rows = 2**22 // columns
+    cases = (
+        ("norm_forward", {"given": "input_bias residual weight norm_bias"}),
+        ("norm_backward", {"given": "dresidual_out weight dx dresidual sums"}),
+        ("softmax_forward", {"given": "probabilities"}),
+        ("pointwise_backward", {"given": "x input_bias sums", "activation": ACTIVATIONS["gelu"]}),
+    )
+    for primitive, options in cases:
+        first, again = (
+            assert_fused_as_reference(gpu, primitive, PAIR[pair], rows, columns, **options) for _ in range(2)
         )
-        area.expect(expected)
+        for output, (_, y, _) in first.items():
+            assert np.array_equal(y.view(np.uint8), again[output][1].view(np.uint8)), (primitive, output)
 
 
 # ---- the NumPy API ----

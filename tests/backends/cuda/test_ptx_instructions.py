@@ -1,6 +1,7 @@
 """Tests what the PTX interpreter computes, against Python integers, libm and NumPy.
 
-An instruction is a row of a table: a new one needs a row here and one in `ptx.arithmetic`.
+The tests of the kernels would miss it if an instruction were wrong for operands that kernels seldom have: shifts beyond
+a word, NaN, ties. An instruction is a row of a table: a new one needs a row here and one in `ptx.arithmetic`.
 """
 
 from __future__ import annotations
@@ -69,35 +70,6 @@ def test_integers(name: str) -> None:
         np.testing.assert_array_equal(evaluate(f"{opcode}.{type} {names};", result, *operands), wrapped)
 
 
-def test_predicates_and_selection() -> None:
-    a, b, c = (samples("pred", seed) for seed in range(3))
-    for name, expected in (("and", a & b), ("or", a | b), ("xor", a ^ b)):
-        np.testing.assert_array_equal(evaluate(f"{name}.pred $d, $a, $b;", "pred", ("pred", a), ("pred", b)), expected)
-    np.testing.assert_array_equal(evaluate("not.pred $d, $a;", "pred", ("pred", a)), ~a)
-    for type in ("b16", "b32", "b64", "u64", "f32", "f64"):
-        x, y = samples(type), samples(type, 1)
-        result = evaluate(f"selp.{type} $d, $a, $b, $c;", type, (type, x), (type, y), ("pred", c))
-        assert result.tobytes() == np.where(c, x, y).tobytes()
-
-
-def test_mov_packs_and_unpacks() -> None:
-    for part, whole in (("b16", "b32"), ("b32", "b64")):
-        a, b = samples(part), samples(part, 1)
-        packed = a.astype(ptx.DTYPES[whole]) | b.astype(ptx.DTYPES[whole]) << bits_of(part)
-        np.testing.assert_array_equal(evaluate(f"mov.{whole} $d, {{$a, $b}};", whole, (part, a), (part, b)), packed)
-        low, high = (f".reg .{part} %x; mov.{whole} {{{names}}}, $a;" for names in ("$d, %x", "%x, $d"))
-        np.testing.assert_array_equal(evaluate(low, part, (whole, packed)), a)
-        np.testing.assert_array_equal(evaluate(high, part, (whole, packed)), b)
-
-
-def test_immediates() -> None:
-    a = np.arange(4, dtype=np.uint32)
-    for text, expected in (("-1", a - 1), ("0xFF", a + 255)):
-        np.testing.assert_array_equal(evaluate(f"add.u32 $d, $a, {text};", "u32", ("u32", a)), expected)
-    np.testing.assert_array_equal(evaluate("mov.f32 $d, 0f40490FDB;", "f32", ("u32", a)), np.float32(np.pi))
-    np.testing.assert_array_equal(evaluate("mov.f64 $d, 0d400921FB54442D18;", "f64", ("u32", a)), np.pi)
-
-
 COMPARISONS = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal}
 COMPARISONS |= {"gt": np.greater, "ge": np.greater_equal}
 
@@ -141,15 +113,6 @@ def test_floats(name: str) -> None:
     for type in ("f32", "f64"):
         x, sign = samples(type), samples(type, 1)
         same_bits(evaluate(f"copysign.{type} $d, $a, $b;", type, (type, sign), (type, x)), np.copysign(x, sign))
-
-
-def test_approximate_functions() -> None:
-    a = np.linspace(-120, 120, N)
-    result = evaluate("rcp.approx.ftz.f64 $d, $a;", "f64", ("f64", a))
-    np.testing.assert_allclose(result, 1 / a, rtol=2.0**-20)
-    assert not (result.view(np.uint64) & 0xFFFFFFFF).any()
-    powers = evaluate("ex2.approx.ftz.f32 $d, $a;", "f32", ("f32", a.astype(np.float32)))
-    np.testing.assert_allclose(powers, 2 ** a.astype(np.float32), rtol=2.0**-20)
 
 
 def test_fma_rounds_once() -> None:

@@ -8,25 +8,23 @@ import numpy as np
 import pytest
 
 from . import ptx
-from .ptx_running import aligned, bits_of, entry, launch, same_bits, samples
+from .ptx_running import aligned, entry, launch
 
 COPY = """
-    .reg .b64 %a, %b, %o; .reg .b32 %i; .reg .REGISTER %r<4>;
+    .reg .b64 %a, %b, %o; .reg .b32 %i; .reg .b32 %r<4>;
     mov.u32 %i, %tid.x; ld.param.u64 %a, [p0]; ld.param.u64 %b, [p1];
     mul.wide.u32 %o, %i, SIZE; add.s64 %a, %a, %o; add.s64 %b, %b, %o;
     ld.global.TYPE GROUP, [%a]; st.global.TYPE [%b], GROUP;
 """
 
 
-def copying(type: str, count: int = 1) -> str:
-    """A kernel that copies ``count`` numbers a thread, from p0 to p1."""
-    group = f"{{{', '.join(f'%r{i}' for i in range(count))}}}" if count > 1 else "%r0"
-    register = type if type[0] == "f" else f"b{bits_of(type)}"
-    body = COPY.replace("SIZE", str(count * bits_of(type) // 8)).replace("GROUP", group).replace("REGISTER", register)
-    return entry(body.replace("TYPE", f"v{count}.{type}" if count > 1 else type), ["u64", "u64"])
+def copying(type: str, size: int, group: str) -> str:
+    """A kernel that copies so many bytes a thread, from p0 to p1."""
+    body = COPY.replace("SIZE", str(size)).replace("GROUP", group).replace("TYPE", type)
+    return entry(body, ["u64", "u64"])
 
 
-COPY_4, COPY_16 = copying("u32"), copying("u32", 4)
+COPY_4, COPY_16 = copying("u32", 4, "%r0"), copying("v4.u32", 16, "{%r0, %r1, %r2, %r3}")
 
 
 def faults(what: str) -> Any:
@@ -37,45 +35,6 @@ def races(who: str) -> Any:
     return pytest.raises(ptx.Race, match=who)
 
 
-def test_loads_and_stores() -> None:
-    for type, count in (("b16", 1), ("u16", 1), ("u32", 1), ("u64", 2), ("f32", 4), ("f64", 2)):
-        x, y = (aligned(50 * count, ptx.DTYPES[type]) for _ in range(2))
-        x[:] = samples(type, n=50 * count)
-        launch(copying(type, count), [x, y], threads=50)
-        same_bits(y, x)
-
-
-def test_narrow_loads_extend_and_narrow_stores_truncate() -> None:
-    body = """
-        .reg .b64 %x, %a, %b, %o; .reg .b32 %i;
-        mov.u32 %i, %tid.x; ld.param.u64 %a, [p0]; ld.param.u64 %b, [p1];
-        mul.wide.u32 %o, %i, 8; add.s64 %a, %a, %o; add.s64 %b, %b, %o;
-        ld.global.u32 %x, [%a]; st.global.u64 [%b], %x; ld.global.u64 %x, [%a]; st.global.u32 [%b+4], %x;
-    """
-    x, y = samples("u64", n=100), aligned(100, np.uint64)
-    launch(entry(body, ["u64", "u64"]), [x, y], threads=100)
-    np.testing.assert_array_equal(y, (x & 0xFFFFFFFF) * np.uint64(2**32 + 1))
-
-
-def test_parameters_lie_at_their_natural_alignment() -> None:
-    out, parameters = aligned(3, np.uint64), np.zeros(4, np.uint64)
-    parameters[0] = out.ctypes.data
-    parameters[1] = 7 | 0x3FC00000 << 32  # and 1.5 in float32
-    parameters[2] = 0xFFFFFFFE
-    parameters[3] = np.float64(-2.5).view(np.uint64)
-    body = """
-        .reg .b64 %o, %x; .reg .f64 %d; .reg .f32 %f;
-        ld.param.u64 %o, [p0]; ld.param.u32 %x, [p1]; st.global.u64 [%o], %x;
-        ld.param.f32 %f, [p2]; st.global.f32 [%o+8], %f; ld.param.u32 %x, [p3]; st.global.u32 [%o+12], %x;
-        ld.param.f64 %d, [p4]; st.global.f64 [%o+16], %d; ret;
-    """
-    text = entry(body, ["u64", "u32", "f32", "u32", "f64"])
-    ptx.Machine([out]).launch(text, 1, 1, parameters.tobytes())
-    assert out.tolist() == [7, 0x3FC00000 | 0xFFFFFFFE << 32, int(parameters[3])]
-    with pytest.raises(ValueError, match="has 32 bytes of parameters, but got 31"):
-        ptx.Machine([out]).launch(text, 1, 1, parameters.tobytes()[:-1])
-
-
 def test_access_out_of_bounds_is_a_fault() -> None:
     x, y = aligned(64, np.uint32), aligned(64, np.uint32)
     parameters = np.array([x.ctypes.data, y.ctypes.data], np.uint64).tobytes()
@@ -84,6 +43,8 @@ def test_access_out_of_bounds_is_a_fault() -> None:
         ptx.Machine(arrays).launch(text, 1, threads, parameters)
 
     run(x, y)
+    with pytest.raises(ValueError, match="has 16 bytes of parameters, but got 15"):
+        ptx.Machine([x, y]).launch(COPY_4, 1, 64, parameters[:-1])
     pattern = rf"outside.*load from {x.ctypes.data + 252:#x}, by thread 63 of block 0, at: ld\.global\.u32 %r0, \[%a\];"
     with faults(pattern):
         run(x[:63], y)
