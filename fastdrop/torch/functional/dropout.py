@@ -212,32 +212,6 @@ def dropout3d(
     return drop(input, p, training, inplace, (generator, seed), cells, store, "inverted")
 
 
-def _feature_cells(
-    x: Tensor,
-    p: float | Tensor,
-    training: bool,
-    theirs: Callable[..., Tensor],
-    ranks: tuple[int, ...],
-    batched: int | None,
-) -> tuple[int, ...]:
-    """A cell for each channel. ``theirs`` is torch's function for tensors of these ranks. x has samples if its rank is
-    ``batched``; None means that it always has."""
-    check_tensor(x)
-    rank = x.dim()
-    if rank not in ranks:
-        theirs(x, 0.0, False)  # warns of other ranks, or refuses them, as torch does
-    if batched is None or rank == batched or not rank:
-        return _channels(x, p, training)
-    return variants.feature_cells(shape_of(x), 0)
-
-
-def _channels(x: Tensor, p: float | Tensor, training: bool) -> tuple[int, ...]:
-    check_tensor(x)
-    if x.dim() < 2 and training and (isinstance(p, Tensor) or p != 0.0):
-        raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
-    return variants.feature_cells(shape_of(x), 1)
-
-
 @for_subclasses
 def alpha_dropout(
     input: Tensor,
@@ -491,3 +465,29 @@ def gaussian_dropout(
     tensor([-0.4915,  1.1203,  1.2279])
     """
     return gaussian(input, p, training, inplace, (generator, seed))
+
+
+def _feature_cells(
+    x: Tensor,
+    p: float | Tensor,
+    training: bool,
+    theirs: Callable[..., Tensor],
+    ranks: tuple[int, ...],
+    batched: int | None,
+) -> tuple[int, ...]:
+    """A cell for each channel. ``theirs`` is torch's function for tensors of these ranks. x has samples if its rank is
+    ``batched``; None means that it always has."""
+    check_tensor(x)
+    rank = x.dim()
+    if rank not in ranks:
+        theirs(x, 0.0, False)  # warns of other ranks, or refuses them, as torch does
+    if batched is None or rank == batched or not rank:
+        return _channels(x, p, training)
+    return variants.feature_cells(shape_of(x), 0)
+
+
+def _channels(x: Tensor, p: float | Tensor, training: bool) -> tuple[int, ...]:
+    check_tensor(x)
+    if x.dim() < 2 and training and (isinstance(p, Tensor) or p != 0.0):
+        raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
+    return variants.feature_cells(shape_of(x), 1)

@@ -279,9 +279,8 @@ def dropout_add_layer_norm(
     tensor([[-0.7071, -0.7071,  1.4142],
             [ 0.7071, -1.4142,  0.7071]])
     """
-    return calls.norm(
-        (input, input_bias, residual, weight, bias), Options(p, training, (generator, seed), store), eps, centred=True
-    )
+    tensors = input, input_bias, residual, weight, bias
+    return calls.norm(tensors, Options(p, training, (generator, seed), store), eps, centred=True)
 
 
 @for_subclasses
@@ -315,9 +314,8 @@ def dropout_add_rms_norm(
     tensor([[0.0000, 0.0000, 1.7321],
             [1.2247, 0.0000, 1.2247]])
     """
-    return calls.norm(
-        (input, input_bias, residual, weight, None), Options(p, training, (generator, seed), store), eps, centred=False
-    )
+    tensors = input, input_bias, residual, weight, None
+    return calls.norm(tensors, Options(p, training, (generator, seed), store), eps, centred=False)
 
 
 @for_subclasses
