@@ -496,8 +496,8 @@ MUTATIONS = (
     Mutation(
         "attention scales by the width of its values",
         "fastdrop/torch/functional/attention.py",
-        "return 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale + 0.0",
-        "return 1.0 / query.shape[-1] if scale is None else scale + 0.0",
+        "scale = 1.0 / math.sqrt(arguments[0].shape[-1]) if scale is None else scale + 0.0",
+        "scale = 1.0 / arguments[0].shape[-1] if scale is None else scale + 0.0",
         "tests/torch/functional/test_attention.py",
     ),
     Mutation(

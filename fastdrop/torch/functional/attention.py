@@ -29,6 +29,7 @@ from .plan import (
     autocast_dtype,
     check_unused_seed,
     for_subclasses,
+    is_differentiated,
     plan_call,
     seed_for_kernel,
     seed_for_ops,
@@ -125,7 +126,7 @@ def scaled_dot_product_attention(
         _refuse(*arguments, *options)
     elif way == FUSED_OP and query.is_cpu:
         call = trace
-    elif way == KERNEL and _are_on_cpu(*arguments):
+    elif way == KERNEL and all(x is None or x.is_cpu for x in arguments):
         call = attend
     return call(arguments, p, options, source)
 
@@ -194,15 +195,10 @@ def is_direct(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
     return all(x is None or (x.is_cpu and is_eager_dense(x)) for x in (query, key, value, mask))
 
 
-def _are_on_cpu(*tensors: Tensor | None) -> bool:
-    return all(x is None or x.is_cpu for x in tensors)
-
-
 def attend(arguments: Arguments, p: float, options: TorchOptions, source: Source = NO_SOURCE) -> Tensor:
     """Attention by the kernel. Arguments are regular, and eager dense tensors on the CPU."""
-    wanted, query = _is_wanted(arguments), arguments[0]
-    call = Attention(*arguments, seed_for_kernel(query, source), p, options[0], _scale(query, options[1]), wanted)
-    y: Tensor = ATTENTION.call_kernel(call, wanted)[0]
+    call = _call(arguments, seed_for_kernel(arguments[0], source), p, options)
+    y: Tensor = ATTENTION.call_kernel(call, call.keep)[0]
     return y
 
 
@@ -210,19 +206,14 @@ def trace(arguments: Arguments, p: Any, options: TorchOptions, source: Source = 
     """Attention as one op, for compilers. Arguments are regular, and will be eager dense tensors on the CPU."""
     if onnx.is_exported():
         return compose(arguments, p, options, source)
-    query = arguments[0]
-    random = seed_for_ops(query, source), p
-    call = Attention(*arguments, *random, options[0], _scale(query, options[1]), _is_wanted(arguments))
-    y: Tensor = ATTENTION(call)[0]
+    y: Tensor = ATTENTION(_call(arguments, seed_for_ops(arguments[0], source), p, options))[0]
     return y
 
 
-def _scale(query: Tensor, scale: float | None) -> float:
-    return 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale + 0.0
-
-
-def _is_wanted(tensors: Arguments) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+def _call(arguments: Arguments, seed: Any, p: Any, options: TorchOptions) -> Attention:
+    causal, scale, _ = options
+    scale = 1.0 / math.sqrt(arguments[0].shape[-1]) if scale is None else scale + 0.0
+    return Attention(*arguments, seed, p, causal, scale, is_differentiated(arguments))
 
 
 hide_from_dynamo(attend)

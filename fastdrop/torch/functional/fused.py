@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core import checks
 from . import fused_calls as calls
 from .fused_calls import Options
-from .plan import check_tensor, for_subclasses
+from .plan import Seed, check_tensor, for_subclasses
 
 __all__ = [
     "bias_act_dropout",
@@ -24,8 +24,6 @@ __all__ = [
     "softmax_dropout",
     "swiglu_dropout",
 ]
-
-Seed = int | Tensor | None
 
 
 @for_subclasses
@@ -80,8 +78,7 @@ def dropout_add(
     tensor([0., 1., 4., 5., 4., 7.])
     """
     check_tensor(residual, "residual")
-    options = Options(p, training, (generator, seed), store)
-    return calls.pointwise(input, None, None, residual, None, options)
+    return calls.pointwise(input, Options(p, training, (generator, seed), store), residual=residual)
 
 
 @for_subclasses
@@ -116,8 +113,7 @@ def bias_dropout_add(
     """
     check_tensor(bias, "bias")
     check_tensor(residual, "residual")
-    options = Options(p, training, (generator, seed), store)
-    return calls.pointwise(input, bias, None, residual, None, options)
+    return calls.pointwise(input, Options(p, training, (generator, seed), store), bias, residual=residual)
 
 
 @for_subclasses
@@ -154,8 +150,7 @@ def bias_act_dropout(
     >>> fdt.bias_act_dropout(torch.arange(-2.0, 4.0), None, 0.5, "relu", seed=4)
     tensor([0., 0., 0., 2., 0., 6.])
     """
-    options = Options(p, training, (generator, seed), store)
-    return calls.pointwise(input, bias, None, None, activation, options)
+    return calls.pointwise(input, Options(p, training, (generator, seed), store), bias, activation=activation)
 
 
 @for_subclasses
@@ -191,8 +186,7 @@ def swiglu_dropout(
     tensor([0.0000, 0.0000, 3.5232, 5.7154])
     """
     check_tensor(up, "up")
-    options = Options(p, training, (generator, seed), store)
-    return calls.pointwise(gate, None, up, None, "silu", options, name="gate")
+    return calls.pointwise(gate, Options(p, training, (generator, seed), store), multiplier=up, activation="silu")
 
 
 @for_subclasses
@@ -231,9 +225,8 @@ def geglu_dropout(
     """
     checks.choice("approximate", approximate, ("none", "tanh"))
     check_tensor(up, "up")
-    options = Options(p, training, (generator, seed), store)
     activation = "gelu" if approximate == "none" else "gelu_tanh"
-    return calls.pointwise(gate, None, up, None, activation, options, name="gate")
+    return calls.pointwise(gate, Options(p, training, (generator, seed), store), multiplier=up, activation=activation)
 
 
 @for_subclasses
@@ -286,8 +279,8 @@ def dropout_add_layer_norm(
     tensor([[-0.7071, -0.7071,  1.4142],
             [ 0.7071, -1.4142,  0.7071]])
     """
-    options = Options(p, training, (generator, seed), store)
-    return calls.norm(input, input_bias, residual, weight, bias, eps, True, options)
+    tensors = input, input_bias, residual, weight, bias
+    return calls.norm(tensors, Options(p, training, (generator, seed), store), eps, centred=True)
 
 
 @for_subclasses
@@ -321,8 +314,8 @@ def dropout_add_rms_norm(
     tensor([[0.0000, 0.0000, 1.7321],
             [1.2247, 0.0000, 1.2247]])
     """
-    options = Options(p, training, (generator, seed), store)
-    return calls.norm(input, input_bias, residual, weight, None, eps, False, options)
+    tensors = input, input_bias, residual, weight, None
+    return calls.norm(tensors, Options(p, training, (generator, seed), store), eps, centred=False)
 
 
 @for_subclasses
@@ -364,5 +357,4 @@ def softmax_dropout(
     tensor([[0., 0., 0., 0.],
             [0., 1., 0., 0.]])
     """
-    options = Options(p, training, (generator, seed), store)
-    return calls.softmax(scores, attn_mask, scale, causal, options)
+    return calls.softmax(scores, Options(p, training, (generator, seed), store), attn_mask, scale, causal)

@@ -27,6 +27,7 @@ from .plan import (
     autocast_dtype,
     check_tensor,
     check_unused_seed,
+    is_differentiated,
     plan_call,
     seed_for_kernel,
     seed_for_ops,
@@ -64,10 +65,9 @@ class Call:
         assert x is not None
         self.way, p, drops = plan_call(x, options.p, options.training, (*dropped[1:], *others))
         checks.choice("store", options.store, checks.STORES)
-        recording = torch.is_grad_enabled()
-        masked = recording and any(tensor is not None and tensor.requires_grad for tensor in dropped)
-        self.wanted = masked or (recording and any(tensor is not None and tensor.requires_grad for tensor in others))
-        self.store_bits = options.store == "bits" and masked
+        needs_mask = is_differentiated(dropped)
+        self.wanted = needs_mask or is_differentiated(others)
+        self.store_bits = options.store == "bits" and needs_mask
         if self.way != KERNEL:
             nested.check_dense(*dropped, *others)
         self.p, self.seed, self.source = p if drops else 0.0, None, options.source
@@ -99,23 +99,19 @@ class Call:
 
 def pointwise(
     x: Tensor,
-    input_bias: Maybe,
-    multiplier: Maybe,
-    residual: Maybe,
-    activation: str | None,
     options: Options,
-    name: str = "input",
+    input_bias: Maybe = None,
+    multiplier: Maybe = None,
+    residual: Maybe = None,
+    activation: str | None = None,
 ) -> Tensor:
-    """``residual + dropout(activation(x + input_bias) * multiplier)``. ``name`` is x's in errors."""
+    """``residual + dropout(activation(x + input_bias) * multiplier)``."""
+    name = "input" if multiplier is None else "gate"
     checks.choice("activation", activation, tuple(ACTIVATIONS))
-    check_tensor(x, name)
-    if activation is None:
-        dtypes.check_dtype(x)
-    else:
-        dtypes.check_real(x, activation)
+    _check_data(name, x, activation)
     if x.is_nested:
         y: Tensor = nested.on_values(
-            lambda x, b, m, r: pointwise(x, b, m, r, activation, options, name),
+            lambda x, b, m, r: pointwise(x, options, b, m, r, activation),
             *(x, input_bias, multiplier, residual),
             columns=input_bias is not None,
         )
@@ -125,11 +121,11 @@ def pointwise(
         x, multiplier = _promoted(x, "up", multiplier, name, False)
     if residual is not None:
         x, residual = _promoted(x, "residual", residual, name, True)
-    call = Call((x, input_bias, multiplier), (residual,), options)
-    if call.composes:
-        return _composed(call, x, input_bias, multiplier, residual, activation)
-    store_bits = call.store_bits or (call.wanted and activation == "relu")
     tensors = x, input_bias, multiplier, residual
+    call = Call(tensors[:3], (residual,), options)
+    if call.composes:
+        return _composed(call, *tensors, activation)
+    store_bits = call.store_bits or (call.wanted and activation == "relu")
     arguments = pointwise_ops.Pointwise(*tensors, call.seed, call.p, activation, store_bits)
     y = call.run(pointwise_ops.POINTWISE, arguments)[0]
     return y
@@ -147,24 +143,17 @@ def _composed(
     return h.to(x.dtype) if residual is None else (wide(residual) + h).to(residual.dtype)
 
 
-def norm(
-    x: Tensor,
-    input_bias: Maybe,
-    residual: Maybe,
-    weight: Maybe,
-    norm_bias: Maybe,
-    eps: Any,
-    centred: bool,
-    options: Options,
-) -> tuple[Tensor, Tensor]:
-    """The norm of ``residual + dropout(x + input_bias)``, and that sum."""
-    _check_real("input", x, "a norm")
+def norm(tensors: tuple[Any, ...], options: Options, eps: Any, centred: bool) -> tuple[Tensor, Tensor]:
+    """The norm of ``residual + dropout(x + input_bias)``, and that sum.
+
+    ``tensors`` are x, input_bias, residual, and the norm's weight and bias. All but x may be None.
+    """
+    x, input_bias, residual, weight, norm_bias = tensors
+    _check_data("input", x, "a norm")
     checks.at_least("input", x.dim(), 1, "an axis of columns")
     if x.is_nested:
         results: tuple[Tensor, Tensor] = nested.on_values(
-            lambda x, b, r, w, n: norm(x, b, r, w, n, eps, centred, options),
-            *(x, input_bias, residual, weight, norm_bias),
-            columns=True,
+            lambda *values: norm(values, options, eps, centred), *tensors, columns=True
         )
         return results
     for name, vector in (("weight", weight), ("bias", norm_bias), ("input_bias", input_bias)):
@@ -184,16 +173,16 @@ def norm(
     return y, residual_out
 
 
-def softmax(scores: Tensor, attn_mask: Maybe, scale: Any, causal: Any, options: Options) -> Tensor:
+def softmax(scores: Tensor, options: Options, attn_mask: Maybe, scale: Any, causal: Any) -> Tensor:
     """``dropout(softmax(scale * scores + attn_mask))``."""
-    _check_real("scores", scores, "softmax")
+    _check_data("scores", scores, "softmax")
     checks.at_least("scores", scores.dim(), 2 if causal else 1, "queries and keys" if causal else "keys")
     scale = scale + 0.0 if _is_compiling() else checks.finite("scale", scale)
     y: Tensor
     if scores.is_nested:
         if causal or attn_mask is not None:
             raise RuntimeError("softmax_dropout of nested tensors takes no attn_mask, and causal=False alone")
-        y = nested.on_values(lambda values: softmax(values, None, scale, False, options), scores, columns=True)
+        y = nested.on_values(lambda values: softmax(values, options, None, scale, False), scores, columns=True)
         return y
     if attn_mask is not None:
         _check_beside("attn_mask", attn_mask, "scores", scores)
@@ -215,9 +204,13 @@ def softmax(scores: Tensor, attn_mask: Maybe, scale: Any, causal: Any, options: 
 # ---- arguments ----
 
 
-def _check_real(name: str, x: Any, what: str) -> None:
+def _check_data(name: str, x: Any, what: str | None) -> None:
+    """``what`` names an operation of real numbers."""
     check_tensor(x, name)
-    dtypes.check_real(x, what)
+    if what is None:
+        dtypes.check_dtype(x)
+    else:
+        dtypes.check_real(x, what)
 
 
 def _check_beside(name: str, x: Any, of: str, data: Tensor) -> None:

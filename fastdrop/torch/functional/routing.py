@@ -153,17 +153,15 @@ def _numbers(cells: Any) -> Any:
 def _evaluated(x: Tensor, p: Any, inplace: bool) -> Tensor:
     """Standard scaling outside of training: x times the probability that an element would have been kept."""
     threshold = torch.round(p.double() * DROP_ALL) if isinstance(p, Tensor) else threshold_of(p)
-    if not _is_compiling() and not isinstance(p, Tensor) and threshold == 0:
+    known = not isinstance(p, Tensor)
+    if known and not _is_compiling() and threshold == 0:
         return x
-    return _scaled(x, 1.0 - threshold / DROP_ALL, inplace)
-
-
-def _scaled(x: Tensor, scale: Any, inplace: bool) -> Tensor:
     dtypes.check_dtype(x)
     if x.is_nested:
-        y: Tensor = nested.on_values(lambda values: _scaled(values, scale, False), x)
+        y: Tensor = nested.on_values(lambda values: _evaluated(values, p, False), x)
         return nested.write(x, y) if inplace else y
-    if not isinstance(scale, Tensor) and scale == 0.0:  # infinities and NaNs become 0 too
+    scale = 1.0 - threshold / DROP_ALL
+    if known and scale == 0.0:  # infinities and NaNs become 0 too
         everywhere = x.new_ones((), dtype=torch.bool)
         return x.masked_fill_(everywhere, 0.0) if inplace else x.masked_fill(everywhere, 0.0)
     return x.mul_(scale) if inplace else (x * scale).to(x.dtype)  # a tensor scale gives x without axes its own dtype
