@@ -257,7 +257,9 @@ def _is_ours(x: Any) -> bool:
 
 def is_supported(x: Tensor, p: float) -> bool:
     """Whether fastdrop has kernels for a tensor. A p out of range is left to torch, which raises its own error."""
-    if not _is_dense(x) or x.dtype not in DTYPES or not 0.0 <= p <= 1.0 or _is_dtensor(x):
+    if x.layout is not torch.strided or x.is_nested or x.dtype not in DTYPES or not 0.0 <= p <= 1.0:
+        return False
+    if type(x) is not Tensor and _is_dtensor(x):
         return False
     return x.is_cpu or (x.is_cuda and cuda.is_usable(x.get_device()))
 
@@ -265,11 +267,7 @@ def is_supported(x: Tensor, p: float) -> bool:
 def _is_known(x: Tensor) -> bool:
     """Whether x is dense, and a plain tensor or a compiler's."""
     known = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ or isinstance(x, (FakeTensor, FunctionalTensor))
-    return known and _is_dense(x)
-
-
-def _is_dense(x: Tensor) -> bool:
-    return x.layout is torch.strided and not x.is_nested
+    return known and x.layout is torch.strided and not x.is_nested
 
 
 def _is_dtensor(x: Tensor) -> bool:

@@ -30,13 +30,14 @@ def functional(report):
 
 def written(name, body, decorator=""):
     """A function of self and x, with source. The body is an expression, or statements."""
-    lines = body.splitlines() if "return" in body else [f"return {body}"]
+    lines = body.strip().splitlines() if "return" in body else [f"return {body}"]
+    parameters = "x" if decorator == "@staticmethod" else "self, x"
     source = "\n".join(
-        [decorator, f"def {name}({'self, ' * (decorator != '@staticmethod')}x):", *(f"    {line}" for line in lines)]
+        [decorator or "# no decorator", f"def {name}({parameters}):", *(f"    {line}" for line in lines)]
     )
     file, names = f"<{name}: {body}>", {}
-    linecache.cache[file] = len(source), None, source.strip().splitlines(True), file
-    exec(compile(source.strip(), file, "exec"), globals(), names)
+    linecache.cache[file] = len(source), None, source.splitlines(True), file  # inspect.getsource looks here
+    exec(compile(source, file, "exec"), globals(), names)
     return names[name]
 
 
