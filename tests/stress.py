@@ -56,11 +56,6 @@ def functions(seed: int) -> list[torch.Tensor]:
     return [y.detach(), tensor.grad]
 
 
-def numpy_functions(seed: int) -> list[torch.Tensor]:
-    y, mask = fd.dropout(LARGE, 0.3, rng=seed)
-    return [torch.from_numpy(y), torch.from_numpy(fd.dropout_backward(LARGE, mask))]
-
-
 def prediction(seed: int) -> list[torch.Tensor]:
     result = fdt.mc_predict(shared, x, samples=6, seed=seed)
     return [result.mean, result.std]
@@ -114,7 +109,7 @@ def forked(seed: int) -> list[torch.Tensor]:
     raise RuntimeError("a forked child did not end")
 
 
-WORK = (functions, numpy_functions, prediction, compiled_prediction, compiled_functions, switched, torchs_own, forked)
+WORK = (functions, prediction, compiled_prediction, compiled_functions, switched, torchs_own, forked)
 
 
 def same(actual: list[torch.Tensor], expected: list[torch.Tensor]) -> bool:

@@ -1,12 +1,11 @@
-"""State that belongs to a context: whether torch's dropout is fastdrop's, and attributes that modules appear to have.
+"""State of a context: whether torch's dropout is fastdrop's, and which values modules' attributes appear to have.
 
-`enable` and `monte_carlo` set it; kernels and modules read it at each call. A context is a thread or an asyncio task
-(`contextvars`). So one thread never sees what another has switched, and nothing shared is written: inside of
-`mc_dropout` a module's ``training`` reads True, and the module's own ``training`` stays False.
+`enable` and `monte_carlo` set this state, and kernels and modules read it at each call. A context is a thread or an
+asyncio task (`contextvars`), so one thread never sees what another has switched. Nothing that threads share is written:
+in a block of `mc_dropout` a module's ``training`` reads True, but the module itself keeps False.
 
-Compiled code must not run in another state than it was compiled in. Each function here that reads the state while
-`torch.compile` traces adds a guard to the code that is being compiled: it runs where the answer is the same, and is
-compiled again where it isn't.
+Compiled code must run only in the state it was compiled in. Each function here that reads the state while
+`torch.compile` traces adds a guard to the code that is being compiled. Where the answer differs, torch compiles again.
 """
 
 from __future__ import annotations
@@ -44,23 +43,23 @@ from .dispatch.modes import (
 CACHE_TAG = f"+fastdrop {__version__}"
 
 _everywhere = False
-# Blocks that this context is in, outermost first.
+# The blocks that a context is in, outermost first.
 _here: ContextVar[tuple[_Entry, ...]] = ContextVar("fastdrop_enabled", default=())
 _appearances: ContextVar[tuple[_Appearances, ...]] = ContextVar("fastdrop_appearances", default=())
-# Entries, by id, that some context of the process has. Most calls find none and look no further.
+# Ids of the entries that any context of the process has. Most calls find none and look no further.
 _enabled_somewhere: set[int] = set()
 _appearing_somewhere: set[int] = set()
 _lock = threading.Lock()
 
 
 def _value(variable: ContextVar[Any]) -> Any:
-    """A variable's value in this context. In a thread of autograd's engine: in the context that called backward."""
+    """A variable's value in this context or, in a thread of autograd's engine, in the one that called backward."""
     value = variable.get()
     if not value and is_handed_on(CALLER):
         caller = handed_on(CALLER)
         value = () if caller is None else caller.get(variable, ())
-        # Where backward calls backward, as checkpoints do, torch takes the context of the engine's thread, which is
-        # empty. So the value is put beside it: torch hands that on too, and takes it away at the end of the task.
+        # If backward calls backward, as checkpoints do, torch hands on the context of the engine's thread, which is
+        # empty. So the value is put beside it: torch hands that on too, and removes it at the end of the task.
         if value:
             hand_on(variable.name, value)
         elif is_handed_on(variable.name):
@@ -69,7 +68,7 @@ def _value(variable: ContextVar[Any]) -> Any:
 
 
 class _Entry:
-    """One block. It is noted while it exists: as long as any context has it, copies of contexts included."""
+    """One block. Its id is in ``somewhere`` as long as any context has the block, copies of contexts included."""
 
     def __init__(self, somewhere: set[int]) -> None:
         self.somewhere = somewhere
@@ -85,9 +84,8 @@ def _set(variable: ContextVar[Any], entry: _Entry) -> Iterator[None]:
         variable.set((*variable.get(), entry))
         yield
     finally:
-        # An exception from a signal may come after any call, here too. It may even come between this generator and the
-        # block, which then never begins or never ends: the generator is closed some time later, when other blocks have
-        # begun and ended, and must not undo what they did.
+        # A signal may raise an exception after any call, here too, and between this generator and its block. Then the
+        # generator is closed some time later. Other blocks have begun and ended since, and what they did must stay.
         try:
             _leave(variable, entry)
         except BaseException:
@@ -101,8 +99,8 @@ def _leave(variable: ContextVar[Any], entry: _Entry) -> None:
         variable.set(tuple(other for other in entries if other is not entry))
 
 
-# Like torch's own `no_grad` and modes, but an exception from a signal can't leave them on: what is on is entered by one
-# call, inside of try, and left by one call.
+# These are like torch's own `no_grad` and modes, but an exception from a signal can't leave them on, because one call
+# within ``try`` enters them and one call leaves them.
 
 
 @contextlib.contextmanager
@@ -117,7 +115,7 @@ def without_gradients() -> Iterator[None]:
 
 @contextlib.contextmanager
 def dispatching(mode: Any) -> Iterator[None]:
-    """In a dispatch mode. ``with mode`` also sets flags that all threads share."""
+    """A block in a dispatch mode. torch's own ``with mode`` also sets flags that all threads share."""
     if not can_push_dispatch_modes:
         with mode:
             yield
@@ -126,14 +124,13 @@ def dispatching(mode: Any) -> Iterator[None]:
         push_dispatch_mode(mode)
         yield
     finally:
-        top: Any = pop_dispatch_mode(None)
-        while top is not mode:  # others that were left
-            top = pop_dispatch_mode(None)
+        while pop_dispatch_mode(None) is not mode:  # modes above it that an exception left on
+            pass
 
 
 @contextlib.contextmanager
 def overriding(mode: TorchFunctionMode) -> Iterator[None]:
-    """In a function mode. It is left also where torch, which takes modes off for a while, didn't put this one back."""
+    """A block in a function mode. It also ends well if torch took the mode off for a while and didn't put it back."""
     if not can_push_function_modes:
         with mode:
             yield
@@ -155,10 +152,10 @@ def overriding(mode: TorchFunctionMode) -> Iterator[None]:
 
 
 def _end_contexts(error: BaseException) -> None:
-    """Ends the blocks that were being entered when an exception came. Their end would put the mode back later."""
+    """Ends the blocks that were being entered when an exception came, because their end would put the mode back."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         if frame.f_code.co_filename == contextlib.__file__:
-            with contextlib.suppress(RuntimeError):  # it still runs
+            with contextlib.suppress(RuntimeError):  # the frame still runs
                 frame.clear()
 
 
@@ -188,18 +185,18 @@ def is_enabled() -> bool:
 
 @constant_in_graphs
 def is_enabled_there() -> bool:
-    """`is_enabled` of Python code that a compiler traces: asked at compile time, with a guard."""
+    """`is_enabled` for code that a compiler traces: it is called at compile time and adds a guard."""
     on = is_enabled()
     note_traced(on)
     return on
 
 
 def note_traced(on: bool) -> None:
-    """Adds a guard to the code that is being compiled, if there is any: it runs in this state alone."""
+    """Makes code that is being compiled, if there is any, run in this state only."""
     if not _guard(is_enabled, on):
         return
-    # torch's caches on disk know a graph by the names of torch's functions, before dropout becomes what it is in this
-    # state. Both states come by here, so the tag is right for every graph that drops.
+    # torch's caches on disk know a graph by the names of torch's functions, which are the same in both states. The tag
+    # tells them apart. Every graph that drops comes here in either state.
     config = torch.compiler.config
     tag = config.cache_key_tag.replace(CACHE_TAG, "") + CACHE_TAG * on
     if config.cache_key_tag != tag:
@@ -207,7 +204,7 @@ def note_traced(on: bool) -> None:
 
 
 def _guard(question: Callable[[], Any], answer: Any) -> bool:
-    """Adds a guard to the code that is being compiled, unless it has an equal one. Returns whether there is any."""
+    """Adds a guard to the code that is being compiled, unless it has an equal one. Returns whether any is."""
     return add_guard(_guard_maker(question, answer))
 
 
@@ -230,7 +227,7 @@ class _Appearances(_Entry):
         self.modules = [module for module, _ in values]  # kept alive, so that no other module gets one of these ids
         self.values = {(id(module), name): value for (module, name), value in values.items()}
         self.scripted = scripted
-        # In a thread of autograd's engine the blocks around are its caller's, and not in this context.
+        # A thread of autograd's engine does not have the blocks around it in its context: its caller has them.
         self.around = () if _appearances.get() else _value(_appearances)
 
     def read(self, key: tuple[int, str]) -> int:
@@ -249,9 +246,9 @@ def _read(appearances: tuple[_Appearances, ...], key: tuple[int, str]) -> int:
 
 
 class _Attribute:
-    """Stands for an attribute in a module's class: gives the context's value if it has one.
+    """Replaces an attribute of a module's class and gives the context's value if it has one.
 
-    It stays on the class. A class that changes back while other threads read from it would be changed for them.
+    It stays on the class, because other threads may be reading from the class when a block ends.
     """
 
     def __init__(self, name: str, before: Any) -> None:
@@ -261,7 +258,7 @@ class _Attribute:
     def __get__(self, module: Any, owner: Any = None) -> Any:
         if module is None:
             return self
-        # Asked first, since code compiled for a module's id is for that module alone. Most reads end here.
+        # This is asked first because code compiled for a module's id is for that module only. Most reads end here.
         if _some_appear_there() if is_dynamo_compiling() else _appearing_somewhere and _some_appear():
             appearance = _appearance(id(module), self.name)
             if appearance != OWN:
@@ -300,7 +297,7 @@ def _some_appear() -> bool:
 
 @constant_in_graphs
 def _some_appear_there() -> bool:
-    """`_some_appear` of Python code that a compiler traces: asked at compile time, with a guard."""
+    """`_some_appear` for code that a compiler traces: it is called at compile time and adds a guard."""
     found = _some_appear()
     _guard(_some_appear, found)
     return found
@@ -308,7 +305,7 @@ def _some_appear_there() -> bool:
 
 @constant_in_graphs
 def _appearance(module_id: int, name: str) -> int:
-    """OFF, ON, or OWN where the module's own value counts."""
+    """OFF, ON, or OWN if the module's own value counts."""
 
     def read() -> int:
         return _read(_value(_appearances), (module_id, name))
@@ -322,7 +319,7 @@ def _appearance(module_id: int, name: str) -> int:
 def appearing(values: dict[tuple[nn.Module, str], bool]) -> Iterator[None]:
     """A block in which attributes of modules appear to have other values, in this context.
 
-    What was scripted keeps its mode in C++, out of reach of Python: `drops_in_scripts` tells the kernels.
+    Scripted modules keep their mode in C++, where Python can't change it. `drops_in_scripts` tells the kernels.
     """
     scripted = False
     for module, name in values:

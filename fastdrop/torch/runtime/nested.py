@@ -85,9 +85,9 @@ def is_full(cells: Any, extent: Any) -> bool:
 
 
 def drop(x: Tensor, mask_shape: Sequence[Any] | None, scaling: str, call: Callable[[Tensor, Any], Tensor]) -> Tensor:
-    """``call(values, cells)`` of nested x, whose mask's cells are 1 or the full extent on each of x's axes.
+    """``call(values, mask_shape of the values)`` of nested x. ``mask_shape`` has 1 or the full extent on each axis.
 
-    Where samples are long as they like but decide as one, decisions are those of a dense tensor of extent 1 there.
+    If a whole sample shares its decisions along the ragged axis, they are those of a dense tensor of extent 1 there.
     """
     values = _values(x)
     if mask_shape is None:
@@ -110,28 +110,31 @@ def drop(x: Tensor, mask_shape: Sequence[Any] | None, scaling: str, call: Callab
             "decisions that elements share need one ragged axis, the first after the samples', in a strided nested "
             "tensor: give one of layout torch.jagged, or call it on each of x.unbind()"
         )
-    packed = axis - 1  # where values have the samples, one after the other
-    cells = [extent if keep else 1 for extent, keep in zip(values.shape, full[1:], strict=True)]
+    packed = axis - 1  # the values' axis along which samples follow one another
+    of_values = [extent if keep else 1 for extent, keep in zip(values.shape, full[1:], strict=True)]
     if full[0] == full[axis] or shape[0] == 1:
-        cells[packed] = values.shape[packed] if full[axis] else 1
-        return _nested_like(call(values, tuple(cells)), x)
+        of_values[packed] = values.shape[packed] if full[axis] else 1
+        return _nested_like(call(values, tuple(of_values)), x)
     if full[axis]:
         raise RuntimeError("samples of a nested tensor have no positions in common, by which to share a decision")
     if scaling == "alpha":
         raise RuntimeError(
             "alpha dropout of nested tensors can't drop a ragged axis whole: call it on each of x.unbind()"
         )
-    return _nested_like(_by_sample(x, values, packed, cells, call), x)
+    return _nested_like(_by_sample(x, values, packed, of_values, call), x)
 
 
-def _by_sample(x: Any, values: Tensor, packed: int, cells: list[Any], call: Callable[[Tensor, Any], Tensor]) -> Tensor:
-    """One decision per sample, along the axis on which the values hold one sample after the other."""
+def _by_sample(
+    x: Any, values: Tensor, packed: int, mask_shape: list[Any], call: Callable[[Tensor, Any], Tensor]
+) -> Tensor:
+    """One decision per sample along ``packed``, the values' axis on which samples follow one another."""
     strided = x.layout is not torch.jagged
     ends = sample_sizes(x)[:, 0].cumsum(0).to(values.device) if strided else x.offsets()[1:]
     wide = torch.float64 if values.dtype in (torch.float64, torch.complex128) else torch.float32
-    factors = call(torch.ones((x.size(0), *cells), dtype=wide, device=values.device), None)
+    factors = call(torch.ones((x.size(0), *mask_shape), dtype=wide, device=values.device), None)
     rows = torch.arange(values.shape[packed], device=values.device)
-    sample = torch.bucketize(rows, ends, right=True).clamp(max=x.size(0) - 1)  # behind the last end lies nobody's
+    # Values behind the last end belong to no sample.
+    sample = torch.bucketize(rows, ends, right=True).clamp(max=x.size(0) - 1)
     factors = factors.index_select(0, sample).squeeze(1 + packed).movedim(0, packed)
     scaled = values * factors  # in the wider of their dtypes
     return torch.where(factors == 0.0, torch.zeros_like(scaled), scaled).to(values.dtype)

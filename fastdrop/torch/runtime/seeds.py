@@ -65,8 +65,8 @@ def next_seed(generator: torch.Generator | None) -> int:
 class SampleSeeds:
     """Seeds of Monte Carlo samples: the k-th dropout of sample s has ``mix(mix(seed, s + 1), k + 1)``.
 
-    They depend on nothing else, so samples may run one by one or, under `vmap`, many at once. If a map surrounds the
-    sampling, all that it maps have the same seeds.
+    They depend on nothing else, so samples may run one by one or, under `vmap`, many at once. A map around the sampling
+    gives the same seeds to all that it maps.
     """
 
     def __init__(self, seed: int) -> None:

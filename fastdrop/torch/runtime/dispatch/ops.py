@@ -221,7 +221,7 @@ OpOverloadPacket: Any = named("torch._ops.OpOverloadPacket", type(torch.ops.aten
 
 # ---- torch's own dropout, for `enable` ----
 
-TRANSFORMS = "FuncTorchDynamicLayerFrontMode"  # the key of calls inside of transforms
+TRANSFORMS = "FuncTorchDynamicLayerFrontMode"  # the key of calls in transforms
 
 _ENABLING = (
     "torch._C._functorch.peek_interpreter_stack",
@@ -247,7 +247,7 @@ def call_as_torch(op: Any, *arguments: Any, **options: Any) -> Tensor:
 
 
 def kernel_in_transforms(op: Any) -> Callable[..., Any]:
-    """What torch does when nobody overrides an op, inside of a transform."""
+    """What torch does in a transform when nobody overrides an op."""
     kernel, keys = torch.library.get_kernel(op, TRANSFORMS), DispatchKeySet(getattr(DispatchKey, TRANSFORMS))
     return lambda *arguments: kernel.call_boxed(keys, *arguments)
 
