@@ -6,6 +6,8 @@ the same (empty) ``state_dict`` and passes ``isinstance(module, torch.nn.Dropout
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from ...core import checks
@@ -232,7 +234,21 @@ class StochasticDepth(Rated):
         return f"p={self.p}, mode={self.mode!r}, store={self.store!r}"
 
 
-class DropPath(Rated):
+class _NamedDropProb(Rated):
+    """A module of timm's, where p is called ``drop_prob``."""
+
+    drop_prob: float
+
+    @property
+    def p(self) -> float:
+        return self.drop_prob
+
+    @p.setter
+    def p(self, p: float) -> None:
+        self.drop_prob = p
+
+
+class DropPath(_NamedDropProb):
     """timm's module of this name on fastdrop: drops a residual branch as a whole, by sample.
 
     Parameters
@@ -251,7 +267,6 @@ class DropPath(Rated):
     tensor([0., 2.])
     """
 
-    drop_prob: float
     scale_by_keep = True  # for converted modules whose class has no such option
     store: str = "bits"
 
@@ -259,14 +274,6 @@ class DropPath(Rated):
         super().__init__()
         checks.choice("store", store, checks.STORES)
         self.drop_prob, self.scale_by_keep, self.store = checks.dropout_probability(drop_prob), scale_by_keep, store
-
-    @property
-    def p(self) -> float:
-        return self.drop_prob
-
-    @p.setter
-    def p(self, p: float) -> None:
-        self.drop_prob = p
 
     def drop_input(self, input: Tensor) -> Tensor:
         if not self.training:
@@ -300,6 +307,12 @@ class _DropBlock(Rated):
         return f"p={self.p}, block_size={self.block_size}, inplace={self.inplace}{coupled}"
 
 
+def _drop_blocks(function: Any, module: Any, input: Tensor, p: Any) -> Tensor:
+    options = {"training": module.training, "couple_channels": module.couple_channels}
+    y: Tensor = function(input, p, module.block_size, module.inplace, **options)
+    return y
+
+
 class DropBlock2d(_DropBlock):
     """torchvision's module of this name on fastdrop: drops blocks of neighbouring cells from ``(N, C, H, W)``.
 
@@ -323,14 +336,7 @@ class DropBlock2d(_DropBlock):
     """
 
     def drop_input(self, input: Tensor) -> Tensor:
-        return F.drop_block2d(
-            input,
-            self.rate,
-            self.block_size,  # type: ignore[arg-type]
-            self.inplace,
-            training=self.training,
-            couple_channels=self.couple_channels,
-        )
+        return _drop_blocks(F.drop_block2d, self, input, self.rate)
 
 
 class DropBlock3d(_DropBlock):
@@ -343,14 +349,7 @@ class DropBlock3d(_DropBlock):
     """
 
     def drop_input(self, input: Tensor) -> Tensor:
-        return F.drop_block3d(
-            input,
-            self.rate,
-            self.block_size,  # type: ignore[arg-type]
-            self.inplace,
-            training=self.training,
-            couple_channels=self.couple_channels,
-        )
+        return _drop_blocks(F.drop_block3d, self, input, self.rate)
 
 
 class GaussianDropout(Rated):
@@ -382,29 +381,13 @@ class GaussianDropout(Rated):
         return f"p={self.p}, inplace={self.inplace}"
 
 
-class TimmDropBlock2d(DropBlock2d):
+class TimmDropBlock2d(_NamedDropProb, DropBlock2d):
     """timm's DropBlock2d after `convert`: timm's attributes, of which ``gamma_scale`` multiplies the share to drop."""
 
-    drop_prob: float
     gamma_scale: float
 
-    @property
-    def p(self) -> float:
-        return self.drop_prob
-
-    @p.setter
-    def p(self, p: float) -> None:
-        self.drop_prob = p
-
     def drop_input(self, input: Tensor) -> Tensor:
-        return F.drop_block2d(
-            input,
-            self.rate * self.gamma_scale,
-            self.block_size,  # type: ignore[arg-type]
-            self.inplace,
-            training=self.training,
-            couple_channels=self.couple_channels,
-        )
+        return _drop_blocks(F.drop_block2d, self, input, self.rate * self.gamma_scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gamma_scale={self.gamma_scale}"

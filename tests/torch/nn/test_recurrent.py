@@ -208,6 +208,8 @@ def test_refuses_bad_rates(pair):
         pair[0](INPUT, HIDDEN, dropout_output=1.5)
     with pytest.raises(TypeError, match="dropout"):
         pair[0](INPUT, HIDDEN, 2, dropout=0.5)
+    with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):
+        VariationalGRU(INPUT, HIDDEN, proj_size=2)
 
 
 # ---- the masks ----
