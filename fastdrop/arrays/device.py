@@ -214,17 +214,16 @@ def cast(name: str, x: Any, dtype: Any) -> Any:
 
 def as_additive_mask(name: str, array: Any, shape: Shape, dtype: Any) -> Any:
     """An array of Numba must already have the dtype and the shape."""
-    if _library(name, array) == "cupy":
+    given = (1,) * (len(shape) - len(array.shape)) + tuple(array.shape)
+    if _library(name, array) == "cupy" and (given != shape or array.dtype != dtype):
         cupy = _cupy()
         with array.device:
             if array.dtype == np.bool_:
                 array = cupy.where(array, 0.0, -np.inf)
             return cupy.ascontiguousarray(cupy.broadcast_to(array, shape), dtype)
-    array = cast(name, array, dtype)
-    given = (1,) * (len(shape) - len(array.shape)) + tuple(array.shape)
-    if given != shape:
+    if given != shape and array.dtype == dtype:
         raise ValueError(f"{name} must have shape {shape} as an array of Numba, but got {given}")
-    return array
+    return cast(name, array, dtype)
 
 
 def run_primitive(
