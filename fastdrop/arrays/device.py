@@ -175,17 +175,16 @@ class DeviceOps:
 
     def as_additive_mask(self, name: str, mask: Any, shape: Shape, dtype: Any) -> Any:
         """An array of Numba must already have the dtype and the shape."""
-        if _library(name, mask) == "cupy":
+        given = (1,) * (len(shape) - len(mask.shape)) + tuple(mask.shape)
+        if _library(name, mask) == "cupy" and (given != shape or mask.dtype != dtype):
             cupy = _cupy()
             with mask.device:
                 if mask.dtype == np.bool_:
                     mask = cupy.where(mask, 0.0, -np.inf)
                 return cupy.ascontiguousarray(cupy.broadcast_to(mask, shape), dtype)
-        mask = self.cast(name, mask, dtype)
-        given = (1,) * (len(shape) - len(mask.shape)) + tuple(mask.shape)
-        if given != shape:
+        if given != shape and mask.dtype == dtype:
             raise ValueError(f"{name} must have shape {shape} as an array of Numba, but got {given}")
-        return mask
+        return self.cast(name, mask, dtype)
 
     def run_primitive(
         self,

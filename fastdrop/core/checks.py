@@ -126,14 +126,17 @@ def number_from(name: str, value: Any, low: float) -> float:
     return result
 
 
-def uint64(name: str, value: Any) -> int:
-    if type(value) is int and 0 <= value < UINT64_END:
-        return value
+def integer(name: str, value: Any) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an int, but got {type(value).__name__}")
-    if not 0 <= value < UINT64_END:
-        raise ValueError(f"{name} must be from 0 to 2**64 - 1, but got {value}")
-    return int(value)
+    return operator.index(value)  # unlike int, a constant to torch's compiler
+
+
+def uint64(name: str, value: Any) -> int:
+    number: int = value if type(value) is int else integer(name, value)
+    if not 0 <= number < UINT64_END:
+        raise ValueError(f"{name} must be from 0 to 2**64 - 1, but got {number}")
+    return number
 
 
 def child_count(name: str, value: Any, before: int = 0) -> int:
@@ -194,11 +197,10 @@ def noise_shape(value: Any, full: tuple[int, ...]) -> tuple[int, ...]:
 
 def axis(name: str, value: Any, ndim: int) -> int:
     """The axis as a number from 0."""
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be an int, but got {type(value).__name__}")
-    if not -ndim <= value < ndim:
+    number = integer(name, value)
+    if not -ndim <= number < ndim:
         raise ValueError(f"{name} must be an axis of x, which has {ndim}, but got {value}")
-    return operator.index(value) % ndim
+    return number % ndim
 
 
 def at_least(name: str, ndim: int, least: int, what: str) -> None:

@@ -21,7 +21,7 @@ from fastdrop.backends import reference
 from ..cases import DTYPES, assert_same_bits
 
 pytestmark = pytest.mark.large
-GUARD = "test_draw_bits_at_positions_beyond_2_32 and test_shared_mask_beyond_2_32_elements"
+GUARD = "test_draw_bits_at_positions_beyond_2_32"
 needs_memfd = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create, which Linux has")
 
 PIECE = 1000
@@ -111,11 +111,9 @@ SHARED = {  # shape of the data and of the mask
 }
 
 
+@pytest.mark.slow(GUARD)
 @needs_memfd
-@pytest.mark.parametrize(
-    "name",
-    ["a cell per row", *(pytest.param(n, marks=pytest.mark.slow(GUARD)) for n in SHARED if n != "a cell per row")],
-)
+@pytest.mark.parametrize("name", SHARED)
 def test_shared_mask_beyond_2_32_elements(name, threads):
     """y holds the last rows or samples afterwards."""
     needs(2)
