@@ -84,19 +84,6 @@ def test_16_python_threads_at_once(compiled):
                 assert_same_bits(actual, want)
 
 
-def test_threads_with_a_stream_draw_each_mask_once():
-    stream, start = fd.Stream(0), threading.Barrier(16)
-
-    def call(_):
-        start.wait()
-        return [fd.draw_mask(1000, 0.5, rng=stream).words.tobytes() for _ in range(20)]
-
-    with ThreadPoolExecutor(16) as pool:
-        drawn = sorted(words for part in pool.map(call, range(16)) for words in part)
-    assert stream.offset == 320
-    assert drawn == sorted(fd.draw_mask(1000, 0.5, rng=fd.Stream(0, o)).words.tobytes() for o in range(320))
-
-
 def test_calls_while_another_thread_is_inside(compiled):
     """Small and large calls meet large ones, while the number of threads changes under all of them."""
     dtype = DTYPES[0]
