@@ -37,15 +37,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated
 STORES = ("bits", "seed")
 
 
-@pytest.fixture(autouse=True)
-def torch_state():
-    """Generator and threads are as before afterwards."""
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng():
-        yield
-    torch.set_num_threads(threads)
-
-
 def plain(x):
     """A C-contiguous copy with no conjugate or negative bit: x as plainly as it can be had."""
     return x.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)

@@ -50,12 +50,6 @@ KINDS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def torch_state():
-    with torch.random.fork_rng():
-        yield
-
-
 @pytest.fixture(params=FUSED)
 def fused(request) -> Fused:
     return FUSED[request.param]

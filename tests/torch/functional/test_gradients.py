@@ -27,12 +27,6 @@ from ..cases import DISTINCT, Kind, Log, LogFunctions, Named, Wrapped, assert_eq
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 
 
-@pytest.fixture(autouse=True)
-def torch_state():
-    with torch.random.fork_rng():
-        yield
-
-
 @pytest.fixture(params=DISTINCT)
 def way(request) -> Kind:
     return DISTINCT[request.param]

@@ -44,15 +44,6 @@ DROPPING = [name for name, way in DISTINCT.items() if way.law != "gaussian"]
 FEATURES = {"dropout1d": F.dropout1d, "dropout2d": F.dropout2d, "dropout3d": F.dropout3d}
 
 
-@pytest.fixture(autouse=True)
-def torch_state():
-    """Generator and threads are as before afterwards."""
-    threads = torch.get_num_threads()
-    with torch.random.fork_rng():
-        yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(params=DISTINCT)
 def way(request) -> Kind:
     return DISTINCT[request.param]
