@@ -344,6 +344,7 @@ REFUSED = {
     "norm2 is a RMSNorm, not nn.LayerNorm": lambda: with_own("norm2", nn.RMSNorm(WIDTH)),
     "norm2 is of more than one axis": lambda: with_own("norm2", nn.LayerNorm((5, WIDTH))),
     "dropout1 is a Identity, not nn.Dropout": lambda: with_own("dropout1", nn.Identity()),
+    "self_attn is a Identity, not nn.MultiheadAttention": lambda: with_own("self_attn", nn.Identity()),
     "self_attn has keys and values of its own": lambda: with_own(
         "self_attn", nn.MultiheadAttention(WIDTH, HEADS, add_bias_kv=True)
     ),

@@ -117,6 +117,11 @@ LEFT = {  # the reasons, by path, and what is changed
         partial(gpt2, "flash_attention_2"),
         {"mlp.act": nn.Tanh()},
     ),
+    "another projection": (
+        dict.fromkeys(("", "mlp"), "c_fc is a Linear, not transformers' Conv1D"),
+        gpt2,
+        {"mlp.c_fc": nn.Linear(WIDTH, HIDDEN)},
+    ),
     "upcast": ({"attn": "its attention is reordered and upcast"}, gpt2, {"attn.reorder_and_upcast_attn": True}),
     "subclass": ({"output": "dense is a Named, not nn.Linear"}, bert, {"output.dense": Named(HIDDEN, WIDTH)}),
 }

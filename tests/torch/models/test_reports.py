@@ -76,6 +76,7 @@ global_partial = functools.partial(F.dropout, p=0.3)
 FORWARDS = {  # and what they call
     "nn.functional.dropout(x, p=self.p, training=self.training)": "nn.functional.dropout(p=0.25)",
     "F.dropout(x, self.p if self.training else 0.0)": "F.dropout(p=0.25)",
+    "F.dropout(x, self.p * 0.5)": "F.dropout(p=self.p * 0.5)",
     "torch.dropout(x, 0.5, self.training)": "torch.dropout(p=0.5)",
     "p = float(self.rate)\nreturn helper(x, p, training=self.training)": "F.dropout(p=0.25)",
     "next(map(self.part, [x]))": "F.dropout2d(p=0.25)",
@@ -100,10 +101,21 @@ class BySuper(with_forward("F.dropout(x, self.p)")):
         return super().forward(x) + 1
 
 
+def with_closure():
+    drop = F.dropout
+
+    class Closure(Block):
+        def forward(self, x):
+            return drop(x, self.p)
+
+    return Closure
+
+
 namespace: dict = {"Block": Block, "F": F}
 exec("class WithoutSource(Block):\n    def forward(self, x): return F.dropout(x, self.p, self.training)", namespace)
 
 KINDS = {body: (with_forward(body), call) for body, call in FORWARDS.items()} | {
+    "closure": (with_closure(), "drop(p=0.25)"),
     "super": (BySuper, "F.dropout(p=0.25)"),
     "class method": (with_forward("F.dropout(x, 0.3)", decorator="@classmethod"), "F.dropout(p=0.3)"),
     "static method": (with_forward("F.dropout(x, 0.3)", decorator="@staticmethod"), "F.dropout(p=0.3)"),
@@ -231,6 +243,12 @@ def test_a_module_that_only_lends_its_p_is_left(kind):
         assert reason.startswith("only its p is read, for F.")
         assert "; fdt.enable() reaches it" in reason
     assert type(model[0].drop) is nn.Dropout
+
+
+def test_a_module_whose_p_goes_where_nobody_sees_is_left():
+    model = nn.Sequential(with_forward("torch.mul(x, self.drop.p)", Owner)())
+    (row,) = fdt.convert(model).left
+    assert (row.path, row.reason.partition(";")[0]) == ("0.drop", "only its p is read")
 
 
 def test_the_branch_that_is_taken_decides():

@@ -113,6 +113,7 @@ def _verdicts(node: ast.AST, parents: dict[ast.AST, ast.AST]) -> Iterator[str]:
     while node in parents:
         before, node = node, parents[node]
         if isinstance(node, ast.If | ast.While):
+            yield from _verdict(node.test)
             branch = _branch_verdicts(node.body)
             if not branch and not node.orelse and isinstance(node.body[-1], ast.Return):
                 branch = _branch_verdicts(_following(node, parents[node]))  # the rest of the block is the other branch
