@@ -1,6 +1,6 @@
 """Threads that drop, enable, predict, compile and fork at the same time; each result is compared with one thread's.
 
-Run it by itself (``python -m tests.stress --seconds 60``), or as `test_stress` does. A fault that it finds may
+Run it by itself (``python -m tests.stress --seconds 60``), or as `test_threads` does. A fault that it finds may
 end the process: its exit code says so.
 """
 

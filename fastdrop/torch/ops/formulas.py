@@ -51,9 +51,9 @@ def masked(x: Tensor, saved_mask: Maybe, p: float | Tensor, store_bits: bool) ->
     return x if saved_mask is None else mask_ops.masked(x, saved_mask, p, None, store_bits)
 
 
-def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty_like(x: Tensor) -> Tensor:
     """A contiguous tensor of x's shape."""
-    return x.new_empty(x.shape, dtype=dtype or x.dtype)
+    return x.new_empty(x.shape)
 
 
 def empty_words(x: Tensor) -> Tensor:

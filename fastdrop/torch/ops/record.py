@@ -81,7 +81,7 @@ class Op:
     tangents: Callable[..., Any] | None = None  # (saved, *tangents): forward-mode AD
     saved_for_tangents: Callable[[Any], Any] | None = None  # (call): as ``saved``, where ``tangents`` need more
     linear: bool = False  # in the data, and its own adjoint: a linear op has no other rule for gradients
-    # How many results have a gradient, the first ones. None: nothing has, and nobody needs to be told.
+    # How many of the results, from the first on, have a gradient. None: none has, and calling backward is no error.
     differentiable: Callable[[Any], int] | None = _one
     vmap: Callable[..., Any] = batching.by_sample  # a rule as `batching` describes it
     check: Callable[[Any], None] | None = None  # raises for calls that public functions never make
@@ -111,7 +111,7 @@ class Op:
         return self.launch(call, inplace)
 
     def run(self, call: Any) -> Any:
-        """In a backward function: calls the kernel at once, or the op if somebody looks at what the function does."""
+        """In a backward function: calls the kernel at once, or the op if a transform or a mode surrounds the call."""
         return self.launch(call) if can_call_kernel(call[0]) else self(call)
 
     # ---- derivatives ----
@@ -151,7 +151,7 @@ class Op:
     def _of_op(self) -> Any:
         """The autograd function of the op. Its forward calls the op's next kernel, and it can be transformed.
 
-        Without ``gradients`` it has no backward, and torch then tells whoever differentiates the op.
+        Without ``gradients`` it has no backward, and torch then refuses to differentiate the op.
         """
         saved_of, gradients, tangents, wider = self.saved, self.gradients, self.tangents, self.saved_for_tangents
         signature, results_of, differentiable = self.signature, self.results, self.differentiable
@@ -189,7 +189,7 @@ class Op:
     def _register(self) -> None:
         function = self._of_op()
         hide_from_dynamo(self.launch)
-        for i, suffix in enumerate(SUFFIXES if P in self.hints.values() else SUFFIXES[:1]):
+        for i, suffix in enumerate(SUFFIXES if self.has_p else SUFFIXES[:1]):
             name = self.name + suffix
             library.define(
                 name + schema(self.hints, self.signature, self.results, i), tags=(torch.Tag.pt2_compliant_tag,)

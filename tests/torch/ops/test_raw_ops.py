@@ -178,10 +178,8 @@ READERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "dropout, transposed": (lambda x: fdt.dropout(x.t(), 0.5), [(6, 33)]),
     "dropout by seed": (lambda x: fdt.dropout(x, 0.5, store="seed"), [(6, 33)]),
     "dropout1d": (lambda x: fdt.dropout1d(x, 0.5), [(2, 6, 33)]),
-    "alpha_dropout": (lambda x: fdt.alpha_dropout(x, 0.5), [(6, 33)]),
     "gaussian_dropout": (lambda x: fdt.gaussian_dropout(x, 0.5), [(6, 33)]),
     "drop_block2d": (lambda x: fdt.drop_block2d(x, 0.5, 2), [(2, 3, 5, 5)]),
-    "dropout_add": (lambda x, y: fdt.dropout_add(x, y, 0.5), [(6, 33)] * 2),
     "swiglu_dropout": (lambda x, y: fdt.swiglu_dropout(x, y, 0.5), [(6, 33)] * 2),
     "dropout_add_layer_norm": (
         lambda x, y, w, b: fdt.dropout_add_layer_norm(x, y, w, b, 0.5)[0],
@@ -192,7 +190,6 @@ READERS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         lambda q, k, v, mask: fdt.scaled_dot_product_attention(q, k, v, mask, 0.5),
         [(2, 5, 4), (2, 6, 4), (2, 6, 3), (5, 6)],
     ),
-    "op forward": (lambda x: torch.ops.fastdrop.forward(x, torch.tensor(3), 0.5, None, True)[0], [(6, 33)]),
     "op norm": (
         lambda x, y: torch.ops.fastdrop.norm(x, None, y, None, None, torch.tensor(3), 0.5, 1e-5, True, True)[0],
         [(6, 33)] * 2,

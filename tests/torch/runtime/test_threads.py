@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import dis
 import itertools
+import subprocess
 import sys
 import threading
 import types
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 import fastdrop.torch as fdt
 from fastdrop.torch.runtime import context, seeds
 
-from ...cases import output_of
+from ...cases import ROOT, output_of
 from ..cases import Wrapped, assert_equal, under
 
 
@@ -88,6 +89,14 @@ print(wrong)
 
 def test_switching_beside_a_thread_that_drops():
     assert output_of(CRASHES) == "[]"
+
+
+@pytest.mark.slow("test_switching_beside_a_thread_that_drops")
+def test_stress():
+    """Switching, Monte Carlo, compiled calls and forks at once: see `stress`."""
+    command = [sys.executable, "-m", "tests.stress", "--seconds", "20"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 # ---- whose state it is ----

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -31,17 +32,9 @@ class _NoDispatchMode:
 DispatchMode: Any = named("torch.utils._python_dispatch.TorchDispatchMode", _NoDispatchMode)
 
 
-class _Nothing:
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: Any) -> None:
-        pass
-
-
 # Blocks in which no dispatch mode, and no subclass's `__torch_function__`, sees what is called.
-without_dispatch_modes: Callable[[], Any] = named("torch._C._DisableTorchDispatch", _Nothing)
-without_function_overrides: Callable[[], Any] = named("torch._C.DisableTorchFunction", _Nothing)
+without_dispatch_modes: Callable[[], Any] = named("torch._C._DisableTorchDispatch", contextlib.nullcontext)
+without_function_overrides: Callable[[], Any] = named("torch._C.DisableTorchFunction", contextlib.nullcontext)
 
 
 # ---- autograd's threads ----

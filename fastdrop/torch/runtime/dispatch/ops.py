@@ -260,7 +260,8 @@ def forget_kernels(op: Any) -> None:
 # ---- trees ----
 
 
-def _leaves(tree: Any) -> list[Any]:
+def tree_leaves(tree: Any) -> list[Any]:
+    """What is in tuples, lists and dicts, such as the arguments of an op."""
     found: list[Any] = []
     torch.fx.node.map_aggregate(tree, found.append)
     return found
@@ -274,6 +275,5 @@ def _map_only(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
     return function(tree) if isinstance(tree, kind) else tree
 
 
-# What is in tuples, lists, dicts and the like, and the same with those of one class replaced.
-tree_leaves: Callable[[Any], list[Any]] = named("torch.utils._pytree.tree_leaves", _leaves)
+# The same containers, those of a model's own classes too if torch knows them, with what is of one class replaced.
 tree_map_only: Callable[..., Any] = named("torch.utils._pytree.tree_map_only", _map_only)
