@@ -111,11 +111,9 @@ def test_embedding_options_work_as_in_torch(options):
 
 
 def test_embedding_keeps_bits_of_words_read_and_no_table():
-    module, kept = EmbeddingDropout(nn.Embedding(1000, 64), 0.5), []
     ids = torch.arange(40)
-    with saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        module(ids)
-    assert sorted(t.nbytes for t in kept) == [8, ids.nbytes]
+    found, words = kept_by(EmbeddingDropout(nn.Embedding(1000, 64), 0.5), ids)
+    assert (found, words) == ([ids.nbytes], 8)
 
 
 def test_embedding_gradients_are_finite_differences():
@@ -125,7 +123,6 @@ def test_embedding_gradients_are_finite_differences():
         return seeded(torch.func.functional_call, module, {"embedding.weight": weight}, ids)
 
     weight = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(run, weight)
     assert torch.autograd.gradgradcheck(run, weight)
 
 
@@ -313,15 +310,6 @@ def test_a_change_before_backward_raises(changed):
         y.sum().backward()
 
 
-def test_weight_replaced_before_backward_keeps_its_gradient():
-    """By ``.data``, as torch would: the memory that forward read is what backward reads."""
-    module, x = DropConnect(nn.Linear(4, 3)), torch.randn(2, 4, requires_grad=True)
-    (expected,) = torch.autograd.grad(seeded(module, x).sum(), x)
-    y = seeded(module, x)
-    module.module.weight.data = torch.zeros(3, 4)
-    assert_equal(torch.autograd.grad(y.sum(), x), (expected,))
-
-
 # ---- what else keeps, and calls ----
 
 
@@ -404,12 +392,10 @@ def test_compiled_connections_of_a_recurrent_layer_run():
     torch.compiler.reset()
     module, x = DropConnect(nn.LSTM(8, 16)), torch.randn(5, 3, 8)
     model = nn.Sequential(nn.Linear(8, 8), module)
-    compiled = torch.compile(model, backend="aot_eager")
-    y, _ = seeded(compiled, x)
+    y, _ = seeded(torch.compile(model, backend="aot_eager"), x)
     assert_equal(y, seeded(model, x)[0])
     y.sum().backward()
-    flat = module.module._flat_weights
-    assert all(weight is parameter for weight, parameter in zip(flat, module.module.parameters(), strict=True))
+    assert all(a is b for a, b in zip(module.module._flat_weights, module.module.parameters(), strict=True))
     torch.compiler.reset()
 
 
@@ -460,9 +446,8 @@ def test_connections_copy_after_a_call(duplicate):
 
 def test_connections_restore_the_layer_when_it_raises():
     module = DropConnect(nn.LSTM(8, 16))
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="input_size"):
-            module(torch.randn(5, 3, 7))
+    with pytest.raises(RuntimeError, match="input_size"):
+        module(torch.randn(5, 3, 7))
     assert all(a is b for a, b in zip(module.module._flat_weights, module.module.parameters(), strict=True))
 
 

@@ -9,7 +9,6 @@ import math
 import sys
 import threading
 import types
-from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -71,7 +70,9 @@ MODELS = {
     "MLP": (mlp, (4, 6)),
     "MLP of torch's": (lambda: mlp(nn.Dropout), (4, 6)),
     "in place, Gaussian": (
-        lambda: nn.Sequential(nn.Linear(6, 6), fdt.Dropout(0.5, inplace=True), fdt.GaussianDropout()),
+        lambda: nn.Sequential(
+            nn.Linear(6, 6), fdt.Dropout(0.5, inplace=True), fdt.GaussianDropout(), fdt.DropPath(0.2)
+        ),
         (4, 6),
     ),
     "CNN": (cnn, (2, 2, 8, 8)),
@@ -83,7 +84,6 @@ MODELS = {
     "DropConnect": (lambda: fdt.DropConnect(nn.Linear(6, 3)), (4, 6)),
     "DropConnect GRU": (lambda: first(fdt.DropConnect(nn.GRU(6, 5))), (4, 2, 6)),
     "transformer": (encoder, (3, 5, 8)),
-    "DropPath": (lambda: nn.Sequential(fdt.DropPath(0.3), fdt.VariationalDropout(0.5, 1), nn.Linear(8, 2)), (3, 5, 8)),
     "functional": (lambda: Net(lambda self, x: F.dropout(self.linear(x), 0.4), linear=nn.Linear(6, 6)), (4, 6)),
     "control flow": (with_dropout(goes_where_the_numbers_say), (4, 6)),
     "noise": (with_dropout(lambda self, x: self.drop(x) + torch.randn(3)), (4, 3)),
@@ -121,15 +121,11 @@ class Calls:
 
 ZOO = {
     "ours": fdt.Dropout,
-    "torchs": nn.Dropout,
-    "feature": nn.Dropout2d,
-    "alpha": nn.FeatureAlphaDropout,
-    "block": lambda: fdt.DropBlock2d(0.1, 3),
+    "torchs": nn.FeatureAlphaDropout,
     "path": DropPath,
     "attention": lambda: nn.MultiheadAttention(8, 2, dropout=0.1),
     "rnn": lambda: nn.GRU(8, 8, 2, dropout=0.1),
     "connect": lambda: fdt.DropConnect(nn.Linear(8, 8)),
-    "words": lambda: fdt.EmbeddingDropout(nn.Embedding(4, 8)),
     "variational": lambda: fdt.VariationalGRU(8, 8),
 }
 NORMS = {
@@ -137,12 +133,7 @@ NORMS = {
     "sync": lambda: nn.SyncBatchNorm(8),
     "instance": lambda: nn.InstanceNorm1d(8, track_running_stats=True),
 }
-QUIET = {
-    "linear": lambda: nn.Linear(8, 8),
-    "attention without": lambda: nn.MultiheadAttention(8, 2),
-    "rnn without": lambda: nn.LSTM(8, 8, 2),
-    "noise": lambda: nn.RReLU(),
-}
+QUIET = {"linear": lambda: nn.Linear(8, 8), "rnn without": lambda: nn.LSTM(8, 8, 2), "noise": nn.RReLU}
 
 
 def test_mc_dropout_turns_on_dropout_alone_or_what_a_filter_picks_but_no_norm():
@@ -504,14 +495,13 @@ def test_compiled_models_give_the_same_samples_and_stay_compiled(monkeypatch):
     mc_predict(*built("MLP of torch's"), 5)
 
 
-@pytest.mark.parametrize(("kind", "batch"), [("dropout", 3), ("gaussian_dropout", 1)])
-def test_behind_a_graph_break_no_frame_of_ours_is_compiled(kind, batch):
+def test_behind_a_graph_break_no_frame_of_ours_is_compiled():
     class Broken(nn.Module):
         def forward(self, x):
             torch._dynamo.graph_break()
             seed = torch.ops.fastdrop.draw(x, [])
             torch._dynamo.graph_break()
-            return getattr(fdt, kind)(x, 0.5, seed=seed) + getattr(fdt, kind)(x, 0.5)
+            return fdt.dropout(x, 0.5, seed=seed) + fdt.dropout(x, 0.5)
 
     def note(graph, inputs):
         frames.update(node.stack_trace.lstrip().splitlines()[0] for node in graph.graph.nodes if node.stack_trace)
@@ -522,7 +512,7 @@ def test_behind_a_graph_break_no_frame_of_ours_is_compiled(kind, batch):
     model, x = Broken(), torch.ones(4, 6)
     expected = mc_predict(model, x, 8, seed=3, batch=1, keep_samples=True).samples
     compiled = torch.compile(model, backend=note)
-    samples = mc_predict(compiled, x, 8, seed=3, batch=batch, keep_samples=True).samples
+    samples = mc_predict(compiled, x, 8, seed=3, batch=3, keep_samples=True).samples
     torch.testing.assert_close(samples, expected)
     assert frames  # the outermost ones: what is called inside may be compiled with its caller
     assert not [frame for frame in frames if "_random.py" in frame or "_ops.py" in frame]
@@ -701,11 +691,8 @@ def test_dtypes(returned, expected):
     [
         ({"samples": 0}, ValueError, "samples must be at least 1, but got 0"),
         ({"samples": 2.5}, TypeError, "samples must be an int, but got float"),
-        ({"samples": "5"}, TypeError, "samples must be a number, but got str"),
         ({"batch": 0}, ValueError, "batch must be at least 1, but got 0"),
-        ({"batch": 1.5}, TypeError, "batch must be an int, but got float"),
         ({"seed": -1}, ValueError, r"seed must be from 0 to 2\*\*64 - 1, but got -1"),
-        ({"seed": 0.5}, TypeError, "seed must be an int, but got float"),
         ({"task": "ranking"}, ValueError, "task must be one of 'regression', 'classification', but got 'ranking'"),
         ({"outputs": "odds"}, ValueError, "outputs must be one of 'logits', 'probabilities', but got 'odds'"),
         ({"filter": 3}, TypeError, "filter must be callable, but got int"),
@@ -738,11 +725,8 @@ def test_mc_predict_refuses_what_is_no_tensor_of_real_numbers(returned, got):
 class Bar:
     """What tqdm's does."""
 
-    made: ClassVar[list[Bar]] = []
-
-    def __init__(self, total, **_):
+    def __init__(self, total):
         self.total, self.done, self.closed = total, 0, False
-        self.made.append(self)
 
     def update(self, count):
         self.done += count
@@ -756,9 +740,10 @@ class Bar:
 
 @pytest.fixture
 def bars(monkeypatch):
-    monkeypatch.setattr(Bar, "made", [])
-    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=Bar))
-    return Bar.made
+    made = []
+    tqdm = lambda total, **_: made.append(Bar(total)) or made[-1]  # noqa: E731
+    monkeypatch.setitem(sys.modules, "tqdm", types.SimpleNamespace(tqdm=tqdm))
+    return made
 
 
 class Terminal(io.StringIO):
