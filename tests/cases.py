@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 HANG_SECONDS = 240  # only to end a hang: no test is about time
 
 # Every backend x instruction set there is; conftest's `variant` skips those that this machine lacks.
-VARIANTS = ("numpy", "numba", "c-scalar", "c-avx2", "c-avx512", "c-neon")
+VARIANTS = ("numpy", "c-scalar", "c-avx2", "c-avx512", "c-neon", "numba")
 
 # Relative error allowed where a result is compared with float64 arithmetic: two roundings, of the scale and of the
 # product. The reference backend is met bit for bit.

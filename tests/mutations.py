@@ -23,6 +23,9 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 
 
+LIMIT = 1200  # seconds for the tests of one fault
+
+
 class Mutation(NamedTuple):
     name: str
     file: str
@@ -605,7 +608,10 @@ def is_caught(mutation: Mutation, root: Path, tests: str) -> tuple[bool, str]:
         if built.returncode:
             raise SystemExit(f"{mutation.name}: doesn't compile\n{built.stderr}")
     options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider", "--show-capture=no"]
-    ended = subprocess.run([sys.executable, "-m", "pytest", *options, *tests.split()], **run)
+    try:
+        ended = subprocess.run([sys.executable, "-m", "pytest", *options, *tests.split()], **run, timeout=LIMIT)
+    except subprocess.TimeoutExpired:  # a loop without end is seen in CI too
+        return True, f"not over after {LIMIT} s"
     said = ended.stdout.strip().splitlines()
     if ended.returncode not in (0, 1):  # a crash catches the fault as well; that no test ran does not
         return ended.returncode < 0, f"exit status {ended.returncode}"
