@@ -3,8 +3,8 @@
     python examples/convolutional.py
 
 Neighbouring pixels of a feature map are alike, so dropping some of them hides little. `Dropout2d` drops whole channels,
-with higher rates in deeper layers (0.2, 0.3, 0.4). `DropBlock2d` drops squares of pixels. On digits this small all three
-end within one percentage point of each other, and a little above no dropout.
+with higher rates in deeper layers (0.2, 0.3, 0.4). `DropBlock2d` drops squares of pixels. On digits this small all
+three end within one percentage point of each other, and a little above no dropout.
 """
 
 from collections.abc import Callable

@@ -5,8 +5,8 @@
 
 The model is plain ``torch.nn`` and knows nothing of fastdrop. One of its copies trains inside
 ``fastdrop.torch.enabled()``, where dropout runs on fastdrop, also inside the attention. All copies start from the same
-weights and see the same batches. So the two with dropout differ only in their masks. This changes the validation loss at
-the end by several hundredths, as another seed of F.dropout does. The copies take turns at every step, so that their
+weights and see the same batches. So the two with dropout differ only in their masks. This changes the validation loss
+at the end by several hundredths, as another seed of F.dropout does. The copies take turns at every step, so that their
 times can be compared. "Kept for backward" is what autograd saves in one forward pass, without parameters. The text is
 Python's own language reference, which ships with it.
 """
