@@ -1,9 +1,9 @@
-"""Weight scaling against Monte Carlo averaging: how many thinned networks the whole one stands for.
+"""Weight scaling against Monte Carlo averaging: how many thinned networks are as good as the whole one.
 
     python examples/averaging.py
 
-The whole network, scaled, is one forward pass; the mean of k thinned ones is k. The 2014 paper found them about equal
-from 50 samples on.
+The whole, scaled network needs one forward pass; the mean of k thinned networks needs k. The 2014 paper found that both
+are about equally good from 50 samples on.
 """
 
 from common import Figure, accuracy, digits, run, torch, train

@@ -2,9 +2,9 @@
 
     python examples/convolutional.py
 
-Neighbouring pixels of a feature map tell the same, so dropping some of them hides little. `Dropout2d` takes whole
-channels, more of them in deeper blocks (0.2, 0.3, 0.4), `DropBlock2d` squares of pixels. On digits this small all three
-end within a point of each other, and a little above none.
+Neighbouring pixels of a feature map are alike, so dropping some of them hides little. `Dropout2d` drops whole channels,
+with higher rates in deeper layers (0.2, 0.3, 0.4). `DropBlock2d` drops squares of pixels. On digits this small all
+three end within one percentage point of each other, and a little above no dropout.
 """
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
-"""Dropout against overfitting: what a network makes of its training digits and of new ones, with dropout and without.
+"""Dropout against overfitting: accuracy on training digits and on new ones, with dropout and without.
 
     python examples/overfitting_gap.py
 
-The network (64-512-256-10) has room to learn 600 digits by heart, a tenth of them with wrong labels.
+The network (64-512-256-10) is large enough to learn 600 digits by heart. A tenth of them has wrong labels.
 """
 
 from common import Figure, accuracy, digits, nn, run, torch, train

@@ -3,12 +3,12 @@
     python examples/transformer.py            # about three minutes on two cores
     python examples/transformer.py --quick    # under half a minute, to see that it runs
 
-The model is plain ``torch.nn`` and knows nothing of fastdrop: one of its copies trains inside
-``fastdrop.torch.enabled()``, and there dropout runs on fastdrop, inside the attention too. All copies start from the
-same weights and see the same batches. So the two with dropout differ by the luck of their masks alone, which moves the
-validation loss at the end by several hundredths, as it does from seed to seed of F.dropout. They take turns at every
-step, so that their times meet the same machine and can be compared. What is kept for backward is what autograd saves
-in one forward pass, parameters aside. The text is Python's own language reference, which ships with it.
+The model is plain ``torch.nn`` and knows nothing of fastdrop. One of its copies trains inside
+``fastdrop.torch.enabled()``, where dropout runs on fastdrop, also inside the attention. All copies start from the same
+weights and see the same batches. So the two with dropout differ only in their masks. This changes the validation loss
+at the end by several hundredths, as another seed of F.dropout does. The copies take turns at every step, so that their
+times can be compared. "Kept for backward" is what autograd saves in one forward pass, without parameters. The text is
+Python's own language reference, which ships with it.
 """
 
 import argparse

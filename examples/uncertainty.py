@@ -1,4 +1,4 @@
-"""What a network doesn't know: its Monte Carlo predictions spread where it has seen no data.
+"""What a network doesn't know: its Monte Carlo predictions differ where it has seen no data.
 
 python examples/uncertainty.py
 """

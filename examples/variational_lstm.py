@@ -1,4 +1,4 @@
-"""A recurrent network with masks that are held over the whole sequence.
+"""A recurrent network that keeps its masks over a whole sequence.
 
     python examples/variational_lstm.py
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,10 +59,17 @@ def test_tour_shows_every_example(beside_examples, monkeypatch, tmp_path, capsys
         assert axis.get_xlabel() or len(axis.get_xticklabels()) > 1
 
 
-@pytest.mark.parametrize("name", ["demo", "sparsity"])
-def test_command_draws_its_picture(name, tmp_path):
-    picture = Path(tmp_path, "picture.png")
-    command = [sys.executable, str(EXAMPLES / f"{name}.py"), "--quick", "--output", str(picture)]
+def test_command_draws_its_picture(beside_examples, monkeypatch, tmp_path, capsys):
+    picture = tmp_path / "picture.png"
+    monkeypatch.setattr(sys, "argv", ["sparsity.py", "--quick", "--output", str(picture)])
+    runpy.run_path(str(EXAMPLES / "sparsity.py"), run_name="__main__")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "p = 0.5" in capsys.readouterr().out
+
+
+def test_demo_draws_its_picture(tmp_path):
+    picture = tmp_path / "picture.png"
+    command = [sys.executable, str(EXAMPLES / "demo.py"), "--quick", "--output", str(picture)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=240, env=environment)
     assert done.returncode == 0, done.stderr
