@@ -194,6 +194,8 @@ def test_drop_path_has_one_probability_of_two_names():
     assert module.p == module.rate == 0.2
     assert list(vars(module)).count("drop_prob") == 1
     assert "p" not in vars(module)
+    x = torch.ones(20, 3)
+    assert module.eval()(x) is x
 
 
 # ---- a rate that may be driven ----
