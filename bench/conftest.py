@@ -1,19 +1,14 @@
-"""Sets up the CPU benchmarks: which files a run collects, the selftest before it, and the JSON that it leaves.
+"""Sets up the CPU benchmarks: which files a run collects, the selftest before it, what the JSON says of the machine.
 
 A run stops when the selftest fails, because the time of a wrong kernel means nothing.
 """
 
 from __future__ import annotations
 
-import datetime
 import importlib.metadata
 import importlib.util
-import json
-import os
 import platform
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,14 +24,12 @@ SELECTIONS = {
     "family": "test_family.py",
     "fused": "test_fused.py",
 }
-ROWS: list[dict[str, Any]] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--cases", choices=SELECTIONS, default="all", help="all, quick (the speed table), torch, family or fused"
     )
-    parser.addoption("--json", type=Path, help="the file for the results")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -50,43 +43,24 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         pytest.exit("the selftest fails, so nothing is measured:\n" + "\n".join(lines), returncode=1)
 
 
-@pytest.fixture
-def row() -> Iterator[dict[str, Any]]:
-    """What the report is to have of a case: a test fills it."""
-    found: dict[str, Any] = {}
-    yield found
-    if "seconds" in found:
-        ROWS.append(found)
-
-
-@pytest.fixture
-def threads(request: pytest.FixtureRequest, row: dict[str, Any]) -> Iterator[int]:
-    """The number of threads of a case in torch: 1 and 2."""
-    from . import contenders
-
-    row["threads"] = request.param
-    with contenders.threads(request.param, contenders.import_torch()):
-        yield request.param
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "threads" in metafunc.fixturenames:
-        metafunc.parametrize("threads", (1, 2), indirect=True, ids=lambda n: f"t{n}")
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    file = session.config.getoption("--json")
-    if file is None or not ROWS:
-        return
-    machine = {
-        "cpu_name": _cpu_name(), "cpus": os.cpu_count(), "system": platform.system(),
-        "python_version": platform.python_version(), "fastdrop": fastdrop.__version__,
-        "backends": {name: reason or backends.load(name).describe() for name, reason in backends.reasons().items()},
-    }  # fmt: skip
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, object]) -> None:
+    machine_info["fastdrop"] = fastdrop.__version__
+    machine_info["backends"] = {
+        name: reason or backends.load(name).describe() for name, reason in backends.reasons().items()
+    }
+    machine_info["cpu_name"] = _cpu_name()
     if importlib.util.find_spec("torch"):
-        machine["torch"] = importlib.metadata.version("torch")
-    now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    file.write_text(json.dumps({"machine": machine, "datetime": now, "rows": ROWS}, indent=1) + "\n")
+        machine_info["torch"] = importlib.metadata.version("torch")
+
+
+def pytest_benchmark_update_json(
+    config: pytest.Config, benchmarks: list[object], output_json: dict[str, object]
+) -> None:
+    """Keeps what the report needs: no host's name, no single samples."""
+    output_json.pop("commit_info", None)
+    output_json["machine_info"].pop("node", None)
+    for benchmark in output_json["benchmarks"]:
+        benchmark["stats"].pop("data", None)
 
 
 def _cpu_name() -> str:

@@ -23,7 +23,7 @@ def write(arguments: list[str], usage: str, report: Callable[..., str], plot: Ca
         return 2
     source = Path(arguments[0])
     run = json.loads(source.read_text())
-    rows = run["rows"]
+    rows = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
     text = report(run, rows)
     source.with_suffix(".md").write_text(text)
     plot(run, rows, source.with_suffix(".png"))
@@ -34,10 +34,10 @@ def write(arguments: list[str], usage: str, report: Callable[..., str], plot: Ca
 
 def machine_line(run: dict[str, Any]) -> str:
     """What ran where and when."""
-    machine = run["machine"]
+    machine = run["machine_info"]
     versions = [f"{package} {machine[package]}" for package in ("torch", "fastdrop") if package in machine]
     return (
-        f"{machine['cpu_name']}, {machine['cpus']} CPUs, {machine['system']}; Python "
+        f"{machine['cpu_name']}, {machine['cpu'].get('count', '?')} CPUs, {machine['system']}; Python "
         f"{machine['python_version']}; {'; '.join(versions)}; {run['datetime'][:10]}."
     )
 
@@ -106,7 +106,7 @@ class Suite:
         axis.margins(x=0.08)
         axis.set_ylim(-0.7, len(shown) - 0.3)
         axis.grid(axis="x", alpha=0.3)
-        figure.suptitle(f"{self.picture}, float32, one thread ({run['machine']['cpu_name']})")
+        figure.suptitle(f"{self.picture}, float32, one thread ({run['machine_info']['cpu_name']})")
         figure.savefig(path, dpi=130)
 
 

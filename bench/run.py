@@ -41,7 +41,8 @@ def main() -> int:
     results = RESULTS / f"{args.name or cases}.json"
     command = [
         sys.executable, "-m", "pytest", "bench/cpu", "bench/torch", "-q", "--cases", cases, "-p", "no:cacheprovider",
-        "--json", str(results), "--no-header",
+        "--benchmark-json", str(results), "--benchmark-disable-gc", "--benchmark-columns", "median,iqr,rounds",
+        "--benchmark-sort", "name", "--no-header",
     ]  # fmt: skip
     status = subprocess.run(command, cwd=BENCH.parent, check=False).returncode
     return status or report(REPORTS[cases], results)

@@ -5,33 +5,26 @@ callables take turns: every round runs each of them once, in an order shuffled a
 round, where both sides met the same machine. The median over rounds then ignores those that something else disturbed.
 
 A sample is one callable's share of a round: as many calls as last `SAMPLE_SECONDS`, so that the clock's own cost and
-resolution do not count, after a call that is not timed and brings the callable's data back into the caches that its
+resolution do not count, after one call that is not timed and brings the callable's data back into the caches its
 neighbours in the round have used. Garbage collection is off meanwhile.
 """
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
-__all__ = ["Timing", "alternate", "compare"]
+__all__ = ["Timing", "alternate", "sample"]
 
 SAMPLE_SECONDS = 200e-6
-WARM_CALLS = 3
-# If every call takes longer than this, all pass over more memory than caches hold: nothing to bring back beforehand.
+WARM_CALLS = 2
+# A call longer than this passes over more memory than caches hold: nothing to bring back before timing it.
 UNCACHED_SECONDS = 20e-3
-# With several threads each callable first runs for so long untimed: torch's threads take milliseconds to wake.
-SETTLE_SECONDS = 4e-3
 MIN_ROUNDS, MAX_ROUNDS = 5, 201
-
-Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
@@ -44,18 +37,18 @@ class Timing:
     def median(self) -> float:
         return statistics.median(self.samples)
 
+    @property
+    def spread(self) -> float:
+        """Interquartile range over the median."""
+        low, _, high = statistics.quantiles(self.samples, n=4)
+        return (high - low) / self.median
+
     def ratio(self, other: Timing) -> float:
         """Median of this callable's time over the other's in the same round."""
         return statistics.median(mine / its for mine, its in zip(self.samples, other.samples, strict=True))
 
 
-def alternate(
-    calls: Mapping[str, Call],
-    *,
-    seconds: float = 1.0,
-    settle: float = 0.0,
-    around: Mapping[str, Callable[[], AbstractContextManager[object]]] | None = None,
-) -> dict[str, Timing]:
+def alternate(calls: Mapping[str, Callable[[], object]], *, seconds: float = 1.0) -> dict[str, Timing]:
     """Times callables against each other.
 
     Parameters
@@ -64,10 +57,6 @@ def alternate(
         Their results are thrown away.
     seconds : float
         About how long all of it may take, warm-up aside. Slow callables get at least `MIN_ROUNDS` rounds.
-    settle : float
-        For so many seconds each callable runs untimed before each sample, unless all are slow.
-    around : mapping of name to callable
-        The context that a callable runs in. It is entered and left outside of the time taken.
 
     Returns
     -------
@@ -77,59 +66,35 @@ def alternate(
     >>> len(timings["one"].samples) == len(timings["twice"].samples) >= MIN_ROUNDS
     True
     """
-    context = around or {}
-    once = {}
+    repeats, leads, cost = {}, {}, 0.0
     for name, call in calls.items():
-        with context.get(name, contextlib.nullcontext)():
-            call()  # compiles, allocates, starts threads
-            once[name] = max(min(sample(call, 1) for _ in range(WARM_CALLS)), 1e-9)
-    repeats = {name: max(1, round(SAMPLE_SECONDS / took + 0.5)) for name, took in once.items()}
-    cached = min(once.values()) < UNCACHED_SECONDS  # of all or of none: none is to be the only one prepared
-    cost = sum(took * repeats[name] + cached * max(took, settle) for name, took in once.items())
+        call()  # compiles, allocates, starts threads
+        once = min(sample(call, 1) for _ in range(WARM_CALLS))
+        repeats[name] = max(1, round(SAMPLE_SECONDS / max(once, 1e-9) + 0.5))
+        leads[name] = once < UNCACHED_SECONDS
+        cost += once * (repeats[name] + leads[name])
+    rounds = min(max(int(seconds / cost), MIN_ROUNDS), MAX_ROUNDS)
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    order, shuffle = list(calls), random.Random(0).shuffle
+    order = list(calls)
+    shuffle = random.Random(0).shuffle
     collecting = gc.isenabled()
     gc.disable()
     try:
-        for _ in range(min(max(int(seconds / cost), MIN_ROUNDS), MAX_ROUNDS)):
+        for _ in range(rounds):
             shuffle(order)
             for name in order:
-                with context.get(name, contextlib.nullcontext)():
-                    if cached:
-                        run_for(calls[name], settle)
-                    samples[name].append(sample(calls[name], repeats[name]))
+                if leads[name]:
+                    calls[name]()
+                samples[name].append(sample(calls[name], repeats[name]))
     finally:
         if collecting:
             gc.enable()
     return {name: Timing(tuple(taken)) for name, taken in samples.items()}
 
 
-def compare(
-    ours: Call,
-    peers: Mapping[str, Call],
-    seconds: float,
-    threads: int = 1,
-    around: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
-) -> dict[str, Any]:
-    """What a report's row has of times: ours, those of the peers, and the ratios of ours to theirs."""
-    settle = SETTLE_SECONDS if threads > 1 else 0.0
-    timings = alternate({"": ours, **peers}, seconds=seconds, settle=settle, around={"": around})
-    mine = timings.pop("")
-    times = {name: {"seconds": its.median, "ratio": mine.ratio(its)} for name, its in timings.items()}
-    return {"seconds": mine.median, "peers": times}
-
-
-def sample(call: Call, repeats: int) -> float:
+def sample(call: Callable[[], object], repeats: int) -> float:
     """Seconds per call of so many calls in a row."""
     start = time.perf_counter()
     for _ in range(repeats):
         call()
     return (time.perf_counter() - start) / repeats
-
-
-def run_for(call: Call, seconds: float) -> None:
-    """At least once."""
-    end = time.perf_counter() + seconds
-    call()
-    while time.perf_counter() < end:
-        call()

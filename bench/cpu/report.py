@@ -94,6 +94,8 @@ def targets(rows: list[dict[str, Any]], level: str) -> list[tuple[str, str, floa
                 "store": "seed" if variant == "seed" else "bits", "level": "call" if variant == "seed" else level,
             }  # fmt: skip
             for row in rows:
+                if threads > 1 and not row.get("settle"):
+                    continue  # timed on threads that had to wake first: no ratio to hold anything to
                 if all(row.get(key) == value for key, value in wanted.items()) and peer in row["peers"]:
                     found.append((what, SIZE_NAMES[size], limit, row["peers"][peer]["ratio"], "x"))
     for row in rows if level == "kernel" else []:
@@ -155,7 +157,7 @@ def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     axes[0].set_ylabel("ns per element")
     handles, labels = axes[0].get_legend_handles_labels()  # forward has every curve
     axes[1].legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
-    figure.suptitle(f"Dropout of float32, p = 0.1, one thread ({run['machine']['cpu_name']})")
+    figure.suptitle(f"Dropout of float32, p = 0.1, one thread ({run['machine_info']['cpu_name']})")
     figure.savefig(path, dpi=130)
 
 

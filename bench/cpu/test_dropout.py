@@ -17,8 +17,7 @@ from fastdrop import backends
 from fastdrop.backends import c as native
 
 from .. import contenders
-from ..report import Row
-from ..timing import compare
+from ..pairing import SETTLE_SECONDS, alternate
 from . import cases
 
 CASE_SECONDS = {"all": 0.5, "quick": 2.5}
@@ -32,7 +31,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         chosen = {"all": cases.every_case, "quick": cases.quick_cases}[metafunc.config.getoption("--cases")]()
-        metafunc.parametrize("case", list(chosen), ids=lambda case: case.id)
+        metafunc.parametrize("case", chosen, ids=lambda case: case.id)
 
 
 @pytest.fixture
@@ -54,16 +53,16 @@ def buffers(size: int, dtype: str) -> contenders.Buffers:
     return contenders.Buffers.of((size,), np.dtype(getattr(ml_dtypes, dtype, dtype)))
 
 
-def test_dropout(case: cases.Case, running: None, row: Row, request: pytest.FixtureRequest) -> None:
+def test_dropout(case: cases.Case, running: None, benchmark: Any, request: pytest.FixtureRequest) -> None:
     data = buffers(case.size, case.dtype)
     measured = call_of(fastdrop_contender(case, data), case.operation)
     peers = dict(peers_of(case, data))
-    row.update(case.as_dict(), bytes_per_element=traffic(case, data))
+    benchmark.extra_info.update(case.as_dict(), bytes_per_element=traffic(case, data))
     seconds = CASE_SECONDS[request.config.getoption("--cases")]
-    row.update(compare(measured, peers, seconds, case.threads))
+    alternate(benchmark, measured, peers, seconds, SETTLE_SECONDS if case.threads > 1 else 0.0)
 
 
-def test_whole_call_of_1000_elements(row: Row) -> None:
+def test_whole_call_of_1000_elements(benchmark: Any) -> None:
     """What Python costs: fd.dropout on an array so small that the kernel hardly counts."""
     x = np.ones(1000, np.float32)
     y = np.empty_like(x)
@@ -72,10 +71,10 @@ def test_whole_call_of_1000_elements(row: Row) -> None:
     if torch is not None:
         tensor = torch.from_numpy(x)
         peers["F.dropout"] = lambda: torch.nn.functional.dropout(tensor, 0.1, True)
-    row.update(operation="whole call", variant=cases.best(), level="call", size=1000, p=0.1)
-    row.update(dtype="float32", threads=1, store="bits", bytes_per_element=8.125)
+    benchmark.extra_info.update(operation="whole call", variant=cases.best(), level="call", size=1000, p=0.1)
+    benchmark.extra_info.update(dtype="float32", threads=1, store="bits", bytes_per_element=8.125)
     with contenders.threads(1, torch):
-        row.update(compare(lambda: fd.dropout(x, 0.1, rng=stream, out=y), peers, 1.0))
+        alternate(benchmark, lambda: fd.dropout(x, 0.1, rng=stream, out=y), peers, 1.0)
 
 
 def fastdrop_contender(case: cases.Case, data: contenders.Buffers) -> contenders.Contender:

@@ -163,7 +163,7 @@ def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     right.minorticks_off()
     right.grid(alpha=0.3)
     right.legend(frameon=False)
-    figure.suptitle(f"torch with fastdrop ({run['machine']['cpu_name']})")
+    figure.suptitle(f"torch with fastdrop ({run['machine_info']['cpu_name']})")
     figure.savefig(path, dpi=130)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -13,8 +13,7 @@ import pytest
 import fastdrop as fd
 
 from .. import contenders
-from ..report import Row
-from ..timing import compare
+from ..pairing import SETTLE_SECONDS, alternate
 
 torch = pytest.importorskip("torch")
 fdt = pytest.importorskip("fastdrop.torch")
@@ -41,14 +40,21 @@ TORCH_PEERS = {
 }
 
 
-def record(row: Row, ours: Any, peers: dict[str, Any], **case: Any) -> None:
-    row.update(case, **compare(ours, peers, SECONDS, row["threads"]))
+@pytest.fixture(params=(1, 2), ids=lambda n: f"t{n}")
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    with contenders.threads(request.param, torch):
+        yield request.param
+
+
+def compare(benchmark: Any, threads: int, ours: Any, peers: dict[str, Any], **case: Any) -> None:
+    benchmark.extra_info.update(threads=threads, **case)
+    alternate(benchmark, ours, peers, SECONDS, SETTLE_SECONDS if threads > 1 else 0.0)
 
 
 @pytest.mark.parametrize("operation", ["forward", "backward"])
 @pytest.mark.parametrize("layout", ["channels first", "channels last"])
 @pytest.mark.parametrize("kind", SHARED)
-def test_shared(kind: str, layout: str, operation: str, threads: int, row: Row) -> None:
+def test_shared(kind: str, layout: str, operation: str, threads: int, benchmark: Any) -> None:
     """Masks with shared decisions, whole calls of the NumPy API, against a multiplication over the same memory."""
     x, y = images(layout)
     drop = SHARED[kind]
@@ -58,11 +64,11 @@ def test_shared(kind: str, layout: str, operation: str, threads: int, row: Row) 
         ours: Callable[[], Any] = lambda: drop(x, P, out=y)  # noqa: E731
     else:
         ours = lambda: fd.dropout_backward(x, mask, out=y)  # noqa: E731
-    record(row, ours, {MUL: peer}, kind=kind, operation=operation, layout=layout, elements=x.size)
+    compare(benchmark, threads, ours, {MUL: peer}, kind=kind, operation=operation, layout=layout, elements=x.size)
 
 
 @pytest.mark.parametrize("kind", SHARED)
-def test_shared_in_torch(kind: str, threads: int, row: Row) -> None:
+def test_shared_in_torch(kind: str, threads: int, benchmark: Any) -> None:
     """The same as torch's users call it, forward and backward, beside torch's own or its formula."""
     functions = {
         "feature": fdt.dropout2d,
@@ -71,14 +77,14 @@ def test_shared_in_torch(kind: str, threads: int, row: Row) -> None:
     }
     x = torch.randn(16, *IMAGES[1:])
     ours, theirs = with_gradient(functions[kind], x, P), with_gradient(TORCH_PEERS[kind], x, P)
-    record(
-        row, ours, {FORMULA: theirs}, kind=kind, operation="torch, forward+backward",
+    compare(
+        benchmark, threads, ours, {FORMULA: theirs}, kind=kind, operation="torch, forward+backward",
         layout="channels first", elements=x.numel(),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("operation", ["forward", "forward+backward"])
-def test_drop_block(operation: str, threads: int, row: Row) -> None:
+def test_drop_block(operation: str, threads: int, benchmark: Any) -> None:
     x, p, block = torch.randn(16, *IMAGES[1:]), 0.1, 7
     if operation == "forward":
         ours: Callable[[], Any] = lambda: fdt.drop_block2d(x, p, block)  # noqa: E731
@@ -86,34 +92,34 @@ def test_drop_block(operation: str, threads: int, row: Row) -> None:
     else:
         ours = with_gradient(lambda x, p: fdt.drop_block2d(x, p, block), x, p)
         theirs = with_gradient(lambda x, p: drop_block_formula(x, p, block), x, p)
-    record(
-        row, ours, {FORMULA: theirs}, kind="DropBlock", operation=operation, layout="7 x 7",
+    compare(
+        benchmark, threads, ours, {FORMULA: theirs}, kind="DropBlock", operation=operation, layout="7 x 7",
         elements=x.numel(),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-def test_drop_connect(p: float, threads: int, row: Row) -> None:
+def test_drop_connect(p: float, threads: int, benchmark: Any) -> None:
     w = np.random.default_rng(0).standard_normal((4096, 4096), np.float32)
     out = np.empty_like(w)
-    record(
-        row, lambda: fd.drop_connect(w, p, out=out), {MUL: multiplication(w, out)},
+    compare(
+        benchmark, threads, lambda: fd.drop_connect(w, p, out=out), {MUL: multiplication(w, out)},
         kind="DropConnect", operation="forward", layout=f"4096 x 4096, p = {p}", elements=w.size,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("size", FLAT)
-def test_alpha(size: str, threads: int, row: Row) -> None:
+def test_alpha(size: str, threads: int, benchmark: Any) -> None:
     x, y = flat(FLAT[size])
-    record(
-        row, lambda: fd.alpha_dropout(x, 0.1, out=y), {DROPOUT: lambda: fd.dropout(x, 0.1, out=y)},
+    compare(
+        benchmark, threads, lambda: fd.alpha_dropout(x, 0.1, out=y), {DROPOUT: lambda: fd.dropout(x, 0.1, out=y)},
         kind="alpha", operation="forward", layout=size, elements=x.size,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("operation", ["forward", "forward+backward"])
 @pytest.mark.parametrize("size", NOISE)
-def test_gaussian(size: str, operation: str, threads: int, row: Row) -> None:
+def test_gaussian(size: str, operation: str, threads: int, benchmark: Any) -> None:
     x, sigma = torch.randn(NOISE[size]), (P / (1 - P)) ** 0.5
     if operation == "forward":
         ours: Callable[[], Any] = lambda: fdt.gaussian_dropout(x, P)  # noqa: E731
@@ -121,14 +127,14 @@ def test_gaussian(size: str, operation: str, threads: int, row: Row) -> None:
     else:
         ours = with_gradient(fdt.gaussian_dropout, x, P)
         theirs = with_gradient(lambda x, p: x * torch.normal(1.0, sigma, x.shape), x, P)
-    record(
-        row, ours, {FORMULA: theirs}, kind="Gaussian", operation=operation, layout=size,
+    compare(
+        benchmark, threads, ours, {FORMULA: theirs}, kind="Gaussian", operation=operation, layout=size,
         elements=x.numel(),
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(("sizes", "batch"), [((16, 64, 64, 1), 32), ((64, 256, 256, 10), 32)])
-def test_mc_predict(sizes: tuple[int, ...], batch: int, threads: int, row: Row) -> None:
+def test_mc_predict(sizes: tuple[int, ...], batch: int, threads: int, benchmark: Any) -> None:
     """50 samples of an MLP, mean and standard deviation, against loops of as many forward passes: as torch's users
     write it, and with fastdrop's modules in their place."""
     x = torch.randn(batch, sizes[0])
@@ -139,8 +145,8 @@ def test_mc_predict(sizes: tuple[int, ...], batch: int, threads: int, row: Row) 
             samples = torch.stack([model(x) for _ in range(SAMPLES)])
             return samples.mean(0), samples.std(0)
 
-    record(
-        row, lambda: fdt.mc_predict(ours, x, SAMPLES),
+    compare(
+        benchmark, threads, lambda: fdt.mc_predict(ours, x, SAMPLES),
         {LOOP: lambda: loop(theirs), OWN_LOOP: lambda: loop(ours)},
         kind="mc_predict", operation=f"{SAMPLES} samples",
         layout=f"MLP {'-'.join(map(str, sizes))}, batch {batch}", elements=SAMPLES,

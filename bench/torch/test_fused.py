@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
 import pytest
 
-from .. import memory
-from ..report import Row
-from ..timing import compare
+from .. import contenders, memory
+from ..pairing import SETTLE_SECONDS, alternate
 from .report_fused import ADD, ADD_AND_NORM, ATTENTION, COMPILED, GELU, KEPT, LAYER_NORM, MUL, P_ZERO, SOFTMAX
 
 torch = pytest.importorskip("torch")
@@ -33,42 +32,50 @@ ATTENTIONS = {
 }
 
 
+@pytest.fixture(params=(1, 2), ids=lambda n: f"t{n}")
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    with contenders.threads(request.param, torch):
+        yield request.param
+
+
 shapes = pytest.mark.parametrize("shape", SHAPES)
 results = pytest.mark.parametrize("results", memory.KINDS)
 
 
-def record(row: Row, ours: Any, peers: dict[str, Any], shape: str, results: str = "reused", **case: Any) -> None:
+def compare(
+    benchmark: Any, threads: int, ours: Any, peers: dict[str, Any], shape: str, results: str = "reused", **case: Any
+) -> None:
     case["operation"] += ", fresh memory" * (results == "fresh")
-    row.update(layout=shape, elements=math.prod(SHAPES[shape]), **case)
+    benchmark.extra_info.update(threads=threads, layout=shape, elements=math.prod(SHAPES[shape]), **case)
     with memory.results(results):
-        row.update(compare(ours, peers, SECONDS, row["threads"]))
-        row["faults"] = {name: memory.faults(call) for name, call in {"": ours, **peers}.items()}
+        alternate(benchmark, ours, peers, SECONDS, SETTLE_SECONDS if threads > 1 else 0.0)
+        benchmark.extra_info["faults"] = {name: memory.faults(call) for name, call in {"": ours, **peers}.items()}
 
 
 @shapes
-def test_bias_dropout_add(shape: str, threads: int, row: Row) -> None:
+def test_bias_dropout_add(shape: str, threads: int, benchmark: Any) -> None:
     x, residual, y, bias, _ = arrays(shape)
-    record(
-        row, lambda: fdt.bias_dropout_add(x, bias, residual, P),
+    compare(
+        benchmark, threads, lambda: fdt.bias_dropout_add(x, bias, residual, P),
         {ADD: lambda: torch.add(x, residual, out=y)}, shape, kind="bias_dropout_add", operation="forward",
     )  # fmt: skip
 
 
 @shapes
-def test_relu(shape: str, threads: int, row: Row) -> None:
+def test_relu(shape: str, threads: int, benchmark: Any) -> None:
     x, _, y, bias, _ = arrays(shape)
-    record(
-        row, lambda: fdt.bias_act_dropout(x, bias, P, "relu"),
+    compare(
+        benchmark, threads, lambda: fdt.bias_act_dropout(x, bias, P, "relu"),
         {MUL: lambda: torch.mul(x, SCALE, out=y)}, shape, kind="bias_act_dropout relu", operation="forward",
     )  # fmt: skip
 
 
 @shapes
 @results
-def test_gelu(results: str, shape: str, threads: int, row: Row) -> None:
+def test_gelu(results: str, shape: str, threads: int, benchmark: Any) -> None:
     x, bias = (leaf(t) for t in arrays(shape)[:4:3])
-    record(
-        row, lambda: fdt.bias_act_dropout(x, bias, P, "gelu"), {GELU: lambda: F.gelu(x)}, shape, results,
+    compare(
+        benchmark, threads, lambda: fdt.bias_act_dropout(x, bias, P, "gelu"), {GELU: lambda: F.gelu(x)}, shape, results,
         kind="bias_act_dropout gelu", operation="forward",
     )  # fmt: skip
 
@@ -76,7 +83,7 @@ def test_gelu(results: str, shape: str, threads: int, row: Row) -> None:
 @shapes
 @results
 @pytest.mark.parametrize("operation", ["forward", "backward"])
-def test_layer_norm(operation: str, results: str, shape: str, threads: int, row: Row) -> None:
+def test_layer_norm(operation: str, results: str, shape: str, threads: int, benchmark: Any) -> None:
     x, residual, dy, shift, weight = (leaf(t) for t in arrays(shape))
     ours: Callable[[], Any] = lambda: fdt.dropout_add_layer_norm(x, residual, weight, shift, P)  # noqa: E731
     theirs: Callable[[], Any] = lambda: F.layer_norm(x, x.shape[-1:], weight, shift)  # noqa: E731
@@ -85,24 +92,24 @@ def test_layer_norm(operation: str, results: str, shape: str, threads: int, row:
         normed, normed_alone = ours()[0], theirs()
         ours = gradient(normed, (x, residual, weight, shift), dy)
         peers = {LAYER_NORM: gradient(normed_alone, (x, weight, shift), dy)}
-    record(
-        row, ours, peers, shape, results, kind="dropout_add_layer_norm", operation=operation,
+    compare(
+        benchmark, threads, ours, peers, shape, results, kind="dropout_add_layer_norm", operation=operation,
     )  # fmt: skip
 
 
 @shapes
 @results
-def test_softmax(results: str, shape: str, threads: int, row: Row) -> None:
+def test_softmax(results: str, shape: str, threads: int, benchmark: Any) -> None:
     x = leaf(arrays(shape)[0])
     peers = {SOFTMAX: lambda: F.softmax(x, -1)}
-    record(
-        row, lambda: fdt.softmax_dropout(x, P), peers, shape, results,
+    compare(
+        benchmark, threads, lambda: fdt.softmax_dropout(x, P), peers, shape, results,
         kind="softmax_dropout", operation="forward",
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", ATTENTIONS)
-def test_attention(shape: str, threads: int, row: Row) -> None:
+def test_attention(shape: str, threads: int, benchmark: Any) -> None:
     """Forward and backward, dropout in both."""
     torch.manual_seed(0)
     inputs = tuple(torch.randn(ATTENTIONS[shape], requires_grad=True) for _ in range(3))
@@ -110,17 +117,17 @@ def test_attention(shape: str, threads: int, row: Row) -> None:
     ours = step(lambda q, k, v: fdt.scaled_dot_product_attention(q, k, v, dropout_p=P), inputs, dy)
     peers = {ATTENTION: step(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=P), inputs, dy)}
     batch, heads, length, _ = ATTENTIONS[shape]
-    row.update(
-        kind="scaled_dot_product_attention", operation="forward+backward", layout=shape,
+    benchmark.extra_info.update(
+        kind="scaled_dot_product_attention", operation="forward+backward", layout=shape, threads=threads,
         elements=batch * heads * length * length, small=batch * heads * length * length < FEWEST_SCORES,
     )  # fmt: skip
     with memory.results("reused"):
-        row.update(compare(ours, peers, SECONDS, threads))
+        alternate(benchmark, ours, peers, SECONDS, SETTLE_SECONDS if threads > 1 else 0.0)
 
 
 @shapes
 @pytest.mark.parametrize("kind", cases.FUSED)
-def test_compiled(kind: str, shape: str, threads: int, row: Row) -> None:
+def test_compiled(kind: str, shape: str, threads: int, benchmark: Any) -> None:
     """Forward and backward, against what torch.compile makes of the formula."""
     torch.compiler.reset()
     fused = cases.FUSED[kind]
@@ -131,21 +138,23 @@ def test_compiled(kind: str, shape: str, threads: int, row: Row) -> None:
         lambda function=function: cases.gradients(cases.results(function, tensors), tensors, upstream)
         for function in (fused.ours, compiled)
     )
-    record(
-        row, ours, {COMPILED: theirs}, shape, kind=kind, operation="forward+backward",
+    compare(
+        benchmark, threads, ours, {COMPILED: theirs}, shape, kind=kind, operation="forward+backward",
     )  # fmt: skip
 
 
-def test_training_step(threads: int, row: Row) -> None:
+def test_training_step(threads: int, benchmark: Any) -> None:
     """TransformerEncoder, 4 layers, fused at p = 0.1 against torch's own at p = 0; and the bytes that forward keeps."""
     name = "TransformerEncoder"
     kept, plain = models.bytes_kept(name, P, fdt.fuse), models.bytes_kept(name, P)
-    row.update(kind="training step", operation=name, layout="8 x 128 tokens, 256 wide")
+    benchmark.extra_info.update(
+        kind="training step", operation=name, layout="8 x 128 tokens, 256 wide", threads=threads
+    )  # fmt: skip
     with memory.results("reused"):
         fused, unfused = models.training_step(name, P, fdt.fuse), models.training_step(name, 0.0)
-        row.update(compare(fused, {P_ZERO: unfused}, STEP_SECONDS))
+        alternate(benchmark, fused, {P_ZERO: unfused}, STEP_SECONDS)
     if threads == 1:  # they don't depend on it
-        row["peers"][KEPT] = {"ratio": kept / plain, "bytes": plain}
+        benchmark.extra_info["peers"][KEPT] = {"ratio": kept / plain, "bytes": plain}
 
 
 @lru_cache(maxsize=1)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
 import pytest
 
 from .. import contenders
-from ..report import Row
-from ..timing import compare
+from ..pairing import SETTLE_SECONDS, alternate
 from .report_torch import ELEMENTS, P_ZERO, SEED
 
 torch = pytest.importorskip("torch")
@@ -22,15 +21,21 @@ OPERATIONS = ("no grad", "forward+backward")
 FUNCTION_SECONDS, STEP_SECONDS = 3.0, 15.0
 
 
+@pytest.fixture(params=(1, 2), ids=lambda n: f"t{n}")
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    with contenders.threads(request.param, torch):
+        yield request.param
+
+
 @pytest.mark.parametrize(("size", "dtype", "p"), [*itertools.product(ELEMENTS, ("float32", "bfloat16"), (0.1, 0.5))])
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_function(operation: str, size: str, dtype: str, p: float, threads: int, row: Row) -> None:
+def test_function(operation: str, size: str, dtype: str, p: float, threads: int, benchmark: Any) -> None:
     x, dy = tensors(ELEMENTS[size], dtype)
     ours, theirs = call_of(fdt.dropout, operation, x, dy, p), call_of(torch.nn.functional.dropout, operation, x, dy, p)
     seed = call_of(lambda x, p: fdt.dropout(x, p, store="seed"), operation, x, dy, p)
-    row.update(kind="function", operation=operation, size=size, dtype=dtype, p=p)
+    benchmark.extra_info.update(kind="function", operation=operation, size=size, dtype=dtype, p=p, threads=threads)
     if operation != "no grad":
-        row["kept"] = {
+        benchmark.extra_info["kept"] = {
             "fastdrop": kept(fdt.dropout, x, p),
             SEED: kept(lambda x, p: fdt.dropout(x, p, store="seed"), x, p),
             contenders.F_DROPOUT: kept(torch.nn.functional.dropout, x, p),
@@ -38,17 +43,17 @@ def test_function(operation: str, size: str, dtype: str, p: float, threads: int,
     peers = {contenders.F_DROPOUT: theirs}
     if operation != "no grad":
         peers[SEED] = seed
-    row.update(compare(ours, peers, FUNCTION_SECONDS, threads))
+    alternate(benchmark, ours, peers, FUNCTION_SECONDS, SETTLE_SECONDS if threads > 1 else 0.0)
 
 
 @pytest.mark.parametrize("name", models.MODELS)
-def test_training_step(name: str, threads: int, row: Row) -> None:
+def test_training_step(name: str, threads: int, benchmark: Any) -> None:
     if name in ("BERT", "GPT-2"):
         pytest.importorskip("transformers")
     p = models.MODELS[name][1]
     peers = {contenders.F_DROPOUT: models.training_step(name, p), P_ZERO: models.training_step(name, 0.0)}
-    row.update(kind="training step", operation=name, p=p)
-    row.update(compare(models.training_step(name, p), peers, STEP_SECONDS, around=fdt.enabled))
+    benchmark.extra_info.update(kind="training step", operation=name, p=p, threads=threads)
+    alternate(benchmark, models.training_step(name, p), peers, STEP_SECONDS, around=fdt.enabled)
 
 
 @lru_cache(maxsize=1)
