@@ -29,7 +29,9 @@ TABLE = {  # tests of a folder's modules that have no test file of their name; t
     "fastdrop/torch/models/fuse/": [f"{TORCH}/models/test_fuse.py", f"{TORCH}/models/test_fuse_transformers.py"],
     "fastdrop/torch/models/source/": [f"{TORCH}/models/test_convert.py", f"{TORCH}/models/test_reports.py"],
     "fastdrop/torch/nn/": [f"{TORCH}/nn"],
-    "fastdrop/torch/ops/": [f"{TORCH}/ops/test_{name}.py" for name in ("transforms", "raw_ops", "compile_fused")],
+    "fastdrop/torch/ops/": [
+        f"{TORCH}/ops/test_{name}.py" for name in ("transforms", "ops", "raw_ops", "compile_fused")
+    ],
     "fastdrop/torch/tools/": [f"{TORCH}/tools"],
     "fastdrop/vectors/": KERNELS,
     "bench/": ["tests/bench"],

@@ -518,7 +518,7 @@ MUTATIONS = (
         "tests/torch/models/test_fuse.py",
     ),
     Mutation(
-        "enable leaves alpha dropout's law",
+        "enable leaves alpha dropout's scaling",
         "fastdrop/torch/models/enable.py",
         '"alpha_dropout": (False, "alpha"),',
         '"alpha_dropout": (False, "inverted"),',

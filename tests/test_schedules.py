@@ -94,7 +94,7 @@ def test_warmup_takes_any_callable():
     assert [nested(step) for step in range(6)] == pytest.approx([0, 0.1, 0.2, 0.3, 0.4, 0.4])
 
 
-# ---- laws ----
+# ---- formulas ----
 
 
 @given(SCHEDULES, st.floats(0, 1e7))

@@ -18,7 +18,6 @@ import pytest
 
 import fastdrop as fd
 from fastdrop.arrays.host import HOST, HostOps
-from fastdrop.cli import selftest
 from fastdrop.core.random import keep_scale, threshold
 
 from ..cases import DTYPES, SEED, TOLERANCE, assert_close, assert_same_bits, bits_of
@@ -509,16 +508,6 @@ def test_columns_of_any_dtype(backend, of):
         got, expected = gradients_of(op, given), gradients_of(op, wide)
         for k, v in given.items():
             assert_same_bits(got[k], expected[k].astype(v.dtype))
-
-
-def test_selftest_compares_results():
-    """One wrong number in a gradient makes one check fail."""
-    right = {"gelu, float32": [np.linspace(-1, 1, 9, dtype=np.float32) for _ in range(3)]}
-    wrong = {name: [array.copy() for array in arrays] for name, arrays in right.items()}
-    wrong["gelu, float32"][2][5] += 0.01
-    assert not any(selftest._near(right, right))
-    problems = [problem for problem in selftest._near(wrong, right) if problem]
-    assert problems == ["gelu, float32: gradient 2 is not the reference's"]
 
 
 # ---- attention masks ----

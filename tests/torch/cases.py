@@ -177,14 +177,14 @@ class Kind:
     torch: Callable[..., Tensor]
     numpy: Callable[..., tuple[Any, Any]]
     module: Callable[..., torch.nn.Module] | None = None
-    law: str = "inverted"
+    scaling: str = "inverted"
     stores: tuple[str, ...] = ("bits", "seed")
     in_place: bool = True
 
     @property
     def p(self) -> tuple[float, ...]:
         """One that drops a part and, where there is such a thing, the one that drops all."""
-        return (0.3,) if self.law == "gaussian" else (0.3, 1.0)
+        return (0.3,) if self.scaling == "gaussian" else (0.3, 1.0)
 
     @property
     def in_places(self) -> list[dict[str, bool]]:
@@ -194,10 +194,12 @@ class Kind:
     @property
     def probability(self) -> str:
         """What an error calls p: torch's word, or torchvision's."""
-        return "drop probability" if self.law == "blocks" or "mode" in arguments(self.torch) else "dropout probability"
+        return (
+            "drop probability" if self.scaling == "blocks" or "mode" in arguments(self.torch) else "dropout probability"
+        )
 
     def affine(self, p: float) -> tuple[float, float, float]:
-        return {"inverted": (1 / (1 - p), 0.0, 0.0), "standard": (1.0, 0.0, 0.0), "alpha": alpha(p)}[self.law]
+        return {"inverted": (1 / (1 - p), 0.0, 0.0), "standard": (1.0, 0.0, 0.0), "alpha": alpha(p)}[self.scaling]
 
     def stored_as(self, store: str) -> Kind:
         """This kind, keeping one of its stores for backward."""

@@ -221,6 +221,11 @@ def assert_golden_vectors(gpu):
         assert words.array.tolist() == expected, vector
 
 
+# Uniform numbers at the borders of what makes a normal one: u = 1, its smallest, sqrt(1/2) and 1/2; quarters of a turn.
+RADII = (0xFFFFFFFF, 0xFFFFFF7F, 0, 1, 0xB504F333, 0xB504F2FF, 0x80000000, 0x7FFFFFFF)
+ANGLES = (0, 0x1FFFFFFF, 0x20000000, 0x3FFFFFFF, 0x40000000, 0x60000000, 0x80000000, 0xDFFFFFFF, 0xE0000000, 0xFFFFFFFF)
+
+
 def drawing_noise(radius, angle, seed=SEED):
     """(first cell of a tile, offset): normals 0 and 1 of a cell of it are made of these two uniform numbers.
 

@@ -23,7 +23,9 @@ from fastdrop.core.mask import word_count
 
 from ...cases import AFFINE, DTYPES, GRIDS, OFFSET, SEED, TENTH, THRESHOLDS, Guarded, assert_same_bits
 from .cases import (
+    ANGLES,
     AXES,
+    RADII,
     SCALE,
     accesses_vectors,
     assert_as_reference,
@@ -71,9 +73,6 @@ DILATIONS = (  # (outer, n, inner, block)
     (6, 50, 1, 1),  # a copy
     (50, 56, 56, 7),
 )
-# Uniform numbers at the borders of what makes a normal one: u = 1, its smallest, sqrt(1/2) and 1/2; quarters of a turn.
-RADII = (0xFFFFFFFF, 0xFFFFFF7F, 0, 1, 0xB504F333, 0xB504F2FF, 0x80000000, 0x7FFFFFFF)
-ANGLES = (0, 0x1FFFFFFF, 0x20000000, 0x3FFFFFFF, 0x40000000, 0x60000000, 0x80000000, 0xDFFFFFFF, 0xE0000000, 0xFFFFFFFF)
 
 
 # ---- draw_bits ----

@@ -46,7 +46,7 @@ def seed_that_drops(way, p):
     """A seed under which something is dropped and something kept, or, of a mask of one cell, all is kept."""
     for seed in range(20):
         _, mask = way.numpy(np.zeros(way.shape), p, rng=seed)
-        if way.law == "gaussian" or 0 < mask.kept < math.prod(way.cells) or math.prod(way.cells) == mask.kept == 1:
+        if way.scaling == "gaussian" or 0 < mask.kept < math.prod(way.cells) or math.prod(way.cells) == mask.kept == 1:
             return seed
     raise AssertionError("no such seed")
 
@@ -67,7 +67,7 @@ def test_derivatives_match_finite_differences(way):
     def function(x):
         return way.torch(x, 0.4, seed=1)
 
-    shape = [min(extent, 3 if way.law == "blocks" else 2) for extent in way.shape]
+    shape = [min(extent, 3 if way.scaling == "blocks" else 2) for extent in way.shape]
     part = torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
     assert torch.autograd.gradcheck(
         function, part, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True
@@ -252,7 +252,7 @@ def test_dispatch_subclasses_and_modes(way, drop, x):
         y.sin().sum().backward()
         assert type(ours.grad) is type(y)
         assert_equal(tuple(t.inner if type(t) is Wrapped else t.detach() for t in (y, ours.grad)), expected)
-    names = {"gaussian": {"gaussian"}, "blocks": {"draw_blocks", "keep_blocks"}}.get(way.law, {"forward"})
+    names = {"gaussian": {"gaussian"}, "blocks": {"draw_blocks", "keep_blocks"}}.get(way.scaling, {"forward"})
     with Log() as log:
         assert_equal(under(3, gradient, drop, x), expected)
     assert {f"fastdrop.{name}.default" for name in {"draw", *names}} <= set(log.seen)

@@ -40,7 +40,7 @@ from ..cases import (
 )
 
 IN_PLACE = [name for name, way in DISTINCT.items() if way.in_place]
-DROPPING = [name for name, way in DISTINCT.items() if way.law != "gaussian"]
+DROPPING = [name for name, way in DISTINCT.items() if way.scaling != "gaussian"]
 FEATURES = {"dropout1d": F.dropout1d, "dropout2d": F.dropout2d, "dropout3d": F.dropout3d}
 
 
@@ -147,12 +147,12 @@ def test_threads_change_no_bit(way):
         assert_equal(result, results[0])
 
 
-# ---- laws ----
+# ---- scalings ----
 
 
 def test_complex_numbers_are_dropped_whole_or_refused(way):
     x = torch.randn(way.shape, dtype=torch.complex64)
-    if way.law in ("alpha", "gaussian"):  # in which they have no sense
+    if way.scaling in ("alpha", "gaussian"):  # in which they have no sense
         for given, options in itertools.product((x, x.requires_grad_() * 1), way.in_places):
             call = functools.partial(way.torch, given, 0.5, **options)
             untouched(given, call, RuntimeError, "takes real numbers, but got")
@@ -168,8 +168,8 @@ def test_complex_numbers_are_dropped_whole_or_refused(way):
 
 def test_what_drops_nothing_is_the_very_same_object(way):
     """And no number is drawn. A tensor of integers too, as in torch."""
-    nothing = [{"p": p} for p in (0.0, 0, torch.tensor(0.0), *([1e-10] if way.law != "gaussian" else ()))]
-    if way.law != "standard":
+    nothing = [{"p": p} for p in (0.0, 0, torch.tensor(0.0), *([1e-10] if way.scaling != "gaussian" else ()))]
+    if way.scaling != "standard":
         nothing += [{"p": p, "training": False} for p in way.p]
     inputs = [torch.ones(way.shape), torch.ones(way.shape, requires_grad=True)]
     inputs += [torch.ones(way.shape, dtype=torch.int64), torch.ones(way.shape, dtype=torch.complex64).conj()]
@@ -327,7 +327,7 @@ def test_seed_is_remembered_and_not_the_tensor_it_came_in(way):
 
 def test_bytes_kept_for_backward(way):
     """Words of 32 cells or 8 bytes of a seed; beside DropBlock's words their count, of 8 bytes."""
-    wanted = 8 if way.stores == ("seed",) else 4 * math.ceil(math.prod(way.cells) / 32) + 8 * (way.law == "blocks")
+    wanted = 8 if way.stores == ("seed",) else 4 * math.ceil(math.prod(way.cells) / 32) + 8 * (way.scaling == "blocks")
     for p, dtype in zip(way.p, (torch.float32, torch.bfloat16), strict=False):
         with saved_tensors() as kept:
             way.torch(torch.ones(way.shape, dtype=dtype, requires_grad=True), p)
@@ -341,7 +341,7 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(way):
         with torch.no_grad():
             way.torch(x, 0.5)
         way.torch(x, 0.0)
-        if way.law != "standard":
+        if way.scaling != "standard":
             way.torch(x, 0.5, training=False)
     assert not kept
 

@@ -70,7 +70,7 @@ def test_module_is_the_function(name):
             y = under(5, module, x)
         assert_equal(y.detach(), expected.detach())
         assert_equal(torch.autograd.grad(y.sum(), x), torch.autograd.grad(expected.sum(), x))
-        assert len(kept) == (2 if way.law == "blocks" else 1)
+        assert len(kept) == (2 if way.scaling == "blocks" else 1)
         assert numbers_drawn(lambda m=module, x=x: m(x)) == 1
 
 
@@ -89,7 +89,7 @@ def test_module_follows_its_mode_and_a_p_that_changes(name):
     dropped = [module(x) for _ in range(8)]
     assert not all(torch.equal(y, dropped[0]) for y in dropped)
     assert numbers_drawn(lambda: module.eval()(x)) == 0
-    if way.law == "standard":
+    if way.scaling == "standard":
         assert_equal(module(x), x * 0.5)
     else:
         assert module(x) is x

@@ -180,7 +180,7 @@ def case(request):
 
 
 def with_dropped_weights(module, *arguments):
-    """The law: the wrapped module run with weights that are dropped by name, each from a seed of its own."""
+    """Definition: the wrapped module run with weights that are dropped by name, each from a seed of its own."""
     weights = {name: fdt.drop_connect(module.module.get_parameter(name), module.p) for name in module.names}
     return torch.func.functional_call(module.module, weights, arguments)
 

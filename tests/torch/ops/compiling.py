@@ -19,11 +19,6 @@ def fresh_compiler():
     torch.compiler.reset()
 
 
-def some(names, quick, guard):
-    """Parameter marks for all names; all but the quick ones are left to `make test-all`."""
-    return [pytest.param(name, marks=() if name in quick else pytest.mark.slow(guard)) for name in names]
-
-
 def graphs():
     """How many graphs the compiler has made."""
     return counters["stats"]["unique_graphs"]

@@ -392,7 +392,7 @@ def test_transforms_of_fake_tensors_stay_on_their_device(way, fake):
 
 
 def test_a_trace_has_the_ops(way, fake):
-    names = {"gaussian": ["gaussian"], "blocks": ["draw_blocks", "keep_blocks"]}.get(way.law, ["forward"])
+    names = {"gaussian": ["gaussian"], "blocks": ["draw_blocks", "keep_blocks"]}.get(way.scaling, ["forward"])
     code = make_fx(lambda x: way.torch(x, 0.3))(fake).code
     assert all(f"torch.ops.fastdrop.{name}.default" in code for name in ["draw", *names])
 

@@ -1,4 +1,4 @@
-"""Keeps torch's generator and number of threads for the tests of torch functions."""
+"""Every test of the torch face starts with the same random state, and leaves torch as it was."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def torch_state() -> Iterator[None]:
-    """Generator and threads are as before afterwards."""
+    """Keeps torch's generator and number of threads; torch's own dropout is torch's again afterwards."""
     torch = pytest.importorskip("torch")
+    import fastdrop.torch as fdt
+
     threads = torch.get_num_threads()
     with torch.random.fork_rng():
+        torch.manual_seed(0)
         yield
     torch.set_num_threads(threads)
+    fdt.disable()
