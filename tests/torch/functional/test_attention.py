@@ -492,7 +492,7 @@ def test_what_eager_code_refuses_is_not_compiled():
         ({"dropout_p": P, "seed": -1}, "seed must be from 0"),
         ({"dropout_p": 0.0, "seed": -1}, "seed must be from 0"),
     ],
-    ids=str,
+    ids=["scale", "p", "p NaN", "two sources", "two sources, p = 0", "seed", "seed, p = 0"],
 )
 def test_bad_options_are_refused(options, match):
     with pytest.raises(ValueError, match=match):
