@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fastdrop import Stream, backends, dropout, dropout_backward
+from fastdrop import Stream, backends, draw_mask, dropout, dropout_backward
 from fastdrop.core import checks
-from fastdrop.core.mask import empty_words
-from fastdrop.core.random import keep_scale, threshold
+from fastdrop.core.random import keep_scale
+from fastdrop.core.random import threshold as threshold_of
 
 Array = NDArray[Any]
 
@@ -112,17 +112,17 @@ def kernels(backend: Any, buffers: Buffers, p: float) -> Contender:
     """A backend's primitives over memory that is there: `fastdrop` less what Python costs around them."""
     _, tag = checks.as_array("x", buffers.x)
     x, dy, y, dx = (a.view(np.uint16) if tag == checks.BFLOAT16 else a for a in vars(buffers).values())
-    n, cut, words = x.size, threshold(p), empty_words(x.size)
-    scale, forward, backward = keep_scale(cut), backend.dropout_forward, backend.masked_affine
-    forward(tag, x, y, words, 0, n, SEED, 0, cut, scale, 0.0, 0.0)
+    n, threshold, words = x.size, threshold_of(p), draw_mask(x.size, p, rng=SEED).words
+    scale, forward, backward = keep_scale(threshold), backend.dropout_forward, backend.masked_affine
+    forward(tag, x, y, words, 0, n, SEED, 0, threshold, scale, 0.0, 0.0)
 
     def both() -> None:
-        forward(tag, x, y, words, 0, n, SEED, 0, cut, scale, 0.0, 0.0)
+        forward(tag, x, y, words, 0, n, SEED, 0, threshold, scale, 0.0, 0.0)
         backward(tag, dy, dx, words, 0, 1, 1, n, scale, 0.0, 0.0)
 
     return Contender(
         FASTDROP,
-        lambda: forward(tag, x, y, words, 0, n, SEED, 0, cut, scale, 0.0, 0.0),
+        lambda: forward(tag, x, y, words, 0, n, SEED, 0, threshold, scale, 0.0, 0.0),
         lambda: backward(tag, dy, dx, words, 0, 1, 1, n, scale, 0.0, 0.0),
         both,
         words.nbytes / n,
@@ -170,7 +170,7 @@ def torch_dropout(torch: Any, buffers: Buffers, p: float) -> Contender:
 def torch_mul(torch: Any, buffers: Buffers, p: float) -> Contender:
     """No dropout at all: one multiplication for each pass."""
     x, dy, y, dx = (_tensor(torch, array) for array in (buffers.x, buffers.dy, buffers.y, buffers.dx))
-    scale = keep_scale(threshold(p))
+    scale = keep_scale(threshold_of(p))
 
     def both() -> None:
         torch.mul(x, scale, out=y)
@@ -183,7 +183,7 @@ def scale_limit(buffers: Buffers, p: float) -> Contender | None:
     """The C backend's bare multiplication, one thread, streaming where the kernels stream; float32 only."""
     if backends.active_name() != "c" or buffers.x.dtype != np.float32:
         return None
-    b, scale, multiply = buffers, keep_scale(threshold(p)), backends.active().scale_float32
+    b, scale, multiply = buffers, keep_scale(threshold_of(p)), backends.active().scale_float32
     stream = b.y.nbytes >= backends.active().STREAM_BYTES
 
     def both() -> None:

@@ -39,7 +39,8 @@ from ..backends import reference
 from ..backends.reference.storage import float32_to_bfloat16
 from ..core import checks as core_checks
 from ..core.mask import to_host, word_count
-from ..core.random import Stream, keep_scale, threshold
+from ..core.random import Stream, keep_scale
+from ..core.random import threshold as threshold_of
 
 HELP = "check every backend and instruction set here against the golden vectors"
 DESCRIPTION = (
@@ -208,9 +209,9 @@ def _plain(module: ModuleType) -> Named:
 
 
 def _dropped(module: ModuleType, tag: int, x: Array, p: float) -> Named:
-    n, cut = x.size, threshold(p)
-    inverted = keep_scale(cut), 0.0, 0.0
-    draw = POSITION, n, SEED, OFFSET, cut
+    n, threshold = x.size, threshold_of(p)
+    inverted = keep_scale(threshold), 0.0, 0.0
+    draw = POSITION, n, SEED, OFFSET, threshold
 
     def result(primitive: str, *arguments: Any) -> Array:
         y = _poisoned(x)

@@ -262,9 +262,11 @@ def forget_kernels(op: Any) -> None:
 
 def tree_leaves(tree: Any) -> list[Any]:
     """What is in tuples, lists and dicts, such as the arguments of an op."""
-    found: list[Any] = []
-    torch.fx.node.map_aggregate(tree, found.append)
-    return found
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    elif not isinstance(tree, (tuple, list)):
+        return [tree]
+    return [leaf for part in tree for leaf in tree_leaves(part)]
 
 
 def _map_only(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
