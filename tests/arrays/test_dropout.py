@@ -6,6 +6,7 @@ What plain dropout has in common with the other kinds is tested in test_variants
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 import fastdrop as fd
 from fastdrop.core.random import threshold
@@ -21,6 +22,24 @@ def test_dropout_matches_float64_within_tolerance(variant, dtype):
     y, mask = fd.dropout(x, 0.1, rng=0)
     wanted = x.astype(np.float64) / (1 - threshold(0.1) / 2**32) * mask.to_bool()
     np.testing.assert_allclose(y.astype(np.float64), wanted, rtol=TOLERANCE[dtype.name], atol=0)
+
+
+@pytest.mark.every_backend
+def test_16_bits_equal_the_numpy_backend(variant):
+    """Also under shared decisions of each orientation, from a seed, and at p without a draw."""
+    dtype = DTYPES[3]
+    x = np.resize(dtype.specials().view(dtype.public), (9, 700))
+    cases = (0.1, None, "bits"), (1e-6, (1, None), "seed"), (1.0, (None, 1), "bits"), (0.5, (None, 1), "seed")
+
+    def results():
+        for p, noise_shape, store in cases:
+            y, mask = fd.dropout(x.T, p, rng=7, noise_shape=noise_shape, store=store)
+            yield from (y, fd.dropout_backward(x.T, mask))
+
+    with fd.use_backend("numpy"):
+        wanted = list(results())
+    for actual, want in zip(results(), wanted, strict=True):
+        assert_same_bits(actual, want)
 
 
 def test_dropout_out_may_interleave_with_x(variant):

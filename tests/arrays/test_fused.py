@@ -255,6 +255,24 @@ def test_results_and_gradients_are_those_of_the_formula_under_the_plain_mask(bac
             assert_near(gradient, wanted[name], kinds[0], name, rounded=kinds == MIXED and op.keeps_results)
 
 
+@pytest.mark.every_backend
+@pytest.mark.parametrize("name", ["bias_dropout_add", "gelu", "layer_norm", "softmax, masked"])
+def test_one_of_each_primitive_on_every_backend(backend, name):
+    """Beside float32 a residual of 32 bits and data of 16, from bits and from a seed."""
+    op = OPS[name]
+    for kinds, store in ((FLOAT32, "seed"), (MIXED, "bits")):
+        arrays = op.arrays(kinds)
+        results, saved = op(arrays, store=store)
+        with fd.use_backend("numpy"):
+            wanted, wide = op({name: array.astype(np.float64) for name, array in arrays.items()})
+        down = incoming(results)
+        gradients, expected = saved.backward(*down), wide.backward(*(dy.astype(np.float64) for dy in down))
+        for actual, want in zip((*results, *gradients), (*wanted, *expected), strict=True):
+            assert (actual is None) == (want is None)
+            if actual is not None:
+                assert_near(actual, want, kinds[0], name, rounded=kinds == MIXED and op.keeps_results)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_gradients_match_finite_differences(backend, op, training):
     shape, h = (4, 6), 1e-5

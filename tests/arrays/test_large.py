@@ -17,6 +17,7 @@ import pytest
 import fastdrop as fd
 from fastdrop import backends
 from fastdrop.backends import reference
+from fastdrop.core.random import keep_scale, threshold
 
 from ..cases import DTYPES, assert_same_bits
 
@@ -100,6 +101,35 @@ def test_dropout_and_noise_beyond_2_32_elements(threads):
             want = np.empty(PIECE, np.float16)
             reference.gaussian_multiply(2, np.ones(PIECE, np.float16), want, part.start, PIECE, 3, 0, 0.5)
             assert_same_bits(y[part], want, part)
+
+
+@pytest.mark.slow(GUARD)
+@needs_memfd
+def test_several_threads_and_torch_beyond_2_31_elements(threads):
+    """The tests above have one thread, which writes in order; here the whole result stays, 4 GiB of it."""
+    torch = pytest.importorskip("torch")
+    import fastdrop.torch as fdt
+
+    needs(6)
+    dtype, n, before = DTYPES[2], 2**31 + PIECE, torch.get_num_threads()
+    parts = around(2**29, 2**30, 2**31, end=n)
+    wanted = [dtype.rounded(keep_of(part, 0.1, 3).astype(np.float16), keep_scale(threshold(0.1))) for part in parts]
+    fd.set_num_threads(2)
+    torch.set_num_threads(2)
+    y = np.empty(n, np.float16)
+    with repeating(n, 2**24) as ones:
+        ones[: 2**24] = 1
+        x = torch.from_numpy(ones)
+        for call in (
+            lambda: fd.dropout(ones, 0.1, rng=3, out=y),
+            lambda: fdt.dropout(torch.from_numpy(y).copy_(x), 0.1, seed=3, inplace=True),
+        ):
+            for part in parts:
+                y[part] = np.nan
+            call()
+            for part, want in zip(parts, wanted, strict=True):
+                assert_same_bits(y[part], want, part)
+    torch.set_num_threads(before)
 
 
 ROWS, SAMPLES = 2**22 + 1, 2**12 + 1

@@ -340,6 +340,18 @@ def test_bytes_kept(fused):
         assert sum(x.nbytes for x in kept) == mask + sum(size[name] for name in fused.kept)
 
 
+@pytest.mark.parametrize("name", [name for name in FUSED if FUSED[name].kept and "softmax" not in name])
+def test_what_is_kept_must_not_be_written_to(name):
+    """Inputs, and the sum of a norm: the gradient would be wrong, and nothing would say so."""
+    for kept in set(FUSED[name].kept) - {"statistics"}:  # which nobody but backward has
+        tensors = {key: x * 1 for key, x in leaves(FUSED[name].tensors()).items()}
+        results = FUSED[name](tensors)
+        with torch.no_grad():
+            (results[-1] if kept == "result" else tensors[kept]).add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            results[0].sum().backward()
+
+
 def test_without_a_gradient_nothing_is_kept(fused, monkeypatch):
     """Not even by the graph, nor made to be kept; and results are the same."""
     tensors = fused.tensors()

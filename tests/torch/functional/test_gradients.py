@@ -75,6 +75,31 @@ def test_derivatives_match_finite_differences(way):
     assert torch.autograd.gradgradcheck(lambda x: function(x) ** 3, part, check_fwd_over_rev=True, fast_mode=True)
 
 
+def test_graph_is_as_any_other_of_torchs(way, x):
+    """Hooks on it, backward again if it is retained and not otherwise, and second derivatives, in place too."""
+    seed = seed_that_drops(way, 0.4)
+    ways = [functools.partial(way.torch, seed=seed, **more) for more in way.in_places]
+    found = []
+    for drop in (lambda x, p: reference(way, x, p, seed), *ways):
+        z, seen = x.clone().requires_grad_(), []
+        y = drop(z * 1, 0.4)
+        y.retain_grad()
+        y.register_hook(lambda dy: dy * 3)
+        y.grad_fn.register_prehook(lambda dy: seen.append("before"))  # noqa: B023
+        y.grad_fn.register_hook(lambda dx, dy: seen.append("after"))  # noqa: B023
+        loss = y.sin().sum()
+        loss.backward(retain_graph=True)
+        loss.backward(retain_graph=True)
+        assert seen == ["before", "after"] * 2
+        (dx,) = torch.autograd.grad(loss, z, create_graph=True)
+        (again,) = torch.autograd.grad(dx.pow(2).sum(), z)
+        found.append((z.grad, y.grad, dx.detach(), again))
+        with pytest.raises(RuntimeError, match="Trying to backward through the graph a second time"):
+            loss.backward()
+    for ours in found[1:]:
+        torch.testing.assert_close(ours, found[0])
+
+
 TRANSFORMS = {
     "grad": lambda f, x: grad(lambda x: f(x).sin().sum())(x),
     "vjp": lambda f, x: vjp(f, x)[1](x.cos())[0],
