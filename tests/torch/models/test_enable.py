@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize, grad, jacfwd, jacrev, jvp, vmap
+from torch.utils.checkpoint import checkpoint
 
 import fastdrop.torch as fdt
 from fastdrop.torch.models import enable
@@ -100,6 +101,18 @@ def test_call_is_fastdrops(on, x, way):
     words = [t.nbytes for t in kept if t.dtype == torch.int32]
     assert words == [t.nbytes for t in expected_kept if t.dtype == torch.int32] != []
     assert not any(t.dtype == torch.bool for t in kept)
+
+
+SURROUNDINGS = {
+    "autocast": lambda x: torch.autocast("cpu")(torchs)(x),
+    "checkpoint": lambda x: checkpoint(torchs, x, use_reentrant=False),
+    "reentrant checkpoint": lambda x: checkpoint(torchs, x * 1, use_reentrant=True),
+}
+
+
+@pytest.mark.parametrize("name", SURROUNDINGS)
+def test_surroundings_change_nothing(on, x, name):
+    assert_equal(under(1, gradient, SURROUNDINGS[name], x), under(1, gradient, ours, x))
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
