@@ -12,6 +12,7 @@ try:
     import matplotlib
     import torch
     from matplotlib.figure import Figure
+    from rich.console import Console  # noqa: F401  for transformer.py
     from sklearn.datasets import load_digits
     from torch import Tensor, nn
     from torch.nn import functional as F

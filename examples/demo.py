@@ -89,9 +89,12 @@ def main() -> None:
     parser.add_argument("--output", default="fastdrop-demo.png", help="the picture (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="few epochs and short timings, to see that it runs")
     args = parser.parse_args()
+    if Path(args.output).suffix[1:] not in Figure().canvas.get_supported_filetypes():
+        parser.error(f"--output: {args.output} is no picture that matplotlib can write")
     try:
-        Figure().savefig(args.output)  # rather than to find out after training that it can't be written
-    except (OSError, ValueError) as error:
+        with open(args.output, "ab"):  # rather than to find out after training that it can't be written
+            pass
+    except OSError as error:
         parser.error(f"--output: {error}")
     start = time.perf_counter()
     console = Console(highlight=False)

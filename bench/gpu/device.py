@@ -72,7 +72,7 @@ class Cuda:
             with torch.cuda.graph(graph, pool=self._pool, stream=self._side):
                 call()
         finally:
-            torch.cuda.set_stream(before)  # where capturing failed, nobody else has
+            torch.cuda.set_stream(before)  # where capturing failed, nothing else has
         self.synchronize()
         replay: Call = graph.replay
         return replay

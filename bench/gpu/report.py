@@ -167,7 +167,8 @@ def shape_table(data: Data) -> list[str]:
             rows = {shape: told for (operation, _, shape), told in named if operation == what}
             best = "; ".join(f"{shape}: {told}" for shape, told in list(rows.items())[:3])
             lines.append(f"| {case} | {what} | {result['default']}: {rows.get(result['default'])} | {best} |")
-    return lines
+    notes = {f"* {name}: {cell(why, 160)}" for result in found.values() for name, why in result["notes"].items()}
+    return lines + sorted(notes)
 
 
 def printed(data: Data) -> str:

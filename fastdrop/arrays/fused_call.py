@@ -43,7 +43,7 @@ class FusedCall:
         self.ops = array_ops(given)
         self.x, _ = self.ops.as_array(name, given)
         self.p = checks.probability(p)
-        if store != "bits":
+        if type(store) is not str or store != "bits":
             checks.choice("store", store, checks.STORES)
         self.threshold, self.scale = threshold_and_scale(self.p if training else 0.0)
         self.shape: Shape = tuple(self.x.shape)
@@ -115,8 +115,9 @@ class FusedCall:
         mask = self.forward("norm_forward", dtypes, *arrays, self.scale, eps, int(centred))
         common = self.op, mask, gradients, self.shape, self.dtype
         vector_dtypes = {name: dtype for name, (_, dtype) in given.items()}
-        kept = residual_out, statistics, weight, centred, vector_dtypes, residual is not None
-        return y, residual_out, SavedNorm(*common, *kept)
+        has_residual = residual is not None
+        saved = SavedNorm(*common, residual_out, statistics, weight, centred, vector_dtypes, has_residual)
+        return y, residual_out, saved
 
     def softmax(self, softmax_scale: Any, attn_mask: Any, causal: bool, out: Any) -> tuple[Array, SavedSoftmax]:
         """``dropout(softmax(softmax_scale * x + attn_mask))`` over the last axis."""

@@ -45,7 +45,7 @@ def drop(
     ops = array_ops(given)
     x, tag = ops.as_array(name, given)
     p = checks.probability(p)
-    if store != "bits":
+    if type(store) is not str or store != "bits":
         checks.choice("store", store, checks.STORES)
     shape = tuple(x.shape)
     mask_shape = shape if mask_shape_of is None else mask_shape_of(shape)

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -61,6 +62,7 @@ class SoftmaxGradients(NamedTuple):
 Gradients = TypeVar("Gradients")
 
 
+@dataclass(frozen=True, repr=False, eq=False)
 class Saved(Generic[Gradients]):
     """What a fused op keeps for its backward pass.
 
@@ -85,16 +87,6 @@ class Saved(Generic[Gradients]):
     _gradients: Callable[..., Gradients]
     _shape: Shape
     _dtype: np.dtype[Any]  # of x
-
-    def __init_subclass__(cls) -> None:
-        cls._names = *Saved.__annotations__, *cls.__annotations__  # type: ignore[attr-defined]
-
-    def __init__(self, *values: Any) -> None:
-        """In the order of the annotations. (One update, because a frozen dataclass makes a call for each of them.)"""
-        self.__dict__.update(zip(self._names, values, strict=True))  # type: ignore[attr-defined]
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise AttributeError(f"{name} of a Saved cannot be changed")
 
     def backward(self, dy: ArrayLike) -> Gradients:
         raise NotImplementedError
@@ -137,6 +129,7 @@ class Saved(Generic[Gradients]):
         return self._gradients(*(by_name.get(name) for name in self._gradients._fields))  # type: ignore[attr-defined]
 
 
+@dataclass(frozen=True, repr=False, eq=False)
 class SavedPointwise(Saved[Gradients]):
     """What an elementwise op keeps; see `Saved`."""
 
@@ -170,6 +163,7 @@ class SavedPointwise(Saved[Gradients]):
         return {first: self._x, "up": self._multiplier, "bias": self._bias}
 
 
+@dataclass(frozen=True, repr=False, eq=False)
 class SavedNorm(Saved[Gradients]):
     """What an op that ends in a norm keeps; see `Saved`."""
 
@@ -208,6 +202,7 @@ class SavedNorm(Saved[Gradients]):
         return {"residual_out": self._residual_out, "statistics": self._statistics, "weight": self._weight}
 
 
+@dataclass(frozen=True, repr=False, eq=False)
 class SavedSoftmax(Saved[SoftmaxGradients]):
     """What `softmax_dropout` keeps; see `Saved`."""
 

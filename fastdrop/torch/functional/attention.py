@@ -29,10 +29,10 @@ from .plan import (
     autocast_dtype,
     check_unused_seed,
     for_subclasses,
-    is_differentiated,
     plan_call,
     seed_for_kernel,
     seed_for_ops,
+    wants_gradient,
 )
 
 __all__ = ["scaled_dot_product_attention"]
@@ -191,7 +191,7 @@ def compose(arguments: Arguments, p: Any, options: TorchOptions, source: Source 
 
 
 def is_direct(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether kernels may read all of it, here and now, and nobody else wants to see what they do."""
+    """Whether kernels may read all of it now, because no mode, transform or subclass has to see the ops."""
     return all(x is None or (x.is_cpu and is_eager_dense(x)) for x in (query, key, value, mask))
 
 
@@ -213,7 +213,7 @@ def trace(arguments: Arguments, p: Any, options: TorchOptions, source: Source = 
 def _call(arguments: Arguments, seed: Any, p: Any, options: TorchOptions) -> Attention:
     causal, scale, _ = options
     scale = 1.0 / math.sqrt(arguments[0].shape[-1]) if scale is None else scale + 0.0
-    return Attention(*arguments, seed, p, causal, scale, is_differentiated(arguments))
+    return Attention(*arguments, seed, p, causal, scale, wants_gradient(arguments))
 
 
 hide_from_dynamo(attend)

@@ -27,10 +27,10 @@ from .plan import (
     autocast_dtype,
     check_tensor,
     check_unused_seed,
-    is_differentiated,
     plan_call,
     seed_for_kernel,
     seed_for_ops,
+    wants_gradient,
 )
 from .routing import drop_by_op
 
@@ -65,8 +65,8 @@ class Call:
         assert x is not None
         self.way, p, drops = plan_call(x, options.p, options.training, (*dropped[1:], *others))
         checks.choice("store", options.store, checks.STORES)
-        needs_mask = is_differentiated(dropped)
-        self.wanted = needs_mask or is_differentiated(others)
+        needs_mask = wants_gradient(dropped)
+        self.wanted = needs_mask or wants_gradient(others)
         self.store_bits = options.store == "bits" and needs_mask
         if self.way != KERNEL:
             nested.check_dense(*dropped, *others)

@@ -5,7 +5,7 @@ Every function of this package asks `plan_call` once, and then takes the way tha
 
 Eager dense tensors go to a kernel at once. Compilers get one op for a fused function. Transforms, tracers, forward-mode
 AD, modes, subclasses and complex numbers get the formula composed of torch's ops and the mask's. The mask's ops serve
-everybody, and cost three times as much as a kernel.
+all calls, and cost three times as much as a kernel.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ __all__ = [
     "check_unused_seed",
     "eager_probability",
     "for_subclasses",
-    "is_differentiated",
     "is_p_differentiated",
     "plan_call",
     "seed_for_kernel",
     "seed_for_ops",
+    "wants_gradient",
 ]
 
 KEEPS_ALL = 2.0**-33  # p up to here rounds to a threshold of 0
@@ -54,7 +54,7 @@ ONNX = "onnx"
 Seed = int | Tensor | None
 Source = tuple[torch.Generator | None, Seed]  # what a caller gives to draw from
 NO_SOURCE: Source = (None, None)  # torch's default generator
-Plan = tuple[str, Any, bool]  # the way; p, a number or a tensor that nobody may read yet; whether the call drops
+Plan = tuple[str, Any, bool]  # the way; p, a number or a tensor that must not be read yet; whether the call drops
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _is_compiling = torch.compiler.is_compiling
@@ -90,7 +90,7 @@ def plan_call(
     return MASK_OPS if composes else FUSED_OP, p, drops
 
 
-def is_differentiated(tensors: Iterable[Tensor | None]) -> bool:
+def wants_gradient(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a gradient is wanted of one of the tensors."""
     if torch.is_grad_enabled():
         for x in tensors:  # in a third of the time of `any`
@@ -134,7 +134,7 @@ def check_unused_seed(source: Source) -> None:
 
 
 def eager_probability(p: Any, what: str = "dropout probability") -> Any:
-    """The number, or a tensor that nobody reads yet, because a mode or a subclass such as `make_fx` has would not tell
+    """The number, or a tensor that is not read yet, because a mode or a subclass such as `make_fx` has would not tell
     its number."""
     if type(p) is float:
         return checks.dropout_probability(p, p, what)
@@ -150,7 +150,7 @@ def eager_probability(p: Any, what: str = "dropout probability") -> Any:
 
 
 def traced_probability(p: Any) -> Any:
-    """p as a compiler may see it: a number, perhaps a symbolic one, or a tensor that nobody reads yet."""
+    """p as a compiler may see it: a number, perhaps a symbolic one, or a tensor that is not read yet."""
     if not isinstance(p, Tensor):
         return checks.dropout_probability(p + 0.0)
     _check_constant(p)
@@ -166,7 +166,7 @@ def _check_constant(p: Tensor) -> None:
 
 
 def is_p_differentiated(p: Any) -> bool:
-    """Whether somebody may want a derivative with respect to p."""
+    """Whether a derivative with respect to p may be wanted."""
     if not isinstance(p, Tensor):
         return False
     return p.requires_grad or (not _is_compiling() and may_be_differentiated_forward())

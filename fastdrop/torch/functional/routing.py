@@ -106,7 +106,7 @@ _apply_dropout = fast_apply(Dropout)
 def _drop_by_ops(
     x: Tensor, p: Any, way: str, inplace: bool, source: Source, cells: Any, store: str, scaling: str
 ) -> Tensor:
-    """`drop` for everybody but eager dense tensors. Compilers look into this function: it does as little as it can.
+    """`drop` for all but eager dense tensors. Compilers look into this function: it does as little as it can.
 
     Nested tensors come here too. `drop` is called on their values, and takes its own way.
     """

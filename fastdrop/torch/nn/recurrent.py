@@ -28,27 +28,7 @@ States = tuple[Tensor, ...]  # the hidden state and, for an LSTM, the cell state
 class _Variational(nn.RNNBase):
     """What both layers share. Each rate is a module, so that schedulers, `audit` and `mc_dropout` find it."""
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        *,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-        dropout_input: float = 0.0,
-        dropout_recurrent: float = 0.0,
-        dropout_output: float = 0.0,
-    ) -> None:
-        sizes: Any = input_size, hidden_size, num_layers, bias, batch_first
-        options: Any = {"bidirectional": bidirectional, "device": device, "dtype": dtype}
-        if proj_size:  # torch.nn.GRU refuses it
-            options["proj_size"] = proj_size
-        super().__init__(*sizes, **options)
+    def _set_rates(self, dropout_input: float, dropout_recurrent: float, dropout_output: float) -> None:
         self.dropout_input = VariationalDropout(dropout_input, 0)
         self.dropout_recurrent = VariationalDropout(dropout_recurrent, 0)
         self.dropout_output = VariationalDropout(dropout_output, 0)
@@ -247,6 +227,35 @@ class VariationalLSTM(_Variational, nn.LSTM):
     (torch.Size([10, 2, 8]), True)
     """
 
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        *,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        dropout_input: float = 0.0,
+        dropout_recurrent: float = 0.0,
+        dropout_output: float = 0.0,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            bidirectional=bidirectional,
+            proj_size=proj_size,
+            device=device,
+            dtype=dtype,
+        )
+        self._set_rates(dropout_input, dropout_recurrent, dropout_output)
+
 
 class VariationalGRU(_Variational, nn.GRU):
     """`torch.nn.GRU` with variational dropout: each mask stays the same for the whole sequence.
@@ -264,6 +273,33 @@ class VariationalGRU(_Variational, nn.GRU):
       (dropout_output): VariationalDropout(p=0.0, time_axis=0, inplace=False, store='bits')
     )
     """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        *,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        dropout_input: float = 0.0,
+        dropout_recurrent: float = 0.0,
+        dropout_output: float = 0.0,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            bidirectional=bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+        self._set_rates(dropout_input, dropout_recurrent, dropout_output)
 
 
 # Compilers leave recurrent layers alone. They would compile the steps one by one, and again for each length.

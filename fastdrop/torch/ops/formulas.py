@@ -1,7 +1,7 @@
 """What the fused ops share: how a call draws its mask, and gradients that are composed of torch's ops.
 
-A gradient comes from a kernel or an op if nobody differentiates it. Otherwise it is composed of torch's ops and the
-mask's, and then has derivatives of any order.
+A gradient comes from a kernel or an op if it is not differentiated itself. Otherwise it is composed of torch's ops and
+the mask's, and then has derivatives of any order.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def empty_words(x: Tensor) -> Tensor:
 
 
 def is_differentiated() -> bool:
-    """Whether somebody wants the derivative of the gradient that is computed now."""
+    """Whether the gradient that is computed now is to have a derivative."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return torch.is_grad_enabled()
     return may_be_differentiated_forward()

@@ -111,7 +111,7 @@ class Op:
         return self.launch(call, inplace)
 
     def run(self, call: Any) -> Any:
-        """In a backward function: calls the kernel at once, or the op if a transform or a mode surrounds the call."""
+        """In a backward function: calls the kernel if `can_call_kernel` allows it, otherwise the op."""
         return self.launch(call) if can_call_kernel(call[0]) else self(call)
 
     # ---- derivatives ----
@@ -228,7 +228,7 @@ class Op:
                 other = arguments[i]
                 if other is None:
                     continue
-                # Beside a tensor without memory torch calls the fake kernel, and nobody writes its results.
+                # Beside a tensor without memory torch calls the fake kernel, and its results stay unwritten.
                 if other.device != device and (other.is_meta or not on_any_device):
                     raise ValueError(f"{name} must be on {device}, as {data} is, but got one on {other.device}")
                 if not fake:

@@ -103,5 +103,5 @@ def check_words(words: Tensor, cells: int, device: torch.device) -> Tensor:
 
 
 def kernel_error() -> RuntimeError:
-    """The error when C refuses its arguments. The public functions check first, so nobody should see it."""
+    """The error when C refuses its arguments. The public functions check first, so it should never be raised."""
     return RuntimeError("the C kernel refused its arguments")

@@ -55,7 +55,7 @@ class DropoutScheduler:
     modules are driven, which are left, and why.
 
     A module's own rate is the p that it has when a scheduler first drives it. Another scheduler of the same model
-    starts from the same own rates. If somebody set p by hand since, that is the new own rate. A p that is set by hand
+    starts from the same own rates. If p was set by hand since, that is the new own rate. A p that is set by hand
     lasts until the next step, as a learning rate does.
 
     Under ``torch.compile``, fastdrop's modules read p from a tensor once a scheduler drives them, so nothing is

@@ -313,6 +313,13 @@ def test_layer_refuses_masks_as_torch_does(name):
     assert str(actual.value) == str(expected.value)
 
 
+def test_decoder_layer_without_memory_raises_as_torchs():
+    layer, plain = pair(lambda: nn.TransformerDecoderLayer(WIDTH, 2, 8, batch_first=True))
+    for model in (plain, layer):
+        with pytest.raises(AttributeError, match="NoneType"):
+            model(torch.randn(2, 3, WIDTH), None)
+
+
 def test_encoder_layer_in_evaluation_drops_where_torchs_would():
     """Its fast path looks at the layer alone."""
     model, plain = pair(lambda: layer(ENCODER, batch_first=True).eval())

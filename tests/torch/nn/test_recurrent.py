@@ -208,7 +208,7 @@ def test_refuses_bad_rates(pair):
         pair[0](INPUT, HIDDEN, dropout_output=1.5)
     with pytest.raises(TypeError, match="dropout"):
         pair[0](INPUT, HIDDEN, 2, dropout=0.5)
-    with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):
+    with pytest.raises(TypeError, match="proj_size"):
         VariationalGRU(INPUT, HIDDEN, proj_size=2)
 
 

@@ -90,7 +90,7 @@ class Fused(nn.Module):
         reduced: Any = super().__reduce_ex__(protocol)
         make, arguments, *rest = reduced
         own = vars(type(self))
-        if "original" not in own:  # somebody's subclass of a fused class
+        if "original" not in own:  # a subclass of a fused class, not from here
             return reduced
         given = [own["original"] if argument is type(self) else argument for argument in arguments]
         return (_rebuild, (own.get("fused_class", type(self)), make, given), *rest)

@@ -205,7 +205,7 @@ class FusedTransformerDecoderLayer(_Layer, nn.TransformerDecoderLayer):
         if is_traced(self, tgt):
             return trace_call(self, tgt, memory, *given)  # type: ignore[no-any-return]
         inputs = (None, given[::2]), (memory, given[1::2])
-        if not self._is_fused(tgt, *inputs):
+        if memory is None or not self._is_fused(tgt, *inputs):  # without memory torch's forward raises
             return super().forward(tgt, memory, *given)
         return self._run(tgt, *inputs)
 

@@ -1,6 +1,6 @@
 """Source code, names and globals of Python functions, for the modules of this package and for `drop_path`.
 
-Nothing here raises for what somebody's function looks like: a function without source has no `definition`.
+Nothing here raises, whatever a function looks like: a function without source has no `definition`.
 """
 
 from __future__ import annotations

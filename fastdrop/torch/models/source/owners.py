@@ -84,7 +84,7 @@ class Owners:
                 self._note([*inside, *children_of(inside)], "other")
 
     def _note_other_methods(self, model: nn.Module) -> None:
-        """Methods outside of the forward may be called by anybody, and may call modules that seem to be only lent."""
+        """Methods besides the forward may be called from anywhere, and may call modules that seem to be only lent."""
         paths = [path for path, m in model.named_modules(remove_duplicate=False) if self.use_of(m) == "lent"]
         names = {next((name for name in reversed(path.split(".")) if not name.isdigit()), "") for path in paths}
         owners = [owner for owner in model.modules() if names and not has_library_forward(owner)]

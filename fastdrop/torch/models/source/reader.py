@@ -64,7 +64,7 @@ def read_function(function: Any, cls: type, has_self: bool) -> Uses:
         if found is not None:
             Reader(Scope(found, has_self, {}), cls, uses).read()
             return uses
-    except Exception:  # a report must not fail for what somebody's source may look like
+    except Exception:  # a report must not fail because of any source
         uses = Uses()
     uses.readable = False
     return uses
@@ -146,6 +146,10 @@ class Reader(ast.NodeVisitor):
                 own = own.fget
             if isinstance(own, types.FunctionType):  # a method that is given to another function is called there
                 self._follow(own, ast.Call(node, [], []), True)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        for part in (*node.args.defaults, *filter(None, node.args.kw_defaults), *node.body):
+            self.visit(part)
 
     def visit_Name(self, node: ast.Name) -> None:
         if isinstance(node.ctx, ast.Load) and not self._note_mention(node) and self.scope.chain(node) == ():

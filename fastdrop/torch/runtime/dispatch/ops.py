@@ -241,13 +241,13 @@ def check_overridable(*ops: Any) -> None:
 
 
 def call_as_torch(op: Any, *arguments: Any, **options: Any) -> Tensor:
-    """What torch does when nobody overrides an op that it composes of others."""
+    """What torch does with an op that it composes of others, unless a kernel overrides it."""
     result: Tensor = op._op_dk(DispatchKey.CompositeImplicitAutograd, *arguments, **options)
     return result
 
 
 def kernel_in_transforms(op: Any) -> Callable[..., Any]:
-    """What torch does in a transform when nobody overrides an op."""
+    """What torch does in a transform with an op, unless a kernel overrides it."""
     kernel, keys = torch.library.get_kernel(op, TRANSFORMS), DispatchKeySet(getattr(DispatchKey, TRANSFORMS))
     return lambda *arguments: kernel.call_boxed(keys, *arguments)
 
@@ -260,13 +260,12 @@ def forget_kernels(op: Any) -> None:
 # ---- trees ----
 
 
-def tree_leaves(tree: Any) -> list[Any]:
-    """What is in tuples, lists and dicts, such as the arguments of an op."""
+def _leaves(tree: Any) -> list[Any]:
     if isinstance(tree, dict):
         tree = tuple(tree.values())
     elif not isinstance(tree, (tuple, list)):
         return [tree]
-    return [leaf for part in tree for leaf in tree_leaves(part)]
+    return [leaf for part in tree for leaf in _leaves(part)]
 
 
 def _map_only(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
@@ -277,5 +276,6 @@ def _map_only(kind: type, function: Callable[[Any], Any], tree: Any) -> Any:
     return function(tree) if isinstance(tree, kind) else tree
 
 
-# The same containers, those of a model's own classes too if torch knows them, with what is of one class replaced.
+# What is in tuples, lists, dicts and the like, and the same with those of one class replaced.
+tree_leaves: Callable[[Any], list[Any]] = named("torch.utils._pytree.tree_leaves", _leaves)
 tree_map_only: Callable[..., Any] = named("torch.utils._pytree.tree_map_only", _map_only)
