@@ -9,20 +9,7 @@
 
 try:
     from .functional.attention import scaled_dot_product_attention
-    from .functional.dropout import (
-        alpha_dropout,
-        drop_block2d,
-        drop_block3d,
-        drop_connect,
-        dropout,
-        dropout1d,
-        dropout2d,
-        dropout3d,
-        feature_alpha_dropout,
-        gaussian_dropout,
-        stochastic_depth,
-        variational_dropout,
-    )
+    from .functional.dropout import alpha_dropout, drop_connect, dropout, gaussian_dropout
     from .functional.fused import (
         bias_act_dropout,
         bias_dropout_add,
@@ -32,6 +19,16 @@ try:
         geglu_dropout,
         softmax_dropout,
         swiglu_dropout,
+    )
+    from .functional.structured import (
+        drop_block2d,
+        drop_block3d,
+        dropout1d,
+        dropout2d,
+        dropout3d,
+        feature_alpha_dropout,
+        stochastic_depth,
+        variational_dropout,
     )
     from .models.convert import convert, revert
     from .models.enable import disable, enable, enabled

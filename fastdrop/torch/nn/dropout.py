@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...core import checks
 from ..functional import dropout as F
+from ..functional import structured
 from .base import Rated
 
 __all__ = [
@@ -107,7 +108,7 @@ class Dropout1d(_Elementwise, nn.Dropout1d):
     """
 
     def drop_input(self, input: Tensor) -> Tensor:
-        return F.dropout1d(input, self.rate, self.training, self.inplace, store=self.store)
+        return structured.dropout1d(input, self.rate, self.training, self.inplace, store=self.store)
 
 
 class Dropout2d(_Elementwise, nn.Dropout2d):
@@ -121,7 +122,7 @@ class Dropout2d(_Elementwise, nn.Dropout2d):
     """
 
     def drop_input(self, input: Tensor) -> Tensor:
-        return F.dropout2d(input, self.rate, self.training, self.inplace, store=self.store)
+        return structured.dropout2d(input, self.rate, self.training, self.inplace, store=self.store)
 
 
 class Dropout3d(_Elementwise, nn.Dropout3d):
@@ -135,7 +136,7 @@ class Dropout3d(_Elementwise, nn.Dropout3d):
     """
 
     def drop_input(self, input: Tensor) -> Tensor:
-        return F.dropout3d(input, self.rate, self.training, self.inplace, store=self.store)
+        return structured.dropout3d(input, self.rate, self.training, self.inplace, store=self.store)
 
 
 class AlphaDropout(_Elementwise, nn.AlphaDropout):
@@ -165,7 +166,7 @@ class FeatureAlphaDropout(_Elementwise, nn.FeatureAlphaDropout):
     """
 
     def drop_input(self, input: Tensor) -> Tensor:
-        return F.feature_alpha_dropout(input, self.rate, self.training, self.inplace, store=self.store)
+        return structured.feature_alpha_dropout(input, self.rate, self.training, self.inplace, store=self.store)
 
 
 class VariationalDropout(Rated):
@@ -194,7 +195,9 @@ class VariationalDropout(Rated):
         self.p, self.time_axis, self.inplace, self.store = checks.dropout_probability(p), time_axis, inplace, store
 
     def drop_input(self, input: Tensor) -> Tensor:
-        return F.variational_dropout(input, self.rate, self.time_axis, self.training, self.inplace, store=self.store)
+        return structured.variational_dropout(
+            input, self.rate, self.time_axis, self.training, self.inplace, store=self.store
+        )
 
     def extra_repr(self) -> str:
         return f"p={self.p}, time_axis={self.time_axis}, inplace={self.inplace}, store={self.store!r}"
@@ -228,7 +231,7 @@ class StochasticDepth(Rated):
         self.p, self.mode, self.store = checks.dropout_probability(p, what="drop probability"), mode, store
 
     def drop_input(self, input: Tensor) -> Tensor:
-        return F.stochastic_depth(input, self.rate, self.mode, self.training, store=self.store)
+        return structured.stochastic_depth(input, self.rate, self.mode, self.training, store=self.store)
 
     def extra_repr(self) -> str:
         return f"p={self.p}, mode={self.mode!r}, store={self.store!r}"
@@ -279,7 +282,7 @@ class DropPath(_NamedDropProb):
         if not self.training:
             return input
         scaling = "inverted" if self.scale_by_keep else "standard"
-        return F.stochastic_depth(input, self.rate, "row", store=self.store, scaling=scaling)
+        return structured.stochastic_depth(input, self.rate, "row", store=self.store, scaling=scaling)
 
     def extra_repr(self) -> str:
         return f"drop_prob={self.p}, scale_by_keep={self.scale_by_keep}, store={self.store!r}"
@@ -336,7 +339,7 @@ class DropBlock2d(_DropBlock):
     """
 
     def drop_input(self, input: Tensor) -> Tensor:
-        return _drop_blocks(F.drop_block2d, self, input, self.rate)
+        return _drop_blocks(structured.drop_block2d, self, input, self.rate)
 
 
 class DropBlock3d(_DropBlock):
@@ -349,7 +352,7 @@ class DropBlock3d(_DropBlock):
     """
 
     def drop_input(self, input: Tensor) -> Tensor:
-        return _drop_blocks(F.drop_block3d, self, input, self.rate)
+        return _drop_blocks(structured.drop_block3d, self, input, self.rate)
 
 
 class GaussianDropout(Rated):
@@ -387,7 +390,7 @@ class TimmDropBlock2d(_NamedDropProb, DropBlock2d):
     gamma_scale: float
 
     def drop_input(self, input: Tensor) -> Tensor:
-        return _drop_blocks(F.drop_block2d, self, input, self.rate * self.gamma_scale)
+        return _drop_blocks(structured.drop_block2d, self, input, self.rate * self.gamma_scale)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gamma_scale={self.gamma_scale}"
