@@ -39,6 +39,7 @@ except ImportError as error:
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where bench/ is
 
 from mlp import MLP, Dropout, FastDropout, NumpyDropout
+from pictures import check_picture
 
 from bench import contenders
 from bench.contenders import F_DROPOUT, FASTDROP, NUMPY, TORCH_MUL, Buffers
@@ -89,13 +90,7 @@ def main() -> None:
     parser.add_argument("--output", default="fastdrop-demo.png", help="the picture (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="few epochs and short timings, to see that it runs")
     args = parser.parse_args()
-    if Path(args.output).suffix[1:] not in Figure().canvas.get_supported_filetypes():
-        parser.error(f"--output: {args.output} is no picture that matplotlib can write")
-    try:
-        with open(args.output, "ab"):  # rather than to find out after training that it can't be written
-            pass
-    except OSError as error:
-        parser.error(f"--output: {error}")
+    check_picture(parser, args.output)
     start = time.perf_counter()
     console = Console(highlight=False)
     console.print(f"fastdrop {__version__}: {backends.active().describe()}\n")

@@ -19,11 +19,11 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from operator import sub, truediv
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
 from common import STYLE, Console, F, Figure, Tensor, matplotlib, nn, torch
+from pictures import check_picture
 from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -238,13 +238,7 @@ def main() -> None:
     steps = args.steps if args.steps is not None else QUICK_STEPS if args.quick else STEPS
     if steps <= WARM_UP:
         parser.error(f"--steps must be more than {WARM_UP}, the steps that are not timed, but got {steps}")
-    if Path(args.output).suffix[1:] not in Figure().canvas.get_supported_filetypes():
-        parser.error(f"--output: {args.output} is no picture that matplotlib can write")
-    try:
-        with open(args.output, "ab"):  # rather than to find out after training that it can't be written
-            pass
-    except OSError as error:
-        parser.error(f"--output: {error}")
+    check_picture(parser, args.output)
 
     start = time.perf_counter()
     if args.threads is not None:
