@@ -87,9 +87,10 @@ INLINE C(vs) C(activation)(C(vs) h, const int activation) {
 
 /* to = act(x). */
 INLINE void C(activate_as)(const C(t) * x, C(t) * to, uint64_t n, const int activation) {
+    const uint64_t ahead = distance_ahead(0);
     uint64_t i = 0;
     for (; i + C(unrolled) <= n; i += C(unrolled)) {
-        AHEAD(x + i, 0);
+        prefetch_from(x + i, ahead);
         C(store_unrolled)(to + i, C(activation)(C(load_unrolled)(x + i), activation));
     }
     if (i == n) return;
@@ -116,14 +117,15 @@ static void C(activate)(const C(t) * x, const C(t) * bias, C(t) * to, uint64_t n
 
 /* g times the activation's derivative at h; there is an activation. */
 static void C(activate_backward)(const C(t) * g, const C(t) * h, C(t) * to, uint64_t n, int activation) {
+    const uint64_t ahead = distance_ahead(0);
     C(t) scratch[C(unrolled)] = {0};
     uint64_t i = 0;
     switch (activation) {
 #define ROW(code, name)                                                                                                \
     case code:                                                                                                         \
         for (; i + C(unrolled) <= n; i += C(unrolled)) {                                                               \
-            AHEAD(g + i, 0);                                                                                           \
-            AHEAD(h + i, 0);                                                                                           \
+            prefetch_from(g + i, ahead);                                                                               \
+            prefetch_from(h + i, ahead);                                                                               \
             C(vs) slope = C(name##_slope)(C(load_unrolled)(h + i));                                                    \
             EACH C(store)(to + i + k * C(lanes), C(load)(g + i + k * C(lanes)) * slope.v[k]);                          \
         }                                                                                                              \

@@ -13,12 +13,12 @@
 typedef struct {
     D(v) a, b, c;
     int no_shift, stream;
+    order_t order;
 } D(affine_t);
 
 static D(affine_t) D(affine_of)(double a, double b, double c, int stream, const void *y) {
-    D(affine_t) f = {D(set1)(a), D(set1)(b), D(set1)(c), b == 0 && c == 0, stream};
-    if ((uintptr_t)y % sizeof(D(t))) f.stream = 0; /* no element ever begins a line */
-    return f;
+    if ((uintptr_t)y % sizeof(D(t))) stream = 0; /* no element ever begins a line */
+    return (D(affine_t)){D(set1)(a), D(set1)(b), D(set1)(c), b == 0 && c == 0, stream, order_of(stream, sizeof(D(t)))};
 }
 
 /* A vector of x under bits k and up of a run. */
@@ -49,7 +49,7 @@ INLINE void D(apply_runs)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64
     for (; i + RUN <= n; i += RUN) {
         uint32_t run = bits_at(bits, position + i, bytewise);
         for (unsigned byte = 0; byte < RUN * sizeof *x; byte += LINE_BYTES)
-            prefetch((const char *)(x + i) + PREFETCH_BYTES + byte, stream);
+            prefetch_from((const char *)(x + i) + byte, f->order.ahead);
 #pragma GCC unroll 4
         for (unsigned k = 0; k < RUN; k += D(lanes)) {
             D(v) v = D(lanes_under)(f, run, (int)k, D(load)(x + i + k), no_shift);
@@ -65,25 +65,33 @@ INLINE void D(apply_runs)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64
     }
 }
 
-INLINE void D(apply_by_alignment)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, uint64_t n,
-                                  const D(affine_t) * f, const int no_shift, const int stream) {
-    unsigned seam = stream ? ELEMENTS_TO_LINE(y) : 0; /* where whole runs begin */
-    if ((position + seam) % 8 == 0)
-        D(apply_runs)(x, y, bits, position, n, f, no_shift, stream, 1);
-    else
-        D(apply_runs)(x, y, bits, position, n, f, no_shift, stream, 0);
+/* Block b's share of a chunk of n elements: as many pieces, in the chunk's order. The first piece has the elements
+ * before the first line of y too. */
+INLINE void D(apply_pieces)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, uint64_t n, unsigned b,
+                            const D(affine_t) * f, const int no_shift, const int stream) {
+    const unsigned seam = stream ? ELEMENTS_TO_LINE(y) : 0, pieces = FD_BLOCK_CELLS / f->order.cells;
+    for (unsigned k = b * pieces; k < (b + 1) * pieces; k++) {
+        const uint64_t piece = n == CHUNK_CELLS ? piece_at(&f->order, k) : k;
+        const uint64_t from = piece ? piece * f->order.cells + seam : 0;
+        const uint64_t to = min_u64(n, (piece + 1) * f->order.cells + seam);
+        if (from >= to) continue;
+        if ((position + seam) % 8 == 0)
+            D(apply_runs)(x + from, y + from, bits, position + from, to - from, f, no_shift, stream, 1);
+        else
+            D(apply_runs)(x + from, y + from, bits, position + from, to - from, f, no_shift, stream, 0);
+    }
 }
 
-INLINE void D(apply)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, uint64_t n,
-                     const D(affine_t) * f) {
+INLINE void D(apply_block)(const D(t) * x, D(t) * y, const uint32_t *bits, uint64_t position, uint64_t n, unsigned b,
+                           const D(affine_t) * f) {
     if (f->no_shift && f->stream)
-        D(apply_by_alignment)(x, y, bits, position, n, f, 1, 1);
+        D(apply_pieces)(x, y, bits, position, n, b, f, 1, 1);
     else if (f->no_shift)
-        D(apply_by_alignment)(x, y, bits, position, n, f, 1, 0);
+        D(apply_pieces)(x, y, bits, position, n, b, f, 1, 0);
     else if (f->stream)
-        D(apply_by_alignment)(x, y, bits, position, n, f, 0, 1);
+        D(apply_pieces)(x, y, bits, position, n, b, f, 0, 1);
     else
-        D(apply_by_alignment)(x, y, bits, position, n, f, 0, 0);
+        D(apply_pieces)(x, y, bits, position, n, b, f, 0, 0);
 }
 
 static void D(masked_affine)(const masked_affine_args *args, uint64_t begin, uint64_t end) {
@@ -101,7 +109,7 @@ static void D(masked_affine)(const masked_affine_args *args, uint64_t begin, uin
             bits = pattern.bits;
             position = pattern_for(&pattern, args, at, step);
         }
-        D(apply)(x + at, y + at, bits, position, step, &f);
+        for (unsigned b = 0; b < blocks_for(step); b++) D(apply_block)(x + at, y + at, bits, position, step, b, &f);
     }
     if (f.stream) stream_fence();
 }
@@ -117,16 +125,11 @@ static void D(dropout_forward)(const dropout_forward_args *args, uint64_t begin,
     uint64_t block = (args->first + begin) / FD_BLOCK_CELLS;
     uint64_t at = begin, n = 0, ahead = min_u64(end - begin, CHUNK_CELLS); /* cells to apply, to draw */
     while (n || ahead) {
-        uint64_t apply_blocks = blocks_for(n), draw_blocks = ahead ? blocks_for(lead + ahead) : 0, from = 0;
-        uint64_t shift = f.stream ? ELEMENTS_TO_LINE(y + at) : 0; /* so that blocks end where lines of y do */
+        uint64_t apply_blocks = blocks_for(n), draw_blocks = ahead ? blocks_for(lead + ahead) : 0;
         chunk_open(&d, next, block);
-        for (uint64_t b = 0; b < apply_blocks || b < draw_blocks; b++) {
-            if (b < draw_blocks) draw_block(&d, next, (unsigned)b);
-            if (b < apply_blocks) {
-                uint64_t to = b + 1 == apply_blocks ? n : min_u64(n, (b + 1) * FD_BLOCK_CELLS + shift);
-                D(apply)(x + at + from, y + at + from, now->words, lead + from, to - from, &f);
-                from = to;
-            }
+        for (unsigned b = 0; b < apply_blocks || b < draw_blocks; b++) {
+            if (b < draw_blocks) draw_block(&d, next, b);
+            if (b < apply_blocks) D(apply_block)(x + at, y + at, now->words, lead, n, b, &f);
         }
         draw_pending(&d, next);
         if (args->words) store_bits(args->words, at, now->words, lead, n, f.stream);
@@ -142,13 +145,13 @@ static void D(dropout_forward)(const dropout_forward_args *args, uint64_t begin,
 }
 
 /* y = x factors. A whole vector of factors can be read at any of them. */
-INLINE void D(multiply)(const D(t) * x, D(t) * y, const float *factors, uint64_t n, const int stream) {
+INLINE void D(multiply)(const D(t) * x, D(t) * y, const float *factors, uint64_t n, uint64_t ahead, const int stream) {
     const D(keep) all = D(mask)(~0u, 0);
     for (uint64_t i = 0, step; i < n; i += step) {
         unsigned part = stream ? ELEMENTS_TO_LINE(y + i) % D(lanes) : 0;
         step = min_u64(n - i, part ? part : (unsigned)D(lanes));
         D(v) factor = D(from_floats)(factors + i);
-        prefetch((const char *)(x + i) + PREFETCH_BYTES, stream);
+        prefetch_from(x + i, ahead);
         if (step < D(lanes)) {
             D(t) partial[D(lanes)] = {0};
             memcpy(partial, x + i, step * sizeof *x);
@@ -165,7 +168,8 @@ INLINE void D(multiply)(const D(t) * x, D(t) * y, const float *factors, uint64_t
 static void D(gaussian_multiply)(const gaussian_multiply_args *args, uint64_t begin, uint64_t end) {
     const D(t) *x = args->x;
     D(t) *y = args->y;
-    int stream = args->stream && (uintptr_t)y % sizeof *y == 0;
+    const int stream = args->stream && (uintptr_t)y % sizeof *y == 0;
+    const uint64_t ahead = distance_ahead(stream);
     float factors[NOISE_CELLS + SLACK_CELLS];
     philox_t philox;
     philox_prepare(&philox, args->seed, args->offset, NOISE_DOMAIN, first_counter(args->first + begin));
@@ -176,9 +180,9 @@ static void D(gaussian_multiply)(const gaussian_multiply_args *args, uint64_t be
             step -= (uintptr_t)(y + at + step) % LINE_BYTES / sizeof *y; /* steps end where lines of y do */
         draw_factors(&philox, cell - lead, lead + step, (float)args->sigma, factors);
         if (stream)
-            D(multiply)(x + at, y + at, factors + lead, step, 1);
+            D(multiply)(x + at, y + at, factors + lead, step, ahead, 1);
         else
-            D(multiply)(x + at, y + at, factors + lead, step, 0);
+            D(multiply)(x + at, y + at, factors + lead, step, ahead, 0);
     }
     if (stream) stream_fence();
 }

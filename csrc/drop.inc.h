@@ -21,14 +21,14 @@ INLINE void C(drop_loop)(const C(drop_t) * d, uint64_t n, const int activation, 
     const C(t) *x = d->x, *bias = d->bias, *residual = d->residual;
     const C(v) a = C(set1)(d->a);
     const bits_t *bits = d->bits;
-    const uint64_t position = d->position;
+    const uint64_t position = d->position, ahead = distance_ahead(stream);
     C(t) *y = d->y;
     uint32_t *signs = d->signs;
     for (uint64_t i = 0; i < n; i += RUN) {
         uint32_t run = run_at(bits, position + i, RUN), left = 0;
         for (unsigned byte = 0; byte < RUN * sizeof *x; byte += LINE_BYTES) {
-            AHEAD((const char *)(x + i) + byte, stream);
-            if (adds) AHEAD((const char *)(residual + i) + byte, stream);
+            prefetch_from((const char *)(x + i) + byte, ahead);
+            if (adds) prefetch_from((const char *)(residual + i) + byte, ahead);
         }
 #pragma GCC unroll 2
         for (unsigned j = 0; j < RUN; j += C(unrolled)) {

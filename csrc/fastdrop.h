@@ -28,11 +28,6 @@ enum { FD_NO_ACTIVATION = 0, FD_RELU = 1, FD_GELU = 2, FD_GELU_TANH = 3, FD_SILU
 /* Threads share cells in multiples of a block: one AVX-512 vector of 16 words. */
 enum { FD_BLOCK_CELLS = 512, FD_BLOCK_WORDS = FD_BLOCK_CELLS / 32 };
 
-/* Outputs of at least this size are written with streaming stores, because they would not stay in the cache until the
- * next pass reads them. Such a store does not read the line first, which saves a third of the traffic (measured:
- * docs/design.md). */
-enum { FD_STREAM_BYTES = 16 << 20 };
-
 #define FD_PARAMETER(type, name) type name
 #define FD_NEXT_PARAMETER(type, name) , type name
 #define FD_OP(name, PARAMETERS) int fd_##name(PARAMETERS(FD_PARAMETER, FD_NEXT_PARAMETER));
@@ -64,7 +59,15 @@ void fd_use_team(uintptr_t parallel);
 /* One Philox4x32-10 block, for known-answer tests and seed derivation. */
 void fd_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t out[4]);
 
-/* y = a x with streaming (1) or ordinary (0) stores: the memory speed that benchmarks compare with. */
-int fd_scale_float32(const void *x, void *y, uint64_t n, float a, int stream);
+/* The memory policy: how passes go through memory, process-wide. fastdrop/backends/memory.py decides it and says what
+ * the numbers mean; results do not depend on it. FD_BAD_ARGUMENT leaves it as it was: pages must be 1, 2, 4 or 8, lines
+ * 4, 8 or 16. */
+int fd_set_memory(uint64_t stream, uint64_t stream_drawing, int pages, int lines, uint64_t ahead,
+                  uint64_t ahead_streaming);
+
+/* The memory speed that benchmarks compare with: y = a x, in one of the ways to go through memory, or y = x by libc's
+ * memcpy. */
+enum { FD_MEMCPY = 0, FD_ORDINARY = 1, FD_STREAMING = 2, FD_INTERLEAVED = 3 };
+int fd_scale_float32(const void *x, void *y, uint64_t n, float a, int how);
 
 #endif

@@ -14,7 +14,7 @@ from pathlib import Path
 from cffi import FFI
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["dispatch.c", "threads.c", "isa_scalar.c", "isa_neon.c", "isa_avx2.c", "isa_avx512.c"]
+SOURCES = ["dispatch.c", "memory.c", "threads.c", "isa_scalar.c", "isa_neon.c", "isa_avx2.c", "isa_avx512.c"]
 HEADERS = sorted(path.name for pattern in ("*.h", "*.def") for path in HERE.glob(pattern))
 
 # Wider instructions appear only inside the isa_ files' own target regions. No contraction: a x + b must round twice on
@@ -46,7 +46,7 @@ def cdef() -> str:
     prototypes += [f"{prototype};" for prototype, _ in addressed().values()]
     header = COMMENT.sub("", (HERE / "fastdrop.h").read_text())
     prototypes += re.findall(r"^(?:int|void|const char \*) ?fd_\w+\([^#;]*\);", header, re.M)
-    constants = re.findall(r"\b(FD_(?:OK|BAD_\w+|FLOAT\w+|BFLOAT\w+|BLOCK_CELLS|STREAM_BYTES))\b =", header)
+    constants = re.findall(r"\b(FD_(?:OK|BAD_\w+|FLOAT\w+|BFLOAT\w+|BLOCK_CELLS|MEMCPY|ORDINARY|STREAMING|INTERLEAVED))\b =", header)
     return "\n".join(prototypes + [f"#define {name} ..." for name in constants])
 
 

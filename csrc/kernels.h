@@ -5,6 +5,15 @@
 
 #include "fastdrop.h"
 
+#include <stdatomic.h>
+
+/* The memory policy (memory.c). Kernels read it once a call. */
+typedef struct {
+    _Atomic uint64_t stream, stream_drawing, ahead, ahead_streaming;
+    atomic_int pages, lines;
+} fd_memory_t;
+extern fd_memory_t fd_memory;
+
 #define FD_FIELD(type, name) type name;
 #define FD_OP(name, PARAMETERS)                                                                                        \
     typedef struct {                                                                                                   \
@@ -27,11 +36,17 @@ typedef struct {
 } add_panels_args;
 
 typedef struct {
+    const float *x;
+    float *y, a;
+    int how; /* FD_MEMCPY ... */
+} scale_args;
+
+typedef struct {
 #define FD_OP(name, PARAMETERS) fd_kernel name;
 #include "ops.def"
 #undef FD_OP
-    fd_kernel add_panels; /* args: add_panels_args; units are columns */
-    void (*scale_float32)(const float *x, float *y, uint64_t n, float a, int stream);
+    fd_kernel add_panels;    /* args: add_panels_args; units are columns */
+    fd_kernel scale_float32; /* args: scale_args; units are cells */
 } fd_table;
 
 extern const fd_table fd_table_scalar, fd_table_avx2, fd_table_avx512, fd_table_neon;

@@ -5,6 +5,7 @@
  * and those that touch data once per number type too. Bodies use only the operations that every simd_<name>.h defines
  * under the same names; simd_scalar.h explains them.
  *
+ *   order.inc.h        in which order a pass goes through memory, and what it prefetches
  *   draw.inc.h         random bits compared with the threshold: draw_bits
  *   mask_bits.inc.h    mask bits beside data
  *   gaussian.inc.h     normal random numbers
@@ -15,7 +16,7 @@
  *   fused.inc.h        per type that is computed in: storage, activations, drop, pointwise, norm, softmax
  *
  * Mask bits are in small local buffers that have slack behind them. User memory is never read or written past its end.
- * Data is prefetched PREFETCH_BYTES ahead, and large outputs are written around the cache (`stream`).
+ * Large outputs are written around the cache (`stream`).
  */
 #include "bits.h"
 #include "kernels.h"
@@ -33,23 +34,16 @@ enum {
     SLACK_WORDS = 4,                                   /* behind local buffers: bits are read eight bytes at a time */
     SLACK_CELLS = 64,                                  /* the same for a mask in user memory */
     LINE_BYTES = 64,
-    PREFETCH_BYTES = 8192, /* measured: flat from 4 to 16 KiB */
-    RUN = 32               /* cells per step of the loops that apply bits */
+    RUN = 32 /* cells per step of the loops that apply bits */
 };
 
 INLINE uint64_t min_u64(uint64_t a, uint64_t b) { return a < b ? a : b; }
 INLINE uint64_t blocks_for(uint64_t cells) { return (cells + FD_BLOCK_CELLS - 1) / FD_BLOCK_CELLS; }
 
-/* once: the line is not read again soon and stays out of the outer caches. p may point past the data. */
-INLINE void prefetch(const void *p, const int once) {
-    if (once)
-        __builtin_prefetch(p, 0, 0);
-    else
-        __builtin_prefetch(p, 0, 3);
-}
+/* p may point past the data. Not by prefetchnta, which halves the speed of memory on some CPUs (docs/design.md). */
+INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
-/* Elements until y reaches a cache line; 0 if it never does, because an element lies across lines. */
-#define ELEMENTS_TO_LINE(y) ((uintptr_t)(y) % sizeof *(y) ? 0 : (unsigned)(-(uintptr_t)(y) % LINE_BYTES / sizeof *(y)))
+#include "order.inc.h"
 
 #include "draw.inc.h"
 #include "mask_bits.inc.h"
@@ -124,16 +118,15 @@ static void add_panels(const void *arguments, uint64_t begin, uint64_t end) {
     }
 }
 
-static void scale_float32(const float *x, float *y, uint64_t n, float a, int stream) {
+INLINE void scale_piece(const float *x, float *y, uint64_t n, f32_v a, uint64_t ahead, const int stream) {
+    const f32_keep all = f32_mask(~0u, 0);
     uint64_t i = 0;
-    f32_v scale = f32_set1(a);
-    if ((uintptr_t)y % LINE_BYTES) stream = 0;
     for (; i + RUN <= n; i += RUN) {
         for (unsigned byte = 0; byte < RUN * sizeof *x; byte += LINE_BYTES)
-            prefetch((const char *)(x + i) + PREFETCH_BYTES + byte, stream);
+            prefetch_from((const char *)(x + i) + byte, ahead);
 #pragma GCC unroll 4
         for (unsigned k = 0; k < RUN; k += f32_lanes) {
-            f32_v v = f32_scale(f32_mask(~0u, 0), f32_load(x + i + k), scale);
+            f32_v v = f32_scale(all, f32_load(x + i + k), a);
             if (stream)
                 f32_stream(y + i + k, v);
             else
@@ -141,10 +134,34 @@ static void scale_float32(const float *x, float *y, uint64_t n, float a, int str
         }
     }
     for (; i < n; i++) { /* through bytes: any alignment is legal */
-        float v;
-        memcpy(&v, x + i, sizeof v);
-        v *= a;
-        memcpy(y + i, &v, sizeof v);
+        float one[f32_lanes];
+        memcpy(one, x + i, sizeof *x);
+        f32_store(one, f32_scale(all, f32_load(one), a));
+        memcpy(y + i, one, sizeof *y);
+    }
+}
+
+static void scale_float32(const void *arguments, uint64_t begin, uint64_t end) {
+    const scale_args *args = arguments;
+    const f32_v a = f32_set1(args->a);
+    const int stream = args->how >= FD_STREAMING && (uintptr_t)args->y % LINE_BYTES == 0;
+    const order_t order = order_of(args->how == FD_INTERLEAVED, sizeof *args->x);
+    if (args->how == FD_MEMCPY) {
+        memcpy(args->y + begin, args->x + begin, (end - begin) * sizeof *args->x);
+        return;
+    }
+    for (uint64_t at = begin, n; at < end; at += n) {
+        n = min_u64(end - at, CHUNK_CELLS);
+        const uint64_t pieces = (n + order.cells - 1) / order.cells;
+        for (unsigned k = 0; k < pieces; k++) {
+            const uint64_t from = order.cells * (n == CHUNK_CELLS ? piece_at(&order, k) : k);
+            const float *x = args->x + at + from;
+            float *y = args->y + at + from;
+            if (stream)
+                scale_piece(x, y, min_u64(n - from, order.cells), a, order.ahead, 1);
+            else
+                scale_piece(x, y, min_u64(n - from, order.cells), a, order.ahead, 0);
+        }
     }
     if (stream) stream_fence();
 }

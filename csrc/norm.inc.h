@@ -120,11 +120,12 @@ typedef struct {
  * weight and norm_bias. */
 static void C(norm_sums)(const C(t) * dy, const C(t) * x, const C(t) * weight, C(t) * dweight, C(t) * dnorm_bias,
                          uint64_t n, C(moments_t) * m) {
+    const uint64_t ahead = distance_ahead(0);
     C(v) g_sum = C(set1)(0), gx_sum = C(set1)(0);
 #define BODY(left)                                                                                                     \
     {                                                                                                                  \
-        AHEAD(dy + i, 0);                                                                                              \
-        AHEAD(x + i, 0);                                                                                               \
+        prefetch_from(dy + i, ahead);                                                                                  \
+        prefetch_from(x + i, ahead);                                                                                   \
         C(v) g = C(load_partial)(dy + i, left), normal = (C(load_partial)(x + i, left) - m->mean) * m->rstd;           \
         if (left < C(lanes)) normal = C(scale)(C(mask)(low_bits((unsigned)(left)), 0), normal, C(set1)(1));            \
         if (dweight) {                                                                                                 \
@@ -153,8 +154,8 @@ static void C(norm_gradient)(const C(t) * dy, const C(t) * x, const C(t) * weigh
     const C(next_t) ahead = *next;
 #define BODY(left)                                                                                                     \
     {                                                                                                                  \
-        prefetch(ahead.dy + i * ahead.dy_size, 0);                                                                     \
-        prefetch(ahead.x + i * ahead.x_size, 0);                                                                       \
+        prefetch(ahead.dy + i * ahead.dy_size);                                                                        \
+        prefetch(ahead.x + i * ahead.x_size);                                                                          \
         C(v) g = C(load_partial)(dy + i, left), normal = (C(load_partial)(x + i, left) - m->mean) * m->rstd;           \
         if (weight) g = g * C(load_partial)(weight + i, left);                                                         \
         g = (g - m->mean_g - normal * m->mean_gx) * m->rstd;                                                           \

@@ -7,9 +7,10 @@
 
 /* to = scale x + mask. Returns, per lane, the largest of that and of `most`. */
 static C(v) C(scores)(const C(t) * x, const C(t) * mask, C(t) * to, uint64_t n, C(v) scale, C(v) most) {
+    const uint64_t ahead = distance_ahead(0);
 #define BODY(left)                                                                                                     \
     {                                                                                                                  \
-        AHEAD(x + i, 0);                                                                                               \
+        prefetch_from(x + i, ahead);                                                                                   \
         C(v) v = C(load_partial)(x + i, left) * scale;                                                                 \
         if (mask) v = v + C(load_partial)(mask + i, left);                                                             \
         C(store_partial)(to + i, v, left, 0);                                                                          \
@@ -110,10 +111,11 @@ static void C(softmax_forward)(const softmax_forward_args *args, uint64_t begin,
 }
 
 static double C(dot)(const C(t) * x, const C(t) * y, uint64_t n) {
+    const uint64_t ahead = distance_ahead(0);
     C(v) sum = C(set1)(0);
 #define BODY(left)                                                                                                     \
     {                                                                                                                  \
-        AHEAD(y + i, 0);                                                                                               \
+        prefetch_from(y + i, ahead);                                                                                   \
         sum = C(fma)(C(load_partial)(x + i, left), C(load_partial)(y + i, left), sum);                                 \
     }
     FOR_VECTORS(n, BODY);

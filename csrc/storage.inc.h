@@ -101,9 +101,10 @@ INLINE C(t) C(sum_lanes)(C(v) v) {
 }
 
 static void C(add)(const C(t) * x, const C(t) * y, C(t) * to, uint64_t n) {
+    const uint64_t ahead = distance_ahead(0);
 #define BODY(left)                                                                                                     \
     {                                                                                                                  \
-        AHEAD(x + i, 0);                                                                                               \
+        prefetch_from(x + i, ahead);                                                                                   \
         C(store_partial)(to + i, C(load_partial)(x + i, left) + C(load_partial)(y + i, left), left, 0);                \
     }
     FOR_VECTORS(n, BODY);

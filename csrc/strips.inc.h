@@ -80,15 +80,13 @@ INLINE uint64_t panel_row(uint64_t rows, uint64_t panels, uint64_t panel) {
     return panel * (rows / panels) + min_u64(panel, rows % panels);
 }
 
-/* Prefetches the data that a loop comes to later. May point past its end. */
-#define AHEAD(data, stream) prefetch((const char *)(data) + PREFETCH_BYTES, stream)
-
 /* 16-bit numbers to float32 and back; stream: by stores around the cache. */
 #define DEFINE_STORAGE(T)                                                                                              \
     static void T##_widen(const T##_t *from, float *to, uint64_t n) {                                                  \
+        const uint64_t ahead = distance_ahead(0);                                                                      \
         uint64_t i = 0;                                                                                                \
         for (; i + f32_lanes <= n; i += f32_lanes) {                                                                   \
-            AHEAD(from + i, 0);                                                                                        \
+            prefetch_from(from + i, ahead);                                                                            \
             f32_store(to + i, T##_load_lanes(from + i));                                                               \
         }                                                                                                              \
         if (i < n) {                                                                                                   \

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from . import memory
+
 __all__ = ["active", "explain", "get_num_threads", "reasons", "set_num_threads", "show_config", "use_backend"]
 
 MODULES = {"c": "c", "numba": "numba.launch", "numpy": "reference"}  # best first
@@ -209,9 +211,10 @@ def get_num_threads() -> int:
 
 
 def show_config() -> None:
-    """Prints versions, backends, instruction set and threads."""
+    """Prints versions, backends, instruction set, threads and the memory policy."""
     print(f"fastdrop {_package.__version__}, Python {platform.python_version()}, NumPy {np.__version__}")
     print(f"{platform.system()} {platform.machine()}, {get_num_threads()} threads")
     for name, reason in reasons().items():
         mark = "*" if name == active_name() else " "
         print(f"{mark} {name:6} {reason or load(name).describe()}")
+    print(f"memory: {memory.describe()}")

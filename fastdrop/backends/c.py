@@ -1,12 +1,13 @@
 """The C backend: hands arrays, or addresses, to ``fastdrop._native``.
 
-Its primitives are made from the table when they are first asked for (`__getattr__`); nothing is decided here but the
-instruction set. ``FASTDROP_ISA`` forces one by name; a name that is unknown or that this CPU lacks is an error, never
-a fallback.
+Its primitives are made from the table when they are first asked for (`__getattr__`). Nothing is decided here but the
+instruction set: ``FASTDROP_ISA`` forces one by name; a name that is unknown or that this CPU lacks is an error, never a
+fallback. The memory policy comes from `memory`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from . import memory
 from .generate import function
 from .primitives import Parameter, entry_points
 
@@ -29,7 +31,8 @@ Array = NDArray[Any]
 if _native is not None:
     _lib: Any = _native.lib
     _address: Any = _native.ffi.from_buffer
-    STREAM_BYTES: int = _lib.FD_STREAM_BYTES  # outputs from here on are written around the cache
+    HOW = {"memcpy": _lib.FD_MEMCPY, "ordinary": _lib.FD_ORDINARY, "streaming": _lib.FD_STREAMING}
+    HOW["interleaved"] = _lib.FD_INTERLEAVED
 
 
 def unavailable() -> str | None:
@@ -73,9 +76,14 @@ def use_team(parallel: int) -> None:
     _lib.fd_use_team(parallel)
 
 
-def scale_float32(x: Array, y: Array, a: float, stream: bool) -> None:
-    """y = a x, for benchmarks: the least that any pass over this memory can take."""
-    if _lib.fd_scale_float32(_address(x), _address(y), x.size, a, stream):
+def set_memory(policy: memory.Policy) -> None:
+    if _lib.fd_set_memory(*dataclasses.astuple(policy)):
+        raise _refusal()
+
+
+def scale_float32(x: Array, y: Array, a: float, how: str) -> None:
+    """y = a x in one of the ways of `HOW`, or y = x by libc's memcpy, for benchmarks: what memory allows a pass."""
+    if _lib.fd_scale_float32(_address(x), _address(y), x.size, a, HOW[how]):
         raise _refusal()
 
 
@@ -131,6 +139,9 @@ def _refusal() -> ValueError:
     """Unreachable from the public API, which checks first."""
     return ValueError("the C kernel refused its arguments")
 
+
+if _native is not None:
+    memory.follow(set_memory)
 
 if _forced := os.environ.get("FASTDROP_ISA"):
     if _native is None:

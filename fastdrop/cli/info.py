@@ -12,6 +12,7 @@ import platform
 from importlib import metadata
 
 from .. import __version__, backends
+from ..backends import memory
 
 HELP = "versions, backends and why each is or isn't used, instruction set, threads"
 DESCRIPTION = (
@@ -25,7 +26,7 @@ PACKAGES = {  # distribution: what it is good for
     "torch": "fastdrop.torch: pip install 'fastdrop[torch]'",
     "ml_dtypes": "bfloat16 arrays: pip install ml_dtypes",
 }
-VARIABLES = ("FASTDROP_BACKEND", "FASTDROP_ISA", "FASTDROP_NUM_THREADS")
+VARIABLES = ("FASTDROP_BACKEND", "FASTDROP_ISA", "FASTDROP_NUM_THREADS", memory.VARIABLE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,6 +71,7 @@ def _in_use_rows() -> list[tuple[str, str]]:
     if backends.reasons()["c"] is None:
         native = backends.load("c")
         rows.append(("C instruction set", f"{native.isa()} (usable here: {', '.join(native.usable_isas())})"))
+    rows.append(("memory policy", memory.describe()))
     rows.append(("threads", str(backends.get_num_threads())))
     return rows
 

@@ -7,6 +7,7 @@ ranges, which threads share (`threads`), and their compiled code is cached on di
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 from typing import Any
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from ...core.checks import BFLOAT16, FLOAT16, FLOAT64
 from ...core.random import LOW
+from .. import memory
 from ..generate import function
 from ..primitives import PRIMITIVES, Primitive
 
@@ -30,9 +32,6 @@ except ImportError as error:
     _import_error = str(error)
 
 Array = NDArray[Any]
-
-STREAM_BYTES = 16 << 20  # as in csrc/fastdrop.h
-LINE_BYTES = 64
 
 
 def unavailable() -> str | None:
@@ -80,9 +79,27 @@ def _typed(dtype: int, x: Array) -> Array:
     return flat.view(np.uint16) if dtype == BFLOAT16 else flat
 
 
-def _streams(y: Array) -> bool:
-    """Around the cache, if y is large; only from a line on, as runs of 32 must begin where lines do."""
-    return y.nbytes >= STREAM_BYTES and y.ctypes.data % LINE_BYTES == 0
+def _way(y: Array, stream_from: int) -> mask.Way:
+    """Through y of the type that kernels take. Results of 16 bits never stream: LLVM has no such stores for them."""
+    policy = memory.policy()
+    if y.nbytes < stream_from or y.dtype.kind != "f" or _address(y) % y.itemsize:
+        return _ordinary(policy.ahead)
+    return _streaming(policy, y.itemsize, -_address(y) % mask.LINE_BYTES // y.itemsize)
+
+
+@functools.cache
+def _ordinary(ahead: int) -> mask.Way:
+    return mask.Way(*map(np.uint64, (0, 0, threads.BLOCK_CELLS, 0, 0, ahead)))
+
+
+@functools.lru_cache(maxsize=64)
+def _streaming(policy: memory.Policy, element_bytes: int, seam: int) -> mask.Way:
+    cells, pages, rounds, ahead = threads.BLOCK_CELLS, 0, 0, policy.ahead_streaming
+    if policy.pages > 1:
+        piece = policy.lines * mask.LINE_BYTES
+        cells, ahead = piece // element_bytes, 0
+        pages, rounds = policy.pages.bit_length() - 1, (mask.PAGE_BYTES // piece).bit_length() - 1
+    return mask.Way(*map(np.uint64, (1, seam, cells, pages, rounds, ahead)))
 
 
 def _coefficients(a: float, b: float, c: float) -> tuple[float, ...]:
@@ -122,7 +139,8 @@ def _launcher(kernel: Any) -> Any:
         "no_words": _NO_WORDS,
         "real": _real,
         "coefficients": _coefficients,
-        "streams": _streams,
+        "way": _way,
+        "policy": memory.policy,
         "add_panels": _add_panels,
         "uint64": np.uint64,
     }
@@ -137,8 +155,8 @@ def _passed(primitive: Primitive, name: str) -> str:
     """
     if name == "coefficients":
         return "coefficients(a, b, c)"
-    if name == "stream":
-        return "streams(y)"
+    if name == "way":
+        return f"way(y, policy().{'stream_drawing' if 'seed' in primitive.names else 'stream'})"
     parameter = next(parameter for parameter in primitive.parameters if parameter.name == name)
     if parameter.kind in CONVERTED:
         return CONVERTED[parameter.kind].format(name)

@@ -23,7 +23,7 @@ from .threads import BLOCK_CELLS
 
 intrinsic: Any = extending.intrinsic
 LINE_BYTES = 64
-PREFETCH_BYTES = 8192
+PAGE_BYTES = 4096
 
 
 def _one(builder: Any) -> Any:
@@ -97,14 +97,29 @@ def prefetch(typingctx: Any, address: Any) -> Any:
     return types.void(types.uintp), codegen
 
 
+class Way(NamedTuple):
+    """How a pass goes through memory, as csrc/order.inc.h explains it; the launchers ask the memory policy.
+
+    A pass that streams does so from element `seam` of each chunk on, where a line of y begins. Pieces of so many cells
+    come from 2**`pages` pages in turn, 2**`rounds` of each. Data is prefetched so many bytes `ahead`.
+    """
+
+    stream: Any
+    seam: Any
+    cells: Any
+    pages: Any
+    rounds: Any
+    ahead: Any
+
+
 class How(NamedTuple):
-    """How elements are applied: the affine's coefficients, whether around the cache, and room for a block of them.
+    """How elements are applied: the affine's coefficients, the way through memory, and room for a block of elements.
 
     If y is x, a loop that reads one and writes the other would not be vectorised: elements are held in between.
     """
 
     coefficients: Any
-    stream: Any
+    way: Any
     held: Any
 
 
@@ -139,9 +154,9 @@ def _apply_runs_of(x, y, start, bits, lead, runs, how):
         for run in range(U(0), runs):
             at = run * U(32 * size)
             for line in range(U(0), U(32 * size), U(LINE_BYTES)):
-                prefetch(source + at + line + U(PREFETCH_BYTES))
+                prefetch(source + at + line + how.way.ahead)
             word = _bits_at(bits, lead + (run << U(5)))
-            if how.stream:
+            if how.way.stream:
                 stream_run(source + at, target + at, word, how.coefficients)
             else:
                 store_run(source + at, target + at, word, how.coefficients)
@@ -162,19 +177,35 @@ def _apply_runs_of(x, y, start, bits, lead, runs, how):
 
 
 @inner
-def _apply(x, y, start, bits, lead, n, how):
-    """The affine on at most a block of elements."""
-    _apply_runs(x, y, start, bits, lead, n >> U(5), how)
-    done = n & ~U(31)
-    if done < n:
-        _apply_rest(x, y, start + done, bits, lead + done, n - done, how.coefficients)
+def _piece_at(way, k):
+    """Which piece of a chunk comes k-th."""
+    page, turn = k & ((U(1) << way.pages) - U(1)), (k >> way.pages) & ((U(1) << way.rounds) - U(1))
+    group = k >> (way.pages + way.rounds)
+    return (((group << way.pages) | page) << way.rounds) | turn
+
+
+@inner
+def _apply_block(x, y, start, bits, lead, n, block, how):
+    """The affine on a block's share of a chunk of n elements."""
+    way = how.way
+    pieces = U(BLOCK_CELLS) // way.cells
+    for k in range(block * pieces, (block + U(1)) * pieces):
+        piece = _piece_at(way, k) if n == U(CHUNK_CELLS) else k
+        begin = min(n, piece * way.cells + way.seam)
+        end = min(n, begin + way.cells)
+        if piece == U(0) and way.seam:
+            _apply_rest(x, y, start, bits, lead, begin, how.coefficients)
+        done = begin + ((end - begin) & ~U(31))
+        _apply_runs(x, y, start + begin, bits, lead + begin, (end - begin) >> U(5), how)
+        if done < end:
+            _apply_rest(x, y, start + done, bits, lead + done, end - done, how.coefficients)
 
 
 @kernel
-def dropout_forward(begin, end, x, y, words, first, seed, offset, threshold, coefficients, stream):
+def dropout_forward(begin, end, x, y, words, first, seed, offset, threshold, coefficients, way):
     """Draws one chunk ahead, alternating blocks to draw and blocks to apply: drawing fills the time that data takes."""
     draw = draw_of(seed, offset, U(threshold))
-    how = How(as_computed(coefficients, x), stream, np.empty(BLOCK_CELLS, x.dtype))
+    how = How(as_computed(coefficients, x), way, np.empty(BLOCK_CELLS, x.dtype))
     keeps_of = np.empty((2, CHUNK_WORDS + BLOCK_WORDS + 1), np.uint32)
     undecided = np.empty(CHUNK_WORDS + BLOCK_WORDS, np.uint32)
     lists = np.empty((4, CHUNK_WORDS + 2 * BLOCK_WORDS), np.uint32)
@@ -190,13 +221,11 @@ def dropout_forward(begin, end, x, y, words, first, seed, offset, threshold, coe
             if block < draw_blocks:
                 draw_block(drawn, draw, block, word)
             if block < apply_blocks:
-                done = block * U(BLOCK_CELLS)
-                count = min(step - done, U(BLOCK_CELLS))
-                _apply(x, y, at + done, now, lead + done, count, how)
+                _apply_block(x, y, at, now, lead, step, block, how)
         decide_pending(drawn, draw, draw_blocks, word)
         if words.size and step:
             line = U(words.ctypes.data) + (at >> U(3))
-            if stream and step == U(CHUNK_CELLS) and lead == U(0) and line % U(LINE_BYTES) == U(0):
+            if way.stream and step == U(CHUNK_CELLS) and lead == U(0) and line % U(LINE_BYTES) == U(0):
                 for byte in range(U(0), U(CHUNK_CELLS // 8), U(LINE_BYTES)):
                     stream_line(line + byte, U(now.ctypes.data) + byte)
             else:
@@ -239,15 +268,15 @@ def _gather_bits(to, words, position, repeat, inner, at, n):
 
 
 @kernel
-def masked_affine(begin, end, x, y, words, position, repeat, inner, coefficients, stream):
+def masked_affine(begin, end, x, y, words, position, repeat, inner, coefficients, way):
     bits = np.empty(CHUNK_WORDS + 1, np.uint32)
-    how = How(as_computed(coefficients, x), stream, np.empty(BLOCK_CELLS, x.dtype))
+    how = How(as_computed(coefficients, x), way, np.empty(BLOCK_CELLS, x.dtype))
     at, stop = U(begin), U(end)
     while at < stop:
         step = min(stop - at, U(CHUNK_CELLS))
         _gather_bits(bits, words, U(position), U(repeat), U(inner), at, step)
-        for done in range(U(0), step, U(BLOCK_CELLS)):
-            _apply(x, y, at + done, bits, done, min(step - done, U(BLOCK_CELLS)), how)
+        for block in range(U(0), (step + U(BLOCK_CELLS - 1)) // U(BLOCK_CELLS)):
+            _apply_block(x, y, at, bits, U(0), step, block, how)
         at += step
 
 
