@@ -144,12 +144,12 @@ test-torch-next: $(NEXT)/.packages
 
 test-c: $(OUT)/kernels-plain $(OUT)/golden.txt
 	@echo "== C kernels"
-	$< $(OUT)/golden.txt 1009 large
+	$< $(OUT)/golden.txt 1009
 
 # The thread sanitizer's shadow memory wants addresses where they were without randomisation.
 sanitize: $(OUT)/kernels-address $(OUT)/kernels-thread $(OUT)/golden.txt
 	@echo "== C kernels, address and undefined-behaviour sanitizers"
-	$(OUT)/kernels-address $(OUT)/golden.txt 20011 large
+	$(OUT)/kernels-address $(OUT)/golden.txt 20011
 	@echo "== C kernels, thread sanitizer"
 	setarch -R $(OUT)/kernels-thread $(OUT)/golden.txt 20011
 

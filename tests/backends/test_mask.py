@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import fastdrop as fd
-from fastdrop.backends import c, reference
+from fastdrop.backends import memory, reference
+from fastdrop.backends.memory import Policy
 from fastdrop.backends.primitives import PRIMITIVES
 from fastdrop.core.mask import word_count
 
@@ -295,29 +296,53 @@ def test_in_place(variant, dtype):
             assert_same_results(over, expected, call)
 
 
-STREAMED = {  # calls with outputs of n elements, which are large enough to be written around the cache; layouts
+STREAMED = {  # calls and layouts
     "forward": (lambda d, n: forward(d, n, first=3), (0, 0, 0)),
     "forward, no element at a line": (lambda d, n: forward(d, n, first=3, affine=AFFINE["affine"]), (0, 1, 0)),
     "forward, words past a line": (lambda d, n: forward(d, n, first=3, affine=AFFINE["affine"]), (0, 40, 20)),
     "forward, whole chunks of words": (lambda d, n: forward(d, n, first=512), (0, 0, 0)),
+    "forward, no words": (lambda d, n: forward(d, n, stored=False), (0, 16)),
     "masked": (lambda d, n: masked(d, (1, 1, n), position=7, affine=AFFINE["affine"]), (0, 0, 0)),
     "masked, past a line": (lambda d, n: masked(d, (1, 1, n), position=7), (0, 8, 0)),
+    "shared decisions": (lambda d, n: masked(d, (3, n // 300, 100), position=7), (0, 24, 0)),
     "noise, past a line": (lambda d, n: gaussian(d, n, first=3), (0, 8)),
 }
+# Linear, and each number of pages and lines. Numbers of elements: of whole chunks, and up to a piece of one.
+WAYS = [Policy(0, 0, *way) for way in ((1, 8), (2, 16), (4, 8), (8, 4))]
+STREAMED_LENGTHS = (4 * 8192, 3 * 16384 + 777)
 
 
 @functools.lru_cache(3)
 def streamed(name, dtype):
     make, shifts = STREAMED[name]
-    call = make(dtype, c.STREAM_BYTES // dtype.itemsize + 12_345)
-    return call, shifts, call.run(reference)
+    calls = [make(dtype, n) for n in STREAMED_LENGTHS]
+    return [(call, call.run(reference)) for call in calls], shifts
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", STREAMED)
 def test_streaming(name, dtype, compiled):
-    call, shifts, expected = streamed(name, dtype)
-    assert_same_results(call.run(compiled, shifts=shifts), expected, call)
+    calls, shifts = streamed(name, dtype)
+    for way in WAYS:
+        with memory.use_policy(way):
+            for call, expected in calls:
+                assert_same_results(call.run(compiled, shifts=shifts), expected, (call, way))
+
+
+def test_streaming_in_place(compiled, dtype):
+    for way in WAYS:
+        for call in (forward(dtype, 3 * 16384 + 777), masked(dtype, (1, 1, 4 * 8192))):
+            expected = call.run(compiled)
+            with memory.use_policy(way):
+                assert_same_results(call.run(compiled, over={"y": "x"}, shifts=(16, 0)), expected, (call, way))
+
+
+def test_streaming_by_any_number_of_threads(compiled, dtype):
+    for call, expected in shared_calls(dtype):
+        for count, way in zip((2, 3, 7), WAYS[1:], strict=True):
+            fd.set_num_threads(count)
+            with memory.use_policy(way):
+                assert_same_results(call.run(compiled), expected, (call, count, way))
 
 
 # ---- threads ----
@@ -379,12 +404,14 @@ def test_c_select_isa_refuses_what_is_not_there(c_variant):
     assert c_variant.isa() == before
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("shift", [0, 4])
-def test_c_scale_float32_is_a_multiplication(c_variant, stream, shift):
+@pytest.mark.parametrize("how", ["memcpy", "ordinary", "streaming", "interleaved"])
+def test_c_scale_float32_is_a_multiplication(c_variant, how, threads):
     """The yardstick of the benchmarks does what it says."""
-    for n in (0, 1, 31, 32, 100, 8193):
+    factor = np.float32(1 if how == "memcpy" else 1.5)
+    fd.set_num_threads(2)
+    for n, shift in zip((0, 1, 31, 32, 100, 8193, 3 * GRAIN + 8192 + 77), (0, 4, 1, 0, 16, 4, 0), strict=True):
         x, y = np.random.default_rng(0).normal(size=n).astype(np.float32), Guarded(n, np.float32, shift)
-        c_variant.scale_float32(x, y.array, 1.5, stream)
-        assert (y.array == x * np.float32(1.5)).all()
+        with memory.use_policy(WAYS[-1]):
+            c_variant.scale_float32(x, y.array, 1.5, how)
+        assert (y.array == x * factor).all()
         assert y.intact
