@@ -2,7 +2,7 @@
 
 A variant is a backend, with its instruction set if it has several. Every case runs beside ``torch.mul``. Kernels at
 p = 0.1 also run beside the limits, which are the least that any pass over this memory takes. Whole calls of the best C
-variant also meet the dropouts that people use today, and Numba meets C.
+variant also meet the dropouts that people use today, up to 16M, and Numba meets C.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ THREADS = (1, 2)
 OPERATIONS = ("forward", "backward", "forward+backward")
 # Slow variants and peers stop where a single call takes long; what they cost per element no longer changes there.
 LARGEST = {"numpy": SIZES["1M"], "c-scalar": SIZES["16M"]}
-PEERS_LARGEST = SIZES["16M"]  # but for float32 on one thread
+PEERS_LARGEST = SIZES["16M"]
 MAIN_MEMORY = (SIZES["16M"], SIZES["64M"])
 
 
@@ -45,6 +45,11 @@ class Case:
     def has_limits(self) -> bool:
         """Whether it runs beside the limits; they do not depend on p."""
         return self.p == 0.1 and self.level == "kernel" and self.variant not in LARGEST
+
+    @property
+    def has_others(self) -> bool:
+        """Whether it runs beside the dropouts that people use today."""
+        return self.level == "call" and self.size <= PEERS_LARGEST
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -80,7 +85,7 @@ def call_cases(
     probabilities: tuple[float, ...] = PROBABILITIES,
     threads: tuple[int, ...] = (1,),
 ) -> Iterator[Case]:
-    """Whole calls of the public functions, beside what people use today."""
+    """Whole calls of the public functions; beyond `PEERS_LARGEST` for float32 on one thread only."""
     for size in SIZES.values():
         for dtype in dtypes:
             for p in probabilities:

@@ -32,7 +32,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         chosen = {"all": cases.every_case, "quick": cases.quick_cases}[metafunc.config.getoption("--cases")]()
-        metafunc.parametrize("case", chosen, ids=lambda case: case.id)
+        metafunc.parametrize("case", [*chosen], ids=lambda case: case.id)
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ def peers_of(case: cases.Case, data: contenders.Buffers) -> Iterator[tuple[str, 
         return
     if case.variant == "numba" and backends.reasons()["c"] is None:
         yield C, contenders.kernels(native, data, case.p).call(case.operation)
-    if case.level == "call":
+    if case.has_others:
         yield contenders.NUMPY, contenders.plain_numpy(data, case.p).call(case.operation)
         if torch is not None:
             yield contenders.F_DROPOUT, contenders.torch_dropout(torch, data, case.p).call(case.operation)
