@@ -45,7 +45,8 @@ def test_sweep(size: int, operation: str, threads: int, benchmark: Any) -> None:
         pytest.skip(f"the buffers need more than half of the {free >> 20} MiB that are free")
     with contenders.threads(threads, torch):
         data = buffers(size)
-        ours, peers = contenders.kernels(backends.active(), data, P), peers_of(data)
+        ours = contenders.kernels(backends.active(), data, P)
+        peers = peers_of(ours, data)
         around = {name: peer.around for name, peer in peers.items()}
         calls = {name: peer.call(operation) for name, peer in peers.items()}
         benchmark.extra_info.update(
@@ -58,8 +59,8 @@ def test_sweep(size: int, operation: str, threads: int, benchmark: Any) -> None:
             timed[contenders.F_DROPOUT] = {"seconds": apart(lambda: torch.nn.functional.dropout(x, P, True))}
 
 
-def peers_of(data: contenders.Buffers) -> dict[str, contenders.Contender]:
-    ours = contenders.kernels(backends.active(), data, P)
+def peers_of(ours: contenders.Contender, data: contenders.Buffers) -> dict[str, contenders.Contender]:
+    """Ours with each choice forced, over the same mask; torch's multiplication; the limits."""
     peers = {
         name: dataclasses.replace(ours, around=functools.partial(streaming_from, threshold))
         for name, threshold in THRESHOLDS.items()

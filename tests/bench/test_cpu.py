@@ -164,8 +164,10 @@ def test_the_sweep_times_both_choices_and_says_which_one_the_policy_makes(small,
             sweep.test_sweep(1 << 16, operation, threads, benchmark)
             rows.append(benchmark.extra_info)
         assert memory.policy() == forced
+        data = sweep.buffers(1 << 16)
+        peers = sweep.peers_of(contenders.kernels(native, data, 0.1), data)
         for name, threshold in ((report_sweep.ALWAYS, 0), (report_sweep.NEVER, memory.NEVER)):
-            with sweep.peers_of(sweep.buffers(1 << 16))[name].around():
+            with peers[name].around():
                 assert memory.policy() == dataclasses.replace(forced, stream=threshold, stream_drawing=threshold)
     assert [row["streams_from"] for row in rows] == [1 << 18, 1 << 10]
     assert {*WAYS, LIMIT, report_sweep.ALWAYS, report_sweep.NEVER} <= rows[0]["peers"].keys()
