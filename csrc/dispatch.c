@@ -110,16 +110,15 @@ typedef struct {
     uint64_t begin, units; /* units begin .. begin+units-1: cells, rows, or panels of rows */
     uint64_t cells;        /* in a unit */
     uint64_t bytes;        /* of the largest output */
-    int draws;             /* random bits are drawn while data is on its way */
     add_panels_args sums;  /* added up afterwards if there is more than one panel */
 } work_t;
 
-static work_t by_cells(uint64_t n, int dtype, int draws) {
-    return (work_t){.units = n, .cells = 1, .bytes = n * element_bytes(dtype), .draws = draws};
+static work_t by_cells(uint64_t n, int dtype) {
+    return (work_t){.units = n, .cells = 1, .bytes = n * element_bytes(dtype)};
 }
 
-static work_t by_rows(uint64_t rows, uint64_t columns, int dtype, int draws) {
-    return (work_t){.units = rows, .cells = columns, .bytes = rows * columns * element_bytes(dtype), .draws = draws};
+static work_t by_rows(uint64_t rows, uint64_t columns, int dtype) {
+    return (work_t){.units = rows, .cells = columns, .bytes = rows * columns * element_bytes(dtype)};
 }
 
 /* n: elements in all panels. */
@@ -140,7 +139,7 @@ static work_t draw_bits_work(const draw_bits_args *a) {
 static int dropout_forward_good(const dropout_forward_args *a) {
     return a->x && a->y && good_dtype(a->dtype) && good_draw(a->first, a->n, a->threshold);
 }
-static work_t dropout_forward_work(const dropout_forward_args *a) { return by_cells(a->n, a->dtype, 1); }
+static work_t dropout_forward_work(const dropout_forward_args *a) { return by_cells(a->n, a->dtype); }
 
 static int masked_affine_good(const masked_affine_args *a) {
     uint64_t n;
@@ -148,14 +147,14 @@ static int masked_affine_good(const masked_affine_args *a) {
            !__builtin_mul_overflow(n, a->inner, &n) && a->outer * a->inner <= UINT64_MAX - a->position;
 }
 static work_t masked_affine_work(const masked_affine_args *a) {
-    return by_cells(a->outer * a->repeat * a->inner, a->dtype, 0);
+    return by_cells(a->outer * a->repeat * a->inner, a->dtype);
 }
 
 static int gaussian_multiply_good(const gaussian_multiply_args *a) {
     const uint64_t cells = (uint64_t)1 << 61; /* larger counters would reach into the domain's bits */
     return a->x && a->y && good_dtype(a->dtype) && a->first <= cells && a->n <= cells - a->first;
 }
-static work_t gaussian_multiply_work(const gaussian_multiply_args *a) { return by_cells(a->n, a->dtype, 1); }
+static work_t gaussian_multiply_work(const gaussian_multiply_args *a) { return by_cells(a->n, a->dtype); }
 
 static int dilate_bits_good(const dilate_bits_args *a) {
     uint64_t n;
@@ -194,7 +193,7 @@ static int pointwise_forward_good(const pointwise_forward_args *a) {
            good_activation(a->activation) && (!a->signs || (a->activation == FD_RELU && a->signs != a->words));
 }
 static work_t pointwise_forward_work(const pointwise_forward_args *a) {
-    return by_cells(a->rows * a->columns, a->residual_dtype, a->draw != NULL);
+    return by_cells(a->rows * a->columns, a->residual_dtype);
 }
 
 static int pointwise_backward_good(const pointwise_backward_args *a) {
@@ -204,16 +203,14 @@ static int pointwise_backward_good(const pointwise_backward_args *a) {
 }
 static work_t pointwise_backward_work(const pointwise_backward_args *a) {
     uint64_t n = a->rows * a->columns;
-    return a->sums ? by_panels(n, a->dtype, a->sums, a->panels, a->columns) : by_cells(n, a->dtype, 0);
+    return a->sums ? by_panels(n, a->dtype, a->sums, a->panels, a->columns) : by_cells(n, a->dtype);
 }
 
 static int norm_forward_good(const norm_forward_args *a) {
     return a->x && a->y && a->residual_out && a->statistics && good_dtypes(a->dtype, a->residual_dtype) &&
            good_rows(a->rows, a->columns);
 }
-static work_t norm_forward_work(const norm_forward_args *a) {
-    return by_rows(a->rows, a->columns, a->residual_dtype, a->draw != NULL);
-}
+static work_t norm_forward_work(const norm_forward_args *a) { return by_rows(a->rows, a->columns, a->residual_dtype); }
 
 static int norm_backward_good(const norm_backward_args *a) {
     return a->dy && a->residual_out && a->statistics && (a->dx || a->dresidual) &&
@@ -221,29 +218,19 @@ static int norm_backward_good(const norm_backward_args *a) {
 }
 static work_t norm_backward_work(const norm_backward_args *a) {
     const int type = a->dresidual ? a->residual_dtype : a->dtype;
-    if (!a->sums) return by_rows(a->rows, a->columns, type, 0);
+    if (!a->sums) return by_rows(a->rows, a->columns, type);
     return by_panels(a->rows * a->columns, type, a->sums, a->panels, 3 * a->columns);
 }
 
 static int softmax_forward_good(const softmax_forward_args *a) {
     return a->x && a->y && good_dtype(a->dtype) && good_rows(a->rows, a->columns) && a->heads && a->queries;
 }
-static work_t softmax_forward_work(const softmax_forward_args *a) {
-    return by_rows(a->rows, a->columns, a->dtype, a->draw != NULL);
-}
+static work_t softmax_forward_work(const softmax_forward_args *a) { return by_rows(a->rows, a->columns, a->dtype); }
 
 static int softmax_backward_good(const softmax_backward_args *a) {
     return a->dy && a->probabilities && a->dx && good_dtype(a->dtype) && good_rows(a->rows, a->columns);
 }
-static work_t softmax_backward_work(const softmax_backward_args *a) {
-    return by_rows(a->rows, a->columns, a->dtype, 0);
-}
-
-/* Whether the output goes around the cache. */
-static int streams(const work_t *work) {
-    const _Atomic uint64_t *least = work->draws ? &fd_memory.stream_drawing : &fd_memory.stream;
-    return work->bytes >= atomic_load_explicit(least, memory_order_relaxed);
-}
+static work_t softmax_backward_work(const softmax_backward_args *a) { return by_rows(a->rows, a->columns, a->dtype); }
 
 /* The entry points. run_<name> expects sound arguments. */
 #define FD_VALUE(type, name) .name = name,
@@ -251,7 +238,7 @@ static int streams(const work_t *work) {
     static int run_##op(op##_args *args) {                                                                             \
         const fd_table *table = isas[fd_isa_active()].table;                                                           \
         const work_t work = op##_work(args);                                                                           \
-        args->stream = streams(&work);                                                                                 \
+        args->stream = work.bytes >= atomic_load_explicit(&fd_memory.stream, memory_order_relaxed);                    \
         fd_parallel_for(table->op, args, work.begin, work.begin + work.units, work.cells);                             \
         if (work.sums.panels > 1)                                                                                      \
             fd_parallel_for(table->add_panels, &work.sums, 0, work.sums.width, work.sums.panels);                      \

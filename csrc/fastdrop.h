@@ -62,9 +62,8 @@ void fd_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t
 /* The memory policy: how passes go through memory, process-wide. fastdrop/backends/memory.py decides it and says what
  * the numbers mean; results do not depend on it. FD_BAD_ARGUMENT leaves it as it was: pages must be 1, 2, 4 or 8, lines
  * 4, 8 or 16. */
-int fd_set_memory(uint64_t stream, uint64_t stream_drawing, int pages, int lines, uint64_t ahead,
-                  uint64_t ahead_streaming);
-void fd_get_memory(uint64_t choices[6]); /* in the same order */
+int fd_set_memory(uint64_t stream, int pages, int lines, uint64_t ahead, uint64_t ahead_streaming);
+void fd_get_memory(uint64_t choices[5]); /* in the same order */
 
 /* The memory speed that benchmarks compare with: y = a x, in one of the ways to go through memory, or y = x by libc's
  * memcpy, which each thread calls once. FD_INTERLEAVED takes the policy's pages and lines. Only a y that begins at a

@@ -9,7 +9,7 @@
 
 /* The memory policy (memory.c). It may change at any time: what has to stay the same is read once. */
 typedef struct {
-    _Atomic uint64_t stream, stream_drawing, ahead, ahead_streaming;
+    _Atomic uint64_t stream, ahead, ahead_streaming;
     atomic_int pages, lines;
 } fd_memory_t;
 extern fd_memory_t fd_memory;

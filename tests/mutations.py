@@ -236,17 +236,10 @@ MUTATIONS = (
         MEMORY,
     ),
     Mutation(
-        "kernels that draw stream from where others do",
+        "small outputs stream where caches are small",
         "fastdrop/backends/memory.py",
-        "for shares in (5, 4))",
-        "for shares in (5, 5))",
-        MEMORY,
-    ),
-    Mutation(
-        "no output streams late",
-        "fastdrop/backends/memory.py",
-        "max(shares * share, 2 * MIB)",
-        "max(shares * share, 0)",
+        "max(quarter, 2 * MIB)",
+        "max(quarter, 0)",
         MEMORY,
     ),
     # ---- NumPy: the specification and what stands on it ----

@@ -50,7 +50,7 @@ def test_sweep(size: int, operation: str, threads: int, benchmark: Any) -> None:
         around = {name: peer.around for name, peer in peers.items()}
         calls = {name: peer.call(operation) for name, peer in peers.items()}
         benchmark.extra_info.update(
-            operation=operation, elements=size, threads=threads, streams_from=streams_from(operation) // 4
+            operation=operation, elements=size, threads=threads, streams_from=memory.policy().stream // 4
         )
         alternate(benchmark, ours.call(operation), calls, SECONDS, SETTLE_SECONDS if threads > 1 else 0.0, around)
         timed = benchmark.extra_info["peers"] = contenders.with_limit(benchmark.extra_info["peers"])
@@ -72,13 +72,7 @@ def peers_of(ours: contenders.Contender, data: contenders.Buffers) -> dict[str, 
 
 def streaming_from(threshold: int) -> contextlib.AbstractContextManager[object]:
     """The policy in force, but for the size in bytes that outputs are streamed from."""
-    return memory.use_policy(dataclasses.replace(memory.policy(), stream=threshold, stream_drawing=threshold))
-
-
-def streams_from(operation: str) -> int:
-    """The same size by the policy in force."""
-    policy = memory.policy()
-    return policy.stream_drawing if operation == "forward" else policy.stream
+    return memory.use_policy(dataclasses.replace(memory.policy(), stream=threshold))
 
 
 def apart(call: Callable[[], object]) -> float:

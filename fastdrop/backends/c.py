@@ -83,7 +83,7 @@ def set_memory(policy: memory.Policy) -> None:
 
 def get_memory() -> memory.Policy:
     """The policy that the kernels follow."""
-    choices = _native.ffi.new("uint64_t[6]")
+    choices = _native.ffi.new("uint64_t[5]")
     _lib.fd_get_memory(choices)
     return memory.Policy(*choices)
 

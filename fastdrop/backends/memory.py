@@ -29,8 +29,6 @@ class Policy:
     stream : int
         Outputs of this size or more are written around the cache. Such a store does not read the line before, which
         saves a third of the traffic; but what would have stayed in the cache has to come from memory later.
-    stream_drawing : int
-        The same for kernels that draw random bits meanwhile.
     pages : {1, 2, 4, 8}
         A pass of plain dropout that streams takes pieces in turn from so many pages of 4 KiB (C, 16-bit data: 4 at
         most). Gaussian and fused kernels stream through one page.
@@ -46,7 +44,6 @@ class Policy:
     """
 
     stream: int = 16 * MIB
-    stream_drawing: int = 16 * MIB
     pages: int = 1
     lines: int = 8
     ahead: int = 8 * KIB
@@ -72,16 +69,14 @@ class Machine:
 def policy_for(machine: Machine) -> Policy:
     """The rule.
 
-    An output streams if it takes five sixteenths of the last-level cache: then input and output hardly stay there
-    together. A kernel that draws streams from a quarter on, because it waits longer for ordinary stores. But 16 MiB
-    stream anyway, because a virtual machine may be told of a cache that it shares with many others, and less than 2 MiB
-    never do, because a wrong guess would cost more there than a right one gains.
+    An output streams if it takes a quarter of the last-level cache: then input and output hardly stay there together.
+    But 16 MiB stream anyway, because a virtual machine may be told of a cache that it shares with many others, and less
+    than 2 MiB never do, because a wrong guess would cost more there than a right one gains.
 
     Intel's CPUs want several pages at once and nothing prefetched. AMD's are slower that way.
     """
-    share = machine.cache_bytes / 16 if machine.cache_bytes else 16 * MIB
-    stream, stream_drawing = (int(min(max(shares * share, 2 * MIB), 16 * MIB)) for shares in (5, 4))
-    policy = Policy(stream=stream, stream_drawing=stream_drawing)
+    quarter = machine.cache_bytes // 4 if machine.cache_bytes else 16 * MIB
+    policy = Policy(stream=min(max(quarter, 2 * MIB), 16 * MIB))
     if machine.vendor == "GenuineIntel":
         return dataclasses.replace(policy, pages=8, lines=4, ahead_streaming=0)
     return policy
@@ -206,15 +201,13 @@ def _one_of(*numbers: int) -> Callable[[str], int | None]:
 # What a choice may be: a function from its text to the number, None where it is not possible.
 CHOICES: dict[str, Callable[[str], int | None]] = {
     "stream": _size_of(NEVER, always=0, never=NEVER),
-    "stream_drawing": _size_of(NEVER, always=0, never=NEVER),
     "pages": _one_of(1, 2, 4, 8),
     "lines": _one_of(4, 8, 16),
     "ahead": _size_of(64 * KIB),
     "ahead_streaming": _size_of(64 * KIB),
 }
 POSSIBLE = (
-    "stream=8M and stream_drawing=8M (or always, never), pages=1, 2, 4 or 8, lines=4, 8 or 16, ahead=8K and "
-    "ahead_streaming=0 (64K at most)"
+    "stream=8M (or always, never), pages=1, 2, 4 or 8, lines=4, 8 or 16, ahead=8K and ahead_streaming=0 (64K at most)"
 )
 
 _policy: Policy | None = None  # None until it is asked for

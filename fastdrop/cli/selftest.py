@@ -73,7 +73,7 @@ POISON = 0xA5
 # A tail alone, a cell over a word and over a block of 512, and enough for two threads to share.
 LENGTHS = (1, 33, 513, 150_001)
 # Ways through memory: by ordinary stores, around the cache, and so from several pages in turn.
-WAYS = (Policy(NEVER, NEVER), Policy(0, 0), Policy(0, 0, pages=4))
+WAYS = (Policy(NEVER), Policy(0), Policy(0, pages=4))
 SHARED = (3, 5, 37)  # outer, repeat, inner of a mask that is shared along an axis
 ROWS = (37, 67)  # of the fused ops
 # Longer than kernels have buffers for, of whole words, so that they draw them; enough for two threads to share.

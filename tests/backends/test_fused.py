@@ -462,9 +462,9 @@ def test_results_around_the_cache_bit_for_bit(c_variant, op, dtype, stream):
         case = Case(op, dtype, stream, rows, columns, "", RELU if op == "pointwise_forward" else NONE)
         ways = [over for over in IN_PLACE[op] if all(same_type(case, *names) for names in over.items())]
         for shift, over in ((0, None), (8, None), (12, ways[-1])):
-            with memory.use_policy(Policy(NEVER, NEVER)):
+            with memory.use_policy(Policy(NEVER)):
                 wanted = run(c_variant, case, shifts=(shift,), over=over)
-            with memory.use_policy(Policy(0, 0)):
+            with memory.use_policy(Policy(0)):
                 assert_same_results(run(c_variant, case, shifts=(shift,), over=over), wanted, (shift, over, op))
 
 

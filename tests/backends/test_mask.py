@@ -309,7 +309,7 @@ STREAMED = {  # calls and layouts
 }
 # Linear, and each number of pages and lines. Lengths end with a chunk (8,192 in C, 16,384 in Numba), with a piece, and
 # next to them; the shortest ends before a line of y begins.
-WAYS = [Policy(0, 0, *way) for way in ((1, 8), (2, 16), (4, 8), (8, 4))]
+WAYS = [Policy(0, *way) for way in ((1, 8), (2, 16), (4, 8), (8, 4))]
 STREAMED_LENGTHS = (5, 8193, 16384 + 513, 2 * 16384 - 1, 3 * 16384)
 
 

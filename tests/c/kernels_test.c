@@ -298,9 +298,8 @@ static void check_refusals(void) {
     expect(fd_dilate_bits(words, words + 1, 1, 1, 1, 0) == FD_BAD_ARGUMENT, "block 0", 0, 0, 0);
     expect(fd_dilate_bits(words, words + 1, 1, 2, 1, ~0ull) == FD_BAD_ARGUMENT, "block too long", 0, 0, 0);
     expect(fd_isa_select(99) == FD_BAD_ISA && fd_set_num_threads(0) == FD_BAD_ARGUMENT, "range", 0, 0, 0);
-    expect(fd_set_memory(0, 0, 3, 8, 0, 0) == FD_BAD_ARGUMENT && fd_set_memory(0, 0, 1, 2, 0, 0) == FD_BAD_ARGUMENT &&
-               fd_set_memory(0, 0, 16, 8, 0, 0) == FD_BAD_ARGUMENT &&
-               fd_set_memory(0, 0, 1, 32, 0, 0) == FD_BAD_ARGUMENT,
+    expect(fd_set_memory(0, 3, 8, 0, 0) == FD_BAD_ARGUMENT && fd_set_memory(0, 1, 2, 0, 0) == FD_BAD_ARGUMENT &&
+               fd_set_memory(0, 16, 8, 0, 0) == FD_BAD_ARGUMENT && fd_set_memory(0, 1, 32, 0, 0) == FD_BAD_ARGUMENT,
            "policy", 0, 0, 0);
     expect(words[0] == 1 && words[1] == 2, "words untouched", 0, 0, 0);
 }

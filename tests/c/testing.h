@@ -49,10 +49,10 @@ static inline unsigned bit_of(const unsigned char *words, uint64_t i) { return w
 /* Ways through memory, whatever the size of the output: by ordinary stores, or around the cache by so many pages and
  * lines. */
 static inline void go_by_ordinary_stores(void) {
-    expect(fd_set_memory(UINT64_MAX, UINT64_MAX, 1, 8, 4096, 64) == FD_OK, "policy", 0, 0, 0);
+    expect(fd_set_memory(UINT64_MAX, 1, 8, 4096, 64) == FD_OK, "policy", 0, 0, 0);
 }
 static inline void go_around_cache(int pages, int lines) {
-    expect(fd_set_memory(0, 0, pages, lines, 4096, 64) == FD_OK, "policy", 0, (uint64_t)pages, (uint64_t)lines);
+    expect(fd_set_memory(0, pages, lines, 4096, 64) == FD_OK, "policy", 0, (uint64_t)pages, (uint64_t)lines);
 }
 
 /* fused_test.c: the fused primitives under an instruction set; what they refuse. */

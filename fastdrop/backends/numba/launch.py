@@ -79,10 +79,10 @@ def _typed(dtype: int, x: Array) -> Array:
     return flat.view(np.uint16) if dtype == BFLOAT16 else flat
 
 
-def _way(y: Array, stream_from: int) -> mask.Way:
+def _way(y: Array) -> mask.Way:
     """Through y. Results of 16 bits never stream: LLVM has no such stores for them."""
     policy = memory.policy()
-    if y.nbytes < stream_from or y.itemsize < 4 or _address(y) % y.itemsize:
+    if y.nbytes < policy.stream or y.itemsize < 4 or _address(y) % y.itemsize:
         return _ordinary(policy.ahead)
     return _streaming(policy, y.itemsize, -_address(y) % mask.LINE_BYTES // y.itemsize)
 
@@ -140,7 +140,6 @@ def _launcher(kernel: Any) -> Any:
         "real": _real,
         "coefficients": _coefficients,
         "way": _way,
-        "policy": memory.policy,
         "add_panels": _add_panels,
         "uint64": np.uint64,
     }
@@ -156,7 +155,7 @@ def _passed(primitive: Primitive, name: str) -> str:
     if name == "coefficients":
         return "coefficients(a, b, c)"
     if name == "way":
-        return f"way(y, policy().{'stream_drawing' if 'seed' in primitive.names else 'stream'})"
+        return "way(y)"
     parameter = next(parameter for parameter in primitive.parameters if parameter.name == name)
     if parameter.kind in CONVERTED:
         return CONVERTED[parameter.kind].format(name)
