@@ -52,7 +52,7 @@ class Policy:
     def __post_init__(self) -> None:
         for name, read in CHOICES.items():
             if read(_text(getattr(self, name))) is None:
-                raise ValueError(f"{name} must be one of {POSSIBLE}, but got {getattr(self, name)}")
+                raise ValueError(f"a policy has choices such as {POSSIBLE}, but got {name}={getattr(self, name)}")
 
     def __str__(self) -> str:
         return ",".join(f"{name}={_text(number)}" for name, number in dataclasses.asdict(self).items())

@@ -134,7 +134,7 @@ def test_the_reason_stays_with_the_policy(monkeypatch):
 
 @pytest.mark.parametrize("wrong", [{"pages": 3}, {"pages": 0}, {"lines": 32}, {"stream": -1}, {"ahead": 1 << 20}])
 def test_a_policy_that_no_kernel_can_follow(wrong):
-    with pytest.raises(ValueError, match=rf"{next(iter(wrong))} must be one of stream=8M"):
+    with pytest.raises(ValueError, match=rf"a policy has choices such as stream=8M.*got {next(iter(wrong))}="):
         Policy(**wrong)
 
 
