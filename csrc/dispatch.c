@@ -239,6 +239,22 @@ static work_t softmax_backward_work(const softmax_backward_args *a) {
     return by_rows(a->rows, a->columns, a->dtype, 0);
 }
 
+static int attention_forward_good(const attention_forward_args *a) {
+    return a->x && a->after && a->y && !a->totals == !a->scaled && good_dtype(a->dtype) &&
+           good_rows(a->rows, a->columns) && good_rows(a->rows, a->width ? a->width : 1) && a->heads && a->queries;
+}
+static work_t attention_forward_work(const attention_forward_args *a) {
+    return by_rows(a->rows, a->columns, a->dtype, 0);
+}
+
+static int attention_backward_good(const attention_backward_args *a) {
+    return a->x && a->log_and_dot && (a->dy || !a->dx) && good_dtype(a->dtype) && good_rows(a->rows, a->columns) &&
+           a->heads && a->queries;
+}
+static work_t attention_backward_work(const attention_backward_args *a) {
+    return by_rows(a->rows, a->columns, a->dtype, 0);
+}
+
 /* Whether the output goes around the cache. */
 static int streams(const work_t *work) {
     const _Atomic uint64_t *least = work->draws ? &fd_memory.stream_drawing : &fd_memory.stream;

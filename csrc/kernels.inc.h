@@ -13,7 +13,8 @@
  *   dilate.inc.h       masks of blocks: dilate_bits
  *   vector_math.inc.h  exp, tanh and the normal distribution
  *   strips.inc.h       how fused kernels go through data
- *   fused.inc.h        per type that is computed in: storage, activations, drop, pointwise, norm, softmax
+ *   fused.inc.h        per type that is computed in: storage, activations, drop, pointwise, norm, softmax,
+ *                      attention
  *
  * Mask bits are in small local buffers that have slack behind them. User memory is never read or written past its end.
  * Large outputs are written around the cache (`stream`).
@@ -99,6 +100,8 @@ DEFINE_BY_WIDTH(norm_forward)
 DEFINE_BY_WIDTH(norm_backward)
 DEFINE_BY_WIDTH(softmax_forward)
 DEFINE_BY_WIDTH(softmax_backward)
+DEFINE_BY_WIDTH(attention_forward)
+DEFINE_BY_WIDTH(attention_backward)
 
 /* Adds the panels' sums to those of the first panel, one panel after the other, so that the order of the additions
  * depends on the shape alone. */

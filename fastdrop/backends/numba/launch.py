@@ -1,8 +1,8 @@
 """The Numba CPU backend, on any CPU that Numba runs on: what `fastdrop.backends` loads as "numba".
 
-Here primitives hand their arguments to kernels: `draw` and `mask` for masks and plain dropout, `pointwise`, `norm` and
-`softmax` for the fused ones. Kernels follow the scheme of the C kernels as loops that LLVM vectorises. They run over
-ranges, which threads share (`threads`), and their compiled code is cached on disk.
+Here primitives hand their arguments to kernels: `draw` and `mask` for masks and plain dropout, `pointwise`, `norm`,
+`softmax` and `attention` for the fused ones. Kernels follow the scheme of the C kernels as loops that LLVM vectorises.
+They run over ranges, which threads share (`threads`), and their compiled code is cached on disk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ numba: Any
 try:
     numba = importlib.import_module("numba")
 
-    from . import draw, mask, norm, pointwise, softmax, threads
+    from . import attention, draw, mask, norm, pointwise, softmax, threads
     from .threads import over_ranges
 except ImportError as error:
     numba = None
@@ -180,3 +180,4 @@ if numba is not None:
     pointwise_forward, pointwise_backward = map(_launcher, (pointwise.pointwise_forward, pointwise.pointwise_backward))
     norm_forward, norm_backward = map(_launcher, (norm.norm_forward, norm.norm_backward))
     softmax_forward, softmax_backward = map(_launcher, (softmax.softmax_forward, softmax.softmax_backward))
+    attention_forward, attention_backward = map(_launcher, (attention.attention_forward, attention.attention_backward))
