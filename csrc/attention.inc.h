@@ -26,10 +26,12 @@ static void C(attention_forward)(const attention_forward_args *args, uint64_t be
                                  .scale = C(set1)(args->softmax_scale),
                                  .row = columns <= ROW_CELLS ? row : NULL,
                                  .strip = x};
-        const C(t) old = before ? C(load_one)(before + 2 * r) : -INFINITY;
-        const C(t) largest = C(row_scores)(&scores, &given), top = largest > old ? largest : old;
+        const C(t) old = before ? C(load_one)(before + 2 * r) : -INFINITY, largest = C(row_scores)(&scores, &given);
+        C(t) top = largest > old ? largest : old;
         const C(v) base = C(set1)(top == -INFINITY ? 0 : top); /* nothing seen: -inf - -inf would be NaN */
         const double sum = C(row_exponentials)(&scores, base);
+        const C(t) one = sum == sum ? 1 : NAN; /* NaN makes all of the row NaN; a maximum may pass it over */
+        top *= one;
         const C(t) factor = top == old ? 1 : (C(t))exp((double)old - (double)top);
         C(store_one)(after + 2 * r, top);
         C(store_one)(after + 2 * r + 1, (C(t))((before ? C(load_one)(before + 2 * r + 1) : 0) * (double)factor + sum));
@@ -38,7 +40,7 @@ static void C(attention_forward)(const attention_forward_args *args, uint64_t be
             n = min_u64((j < scores.keys ? scores.keys : columns) - j, STRIP_CELLS);
             C(t) *y = C(output_strip)(type, args->y, at, y_scratch, 0);
             if (j < scores.keys)
-                C(mask_strip)(C(row_strip)(&scores, j, n, base), y, &bits, at, n, 1, 0);
+                C(mask_strip)(C(row_strip)(&scores, j, n, base), y, &bits, at, n, one, 0);
             else
                 memset(y, 0, n * sizeof *y);
             C(store_strip)(type, args->y, at, n, y, 0);

@@ -450,6 +450,7 @@ def test_tiles_of_attention_add_up_to_the_softmax(variant, dtype):
         tiles.append(dtype.narrow(values[:, begin:end]).reshape(-1))
         tile = replace(case, columns=end - begin, absent="mask words" + " before totals scaled" * (not known))
         results = run(variant, tile, {"x": tiles[-1], **known})
+        assert_results_close(tile, results, run(reference, tile, {"x": tiles[-1], **known}))
         own = results["y"].reshape(9, -1).astype(np.float64) @ v[begin:end]
         totals = results.get("scaled", np.zeros(63)).astype(np.float64) + own.reshape(-1)
         known = {"before": results["after"], "totals": dtype.narrow(totals)}

@@ -75,9 +75,13 @@ def attention_forward(
             largest = largest_of(h, keys)
             top = largest if largest > old else old
         exponentials(h, keys, zero if top == -np.inf else top)
+        added = row_sum(h, keys)
+        if np.isnan(added):
+            top = as_type(np.nan, zero)
+            h[:keys] = top
         factor = one if top == old else as_type(np.exp(np.float64(old) - np.float64(top)), zero)
         put(after, U(2) * r, top)
-        put(after, U(2) * r + U(1), as_type(np.float64(total) * np.float64(factor) + row_sum(h, keys), zero))
+        put(after, U(2) * r + U(1), as_type(np.float64(total) * np.float64(factor) + added, zero))
         h[keys:] = zero
         drop(h, words, at, columns, one)
         deliver(dtype, y, at, columns, h)

@@ -27,7 +27,7 @@ def attention_forward(p: Any) -> None:
 
     Without ``before``, m is minus infinity and l is 0. ``y = bit ? exp(score - m) : 0`` with the new m. ``scaled`` is
     ``totals``, what the caller has added up so far, in units of the new m. A row that has seen nothing yet keeps its m,
-    and its y is 0.
+    and its y is 0. A row with NaN or infinity becomes NaN.
     """
     shape = p.rows, p.columns
     with np.errstate(all="ignore"):
@@ -37,6 +37,8 @@ def attention_forward(p: Any) -> None:
         top = np.maximum(old, scores.max(1))
         base = np.where(top == -np.inf, 0.0, top)
         exponentials = np.exp(scores - base[:, None])
+        lost = np.isnan(exponentials.sum(1))
+        top, exponentials[lost] = np.where(lost, np.nan, top), np.nan
         factor = np.where(top == old, 1.0, np.exp(old - top))
         after = np.stack([top, total * factor + exponentials.sum(1)], 1)
         p.after.reshape(p.rows, 2)[:] = after
