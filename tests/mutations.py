@@ -101,6 +101,13 @@ MUTATIONS = (
         PRIMITIVES,
     ),
     Mutation(
+        "draw_rows lists a row a word too short",
+        "csrc/rows.inc.h",
+        "words += (lead + (unsigned)columns + 31) / 32;",
+        "words += ((unsigned)columns + 31) / 32;",
+        PRIMITIVES,
+    ),
+    Mutation(
         "bits of a run read a bit late",
         "csrc/mask_bits.inc.h",
         "return (uint32_t)(pair >> (position & 7));",

@@ -34,7 +34,7 @@ PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(FLOAT16, FLOAT32), (BFLOAT16, F
 SHAPES = ((1, 1), (3, 5), (7, 100), (33, 48), (2, 1000), (5, 8200), (1, 70_001), (200, 300), (3, 2048))
 
 # A primitive's arrays, each with its kind in the table.
-FUSED = [primitive for primitive in TABLE if "rows" in primitive.names]
+FUSED = [primitive for primitive in TABLE if primitive.is_fused]
 ARRAYS = {primitive.name: [array for array in primitive.parameters if array.is_array] for primitive in FUSED}
 INPUTS = {op: {array.name: array.kind for array in arrays if not array.written} for op, arrays in ARRAYS.items()}
 OUTPUTS = {op: {array.name: array.kind for array in arrays if array.written} for op, arrays in ARRAYS.items()}
