@@ -16,7 +16,7 @@ C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-err
 C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST_DEPENDS))
 OUT := build/c
 
-.PHONY: help demo test check test-all test-torch-next bench bench-quick bench-torch bench-family bench-fused cuda-report fuzz report lint format sanitize test-c test-neon package clean
+.PHONY: help demo test check test-all test-torch-next bench bench-quick bench-sweep bench-torch bench-family bench-fused cuda-report fuzz report lint format sanitize test-c test-neon package clean
 
 help:
 	@echo "make demo         trains a network in NumPy and a transformer in torch, with fastdrop and with what is used today"
@@ -25,8 +25,9 @@ help:
 	@echo "make test-all     the test suite and its slow tests; FASTDROP_TEST_EVERYTHING=1 lifts the limits of all three"
 	@echo "make test-torch-next  the torch tests on torch $(NEXT_TORCH), in its own environment (several GB)"
 	@echo "make bench        benchmarks of plain dropout, every kernel (a quarter of an hour), and their report"
-	@echo "make bench-quick, bench-torch, bench-family, bench-fused"
-	@echo "                  its speed table alone; torch's function and training steps; other kinds; fused kernels"
+	@echo "make bench-quick, bench-sweep, bench-torch, bench-family, bench-fused"
+	@echo "                  its speed table alone; its speed over sizes; torch's function and training steps; other kinds;"
+	@echo "                  fused kernels"
 	@echo "make report       writes the reports again from the results that are there"
 	@echo "make cuda-report  compiles the CUDA kernels for three GPUs (none is needed): registers, widths, instructions"
 	@echo "make fuzz         calls the torch ops with arguments that don't fit, for SECONDS=60, from SEED"
@@ -80,6 +81,9 @@ bench: $(VENV)/.built
 
 bench-quick: $(VENV)/.built
 	$(BIN)/python -m bench.run --quick
+
+bench-sweep: $(VENV)/.built
+	$(BIN)/python -m bench.run --sweep
 
 bench-torch: $(VENV)/.built
 	$(BIN)/python -m bench.run --torch
@@ -144,12 +148,12 @@ test-torch-next: $(NEXT)/.packages
 
 test-c: $(OUT)/kernels-plain $(OUT)/golden.txt
 	@echo "== C kernels"
-	$< $(OUT)/golden.txt 1009 large
+	$< $(OUT)/golden.txt 1009
 
 # The thread sanitizer's shadow memory wants addresses where they were without randomisation.
 sanitize: $(OUT)/kernels-address $(OUT)/kernels-thread $(OUT)/golden.txt
 	@echo "== C kernels, address and undefined-behaviour sanitizers"
-	$(OUT)/kernels-address $(OUT)/golden.txt 20011 large
+	$(OUT)/kernels-address $(OUT)/golden.txt 20011
 	@echo "== C kernels, thread sanitizer"
 	setarch -R $(OUT)/kernels-thread $(OUT)/golden.txt 20011
 

@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import platform
 from pathlib import Path
 
 import pytest
 
 import fastdrop
 from fastdrop import backends
+from fastdrop.backends import memory
 from fastdrop.cli import selftest
 
-# What is collected: plain dropout in NumPy (all, or the speed table alone), in torch, other kinds, fused kernels.
+from . import machine
+
+# What is collected: plain dropout in NumPy (all, or the speed table alone, or over sizes), in torch, other kinds, fused
+# kernels.
 SELECTIONS = {
     "all": "test_dropout.py",
     "quick": "test_dropout.py",
+    "sweep": "test_sweep.py",
     "torch": "test_torch.py",
     "family": "test_family.py",
     "fused": "test_fused.py",
@@ -28,7 +32,7 @@ SELECTIONS = {
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--cases", choices=SELECTIONS, default="all", help="all, quick (the speed table), torch, family or fused"
+        "--cases", choices=SELECTIONS, default="all", help="all, quick (the speed table), sweep, torch, family or fused"
     )
 
 
@@ -48,7 +52,8 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["backends"] = {
         name: reason or backends.load(name).describe() for name, reason in backends.reasons().items()
     }
-    machine_info["cpu_name"] = _cpu_name()
+    machine_info["cpu_name"], machine_info["caches"] = machine.cpu_name(), machine.caches()
+    machine_info["memory_policy"] = memory.describe()
     if importlib.util.find_spec("torch"):
         machine_info["torch"] = importlib.metadata.version("torch")
 
@@ -61,11 +66,3 @@ def pytest_benchmark_update_json(
     output_json["machine_info"].pop("node", None)
     for benchmark in output_json["benchmarks"]:
         benchmark["stats"].pop("data", None)
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -2,12 +2,16 @@
 
 A contender is forward, backward and both in turn. All contenders use the same buffers, so that none of them has fresher
 memory. torch is imported only when a comparison asks for it.
+
+The limit of a case is the fastest of the `WAYS` to read these bytes once and write as many, in the same run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,26 +19,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fastdrop import Stream, backends, draw_mask, dropout, dropout_backward
+from fastdrop.backends import c as native
+from fastdrop.backends.memory import Policy, policy, use_policy
 from fastdrop.core import checks
 from fastdrop.core.random import keep_scale
 from fastdrop.core.random import threshold as threshold_of
 
 Array = NDArray[Any]
 
-FASTDROP, F_DROPOUT, NUMPY, TORCH_MUL, LIMIT = "fastdrop", "F.dropout", "NumPy", "torch.mul", "scale limit"
+FASTDROP, F_DROPOUT, NUMPY, TORCH_MUL, LIMIT = "fastdrop", "F.dropout", "NumPy", "torch.mul", "limit"
+WAYS = ("memcpy", "ordinary", "streaming", "interleaved")
+INTERLEAVED = Policy(pages=4, lines=8)
 SEED = 0
 LINE_BYTES = 64
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Calls to time, and bytes per element that forward keeps for backward (None where there is nothing to keep)."""
+    """Calls to time, and bytes per element that forward keeps for backward (None where there is nothing to keep).
+
+    ``around`` gives the context that the calls run in; entering it is not to be timed.
+    """
 
     name: str
     forward: Callable[[], object]
     backward: Callable[[], object]
     both: Callable[[], object]
     kept: float | None
+    around: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext
+
+    def call(self, operation: str) -> Callable[[], object]:
+        return {"forward": self.forward, "backward": self.backward, "forward+backward": self.both}[operation]
 
 
 @dataclass(frozen=True)
@@ -78,17 +93,26 @@ def import_torch() -> Any:
 
 @contextlib.contextmanager
 def threads(n: int, torch: Any) -> Iterator[None]:
-    """Gives fastdrop and torch, unless it is None, so many threads until the block ends."""
+    """Gives fastdrop and torch, unless it is None, so many threads until the block ends.
+
+    The C backend gets them even where another backend runs, because C is a peer then.
+    """
     before = backends.get_num_threads(), torch and torch.get_num_threads()
-    backends.set_num_threads(n)
+    _give_threads(n)
     try:
         if torch is not None:
             torch.set_num_threads(n)
         yield
     finally:
-        backends.set_num_threads(before[0])
+        _give_threads(before[0])
         if torch is not None:
             torch.set_num_threads(before[1])
+
+
+def _give_threads(n: int) -> None:
+    backends.set_num_threads(n)
+    if native.unavailable() is None:
+        native.set_num_threads(n)
 
 
 def fastdrop(buffers: Buffers, p: float) -> Contender:
@@ -179,20 +203,51 @@ def torch_mul(torch: Any, buffers: Buffers, p: float) -> Contender:
     return Contender(TORCH_MUL, lambda: torch.mul(x, scale, out=y), lambda: torch.mul(dy, scale, out=dx), both, None)
 
 
-def scale_limit(buffers: Buffers, p: float) -> Contender | None:
-    """The C backend's bare multiplication, one thread, streaming where the kernels stream; float32 only."""
-    if backends.active_name() != "c" or buffers.x.dtype != np.float32:
-        return None
-    b, scale, multiply = buffers, keep_scale(threshold_of(p)), backends.active().scale_float32
-    stream = b.y.nbytes >= backends.active().STREAM_BYTES
+def scale_limits(buffers: Buffers, p: float) -> dict[str, Contender]:
+    """Each of the `WAYS` over the buffers' bytes, on as many threads as are set; none where C is not built.
+
+    memcpy copies. The others are the C backend's bare multiplication of the bytes as float32, whatever their dtype:
+    with ordinary stores, with stores around the cache, and with such stores to several pages in turn. What `Buffers.of`
+    makes has next to no subnormal numbers when it is read so; those would slow down some CPUs.
+    """
+    if native.unavailable() is not None:
+        return {}
+    return {way: _scaling(buffers, keep_scale(threshold_of(p)), way) for way in WAYS}
+
+
+def _scaling(buffers: Buffers, scale: float, way: str) -> Contender:
+    x, dy, y, dx = (array.reshape(-1).view(np.float32) for array in vars(buffers).values())
+    multiply = native.scale_float32
 
     def both() -> None:
-        multiply(b.x, b.y, scale, stream)
-        multiply(b.dy, b.dx, scale, stream)
+        multiply(x, y, scale, way)
+        multiply(dy, dx, scale, way)
 
-    return Contender(
-        LIMIT, lambda: multiply(b.x, b.y, scale, stream), lambda: multiply(b.dy, b.dx, scale, stream), both, None
-    )
+    forward, backward = lambda: multiply(x, y, scale, way), lambda: multiply(dy, dx, scale, way)
+    return Contender(way, forward, backward, both, None, lambda: _at_best(way))
+
+
+@contextlib.contextmanager
+def _at_best(way: str) -> Iterator[None]:
+    """The best instruction set, whichever a case measures; for ``interleaved``, several pages if the policy has one."""
+    isa, chosen = native.isa(), policy()
+    if way == "interleaved" and chosen.pages == 1:
+        chosen = dataclasses.replace(chosen, pages=INTERLEAVED.pages, lines=INTERLEAVED.lines)
+    native.select_isa(native.usable_isas()[-1])
+    try:
+        with use_policy(chosen):
+            yield
+    finally:
+        native.select_isa(isa)
+
+
+def with_limit(peers: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The peers of a case as they were timed, and the limit if there are ways: the fastest, with its name."""
+    ways = [way for way in WAYS if way in peers]
+    if not ways:
+        return peers
+    fastest = min(ways, key=lambda way: peers[way]["seconds"])
+    return {**peers, LIMIT: {**peers[fastest], "way": fastest}}
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:

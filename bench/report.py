@@ -33,22 +33,24 @@ def write(arguments: list[str], usage: str, report: Callable[..., str], plot: Ca
 
 
 def machine_line(run: dict[str, Any]) -> str:
-    """What ran where and when."""
+    """What ran where and when: the CPU, its caches, the versions, the memory policy."""
     machine = run["machine_info"]
+    caches = ", ".join(f"{name} {size}" for name, size in machine["caches"].items()) or "caches unknown"
     versions = [f"{package} {machine[package]}" for package in ("torch", "fastdrop") if package in machine]
     return (
-        f"{machine['cpu_name']}, {machine['cpu'].get('count', '?')} CPUs, {machine['system']}; Python "
-        f"{machine['python_version']}; {'; '.join(versions)}; {run['datetime'][:10]}."
+        f"{machine['cpu_name']}, {machine['cpu'].get('count', '?')} CPUs, {caches}; {machine['system']}; Python "
+        f"{machine['python_version']}; {'; '.join(versions)}; {run['datetime'][:10]}. Memory policy: "
+        f"{machine['memory_policy']}."
     )
 
 
 @dataclass(frozen=True)
 class Suite:
-    """``limit(row, peer)``: at most this share of the peer's value (time, or bytes), None where nothing is asked."""
+    """``limits(row, peer)``: at most these shares of the peer's value (time, or bytes); none where nothing is asked."""
 
     title: str
     intro: str
-    limit: Callable[[Row, str], float | None]
+    limits: Callable[[Row, str], tuple[float, ...]]
     picture: str
 
     def main(self, arguments: list[str], usage: str) -> int:
@@ -57,7 +59,7 @@ class Suite:
     def report(self, run: dict[str, Any], rows: list[Row]) -> str:
         lines = [f"# Benchmark report: {self.title}", "", machine_line(run), "", self.intro, "", "## Targets", ""]
         lines += ["| kind | case | against | must be | measured | |", "|---|---|---|---|---|---|"]
-        judged = [(row, peer, limit) for row, peer in pairs(rows) if (limit := self.limit(row, peer)) is not None]
+        judged = [(row, peer, limit) for row, peer in pairs(rows) for limit in self.limits(row, peer)]
         for row, peer, limit in sorted(judged, key=lambda one: ratio(*one[:2]) <= one[2]):
             value, faster = ratio(row, peer), limit < 0.5
             must = f"{1 / limit:.0f}x faster" if faster else f"at most {limit}"
@@ -85,17 +87,17 @@ class Suite:
 
         one_thread = [row for row in rows if row["threads"] == 1]
         shown = pairs(one_thread)[::-1]
-        limits = [self.limit(row, peer) for row, peer in shown]
+        limits = [self.limits(row, peer) for row, peer in shown]
         figure, axis = plt.subplots(figsize=(10, 0.32 * len(shown) + 1.2), layout="constrained")
         colors = [
-            "#aaaaaa" if limit is None else "#2ca02c" if ratio(*one) <= limit else "#d62728"
-            for one, limit in zip(shown, limits, strict=True)
+            "#aaaaaa" if not asked else "#2ca02c" if ratio(*one) <= min(asked) else "#d62728"
+            for one, asked in zip(shown, limits, strict=True)
         ]
         bars = axis.barh(range(len(shown)), [ratio(*one) for one in shown], color=colors)
         labels = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}
         axis.bar_label(bars, fmt=" %.2f", fontsize=8, padding=2, bbox=labels, zorder=4)
-        for i, limit in enumerate(limits):
-            if limit is not None:
+        for i, asked in enumerate(limits):
+            for limit in asked:
                 axis.plot([limit, limit], [i - 0.45, i + 0.45], color="black", linewidth=2)
         axis.set_yticks(
             range(len(shown)),

@@ -46,7 +46,8 @@ def cdef() -> str:
     prototypes += [f"{prototype};" for prototype, _ in addressed().values()]
     header = COMMENT.sub("", (HERE / "fastdrop.h").read_text())
     prototypes += re.findall(r"^(?:int|void|const char \*) ?fd_\w+\([^#;]*\);", header, re.M)
-    constants = re.findall(r"\b(FD_(?:OK|BAD_\w+|FLOAT\w+|BFLOAT\w+|BLOCK_CELLS|MEMCPY|ORDINARY|STREAMING|INTERLEAVED))\b =", header)
+    names = r"OK|BAD_\w+|FLOAT\w+|BFLOAT\w+|BLOCK_CELLS|MEMCPY|ORDINARY|STREAMING|INTERLEAVED"
+    constants = re.findall(rf"\b(FD_(?:{names}))\b =", header)
     return "\n".join(prototypes + [f"#define {name} ..." for name in constants])
 
 

@@ -7,6 +7,7 @@
  *
  *   order.inc.h        in which order a pass goes through memory, and what it prefetches
  *   draw.inc.h         random bits compared with the threshold: draw_bits
+ *   rows.inc.h         the bits of rows that lie apart in the mask: draw_rows
  *   mask_bits.inc.h    mask bits beside data
  *   gaussian.inc.h     normal random numbers
  *   apply.inc.h        per dtype: dropout_forward, masked_affine, gaussian_multiply
@@ -24,6 +25,7 @@
 #include "philox.h"
 
 #include <math.h>
+#include <stddef.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define OUTLINE __attribute__((noinline))
@@ -48,6 +50,7 @@ INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
 #include "draw.inc.h"
 #include "mask_bits.inc.h"
+#include "rows.inc.h"
 
 #include "gaussian.inc.h"
 

@@ -36,22 +36,32 @@ static double C(strip_sum)(const C(t) * x, uint64_t n, C(t) centre, int squares)
     return C(sum_lanes)((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-/* y = (x - mean) rstd weight + norm_bias; weight and norm_bias may be NULL. */
-static void C(normalise)(const C(t) * x, C(t) * y, const C(t) * weight, const C(t) * norm_bias, uint64_t n, C(t) mean,
-                         C(t) rstd, int stream) {
-    const C(v) centre = C(set1)(mean), scale = C(set1)(rstd);
+/* y = (x - mean) rstd weight + norm_bias; weight and norm_bias may be NULL. has_both and stream are constants. */
+INLINE void C(normalise_as)(const C(t) * x, C(t) * y, const C(t) * weight, const C(t) * norm_bias, uint64_t n,
+                            const C(v) centre, const C(v) scale, const int has_both, const int stream) {
 #define BODY(left)                                                                                                     \
     {                                                                                                                  \
         C(v) v = (C(load_partial)(x + i, left) - centre) * scale;                                                      \
-        if (weight) v = v * C(load_partial)(weight + i, left);                                                         \
-        if (norm_bias) v = v + C(load_partial)(norm_bias + i, left);                                                   \
-        if (stream)                                                                                                    \
-            C(store_partial)(y + i, v, left, 1);                                                                       \
-        else                                                                                                           \
-            C(store_partial)(y + i, v, left, 0);                                                                       \
+        if (has_both || weight) v = v * C(load_partial)(weight + i, left);                                             \
+        if (has_both || norm_bias) v = v + C(load_partial)(norm_bias + i, left);                                       \
+        C(store_partial)(y + i, v, left, stream);                                                                      \
     }
     FOR_VECTORS(n, BODY);
 #undef BODY
+}
+
+static void C(normalise)(const C(t) * x, C(t) * y, const C(t) * weight, const C(t) * norm_bias, uint64_t n, C(t) mean,
+                         C(t) rstd, int stream) {
+    const C(v) centre = C(set1)(mean), scale = C(set1)(rstd);
+    const int has_both = weight && norm_bias;
+    if (has_both && stream)
+        C(normalise_as)(x, y, weight, norm_bias, n, centre, scale, 1, 1);
+    else if (has_both)
+        C(normalise_as)(x, y, weight, norm_bias, n, centre, scale, 1, 0);
+    else if (stream)
+        C(normalise_as)(x, y, weight, norm_bias, n, centre, scale, 0, 1);
+    else
+        C(normalise_as)(x, y, weight, norm_bias, n, centre, scale, 0, 0);
 }
 
 static void C(norm_forward)(const norm_forward_args *args, uint64_t begin, uint64_t end) {

@@ -56,12 +56,15 @@ INLINE void C(store_partial)(C(t) * p, C(v) v, uint64_t n, const int stream) {
 }
 
 /* Runs BODY(left) for i = 0, C(lanes) .. n: whole vectors, where left is the constant C(lanes), then what is left. */
+/* clang-format off */
 #define FOR_VECTORS(n, BODY)                                                                                           \
     do {                                                                                                               \
         uint64_t i = 0;                                                                                                \
+        _Pragma("GCC unroll 4")                                                                                        \
         for (; i + C(lanes) <= (n); i += C(lanes)) BODY(C(lanes))                                                      \
         if (i < (n)) BODY(((n) - i))                                                                                   \
     } while (0)
+/* clang-format on */
 
 INLINE uint64_t C(size)(int dtype) { return dtype == FD_FLOAT16 || dtype == FD_BFLOAT16 ? 2 : sizeof(C(t)); }
 

@@ -288,11 +288,6 @@ def activated(name: str) -> Iterator[ModuleType]:
             fd.set_num_threads(threads)
 
 
-def streaming_elements(module: ModuleType, dtype: Dtype) -> int:
-    """The number of elements from which a compiled backend writes around the cache."""
-    return int(module.STREAM_BYTES) // dtype.itemsize
-
-
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Runs code in a new interpreter that imports this fastdrop. A hang, also of its children, is a failure."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("FASTDROP_")}

@@ -101,6 +101,13 @@ MUTATIONS = (
         PRIMITIVES,
     ),
     Mutation(
+        "draw_rows lists a row a word too short",
+        "csrc/rows.inc.h",
+        "words += (lead + (unsigned)columns + 31) / 32;",
+        "words += ((unsigned)columns + 31) / 32;",
+        PRIMITIVES,
+    ),
+    Mutation(
         "bits of a run read a bit late",
         "csrc/mask_bits.inc.h",
         "return (uint32_t)(pair >> (position & 7));",
@@ -124,15 +131,15 @@ MUTATIONS = (
     Mutation(
         "the seam of two blocks is applied under the wrong bits",
         "csrc/apply.inc.h",
-        "D(apply)(x + at + from, y + at + from, now->words, lead + from, to - from, &f);",
-        "D(apply)(x + at + from, y + at + from, now->words, from, to - from, &f);",
+        "D(apply_block)(x + at, y + at, now->words, lead, n, b, &f);",
+        "D(apply_block)(x + at, y + at, now->words, lead * (b > 0), n, b, &f);",
         PRIMITIVES,
     ),
     Mutation(
         "b is added where it is 0",
         "csrc/apply.inc.h",
-        "D(affine_t) f = {D(set1)(a), D(set1)(b), D(set1)(c), b == 0 && c == 0, stream};",
-        "D(affine_t) f = {D(set1)(a), D(set1)(b), D(set1)(c), 0, stream};",
+        "D(set1)(c), b == 0 && c == 0, stream,",
+        "D(set1)(c), 0, stream,",
         PRIMITIVES,
     ),
     Mutation(

@@ -1,8 +1,8 @@
 """The cases of plain dropout: operation x variant x dtype x size x p x threads, and the peers of each.
 
-A variant is a backend, with its instruction set if it has several. Every case runs beside ``torch.mul``. In float32 on
-one thread of C it also runs beside our own streaming multiplication, which is the least that any pass over this memory
-takes. The best C variant also meets the dropouts that people use today, and Numba meets C.
+A variant is a backend, with its instruction set if it has several. Every case runs beside ``torch.mul``. Kernels at
+p = 0.1 also run beside the limits, which are the least that any pass over this memory takes. Whole calls of the best C
+variant also meet the dropouts that people use today, up to 16M, and Numba meets C.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ THREADS = (1, 2)
 OPERATIONS = ("forward", "backward", "forward+backward")
 # Slow variants and peers stop where a single call takes long; what they cost per element no longer changes there.
 LARGEST = {"numpy": SIZES["1M"], "c-scalar": SIZES["16M"]}
-PEERS_LARGEST = SIZES["16M"]  # but for float32 on one thread
+PEERS_LARGEST = SIZES["16M"]
+MAIN_MEMORY = (SIZES["16M"], SIZES["64M"])
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,16 @@ class Case:
         size = next(name for name, n in SIZES.items() if n == self.size)
         extra = "" if self.store == "bits" else f"-{self.store}"
         return f"{self.operation}-{self.variant}-{self.dtype}-{size}-p{self.p}-t{self.threads}-{self.level}{extra}"
+
+    @property
+    def has_limits(self) -> bool:
+        """Whether it runs beside the limits; they do not depend on p."""
+        return self.p == 0.1 and self.level == "kernel" and self.variant not in LARGEST
+
+    @property
+    def has_others(self) -> bool:
+        """Whether it runs beside the dropouts that people use today."""
+        return self.level == "call" and self.size <= PEERS_LARGEST
 
     def as_dict(self) -> dict[str, object]:
         return asdict(self)
@@ -74,7 +85,7 @@ def call_cases(
     probabilities: tuple[float, ...] = PROBABILITIES,
     threads: tuple[int, ...] = (1,),
 ) -> Iterator[Case]:
-    """Whole calls of the public functions, beside what people use today."""
+    """Whole calls of the public functions; beyond `PEERS_LARGEST` for float32 on one thread only."""
     for size in SIZES.values():
         for dtype in dtypes:
             for p in probabilities:
@@ -88,6 +99,7 @@ def call_cases(
 def quick_cases() -> Iterator[Case]:
     """The rows of the speed table that the project holds itself to."""
     chosen = best()
+    others = {*variants()} - {chosen}
     for size in SIZES.values():
         for p in PROBABILITIES:
             yield Case("forward", chosen, "float32", size, p, 1)
@@ -96,8 +108,15 @@ def quick_cases() -> Iterator[Case]:
             yield Case("forward+backward", chosen, "float32", size, 0.1, 2)
         for dtype in ("bfloat16", "float16"):
             yield Case("forward", chosen, dtype, size, 0.1, 1)
+            if size == SIZES["16M"]:
+                yield Case("backward", chosen, dtype, size, 0.1, 1)
+    for size in MAIN_MEMORY:
+        for operation in ("forward", "backward"):
+            yield Case(operation, chosen, "float32", size, 0.1, 2)
     for size in (SIZES["64k"], SIZES["16M"]):
         for variant in ("c-avx2", "numba"):
-            if variant in variants():
+            if variant in others:
                 yield Case("forward", variant, "float32", size, 0.1, 1)
+    if "numba" in others:
+        yield Case("backward", "numba", "float32", SIZES["16M"], 0.1, 1)
     yield from call_cases()

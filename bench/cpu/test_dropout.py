@@ -1,6 +1,7 @@
 """Times plain dropout: forward, backward and both, every case in turn with its peers.
 
-``extra_info`` keeps the median of each peer and the median of the paired ratios fastdrop / peer.
+``extra_info`` keeps the median of each peer and the median of the paired ratios fastdrop / peer. The limit is the ways'
+fastest.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ ml_dtypes = pytest.importorskip("ml_dtypes")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         chosen = {"all": cases.every_case, "quick": cases.quick_cases}[metafunc.config.getoption("--cases")]()
-        metafunc.parametrize("case", chosen, ids=lambda case: case.id)
+        metafunc.parametrize("case", [*chosen], ids=lambda case: case.id)
 
 
 @pytest.fixture
@@ -55,11 +56,14 @@ def buffers(size: int, dtype: str) -> contenders.Buffers:
 
 def test_dropout(case: cases.Case, running: None, benchmark: Any, request: pytest.FixtureRequest) -> None:
     data = buffers(case.size, case.dtype)
-    measured = call_of(fastdrop_contender(case, data), case.operation)
-    peers = dict(peers_of(case, data))
+    measured = fastdrop_contender(case, data).call(case.operation)
+    limits = contenders.scale_limits(data, case.p) if case.has_limits else {}
+    peers = dict(peers_of(case, data)) | {way: limit.call(case.operation) for way, limit in limits.items()}
     benchmark.extra_info.update(case.as_dict(), bytes_per_element=traffic(case, data))
     seconds = CASE_SECONDS[request.config.getoption("--cases")]
-    alternate(benchmark, measured, peers, seconds, SETTLE_SECONDS if case.threads > 1 else 0.0)
+    around = {way: limit.around for way, limit in limits.items()}
+    alternate(benchmark, measured, peers, seconds, SETTLE_SECONDS if case.threads > 1 else 0.0, around)
+    benchmark.extra_info["peers"] = contenders.with_limit(benchmark.extra_info["peers"])
 
 
 def test_whole_call_of_1000_elements(benchmark: Any) -> None:
@@ -89,19 +93,16 @@ def fastdrop_contender(case: cases.Case, data: contenders.Buffers) -> contenders
 
 def peers_of(case: cases.Case, data: contenders.Buffers) -> Iterator[tuple[str, Callable[[], object]]]:
     if torch is not None:
-        yield contenders.TORCH_MUL, call_of(contenders.torch_mul(torch, data, case.p), case.operation)
+        yield contenders.TORCH_MUL, contenders.torch_mul(torch, data, case.p).call(case.operation)
     if case.store != "bits":
-        yield BITS, call_of(contenders.fastdrop(data, case.p), case.operation)
+        yield BITS, contenders.fastdrop(data, case.p).call(case.operation)
         return
-    limit = contenders.scale_limit(data, case.p)
-    if limit is not None and case.threads == 1:
-        yield contenders.LIMIT, call_of(limit, case.operation)
     if case.variant == "numba" and backends.reasons()["c"] is None:
-        yield C, call_of(contenders.kernels(native, data, case.p), case.operation)
-    if case.level == "call":
-        yield contenders.NUMPY, call_of(contenders.plain_numpy(data, case.p), case.operation)
+        yield C, contenders.kernels(native, data, case.p).call(case.operation)
+    if case.has_others:
+        yield contenders.NUMPY, contenders.plain_numpy(data, case.p).call(case.operation)
         if torch is not None:
-            yield contenders.F_DROPOUT, call_of(contenders.torch_dropout(torch, data, case.p), case.operation)
+            yield contenders.F_DROPOUT, contenders.torch_dropout(torch, data, case.p).call(case.operation)
             if case.dtype == "float32" and case.operation != "backward" and compiled() is not None:
                 yield COMPILED, compiled_call(data, case)
 
@@ -123,11 +124,6 @@ def compiled_call(data: contenders.Buffers, case: cases.Case) -> Callable[[], ob
         return lambda: run(x, case.p)
     leaf = x.requires_grad_()
     return lambda: torch.autograd.grad(run(leaf, case.p), leaf, dy)
-
-
-def call_of(contender: contenders.Contender, operation: str) -> Callable[[], object]:
-    passes = {"forward": contender.forward, "backward": contender.backward, "forward+backward": contender.both}
-    return passes[operation]
 
 
 def traffic(case: cases.Case, data: contenders.Buffers) -> float:

@@ -29,10 +29,10 @@ INTRO = (
 )
 
 
-def limit(row: Row, peer: str) -> float | None:
+def limits(row: Row, peer: str) -> tuple[float, ...]:
     operations, share = LIMITS[row["kind"]]
-    return share if row["operation"] in operations and peer == next(iter(row["peers"])) else None
+    return (share,) if row["operation"] in operations and peer == next(iter(row["peers"])) else ()
 
 
 if __name__ == "__main__":
-    sys.exit(Suite("the family", INTRO, limit, "The family of dropouts").main(sys.argv[1:], __doc__ or ""))
+    sys.exit(Suite("the family", INTRO, limits, "The family of dropouts").main(sys.argv[1:], __doc__ or ""))

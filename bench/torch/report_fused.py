@@ -24,6 +24,11 @@ LIMITS = {
     P_ZERO: 1.0,
     KEPT: 0.6,
 }
+# kind, operation, layout, peer: (threads, at most), beside what is asked of the peer in general
+CASE_LIMITS = {
+    ("dropout_add_layer_norm", "forward", "8192 x 1024", ADD_AND_NORM): ((1, 2), 0.75),
+    ("bias_act_dropout gelu", "forward", "2048 x 2048", GELU): ((2,), 0.9),
+}
 INTRO = (
     "Medians of alternating samples, every ratio the median of those taken round by round; p = 0.1. Calls are "
     "`fastdrop.torch`'s, which allocate their results: on tensors that require gradients, so that they keep what "
@@ -34,10 +39,14 @@ INTRO = (
 )
 
 
-def limit(row: Row, peer: str) -> float | None:
+def limits(row: Row, peer: str) -> tuple[float, ...]:
     """None of a peer that is there for orientation, and of attention that is too small to be routed to ours."""
-    return None if row.get("small") else LIMITS.get(peer)
+    if row.get("small"):
+        return ()
+    general = (LIMITS[peer],) if peer in LIMITS else ()
+    threads, share = CASE_LIMITS.get((row["kind"], row["operation"], row["layout"], peer), ((), 0.0))
+    return (*general, share) if row["threads"] in threads else general
 
 
 if __name__ == "__main__":
-    sys.exit(Suite("fused kernels", INTRO, limit, "Fused kernels").main(sys.argv[1:], __doc__ or ""))
+    sys.exit(Suite("fused kernels", INTRO, limits, "Fused kernels").main(sys.argv[1:], __doc__ or ""))

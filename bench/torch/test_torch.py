@@ -53,7 +53,7 @@ def test_training_step(name: str, threads: int, benchmark: Any) -> None:
     p = models.MODELS[name][1]
     peers = {contenders.F_DROPOUT: models.training_step(name, p), P_ZERO: models.training_step(name, 0.0)}
     benchmark.extra_info.update(kind="training step", operation=name, p=p, threads=threads)
-    alternate(benchmark, models.training_step(name, p), peers, STEP_SECONDS, around=fdt.enabled)
+    alternate(benchmark, models.training_step(name, p), peers, STEP_SECONDS, around={"": fdt.enabled})
 
 
 @lru_cache(maxsize=1)

@@ -42,6 +42,11 @@ class Primitive:
     def names(self) -> list[str]:
         return [parameter.name for parameter in self.parameters]
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether it works on data ``[rows, columns]``."""
+        return {"dtype", "rows", "columns"} <= set(self.names)
+
 
 # Kinds of numbers, and their types in C.
 NUMBERS = {
@@ -86,6 +91,14 @@ TABLE = (
         over="cells",
         does="Bits of cells first .. first+n-1, written at bits position .. position+n-1 of words.",
         parameters="words! words; count position; seed first; count n; seed seed, offset; count threshold",
+    ),
+    Primitive(
+        "draw_rows",
+        over="cells",
+        does="Bit position + (o rows + r) columns + c of words = the bit of cell first + o outer_pitch + r pitch + c, "
+        "for o < outer, r < rows, c < columns.",
+        parameters="words! words; count position; seed first; count outer; seed outer_pitch; count rows; seed pitch; "
+        "count columns; seed seed, offset; count threshold",
     ),
     Primitive(
         "dropout_forward",

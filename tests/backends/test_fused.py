@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 import fastdrop as fd
-from fastdrop.backends import reference
+from fastdrop.backends import memory, reference
+from fastdrop.backends.memory import NEVER, Policy
 from fastdrop.backends.primitives import PRIMITIVES, TABLE
 from fastdrop.core.activations import ACTIVATIONS, GELU, NONE, RELU, SILU
 from fastdrop.core.mask import word_count
 from fastdrop.core.variants import panels
 
-from ..cases import DTYPES, Dtype, assert_close, assert_same_bits, streaming_elements
+from ..cases import DTYPES, Dtype, assert_close, assert_same_bits
 from .calls import AtPage, AtPageEnd, Call, Results, assert_same_results
 
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = DTYPES
@@ -33,12 +34,10 @@ PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(FLOAT16, FLOAT32), (BFLOAT16, F
 SHAPES = ((1, 1), (3, 5), (7, 100), (33, 48), (2, 1000), (5, 8200), (1, 70_001), (200, 300), (3, 2048))
 
 # A primitive's arrays, each with its kind in the table.
-FUSED = [primitive for primitive in TABLE if "rows" in primitive.names]
+FUSED = [primitive for primitive in TABLE if primitive.is_fused]
 ARRAYS = {primitive.name: [array for array in primitive.parameters if array.is_array] for primitive in FUSED}
 INPUTS = {op: {array.name: array.kind for array in arrays if not array.written} for op, arrays in ARRAYS.items()}
 OUTPUTS = {op: {array.name: array.kind for array in arrays if array.written} for op, arrays in ARRAYS.items()}
-# Written around the cache, where they are large: by vectors of 32 and of 16 bits, and by both at once.
-STREAMED = [(FLOAT32, FLOAT32), (BFLOAT16, BFLOAT16), (BFLOAT16, FLOAT32)]
 # Telling combinations of what a call has not.
 ABSENT = {
     "pointwise_forward": [
@@ -515,40 +514,21 @@ def test_fused_primitives_stay_within_memory(compiled, op, memory):
 
 
 @pytest.mark.parametrize("c_variant", ["c-avx2", "c-avx512"], indirect=True)  # others have ordinary stores alone
-@pytest.mark.parametrize(("op", "dtype", "stream"), [call for call in CALLS if call[1:] in STREAMED], ids=str)
+@each_call
 def test_results_around_the_cache_bit_for_bit(c_variant, op, dtype, stream):
-    """A large output's, aligned, not, and in place, are those of its halves, which aren't large enough to be written
-    so. Sums over rows, which have another order there, are as near to them as they should be."""
-    columns, output = (
-        4099 if is_of_scores(op) and dtype is BFLOAT16 else 1001,
-        stream if op == "pointwise_forward" else dtype,
-    )
-    half = -(-streaming_elements(c_variant, output) // columns // 64) * 32  # rows; the second half begins with a word
-    part = Case(op, dtype, stream, half, columns, "", RELU if op == "pointwise_forward" else NONE)
-    data = numbers_of(replace(part, rows=32))
-    whole = replace(part, rows=2 * half)
-    arrays = {name: np.resize(data[name], whole.empty(kind)[0]) for name, kind in whole.inputs.items()}
-    for name, values in arrays.items():
-        values[: values.size // 3 * 2 : 7] = data[name][0]  # so that the halves differ
-    halves = [run(c_variant, part, {name: half_of(v, k, part, name) for name, v in arrays.items()}) for k in range(2)]
-    sums = sum(results.pop("sums", np.zeros(0)).astype(np.float64) for results in halves)
-    wanted = {name: np.concatenate([results[name] for results in halves]) for name in halves[0]}
-    ways = [over for over in IN_PLACE[op] if all(same_type(whole, *names) for names in over.items())]
-    for shift, over in ((0, None), (12, ways[-1])):
-        results = run(c_variant, whole, arrays, shifts=(shift,), over=over)
-        assert_same_results(results, wanted, (shift, over, op))
-        if "sums" in results:
-            real = whole.type_of("sums")
-            assert_close(real.wide(results["sums"]), sums, real, (shift, over, op))
+    """Aligned, not, and in place; rows that end anywhere, at a line, and with a strip."""
+    for rows, columns in ((9, 1001), (3, 4099), (5, 1024)):
+        case = Case(op, dtype, stream, rows, columns, "", RELU if op == "pointwise_forward" else NONE)
+        ways = [over for over in IN_PLACE[op] if all(same_type(case, *names) for names in over.items())]
+        for shift, over in ((0, None), (8, None), (12, ways[-1])):
+            with memory.use_policy(Policy(NEVER, NEVER)):
+                wanted = run(c_variant, case, shifts=(shift,), over=over)
+            with memory.use_policy(Policy(0, 0)):
+                assert_same_results(run(c_variant, case, shifts=(shift,), over=over), wanted, (shift, over, op))
 
 
 def same_type(case: Case, output: str, name: str) -> bool:
     return case.type_of(case.outputs[output]) is case.type_of(case.inputs[name])
-
-
-def half_of(values: np.ndarray, k: int, part: Case, name: str) -> np.ndarray:
-    """An input of the first half of a case's rows, or of the second."""
-    return values if part.inputs[name] == "column" else np.split(values, 2)[k]
 
 
 # ---- threads ----

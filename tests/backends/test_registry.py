@@ -272,7 +272,7 @@ def test_a_name_with_an_underscore_is_used_in_its_own_file_only():
 
 
 def test_backends_do_not_import_each_other():
-    """But for CUDA, whose kernels are made of the scalars that Numba's are made of. The table serves them all."""
+    """But for CUDA, whose kernels are made of the scalars that Numba's are made of. All use the table and policy."""
     places = {"c.py": "c", "reference/": "reference", "numba/": "numba", "cuda/": "cuda"}
     for source in SOURCES:
         own = next((name for place, name in places.items() if source.as_posix().startswith("backends/" + place)), None)
@@ -281,7 +281,7 @@ def test_backends_do_not_import_each_other():
             shared = own == "cuda" and name.startswith(
                 ("fastdrop.backends.numba.scalars", "fastdrop.backends.numba.math")
             )
-            allowed = own, "primitives", "generate"
+            allowed = own, "primitives", "generate", "memory"
             assert shared or not reached or reached[0] in allowed, f"{source} imports {name}"
 
 

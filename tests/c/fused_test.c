@@ -432,34 +432,28 @@ static void check_next(int op, const int dtypes[2], const uint64_t shape[2], uns
     check_call(&t, (*state >> 8 & 1) * (*state >> 9 & 7));
 }
 
-/* Outputs so large that stores go around the cache. One thread does that; the other call does not, because its outputs'
- * numbers lie across cache lines. */
-static void check_large(int op, int isa) {
-    static const int TYPES[] = {0, 5, 3, 2};
-    const int *dtypes = DTYPES[TYPES[(op + isa) % 4]];
-    const int written = op == POINTWISE_FORWARD ? dtypes[1] : dtypes[0];
-    const uint64_t columns = op & 1                    ? 4111
-                             : op == POINTWISE_FORWARD ? 1021
-                                                       : 1056,
-                   rows = FD_STREAM_BYTES / element_bytes(written) / columns + 1;
-    if (op >= SOFTMAX_FORWARD && dtypes[0] != dtypes[1]) dtypes = DTYPES[0];
-    test_t t = test_of(op, dtypes, rows, columns, 0, 5, isa);
+/* Stores around the cache by one thread; ordinary ones by several. */
+static void check_around(int op, const int dtypes[2], const uint64_t shape[2], int isa) {
+    test_t t = test_of(op, dtypes, shape[0], shape[1], 0, 5, isa);
     if (draws(t.op)) t.c.drawn = THRESHOLDS[isa];
     array_t one[OPERANDS] = {{NULL, NULL}}, several[OPERANDS];
     open_inputs(&t, 0, one);
     memcpy(several, one, sizeof several); /* the words too: drawn twice they are the same */
     open_outputs(&t, 0, one);
-    open_outputs(&t, 1, several);
+    open_outputs(&t, 0, several);
+    go_by(STREAMING);
     run(&t, isa, 1, one);
+    go_by(ORDINARY);
     run(&t, isa, THREADS, several);
     expect_same(&t, "around the cache", several, one);
     close_arrays(several, 1, t.op);
     close_arrays(one, 0, t.op);
 }
 
-void check_fused(int isa, int large) {
+void check_fused(int isa) {
     static const uint64_t SHAPES[][2] = {{0, 5}, {1, 1}, {3, 1}, {1, 31}, {5, 7}, {7, 33}, {37, 64}, {2, 513}};
-    static const uint64_t LONG[][2] = {{3, 4096}, {2, 4097}, {1, 9001}};       /* around ROW_CELLS */
+    static const uint64_t LONG[][2] = {{3, 4096}, {2, 4097}, {1, 9001}};      /* around ROW_CELLS */
+    static const uint64_t AROUND[][2] = {{70, 1021}, {20, 4111}, {67, 1056}}; /* rows end within lines, and with them */
     static const uint64_t SHARED[][2] = {{131, 1201}, {601, 320}, {40001, 5}}; /* among threads */
     uint32_t state = 1;
     for (int op = 0; op < (int)COUNT(OPS); op++) {
@@ -475,7 +469,9 @@ void check_fused(int isa, int large) {
         if (op == POINTWISE_BACKWARD) /* without sums threads share cells, not panels */
             check_next(op, DTYPES[isa % 4], SHARED[op % 3], 1u << 7, &state, isa);
         if (op == NORM_FORWARD) check_next(op, DTYPES[isa % 4], SHARED[1], 0, &state, isa); /* whole words a row */
-        if (large && isa) check_large(op, isa); /* the scalar stores all go to the cache */
+        for (size_t s = 0; s < COUNT(AROUND) && isa; s++) /* the scalar stores all go to the cache */
+            for (size_t d = 0; d < COUNT(DTYPES); d += 1 + (s + (size_t)op) % 2)
+                if (op < SOFTMAX_FORWARD || DTYPES[d][0] == DTYPES[d][1]) check_around(op, DTYPES[d], AROUND[s], isa);
     }
 }
 

@@ -114,6 +114,7 @@ WORK = {
     "rows": "rows, cells=columns",
     "panels": "panels, cells=rows * columns // panels",
     "draw_bits": "n, position",
+    "draw_rows": "outer * rows * columns, position",
     "dropout_forward": "n",
     "masked_affine": "outer * repeat * inner",
     "gaussian_multiply": "n, first",
@@ -162,7 +163,7 @@ def _passed(primitive: Primitive, name: str) -> str:
         return CONVERTED[parameter.kind].format(name)
     if not parameter.is_array:
         return name
-    if "rows" in primitive.names:
+    if primitive.is_fused:
         absent, present = "0", f"address({name})"
     else:
         absent, present = "no_words", f"typed(dtype, {name})" if parameter.kind == "data" else name
@@ -174,7 +175,7 @@ CONVERTED = {"seed": "uint64({})", "flag": "int({})", "double": "float({})", "nu
 
 
 if numba is not None:
-    draw_bits = _launcher(draw.draw_bits)
+    draw_bits, draw_rows = _launcher(draw.draw_bits), _launcher(draw.draw_rows)
     dropout_forward, masked_affine = _launcher(mask.dropout_forward), _launcher(mask.masked_affine)
     gaussian_multiply, dilate_bits = _launcher(mask.gaussian_multiply), _launcher(mask.dilate_bits)
     pointwise_forward, pointwise_backward = map(_launcher, (pointwise.pointwise_forward, pointwise.pointwise_backward))

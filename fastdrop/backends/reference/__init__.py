@@ -47,7 +47,7 @@ import numpy as np
 
 from ...core.random import philox4x32_10
 from .attention import attention_backward, attention_forward
-from .mask import dilate_bits, draw_bits, dropout_forward, gaussian_multiply, masked_affine
+from .mask import dilate_bits, draw_bits, draw_rows, dropout_forward, gaussian_multiply, masked_affine
 from .norm import norm_backward, norm_forward
 from .pointwise import pointwise_backward, pointwise_forward
 from .softmax import softmax_backward, softmax_forward
@@ -58,6 +58,7 @@ __all__ = [
     "describe",
     "dilate_bits",
     "draw_bits",
+    "draw_rows",
     "dropout_forward",
     "gaussian_multiply",
     "masked_affine",

@@ -149,22 +149,14 @@ def draw_rows(
 
     ``draw`` is the seed, the offset and the threshold, which may be any.
     """
-    matrix, row = pitches
     if not 0 < draw[2] < DROP_ALL:
         words.fill_(0 if draw[2] else -1)
         return
-    if row == columns:  # rows, and then matrices, whose cells follow one another
-        rows, columns, row = 1, rows * columns, rows * columns
-        if matrix == columns:
-            outer, columns = 1, outer * columns
-    backend = backends.active()
-    arguments = [words.data_ptr() if backend is native else mask_words(words)]
-    for k in range(outer * rows):
-        cells = k * columns, first + k // rows * matrix + k % rows * row, columns, *draw
-        if backend is not native:
-            call_with_threads(backend, backend.draw_bits, *arguments, *cells)
-        elif native.draw_bits_at(torch.get_num_threads(), *arguments, *cells):
-            raise kernel_error()
+    backend, cells = backends.active(), (0, first, outer, pitches[0], rows, pitches[1], columns, *draw)
+    if backend is not native:
+        call_with_threads(backend, backend.draw_rows, mask_words(words), *cells)
+    elif native.draw_rows_at(torch.get_num_threads(), words.data_ptr(), *cells):
+        raise kernel_error()
 
 
 def draw_blocks(like: Tensor, seed: Any, threshold: int, plan: Blocks) -> tuple[Tensor, Tensor]:
