@@ -110,7 +110,7 @@ typedef struct {
     uint64_t begin, units; /* units begin .. begin+units-1: cells, rows, or panels of rows */
     uint64_t cells;        /* in a unit */
     uint64_t bytes;        /* of the largest output */
-    int draws;             /* the kernel draws random bits while it works */
+    int draws;             /* random bits are drawn while data is on its way */
     add_panels_args sums;  /* added up afterwards if there is more than one panel */
 } work_t;
 
@@ -316,8 +316,13 @@ void fd_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t
 }
 
 int fd_scale_float32(const void *x, void *y, uint64_t n, float a, int how) {
-    const scale_args args = {x, y, a, how};
+    const uint64_t threads = (uint64_t)fd_get_num_threads();
+    const scale_args args = {x, y, a, how, n, (n + threads - 1) / threads};
     if (!x || !y || how < FD_MEMCPY || how > FD_INTERLEAVED) return FD_BAD_ARGUMENT;
-    fd_parallel_for(isas[fd_isa_active()].table->scale_float32, &args, 0, n, 1);
+    const fd_kernel kernel = isas[fd_isa_active()].table->scale_float32;
+    if (how == FD_MEMCPY)
+        fd_parallel_for(kernel, &args, 0, threads, args.part);
+    else
+        fd_parallel_for(kernel, &args, 0, n, 1);
     return FD_OK;
 }

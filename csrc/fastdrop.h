@@ -64,9 +64,11 @@ void fd_philox4x32_10(const uint32_t counter[4], const uint32_t key[2], uint32_t
  * 4, 8 or 16. */
 int fd_set_memory(uint64_t stream, uint64_t stream_drawing, int pages, int lines, uint64_t ahead,
                   uint64_t ahead_streaming);
+void fd_get_memory(uint64_t choices[6]); /* in the same order */
 
 /* The memory speed that benchmarks compare with: y = a x, in one of the ways to go through memory, or y = x by libc's
- * memcpy. */
+ * memcpy, which each thread calls once. FD_INTERLEAVED takes the policy's pages and lines. Only a y that begins at a
+ * cache line is written around the cache. */
 enum { FD_MEMCPY = 0, FD_ORDINARY = 1, FD_STREAMING = 2, FD_INTERLEAVED = 3 };
 int fd_scale_float32(const void *x, void *y, uint64_t n, float a, int how);
 

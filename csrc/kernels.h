@@ -7,7 +7,7 @@
 
 #include <stdatomic.h>
 
-/* The memory policy (memory.c). Kernels read it once a call. */
+/* The memory policy (memory.c). It may change at any time: what has to stay the same is read once. */
 typedef struct {
     _Atomic uint64_t stream, stream_drawing, ahead, ahead_streaming;
     atomic_int pages, lines;
@@ -38,7 +38,8 @@ typedef struct {
 typedef struct {
     const float *x;
     float *y, a;
-    int how; /* FD_MEMCPY ... */
+    int how;          /* FD_MEMCPY ... */
+    uint64_t n, part; /* cells in all, and in a unit of FD_MEMCPY */
 } scale_args;
 
 typedef struct {
@@ -46,7 +47,7 @@ typedef struct {
 #include "ops.def"
 #undef FD_OP
     fd_kernel add_panels;    /* args: add_panels_args; units are columns */
-    fd_kernel scale_float32; /* args: scale_args; units are cells */
+    fd_kernel scale_float32; /* args: scale_args; units are cells, or parts of so many for FD_MEMCPY */
 } fd_table;
 
 extern const fd_table fd_table_scalar, fd_table_avx2, fd_table_avx512, fd_table_neon;

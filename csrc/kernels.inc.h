@@ -140,7 +140,7 @@ INLINE void scale_piece(const float *x, float *y, uint64_t n, f32_v a, uint64_t 
         }
     }
     for (; i < n; i++) { /* through bytes: any alignment is legal */
-        float one[f32_lanes];
+        float one[f32_lanes] = {0};
         memcpy(one, x + i, sizeof *x);
         f32_store(one, f32_scale(all, f32_load(one), a));
         memcpy(y + i, one, sizeof *y);
@@ -151,8 +151,11 @@ static void scale_float32(const void *arguments, uint64_t begin, uint64_t end) {
     const scale_args *args = arguments;
     const f32_v a = f32_set1(args->a);
     const int stream = args->how >= FD_STREAMING && (uintptr_t)args->y % LINE_BYTES == 0;
-    const order_t order = order_of(args->how == FD_INTERLEAVED, sizeof *args->x);
+    order_t order = order_of(args->how == FD_INTERLEAVED, sizeof *args->x);
+    if (args->how == FD_STREAMING) order.ahead = distance_ahead(1);
     if (args->how == FD_MEMCPY) {
+        begin = min_u64(begin * args->part, args->n);
+        end = min_u64(end * args->part, args->n);
         memcpy(args->y + begin, args->x + begin, (end - begin) * sizeof *args->x);
         return;
     }

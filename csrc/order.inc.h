@@ -15,10 +15,10 @@ INLINE uint64_t distance_ahead(int stream) {
 
 INLINE void prefetch_from(const void *p, uint64_t ahead) { prefetch((const char *)p + ahead); }
 
-/* The chunk's pieces come from 2^pages pages in turn, 2^rounds pieces of each, then from the next pages. */
+/* The chunk's pieces come from 2^page_bits pages in turn, 2^round_bits pieces of each, then from the next pages. */
 typedef struct {
     unsigned cells; /* of a piece; a block is whole pieces */
-    unsigned pages, rounds;
+    unsigned page_bits, round_bits;
     uint64_t ahead; /* prefetched */
 } order_t;
 
@@ -28,18 +28,18 @@ INLINE order_t order_of(int stream, uint64_t element_bytes) {
     const int piece = LINE_BYTES * atomic_load_explicit(&fd_memory.lines, memory_order_relaxed);
     if (!stream || pages == 1) return order;
     order.cells = (unsigned)((uint64_t)piece / element_bytes);
-    order.pages = (unsigned)__builtin_ctz((unsigned)pages);
-    order.rounds = (unsigned)__builtin_ctz((unsigned)(PAGE_BYTES / piece));
+    order.page_bits = (unsigned)__builtin_ctz((unsigned)pages);
+    order.round_bits = (unsigned)__builtin_ctz((unsigned)(PAGE_BYTES / piece));
     order.ahead = 0;
-    while ((uint64_t)PAGE_BYTES << order.pages > CHUNK_CELLS * element_bytes) order.pages--;
+    while ((uint64_t)PAGE_BYTES << order.page_bits > CHUNK_CELLS * element_bytes) order.page_bits--;
     return order;
 }
 
 /* Which piece of the chunk comes k-th. */
 INLINE unsigned piece_at(const order_t *o, unsigned k) {
-    const unsigned page = k & low_bits(o->pages), round = k >> o->pages & low_bits(o->rounds);
-    const unsigned group = k >> (o->pages + o->rounds);
-    return (group << o->pages | page) << o->rounds | round;
+    const unsigned page = k & low_bits(o->page_bits), round = k >> o->page_bits & low_bits(o->round_bits);
+    const unsigned group = k >> (o->page_bits + o->round_bits);
+    return (group << o->page_bits | page) << o->round_bits | round;
 }
 
 /* Elements until y reaches a cache line; 0 if it never does, because an element lies across lines. */

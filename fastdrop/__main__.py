@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command != "info":  # which reports a bad environment itself
         try:
             backends.explain()
-        except (ValueError, RuntimeError) as error:  # FASTDROP_BACKEND, FASTDROP_ISA or FASTDROP_NUM_THREADS is wrong
+        except (ValueError, RuntimeError) as error:  # a variable of the environment is wrong
             print(f"fastdrop: {error}", file=sys.stderr)
             return 1
     try:

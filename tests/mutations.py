@@ -39,6 +39,7 @@ MASKS, PRIMITIVES, ROWS = (
     "tests/backends/test_mask.py",
     "tests/backends/test_fused.py",
 )
+MEMORY = "tests/backends/test_memory.py"
 FUSED, FAMILY = "tests/arrays/test_fused.py", "tests/arrays/test_variants.py"
 CUDA, CUDA_ROWS = "tests/backends/cuda/test_primitives.py", "tests/backends/cuda/test_fused.py"
 
@@ -212,6 +213,49 @@ MUTATIONS = (
         "for (uint64_t panel = 0; panel < args->panels; panel++) {",
         ROWS,
     ),
+    Mutation(
+        "every other piece of a page is left out",
+        "csrc/order.inc.h",
+        "return (group << o->page_bits | page) << o->round_bits | round;",
+        "return (group << o->page_bits | page) << o->round_bits | (round & ~1u);",
+        PRIMITIVES,
+    ),
+    Mutation(
+        "more pages than a chunk of 16-bit data has",
+        "csrc/order.inc.h",
+        "while ((uint64_t)PAGE_BYTES << order.page_bits > CHUNK_CELLS * element_bytes) order.page_bits--;",
+        "",
+        PRIMITIVES,
+    ),
+    Mutation(
+        "streaming from where no line begins",
+        "csrc/apply.inc.h",
+        "const uint64_t to = min_u64(n, (piece + 1) * f->order.cells + seam);",
+        "const uint64_t to = min_u64(n, (piece + 1) * f->order.cells);",
+        PRIMITIVES,
+    ),
+    # ---- the memory policy ----
+    Mutation(
+        "C does not follow the memory policy",
+        "fastdrop/backends/c.py",
+        "    memory.follow(set_memory)",
+        "    pass",
+        MEMORY,
+    ),
+    Mutation(
+        "kernels that draw stream from where others do",
+        "fastdrop/backends/memory.py",
+        "for shares in (5, 4))",
+        "for shares in (5, 5))",
+        MEMORY,
+    ),
+    Mutation(
+        "no output streams late",
+        "fastdrop/backends/memory.py",
+        "max(shares * share, 2 * MIB)",
+        "max(shares * share, 0)",
+        MEMORY,
+    ),
     # ---- NumPy: the specification and what stands on it ----
     Mutation(
         "p rounded down",
@@ -366,6 +410,20 @@ MUTATIONS = (
         "fastdrop/backends/numba/scalars.py",
         "rounded = np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))",
         "rounded = np.uint32(bits >> np.uint32(16))",
+        PRIMITIVES,
+    ),
+    Mutation(
+        "Numba: pieces of a page in the wrong order",
+        "fastdrop/backends/numba/mask.py",
+        "return (((group << way.page_bits) | page) << way.round_bits) | turn",
+        "return (((group << way.page_bits) | turn) << way.round_bits) | page",
+        PRIMITIVES,
+    ),
+    Mutation(
+        "Numba: a tail shorter than the seam",
+        "fastdrop/backends/numba/mask.py",
+        "begin = min(n, piece * way.cells + way.seam)",
+        "begin = piece * way.cells + way.seam",
         PRIMITIVES,
     ),
     # ---- CUDA ----

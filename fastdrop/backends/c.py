@@ -81,6 +81,13 @@ def set_memory(policy: memory.Policy) -> None:
         raise _refusal()
 
 
+def get_memory() -> memory.Policy:
+    """The policy that the kernels follow."""
+    choices = _native.ffi.new("uint64_t[6]")
+    _lib.fd_get_memory(choices)
+    return memory.Policy(*choices)
+
+
 def scale_float32(x: Array, y: Array, a: float, how: str) -> None:
     """y = a x in one of the ways of `HOW`, or y = x by libc's memcpy, for benchmarks: what memory allows a pass."""
     if _lib.fd_scale_float32(_address(x), _address(y), x.size, a, HOW[how]):

@@ -1,8 +1,8 @@
 """The memory policy: whether a pass over large data writes around the cache, in which order it goes, how it prefetches.
 
-No choice is the fastest on all CPUs, so `policy` chooses by what the machine says of itself: its vendor and the size of
-its last-level cache. ``FASTDROP_MEMORY`` forces single choices. C is told (`follow`), the Numba backend asks. Results
-never depend on the policy. docs/design.md, section 6, has what was measured on which machine.
+No choice is the fastest on all CPUs, so `policy_for` chooses by what the machine says of itself: its vendor and the
+size of its last-level cache. ``FASTDROP_MEMORY`` forces single choices. C is told (`follow`), the Numba backend asks.
+Results never depend on the policy. docs/design.md, section 6, has what was measured on which machine.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ class Policy:
     stream_drawing : int
         The same for kernels that draw random bits meanwhile.
     pages : {1, 2, 4, 8}
-        A pass that streams takes pieces in turn from so many pages of 4 KiB (16-bit data: 4 at most). Fused kernels
-        stream through one page.
+        A pass of plain dropout that streams takes pieces in turn from so many pages of 4 KiB (C, 16-bit data: 4 at
+        most). Gaussian and fused kernels stream through one page.
     lines : {4, 8, 16}
         The size of a piece, in cache lines.
     ahead : int
-        An ordinary pass prefetches its input so far ahead; 0: it prefetches nothing.
+        An ordinary pass, and a stage of a fused kernel that only reads, prefetches so far ahead; 0: it prefetches
+        nothing.
     ahead_streaming : int
-        The same for one that streams through one page.
+        The same for a loop that streams through one page.
+
+    Raises ValueError for numbers that kernels can't follow.
     """
 
     stream: int = 16 * MIB
@@ -48,6 +51,11 @@ class Policy:
     lines: int = 8
     ahead: int = 8 * KIB
     ahead_streaming: int = 8 * KIB
+
+    def __post_init__(self) -> None:
+        for name, read in CHOICES.items():
+            if read(_text(getattr(self, name))) is None:
+                raise ValueError(f"{name} must be one of {POSSIBLE}, but got {getattr(self, name)}")
 
     def __str__(self) -> str:
         return ",".join(f"{name}={_text(number)}" for name, number in dataclasses.asdict(self).items())
@@ -81,16 +89,28 @@ def policy_for(machine: Machine) -> Policy:
 
 @functools.cache
 def machine(root: Path = Path("/")) -> Machine:
-    """This one, by /proc and /sys; a system that has neither says nothing."""
-    sizes = {}
+    """This one, by /proc and /sys; what they do not say stays unknown."""
+    return Machine(_vendor(root / "proc/cpuinfo"), _last_cache(root / "sys/devices/system/cpu/cpu0/cache"))
+
+
+def _vendor(cpuinfo: Path) -> str:
     try:
-        with open(root / "proc/cpuinfo") as file:
+        with open(cpuinfo, errors="replace") as file:
             found = re.search(r"^vendor_id\s*:\s*(\S+)", file.read(4096), re.M)
-        for index in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*"):
+    except OSError:
+        return ""
+    return found[1] if found else ""
+
+
+def _last_cache(folder: Path) -> int:
+    """The size of the cache of the highest level."""
+    sizes = {}
+    for index in folder.glob("index*"):
+        try:
             sizes[int((index / "level").read_text())] = _bytes((index / "size").read_text().strip())
-    except (OSError, ValueError):
-        return Machine()
-    return Machine(found[1] if found else "", sizes[max(sizes)] if sizes else 0)
+        except (OSError, ValueError):  # a cache of which one of them is not said
+            continue
+    return sizes[max(sizes)] if sizes else 0
 
 
 def parse(text: str, policy: Policy) -> Policy:
@@ -99,8 +119,10 @@ def parse(text: str, policy: Policy) -> Policy:
     for choice in filter(None, (part.strip() for part in text.split(","))):
         name, _, value = choice.partition("=")
         number = CHOICES[name](value) if name in CHOICES else None
-        if number is None:
-            raise ValueError(f"{VARIABLE} must be choices such as {POSSIBLE}, separated by commas, but got {choice!r}")
+        if number is None or name in forced:
+            raise ValueError(
+                f"{VARIABLE} must be different choices such as {POSSIBLE}, separated by commas, but got {choice!r}"
+            )
         forced[name] = number
     return dataclasses.replace(policy, **forced)
 
@@ -112,43 +134,43 @@ def policy() -> Policy:
 
 def follow(set_policy: Callable[[Policy], None]) -> None:
     """Has a backend follow: calls it with the policy in force now, and whenever that changes."""
-    _followers.append(set_policy)
     set_policy(policy())
+    _followers.append(set_policy)
 
 
 class use_policy:
     """Puts a policy in force, process-wide; as a context manager, until the block ends. For tests and benchmarks."""
 
     def __init__(self, chosen: Policy) -> None:
-        self._before = policy()
-        _put_in_force(chosen)
+        self._before = policy(), _why
+        _put_in_force(chosen, "chosen by use_policy")
 
     def __enter__(self) -> None:
         pass
 
     def __exit__(self, *error: object) -> None:
-        _put_in_force(self._before)
+        _put_in_force(*self._before)
 
 
 def describe() -> str:
     """The policy in force and what decided it."""
-    here, forced = machine(), os.environ.get(VARIABLE)
-    cache = f"{here.cache_bytes // KIB} KiB of last-level cache" if here.cache_bytes else "caches unknown"
-    why = f"{here.vendor or 'vendor unknown'}, {cache}" + (f"; forced by {VARIABLE}={forced}" if forced else "")
-    return f"{policy()} ({why})"
+    return f"{policy()} ({_why})"
 
 
 def _resolve() -> Policy:
-    resolved = parse(os.environ.get(VARIABLE, ""), policy_for(machine()))
-    _put_in_force(resolved)
+    here, forced = machine(), os.environ.get(VARIABLE, "")
+    cache = f"{here.cache_bytes // KIB} KiB of last-level cache" if here.cache_bytes else "caches unknown"
+    why = f"{here.vendor or 'vendor unknown'}, {cache}" + (f"; forced by {VARIABLE}={forced}" if forced else "")
+    resolved = parse(forced, policy_for(here))
+    _put_in_force(resolved, why)
     return resolved
 
 
-def _put_in_force(chosen: Policy) -> None:
-    global _policy
-    _policy = chosen
+def _put_in_force(chosen: Policy, why: str) -> None:
+    global _policy, _why
     for set_policy in _followers:
         set_policy(chosen)
+    _policy, _why = chosen, why
 
 
 def _bytes(text: str) -> int:
@@ -159,6 +181,7 @@ def _bytes(text: str) -> int:
 
 
 def _text(n: int) -> str:
+    """The shortest text of a number that choices are read from."""
     if n == NEVER:
         return "never"
     suffix = next(s for s in reversed(SUFFIXES) if n % SUFFIXES[s] == 0) if n else ""
@@ -195,4 +218,5 @@ POSSIBLE = (
 )
 
 _policy: Policy | None = None  # None until it is asked for
+_why = ""
 _followers: list[Callable[[Policy], None]] = []

@@ -14,7 +14,7 @@ from importlib import metadata
 from .. import __version__, backends
 from ..backends import memory
 
-HELP = "versions, backends and why each is or isn't used, instruction set, threads"
+HELP = "versions, backends and why each is or isn't used, instruction set, threads, memory policy"
 DESCRIPTION = (
     "Shows versions, the backends and why each one is or isn't used, instruction sets, threads and environment."
 )

@@ -368,12 +368,13 @@ STREAMED = {  # calls and layouts
     "forward, no words": (lambda d, n: forward(d, n, stored=False), (0, 16)),
     "masked": (lambda d, n: masked(d, (1, 1, n), position=7, affine=AFFINE["affine"]), (0, 0, 0)),
     "masked, past a line": (lambda d, n: masked(d, (1, 1, n), position=7), (0, 8, 0)),
-    "shared decisions": (lambda d, n: masked(d, (3, n // 300, 100), position=7), (0, 24, 0)),
+    "shared decisions": (lambda d, n: masked(d, (3, 1 + n // 300, 100), position=7), (0, 24, 0)),
     "noise, past a line": (lambda d, n: gaussian(d, n, first=3), (0, 8)),
 }
-# Linear, and each number of pages and lines. Numbers of elements: of whole chunks, and up to a piece of one.
+# Linear, and each number of pages and lines. Lengths end with a chunk (8,192 in C, 16,384 in Numba), with a piece, and
+# next to them; the shortest ends before a line of y begins.
 WAYS = [Policy(0, 0, *way) for way in ((1, 8), (2, 16), (4, 8), (8, 4))]
-STREAMED_LENGTHS = (4 * 8192, 3 * 16384 + 777)
+STREAMED_LENGTHS = (5, 8193, 16384 + 513, 2 * 16384 - 1, 3 * 16384)
 
 
 @functools.lru_cache(3)
@@ -403,10 +404,19 @@ def test_streaming_in_place(compiled, dtype):
 
 def test_streaming_by_any_number_of_threads(compiled, dtype):
     for call, expected in shared_calls(dtype):
-        for count, way in zip((2, 3, 7), WAYS[1:], strict=True):
+        for count, way, shift in zip((2, 3, 7), WAYS[1:], (0, 16, 24), strict=True):
             fd.set_num_threads(count)
             with memory.use_policy(way):
-                assert_same_results(call.run(compiled), expected, (call, count, way))
+                assert_same_results(call.run(compiled, shifts=(0, shift, 0)), expected, (call, count, way))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs mprotect as Linux has it")
+@pytest.mark.parametrize("place", [AtPage, AtPageEnd])
+def test_streaming_stays_within_memory(compiled, dtype, place):
+    with memory.use_policy(WAYS[-1]):
+        for n in STREAMED_LENGTHS:
+            forward(dtype, n).run(compiled, memory=place)
+            masked(dtype, (1, 1, n)).run(compiled, memory=place)
 
 
 # ---- threads ----

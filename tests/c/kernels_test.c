@@ -340,7 +340,28 @@ static void check_refusals(void) {
     expect(fd_dilate_bits(words, words + 1, 1, 1, 1, 0) == FD_BAD_ARGUMENT, "block 0", 0, 0, 0);
     expect(fd_dilate_bits(words, words + 1, 1, 2, 1, ~0ull) == FD_BAD_ARGUMENT, "block too long", 0, 0, 0);
     expect(fd_isa_select(99) == FD_BAD_ISA && fd_set_num_threads(0) == FD_BAD_ARGUMENT, "range", 0, 0, 0);
+    expect(fd_set_memory(0, 0, 3, 8, 0, 0) == FD_BAD_ARGUMENT && fd_set_memory(0, 0, 1, 2, 0, 0) == FD_BAD_ARGUMENT &&
+               fd_set_memory(0, 0, 16, 8, 0, 0) == FD_BAD_ARGUMENT &&
+               fd_set_memory(0, 0, 1, 32, 0, 0) == FD_BAD_ARGUMENT,
+           "policy", 0, 0, 0);
     expect(words[0] == 1 && words[1] == 2, "words untouched", 0, 0, 0);
+}
+
+/* Around the cache: each number of pages and lines, each dtype, outputs that begin anywhere, lengths that end with a
+ * chunk, a piece, or next to them. */
+static void check_ways(int isa) {
+    static const int WAYS[][2] = {{1, 8}, {2, 16}, {4, 8}, {8, 4}, {8, 16}};
+    static const size_t PAST[] = {0, 8, 24, 1};
+    static const uint64_t SIZES[] = {5, 8191, 8193, 16384 + 513, 3 * 8192};
+    for (size_t w = 0; w < COUNT(WAYS); w++)
+        for (int dtype = FD_FLOAT32; dtype <= FD_BFLOAT16; dtype++)
+            for (size_t k = 0; k < COUNT(SIZES); k++) {
+                const size_t turn = w + (size_t)dtype + k;
+                go_around_cache(WAYS[w][0], WAYS[w][1]);
+                compare(isa, dtype, SIZES[k], turn * 19, THRESHOLDS[3], PAST[turn % COUNT(PAST)], turn % 3 ? 0 : 0.5);
+                if (w == 0) compare_noise(isa, dtype, SIZES[k], turn, PAST[turn % COUNT(PAST)]);
+            }
+    go_by_ordinary_stores();
 }
 
 int main(int argc, char **argv) {
@@ -372,15 +393,7 @@ int main(int argc, char **argv) {
         compare_grids(isa);
         compare_dilations(isa);
         compare_row_sets(isa);
-        for (unsigned turn = 0; turn < 24; turn++) { /* 0, 4, 8, 12, 6, 1: bytes past where a vector may begin */
-            static const size_t PAST[] = {0, 4, 8, 12, 6, 1};
-            const int dtype = (int)(turn % 4);
-            go_by(STREAMING + (int)(turn % 2));
-            compare(isa, dtype, 3 * 8192 + 1003, turn * 19, THRESHOLDS[3], PAST[turn % COUNT(PAST)],
-                    turn % 3 ? 0 : 0.5);
-            compare_noise(isa, dtype, 3 * 8192 + 1003, turn, PAST[turn % COUNT(PAST)]);
-            go_by(ORDINARY);
-        }
+        check_ways(isa);
         check_vector_math(isa, (uint32_t)stride);
         check_fused(isa);
         printf("%s: %s\n", fd_isa_name(isa), failures ? "FAIL" : "ok");

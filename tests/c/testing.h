@@ -46,15 +46,13 @@ static inline void fill_random(unsigned char *p, size_t bytes, uint32_t state) {
 
 static inline unsigned bit_of(const unsigned char *words, uint64_t i) { return words[i / 8] >> i % 8 & 1; }
 
-/* Ways through memory, whatever the size: by ordinary stores, around the cache, and so with pages interleaved. */
-enum { ORDINARY, STREAMING, INTERLEAVED };
-static inline void go_by(int way) {
-    static const int PAGES[] = {2, 4, 8, 8}, LINES[] = {8, 16, 4, 8};
-    static unsigned turn;
-    const unsigned t = way == INTERLEAVED ? turn++ % COUNT(PAGES) : 0;
-    const uint64_t from = way == ORDINARY ? UINT64_MAX : 0;
-    const int pages = way == INTERLEAVED ? PAGES[t] : 1;
-    expect(fd_set_memory(from, from, pages, LINES[t], 4096, 64) == FD_OK, "policy", 0, (uint64_t)way, t);
+/* Ways through memory, whatever the size of the output: by ordinary stores, or around the cache by so many pages and
+ * lines. */
+static inline void go_by_ordinary_stores(void) {
+    expect(fd_set_memory(UINT64_MAX, UINT64_MAX, 1, 8, 4096, 64) == FD_OK, "policy", 0, 0, 0);
+}
+static inline void go_around_cache(int pages, int lines) {
+    expect(fd_set_memory(0, 0, pages, lines, 4096, 64) == FD_OK, "policy", 0, (uint64_t)pages, (uint64_t)lines);
 }
 
 /* fused_test.c: the fused primitives under an instruction set; what they refuse. */

@@ -39,7 +39,6 @@ def quick(monkeypatch):
     compiled = "c" if backends.reason("c") is None else "numba"
     monkeypatch.setattr(backends, "reasons", lambda: {compiled: None, "numpy": None, "cuda": "left out"})
     monkeypatch.setattr(selftest, "ISAS", ("scalar", "avx1024"))
-    monkeypatch.setattr(selftest, "STREAMED_BYTES", 2 << 20)
     monkeypatch.setattr(selftest, "LONG_ROWS", (3, 1100))
     return compiled
 

@@ -80,9 +80,9 @@ def _typed(dtype: int, x: Array) -> Array:
 
 
 def _way(y: Array, stream_from: int) -> mask.Way:
-    """Through y of the type that kernels take. Results of 16 bits never stream: LLVM has no such stores for them."""
+    """Through y. Results of 16 bits never stream: LLVM has no such stores for them."""
     policy = memory.policy()
-    if y.nbytes < stream_from or y.dtype.kind != "f" or _address(y) % y.itemsize:
+    if y.nbytes < stream_from or y.itemsize < 4 or _address(y) % y.itemsize:
         return _ordinary(policy.ahead)
     return _streaming(policy, y.itemsize, -_address(y) % mask.LINE_BYTES // y.itemsize)
 
@@ -94,12 +94,12 @@ def _ordinary(ahead: int) -> mask.Way:
 
 @functools.lru_cache(maxsize=64)
 def _streaming(policy: memory.Policy, element_bytes: int, seam: int) -> mask.Way:
-    cells, pages, rounds, ahead = threads.BLOCK_CELLS, 0, 0, policy.ahead_streaming
+    cells, page_bits, round_bits, ahead = threads.BLOCK_CELLS, 0, 0, policy.ahead_streaming
     if policy.pages > 1:
         piece = policy.lines * mask.LINE_BYTES
         cells, ahead = piece // element_bytes, 0
-        pages, rounds = policy.pages.bit_length() - 1, (mask.PAGE_BYTES // piece).bit_length() - 1
-    return mask.Way(*map(np.uint64, (1, seam, cells, pages, rounds, ahead)))
+        page_bits, round_bits = policy.pages.bit_length() - 1, (mask.PAGE_BYTES // piece).bit_length() - 1
+    return mask.Way(*map(np.uint64, (1, seam, cells, page_bits, round_bits, ahead)))
 
 
 def _coefficients(a: float, b: float, c: float) -> tuple[float, ...]:

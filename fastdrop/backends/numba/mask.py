@@ -101,14 +101,14 @@ class Way(NamedTuple):
     """How a pass goes through memory, as csrc/order.inc.h explains it; the launchers ask the memory policy.
 
     A pass that streams does so from element `seam` of each chunk on, where a line of y begins. Pieces of so many cells
-    come from 2**`pages` pages in turn, 2**`rounds` of each. Data is prefetched so many bytes `ahead`.
+    come from 2**`page_bits` pages in turn, 2**`round_bits` of each. Data is prefetched so many bytes `ahead`.
     """
 
     stream: Any
     seam: Any
     cells: Any
-    pages: Any
-    rounds: Any
+    page_bits: Any
+    round_bits: Any
     ahead: Any
 
 
@@ -179,9 +179,9 @@ def _apply_runs_of(x, y, start, bits, lead, runs, how):
 @inner
 def _piece_at(way, k):
     """Which piece of a chunk comes k-th."""
-    page, turn = k & ((U(1) << way.pages) - U(1)), (k >> way.pages) & ((U(1) << way.rounds) - U(1))
-    group = k >> (way.pages + way.rounds)
-    return (((group << way.pages) | page) << way.rounds) | turn
+    page, turn = k & ((U(1) << way.page_bits) - U(1)), (k >> way.page_bits) & ((U(1) << way.round_bits) - U(1))
+    group = k >> (way.page_bits + way.round_bits)
+    return (((group << way.page_bits) | page) << way.round_bits) | turn
 
 
 @inner
