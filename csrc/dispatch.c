@@ -136,6 +136,21 @@ static work_t draw_bits_work(const draw_bits_args *a) {
     return (work_t){.begin = a->position, .units = a->n, .cells = 1, .bytes = a->n / 8};
 }
 
+static int draw_rows_good(const draw_rows_args *a) {
+    uint64_t n, last, outer, row;
+    if (!a->words || !good_draw(a->first, 0, a->threshold) || __builtin_mul_overflow(a->outer, a->rows, &n) ||
+        __builtin_mul_overflow(n, a->columns, &n) || n > UINT64_MAX - a->position)
+        return 0;
+    return n == 0 ||
+           (!__builtin_mul_overflow(a->outer - 1, a->outer_pitch, &outer) &&
+            !__builtin_mul_overflow(a->rows - 1, a->pitch, &row) && !__builtin_add_overflow(outer, row, &last) &&
+            !__builtin_add_overflow(last, a->columns - 1, &last) && !__builtin_add_overflow(last, a->first, &last));
+}
+static work_t draw_rows_work(const draw_rows_args *a) {
+    uint64_t n = a->outer * a->rows * a->columns;
+    return (work_t){.begin = a->position, .units = n, .cells = 1, .bytes = n / 8};
+}
+
 static int dropout_forward_good(const dropout_forward_args *a) {
     return a->x && a->y && good_dtype(a->dtype) && good_draw(a->first, a->n, a->threshold);
 }
@@ -231,6 +246,20 @@ static int softmax_backward_good(const softmax_backward_args *a) {
     return a->dy && a->probabilities && a->dx && good_dtype(a->dtype) && good_rows(a->rows, a->columns);
 }
 static work_t softmax_backward_work(const softmax_backward_args *a) { return by_rows(a->rows, a->columns, a->dtype); }
+
+static int attention_forward_good(const attention_forward_args *a) {
+    return a->x && a->after && a->y && !a->totals == !a->scaled && good_dtype(a->dtype) &&
+           good_rows(a->rows, a->columns) && good_rows(a->rows, a->width ? a->width : 1) && a->heads && a->queries;
+}
+static work_t attention_forward_work(const attention_forward_args *a) { return by_rows(a->rows, a->columns, a->dtype); }
+
+static int attention_backward_good(const attention_backward_args *a) {
+    return a->x && a->log_and_dot && (a->dy || !a->dx) && good_dtype(a->dtype) && good_rows(a->rows, a->columns) &&
+           a->heads && a->queries;
+}
+static work_t attention_backward_work(const attention_backward_args *a) {
+    return by_rows(a->rows, a->columns, a->dtype);
+}
 
 /* The entry points. run_<name> expects sound arguments. */
 #define FD_VALUE(type, name) .name = name,

@@ -103,10 +103,12 @@ typedef struct {
     enum first_look look;
 } draw_t;
 
-/* The bits of up to CHUNK_BLOCKS + 1 neighbouring blocks, and which of their words are still undecided. */
+/* The bits of up to CHUNK_BLOCKS + 1 neighbouring blocks, or of words that are listed, and which of the words are still
+ * undecided. */
 typedef struct {
     uint32_t words[CHUNK_WORDS + SLACK_WORDS];
-    uint64_t first_word;                        /* index of words[0] in the mask */
+    const uint32_t *low;                        /* of listed words: lower halves of their indices; of blocks NULL */
+    uint64_t first_word;                        /* of blocks: index of words[0] in the mask */
     counter_t counters[FD_BLOCK_WORDS / LANES]; /* of the next block: computed a block early to hide the latency */
     unsigned pending;                           /* how many words are undecided; slot: where, undecided: which bits */
     uint32_t slot[CHUNK_WORDS + LANES], undecided[CHUNK_WORDS + LANES];
@@ -154,6 +156,13 @@ INLINE void draw_groups(const draw_t *d, counter_t counter, int group, const int
     *equal = groups == 2 ? words_and(eq[0], eq[1]) : eq[0];
 }
 
+/* Lower halves of the indices of pending words i .. i+n-1 of a list. */
+INLINE words_t listed_at(const chunk_t *chunk, unsigned i, unsigned n) {
+    uint32_t low[LANES] = {0};
+    for (unsigned j = 0; j < n; j++) low[j] = chunk->low[chunk->slot[i + j]];
+    return words_load(low);
+}
+
 /* Decides the words that were set aside, by one more group for all of them at a time. Words that are still undecided
  * after it move to the front. */
 static void draw_pending(const draw_t *d, chunk_t *chunk) {
@@ -166,7 +175,8 @@ static void draw_pending(const draw_t *d, chunk_t *chunk) {
         for (unsigned i = 0; i < pending; i += LANES) {
             unsigned n = pending - i < LANES ? pending - i : LANES;
             words_t slot = words_load(chunk->slot + i), undecided = words_load(chunk->undecided + i), keep, equal;
-            draw_groups(d, counter_of(&d->philox, words_add(base, slot)), g, 1, PLANES_PER_GROUP, &keep, &equal);
+            words_t index = chunk->low ? listed_at(chunk, i, n) : words_add(base, slot);
+            draw_groups(d, counter_of(&d->philox, index), g, 1, PLANES_PER_GROUP, &keep, &equal);
             words_store(decided, words_unless(words_set1(~0u), undecided, keep));
             for (unsigned j = 0; j < n; j++) chunk->words[chunk->slot[i + j]] &= decided[j];
             left += words_compact(slot, words_and(undecided, equal), chunk->slot + left, chunk->undecided + left);
@@ -181,9 +191,24 @@ INLINE counter_t block_counter(const draw_t *d, uint64_t first_word, unsigned v)
 }
 
 static inline void chunk_open(const draw_t *d, chunk_t *chunk, uint64_t first_block) {
+    chunk->low = NULL;
     chunk->first_word = first_block * FD_BLOCK_WORDS;
     chunk->pending = 0;
     for (unsigned v = 0; v < FD_BLOCK_WORDS / LANES; v++) chunk->counters[v] = block_counter(d, chunk->first_word, v);
+}
+
+/* Draws a vector of the chunk's words and sets aside what is undecided after two groups. */
+INLINE void draw_words(const draw_t *d, chunk_t *chunk, counter_t counter, uint32_t slot) {
+    words_t keep, equal;
+    switch (d->look) {
+    case ONE_PLANE: draw_groups(d, counter, 0, 1, 1, &keep, &equal); break;
+    case ONE_GROUP: draw_groups(d, counter, 0, 1, PLANES_PER_GROUP, &keep, &equal); break;
+    default: draw_groups(d, counter, 0, 2, PLANES_PER_GROUP, &keep, &equal);
+    }
+    words_store(chunk->words + slot, keep);
+    if (d->look == MORE_GROUPS)
+        chunk->pending += words_compact(words_count_from(slot), equal, chunk->slot + chunk->pending,
+                                        chunk->undecided + chunk->pending);
 }
 
 /* Draws block b of the chunk and sets aside what is undecided after two groups. Blocks come in order. A block never
@@ -196,20 +221,9 @@ INLINE void draw_block(draw_t *d, chunk_t *chunk, unsigned b) {
         philox_set_high(&d->philox, high);
     }
     for (unsigned v = 0; v < FD_BLOCK_WORDS / LANES; v++) {
-        uint32_t slot = b * FD_BLOCK_WORDS + v * LANES;
-        words_t keep, equal;
         counter_t counter = chunk->counters[v];
         chunk->counters[v] = block_counter(d, word + FD_BLOCK_WORDS, v);
-        switch (d->look) {
-        case ONE_PLANE: draw_groups(d, counter, 0, 1, 1, &keep, &equal); break;
-        case ONE_GROUP: draw_groups(d, counter, 0, 1, PLANES_PER_GROUP, &keep, &equal); break;
-        case TWO_GROUPS: draw_groups(d, counter, 0, 2, PLANES_PER_GROUP, &keep, &equal); break;
-        default:
-            draw_groups(d, counter, 0, 2, PLANES_PER_GROUP, &keep, &equal);
-            chunk->pending += words_compact(words_count_from(slot), equal, chunk->slot + chunk->pending,
-                                            chunk->undecided + chunk->pending);
-        }
-        words_store(chunk->words + slot, keep);
+        draw_words(d, chunk, counter, b * FD_BLOCK_WORDS + v * LANES);
     }
 }
 

@@ -23,6 +23,9 @@
 #include "pointwise.inc.h"
 #include "softmax.inc.h"
 
+#include "attention.inc.h"
+
+#undef MASK_ROW
 #undef FOR_VECTORS
 #undef C
 #undef PASTE

@@ -7,13 +7,15 @@
  *
  *   order.inc.h        in which order a pass goes through memory, and what it prefetches
  *   draw.inc.h         random bits compared with the threshold: draw_bits
+ *   rows.inc.h         the bits of rows that lie apart in the mask: draw_rows
  *   mask_bits.inc.h    mask bits beside data
  *   gaussian.inc.h     normal random numbers
  *   apply.inc.h        per dtype: dropout_forward, masked_affine, gaussian_multiply
  *   dilate.inc.h       masks of blocks: dilate_bits
  *   vector_math.inc.h  exp, tanh and the normal distribution
  *   strips.inc.h       how fused kernels go through data
- *   fused.inc.h        per type that is computed in: storage, activations, drop, pointwise, norm, softmax
+ *   fused.inc.h        per type that is computed in: storage, activations, drop, pointwise, norm, softmax,
+ *                      attention
  *
  * Mask bits are in small local buffers that have slack behind them. User memory is never read or written past its end.
  * Large outputs are written around the cache (`stream`).
@@ -23,6 +25,7 @@
 #include "philox.h"
 
 #include <math.h>
+#include <stddef.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define OUTLINE __attribute__((noinline))
@@ -47,6 +50,7 @@ INLINE void prefetch(const void *p) { __builtin_prefetch(p, 0, 3); }
 
 #include "draw.inc.h"
 #include "mask_bits.inc.h"
+#include "rows.inc.h"
 
 #include "gaussian.inc.h"
 
@@ -99,6 +103,8 @@ DEFINE_BY_WIDTH(norm_forward)
 DEFINE_BY_WIDTH(norm_backward)
 DEFINE_BY_WIDTH(softmax_forward)
 DEFINE_BY_WIDTH(softmax_backward)
+DEFINE_BY_WIDTH(attention_forward)
+DEFINE_BY_WIDTH(attention_backward)
 
 /* Adds the panels' sums to those of the first panel, one panel after the other, so that the order of the additions
  * depends on the shape alone. */

@@ -21,8 +21,8 @@ HEAD = """\
  * PARAMETERS(FIRST, NEXT) expands FIRST(type, name) NEXT(type, name) ... An FD_DRAWING_OP may also be asked to draw
  * the words that it works under; by itself it is an FD_OP.
  *
- * fastdrop/backends/reference/ says in NumPy what each computes. Those with rows and columns work on data [rows,
- * columns], element (r, c) under bit r columns + c of words, all kept where words is NULL. Vectors of columns
+ * fastdrop/backends/reference/ says in NumPy what each computes. Those with a dtype, rows and columns work on data
+ * [rows, columns], element (r, c) under bit r columns + c of words, all kept where words is NULL. Vectors of columns
  * (input_bias, weight, norm_bias), statistics and sums are float32, or float64 with float64 data; residual,
  * residual_out and their gradients are of residual_dtype, all else of dtype. NULL: absent. */
 #ifndef FD_DRAWING_OP

@@ -49,57 +49,100 @@ static double C(exponentials)(const C(t) * x, C(t) * to, uint64_t n, C(v) top) {
     return C(sum_lanes)(sum.v[0]);
 }
 
+/* Where row r of the mask begins; NULL: no mask. */
+#define MASK_ROW(args, r)                                                                                              \
+    (!(args)->mask ? NULL                                                                                              \
+                   : (const C(t) *)(args)->mask + (r) / (args)->queries / (args)->heads * (args)->outer_stride +       \
+                         (r) / (args)->queries % (args)->heads * (args)->head_stride +                                 \
+                         (r) % (args)->queries * (args)->query_stride)
+
+/* A row of scores on its way to exponentials. */
+typedef struct {
+    const void *x;
+    const C(t) * mask; /* NULL: no mask */
+    int type;
+    uint64_t first, keys; /* the row's first element, and how many keys it sees */
+    C(v) scale;
+    C(t) * row, *strip; /* room for the row, NULL: it is not kept between passes; room for a strip of it */
+} C(row_t);
+
+/* The strip's scores in the row, or in the room for a strip. */
+INLINE C(t) * C(score_strip)(const C(row_t) * r, uint64_t j, uint64_t n, C(v) * most) {
+    C(t) *to = r->row ? r->row + j : r->strip;
+    const C(t) *x = C(load_strip)(r->type, r->x, r->first + j, n, r->strip);
+    *most = C(scores)(x, r->mask ? r->mask + j : NULL, to, n, r->scale, *most);
+    return to;
+}
+
+/* The first pass: the scores. Returns the largest. The mask is drawn meanwhile, if it is to be drawn. */
+static C(t) C(row_scores)(const C(row_t) * r, drawing_t *drawing) {
+    C(v) most = C(set1)(-INFINITY);
+    C(t) lanes[C(lanes)], largest;
+    for (uint64_t j = 0, n; j < r->keys; j += n) {
+        n = min_u64(r->keys - j, STRIP_CELLS);
+        draw_until(drawing, r->first + j + n);
+        C(score_strip)(r, j, n, &most);
+    }
+    C(store)(lanes, most);
+    largest = lanes[0];
+    for (int i = 1; i < C(lanes); i++) largest = lanes[i] > largest ? lanes[i] : largest;
+    return largest;
+}
+
+/* The second pass: exp(score - top). Returns the sum. */
+static double C(row_exponentials)(const C(row_t) * r, C(v) top) {
+    double sum = 0;
+    for (uint64_t j = 0, n; j < r->keys; j += n) {
+        C(v) most = top;
+        n = min_u64(r->keys - j, STRIP_CELLS);
+        C(t) *to = r->row ? r->row + j : C(score_strip)(r, j, n, &most);
+        sum += C(exponentials)(to, to, n, top);
+    }
+    return sum;
+}
+
+/* A strip of what the second pass computed. */
+INLINE C(t) * C(row_strip)(const C(row_t) * r, uint64_t j, uint64_t n, C(v) top) {
+    C(v) most = top;
+    if (r->row) return r->row + j;
+    C(score_strip)(r, j, n, &most);
+    C(exponentials)(r->strip, r->strip, n, top);
+    return r->strip;
+}
+
 static void C(softmax_forward)(const softmax_forward_args *args, uint64_t begin, uint64_t end) {
     const int type = args->dtype;
     const uint64_t columns = args->columns;
-    const int fits = columns <= ROW_CELLS;
     const C(t) a = (C(t))args->a;
-    const C(v) scale = C(set1)(args->softmax_scale);
     C(t) row[ROW_CELLS], x[STRIP_CELLS], p_scratch[STRIP_CELLS], y_scratch[STRIP_CELLS];
     drawing_t drawing;
     drawing_open(&drawing, args->words, args->rows * columns, args->draw, begin * columns, end * columns);
     for (uint64_t r = begin; r < end; r++) {
-        const uint64_t first = r * columns, query = r % args->queries, head = r / args->queries % args->heads;
-        const uint64_t outer = r / args->queries / args->heads;
+        const uint64_t first = r * columns, query = r % args->queries;
         const uint64_t keys = args->causal ? min_u64(columns, query + 1) : columns;
-        const C(t) *mask = args->mask;
-        if (mask) mask += outer * args->outer_stride + head * args->head_stride + query * args->query_stride;
-        C(v) most = C(set1)(-INFINITY);
-        for (uint64_t j = 0, n; j < keys; j += n) {
-            n = min_u64(keys - j, STRIP_CELLS);
-            const C(t) *part = C(load_strip)(type, args->x, first + j, n, x);
-            draw_until(&drawing, first + j + n);
-            most = C(scores)(part, mask ? mask + j : NULL, fits ? row + j : x, n, scale, most);
-        }
-        C(t) lanes[C(lanes)], largest;
-        C(store)(lanes, most);
-        largest = lanes[0];
-        for (int i = 1; i < C(lanes); i++) largest = lanes[i] > largest ? lanes[i] : largest;
+        const C(row_t) scores = {.x = args->x,
+                                 .mask = MASK_ROW(args, r),
+                                 .type = type,
+                                 .first = first,
+                                 .keys = keys,
+                                 .scale = C(set1)(args->softmax_scale),
+                                 .row = columns <= ROW_CELLS ? row : NULL,
+                                 .strip = x};
+        const C(t) largest = C(row_scores)(&scores, &drawing);
         const C(v) top = C(set1)(largest == -INFINITY ? 0 : largest); /* all masked: -inf - -inf would be NaN */
-        double total = 0;
-        for (uint64_t j = 0, n; j < keys; j += n) {
-            C(t) *to = fits ? row + j : x;
-            n = min_u64(keys - j, STRIP_CELLS);
-            if (!fits)
-                C(scores)(C(load_strip)(type, args->x, first + j, n, x), mask ? mask + j : NULL, to, n, scale, most);
-            total += C(exponentials)(to, to, n, top);
-        }
+        const double total = C(row_exponentials)(&scores, top);
         const C(t) share = total == 0 ? 0 : (C(t))(1 / total); /* all masked: 0 */
         for (uint64_t j = 0, n; j < columns; j += n) {
             const uint64_t at = first + j, lead = args->stream ? C(to_line)(type, args->y, at) : 0;
             n = min_u64((j < keys ? keys : columns) - j, strip_after(lead));
-            C(t) *from = fits ? row + j : x, *p = p_scratch, *y = C(output_strip)(type, args->y, at, y_scratch, 0);
+            C(t) *p = p_scratch, *y = C(output_strip)(type, args->y, at, y_scratch, 0);
             const int stream = args->stream && !lead;
             if (args->probabilities) p = C(output_strip)(type, args->probabilities, at, p_scratch, 0);
             if (j >= keys || share == 0) {
                 memset(p, 0, n * sizeof *p);
             } else {
-                if (!fits) {
-                    C(scores)(C(load_strip)(type, args->x, at, n, x), mask ? mask + j : NULL, x, n, scale, most);
-                    C(exponentials)(x, x, n, top);
-                }
                 const bits_t all = {NULL, 0};
-                C(mask_strip)(from, p, &all, 0, n, share, 0);
+                C(mask_strip)(C(row_strip)(&scores, j, n, top), p, &all, 0, n, share, 0);
             }
             if (j >= keys) draw_until(&drawing, at + n);
             C(mask_strip)(p, y, &drawing.bits, at, n, a, stream && y != y_scratch);

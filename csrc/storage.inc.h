@@ -120,6 +120,13 @@ static void C(mul)(const C(t) * x, const C(t) * y, C(t) * to, uint64_t n) {
 #undef BODY
 }
 
+/* to = a x. */
+static void C(times)(const C(t) * x, C(t) * to, uint64_t n, C(v) a) {
+#define BODY(left) C(store_partial)(to + i, C(load_partial)(x + i, left) * a, left, 0);
+    FOR_VECTORS(n, BODY);
+#undef BODY
+}
+
 /* UNROLL vectors at once. */
 enum { C(unrolled) = UNROLL * C(lanes) };
 

@@ -159,8 +159,6 @@ class Plan:
             self.query, self.key = (*before, queries, width), (*served, keys, width)
             self.value, self.shape = (*served, keys, of_value), (*before, queries, keys)
             self.y = (*before, queries, of_value)
-            rows = queries * groups if heads_axis else queries
-            self.matrices = (math.prod(served), rows, keys)
         self.stream = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) and rng.random() < 0.5 else None
         self.noise = tuple(rng.choice((extent, 1)) for extent in self.shape) if rng.random() < 0.4 else self.shape
         self.op = op
@@ -204,9 +202,10 @@ RECIPES: dict[str, Callable[[Plan], Any]] = {
     "attn_mask": _of("mask"),
     "seed": lambda plan: Spec((), torch.int64),
     "statistics": lambda plan: Spec((math.prod(plan.shape[:-1]), 2), plan.wide),
-    "probabilities": lambda plan: Spec(plan.matrices if "attention" in plan.op else plan.shape, plan.dtype),
+    "probabilities": _of("data"),
+    "y": lambda plan: Spec(plan.y, plan.dtype),
+    "log_sums": lambda plan: Spec(plan.y[:-1], plan.wide),
     **{name: lambda plan, name=name: Spec(getattr(plan, name), plan.dtype) for name in ("query", "key", "value")},
-    **{f"{name}_shape": lambda plan, name=name: list(getattr(plan, name)) for name in ("query", "key", "value")},
     "mask_shape": lambda plan: list(plan.noise),
     "size": lambda plan: list(plan.shape[:1]),
     "block_size": lambda plan: [

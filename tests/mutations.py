@@ -102,6 +102,13 @@ MUTATIONS = (
         PRIMITIVES,
     ),
     Mutation(
+        "draw_rows lists a row a word too short",
+        "csrc/rows.inc.h",
+        "words += (lead + (unsigned)columns + 31) / 32;",
+        "words += ((unsigned)columns + 31) / 32;",
+        PRIMITIVES,
+    ),
+    Mutation(
         "bits of a run read a bit late",
         "csrc/mask_bits.inc.h",
         "return (uint32_t)(pair >> (position & 7));",
@@ -541,10 +548,24 @@ MUTATIONS = (
         "tests/torch/functional/test_fused.py",
     ),
     Mutation(
-        "attention's words of a block begin at the wrong bit",
-        "fastdrop/torch/ops/attention.py",
-        "low[: high.numel()] |= high << (32 - shift)",
-        "low[: high.numel()] |= high << (31 - shift)",
+        "attention's mask of a tile begins at the wrong cell",
+        "fastdrop/torch/runtime/attention_kernels.py",
+        "first = head * matrix + query * extents.keys + self.key",
+        "first = head * matrix + query * extents.keys",
+        "tests/torch/functional/test_attention.py",
+    ),
+    Mutation(
+        "attention adds the values of a tile in the units of another maximum",
+        "csrc/attention.inc.h",
+        "if (factor != 1 || scaled != totals)",
+        "if (scaled != totals)",
+        "tests/torch/functional/test_attention.py",
+    ),
+    Mutation(
+        "attention skips the tile of a query's own number where it is causal",
+        "fastdrop/torch/runtime/attention_kernels.py",
+        "min(keys, query + rows) if causal else keys",
+        "min(keys, query + rows - 1) if causal else keys",
         "tests/torch/functional/test_attention.py",
     ),
     Mutation(

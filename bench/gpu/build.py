@@ -32,7 +32,7 @@ def compile_all(task: Task) -> dict[str, Any]:
 def every_variant() -> list[Variant]:
     """All that is timed or tested."""
     tags = range(len(ITEM_BYTES))
-    found = [Variant(body) for body in ("draw_words", "dilate_bits", "count_bits")]
+    found = [Variant(body) for body in ("draw_words", "draw_rows", "dilate_bits", "count_bits")]
     found += [Variant("gaussian_multiply", tag) for tag in tags]
     counted = ("elementwise", "stored"), ("strided", "wide"), ("strided", "narrow")
     found += [Variant(body, tag, form, counted=True) for tag in tags for body, form in counted]

@@ -33,6 +33,7 @@ DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 VARIANTS = (
     Variant("draw_words"),
+    Variant("draw_rows"),
     *(Variant("elementwise", dtype, form) for form in ("drawn", "stored") for dtype in range(4)),
     Variant("elementwise", FLOAT32, "drawn_shifted"),
     *(Variant("elementwise", FLOAT32, form, plain=False) for form in ("drawn", "drawn_shifted", "stored")),
@@ -44,7 +45,7 @@ VARIANTS = (
     Variant("dilate_bits"),
     Variant("count_bits"),
 )
-BITS_ALONE = ("dilate_bits", "count_bits")
+BITS_ALONE = ("draw_rows", "dilate_bits", "count_bits")
 
 # Of each kernel on rows what is likely to be called most, and what takes the most registers.
 ROWS = (

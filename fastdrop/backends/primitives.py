@@ -27,16 +27,25 @@ class Primitive:
     """``over``: "cells" are independent of each other; "rows" and "panels" (of rows) are worked on as a whole.
 
     ``draws``: there is also ``<name>_drawn``, which takes `DRAW` first and writes the mask words that it works under.
+    ``cpu_only``: the CUDA backend has no such function.
     """
 
-    __slots__ = ("does", "draws", "name", "over", "parameters")
+    __slots__ = ("cpu_only", "does", "draws", "name", "over", "parameters")
 
-    def __init__(self, name: str, over: str, does: str, parameters: str, draws: bool = False) -> None:
+    def __init__(
+        self, name: str, over: str, does: str, parameters: str, draws: bool = False, cpu_only: bool = False
+    ) -> None:
         self.name, self.over, self.does, self.draws, self.parameters = name, over, does, draws, _declared(parameters)
+        self.cpu_only = cpu_only
 
     @property
     def names(self) -> list[str]:
         return [parameter.name for parameter in self.parameters]
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether it works on data ``[rows, columns]``."""
+        return {"dtype", "rows", "columns"} <= set(self.names)
 
 
 # Kinds of numbers, and their types in C.
@@ -48,7 +57,7 @@ NUMBERS = {
     "number": "double",  # rounded to the type of the arithmetic
     "double": "double",  # taken as it is, or rounded to float32, for every dtype
 }
-# Kinds of arrays. Those of the last four hold numbers of the type that is computed in: float64 for float64 data, else
+# Kinds of arrays. Those of the last five hold numbers of the type that is computed in: float64 for float64 data, else
 # float32.
 ARRAYS = {
     "words": "packed bits, uint32",
@@ -57,6 +66,7 @@ ARRAYS = {
     "column": "a number for each column",
     "mask": "numbers to be added to scores, read at strides",
     "statistics": "two numbers for each row",
+    "totals": "``width`` numbers for each row",
     "sums": "lines of columns, one or three for each panel of rows",
 }
 
@@ -81,6 +91,14 @@ TABLE = (
         over="cells",
         does="Bits of cells first .. first+n-1, written at bits position .. position+n-1 of words.",
         parameters="words! words; count position; seed first; count n; seed seed, offset; count threshold",
+    ),
+    Primitive(
+        "draw_rows",
+        over="cells",
+        does="Bit position + (o rows + r) columns + c of words = the bit of cell first + o outer_pitch + r pitch + c, "
+        "for o < outer, r < rows, c < columns.",
+        parameters="words! words; count position; seed first; count outer; seed outer_pitch; count rows; seed pitch; "
+        "count columns; seed seed, offset; count threshold",
     ),
     Primitive(
         "dropout_forward",
@@ -164,6 +182,30 @@ TABLE = (
         "as in forward.",
         parameters="code dtype; data dy, probabilities; words? words; data! dx; data!? y; count rows, columns; "
         "number softmax_scale, a",
+    ),
+    Primitive(
+        "attention_forward",
+        over="rows",
+        cpu_only=True,
+        does="A tile of attention scores, x, under the running maximum and sum of each row, before [rows, 2], where "
+        "there were tiles before: scores are softmax_scale x + mask; after: the maximum with this tile's, and the sum "
+        "of exp(score - maximum); y = bit ? exp(score - maximum) : 0; scaled = totals exp(old maximum - maximum), "
+        "[rows, width]. Rows of the mask are as in softmax_forward. Under causal, row r sees the columns c with "
+        "first_key + c <= first_query + r % queries.",
+        parameters="code dtype; data x; mask? mask; words? words; statistics? before; totals? totals; "
+        "statistics! after; data! y; totals!? scaled; count rows, columns, width, heads, queries, outer_stride, "
+        "head_stride, query_stride, first_query, first_key; number softmax_scale; flag causal",
+    ),
+    Primitive(
+        "attention_backward",
+        over="rows",
+        cpu_only=True,
+        does="A tile of attention scores again, with the row's log-sum-exp and its sum of dy y in log_and_dot [rows, "
+        "2]: p = exp(score - log-sum-exp); y = bit ? a p : 0; dx = p ((bit ? a dy : 0) - dot), of the score before "
+        "the mask is added. Rows, mask and causal are as in attention_forward.",
+        parameters="code dtype; data x; mask? mask; words? words; statistics log_and_dot; data? dy; data!? y, dx; "
+        "count rows, columns, heads, queries, outer_stride, head_stride, query_stride, first_query, first_key; "
+        "number softmax_scale, a; flag causal",
     ),
 )
 

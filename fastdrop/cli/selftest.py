@@ -236,6 +236,9 @@ def _dropped(module: ModuleType, tag: int, x: Array, p: float) -> Named:
     in_place = x.copy()
     module.masked_affine(tag, in_place, in_place, shifted, POSITION, 1, 1, n, *inverted)
     yield "backward in place, mask off the word border", in_place
+    part = _poisoned(np.empty(word_count(6 * (n // 8)), np.uint32))
+    module.draw_rows(part, 0, POSITION, 2, n, 3, n // 4, n // 8, *draw[2:])
+    yield "a part of a mask", part
     if n >= math.prod(SHARED):
         x = x[: math.prod(SHARED)]
         yield "mask shared along an axis", result("masked_affine", shifted, POSITION, *SHARED, *inverted)

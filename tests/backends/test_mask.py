@@ -49,6 +49,22 @@ MANY = 7 * GRAIN + 777  # enough for seven threads
 NOISE_LENGTHS = (0, 1, 15, 16, 17, 63, 64, 65, 511, 512, 513, 1000, 8191, 8193, 140_001)
 # Bytes past a cache line: elements of 2 to 8 bytes aligned and not, and odd addresses.
 SHIFTS = (0, 1, 2, 3, 4, 8, 12, 24, 63)
+ROWS = (  # of masks: outer, outer_pitch, rows, pitch, columns
+    *((1, 0, 600, pitch, 1) for pitch in (1, 2, 33, 1000)),
+    (3, 20_000, 300, 64, 31),
+    (2, 9999, 310, 32, 32),
+    (3, 5000, 101, 40, 33),
+    (2, 125 * 77, 77, 125, 125),  # all cells in order
+    (2, 99_999, 77, 1000, 125),
+    (3, 40_000, 9, 4096, 512),
+    (2, 7 * 512, 7, 512, 512),
+    (1, 0, 20, 1024, 513),
+    (2, 30_000, 11, 2000, 1000),
+    (2, 70_000, 3, 10_001, 9000),
+    (3, 9000, 1, 9000, 9000),
+    (3, 10, 40, 3, 70),  # rows that overlap
+    *((0, 5, 5, 9, 5), (5, 90, 0, 9, 5), (5, 90, 5, 9, 0)),
+)
 LAYOUTS = [(SHIFTS[k], SHIFTS[k - turn], (0, 1, 4)[k % 3]) for turn in (0, 3) for k in range(len(SHIFTS))]
 
 
@@ -86,6 +102,13 @@ def drawing(n, *, position=0, first=0):
     return Call("draw_bits", {}, {"words": (word_count(position + n), np.uint32)}, numbers)
 
 
+def drawing_rows(shape, *, position=0, first=0, threshold=TENTH):
+    """``shape``: outer, outer_pitch, rows, pitch, columns."""
+    numbers = dict(zip(("outer", "outer_pitch", "rows", "pitch", "columns"), shape, strict=True))
+    numbers |= {"position": position, "first": first, "seed": SEED, "offset": OFFSET, "threshold": threshold}
+    return Call("draw_rows", {}, {"words": (word_count(position + shape[0] * shape[2] * shape[4]), np.uint32)}, numbers)
+
+
 def data_of(dtype, n):
     return dtype.data(n) if n <= 8 * GRAIN else np.resize(dtype.data(8 * GRAIN), n)
 
@@ -103,6 +126,12 @@ def keeping_words(cells, halvings):
 
 def random_words(cells):
     return np.random.default_rng(cells).integers(0, 2**32, word_count(cells), np.uint32)
+
+
+def last_cell(shape):
+    """The last cell of rows whose first cell is 0."""
+    outer, outer_pitch, rows, pitch, columns = shape
+    return max((outer - 1) * outer_pitch + (rows - 1) * pitch + columns - 1, 0) if outer * rows * columns else 0
 
 
 def a_third_of_all(some, others):
@@ -134,6 +163,9 @@ def test_cuda_has_them_by_address_on_a_device_and_a_stream():
     from fastdrop.backends.cuda import launch as module
 
     for op, primitive in PRIMITIVES.items():
+        if primitive.cpu_only:
+            assert not hasattr(module, f"{op}_at")
+            continue
         own = inspect.signature(getattr(module, f"{op}_at")).parameters.values()
         assert [p.name for p in own if p.kind is p.POSITIONAL_OR_KEYWORD] == ["device", "stream", *primitive.names]
         assert {p.name for p in own if p.kind is p.KEYWORD_ONLY} <= {"seed_at", "kept_at"}
@@ -166,6 +198,19 @@ def test_reference_dilates_as_the_definition_does(shape):
         for o, j, i in np.argwhere(keep.reshape(outer, n, inner) == 0):
             wider[o, j : j + block, i] = False
         assert_same_bits(dilated(words, *shape).run(reference)["to"], fd.PackedMask.from_bool(wider, 0.1).words)
+
+
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+def test_reference_draws_rows_as_it_draws_bits(shape):
+    outer, outer_pitch, rows, pitch, columns = shape
+    call = drawing_rows(shape, position=13, first=7)
+    whole = drawing(7 + last_cell(shape) + 1).run(reference)["words"]
+    mask = np.unpackbits(whole.view(np.uint8), bitorder="little")
+    cells = np.add.outer(7 + outer_pitch * np.arange(outer), np.add.outer(pitch * np.arange(rows), np.arange(columns)))
+    drawn = np.unpackbits(call.run(reference)["words"].view(np.uint8), bitorder="little")
+    assert (drawn[:13] == 1).all()  # what was there
+    assert (drawn[13 : 13 + cells.size] == mask[cells.reshape(-1)]).all()
+    assert not cells.size or not drawn[13 + cells.size :].any()
 
 
 # ---- against the reference ----
@@ -225,6 +270,23 @@ def dilations(dtype):
             yield dilated(keeping_words(3 * n * inner, 4), 3, n, inner, block)
 
 
+def parts_of_masks(dtype):
+    """Each third of the shapes at each position and first cell; the last cells; rows on both sides of word 2**32, in
+    rising and in falling order; all thresholds."""
+    if dtype is not FLOAT32:
+        return
+    for shape, (position, first) in a_third_of_all(ROWS, list(itertools.product((0, 13, 1000), (0, 7, 2**37 + 77)))):
+        yield drawing_rows(shape, position=position, first=first)
+    for shape in ROWS:
+        yield drawing_rows(shape, first=2**64 - 1 - last_cell(shape))
+        yield drawing_rows(shape, position=5, first=2**37 - last_cell(shape) // 2)
+    yield drawing_rows((3, 0, 40, 2**37 // 20, 33), first=31)
+    yield drawing_rows((2, 0, 3, 2**37, 140), first=7)
+    yield drawing_rows((2, 2**63, 2, 2**62, 1000), first=2**62 - 1000)
+    for threshold in THRESHOLDS.values():
+        yield drawing_rows((2, 70_001, 30, 1000, 125), position=13, first=7, threshold=threshold)
+
+
 CALLS = {
     "forward, lengths": lambda d: (forward(d, n, first=first) for n, first in a_third_of_all(LENGTHS, FIRSTS)),
     "forward, the last cells": lambda d: (forward(d, n, first=2**64 - n) for n in LENGTHS[1:]),
@@ -238,6 +300,7 @@ CALLS = {
     "noise": noises,
     "every 16-bit pattern": patterns,
     "dilations": dilations,
+    "parts of masks": parts_of_masks,
 }
 
 
@@ -273,6 +336,7 @@ def test_primitives_stay_within_memory(compiled, dtype, memory):
     calls = list(short_calls(dtype))
     if dtype is FLOAT32:
         calls += [drawing(n, first=first) for n in (1, 33, 513, 20_001) for first in (0, 5, 511)]
+        calls += [drawing_rows(shape, first=5) for shape in ROWS]
         calls += [dilated(random_words(o * n * i), o, n, i, block) for o, n, i, block in DILATIONS if o * n * i]
     for call in calls:
         call.run(compiled, memory=memory)
@@ -366,6 +430,8 @@ def shared_calls(dtype):
         shapes = (1, MANY, 1, 9), (9000, 50, 1, 7), (150, 50, 56, 7), (2, 5, 45_001, 3)
         calls += [dilated(keeping_words(shape[0] * shape[1] * shape[2], 4), *shape) for shape in shapes]
         calls += [drawing(MANY, position=position, first=99) for position in (0, 13, 1000)]
+        calls += [drawing_rows((3, 2_000_001, 1250, 1001, 125), position=position, first=9) for position in (0, 13)]
+        calls += [drawing_rows((2, 2**40, 57, 9001, 4111), position=1000)]
     return [(call, call.run(reference)) for call in calls]
 
 
@@ -381,6 +447,10 @@ def test_any_number_of_threads(compiled, dtype):
 REFUSED = [
     *((drawing(64), bad) for bad in ({"threshold": 0}, {"threshold": 1 << 32}, {"first": 2**64 - 63})),
     (drawing(64), {"position": 2**64 - 63}),
+    *((drawing_rows((2, 99, 3, 9, 5)), bad) for bad in ({"threshold": 0}, {"threshold": 1 << 32})),
+    *((drawing_rows((2, 99, 3, 9, 5)), bad) for bad in ({"first": 2**64 - 121}, {"position": 2**64 - 29})),
+    *((drawing_rows((2, 99, 3, 9, 5)), bad) for bad in ({"outer_pitch": 2**64 - 22}, {"pitch": 2**63})),
+    *((drawing_rows((2, 99, 3, 9, 5)), {name: 2**63 + 1}) for name in ("outer", "rows", "columns")),
     *((forward(FLOAT32, 64), bad) for bad in ({"dtype": 4}, {"dtype": -1}, {"threshold": 0}, {"threshold": 1 << 32})),
     (forward(FLOAT32, 64), {"first": 2**64 - 63}),
     *((masked(FLOAT32, (1, 1, 64)), bad) for bad in ({"dtype": 4}, {"position": 2**64 - 63})),

@@ -34,6 +34,7 @@ typedef struct {
 
 static const double SCALE = 1.25, EPS = 1e-5, SOFTMAX_SCALE = 0.7;
 
+static const uint64_t FIRST_QUERY = 3, FIRST_KEY = 5; /* causal: the first queries see nothing */
 static const uint64_t SEED = 0x0123456789ABCDEF, OFFSET = 7;
 static const uint32_t THRESHOLDS[] = {0x80000000, 0x19000000, 0x19990000, 0x40000001}; /* one plane, group, two, more */
 
@@ -62,6 +63,17 @@ static int softmax_forward(const case_t *c, void *const *p) {
 static int softmax_backward(const case_t *c, void *const *p) {
     return fd_softmax_backward(c->dtype, p[0], p[1], p[2], p[3], p[4], c->rows, c->columns, SOFTMAX_SCALE, SCALE);
 }
+/* totals and scaled have two numbers for each row, as statistics have. */
+static int attention_forward(const case_t *c, void *const *p) {
+    return fd_attention_forward(c->dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], c->rows, c->columns, 2,
+                                c->heads, c->queries, c->strides[0], c->strides[1], c->strides[2], FIRST_QUERY,
+                                FIRST_KEY, SOFTMAX_SCALE, c->flag);
+}
+static int attention_backward(const case_t *c, void *const *p) {
+    return fd_attention_backward(c->dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], c->rows, c->columns, c->heads,
+                                 c->queries, c->strides[0], c->strides[1], c->strides[2], FIRST_QUERY, FIRST_KEY,
+                                 SOFTMAX_SCALE, SCALE, c->flag);
+}
 
 /* clang-format off */
 #define WORDS {BITS, CELLS, MAYBE_IN}
@@ -85,9 +97,26 @@ static const op_t OPS[] = {
      {{4, 0}, {3, 0}}},
     {"softmax_backward", softmax_backward,
      {{DATA, CELLS, IN}, {DATA, CELLS, IN}, WORDS, {DATA, CELLS, OUT}, {DATA, CELLS, MAYBE_OUT}}, 5, {{3, 1}, {3, 0}}},
+    {"attention_forward", attention_forward,
+     {{DATA, CELLS, IN}, {WIDE, MASK, MAYBE_IN}, WORDS, {WIDE, TWO_ROWS, MAYBE_IN}, {WIDE, TWO_ROWS, MAYBE_IN},
+      {WIDE, TWO_ROWS, OUT}, {DATA, CELLS, OUT}, {WIDE, TWO_ROWS, MAYBE_OUT}}, 8, {{6, 0}, {7, 4}}},
+    {"attention_backward", attention_backward,
+     {{DATA, CELLS, IN}, {WIDE, MASK, MAYBE_IN}, WORDS, {WIDE, TWO_ROWS, IN}, {DATA, CELLS, MAYBE_IN},
+      {DATA, CELLS, MAYBE_OUT}, {DATA, CELLS, MAYBE_OUT}}, 7, {{6, 4}, {5, 0}}},
 };
 /* clang-format on */
-enum { POINTWISE_FORWARD, POINTWISE_BACKWARD, NORM_FORWARD, NORM_BACKWARD, SOFTMAX_FORWARD, SOFTMAX_BACKWARD };
+enum {
+    POINTWISE_FORWARD,
+    POINTWISE_BACKWARD,
+    NORM_FORWARD,
+    NORM_BACKWARD,
+    SOFTMAX_FORWARD,
+    SOFTMAX_BACKWARD,
+    ATTENTION_FORWARD,
+    ATTENTION_BACKWARD
+};
+
+static int draws(const op_t *op) { return strstr(op->name, "forward") && op < OPS + ATTENTION_FORWARD; }
 
 /* ---- operands ---- */
 
@@ -291,6 +320,8 @@ static void check_zeros(const test_t *t, const array_t *arrays) {
     case NORM_BACKWARD: expect_zeros(t, arrays, 5, 6); break;
     case SOFTMAX_FORWARD: expect_zeros(t, arrays, 2, 4); break;
     case SOFTMAX_BACKWARD: expect_zeros(t, arrays, 2, 4); break;
+    case ATTENTION_FORWARD: expect_zeros(t, arrays, 2, 6); break;
+    case ATTENTION_BACKWARD: expect_zeros(t, arrays, 2, 5); break;
     default: break;
     }
 }
@@ -317,7 +348,7 @@ static void check_in_place(const test_t *t, size_t shift, const array_t *expecte
 static void check_drawn(const test_t *t, size_t shift) {
     int words = 0;
     while (words < t->op->count && t->op->operands[words].kind != BITS) words++;
-    if (!strstr(t->op->name, "forward") || !has(t, words)) return;
+    if (!draws(t->op) || !has(t, words)) return;
     array_t right[OPERANDS] = {{NULL, NULL}}, drawn[OPERANDS] = {{NULL, NULL}};
     const uint64_t cells = t->c.rows * t->c.columns;
     test_t draws = *t;
@@ -388,6 +419,8 @@ static test_t test_of(int op, const int dtypes[2], uint64_t rows, uint64_t colum
     if (op == POINTWISE_FORWARD && has(&t, 6)) c->activation = FD_RELU;
     if (op == POINTWISE_BACKWARD && (c->activation || has(&t, 6))) t.absent &= ~(1u << 1);
     if (op == NORM_BACKWARD && !has(&t, 6) && !has(&t, 7)) t.absent &= ~(1u << 7);
+    if (op == ATTENTION_FORWARD && has(&t, 4) != has(&t, 7)) t.absent |= 1u << 4 | 1u << 7;
+    if (op == ATTENTION_BACKWARD && !has(&t, 4)) t.absent |= 1u << 6;
     return t;
 }
 
@@ -402,7 +435,7 @@ static void check_next(int op, const int dtypes[2], const uint64_t shape[2], uns
 /* Ordinary stores by one thread; around the cache by several, to outputs that begin anywhere. */
 static void check_around(int op, const int dtypes[2], const uint64_t shape[2], int isa) {
     test_t t = test_of(op, dtypes, shape[0], shape[1], 0, 5, isa);
-    if (strstr(t.op->name, "forward")) t.c.drawn = THRESHOLDS[isa];
+    if (draws(t.op)) t.c.drawn = THRESHOLDS[isa];
     array_t one[OPERANDS] = {{NULL, NULL}}, several[OPERANDS];
     open_inputs(&t, 0, one);
     memcpy(several, one, sizeof several); /* the words too: drawn twice they are the same */
@@ -472,6 +505,12 @@ void check_fused_refusals(void) {
          fd_softmax_forward_drawn(1, 0, 0, 0, x, NULL, words, NULL, y, 2, 4, 1, 2, 0, 0, 0, 1, 1, 0)},
         {"no words", fd_softmax_forward_drawn(1, 0, 9, 0, x, NULL, NULL, NULL, y, 2, 4, 1, 2, 0, 0, 0, 1, 1, 0)},
         {"dtype", fd_softmax_backward(4, x, x, words, y, NULL, 2, 4, 1, 1)},
+        {"totals alone",
+         fd_attention_forward(0, x, NULL, words, NULL, x, y, y, NULL, 1, 4, 2, 1, 1, 0, 0, 0, 0, 0, 1, 0)},
+        {"no queries",
+         fd_attention_forward(0, x, NULL, words, NULL, NULL, y, y + 2, NULL, 1, 4, 2, 1, 0, 0, 0, 0, 0, 0, 1, 0)},
+        {"dx without dy",
+         fd_attention_backward(0, x, NULL, words, x, NULL, NULL, y, 1, 4, 1, 1, 0, 0, 0, 0, 0, 1, 1, 0)},
     };
     for (size_t i = 0; i < COUNT(calls); i++) expect(calls[i].status == FD_BAD_ARGUMENT, calls[i].what, 0, i, 0);
     for (size_t i = 0; i < COUNT(y); i++) expect(y[i] == 9 && words[0] == 5, "untouched after a refusal", 0, i, 0);

@@ -112,6 +112,47 @@ static void check_noise(int isa) {
     }
 }
 
+/* draw_rows against draw_bits row by row, which clears what is behind each row, so that both leave the same words. */
+static void compare_rows(int isa, const uint64_t extents[5], uint64_t position, uint64_t first, size_t turn) {
+    const uint64_t outer = extents[0], rows = extents[2], columns = extents[4],
+                   t = THRESHOLDS[turn % COUNT(THRESHOLDS)];
+    const size_t shift = 4 * (turn % 2), bytes = (position + outer * rows * columns + 31) / 32 * 4;
+    array_t words = array(bytes, shift, 0xA5), naive = array(bytes, 0, 0xA5);
+    fd_isa_select(isa);
+    for (uint64_t row = 0; row < outer * rows; row++)
+        fd_draw_bits(naive.at, position + row * columns, first + row / rows * extents[1] + row % rows * extents[3],
+                     columns, SEED, OFFSET, t);
+    fd_set_num_threads(1 + (int)(turn % 3));
+    expect(fd_draw_rows(words.at, position, first, outer, extents[1], rows, extents[3], columns, SEED, OFFSET, t) ==
+               FD_OK,
+           "status", isa, columns, first);
+    expect(!memcmp(words.at, naive.at, bytes), "rows", isa, columns, first);
+    fd_set_num_threads(1);
+    free(words.block), free(naive.block);
+}
+
+static void compare_row_sets(int isa) {
+    static const uint64_t EXTENTS[][5] = {{1, 0, 600, 2, 1},
+                                          {1, 0, 600, 1000, 1},
+                                          {3, 9000, 300, 32, 31},
+                                          {2, 9999, 310, 32, 32},
+                                          {3, 5000, 101, 40, 33},
+                                          {2, 99999, 1000, 1000, 125},
+                                          {2, 9625, 77, 125, 125},
+                                          {3, 40000, 9, 4096, 512},
+                                          {1, 0, 20, 1024, 513},
+                                          {2, 30000, 11, 2000, 1000},
+                                          {2, 70000, 3, 10001, 9000},
+                                          {3, 10, 40, 3, 70},
+                                          {2, 0, 3, 1ull << 37, 140},
+                                          {0, 5, 5, 9, 5},
+                                          {5, 90, 5, 9, 0}};
+    static const uint64_t FROM[] = {0, 7, 512, (1ull << 37) - 4097, (1ull << 63) + 77};
+    for (size_t e = 0, turn = 0; e < COUNT(EXTENTS); e++)
+        for (size_t f = 0; f < COUNT(FROM); f++, turn++)
+            compare_rows(isa, EXTENTS[e], turn % 4 ? 13 * (turn % 4) : 0, FROM[f], turn);
+}
+
 /* dilate_bits against its definition, bit by bit. */
 static void compare_dilation(int isa, const uint64_t extents[4], size_t shift, int threads) {
     const uint64_t outer = extents[0], n = extents[1], inner = extents[2], block = extents[3], m = n + block - 1;
@@ -292,6 +333,7 @@ static void check_refusals(void) {
     expect(fd_draw_bits(NULL, 0, 0, 1, 0, 0, 5) == FD_BAD_ARGUMENT, "NULL", 0, 0, 0);
     expect(fd_draw_bits(words, 0, 0, 1, 0, 0, 0) == FD_BAD_ARGUMENT, "threshold 0", 0, 0, 0);
     expect(fd_draw_bits(words, 0, ~0ull, 2, 0, 0, 5) == FD_BAD_ARGUMENT, "cells past 2^64", 0, 0, 0);
+    expect(fd_draw_rows(words, 0, 5, 2, ~0ull - 13, 3, 4, 2, 0, 0, 5) == FD_BAD_ARGUMENT, "rows past 2^64", 0, 0, 0);
     expect(fd_masked_affine(7, x, x, words, 0, 1, 1, 4, 1, 0, 0) == FD_BAD_ARGUMENT, "dtype", 0, 0, 0);
     expect(fd_masked_affine(0, x, x, words, 0, 1ull << 40, 1ull << 40, 1, 1, 0, 0) == FD_BAD_ARGUMENT, "size", 0, 0, 0);
     expect(fd_gaussian_multiply(0, x, x, (1ull << 61) - 3, 4, 0, 0, 1) == FD_BAD_ARGUMENT, "cells past 2^61", 0, 0, 0);
@@ -349,6 +391,7 @@ int main(int argc, char **argv) {
         check_noise(isa);
         compare_grids(isa);
         compare_dilations(isa);
+        compare_row_sets(isa);
         check_ways(isa);
         check_vector_math(isa, (uint32_t)stride);
         check_fused(isa);

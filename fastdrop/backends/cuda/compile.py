@@ -42,6 +42,7 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 # where a count on the device divides it. The second table is that of the fused kernels.
 PARAMETERS = {
     "draw_words": "QQQQQQQII",
+    "draw_rows": "QQQQQQQQQQQQQQQII",
     "elementwise": "QQQQQQQQQIIQAFF",
     "strided": "QQQQI" + 3 * "IIIQ" + "QQAFF",
     "gaussian_multiply": "QQQQQQQf",

@@ -58,6 +58,17 @@ def draw_bits_at(p: Any) -> None:
 
 
 @primitive_at("seed_at")
+def draw_rows_at(p: Any) -> None:
+    n = p.outer * p.rows * p.columns
+    if n:
+        kernel = driver.device(p.device).kernel("draw_rows")
+        threads = (p.position % 32 + n + 31) // 32
+        axes = p.columns, *_division(p.columns), p.rows, *_division(p.rows), p.pitch, p.outer_pitch
+        draw = p.seed, p.seed_at, p.offset, p.threshold, _groups(p.threshold)
+        kernel.launch(p.stream, threads, p.words, p.position, p.first, n, *axes, *draw)
+
+
+@primitive_at("seed_at")
 def dropout_forward_at(p: Any) -> None:
     """``words`` 0: they are not stored."""
     if p.n:

@@ -4,6 +4,8 @@
 
 draw_words
     A thread draws a word.
+draw_rows
+    A thread makes a word of the output: it draws each word of the mask that has some of its bits.
 elementwise
     A warp takes a tile of 1,024 cells: lane ``l`` draws or loads word ``l``, then the warp sweeps the tile.
 strided
@@ -109,6 +111,65 @@ def draw_words(v: Any) -> Any:
                     below = (ONE << lead) - ONE
                     word = (word & ~below) | (U(load_word(at)) & below)
                 store_word(at + i * WORD_BYTES, word)
+            warp_first += step
+
+    return kernel
+
+
+def draw_rows(v: Any) -> Any:
+    draw, state_of, warps = _drawing(v), _states(v), warp_counter(v)
+    any_lane, multiply_high = v.any_lane, v.multiply_high
+    lane_index, load_word, store_word = v.lane, v.load_word, v.store_word
+
+    @v.inline
+    def divide(number, extent, multiplier, shift):
+        """(quotient, remainder)"""
+        quotient = multiply_high(number << ONE, multiplier) >> shift
+        return quotient, number - quotient * extent
+
+    @v.inline
+    def gather(element, bit, end, first, axes, drawing):
+        """Bits bit .. end-1 of a lane's word, from an element on. A mask word is drawn at a time, by all lanes until
+        none has a bit left."""
+        columns, by_columns, shift, rows, by_rows, row_shift, pitch, outer_pitch = axes
+        row, column = divide(element, columns, by_columns, shift)
+        outer, r = divide(row, rows, by_rows, row_shift)
+        start = first + outer * outer_pitch
+        at, word = start + r * pitch, U(0)
+        while any_lane(bit < end):
+            cell = at + column
+            n = min(min(columns - column, HALF - (cell & LOW_5)), end - bit)
+            drawn = draw(cell >> WORD_SHIFT, drawing[0], drawing[1], drawing[2]) >> (cell & LOW_5)
+            word |= (drawn & ((ONE << n) - ONE)) << bit
+            bit += n
+            column += n
+            if column == columns:
+                column = U(0)
+                r += ONE
+                at += pitch
+                if r == rows:
+                    start += outer_pitch
+                    at, r = start, U(0)
+        return word
+
+    def kernel(words, position, first, n, e0, m0, s0, e1, m1, s1, c1, c2, seed, seed_at, offset, threshold, groups):
+        """Bits of n cells of rows, a thread per word written. Extents and strides of axes, as of `strided`, but those
+        of columns are 1."""
+        drawing = state_of(seed, seed_at, offset), threshold, groups
+        axes = e0, m0, s0, e1, m1, s1, c1, c2
+        lead = position & LOW_5
+        count = (lead + n + LOW_5) >> WORD_SHIFT
+        to = words + (position >> WORD_SHIFT) * WORD_BYTES
+        warp_first, step = warps()
+        while warp_first < count:  # whole warps, since lanes vote
+            i = warp_first + U(lane_index())
+            bit = U(0) if i else lead
+            end = min(lead + n - (i << WORD_SHIFT), HALF) if i < count else bit
+            word = gather((i << WORD_SHIFT) + bit - lead, bit, end, first, axes, drawing)
+            if i < count:
+                if i == U(0) and lead:
+                    word |= U(load_word(to)) & ((ONE << lead) - ONE)
+                store_word(to + i * WORD_BYTES, word)
             warp_first += step
 
     return kernel

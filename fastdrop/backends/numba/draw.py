@@ -1,7 +1,9 @@
-"""Draws mask words, as kernels of the Numba CPU backend: `draw_bits`, and what `mask` needs to draw ahead of its data.
+"""Draws mask words, as kernels of the Numba CPU backend: `draw_bits`, `draw_rows`, and what `mask` needs to draw ahead
+of its data.
 
 Blocks of 16 words are drawn two groups of random bits at a time. The few words that are then undecided are gathered
-over a chunk of blocks and given more groups together, as in csrc/draw.inc.h.
+over a chunk of blocks and given more groups together, as in csrc/draw.inc.h. A chunk's words are neighbours in the
+mask, and ``words`` is the index of the first one; or they are listed, and ``words`` is an array of their indices.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -12,6 +14,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import numpy as np
+from numba import types
+from numba.core.extending import overload
 
 from ...core.random import GROUP_SHIFT, GROUPS, MASK_DOMAIN, PLANES_PER_GROUP
 from .scalars import decide_group, inner, kernel, philox_planes, stage
@@ -71,26 +75,50 @@ def _planes(draw, word, second):
     return philox_planes(word, second, draw.offset[0], draw.offset[1], draw.key[0], draw.key[1])
 
 
+def _word_in(words: Any, slot: Any) -> Any:
+    """The index in the mask of the word in a slot of the chunk."""
+    raise NotImplementedError
+
+
+def _second_in(words: Any, slot: Any, i: Any, group: Any) -> Any:
+    """The second counter word of the word in slot + i, where slot begins a block."""
+    raise NotImplementedError
+
+
+@overload(_word_in, inline="always")
+def _word_in_of(words, slot):
+    listed = isinstance(words, types.Array)
+    return (lambda words, slot: words[slot]) if listed else (lambda words, slot: words + slot)
+
+
+@overload(_second_in, inline="always")
+def _second_in_of(words, slot, i, group):
+    if isinstance(words, types.Array):
+        return lambda words, slot, i, group: _second(words[slot + i], group)
+    return lambda words, slot, i, group: _second(words + slot, group)
+
+
 @inner
-def _look_1(chunk, draw, slot, word):
-    """Words word .. word+15, written at slot, for a threshold that one group decides."""
+def _look_1(chunk, draw, slot, words):
+    """A block of words, from slot on, for a threshold that one group decides."""
     t0, t1, t2, t3 = draw.planes[0], draw.planes[1], draw.planes[2], draw.planes[3]
-    second = _second(word, U(0))
     for i in range(BLOCK_WORDS):
-        r0, r1, r2, r3 = _planes(draw, word + U(i), second)
+        second = _second_in(words, slot, U(i), U(0))
+        r0, r1, r2, r3 = _planes(draw, _word_in(words, slot + U(i)), second)
         decided, _ = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
         chunk.keep[slot + U(i)] = np.uint32(decided)
 
 
 @inner
-def _look_2(chunk, draw, slot, word):
+def _look_2(chunk, draw, slot, words):
     """The same after two groups; ``undecided`` takes what they leave open."""
     t0, t1, t2, t3 = draw.planes[0], draw.planes[1], draw.planes[2], draw.planes[3]
     t4, t5, t6, t7 = draw.planes[4], draw.planes[5], draw.planes[6], draw.planes[7]
-    high, low = _second(word, U(0)), _second(word, U(1))
     for i in range(BLOCK_WORDS):
-        r0, r1, r2, r3 = _planes(draw, word + U(i), high)
-        r4, r5, r6, r7 = _planes(draw, word + U(i), low)
+        high, low = _second_in(words, slot, U(i), U(0)), _second_in(words, slot, U(i), U(1))
+        word = _word_in(words, slot + U(i))
+        r0, r1, r2, r3 = _planes(draw, word, high)
+        r4, r5, r6, r7 = _planes(draw, word, low)
         keep_high, equal_high = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
         keep_low, equal_low = decide_group(r4, r5, r6, r7, t4, t5, t6, t7)
         chunk.keep[slot + U(i)] = np.uint32(keep_high & (keep_low | ~equal_high))
@@ -98,7 +126,7 @@ def _look_2(chunk, draw, slot, word):
 
 
 @stage
-def _look_on(lists, draw, base, pending, group):
+def _look_on(lists, draw, words, pending, group):
     """One more group for the pending words, listed up to a multiple of 16 so that the loop has no tail: ``result``
     takes the word to AND in, ``left`` the bits still undecided."""
     slots, bits, result, left = lists[0], lists[1], lists[2], lists[3]
@@ -107,7 +135,7 @@ def _look_on(lists, draw, base, pending, group):
     for block in range(U(0), pending, U(BLOCK_WORDS)):
         for i in range(BLOCK_WORDS):
             at = block + U(i)
-            word = base + U(slots[at])
+            word = _word_in(words, U(slots[at]))
             r0, r1, r2, r3 = _planes(draw, word, _second(word, group))
             decided, equal = decide_group(r0, r1, r2, r3, t0, t1, t2, t3)
             result[at] = np.uint32(decided | ~U(bits[at]))
@@ -115,7 +143,7 @@ def _look_on(lists, draw, base, pending, group):
 
 
 @stage
-def decide_pending(chunk, draw, blocks, base):
+def decide_pending(chunk, draw, blocks, words):
     groups = draw.planes[GROUP_COUNT]
     if groups <= U(2):
         return
@@ -130,7 +158,7 @@ def decide_pending(chunk, draw, blocks, base):
         for i in range(pending, pending + U(BLOCK_WORDS)):
             slots[i] = 0
             bits[i] = 0
-        _look_on(chunk.lists, draw, base, pending, group)
+        _look_on(chunk.lists, draw, words, pending, group)
         still = U(0)
         for i in range(U(0), pending):
             chunk.keep[slots[i]] &= result[i]
@@ -143,13 +171,13 @@ def decide_pending(chunk, draw, blocks, base):
 
 
 @inner
-def draw_block(chunk, draw, block, first_word):
-    """First look at a block of the chunk that begins at first_word; decide_pending ends the chunk."""
+def draw_block(chunk, draw, block, words):
+    """First look at a block of the chunk; decide_pending ends the chunk."""
     slot = block * U(BLOCK_WORDS)
     if draw.planes[GROUP_COUNT] == U(1):
-        _look_1(chunk, draw, slot, first_word + slot)
+        _look_1(chunk, draw, slot, words)
     else:
-        _look_2(chunk, draw, slot, first_word + slot)
+        _look_2(chunk, draw, slot, words)
 
 
 @stage
@@ -174,12 +202,17 @@ def copy_bits(to, to_position, words, position, n):
         n -= room
 
 
+@inner
+def _new_chunk():
+    keep = np.empty(CHUNK_WORDS + BLOCK_WORDS + 1, np.uint32)
+    undecided = np.empty(CHUNK_WORDS + BLOCK_WORDS, np.uint32)
+    return Chunk(keep, undecided, np.empty((4, CHUNK_WORDS + 2 * BLOCK_WORDS), np.uint32))
+
+
 @kernel
 def draw_bits(begin, end, words, position, first, seed, offset, threshold):
     draw = draw_of(seed, offset, U(threshold))
-    keep = np.empty(CHUNK_WORDS + BLOCK_WORDS + 1, np.uint32)
-    undecided = np.empty(CHUNK_WORDS + BLOCK_WORDS, np.uint32)
-    chunk = Chunk(keep, undecided, np.empty((4, CHUNK_WORDS + 2 * BLOCK_WORDS), np.uint32))
+    chunk = _new_chunk()
     at, stop = U(begin), U(end)
     while at < stop:
         step = min(stop - at, U(CHUNK_CELLS))
@@ -190,5 +223,47 @@ def draw_bits(begin, end, words, position, first, seed, offset, threshold):
         for block in range(U(0), blocks):
             draw_block(chunk, draw, block, first_word)
         decide_pending(chunk, draw, blocks, first_word)
-        copy_bits(words, U(position) + at, keep, lead, step)
+        copy_bits(words, U(position) + at, chunk.keep, lead, step)
         at += step
+
+
+@stage
+def _list_words(index, runs, at, stop, first, extents):
+    """Lists the words of cells at .. stop-1 of the rows, as many as a chunk holds: (words, runs of cells).
+
+    A run is a row or a part of one: a row of ``runs`` is the position of its first bit in the chunk, and its length.
+    """
+    outer_pitch, rows, pitch, columns = extents
+    words, count, row, column = U(0), U(0), at // columns, at % columns
+    while at < stop and words < U(CHUNK_WORDS):
+        cell = first + row // rows * outer_pitch + row % rows * pitch + column
+        lead = cell & U(31)
+        n = min(columns - column, stop - at, U(32) * (U(CHUNK_WORDS) - words) - lead)
+        runs[count, 0], runs[count, 1] = U(32) * words + lead, n
+        for i in range(U(0), (lead + n + U(31)) >> U(5)):
+            index[words + i] = (cell >> U(5)) + i
+        words += (lead + n + U(31)) >> U(5)
+        count += U(1)
+        at += n
+        row, column = row + U(1), U(0)
+    for i in range(words, words + U(BLOCK_WORDS)):
+        index[i] = U(0)  # the last block may be drawn past the list
+    return words, count
+
+
+@kernel
+def draw_rows(begin, end, words, position, first, outer_pitch, rows, pitch, columns, seed, offset, threshold):
+    """As csrc/rows.inc.h: the words that the rows need are listed, drawn together, and copied run by run."""
+    draw, chunk = draw_of(seed, offset, U(threshold)), _new_chunk()
+    index, runs = np.empty(CHUNK_WORDS + BLOCK_WORDS, np.uint64), np.empty((CHUNK_WORDS, 2), np.uint64)
+    extents = outer_pitch, U(rows), pitch, U(columns)
+    at, stop = U(begin), U(end)
+    while at < stop:
+        listed, count = _list_words(index, runs, at, stop, first, extents)
+        blocks = (listed + U(BLOCK_WORDS - 1)) // U(BLOCK_WORDS)
+        for block in range(U(0), blocks):
+            draw_block(chunk, draw, block, index)
+        decide_pending(chunk, draw, blocks, index)
+        for run in range(U(0), count):
+            copy_bits(words, U(position) + at, chunk.keep, runs[run, 0], runs[run, 1])
+            at += runs[run, 1]

@@ -1,8 +1,8 @@
 """The Numba CPU backend, on any CPU that Numba runs on: what `fastdrop.backends` loads as "numba".
 
-Here primitives hand their arguments to kernels: `draw` and `mask` for masks and plain dropout, `pointwise`, `norm` and
-`softmax` for the fused ones. Kernels follow the scheme of the C kernels as loops that LLVM vectorises. They run over
-ranges, which threads share (`threads`), and their compiled code is cached on disk.
+Here primitives hand their arguments to kernels: `draw` and `mask` for masks and plain dropout, `pointwise`, `norm`,
+`softmax` and `attention` for the fused ones. Kernels follow the scheme of the C kernels as loops that LLVM vectorises.
+They run over ranges, which threads share (`threads`), and their compiled code is cached on disk.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ numba: Any
 try:
     numba = importlib.import_module("numba")
 
-    from . import draw, mask, norm, pointwise, softmax, threads
+    from . import attention, draw, mask, norm, pointwise, softmax, threads
     from .threads import over_ranges
 except ImportError as error:
     numba = None
@@ -114,6 +114,7 @@ WORK = {
     "rows": "rows, cells=columns",
     "panels": "panels, cells=rows * columns // panels",
     "draw_bits": "n, position",
+    "draw_rows": "outer * rows * columns, position",
     "dropout_forward": "n",
     "masked_affine": "outer * repeat * inner",
     "gaussian_multiply": "n, first",
@@ -161,7 +162,7 @@ def _passed(primitive: Primitive, name: str) -> str:
         return CONVERTED[parameter.kind].format(name)
     if not parameter.is_array:
         return name
-    if "rows" in primitive.names:
+    if primitive.is_fused:
         absent, present = "0", f"address({name})"
     else:
         absent, present = "no_words", f"typed(dtype, {name})" if parameter.kind == "data" else name
@@ -173,9 +174,10 @@ CONVERTED = {"seed": "uint64({})", "flag": "int({})", "double": "float({})", "nu
 
 
 if numba is not None:
-    draw_bits = _launcher(draw.draw_bits)
+    draw_bits, draw_rows = _launcher(draw.draw_bits), _launcher(draw.draw_rows)
     dropout_forward, masked_affine = _launcher(mask.dropout_forward), _launcher(mask.masked_affine)
     gaussian_multiply, dilate_bits = _launcher(mask.gaussian_multiply), _launcher(mask.dilate_bits)
     pointwise_forward, pointwise_backward = map(_launcher, (pointwise.pointwise_forward, pointwise.pointwise_backward))
     norm_forward, norm_backward = map(_launcher, (norm.norm_forward, norm.norm_backward))
     softmax_forward, softmax_backward = map(_launcher, (softmax.softmax_forward, softmax.softmax_backward))
+    attention_forward, attention_backward = map(_launcher, (attention.attention_forward, attention.attention_backward))

@@ -46,7 +46,7 @@ def _stages_of(double: bool) -> tuple[Any, Any]:
     return exponentials, largest
 
 
-_exponentials, _largest = (by_type(pair, 0) for pair in zip(_stages_of(False), _stages_of(True), strict=True))
+exponentials, largest_of = (by_type(pair, 0) for pair in zip(_stages_of(False), _stages_of(True), strict=True))
 
 
 @kernel
@@ -81,9 +81,9 @@ def softmax_forward(
             line = outer * U(outer_stride) + head * U(head_stride) + query * U(query_stride)
             take_as(mask, line, keys, other, a)
             add(h, other, U(0), keys)
-        largest = _largest(h, keys)
+        largest = largest_of(h, keys)
         # Where nothing is left exponentials are then 0, and NaN stays what it is.
-        _exponentials(h, keys, zero if largest == -np.inf else largest)
+        exponentials(h, keys, zero if largest == -np.inf else largest)
         total = row_sum(h, keys)
         scale(h, keys, as_type(1.0 / total if total != 0.0 else 0.0, a))
         h[keys:] = zero
@@ -94,7 +94,7 @@ def softmax_forward(
 
 
 @stage
-def _softmax_slope(g, p, n, dot, softmax_scale):
+def softmax_slope(g, p, n, dot, softmax_scale):
     """g becomes the gradient of the scores."""
     for i in range(U(0), n):
         g[i] = (g[i] - dot) * p[i] * softmax_scale
@@ -110,7 +110,7 @@ def softmax_backward(begin, end, dtype, dy, probabilities, words, dx, y, columns
         take(dtype, dy, at, columns, g)
         take(dtype, probabilities, at, columns, p)
         drop(g, words, at, columns, a)
-        _softmax_slope(g, p, columns, as_type(dot(g, p, columns), a), softmax_scale)
+        softmax_slope(g, p, columns, as_type(dot(g, p, columns), a), softmax_scale)
         deliver(dtype, dx, at, columns, g)
         if y:
             drop(p, words, at, columns, a)

@@ -49,8 +49,35 @@ def draw_bits(p: Any) -> None:
         count = min(p.n - at, 32 * CHUNK_WORDS)
         cell = p.first + at
         lead = cell & 31
-        drawn = _keep_words(cell >> 5, word_count(lead + count), p.seed, p.offset, p.threshold)
+        index = np.arange(word_count(lead + count), dtype=np.uint64) + np.uint64(cell >> 5)
+        drawn = _keep_words(index, p.seed, p.offset, p.threshold)
         write_bits(p.words, p.position + at, unpack_bits(drawn, lead, count))
+
+
+@primitive
+def draw_rows(p: Any) -> None:
+    """Draws a part of a mask: row ``o * rows + r`` is the cells ``first + o * outer_pitch + r * pitch + c``, c below
+    columns, for o below outer and r below rows. The rows' bits follow each other in words, from bit ``position`` on.
+
+    Words are left as by `draw_bits`.
+    """
+    rows, width = p.outer * p.rows if p.columns else 0, word_count(31 + p.columns)
+    together = CHUNK_WORDS // width
+    for at in range(0, rows, max(together, 1)):
+        position = p.position + at * p.columns
+        if together < 2:
+            cell = p.first + at // p.rows * p.outer_pitch + at % p.rows * p.pitch
+            draw_bits(p.words, position, cell, p.columns, p.seed, p.offset, p.threshold)
+            continue
+        row = np.arange(at, min(at + together, rows), dtype=np.uint64)
+        o = row // np.uint64(p.rows)
+        r = row - o * np.uint64(p.rows)
+        cells = np.uint64(p.first) + o * np.uint64(p.outer_pitch) + r * np.uint64(p.pitch)
+        index = (cells >> np.uint64(5))[:, None] + np.arange(width, dtype=np.uint64)
+        drawn = _keep_words(index.reshape(-1), p.seed, p.offset, p.threshold)
+        bits = unpack_bits(drawn, 0, 32 * drawn.size).reshape(row.size, 32 * width)
+        columns = (cells & np.uint64(31))[:, None] + np.arange(p.columns, dtype=np.uint64)
+        write_bits(p.words, position, np.take_along_axis(bits, columns.astype(np.intp), 1).reshape(-1))
 
 
 @primitive
@@ -153,12 +180,11 @@ def _polynomial(coefficients: tuple[float, ...], x: NDArray[np.float32]) -> NDAr
     return value
 
 
-def _keep_words(first: int, count: int, seed: int, offset: int, threshold: int) -> Words:
-    """Mask words ``first .. first+count-1``, drawn lazily: words leave the draw when all their cells are decided."""
-    index = np.arange(count, dtype=np.uint64) + np.uint64(first)
-    drop = np.zeros(count, np.uint32)
-    undecided = np.full(count, LOW, np.uint32)
-    open_words = np.arange(count)
+def _keep_words(index: NDArray[np.uint64], seed: int, offset: int, threshold: int) -> Words:
+    """Mask words of these indices, drawn lazily: words leave the draw when all their cells are decided."""
+    drop = np.zeros(index.size, np.uint32)
+    undecided = np.full(index.size, LOW, np.uint32)
+    open_words = np.arange(index.size)
     key = (seed & LOW, seed >> 32)
     for group in range(GROUPS):
         if not (threshold << (PLANES_PER_GROUP * group)) & LOW or not open_words.size:

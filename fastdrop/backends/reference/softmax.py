@@ -24,12 +24,7 @@ def softmax_forward(p: Any) -> None:
     """
     shape = p.rows, p.columns
     with np.errstate(all="ignore"):
-        scores = read_doubles(p.dtype, p.x, shape) * p.softmax_scale
-        row = np.arange(p.rows)
-        query, head, outer = row % p.queries, row // p.queries % p.heads, row // p.queries // p.heads
-        if p.mask is not None:
-            begin = outer * p.outer_stride + head * p.head_stride + query * p.query_stride
-            scores = scores + p.mask.reshape(-1)[begin[:, None] + np.arange(p.columns)]
+        scores, query = masked_scores(p), np.arange(p.rows) % p.queries
         if p.causal:
             scores = np.where(np.arange(p.columns) <= query[:, None], scores, -np.inf)
         largest = scores.max(1, keepdims=True)
@@ -41,6 +36,17 @@ def softmax_forward(p: Any) -> None:
         if p.probabilities is not None:
             write_doubles(p.dtype, p.probabilities, result)
         write_doubles(p.dtype, p.y, np.where(read_bits(p.words, shape), result * p.a, 0.0))
+
+
+def masked_scores(p: Any) -> Any:
+    """``softmax_scale * x + mask``, ``[rows, columns]``."""
+    scores = read_doubles(p.dtype, p.x, (p.rows, p.columns)) * p.softmax_scale
+    if p.mask is None:
+        return scores
+    row = np.arange(p.rows)
+    query, head, outer = row % p.queries, row // p.queries % p.heads, row // p.queries // p.heads
+    begin = outer * p.outer_stride + head * p.head_stride + query * p.query_stride
+    return scores + p.mask.reshape(-1)[begin[:, None] + np.arange(p.columns)]
 
 
 @primitive

@@ -87,13 +87,14 @@ def scaled_dot_product_attention(
     ValueError, TypeError
         A bad dropout_p, seed or generator, as in `dropout`.
 
-    Kept for backward: the weights before dropout, in query's dtype, and a bit for each. If nothing is dropped, and on
-    a GPU without a seed or generator, torch's own function is called. It has a gradient of any order and a forward-mode
-    derivative, and works under ``torch.compile``, ``torch.func``, autocast and checkpointing. Gradients of an attn_mask
-    and of higher order are composed of torch's ops around `dropout`, under the same mask. So is all of it under a
-    transform, on a GPU, and where heads or batches broadcast; it then keeps 8 1/8 bytes for a weight (16 1/8 for
-    float64), and query, key and value in float32. Sources: Vaswani et al., NeurIPS 2017; Srivastava et al., JMLR 15,
-    2014.
+    Kept for backward: the arguments, the result, a number of float32 (float64 for float64) for each query, and 8 bytes.
+    The mask and the weights are computed again. attn_mask must not be written to before that, and neither must the
+    result. If nothing is dropped, and on a GPU without a seed or generator, torch's own function is called. It has a
+    gradient of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``, autocast and
+    checkpointing. Gradients of higher order are composed of torch's ops around `dropout`, under the same mask. So is
+    all of it under a transform, on a GPU, and where heads or batches broadcast; it then keeps 8 1/8 bytes for a weight
+    (16 1/8 for float64), and query, key and value in float32. Sources: Vaswani et al., NeurIPS 2017; Srivastava et al.,
+    JMLR 15, 2014; Milakov and Gimelshein, 2018; Dao et al., NeurIPS 2022.
 
     >>> import torch, fastdrop.torch as fdt
     >>> query = torch.ones(1, 2, 3)

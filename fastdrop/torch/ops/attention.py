@@ -1,10 +1,9 @@
 """The ops ``torch.ops.fastdrop.attention`` and ``attention_backward``: two matrix products around a softmax and its
 dropout.
 
-`functional.attention` calls them, or their kernels, for tensors on the CPU. The scores are by far the largest tensor of
-attention, so the kernels work on a few heads at a time: the scores of these heads are made, used and overwritten while
-they lie in the cache. Only the probabilities are written to memory as a whole, once, and only if a gradient is wanted.
-Arithmetic on 16-bit data is float32's, as in torch, but the probabilities kept for backward have 16 bits.
+`functional.attention` calls them, or their kernels, for tensors on the CPU. `runtime.attention_kernels` does the work.
+Forward keeps its arguments, its result, one number for each query and the seed: backward computes the scores again and
+draws the mask again.
 """
 
 from __future__ import annotations
@@ -15,21 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.mask import word_count
-from ...core.random import keep_scale
 from ...core.random import threshold as threshold_of
-from ..runtime import fused_kernels, mask_kernels, memory
+from ..runtime import attention_kernels, fused_kernels
+from ..runtime.attention_kernels import Gradients
 from ..runtime.dispatch import hide_from_dynamo
 from ..runtime.dtypes import TAGS, computed
-from ..runtime.fused_kernels import AddedMask, Mask
 from . import formulas
 from . import mask as mask_ops
-from .record import Flags3, Maybe, Op, P, Seed, Sizes
+from .record import Flags4, Maybe, Op, P, Seed, saved_mask
 from .softmax import softmax_of
-
-# How many scores a thread works on at once, and one head's at least. Two arrays of them stay in the cache, and the
-# calls that are needed, at each of which threads wait for one another, cost little beside them.
-BLOCK = 1 << 20
 
 
 class Attention(NamedTuple):
@@ -41,52 +34,42 @@ class Attention(NamedTuple):
     p: P
     causal: bool
     softmax_scale: float
-    keep: bool  # the mask and the probabilities, for backward
+    keep: bool  # what backward needs
 
 
 class Result(NamedTuple):
     y: Tensor
-    saved_mask: Maybe
-    probabilities: Maybe  # before dropout
+    log_sums: Maybe  # of each query's exponentials, in the dtype that is computed in
 
 
 class AttentionBackward(NamedTuple):
     dy: Tensor
-    saved_mask: Tensor
-    probabilities: Tensor
-    query: Maybe
-    key: Maybe
+    query: Tensor
+    key: Tensor
     value: Maybe
+    attn_mask: Maybe
+    y: Maybe
+    log_sums: Tensor
+    seed: Seed
     p: P
     causal: bool
     softmax_scale: float
-    query_shape: Sizes
-    key_shape: Sizes
-    value_shape: Sizes
-    wanted: Flags3  # of the gradients below
-
-
-class Gradients(NamedTuple):
-    dquery: Maybe
-    dkey: Maybe
-    dvalue: Maybe
+    wanted: Flags4  # of the gradients of query, key, value and attn_mask
 
 
 class Saved(NamedTuple):
-    """value's own gradient needs none of the data. ``attn_mask`` is kept for derivatives of its gradient."""
+    """value's own gradient needs neither value nor y."""
 
-    saved_mask: Tensor
-    probabilities: Tensor
-    query: Maybe
-    key: Maybe
+    query: Tensor
+    key: Tensor
     value: Maybe
+    attn_mask: Maybe
+    y: Maybe
+    log_sums: Tensor
+    seed: Any
     p: float | Tensor
     causal: bool
     softmax_scale: float
-    query_shape: Any
-    key_shape: Any
-    value_shape: Any
-    attn_mask: Maybe
 
 
 # ---- which arguments are regular ----
@@ -136,8 +119,7 @@ def _check_call(call: Attention) -> None:
     formulas.check_real(call)
     query, key, value, mask = call[:4]
     if not is_regular(query, key, value, mask, call.causal, call.softmax_scale, query.dim() > 2):
-        tensors = {"query": query, "key": key, "value": value, "mask": mask}
-        given = ", ".join(f"{name} {tuple(x.shape)} of {x.dtype}" for name, x in tensors.items() if x is not None)
+        given = _described(query=query, key=key, value=value, mask=mask)
         raise ValueError(
             "query, key, value and mask must be (*, H, L, E), (*, H, S, E), (*, H, S, Ev) and broadcastable to (*, H, "
             "L, S), of one float dtype and not empty, without a mask where causal, and scale must be finite, but got "
@@ -145,208 +127,77 @@ def _check_call(call: Attention) -> None:
         )
 
 
-def _check_gradient(dy: Tensor, saved: Any, wanted: Any) -> None:
-    """Raises unless backward has the tensors that forward had. ``saved`` is a `Saved` or an `AttentionBackward`: ops
-    are called by hand, and hooks may change saved tensors."""
-    query_shape, key_shape, value_shape = shapes = _shapes(saved)
-    if not _are_regular_shapes(query_shape, key_shape, value_shape, len(query_shape) > 2):
+def _check_gradient(call: AttentionBackward) -> None:
+    """Raises unless backward has tensors that forward may have had: ops are called by hand, and hooks may change saved
+    tensors."""
+    dy, query, key, value, attn_mask, y, log_sums, *_ = call
+    wanted, of_scores = call.wanted, call.wanted[0] or call.wanted[1] or call.wanted[3]
+    values = key.new_empty(()).expand(*key.shape[:-1], dy.shape[-1] if dy.dim() else 0) if value is None else value
+    if not is_regular(query, key, values, attn_mask, call.causal, call.softmax_scale, query.dim() > 2):
         raise ValueError(
-            "query_shape, key_shape and value_shape must be (*, H, L, E), (*, H, S, E) and (*, H, S, Ev), and not "
-            f"empty, but got {tuple(query_shape)}, {tuple(key_shape)} and {tuple(value_shape)}"
+            "query, key, value and mask must be those of forward, but got "
+            + _described(query=query, key=key, value=value, mask=attn_mask)
         )
-    if tuple(dy.shape) != (*query_shape[:-1], value_shape[-1]):
-        raise ValueError(f"dy must have shape {(*query_shape[:-1], value_shape[-1])}, but got {tuple(dy.shape)}")
-    for name, shape in zip(("query", "key", "value"), shapes, strict=True):
-        x = getattr(saved, name)
-        if x is None:
-            if wanted[0] or wanted[1]:
-                raise ValueError(f"{name} must be a tensor for the gradients of query and key, but got None")
-        elif tuple(x.shape) != tuple(shape) or x.dtype is not dy.dtype or x.device != dy.device:
-            raise ValueError(
-                f"{name} must be {dy.dtype} of shape {tuple(shape)} on {dy.device}, but got {x.dtype} of shape "
-                f"{tuple(x.shape)} on {x.device}"
-            )
+    shape = (*query.shape[:-1], values.shape[-1])
+    for name, x, wide in (
+        ("dy", dy, query.dtype),
+        ("y", y, query.dtype),
+        ("log_sums", log_sums, computed(query.dtype)),
+    ):
+        if x is not None:
+            fused_kernels.check(name, x, query.shape[:-1] if x is log_sums else shape, wide, query)
+    if of_scores and (value is None or y is None):
+        raise ValueError("value and y must be tensors for the gradients of query, key and attn_mask, but got None")
+    if wanted[3] and (attn_mask is None or attn_mask.dtype is torch.bool):
+        raise ValueError("attn_mask must be of a float dtype for its gradient, but got " + _described(mask=attn_mask))
 
 
-def _shapes(saved: Any) -> tuple[Any, Any, Any]:
-    return saved.query_shape, saved.key_shape, saved.value_shape
-
-
-# ---- blocks ----
-
-
-class Extents(NamedTuple):
-    """Scores are ``[outer, heads, rows, keys]``, of as many heads as key has."""
-
-    outer: int
-    heads: int
-    rows: int  # the queries of all the heads that a key serves
-    queries: int
-    keys: int
-
-    @classmethod
-    def of(cls, query_shape: Any, key_shape: Any) -> Extents:
-        *outer, queries, _ = query_shape
-        heads = key_shape[-3] if outer else 1
-        rows = math.prod(outer[-1:]) // heads * queries
-        return cls(math.prod(outer[:-1]), heads, rows, queries, key_shape[-2])
-
-    @property
-    def matrices(self) -> tuple[int, int, int]:
-        return self.outer * self.heads, self.rows, self.keys
-
-    def blocks(self) -> list[Block]:
-        """The largest first."""
-        count = max(1, BLOCK * torch.get_num_threads() // (self.rows * self.keys))
-        heads, outer = min(count, self.heads), min(max(1, count // self.heads), self.outer)
-        return [
-            Block(self, o, h, min(outer, self.outer - o), min(heads, self.heads - h))
-            for o in range(0, self.outer, outer)
-            for h in range(0, self.heads, heads)
-        ]
-
-
-class Block(NamedTuple):
-    """Heads whose scores are worked on at once: all heads of some outer indices, or some heads of one."""
-
-    extents: Extents
-    first_outer: int
-    first_head: int
-    outer: int
-    heads: int
-
-    @property
-    def matrices(self) -> int:
-        return self.outer * self.heads
-
-    @property
-    def first(self) -> int:
-        return self.first_outer * self.extents.heads + self.first_head
-
-    def of(self, x: Tensor) -> Tensor:
-        """The block's part of what `_by_heads` gives, as a batch of matrices."""
-        if x.dim() == 3:
-            return x if self.matrices == len(x) else x[self.first : self.first + self.matrices]
-        part = x[self.first_outer : self.first_outer + self.outer, self.first_head : self.first_head + self.heads]
-        return part.flatten(0, 1)
-
-    def mask(self, words: Tensor, scale: float) -> Mask:
-        """The block's part of the mask, in words of its own."""
-        matrix = self.extents.rows * self.extents.keys
-        begin, shift = divmod(self.first * matrix, 32)
-        count = word_count(self.matrices * matrix)
-        low = words[begin : begin + count]
-        if not shift:
-            return Mask(low, scale)
-        low = (low >> shift) & ((1 << (32 - shift)) - 1)
-        high = words[begin + 1 : begin + 1 + count]
-        low[: high.numel()] |= high << (32 - shift)
-        return Mask(low, scale)
-
-    def added(self, whole: AddedMask) -> AddedMask:
-        """The block's part of what is added to the scores."""
-        group = self.extents.rows // self.extents.queries
-        added = whole._replace(heads=self.heads * group)
-        if whole.memory is None:
-            return added
-        outer, head, _ = whole.strides
-        return added._replace(memory=whole.memory[self.first_outer * outer + self.first_head * group * head :])
-
-
-def _by_heads(x: Tensor, blocks: list[Block]) -> Tensor:
-    """Matrices in the dtype that is computed in, one for each of key's heads. They have one batch axis, or two if one
-    would take a copy of all."""
-    x, extents = x.to(computed(x.dtype)), blocks[0].extents
-    if len(blocks) == 1 or x.is_contiguous():
-        return x.reshape(extents.outer * extents.heads, -1, x.shape[-1])
-    return x.reshape(extents.outer, extents.heads, -1, x.shape[-1])
-
-
-def _scratch(x: Tensor, blocks: list[Block]) -> Tensor:
-    """Room for the scores of the largest block."""
-    return x.new_empty((blocks[0].matrices, *blocks[0].extents.matrices[1:]))
-
-
-def _added_mask(call: Attention, extents: Extents) -> AddedMask:
-    query, mask = call.query, call.attn_mask
-    if mask is None:
-        return AddedMask(None, 0, extents.queries, (0, 0, 0))  # `Block.added` knows the heads
-    wide = computed(query.dtype)
-    mask = fused_kernels.additive(mask, wide) if mask.dtype is torch.bool else mask.detach()
-    scores = query.new_empty((), dtype=wide).expand(*query.shape[:-1], extents.keys)
-    return fused_kernels.added_mask(mask, scores)
+def _described(**tensors: Maybe) -> str:
+    return ", ".join(
+        f"{name} None" if x is None else f"{name} {tuple(x.shape)} of {x.dtype}" for name, x in tensors.items()
+    )
 
 
 # ---- attention ----
 
 
+def _kernel_call(call: Any) -> attention_kernels.Call:
+    """Of an `Attention` or an `AttentionBackward`."""
+    seed, threshold = mask_ops.kernel_seed(call.seed, call.query), threshold_of(mask_ops.probability(call.p))
+    data = call.query, call.key, call.value, call.attn_mask
+    return attention_kernels.Call(*data, seed, threshold, call.softmax_scale, call.causal)
+
+
 def _attention(call: Attention) -> Result:
-    threshold = threshold_of(mask_ops.probability(call.p))
-    query, extents = call.query, Extents.of(call.query.shape, call.key.shape)
-    cells = math.prod(extents.matrices)
-    words = mask_kernels.draw_mask(query, cells, mask_ops.kernel_seed(call.seed, query), threshold)
-    dtype, blocks = query.dtype, extents.blocks()
-    q, k, v = (_by_heads(x, blocks) for x in call[:3])
-    y = q.new_empty((*extents.matrices[:2], v.shape[-1]))
-    probabilities = None
-    if call.keep:
-        probabilities = memory.new_like(query.new_empty(()).expand(extents.matrices), cells)
-    whole, dropped = _added_mask(call, extents), _scratch(q, blocks)
-    narrow = _scratch(q, blocks) if call.keep and dtype is not q.dtype else None
-    for block in blocks:
-        to = dropped[: block.matrices]
-        stored = None if probabilities is None else block.of(probabilities)
-        scores = to if stored is None else stored if narrow is None else narrow[: block.matrices]
-        torch.bmm(block.of(q), block.of(k).mT, out=scores)
-        mask, added = block.mask(words, keep_scale(threshold)), block.added(whole)
-        probable = None if stored is None else scores
-        fused_kernels.softmax_into(to, probable, scores, added, mask, call.softmax_scale, call.causal)
-        if stored is not None and narrow is not None:
-            stored.copy_(scores)
-        torch.bmm(to, block.of(v), out=block.of(y))
-    y = y.view(*query.shape[:-1], v.shape[-1]).to(dtype)
-    return Result(y, words if call.keep else None, probabilities)
+    y, log_sums = attention_kernels.forward(_kernel_call(call))
+    return Result(y, log_sums if call.keep else None)
 
 
 def _attention_outputs(call: Attention) -> Result:
     query = call.query
     y = query.new_empty((*query.shape[:-1], call.value.shape[-1]))
-    if not call.keep:
-        return Result(y, None, None)
-    scores = Extents.of(query.shape, call.key.shape).matrices
-    return Result(y, query.new_empty(word_count(math.prod(scores)), dtype=torch.int32), query.new_empty(scores))
+    return Result(y, query.new_empty(query.shape[:-1], dtype=computed(query.dtype)) if call.keep else None)
 
 
 def _attention_saved(call: Attention, results: Result, needs: Any) -> Saved:
     of_scores = needs[0] or needs[1] or needs[3]
-    query, key, value = call[:3] if of_scores else (None, None, None)
-    return Saved(
-        results.saved_mask,  # type: ignore[arg-type]
-        results.probabilities,  # type: ignore[arg-type]
-        query,
-        key,
-        value,
-        call.p,
-        call.causal,
-        call.softmax_scale,
-        tuple(call.query.shape),
-        tuple(call.key.shape),
-        tuple(call.value.shape),
-        call.attn_mask if needs[3] else None,
-    )
+    value, y = (call.value, results.y) if of_scores else (None, None)
+    data = call.query, call.key, value, call.attn_mask, y, results.log_sums
+    return Saved(*data, saved_mask(None, call.seed), call.p, call.causal, call.softmax_scale)  # type: ignore[arg-type]
 
 
 def _attention_gradients(needs: Any, saved: Saved, dy: Maybe, *_: Any) -> tuple[Maybe, ...]:
     """dquery, dkey, dvalue and dattn_mask, of those that are needed."""
     if dy is None:
         return ()
-    wanted, dmask = list(needs[:3]), None
-    if needs[3] or formulas.is_differentiated():
-        _check_gradient(dy, saved, wanted)
-        *gradients, dmask = _composed_gradients(dy, saved)
+    wanted = list(needs[:4])
+    call = AttentionBackward(dy, *saved, wanted)
+    if formulas.is_differentiated():
+        _check_gradient(call)
+        gradients = _composed_gradients(dy, saved)
     else:
-        gradients = list(ATTENTION_BACKWARD.run(AttentionBackward(dy, *saved[:11], wanted)))
-    return *(x if wants else None for x, wants in zip(gradients, wanted, strict=True)), dmask
+        gradients = ATTENTION_BACKWARD.run(call)
+    return tuple(x if wants else None for x, wants in zip(gradients, wanted, strict=True))
 
 
 ATTENTION = Op(
@@ -364,43 +215,18 @@ ATTENTION = Op(
 
 
 def _backward(call: AttentionBackward) -> Gradients:
-    dy, wanted, shapes = call.dy, call.wanted, _shapes(call)
-    _check_gradient(dy, call, wanted)
-    scale, extents = keep_scale(threshold_of(mask_ops.probability(call.p))), Extents.of(*shapes[:2])
-    dtype, blocks, scores = dy.dtype, extents.blocks(), extents.matrices
-    g = _by_heads(dy, blocks)
-    q, k, v = (None if x is None else _by_heads(x, blocks) for x in (call.query, call.key, call.value))
-    probabilities = fused_kernels.check("probabilities", call.probabilities, scores, dtype, dy)
-    words = memory.check_words(call.saved_mask, math.prod(scores), dy.device)
-    dq, dk, dv = (
-        g.new_empty(shape).view(scores[0], -1, shape[-1]) if wants else None
-        for shape, wants in zip(shapes, wanted, strict=True)
-    )
-    dscores, dropped = _scratch(g, blocks), None if dv is None else _scratch(g, blocks)
-    for block in blocks:
-        of_y, normal, mask = block.of(g), block.of(probabilities).to(g.dtype), block.mask(words, scale)
-        again = None if dropped is None else dropped[: block.matrices]
-        if q is None or k is None or v is None:
-            assert mask.words is not None
-            again = mask_kernels.apply(normal, mask.words, (scale, 0.0, 0.0), None)
-        else:
-            d = dscores[: block.matrices]
-            torch.bmm(of_y, block.of(v).mT, out=d)
-            fused_kernels.softmax_backward_into(d, again, d, normal, mask, call.softmax_scale)
-            if dq is not None:
-                torch.bmm(d, block.of(k), out=block.of(dq))
-            if dk is not None:
-                torch.bmm(d.mT, block.of(q), out=block.of(dk))
-        if dv is not None and again is not None:
-            torch.bmm(again.mT, of_y, out=block.of(dv))
-    found = zip((dq, dk, dv), shapes, strict=True)
-    return Gradients(*(None if d is None else d.view(shape).to(dtype) for d, shape in found))
+    _check_gradient(call)
+    return attention_kernels.backward(_kernel_call(call), call.dy, call.y, call.log_sums, call.wanted)
 
 
 def _backward_outputs(call: AttentionBackward) -> Gradients:
-    _check_gradient(call.dy, call, call.wanted)
-    found = zip(_shapes(call), call.wanted, strict=True)
-    return Gradients(*(call.dy.new_empty(shape) if wants else None for shape, wants in found))
+    _check_gradient(call)
+    key, mask = call.key, call.attn_mask
+    shapes = call.query.shape, key.shape, (*key.shape[:-1], call.dy.shape[-1])
+    dq, dk, dv = (
+        call.dy.new_empty(shape) if wants else None for shape, wants in zip(shapes, call.wanted, strict=False)
+    )
+    return Gradients(dq, dk, dv, mask.new_empty(mask.shape) if call.wanted[3] and mask is not None else None)
 
 
 ATTENTION_BACKWARD = Op(
@@ -410,28 +236,28 @@ ATTENTION_BACKWARD = Op(
 
 def _composed_gradients(dy: Tensor, saved: Saved) -> tuple[Maybe, ...]:
     """dquery, dkey, dvalue and dattn_mask, composed of ops that have derivatives themselves."""
-    query_shape, key_shape, value_shape = _shapes(saved)
     query, key, value, attn_mask, scale = saved.query, saved.key, saved.value, saved.attn_mask, saved.softmax_scale
-    dtype, wide, grouped = dy.dtype, computed(dy.dtype), len(query_shape) > 2
-    mask = saved.saved_mask, saved.p, True
-    g, normal = dy.to(wide), saved.probabilities.to(wide).view(*query_shape[:-1], key_shape[-2])
+    dtype, wide, grouped = dy.dtype, computed(dy.dtype), query.dim() > 2
+    mask = saved.seed, saved.p, False
+    g, q, k = dy.to(wide), query.to(wide), key.to(wide)
+    normal = softmax_of(q @ repeat_heads(k, q, grouped).mT, _added(attn_mask, wide), scale, saved.causal)
     dq = dk = dmask = None
-    if query is not None and key is not None and value is not None:
-        q, k, v = query.to(wide), key.to(wide), value.to(wide)
-        if formulas.is_differentiated():
-            # A softmax of the probabilities' logarithms, which hold what was masked. The scores that are added are 0,
-            # but have derivatives.
-            scores = q @ repeat_heads(k, q, grouped).mT * scale
-            scores = scores if attn_mask is None else scores + attn_mask.to(wide)
-            scores = (scores - scores.detach()).masked_fill(normal == 0, 0.0)  # of infinities no NaN
-            normal = softmax_of(scores + normal.log(), None, 1.0, False)
-        d = formulas.masked(g @ repeat_heads(v, q, grouped).mT, *mask)
+    if value is not None:
+        d = formulas.masked(g @ repeat_heads(value.to(wide), q, grouped).mT, *mask)
         d = normal * (d - (d * normal).sum(-1, keepdim=True))
-        dmask = None if attn_mask is None else d.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
+        if attn_mask is not None and attn_mask.dtype is not torch.bool:
+            dmask = d.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
         d = d * scale
-        dq, dk = (d @ repeat_heads(k, q, grouped)).to(dtype), _sum_heads(d.mT @ q, key_shape).to(dtype)
+        dq, dk = (d @ repeat_heads(k, q, grouped)).to(dtype), _sum_heads(d.mT @ q, key.shape).to(dtype)
     dropped = formulas.masked(normal, *mask)
-    return dq, dk, _sum_heads(dropped.mT @ g, value_shape).to(dtype), dmask
+    return dq, dk, _sum_heads(dropped.mT @ g, (*key.shape[:-1], dy.shape[-1])).to(dtype), dmask
+
+
+def _added(attn_mask: Maybe, dtype: torch.dtype) -> Maybe:
+    """What a mask adds to the scores."""
+    if attn_mask is None or attn_mask.dtype is not torch.bool:
+        return attn_mask
+    return torch.zeros_like(attn_mask, dtype=dtype).masked_fill(attn_mask.logical_not(), -math.inf)
 
 
 def repeat_heads(x: Tensor, query: Tensor, gqa: bool) -> Tensor:

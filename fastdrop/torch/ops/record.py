@@ -43,6 +43,7 @@ MaybeSeed = Annotated[Any, "Tensor?"]
 Sizes = Annotated[Any, "SymInt[]"]
 MaybeSizes = Annotated[Any, "SymInt[]?"]
 Flags3 = Annotated[Any, "bool[3]"]
+Flags4 = Annotated[Any, "bool[4]"]
 Flags5 = Annotated[Any, "bool[5]"]
 SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",

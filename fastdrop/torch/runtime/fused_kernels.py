@@ -70,7 +70,7 @@ def pointwise_forward(
         input_bias, multiplier = _vector("input_bias", input_bias, x), _same("multiplier", multiplier, x)
         arrays = x, input_bias, multiplier, residual, _checked(mask.words, x), y, positive
         tags, options = (TAGS[x.dtype], TAGS[y.dtype]), (mask.scale, activation)
-        _run("pointwise_forward", *tags, *arrays, *_extents(x), *options, draw=mask.draw)
+        run("pointwise_forward", *tags, *arrays, *_extents(x), *options, draw=mask.draw)
     return _laid_out(y, given), positive
 
 
@@ -101,7 +101,7 @@ def pointwise_backward(
         x, multiplier = _same("x", x, dx), _same("multiplier", multiplier, dx)
         inputs = dy, x, _vector("input_bias", input_bias, dx), multiplier, _checked(mask.words, dx)
         tags, outputs = (TAGS[dtype], TAGS[dy.dtype]), (dx, dmultiplier, sums)
-        _run("pointwise_backward", *tags, *inputs, *outputs, rows, columns, panels, mask.scale, activation)
+        run("pointwise_backward", *tags, *inputs, *outputs, rows, columns, panels, mask.scale, activation)
     dmultiplier = None if dmultiplier is None else _laid_out(dmultiplier, given)
     return _laid_out(dx, given), _total(sums, dy), dmultiplier
 
@@ -127,7 +127,7 @@ def norm_forward(
         vectors = _vector("weight", weight, x), _vector("norm_bias", norm_bias, x)
         tags, outputs = (TAGS[x.dtype], TAGS[residual_out.dtype]), (y, residual_out, statistics)
         options = mask.scale, eps, int(centred)
-        _run("norm_forward", *tags, *inputs, *vectors, *outputs, rows, columns, *options, draw=mask.draw)
+        run("norm_forward", *tags, *inputs, *vectors, *outputs, rows, columns, *options, draw=mask.draw)
     else:
         statistics.zero_()
     return y, residual_out, statistics
@@ -161,7 +161,7 @@ def norm_backward(
         statistics = check("statistics", statistics, (rows, 2), computed(dtype), dy)
         inputs = dy, dresidual_out, residual_out, statistics, _vector("weight", weight, dy), _checked(mask.words, dy)
         tags, outputs = (TAGS[dtype], TAGS[residual_out.dtype]), (dx, dresidual, sums)
-        _run("norm_backward", *tags, *inputs, *outputs, rows, columns, panels, mask.scale, int(centred))
+        run("norm_backward", *tags, *inputs, *outputs, rows, columns, panels, mask.scale, int(centred))
     totals = [_total(sums[:, i], dy) if sums is not None and wants else None for i, wants in enumerate(wants_sums)]
     dweight, dnorm_bias, dinput_bias = totals
     return (dresidual if dx is None else dx) if wants_x else None, dinput_bias, dresidual, dweight, dnorm_bias
@@ -190,17 +190,11 @@ def softmax_forward(
     probabilities = new_like(scores, n) if keep else None
     if n:
         mask = mask._replace(words=_checked(mask.words, scores))
-        softmax_into(y, probabilities, scores, added_mask(attn_mask, scores), mask, scale, causal)
+        added = added_mask(attn_mask, scores)
+        arrays = scores, added.memory, mask.words, probabilities, y
+        sizes = *_extents(scores), added.heads, added.queries, *added.strides
+        run("softmax_forward", TAGS[y.dtype], *arrays, *sizes, scale, mask.scale, int(causal), draw=mask.draw)
     return _laid_out(y, given), probabilities
-
-
-def softmax_into(
-    y: Tensor, probabilities: Maybe, scores: Tensor, added: AddedMask, mask: Mask, scale: float, causal: bool
-) -> None:
-    """`softmax_forward` of tensors that are as the kernel takes them. A result may lie over the scores."""
-    arrays = scores, added.memory, mask.words, probabilities, y
-    sizes = *_extents(scores), added.heads, added.queries, *added.strides
-    _run("softmax_forward", TAGS[scores.dtype], *arrays, *sizes, scale, mask.scale, int(causal), draw=mask.draw)
 
 
 def softmax_backward(dy: Tensor, probabilities: Tensor, mask: Mask, scale: float) -> Tensor:
@@ -210,16 +204,9 @@ def softmax_backward(dy: Tensor, probabilities: Tensor, mask: Mask, scale: float
     dx = dy if copied else new_like(dy, dy.numel())
     if dy.numel():
         probabilities = check("probabilities", probabilities, dy.shape, dy.dtype, dy)
-        mask = mask._replace(words=_checked(mask.words, dy))
-        softmax_backward_into(dx, None, dy, probabilities, mask, scale)
+        arrays = dy, probabilities, _checked(mask.words, dy), dx, None
+        run("softmax_backward", TAGS[dy.dtype], *arrays, *_extents(dy), scale, mask.scale)
     return _laid_out(dx, given)
-
-
-def softmax_backward_into(dx: Tensor, y: Maybe, dy: Tensor, probabilities: Tensor, mask: Mask, scale: float) -> None:
-    """`softmax_backward` of tensors that are as the kernel takes them. dx may lie over dy. The kernel also writes
-    forward's result to y, unless that is None."""
-    arrays = dy, probabilities, mask.words, dx, y
-    _run("softmax_backward", TAGS[dy.dtype], *arrays, *_extents(dy), scale, mask.scale)
 
 
 # ---- memory ----
@@ -248,7 +235,7 @@ def _laid_out(y: Tensor, given: Tensor) -> Tensor:
     return y if given.is_contiguous() else like_elementwise(y, given)
 
 
-def _run(primitive: str, *arguments: Any, draw: DrawSpec | None = None) -> None:
+def run(primitive: str, *arguments: Any, draw: DrawSpec | None = None) -> None:
     """Calls a primitive on the device of its first tensor. Its arrays are tensors or None."""
     if next(x for x in arguments if isinstance(x, Tensor)).is_cuda:
         cuda.run(primitive, *arguments)

@@ -136,6 +136,29 @@ def draw_mask(like: Tensor, cells: int, seed: Any, threshold: int) -> Tensor:
     return words
 
 
+def draw_rows(
+    words: Tensor,
+    first: int,
+    outer: int,
+    rows: int,
+    columns: int,
+    pitches: tuple[int, int],
+    draw: tuple[int, int, int],
+) -> None:
+    """Bits ``[outer, rows, columns]`` on the CPU, of the cells ``first + o * pitches[0] + r * pitches[1] + c``.
+
+    ``draw`` is the seed, the offset and the threshold, which may be any.
+    """
+    if not 0 < draw[2] < DROP_ALL:
+        words.fill_(0 if draw[2] else -1)
+        return
+    backend, cells = backends.active(), (0, first, outer, pitches[0], rows, pitches[1], columns, *draw)
+    if backend is not native:
+        call_with_threads(backend, backend.draw_rows, mask_words(words), *cells)
+    elif native.draw_rows_at(torch.get_num_threads(), words.data_ptr(), *cells):
+        raise kernel_error()
+
+
 def draw_blocks(like: Tensor, seed: Any, threshold: int, plan: Blocks) -> tuple[Tensor, Tensor]:
     """The words of DropBlock's mask, and the number of cells it keeps as an int64 tensor, on the device of ``like``."""
     outer, n, inner, block = plan.passes[-1]

@@ -210,6 +210,16 @@ def assert_drawn_as_reference(gpu, n, *, first=0, cut=TENTH, position=0, seed_at
     assert_same_bits(words.array, expected, (n, first, cut, position))
 
 
+def assert_rows_as_reference(gpu, shape, *, first=0, cut=TENTH, position=0, seed_at=None):
+    """draw_rows of outer, outer_pitch, rows, pitch and columns, into words as above."""
+    n = shape[0] * shape[2] * shape[4]
+    expected = np.random.default_rng(0).integers(0, 2**32, word_count(position + n) + 1, np.uint32)
+    words, seed = Guarded.of(expected), SEED if seed_at is None else 0
+    reference.draw_rows(expected, position, first, *shape, SEED, OFFSET, cut)
+    run(gpu, "draw_rows", words, position, first, *shape, seed, OFFSET, cut, seed_at=on_device(seed_at))
+    assert_same_bits(words.array, expected, (shape, first, cut, position))
+
+
 def assert_golden_vectors(gpu):
     vectors = [vector for vector in golden()["masks"] if 0 < vector["threshold"] < 1 << 32]
     assert vectors

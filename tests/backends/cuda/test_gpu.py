@@ -32,6 +32,7 @@ from .cases import (
     assert_gaussian_as_reference,
     assert_golden_vectors,
     assert_masked_as_reference,
+    assert_rows_as_reference,
     assert_scaled_by_a_count,
 )
 from .fused_cases import (
@@ -109,6 +110,12 @@ def test_scale_of_a_count_on_the_device(gpu, dtype, grid):
 def test_draw_bits(gpu, n, position):
     for first in FIRST:
         assert_drawn_as_reference(gpu, n, first=first, position=position)
+
+
+@pytest.mark.parametrize("shape", [(2, 300, 70, 2, 1), (3, 200_000, 101, 1000, 125), (2, 30_000, 9, 1024, 513)])
+def test_draw_rows(gpu, shape):
+    for position, first in ((0, 0), (13, 7), (1000, 2**37 - 50)):
+        assert_rows_as_reference(gpu, shape, first=first, position=position)
 
 
 def test_golden_masks(gpu):

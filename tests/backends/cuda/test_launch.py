@@ -43,6 +43,10 @@ def masked(dtype, grid, affine=AFFINE, **options):
     numba_cuda.masked_affine_at(0, STREAM, dtype, X, Y, WORDS, POSITION, *grid, *affine, **options)
 
 
+def rows(shape):
+    numba_cuda.draw_rows_at(0, STREAM, WORDS, POSITION, FIRST, *shape, SEED, OFFSET, TENTH, seed_at=SEED_AT)
+
+
 def strided(dtype, axes, x=X, affine=AFFINE):
     numba_cuda.strided_affine_at((0, STREAM), dtype, (x, Y, WORDS), POSITION, axes, affine)
 
@@ -57,6 +61,11 @@ CASES = {  # call, kernel, its parameters or the last of them
         lambda: draw(n=2**40 + 1, seed_at=SEED_AT),
         Variant("draw_words"),
         [WORDS, POSITION, FIRST, 2**40 + 1, *DRAW],
+    ),
+    "draw_rows": (
+        lambda: rows((2**20, 2**62 + 1, 64, 2**61 + 3, 2**14)),
+        Variant("draw_rows"),
+        [WORDS, POSITION, FIRST, 2**40, 2**14, 2**63, 14, 64, 2**63, 6, 2**61 + 3, 2**62 + 1, *DRAW],
     ),
     "dropout_forward": (
         lambda: forward(n=N, seed_at=SEED_AT),
@@ -175,6 +184,8 @@ def test_grid(recorded, name):
 
 def test_nothing_to_do_launches_nothing(recorded):
     draw(n=0)
+    rows((3, 99, 0, 9, 5))
+    rows((3, 99, 5, 9, 0))
     forward(n=0)
     masked(FLOAT32, (3, 0, 5))
     masked(FLOAT32, (0, 1, 5))

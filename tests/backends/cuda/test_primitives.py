@@ -36,6 +36,7 @@ from .cases import (
     assert_gaussian_as_reference,
     assert_golden_vectors,
     assert_masked_as_reference,
+    assert_rows_as_reference,
     assert_scaled_by_a_count,
     assert_strided_as_reference,
     blocks_of,
@@ -61,6 +62,16 @@ F32, F64, F16, BF16 = DTYPES
 LENGTHS = (1, 31, 32, 33, 1023, 1024, 1025, 4095, 4097, 9001)
 # First cells within a word and a tile, and so that the word index passes 2**32 midway.
 FIRSTS = (0, 1, 31, 32, 1024, 2**37 - 1024, 2**37 - 1029)
+ROWS = (  # outer, outer_pitch, rows, pitch, columns
+    (2, 300, 70, 2, 1),
+    (3, 9999, 9, 32, 32),
+    (2, 5000, 11, 40, 31),
+    (3, 70_000, 5, 1000, 125),
+    (2, 4 * 125, 4, 125, 125),
+    (2, 30_000, 3, 1024, 512),
+    (2, 0, 3, 2**37, 140),
+    (3, 10, 7, 3, 70),
+)
 DILATIONS = (  # (outer, n, inner, block)
     (1, 1, 1, 1),
     (5, 7, 1, 3),  # several rows in a word
@@ -112,8 +123,25 @@ def test_draw_bits_any_number_of_blocks_and_any_split(gpu, monkeypatch):
     assert_same_bits(words.array, expected)
 
 
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+def test_draw_rows(gpu, shape):
+    outer, outer_pitch, rows, pitch, columns = shape
+    reach = (outer - 1) * outer_pitch + (rows - 1) * pitch + columns
+    for position, first in ((0, 0), (13, 7), (1000, 2**37 - 50), (31, 2**64 - reach)):
+        assert_rows_as_reference(gpu, shape, first=first, position=position)
+
+
+def test_draw_rows_thresholds_and_any_number_of_blocks(gpu, monkeypatch):
+    for cut in THRESHOLDS.values():
+        assert_rows_as_reference(gpu, (2, 9000, 9, 1000, 125), first=7, position=3, cut=cut)
+    for blocks in blocks_of(gpu, monkeypatch, 1, 3):
+        assert_rows_as_reference(gpu, (2, 200_000, 101, 1001, 125), first=7, position=3)
+        assert gpu.launches[0].grid[0] == min(blocks, -(-word_count(3 + 2 * 101 * 125) // driver.THREADS))
+
+
 def test_seed_on_the_device(gpu):
     assert_drawn_as_reference(gpu, 3000, seed_at=SEED)
+    assert_rows_as_reference(gpu, (2, 9000, 9, 1000, 125), seed_at=SEED)
     assert_gaussian_as_reference(gpu, F32, 3000, seed_at=SEED)
     for first in (0, 5):
         assert_forward_as_reference(gpu, F32, 1500, first=first, seed_at=SEED)

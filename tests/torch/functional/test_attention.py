@@ -18,7 +18,7 @@ import fastdrop.torch as fdt
 from fastdrop.torch.functional import attention
 from fastdrop.torch.functional.attention import scaled_dot_product_attention
 from fastdrop.torch.models import enable
-from fastdrop.torch.ops import attention as attention_ops
+from fastdrop.torch.runtime import attention_kernels
 
 from ..cases import Log, Named, assert_equal, numbers_drawn, saved_tensors, under
 from ..ops.compiling import fresh_compiler, graphs
@@ -121,7 +121,7 @@ def both(case, dtype=torch.float64):
 
 @pytest.mark.parametrize("case", CASES)
 def test_attention_equals_the_formula(monkeypatch, case):
-    """However much is worked on at once: everything, or a few heads, whose bits begin anywhere in a word.
+    """However large tiles are: all scores, or some that begin anywhere in the mask.
 
     Heads may lie side by side in memory, as modules make them of one projection, and so may those of the gradient.
     """
@@ -130,12 +130,102 @@ def test_attention_equals_the_formula(monkeypatch, case):
     wanted = with_gradients(expected, tensors, dy)
     side_by_side = [x.transpose(-3, -2).contiguous().transpose(-3, -2) if x.dim() > 2 else x for x in (*tensors, dy)]
     torch.set_num_threads(1)
-    for block in (1 << 20, 80, 20):
-        monkeypatch.setattr(attention_ops, "BLOCK", block)
+    for rows, columns in ((256, 256), (4, 3), (3, 16), (1, 1)):
+        monkeypatch.setattr(attention_kernels, "QUERIES", rows)
+        monkeypatch.setattr(attention_kernels, "KEYS", columns)
         results = with_gradients(ours, tensors, dy)
         assert_close(results, wanted, torch.float64)
         assert_close(with_gradients(ours, side_by_side[:3], side_by_side[3]), wanted, torch.float64)
         assert_equal(ours(*tensors), results[0])  # where nothing is kept
+
+
+# Around the borders of tiles (256): queries, keys, and what else there is. A call has two to six heads.
+LENGTHS = {
+    "one query": (1, 300, {}),
+    "two keys": (300, 2, {}),
+    "below a tile": (255, 255, {"is_causal": True}),
+    "a tile": (256, 256, {"is_causal": True}),
+    "beyond a tile": (257, 257, {"is_causal": True}),
+    "tall causal": (600, 258, {"is_causal": True}),
+    "wide causal": (255, 700, {"is_causal": True}),
+    "two tiles": (512, 513, {"masked": "bool"}),
+    "long": (1025, 770, {"masked": "float"}),
+    "longer": (770, 1100, {"masked": "keys"}),
+    "grouped": (260, 520, {"enable_gqa": True}),
+    "grouped causal": (520, 520, {"enable_gqa": True, "is_causal": True}),
+}
+
+
+def long_case(case, dtype):
+    """Query, key, value, mask and options. Some queries see no key, others see none of the first tile."""
+    queries, keys, options = LENGTHS[case]
+    options = dict(options)
+    masked, heads = options.pop("masked", None), 1 if options.get("enable_gqa") else 2
+    tensors = [
+        normal(1, h, n, w, dtype=dtype, seed=i)
+        for i, (h, n, w) in enumerate([(2, queries, 12), (heads, keys, 12), (heads, keys, 20)])
+    ]
+    mask = None
+    if masked == "keys":
+        mask = torch.zeros(1, 1, 1, keys, dtype=dtype)
+        mask[..., :300] = NO
+    elif masked:
+        mask = (
+            torch.ones(queries, keys, dtype=torch.bool) if masked == "bool" else normal(2, queries, keys, dtype=dtype)
+        )
+        mask[..., 3, :], mask[..., 4:9, :260] = (False, False) if masked == "bool" else (NO, NO)
+    return tensors, mask, options
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_lengths_around_tiles_equal_the_formula(case):
+    """The results are the same bits with any number of threads."""
+    for dtype in (torch.float32, torch.float64):
+        tensors, mask, options = long_case(case, dtype)
+        names = {"is_causal": "causal", "enable_gqa": "gqa"}
+        others = {names[name]: value for name, value in options.items()}
+        dy = normal(*tensors[0].shape[:3], 20, dtype=dtype, seed=7)
+        ours = lambda *x: scaled_dot_product_attention(*x, mask, P, **options, seed=SEED)  # noqa: B023, E731
+        wanted = with_gradients(lambda *x: formula(*x, mask, **others), [x.double() for x in tensors], dy)  # noqa: B023
+        assert_close(with_gradients(ours, tensors, dy), wanted, dtype)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_threads_never_change_a_bit(causal):
+    """Where each thread has a head."""
+    shapes = (2, 7, 300, 24), (2, 7, 530, 24), (2, 7, 530, 40)
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+        dy, results = normal(2, 7, 300, 40, dtype=dtype, seed=7), []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            call = lambda *x: scaled_dot_product_attention(*x, None, P, causal, seed=SEED)  # noqa: E731
+            results.append(with_gradients(call, tensors, dy))
+        for other in results[1:]:
+            for one, expected in zip(other, results[0], strict=True):
+                assert_equal(one, expected)
+
+
+def test_huge_scores_stay_finite():
+    """The log-sum-exp of scores of 1e4 has an error of 1e-3 in float32, and so have the gradients."""
+    tensors = [normal(2, 300, 8, dtype=torch.float32, seed=i) * f for i, f in enumerate((300, 100, 1))]
+    dy = normal(2, 300, 8, dtype=torch.float32, seed=7)
+    results = with_gradients(lambda *x: scaled_dot_product_attention(*x, None, P, seed=SEED), tensors, dy)
+    wanted = with_gradients(formula, [x.double() for x in tensors], dy)
+    for actual, expected in zip(results, wanted, strict=True):
+        assert (actual - expected).abs().max() <= 1e-2 * expected.abs().max()
+
+
+def test_gradient_of_any_mask():
+    """By the kernel, summed over the axes along which it broadcasts."""
+    tensors = [normal(2, 2, *shape, seed=i) for i, shape in enumerate([(4, 5, 3), (2, 7, 3), (2, 7, 6)])]
+    dy = normal(2, 2, 4, 5, 6, seed=7)
+    for shape in ((7,), (5, 7), (4, 1, 7), (2, 1, 1, 7), (2, 1, 4, 5, 7), (1, 2, 1, 5, 7), (2, 2, 4, 5, 7)):
+        given = [*tensors, normal(*shape, seed=5)]
+        ours = lambda *x: scaled_dot_product_attention(*x, P, enable_gqa=True, seed=SEED)  # noqa: E731
+        assert_close(
+            with_gradients(ours, given, dy), with_gradients(lambda *x: formula(*x, gqa=True), given, dy), torch.float64
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -210,30 +300,30 @@ def test_empty_arguments_give_what_torch_gives(shapes):
 # ---- memory ----
 
 
-def test_kept_are_the_arguments_the_weights_and_their_bits():
-    """And nothing else: the mask may be written to before backward, the arguments may not."""
+def test_kept_are_the_arguments_the_result_and_a_number_for_each_query():
+    """And the seed. None of them may be written to before backward."""
     tensors, mask, _ = tensors_of("bool (L, S)", torch.bfloat16)
     tensors, mask = [x.requires_grad_() for x in tensors], mask.clone()
     with saved_tensors() as kept:
-        scaled_dot_product_attention(*tensors, mask, P)
-    new = [t for t in kept if not any(t is x for x in tensors)]
-    assert sorted(t.nbytes for t in new) == [4 * math.ceil(210 / 32), 2 * 210]
-    y = scaled_dot_product_attention(*tensors, mask, P)
-    mask.zero_()
-    y.sum().backward(retain_graph=True)
-    with torch.no_grad():
-        tensors[2].zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+        y = scaled_dot_product_attention(*tensors, mask, P)
+    new = [t for t in kept if not any(t is x for x in (*tensors, mask, y))]
+    assert sorted(t.nbytes for t in new) == [8, 4 * 2 * 3 * 5]
+    for written in (tensors[2], mask, y):
+        y = scaled_dot_product_attention(*tensors, mask, P)
+        y.sum().backward(retain_graph=True)
+        with torch.no_grad():
+            (y if written.shape == y.shape else written).zero_()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
 
 
-def test_of_value_alone_nothing_else_is_kept():
+def test_of_value_alone_neither_value_nor_the_result_is_kept():
     (query, key, value), ours, expected = both("plain")
     value.requires_grad_()
     with saved_tensors() as kept:
         y = ours(query, key, value)
-    assert not [t for t in kept if any(t is x for x in (query, key, value))]
-    assert len(kept) == 2
+    assert not [t for t in kept if t is value or t is y]
+    assert len(kept) == 4
     (dvalue,) = torch.autograd.grad(y.sin().sum(), value, create_graph=True)
     (theirs,) = torch.autograd.grad(expected(query, key, value).sin().sum(), value, create_graph=True)
     torch.testing.assert_close(dvalue, theirs)
@@ -253,7 +343,8 @@ def test_each_argument_may_want_a_gradient_alone():
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["own heads", "shared heads"])
 def test_gradients_of_any_order(monkeypatch, grouped):
-    monkeypatch.setattr(attention_ops, "BLOCK", 9)
+    monkeypatch.setattr(attention_kernels, "QUERIES", 2)
+    monkeypatch.setattr(attention_kernels, "KEYS", 2)
     heads = 1 if grouped else 2
     tensors = [normal(h, 3, 2, seed=i).requires_grad_() for i, h in enumerate((2, heads, heads))]
     mask = torch.zeros(3, 3).double()
@@ -310,7 +401,7 @@ def test_float32_mask_beside_16_bits():
     with saved_tensors() as kept:
         y = scaled_dot_product_attention(*tensors, mask, P, seed=SEED)
     new = [t for t in kept if not any(t is x for x in (*tensors, mask))]
-    assert sorted(t.nbytes for t in new) == [4 * 7, 2 * 210]
+    assert sorted(t.nbytes for t in new if t is not y) == [8, 4 * 30]
     (actual,) = torch.autograd.grad(y, mask, torch.ones_like(y) * 1000)
     double = mask.detach().double().requires_grad_()
     expected = formula(*tensors, double)
@@ -415,10 +506,12 @@ def test_ops(p):
     tensors, mask, _ = tensors_of("grouped (H, L, S)", torch.float32)
     seed, quick = torch.tensor(SEED), ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(op, (*tensors, mask, seed, p, False, 0.3, False), test_utils=quick)
-    y, words, probabilities = op(*tensors, mask, seed, p, False, 0.3, True)
-    shapes = [list(x.shape) for x in tensors]
-    for data, wanted in ((tensors, [True, False, True]), ([None] * 3, [False, False, True])):
-        arguments = (y, words, probabilities, *data, p, False, 0.3, *shapes, wanted)
+    y, log_sums = op(*tensors, mask, seed, p, False, 0.3, True)
+    for value, result, wanted in (
+        (tensors[2], y, [True, False, True, False]),
+        (None, None, [False, False, True, False]),
+    ):
+        arguments = (y, *tensors[:2], value, mask, result, log_sums, seed, p, False, 0.3, wanted)
         torch.library.opcheck(back, arguments, test_utils=quick)
     mapped = torch.func.vmap(lambda query: op(query, *tensors[1:], mask, seed, p, False, 0.3, False)[0])
     assert_equal(mapped(torch.stack([tensors[0]] * 2)), torch.stack([y, y]))
