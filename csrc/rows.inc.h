@@ -8,9 +8,9 @@
  * drawn, and a list's runs are appended while the next list is drawn, so that the CPU does all three at once.
  */
 enum {
-    RUN_CELLS = FD_BLOCK_CELLS, /* a long row is cut into runs at the multiples of it */
+    RUN_CELLS = 2 * FD_BLOCK_CELLS, /* a long row is cut into runs at the multiples of it */
     LISTED_WORDS = CHUNK_BLOCKS * FD_BLOCK_WORDS,
-    LISTED_AHEAD = 8,                                /* vectors */
+    LISTED_AHEAD = 8,                                /* blocks of words */
     PACKED_WORDS = LISTED_WORDS + 2 + RUN_CELLS / 32 /* what is there before, and what comes along with a run */
 };
 
@@ -48,13 +48,16 @@ static cursor_t cursor_at(const draw_rows_args *args, uint64_t i, uint64_t cells
 static unsigned list_rows(list_t *list, cursor_t *at, unsigned wanted) {
     const uint64_t columns = at->args->columns, pitch = at->args->pitch;
     const unsigned most = (unsigned)(columns + 62) / 32; /* words of a row */
+    const unsigned stop = wanted < LISTED_WORDS + 1 - most ? wanted : LISTED_WORDS + 1 - most;
     uint64_t rows = min_u64(at->rows_left - 1, (uint64_t)at->cells / columns + 1), cell = at->cell;
     unsigned words = list->words, count = list->count;
+    const words_t lanes = words_set1(LANES);
     if (!rows || (uint32_t)((cell + (rows - 1) * pitch + columns - 1) >> 37) != list->high) return 0;
-    for (; rows && words < wanted && words + most <= LISTED_WORDS; rows--) {
+    for (; rows && words < stop; rows--) {
         const unsigned lead = cell % 32;
-        for (unsigned i = 0; i < most; i += LANES)
-            words_store(list->low + words + i, words_count_from((uint32_t)(cell / 32) + i));
+        words_t index = words_count_from((uint32_t)(cell / 32));
+        for (unsigned i = 0; i < most; i += LANES, index = words_add(index, lanes))
+            words_store(list->low + words + i, index);
         list->runs[count++] = (run_t){32 * words + lead, (uint32_t)columns};
         words += (lead + (unsigned)columns + 31) / 32;
         cell += pitch;
@@ -127,20 +130,24 @@ INLINE uint64_t long_from(const unsigned char *from, unsigned shift) {
 /* Appends a run, 64 bits of the output at a time. The bits of the list before and behind the run come along: what was
  * there stays instead of the former, and what is appended next replaces the latter. */
 INLINE void append_run_of(packed_t *to, const list_t *list, run_t run) {
-    const unsigned have = to->n % 64, position = 64 + run.position - have; /* from 64 bits before the list's on */
-    const unsigned char *from = (const unsigned char *)list + offsetof(list_t, chunk.words) - 8 + position / 32 * 4;
-    unsigned char *at = (unsigned char *)to + offsetof(packed_t, words) + to->n / 64 * 8;
+    const unsigned n = to->n, have = n % 64;
+    const unsigned position = 64 + run.position - have; /* of the first 64 bits, counted from `from` on */
+    const unsigned bytes = (run.n + 126) / 64 * 8;      /* for any `have`: rows of one length branch alike */
+    const unsigned char *from = (const unsigned char *)list + offsetof(list_t, chunk.words) - 8;
+    unsigned char *at = (unsigned char *)to + offsetof(packed_t, words);
     uint64_t before, bits;
-    to->n += run.n;
-    if ((have | position % 32) == 0) {
-        memcpy(at, from, RUN_CELLS / 8);
+    to->n = n + run.n;
+    if ((n | run.position) % 32 == 0) {
+        memcpy(at + n / 8, from + 8 + run.position / 8, RUN_CELLS / 8);
         return;
     }
+    from += position / 32 * 4;
+    at += n / 64 * 8;
     memcpy(&before, at, sizeof before);
     bits = long_from(from, position % 32);
     bits = before ^ ((before ^ bits) & ~0ull << have);
     memcpy(at, &bits, sizeof bits);
-    for (unsigned done = 8; 8 * done < have + run.n; done += 8) {
+    for (unsigned done = 8; done < bytes; done += 8) {
         bits = long_from(from + done, position % 32);
         memcpy(at + done, &bits, sizeof bits);
     }
@@ -160,8 +167,8 @@ static void draw_list(draw_t *d, list_t *list, cursor_t *at, const list_t *befor
             list->chunk.counters[v / LANES] = counter_of(&d->philox, words_load(list->low + slot + FD_BLOCK_WORDS + v));
             draw_words(d, &list->chunk, counter, slot + v);
         }
-        for (unsigned i = 0; i < each && appended < before->count; i++)
-            append_run_of(packed, before, before->runs[appended++]);
+        const unsigned stop = appended + each < before->count ? appended + each : before->count;
+        for (; appended < stop; appended++) append_run_of(packed, before, before->runs[appended]);
     }
     while (appended < before->count) append_run_of(packed, before, before->runs[appended++]);
     draw_pending(d, &list->chunk);
