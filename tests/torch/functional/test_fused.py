@@ -210,7 +210,7 @@ def test_backward_makes_what_is_wanted(monkeypatch, name, wanted, made):
         "pointwise_backward": (7, ("dx", "dmultiplier", "sums")),
         "norm_backward": (8, ("dx", "dresidual", "sums")),
     }
-    run, seen = fused_kernels._run, []
+    run, seen = fused_kernels.run, []
 
     def watched(primitive, *arguments, **options):
         if primitive in outputs:
@@ -218,7 +218,7 @@ def test_backward_makes_what_is_wanted(monkeypatch, name, wanted, made):
             seen.append([name for i, name in enumerate(names, first) if arguments[i] is not None])
         run(primitive, *arguments, **options)
 
-    monkeypatch.setattr(fused_kernels, "_run", watched)
+    monkeypatch.setattr(fused_kernels, "run", watched)
     tensors = FUSED[name].tensors()
     for each in wanted.split():
         tensors[each].requires_grad_()
@@ -499,9 +499,9 @@ def test_attention_masks(shape):
 
 def test_an_expanded_mask_is_taken_as_it_was(monkeypatch):
     scores, mask = torch.randn(3, 4, 5, 33), torch.randn(3, 1, 1, 33) > -1
-    run, seen = fused_kernels._run, []
+    run, seen = fused_kernels.run, []
     monkeypatch.setattr(
-        fused_kernels, "_run", lambda name, *args, **rest: seen.append(args[2].numel()) or run(name, *args, **rest)
+        fused_kernels, "run", lambda name, *args, **rest: seen.append(args[2].numel()) or run(name, *args, **rest)
     )
     for dtype in (torch.bool, torch.float16):
         masks = mask.to(dtype), mask.to(dtype).expand(3, 4, 5, 33)
