@@ -56,7 +56,7 @@ static void C(attention_backward)(const attention_backward_args *args, uint64_t 
     const int type = args->dtype;
     const uint64_t columns = args->columns;
     const bits_t bits = {args->words, args->rows * columns};
-    const C(t) a = (C(t))args->a, *log_and_dot = args->log_and_dot;
+    const C(t) a = (C(t))args->a, *base_and_dot = args->base_and_dot;
     C(t) p[STRIP_CELLS], g[STRIP_CELLS], scratch[STRIP_CELLS];
     for (uint64_t r = begin; r < end; r++) {
         const uint64_t query = r % args->queries, first = r * columns;
@@ -68,7 +68,8 @@ static void C(attention_backward)(const attention_backward_args *args, uint64_t 
                                  .keys = keys,
                                  .scale = C(set1)(args->softmax_scale),
                                  .strip = p};
-        const C(v) log = C(set1)(C(load_one)(log_and_dot + 2 * r)), dot = C(set1)(C(load_one)(log_and_dot + 2 * r + 1));
+        const C(v) log = C(set1)(C(load_one)(base_and_dot + 2 * r)),
+                   dot = C(set1)(C(load_one)(base_and_dot + 2 * r + 1));
         for (uint64_t j = 0, n; j < columns; j += n) {
             const uint64_t at = first + j;
             n = min_u64((j < keys ? keys : columns) - j, STRIP_CELLS);

@@ -254,7 +254,7 @@ static int attention_forward_good(const attention_forward_args *a) {
 static work_t attention_forward_work(const attention_forward_args *a) { return by_rows(a->rows, a->columns, a->dtype); }
 
 static int attention_backward_good(const attention_backward_args *a) {
-    return a->x && a->log_and_dot && (a->dy || !a->dx) && good_dtype(a->dtype) && good_rows(a->rows, a->columns) &&
+    return a->x && a->base_and_dot && (a->dy || !a->dx) && good_dtype(a->dtype) && good_rows(a->rows, a->columns) &&
            a->heads && a->queries;
 }
 static work_t attention_backward_work(const attention_backward_args *a) {

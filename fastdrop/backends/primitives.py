@@ -200,10 +200,10 @@ TABLE = (
         "attention_backward",
         over="rows",
         cpu_only=True,
-        does="A tile of attention scores again, with the row's log-sum-exp and its sum of dy y in log_and_dot [rows, "
-        "2]: p = exp(score - log-sum-exp); y = bit ? a p : 0; dx = p ((bit ? a dy : 0) - dot), of the score before "
-        "the mask is added. Rows, mask and causal are as in attention_forward.",
-        parameters="code dtype; data x; mask? mask; words? words; statistics log_and_dot; data? dy; data!? y, dx; "
+        does="A tile of attention scores again: p = exp(score - base); y = bit ? a p : 0; dx = p ((bit ? a dy : 0) - "
+        "dot), of the score before the mask is added; base_and_dot [rows, 2]. Rows, mask and causal are as in "
+        "attention_forward.",
+        parameters="code dtype; data x; mask? mask; words? words; statistics base_and_dot; data? dy; data!? y, dx; "
         "count rows, columns, heads, queries, outer_stride, head_stride, query_stride, first_query, first_key; "
         "number softmax_scale, a; flag causal",
     ),

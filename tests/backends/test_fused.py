@@ -459,10 +459,10 @@ def test_tiles_of_attention_add_up_to_the_softmax(variant, dtype):
         log = np.where(total == 0, np.inf, top + np.log(total))
     for r in range(9):
         assert_close(y[r], wanted[r], dtype, r)
-    log_and_dot = dtype.narrow(np.stack([log, np.zeros(9)], 1)).reshape(-1)
+    base_and_dot = dtype.narrow(np.stack([log, np.zeros(9)], 1)).reshape(-1)
     for x, (begin, end) in zip(tiles, itertools.pairwise(borders), strict=True):
         tile = replace(case, op="attention_backward", columns=end - begin, absent="mask words dy dx")
-        again = run(variant, tile, {"x": x, "log_and_dot": log_and_dot})["y"].reshape(9, -1).astype(np.float64)
+        again = run(variant, tile, {"x": x, "base_and_dot": base_and_dot})["y"].reshape(9, -1).astype(np.float64)
         for r in (0, 1, 2, 3, 4, 5, 8):  # the others' log-sum-exp is too large for as many digits
             assert_close(again[r], probabilities[r, begin:end], dtype, (r, begin))
     assert_same_bits(y[0], np.zeros(7))

@@ -100,7 +100,7 @@ def attention_backward(
     x,
     mask,
     words,
-    log_and_dot,
+    base_and_dot,
     dy,
     y,
     dx,
@@ -124,12 +124,12 @@ def attention_backward(
         keys = _seen(columns, causal, U(first_query) + query, U(first_key))
         line = outer * U(outer_stride) + head * U(head_stride) + query * U(query_stride)
         _take_scores(dtype, x, at, mask, line, keys, softmax_scale, p, g)
-        exponentials(p, keys, fetch(log_and_dot, U(2) * r, zero))
+        exponentials(p, keys, fetch(base_and_dot, U(2) * r, zero))
         p[keys:] = zero
         if dx:
             take(dtype, dy, at, columns, g)
             drop(g, words, at, columns, a)
-            softmax_slope(g, p, keys, fetch(log_and_dot, U(2) * r + U(1), zero), one)
+            softmax_slope(g, p, keys, fetch(base_and_dot, U(2) * r + U(1), zero), one)
             g[keys:] = zero
             deliver(dtype, dx, at, columns, g)
         if y:

@@ -49,13 +49,15 @@ def attention_forward(p: Any) -> None:
 
 @primitive
 def attention_backward(p: Any) -> None:
-    """The probabilities again, ``exp(score - log)``: dropped in y, and in dx the gradient of the scores.
+    """Exponentials ``exp(score - base)`` again: dropped in y, and in dx the gradient of the scores.
 
-    ``log_and_dot`` has each row's log-sum-exp, plus infinity where it saw nothing, and its sum of ``dy * y``.
+    With each row's log-sum-exp as base they are probabilities, and dot is the row's sum of ``dy * y``. With its largest
+    score as base, which loses no digits however large it is, dy and dot have to be divided by the row's sum of
+    exponentials before. The base of a row that saw nothing is plus infinity.
     """
     shape = p.rows, p.columns
     with np.errstate(all="ignore"):
-        log, dot = p.log_and_dot.astype(np.float64).reshape(p.rows, 2, 1).swapaxes(0, 1)
+        log, dot = p.base_and_dot.astype(np.float64).reshape(p.rows, 2, 1).swapaxes(0, 1)
         keep, seen = read_bits(p.words, shape), _seen(p)
         probabilities = np.where(seen, np.exp(masked_scores(p) - log), 0.0)
         dx = None

@@ -87,7 +87,7 @@ def scaled_dot_product_attention(
     ValueError, TypeError
         A bad dropout_p, seed or generator, as in `dropout`.
 
-    Kept for backward: the arguments, the result, a number of float32 (float64 for float64) for each query, and 8 bytes.
+    Kept for backward: the arguments, the result, two numbers of float32 (float64 for float64) for each query, 8 bytes.
     The mask and the weights are computed again. attn_mask must not be written to before that, and neither must the
     result. If nothing is dropped, and on a GPU without a seed or generator, torch's own function is called. It has a
     gradient of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``, autocast and

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import sys
 import threading
 import types
@@ -56,7 +57,7 @@ ATTENTION = "scaled_dot_product_attention"
 ATTENTION_KEYS = ("CPU", "AutogradCPU")
 OVERRIDDEN = (*OPS, *(name + "_" for name in OPS), ATTENTION)
 GRAFTED = "_fastdrop_grafted"  # on the forward of timm's and torchvision's classes, once it is ours
-FEWEST_SCORES = 1 << 15  # below, the Python around a call costs more than its kernels save
+FEWEST_SCORES = 1 << 17, 1 << 14  # in all and in a head; below, the Python around tiles costs more than kernels save
 
 _library: torch.library.Library | None = None  # never taken away: another thread may be on its way to a kernel
 _is_registered = False
@@ -218,7 +219,8 @@ def _attention(
         if any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in arguments):
             traced = compose if is_transformed() or not query.is_cpu else trace
             return traced(arguments, dropout_p, options)
-        if query.numel() // query.shape[-1] * key.shape[-2] >= FEWEST_SCORES and is_direct(*arguments):
+        scores = query.numel() // query.shape[-1] * key.shape[-2], query.shape[-2] * key.shape[-2]
+        if all(map(operator.ge, scores, FEWEST_SCORES)) and is_direct(*arguments):
             return attend(arguments, dropout_p, options)
     op = torch.ops.aten.scaled_dot_product_attention.default
     return call_as_torch(op, *arguments, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)

@@ -2,7 +2,7 @@
 dropout.
 
 `functional.attention` calls them, or their kernels, for tensors on the CPU. `runtime.attention_kernels` does the work.
-Forward keeps its arguments, its result, one number for each query and the seed: backward computes the scores again and
+Forward keeps its arguments, its result, two numbers for each query and the seed: backward computes the scores again and
 draws the mask again.
 """
 
@@ -39,7 +39,7 @@ class Attention(NamedTuple):
 
 class Result(NamedTuple):
     y: Tensor
-    log_sums: Maybe  # of each query's exponentials, in the dtype that is computed in
+    statistics: Maybe  # [*, L, 2] of each query's scores, in the dtype that is computed in: the largest; 1 / sum of exp
 
 
 class AttentionBackward(NamedTuple):
@@ -49,7 +49,7 @@ class AttentionBackward(NamedTuple):
     value: Maybe
     attn_mask: Maybe
     y: Maybe
-    log_sums: Tensor
+    statistics: Tensor
     seed: Seed
     p: P
     causal: bool
@@ -65,7 +65,7 @@ class Saved(NamedTuple):
     value: Maybe
     attn_mask: Maybe
     y: Maybe
-    log_sums: Tensor
+    statistics: Tensor
     seed: Any
     p: float | Tensor
     causal: bool
@@ -130,7 +130,7 @@ def _check_call(call: Attention) -> None:
 def _check_gradient(call: AttentionBackward) -> None:
     """Raises unless backward has tensors that forward may have had: ops are called by hand, and hooks may change saved
     tensors."""
-    dy, query, key, value, attn_mask, y, log_sums, *_ = call
+    dy, query, key, value, attn_mask, y, statistics, *_ = call
     wanted, of_scores = call.wanted, call.wanted[0] or call.wanted[1] or call.wanted[3]
     values = key.new_empty(()).expand(*key.shape[:-1], dy.shape[-1] if dy.dim() else 0) if value is None else value
     if not is_regular(query, key, values, attn_mask, call.causal, call.softmax_scale, query.dim() > 2):
@@ -142,10 +142,10 @@ def _check_gradient(call: AttentionBackward) -> None:
     for name, x, wide in (
         ("dy", dy, query.dtype),
         ("y", y, query.dtype),
-        ("log_sums", log_sums, computed(query.dtype)),
+        ("statistics", statistics, computed(query.dtype)),
     ):
         if x is not None:
-            fused_kernels.check(name, x, query.shape[:-1] if x is log_sums else shape, wide, query)
+            fused_kernels.check(name, x, (*query.shape[:-1], 2) if x is statistics else shape, wide, query)
     if of_scores and (value is None or y is None):
         raise ValueError("value and y must be tensors for the gradients of query, key and attn_mask, but got None")
     if wanted[3] and (attn_mask is None or attn_mask.dtype is torch.bool):
@@ -169,20 +169,20 @@ def _kernel_call(call: Any) -> attention_kernels.Call:
 
 
 def _attention(call: Attention) -> Result:
-    y, log_sums = attention_kernels.forward(_kernel_call(call))
-    return Result(y, log_sums if call.keep else None)
+    y, statistics = attention_kernels.forward(_kernel_call(call))
+    return Result(y, statistics if call.keep else None)
 
 
 def _attention_outputs(call: Attention) -> Result:
     query = call.query
     y = query.new_empty((*query.shape[:-1], call.value.shape[-1]))
-    return Result(y, query.new_empty(query.shape[:-1], dtype=computed(query.dtype)) if call.keep else None)
+    return Result(y, query.new_empty((*query.shape[:-1], 2), dtype=computed(query.dtype)) if call.keep else None)
 
 
 def _attention_saved(call: Attention, results: Result, needs: Any) -> Saved:
     of_scores = needs[0] or needs[1] or needs[3]
     value, y = (call.value, results.y) if of_scores else (None, None)
-    data = call.query, call.key, value, call.attn_mask, y, results.log_sums
+    data = call.query, call.key, value, call.attn_mask, y, results.statistics
     return Saved(*data, saved_mask(None, call.seed), call.p, call.causal, call.softmax_scale)  # type: ignore[arg-type]
 
 
@@ -216,7 +216,7 @@ ATTENTION = Op(
 
 def _backward(call: AttentionBackward) -> Gradients:
     _check_gradient(call)
-    return attention_kernels.backward(_kernel_call(call), call.dy, call.y, call.log_sums, call.wanted)
+    return attention_kernels.backward(_kernel_call(call), call.dy, call.y, call.statistics, call.wanted)
 
 
 def _backward_outputs(call: AttentionBackward) -> Gradients:

@@ -198,27 +198,30 @@ class _Scratch:
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """y, and the logarithm of each query's sum of exponentials: plus infinity for one that sees no key."""
+    """y, and ``[*, L, 2]`` numbers of each query: its largest score, plus infinity if it sees no key, and one over its
+    sum of exponentials, then 0. Their logarithm would lose the sum beside a large score."""
     query, value = call.query, call.value
     assert value is not None
     extents = Extents.of(query, call.key)
     parts = extents.parts()
     scratch, width = _Scratch(call, parts), value.shape[-1]
-    y, log_sums = query.new_empty((*query.shape[:-1], width)), query.new_empty(query.shape[:-1], dtype=scratch.wide)
-    queries, keys, values, ys, logs = map(extents.by_heads, (query, call.key, value, y, log_sums.unsqueeze(-1)))
+    y, known = query.new_empty((*query.shape[:-1], width)), query.new_empty((*query.shape[:-1], 2), dtype=scratch.wide)
+    queries, keys, values, ys, all_known = map(extents.by_heads, (query, call.key, value, y, known))
     scale = keep_scale(call.threshold)
     for part in parts:
         k, v = part.of(keys), part.of(values)
         for member in range(extents.group):
-            q, to, to_log = part.of(queries, member), part.view(ys, member), part.view(logs, member)
+            q, to, to_known = part.of(queries, member), part.view(ys, member), part.view(all_known, member)
             for block in part.blocks(member, call.causal):
                 totals, statistics = _attend(call, scratch, block, block.of(q), k, v)
                 top, total = statistics.view(*totals.shape[:2], 2).split(1, -1)
-                totals *= torch.where(total == 0, 0.0, scale / total)
+                nothing = total == 0
+                share = torch.where(nothing, 0.0, 1.0 / total)
+                totals *= share * scale
                 block.of(to).copy_(totals.view(block.of(to).shape))
-                log = torch.where(total == 0, math.inf, top + total.log())
-                block.of(to_log).copy_(log.view(block.of(to_log).shape))
-    return y, log_sums
+                found = torch.cat([torch.where(nothing, math.inf, top), share], -1)
+                block.of(to_known).copy_(found.view(block.of(to_known).shape))
+    return y, known
 
 
 def _attend(call: Call, scratch: _Scratch, block: Block, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -271,15 +274,17 @@ class _KeySums(NamedTuple):
         total = self.tiles[tile.key // KEYS]
         if tile.columns == total.shape[1]:
             total.baddbmm_(a, b, alpha=scale)
-        else:
-            total.narrow(1, 0, tile.columns).add_(torch.bmm(a, b), alpha=scale)
+        else:  # out=: autocast would round a product that is returned
+            product = torch.bmm(a, b, out=total.new_empty((len(a), tile.columns, total.shape[2])))
+            total.narrow(1, 0, tile.columns).add_(product, alpha=scale)
 
     def deliver(self, to: Tensor) -> None:
         to.copy_(torch.cat(self.tiles, 1).view(to.shape))
 
 
-def backward(call: Call, dy: Tensor, y: Maybe, log_sums: Tensor, wanted: list[bool]) -> Gradients:
-    """The gradients of query, key, value and attn_mask that are wanted. y is None if only that of value is."""
+def backward(call: Call, dy: Tensor, y: Maybe, known: Tensor, wanted: list[bool]) -> Gradients:
+    """The gradients of query, key, value and attn_mask that are wanted, by what forward knew. y is None if only that of
+    value is."""
     extents = Extents.of(call.query, call.key)
     parts = extents.parts()
     scratch = _Scratch(call, parts)
@@ -288,7 +293,7 @@ def backward(call: Call, dy: Tensor, y: Maybe, log_sums: Tensor, wanted: list[bo
     sums = _MaskSums(call.attn_mask, extents, scratch.wide) if wanted[3] and call.attn_mask is not None else None
     by_heads = extents.by_heads
     arrays = [None if x is None else by_heads(x) for x in (dquery, dkey, dvalue, call.value, y)]
-    inputs = [by_heads(x) for x in (call.query, call.key, dy, log_sums.unsqueeze(-1))]
+    inputs = [by_heads(x) for x in (call.query, call.key, dy, known)]
     for part in parts:
         _of_part(call, scratch, part, inputs, arrays, sums)
     of_mask = None if sums is None else sums.total(call.attn_mask, call.query.shape[:-3])  # type: ignore[arg-type]
@@ -298,17 +303,18 @@ def backward(call: Call, dy: Tensor, y: Maybe, log_sums: Tensor, wanted: list[bo
 def _of_part(
     call: Call, scratch: _Scratch, part: Part, inputs: list[Tensor], arrays: list[Maybe], sums: _MaskSums | None
 ) -> None:
-    queries, keys, slopes, logs = inputs
+    queries, keys, slopes, all_known = inputs
     dquery, dkey, dvalue, values, ys = arrays
     k, v = part.of(keys), None if values is None or ys is None else part.of(values)
     of_keys = None if dkey is None else _KeySums.of(k)
     of_values = None if dvalue is None else _KeySums.of(part.of(dvalue))
     for member in range(part.extents.group):
-        q, g, log = part.of(queries, member), part.of(slopes, member), part.of(logs, member)
-        dot = torch.zeros_like(log) if ys is None else (g * part.of(ys, member)).sum(-1, keepdim=True)
-        log_and_dot = torch.cat([log, dot], -1)
+        q, (top, share) = part.of(queries, member), part.of(all_known, member).split(1, -1)
+        g = part.of(slopes, member) * share  # what the exponentials below lack
+        dot = torch.zeros_like(top) if ys is None else (g * part.of(ys, member)).sum(-1, keepdim=True)
+        base_and_dot = torch.cat([top, dot], -1)
         for block in part.blocks(member, call.causal):
-            q_block, g_block, known = block.of(q), block.of(g), block.of(log_and_dot).contiguous()
+            q_block, g_block, known = block.of(q), block.of(g), block.of(base_and_dot).contiguous()
             total = None if dquery is None else torch.zeros_like(q_block, memory_format=torch.contiguous_format)
             for tile in block.tiles():
                 x = torch.bmm(q_block, tile.of(k).mT, out=tile.scratch(scratch.scores))

@@ -203,6 +203,7 @@ ATTENTION_ROUTES = {  # what has it in one piece; elsewhere torch composes it
     "compile": {"trace"},
     "mask with a gradient": {"attend"},
     "few scores": set(),
+    "few in a head": set(),
 }
 
 
@@ -221,8 +222,8 @@ def test_attention_among_torchs_other_features(on, monkeypatch, case):
 
     for name in ("attend", "trace"):
         monkeypatch.setattr(enable, name, noted(name, getattr(enable, name)))
-    scores = 2 * 3 * 5 * 5
-    monkeypatch.setattr(enable, "FEWEST_SCORES", scores + (case == "few scores"))
+    fewest = 2 * 3 * 5 * 5 + (case == "few scores"), 5 * 5 + (case == "few in a head")
+    monkeypatch.setattr(enable, "FEWEST_SCORES", fewest)
     x, mask = torch.randn(2, 3, 5, 8), torch.randn(5, 5, requires_grad=case == "mask with a gradient")
 
     def attend(x):

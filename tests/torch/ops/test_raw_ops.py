@@ -31,22 +31,22 @@ REFUSED = {
     "attention(t(2, 3), t(0, 3), t(0, 3), None, seed, 0.5, False, 1.0, True)": "not empty",
     "attention(t(2, 3), t(4, 3), t(4, 3), t(2, 5), seed, 0.5, False, 1.0, True)": "query, key, value and mask must be",
     "attention(t(2, 3), t(4, 3), t(4, 3, dtype=f64), None, seed, 0.5, False, 1.0, True)": "of one float dtype",
-    "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(9, 3), None, t(2, 3), t(2), seed, 0.5, False, 1.0,"
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(9, 3), None, t(2, 3), t(2, 2), seed, 0.5, False, 1.0,"
     " [True] * 4)": "query, key, value and mask must be those of forward",
-    "attention_backward(t(9, 9), t(2, 3), t(4, 3), t(4, 3), None, t(2, 3), t(2), seed, 0.5, False, 1.0,"
+    "attention_backward(t(9, 9), t(2, 3), t(4, 3), t(4, 3), None, t(2, 3), t(2, 2), seed, 0.5, False, 1.0,"
     " [True] * 4)": "dy must be torch.float32 of shape (2, 3)",
-    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, None, t(2, 3), t(2), seed, 0.5, False, 1.0,"
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, None, t(2, 3), t(2, 2), seed, 0.5, False, 1.0,"
     " [True] * 4)": "value and y must be tensors",
-    "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(4, 3), None, t(2, 4), t(2), seed, 0.5, False, 1.0,"
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(4, 3), None, t(2, 4), t(2, 2), seed, 0.5, False, 1.0,"
     " [True] * 4)": "y must be torch.float32 of shape (2, 3)",
-    "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(4, 3), None, t(2, 3), t(1), seed, 0.5, False, 1.0,"
-    " [True] * 4)": "log_sums must be torch.float32 of shape (2,)",
     "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(4, 3), None, t(2, 3), t(2), seed, 0.5, False, 1.0,"
+    " [True] * 4)": "statistics must be torch.float32 of shape (2, 2)",
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(4, 3), None, t(2, 3), t(2, 2), seed, 0.5, False, 1.0,"
     " [True] * 4)": "attn_mask must be of a float dtype for its gradient",
-    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, t(5), None, t(2), seed, 0.5, False, 1.0,"
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, t(5), None, t(2, 2), seed, 0.5, False, 1.0,"
     " [False] * 4)": "query, key, value and mask must be those of forward",
-    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, None, None, t(2).to('meta'), seed, 0.5, False, 1.0,"
-    " [False, False, True, False])": "log_sums must be on cpu",
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, None, None, t(2, 2).to('meta'), seed, 0.5, False, 1.0,"
+    " [False, False, True, False])": "statistics must be on cpu",
     "norm_backward(half, None, x.double(), statistics, None, None, 0.5, True, True, [True] * 5)": "residual_out must",
     "norm_backward(x, None, x, x[:2], None, None, 0.5, True, True, [True] * 5)": "statistics must be",
     "norm_backward(x, None, x.int(), statistics, None, None, 0.5, True, True, [True] * 5)": "residual_out must be",
