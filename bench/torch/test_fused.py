@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -117,9 +118,10 @@ def test_attention(shape: str, threads: int, benchmark: Any) -> None:
     ours = step(lambda q, k, v: fdt.scaled_dot_product_attention(q, k, v, dropout_p=P), inputs, dy)
     peers = {ATTENTION: step(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=P), inputs, dy)}
     batch, heads, length, _ = ATTENTIONS[shape]
+    scores = batch * heads * length**2, length**2  # in all, in a head
     benchmark.extra_info.update(
         kind="scaled_dot_product_attention", operation="forward+backward", layout=shape, threads=threads,
-        elements=batch * heads * length * length, small=batch * heads * length * length < FEWEST_SCORES,
+        elements=scores[0], small=any(map(operator.lt, scores, FEWEST_SCORES)),
     )  # fmt: skip
     with memory.results("reused"):
         alternate(benchmark, ours, peers, SECONDS, SETTLE_SECONDS if threads > 1 else 0.0)
