@@ -18,14 +18,8 @@ static void C(attention_forward)(const attention_forward_args *args, uint64_t be
     drawing_open(&given, args->words, args->rows * columns, NULL, 0, 0);
     for (uint64_t r = begin; r < end; r++) {
         const uint64_t query = r % args->queries;
-        const C(row_t) scores = {.x = args->x,
-                                 .mask = MASK_ROW(args, r),
-                                 .type = type,
-                                 .first = r * columns,
-                                 .keys = C(seen)(columns, args->causal, args->first_query + query, args->first_key),
-                                 .scale = C(set1)(args->softmax_scale),
-                                 .row = columns <= ROW_CELLS ? row : NULL,
-                                 .strip = x};
+        const uint64_t keys = C(seen)(columns, args->causal, args->first_query + query, args->first_key);
+        const C(row_t) scores = ROW_OF(args, r, keys, columns <= ROW_CELLS ? row : NULL, x);
         const C(t) old = before ? C(load_one)(before + 2 * r) : -INFINITY, largest = C(row_scores)(&scores, &given);
         C(t) top = largest > old ? largest : old;
         const C(v) base = C(set1)(top == -INFINITY ? 0 : top); /* nothing seen: -inf - -inf would be NaN */
@@ -61,13 +55,7 @@ static void C(attention_backward)(const attention_backward_args *args, uint64_t 
     for (uint64_t r = begin; r < end; r++) {
         const uint64_t query = r % args->queries, first = r * columns;
         const uint64_t keys = C(seen)(columns, args->causal, args->first_query + query, args->first_key);
-        const C(row_t) scores = {.x = args->x,
-                                 .mask = MASK_ROW(args, r),
-                                 .type = type,
-                                 .first = first,
-                                 .keys = keys,
-                                 .scale = C(set1)(args->softmax_scale),
-                                 .strip = p};
+        const C(row_t) scores = ROW_OF(args, r, keys, NULL, p);
         const C(v) log = C(set1)(C(load_one)(base_and_dot + 2 * r)),
                    dot = C(set1)(C(load_one)(base_and_dot + 2 * r + 1));
         for (uint64_t j = 0, n; j < columns; j += n) {

@@ -66,6 +66,17 @@ typedef struct {
     C(t) * row, *strip; /* room for the row, NULL: it is not kept between passes; room for a strip of it */
 } C(row_t);
 
+/* Row r of a kernel's scores, of which `seen` keys are seen. */
+#define ROW_OF(args, r, seen, kept, room)                                                                              \
+    {.x = (args)->x,                                                                                                   \
+     .mask = MASK_ROW(args, r),                                                                                        \
+     .type = (args)->dtype,                                                                                            \
+     .first = (r) * (args)->columns,                                                                                   \
+     .keys = seen,                                                                                                     \
+     .scale = C(set1)((args)->softmax_scale),                                                                          \
+     .row = kept,                                                                                                      \
+     .strip = room}
+
 /* The strip's scores in the row, or in the room for a strip. */
 INLINE C(t) * C(score_strip)(const C(row_t) * r, uint64_t j, uint64_t n, C(v) * most) {
     C(t) *to = r->row ? r->row + j : r->strip;
@@ -120,14 +131,7 @@ static void C(softmax_forward)(const softmax_forward_args *args, uint64_t begin,
     for (uint64_t r = begin; r < end; r++) {
         const uint64_t first = r * columns, query = r % args->queries;
         const uint64_t keys = args->causal ? min_u64(columns, query + 1) : columns;
-        const C(row_t) scores = {.x = args->x,
-                                 .mask = MASK_ROW(args, r),
-                                 .type = type,
-                                 .first = first,
-                                 .keys = keys,
-                                 .scale = C(set1)(args->softmax_scale),
-                                 .row = columns <= ROW_CELLS ? row : NULL,
-                                 .strip = x};
+        const C(row_t) scores = ROW_OF(args, r, keys, columns <= ROW_CELLS ? row : NULL, x);
         const C(t) largest = C(row_scores)(&scores, &drawing);
         const C(v) top = C(set1)(largest == -INFINITY ? 0 : largest); /* all masked: -inf - -inf would be NaN */
         const double total = C(row_exponentials)(&scores, top);
