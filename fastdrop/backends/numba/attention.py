@@ -11,8 +11,8 @@ from __future__ import annotations
 import numpy as np
 
 from .scalars import kernel, stage
-from .softmax import exponentials, largest_of, softmax_slope
-from .stages import U, add, as_type, deliver, drop, fetch, put, row_sum, scale, take, take_as
+from .softmax import exponentials, largest_of, mask_line, softmax_slope, take_scores
+from .stages import U, as_type, deliver, drop, fetch, put, row_sum, scale, take, take_as
 
 
 @stage
@@ -21,16 +21,6 @@ def _seen(columns, causal, query, first_key):
     if not causal:
         return columns
     return U(0) if query < first_key else min(columns, query - first_key + U(1))
-
-
-@stage
-def _take_scores(dtype, x, at, mask, line, n, softmax_scale, h, other):
-    """h = softmax_scale x + mask, by other as scratch."""
-    take(dtype, x, at, n, h)
-    scale(h, n, softmax_scale)
-    if mask:
-        take_as(mask, line, n, other, softmax_scale)
-        add(h, other, U(0), n)
 
 
 @kernel
@@ -63,10 +53,9 @@ def attention_forward(
     zero, one = as_type(0, softmax_scale), as_type(1, softmax_scale)
     h, other, sums = np.full(columns, zero), np.full(columns, zero), np.full(width, zero)
     for r in range(U(begin), U(end)):
-        at, query, head, outer = r * columns, r % queries, r // queries % heads, r // queries // heads
-        keys = _seen(columns, causal, U(first_query) + query, U(first_key))
-        line = outer * U(outer_stride) + head * U(head_stride) + query * U(query_stride)
-        _take_scores(dtype, x, at, mask, line, keys, softmax_scale, h, other)
+        at, keys = r * columns, _seen(columns, causal, U(first_query) + r % queries, U(first_key))
+        line = mask_line(r, heads, queries, outer_stride, head_stride, query_stride)
+        take_scores(dtype, x, at, mask, line, keys, softmax_scale, h, other)
         old, total = as_type(-np.inf, zero), zero
         if before:
             old, total = fetch(before, U(2) * r, zero), fetch(before, U(2) * r + U(1), zero)
@@ -120,10 +109,9 @@ def attention_backward(
     columns, heads, queries, zero, one = U(columns), U(heads), U(queries), as_type(0, a), as_type(1, a)
     p, g = np.full(columns, a), np.full(columns, a)
     for r in range(U(begin), U(end)):
-        at, query, head, outer = r * columns, r % queries, r // queries % heads, r // queries // heads
-        keys = _seen(columns, causal, U(first_query) + query, U(first_key))
-        line = outer * U(outer_stride) + head * U(head_stride) + query * U(query_stride)
-        _take_scores(dtype, x, at, mask, line, keys, softmax_scale, p, g)
+        at, keys = r * columns, _seen(columns, causal, U(first_query) + r % queries, U(first_key))
+        line = mask_line(r, heads, queries, outer_stride, head_stride, query_stride)
+        take_scores(dtype, x, at, mask, line, keys, softmax_scale, p, g)
         exponentials(p, keys, fetch(base_and_dot, U(2) * r, zero))
         p[keys:] = zero
         if dx:

@@ -49,6 +49,23 @@ def _stages_of(double: bool) -> tuple[Any, Any]:
 exponentials, largest_of = (by_type(pair, 0) for pair in zip(_stages_of(False), _stages_of(True), strict=True))
 
 
+@stage
+def mask_line(r, heads, queries, outer_stride, head_stride, query_stride):
+    """Where the mask's row for row r begins."""
+    outer, head, query = r // queries // heads, r // queries % heads, r % queries
+    return outer * U(outer_stride) + head * U(head_stride) + query * U(query_stride)
+
+
+@stage
+def take_scores(dtype, x, at, mask, line, n, softmax_scale, h, other):
+    """h = softmax_scale x + mask, by other as scratch."""
+    take(dtype, x, at, n, h)
+    scale(h, n, softmax_scale)
+    if mask:
+        take_as(mask, line, n, other, softmax_scale)
+        add(h, other, U(0), n)
+
+
 @kernel
 def softmax_forward(
     begin,
@@ -73,14 +90,9 @@ def softmax_forward(
     columns, heads, queries, zero = U(columns), U(heads), U(queries), as_type(0, a)
     h, other = np.full(columns, a), np.full(columns, a)
     for r in range(U(begin), U(end)):
-        at, query, head, outer = r * columns, r % queries, r // queries % heads, r // queries // heads
-        keys = min(columns, query + U(1)) if causal else columns
-        take(dtype, x, at, keys, h)
-        scale(h, keys, softmax_scale)
-        if mask:
-            line = outer * U(outer_stride) + head * U(head_stride) + query * U(query_stride)
-            take_as(mask, line, keys, other, a)
-            add(h, other, U(0), keys)
+        at, keys = r * columns, min(columns, r % queries + U(1)) if causal else columns
+        line = mask_line(r, heads, queries, outer_stride, head_stride, query_stride)
+        take_scores(dtype, x, at, mask, line, keys, softmax_scale, h, other)
         largest = largest_of(h, keys)
         # Where nothing is left exponentials are then 0, and NaN stays what it is.
         exponentials(h, keys, zero if largest == -np.inf else largest)
