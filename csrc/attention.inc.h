@@ -56,13 +56,13 @@ static void C(attention_backward)(const attention_backward_args *args, uint64_t 
         const uint64_t query = r % args->queries, first = r * columns;
         const uint64_t keys = C(seen)(columns, args->causal, args->first_query + query, args->first_key);
         const C(row_t) scores = ROW_OF(args, r, keys, NULL, p);
-        const C(v) log = C(set1)(C(load_one)(base_and_dot + 2 * r)),
+        const C(v) base = C(set1)(C(load_one)(base_and_dot + 2 * r)),
                    dot = C(set1)(C(load_one)(base_and_dot + 2 * r + 1));
         for (uint64_t j = 0, n; j < columns; j += n) {
             const uint64_t at = first + j;
             n = min_u64((j < keys ? keys : columns) - j, STRIP_CELLS);
             if (j < keys)
-                C(row_strip)(&scores, j, n, log);
+                C(row_strip)(&scores, j, n, base);
             else
                 memset(p, 0, n * sizeof *p);
             if (args->dx) { /* before y, which may be the same memory as dy */

@@ -57,9 +57,9 @@ def attention_backward(p: Any) -> None:
     """
     shape = p.rows, p.columns
     with np.errstate(all="ignore"):
-        log, dot = p.base_and_dot.astype(np.float64).reshape(p.rows, 2, 1).swapaxes(0, 1)
+        base, dot = p.base_and_dot.astype(np.float64).reshape(p.rows, 2, 1).swapaxes(0, 1)
         keep, seen = read_bits(p.words, shape), _seen(p)
-        probabilities = np.where(seen, np.exp(masked_scores(p) - log), 0.0)
+        probabilities = np.where(seen, np.exp(masked_scores(p) - base), 0.0)
         dx = None
         if p.dx is not None:
             g = np.where(keep, read_doubles(p.dtype, p.dy, shape) * p.a, 0.0)
