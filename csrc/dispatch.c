@@ -107,7 +107,7 @@ static int good_dtype(int dtype) { return dtype >= FD_FLOAT32 && dtype <= FD_BFL
 /* For each op there are two functions: <name>_good, whether the arguments are sound, and <name>_work, how the work is
  * split among threads. */
 typedef struct {
-    uint64_t begin, units; /* units begin .. begin+units-1: cells, rows, or panels of rows */
+    uint64_t begin, units; /* units begin .. begin+units-1: cells, rows, panels of rows, parts of heads */
     uint64_t cells;        /* in a unit */
     uint64_t bytes;        /* of the largest output */
     add_panels_args sums;  /* added up afterwards if there is more than one panel */
@@ -247,18 +247,40 @@ static int softmax_backward_good(const softmax_backward_args *a) {
 }
 static work_t softmax_backward_work(const softmax_backward_args *a) { return by_rows(a->rows, a->columns, a->dtype); }
 
-static int attention_forward_good(const attention_forward_args *a) {
-    return a->x && a->after && a->y && !a->totals == !a->scaled && good_dtype(a->dtype) &&
-           good_rows(a->rows, a->columns) && good_rows(a->rows, a->width ? a->width : 1) && a->heads && a->queries;
+static int good_attention(int dtype, int mask_dtype, const void *mask, const uint64_t extents[7]) {
+    const uint64_t largest = (uint64_t)1 << 32; /* of an extent; the number of scores must fit 60 bits too */
+    uint64_t scores = 1;
+    for (int i = 0; i < 7; i++) {
+        if (extents[i] == 0 || extents[i] > largest) return 0;
+        if (i < 5 && __builtin_mul_overflow(scores, extents[i], &scores)) return 0;
+    }
+    return good_dtype(dtype) && scores >> 60 == 0 &&
+           (!mask || mask_dtype == FD_BOOL || mask_dtype == dtype || (mask_dtype == FD_FLOAT32 && dtype != FD_FLOAT64));
 }
-static work_t attention_forward_work(const attention_forward_args *a) { return by_rows(a->rows, a->columns, a->dtype); }
+#define ATTENTION_EXTENTS(a)                                                                                           \
+    (const uint64_t[]) { (a)->outer, (a)->heads, (a)->group, (a)->queries, (a)->keys, (a)->width, (a)->value_width }
+
+/* A score costs as much as ATTENTION_CELLS cells of other kernels. */
+enum { ATTENTION_CELLS = 16 };
+
+static int attention_forward_good(const attention_forward_args *a) {
+    return a->query && a->key && a->value && a->y && a->statistics && a->strides &&
+           good_attention(a->dtype, a->mask_dtype, a->mask, ATTENTION_EXTENTS(a));
+}
+static work_t attention_forward_work(const attention_forward_args *a) {
+    return (work_t){.units = a->outer * a->heads * a->group * attention_chunks(a->queries),
+                    .cells =
+                        (a->queries < ATTENTION_QUERIES ? a->queries : ATTENTION_QUERIES) * a->keys * ATTENTION_CELLS};
+}
 
 static int attention_backward_good(const attention_backward_args *a) {
-    return a->x && a->base_and_dot && (a->dy || !a->dx) && good_dtype(a->dtype) && good_rows(a->rows, a->columns) &&
-           a->heads && a->queries;
+    const int of_scores = a->dquery || a->dkey || a->dmask;
+    return a->query && a->key && a->dy && a->statistics && a->strides && a->parts && !a->value == !a->y &&
+           (a->y || !of_scores) && good_attention(a->dtype, a->mask_dtype, a->mask, ATTENTION_EXTENTS(a));
 }
 static work_t attention_backward_work(const attention_backward_args *a) {
-    return by_rows(a->rows, a->columns, a->dtype);
+    return (work_t){.units = a->outer * a->heads * a->parts,
+                    .cells = a->group * a->queries * (a->keys / a->parts + 1) * ATTENTION_CELLS};
 }
 
 /* The entry points. run_<name> expects sound arguments. */
@@ -267,11 +289,13 @@ static work_t attention_backward_work(const attention_backward_args *a) {
     static int run_##op(op##_args *args) {                                                                             \
         const fd_table *table = isas[fd_isa_active()].table;                                                           \
         const work_t work = op##_work(args);                                                                           \
+        atomic_int failed = 0;                                                                                         \
+        args->failed = &failed;                                                                                        \
         args->stream = work.bytes >= atomic_load_explicit(&fd_memory.stream, memory_order_relaxed);                    \
         fd_parallel_for(table->op, args, work.begin, work.begin + work.units, work.cells);                             \
         if (work.sums.panels > 1)                                                                                      \
             fd_parallel_for(table->add_panels, &work.sums, 0, work.sums.width, work.sums.panels);                      \
-        return FD_OK;                                                                                                  \
+        return atomic_load(&failed) ? FD_NO_MEMORY : FD_OK;                                                            \
     }                                                                                                                  \
     int fd_##op(PARAMETERS(FD_PARAMETER, FD_NEXT_PARAMETER)) {                                                         \
         op##_args args = {PARAMETERS(FD_VALUE, FD_VALUE)};                                                             \

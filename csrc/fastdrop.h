@@ -5,8 +5,9 @@
  * the public prototype fd_<name>, the slot in the kernel tables and the cffi declaration.
  *
  * Contract of every entry point: it returns FD_OK or a negative code, never aborts, and reads and writes nothing when
- * it returns an error. Any alignment is legal. x may equal y; the caller excludes other overlaps. Words are
- * little-endian uint32: bit j of word w is cell 32 w + j, and 1 keeps.
+ * it returns an error. After FD_NO_MEMORY alone, which only attention returns, results may be partly written. Any
+ * alignment is legal. x may equal y; the caller excludes other overlaps. Words are little-endian uint32: bit j of word
+ * w is cell 32 w + j, and 1 keeps.
  */
 #ifndef FASTDROP_H
 #define FASTDROP_H
@@ -17,8 +18,8 @@
 #error "fastdrop's packed masks are little-endian; big-endian machines use the NumPy backend"
 #endif
 
-enum { FD_OK = 0, FD_BAD_ARGUMENT = -1, FD_BAD_ISA = -2 };
-enum { FD_FLOAT32 = 0, FD_FLOAT64 = 1, FD_FLOAT16 = 2, FD_BFLOAT16 = 3 };
+enum { FD_OK = 0, FD_BAD_ARGUMENT = -1, FD_BAD_ISA = -2, FD_NO_MEMORY = -3 };
+enum { FD_FLOAT32 = 0, FD_FLOAT64 = 1, FD_FLOAT16 = 2, FD_BFLOAT16 = 3, FD_BOOL = 4 };
 enum { FD_NO_ACTIVATION = 0, FD_RELU = 1, FD_GELU = 2, FD_GELU_TANH = 3, FD_SILU = 4 };
 
 /* Every activation but FD_NO_ACTIVATION, by code and name. All switches over activations are made from this list. The

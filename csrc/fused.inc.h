@@ -23,6 +23,8 @@
 #include "pointwise.inc.h"
 #include "softmax.inc.h"
 
+#include "products.inc.h"
+
 #include "attention.inc.h"
 
 #undef MASK_ROW

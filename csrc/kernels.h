@@ -18,14 +18,36 @@ extern fd_memory_t fd_memory;
 #define FD_OP(name, PARAMETERS)                                                                                        \
     typedef struct {                                                                                                   \
         PARAMETERS(FD_FIELD, FD_FIELD)                                                                                 \
-        int stream;       /* the output is too large for the cache: write around it */                                 \
-        const void *draw; /* draw_bits_args by which the kernel draws the words itself; NULL: they are given */        \
+        int stream;         /* the output is too large for the cache: write around it */                               \
+        const void *draw;   /* draw_bits_args by which the kernel draws the words itself; NULL: they are given */      \
+        atomic_int *failed; /* set if there was no memory for scratch */                                               \
     } name##_args;
 #include "ops.def"
 #undef FD_OP
 
-/* A kernel does units begin .. end-1 of its call. Units are cells, rows or panels of rows. If they are cells, begin is
- * a multiple of FD_BLOCK_CELLS unless it is the call's first. */
+/* attention_forward and _backward: the largest tile of scores, and the queries that forward takes as a unit. */
+enum { ATTENTION_ROWS = 60, ATTENTION_KEYS = 256, ATTENTION_QUERIES = 480 };
+
+static inline uint64_t attention_chunks(uint64_t queries) {
+    return (queries + ATTENTION_QUERIES - 1) / ATTENTION_QUERIES;
+}
+
+/* The order of their strides, in elements. */
+enum {
+    FD_QUERY_STRIDES,
+    FD_KEY_STRIDES,
+    FD_VALUE_STRIDES,
+    FD_MASK_STRIDES,
+    FD_DY_STRIDES,
+    FD_DMASK_STRIDES,
+    FD_STRIDES
+};
+typedef struct {
+    uint64_t outer, head, row, column;
+} strides_t;
+
+/* A kernel does units begin .. end-1 of its call. Units are cells, rows, panels of rows, or parts of heads. If they are
+ * cells, begin is a multiple of FD_BLOCK_CELLS unless it is the call's first. */
 typedef void (*fd_kernel)(const void *args, uint64_t begin, uint64_t end);
 
 /* Sums by panels, [panels, width]. add_panels adds them up into the first panel. */

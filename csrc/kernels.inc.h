@@ -14,7 +14,7 @@
  *   dilate.inc.h       masks of blocks: dilate_bits
  *   vector_math.inc.h  exp, tanh and the normal distribution
  *   strips.inc.h       how fused kernels go through data
- *   fused.inc.h        per type that is computed in: storage, activations, drop, pointwise, norm, softmax,
+ *   fused.inc.h        per type that is computed in: storage, activations, drop, pointwise, norm, softmax, products,
  *                      attention
  *
  * Mask bits are in small local buffers that have slack behind them. User memory is never read or written past its end.
@@ -26,6 +26,7 @@
 
 #include <math.h>
 #include <stddef.h>
+#include <stdlib.h>
 
 #define INLINE static inline __attribute__((always_inline))
 #define OUTLINE __attribute__((noinline))

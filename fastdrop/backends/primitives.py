@@ -24,7 +24,8 @@ class Parameter:
 
 
 class Primitive:
-    """``over``: "cells" are independent of each other; "rows" and "panels" (of rows) are worked on as a whole.
+    """``over``: "cells" are independent of each other; "rows", "panels" (of rows) and "heads" are worked
+    on as a whole.
 
     ``draws``: there is also ``<name>_drawn``, which takes `DRAW` first and writes the mask words that it works under.
     ``cpu_only``: the CUDA backend has no such function.
@@ -44,8 +45,8 @@ class Primitive:
 
     @property
     def is_fused(self) -> bool:
-        """Whether it works on data ``[rows, columns]``."""
-        return {"dtype", "rows", "columns"} <= set(self.names)
+        """Whether it works on rows of data: ``[rows, columns]``, or attention's."""
+        return {"dtype", "rows", "columns"} <= set(self.names) or self.over == "heads"
 
 
 # Kinds of numbers, and their types in C.
@@ -57,16 +58,16 @@ NUMBERS = {
     "number": "double",  # rounded to the type of the arithmetic
     "double": "double",  # taken as it is, or rounded to float32, for every dtype
 }
-# Kinds of arrays. Those of the last five hold numbers of the type that is computed in: float64 for float64 data, else
+# Kinds of arrays. Those of the last four hold numbers of the type that is computed in: float64 for float64 data, else
 # float32.
 ARRAYS = {
     "words": "packed bits, uint32",
     "data": "numbers of ``dtype``, one for each element",
     "residual": "numbers of ``residual_dtype``, one for each element",
     "column": "a number for each column",
-    "mask": "numbers to be added to scores, read at strides",
+    "mask": "numbers to be added to scores, read at strides; attention's is of ``mask_dtype``",
+    "strides": "int64, in elements",
     "statistics": "two numbers for each row",
-    "totals": "``width`` numbers for each row",
     "sums": "lines of columns, one or three for each panel of rows",
 }
 
@@ -185,27 +186,31 @@ TABLE = (
     ),
     Primitive(
         "attention_forward",
-        over="rows",
+        over="heads",
         cpu_only=True,
-        does="A tile of attention scores, x, under the running maximum and sum of each row, before [rows, 2], where "
-        "there were tiles before: scores are softmax_scale x + mask; after: the maximum with this tile's, and the sum "
-        "of exp(score - maximum); y = bit ? exp(score - maximum) : 0; scaled = totals exp(old maximum - maximum), "
-        "[rows, width]. Rows of the mask are as in softmax_forward. Under causal, row r sees the columns c with "
-        "first_key + c <= first_query + r % queries.",
-        parameters="code dtype; data x; mask? mask; words? words; statistics? before; totals? totals; "
-        "statistics! after; data! y; totals!? scaled; count rows, columns, width, heads, queries, outer_stride, "
-        "head_stride, query_stride, first_query, first_key; number softmax_scale; flag causal",
+        does="y = W value, W = bit ? a softmax by rows of (softmax_scale query key^T + mask) : 0, for each of the outer "
+        "heads group heads of query [queries, width], of which a group shares a head of key [keys, width] and of value "
+        "[keys, value_width]. Under causal, query q sees the keys up to q. y [outer, heads group, queries, value_width]; "
+        "statistics of the rows before dropout: the largest score, and one over the sum of exp(score - largest); "
+        "infinity and 0 where nothing is seen. A weight's bit is that of cell first + its index in [outer, heads group, "
+        "queries, keys], or the bit first + that index of words, where there are any. strides: four for each of query, "
+        "key, value, mask, dy and dmask: outer, head, row, column; all but mask and dmask have columns side by side.",
+        parameters="code dtype, mask_dtype; data query, key, value; mask? mask; words? words; data! y; "
+        "statistics! statistics; strides strides; count outer, heads, group, queries, keys, width, value_width; "
+        "seed first, seed, offset; count threshold; number softmax_scale, a; flag causal",
     ),
     Primitive(
         "attention_backward",
-        over="rows",
+        over="heads",
         cpu_only=True,
-        does="A tile of attention scores again: p = exp(score - base); y = bit ? a p : 0; dx = p ((bit ? a dy : 0) - "
-        "dot), of the score before the mask is added; base_and_dot [rows, 2]. Rows, mask and causal are as in "
-        "attention_forward.",
-        parameters="code dtype; data x; mask? mask; words? words; statistics base_and_dot; data? dy; data!? y, dx; "
-        "count rows, columns, heads, queries, outer_stride, head_stride, query_stride, first_query, first_key; "
-        "number softmax_scale, a; flag causal",
+        does="The gradients of attention_forward, of those that are asked for: dquery [parts, outer, heads group, "
+        "queries, width] and dmask are added to, dquery in parts of the keys that are its sum; dkey and dvalue are "
+        "written, [outer, heads, keys, ...]. No part and no head may share an element of dmask with another. All but "
+        "dvalue need value and y.",
+        parameters="code dtype, mask_dtype; data query, key; data? value; mask? mask; words? words; data dy; data? y; "
+        "statistics statistics; sums!? dquery; data!? dkey, dvalue; sums!? dmask; strides strides; "
+        "count outer, heads, group, queries, keys, width, value_width, parts; "
+        "seed first, seed, offset; count threshold; number softmax_scale, a; flag causal",
     ),
 )
 

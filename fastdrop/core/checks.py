@@ -22,6 +22,7 @@ CHILDREN_END = 1 << 59  # a child's number uses the counter bits that the domain
 
 # The numbers by which kernels know a dtype; csrc/fastdrop.h has the same.
 FLOAT32, FLOAT64, FLOAT16, BFLOAT16 = range(4)
+BOOL = 4  # attention masks alone
 
 ALLOWED = "float32, float64, float16, bfloat16 (ml_dtypes)"
 SCALINGS = ("inverted", "standard")

@@ -244,8 +244,8 @@ def run(primitive: str, *arguments: Any, draw: DrawSpec | None = None) -> None:
     if draw is not None or backend is native:
         at = [read_address(x) if isinstance(x, Tensor) else x or 0 for x in arguments]  # results are new memory
         kernel = getattr(native, f"{primitive}_at" if draw is None else f"{primitive}_drawn_at")
-        if kernel(torch.get_num_threads(), *(draw or ()), *at):
-            raise memory.kernel_error()
+        if status := kernel(torch.get_num_threads(), *(draw or ()), *at):
+            raise memory.kernel_error(status)
     else:
         arrays = [_array(x) if isinstance(x, Tensor) else x for x in arguments]
         memory.call_with_threads(backend, getattr(backend, primitive), *arrays)

@@ -102,6 +102,6 @@ def check_words(words: Tensor, cells: int, device: torch.device) -> Tensor:
     return words.contiguous()
 
 
-def kernel_error() -> RuntimeError:
+def kernel_error(status: int = 0) -> Exception:
     """The error when C refuses its arguments. The public functions check first, so it should never be raised."""
     return RuntimeError("the C kernel refused its arguments")
