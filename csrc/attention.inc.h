@@ -206,17 +206,16 @@ typedef struct {
 /* A tile of the chunk that begins with query `chunk`. */
 static void C(attend_tile)(const C(attention_t) * call, C(attend_t) * s, const C(tile_t) * tile, uint64_t chunk) {
     const uint64_t at = tile->query - chunk, panels = (call->value_width + C(panel) - 1) / C(panel);
-    C(take)(call, call->query, FD_QUERY_STRIDES, tile->outer, tile->head, tile->query, tile->rows, call->width,
-            s->query, 0);
-    C(product)(s->query, 0, s->keys, s->scores, tile->rows, tile->columns, call->width, 0);
+    const C(matrix) query = {s->query.at + at * s->query.pitch, s->query.pitch};
+    const C(matrix) sums = {s->sums.at + at * s->sums.pitch, s->sums.pitch};
+    C(product)(query, 0, s->keys, s->scores, tile->rows, tile->columns, call->width, 0);
     C(tile_bits)(call, tile, s->bits);
     for (uint64_t r = 0; r < tile->rows; r++) {
         const C(t) factor = C(attend_row)(call, tile, r, s->scores.at + r * s->scores.pitch,
                                           s->bits + r * C(bit_words)(tile), s->largest + at + r, s->totals + at + r);
-        C(t) *sums = s->sums.at + (at + r) * s->sums.pitch;
-        if (factor != 1) C(times)(sums, sums, panels * C(panel), C(set1)(factor));
+        C(t) *row = sums.at + r * sums.pitch;
+        if (factor != 1) C(times)(row, row, panels * C(panel), C(set1)(factor));
     }
-    const C(matrix) sums = {s->sums.at + at * s->sums.pitch, s->sums.pitch};
     C(product)(s->scores, 0, s->values, sums, tile->rows, call->value_width, tile->columns, 1);
 }
 
@@ -238,7 +237,7 @@ static void C(attention_forward)(const attention_forward_args *args, uint64_t be
     const uint64_t chunks = attention_chunks(call.queries), width = call.width, value_width = call.value_width;
     memcpy(call.strides, args->strides, sizeof call.strides);
     C(pool_t)
-    scratch = C(allocate)(&call, ATTENTION_KEYS + ATTENTION_ROWS + ATTENTION_QUERIES, width + ATTENTION_ROWS);
+    scratch = C(allocate)(&call, ATTENTION_KEYS + 2 * ATTENTION_QUERIES, width + ATTENTION_ROWS);
     C(attend_t) s;
     if (!scratch.memory) {
         atomic_store_explicit(args->failed, 1, memory_order_relaxed);
@@ -247,13 +246,14 @@ static void C(attention_forward)(const attention_forward_args *args, uint64_t be
     s.keys = C(cut)(&scratch, width, ATTENTION_KEYS);
     s.scores = C(cut)(&scratch, ATTENTION_ROWS, ATTENTION_KEYS);
     s.values = C(cut)(&scratch, ATTENTION_KEYS, value_width);
-    s.query = C(cut)(&scratch, ATTENTION_ROWS, width);
+    s.query = C(cut)(&scratch, ATTENTION_QUERIES, width);
     s.sums = C(cut)(&scratch, ATTENTION_QUERIES, value_width);
     for (uint64_t unit = begin; unit < end; unit++) {
         const uint64_t chunk = unit % chunks * ATTENTION_QUERIES, row = unit / chunks;
         const uint64_t queries = min_u64(ATTENTION_QUERIES, call.queries - chunk);
         const uint64_t keys = call.causal ? min_u64(call.keys, chunk + queries) : call.keys;
         C(tile_t) tile = {.outer = row / call.heads, .head = row % call.heads};
+        C(take)(&call, call.query, FD_QUERY_STRIDES, tile.outer, tile.head, chunk, queries, width, s.query, 0);
         memset(s.sums.at, 0, queries * s.sums.pitch * sizeof *s.sums.at);
         for (uint64_t r = 0; r < queries; r++) {
             s.largest[r] = -INFINITY;

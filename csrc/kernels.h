@@ -26,7 +26,7 @@ extern fd_memory_t fd_memory;
 #undef FD_OP
 
 /* attention_forward and _backward: the largest tile of scores, and the queries that forward takes as a unit. */
-enum { ATTENTION_ROWS = 60, ATTENTION_KEYS = 256, ATTENTION_QUERIES = 480 };
+enum { ATTENTION_ROWS = 96, ATTENTION_KEYS = 256, ATTENTION_QUERIES = 480 };
 
 static inline uint64_t attention_chunks(uint64_t queries) {
     return (queries + ATTENTION_QUERIES - 1) / ATTENTION_QUERIES;

@@ -79,25 +79,38 @@ static void C(product)(C(matrix) a, int transposed, C(matrix) b, C(matrix) c, ui
 /* Rows of data, `stride` elements apart from element `at` on, as numbers; zeros behind them, to the end of a panel. */
 static void C(take_rows)(int type, const void *data, uint64_t at, uint64_t stride, uint64_t rows, uint64_t columns,
                          C(matrix) to) {
-    const uint64_t end = (columns + C(panel) - 1) / C(panel) * C(panel);
     for (; rows; rows--, at += stride, to.at += to.pitch) {
         const C(t) *row = C(load_strip)(type, data, at, columns, to.at);
-        if (row != to.at) memcpy(to.at, row, columns * sizeof *row);
-        memset(to.at + columns, 0, (end - columns) * sizeof *row);
+#define BODY(left) C(store)(to.at + i, C(load_partial)(row + i, left));
+        FOR_VECTORS(columns, BODY);
+#undef BODY
+        const uint64_t whole = (columns + C(lanes) - 1) / C(lanes);
+        if (whole % PRODUCT_VECTORS) C(store)(to.at + whole * C(lanes), C(set1)(0));
     }
 }
 
-/* The same transposed: to [columns, rows]. */
+/* The same transposed: to [columns, rows]. Four rows at once, so that their numbers are stored together. */
 static void C(take_transposed)(int type, const void *data, uint64_t at, uint64_t stride, uint64_t rows,
                                uint64_t columns, C(matrix) to) {
     const uint64_t end = (rows + C(panel) - 1) / C(panel) * C(panel);
-    C(t) room[STRIP_CELLS];
-    for (uint64_t r = 0; r < rows; r++, at += stride) {
+    C(t) room[4][STRIP_CELLS];
+    const C(t) * row[4];
+    for (uint64_t r = 0; r < end; r += 4) {
         for (uint64_t j = 0, n; j < columns; j += n) {
             n = min_u64(columns - j, STRIP_CELLS);
-            const C(t) *row = C(load_strip)(type, data, at + j, n, room);
-            for (uint64_t i = 0; i < n; i++) to.at[(j + i) * to.pitch + r] = C(load_one)(row + i);
+            for (uint64_t k = 0; k < 4; k++) {
+                row[k] = room[k];
+                if (r + k < rows)
+                    row[k] = C(load_strip)(type, data, at + (r + k) * stride + j, n, room[k]);
+                else
+                    memset(room[k], 0, n * sizeof **room);
+            }
+            C(t) *line = to.at + j * to.pitch + r;
+            for (uint64_t i = 0; i < n; i++, line += to.pitch) {
+                const C(t) four[4] = {C(load_one)(row[0] + i), C(load_one)(row[1] + i), C(load_one)(row[2] + i),
+                                      C(load_one)(row[3] + i)};
+                memcpy(line, four, sizeof four);
+            }
         }
     }
-    for (uint64_t j = 0; j < columns; j++) memset(to.at + j * to.pitch + rows, 0, (end - rows) * sizeof *room);
 }
