@@ -188,13 +188,13 @@ TABLE = (
         "attention_forward",
         over="heads",
         cpu_only=True,
-        does="y = W value, W = bit ? a softmax by rows of (softmax_scale query key^T + mask) : 0, for each of the outer "
-        "heads group heads of query [queries, width], of which a group shares a head of key [keys, width] and of value "
-        "[keys, value_width]. Under causal, query q sees the keys up to q. y [outer, heads group, queries, value_width]; "
-        "statistics of the rows before dropout: the largest score, and one over the sum of exp(score - largest); "
-        "infinity and 0 where nothing is seen. A weight's bit is that of cell first + its index in [outer, heads group, "
-        "queries, keys], or the bit first + that index of words, where there are any. strides: four for each of query, "
-        "key, value, mask, dy and dmask: outer, head, row, column; all but mask and dmask have columns side by side.",
+        does="y = W value, W = bit ? a softmax by rows of (softmax_scale query key^T + mask) : 0, for each of the "
+        "outer heads group heads of query [queries, width], of which a group shares a head of key [keys, width] and of "
+        "value [keys, value_width]. Under causal, query q sees the keys up to q. y is [outer, heads group, queries, "
+        "value_width]; statistics of its rows before dropout: the largest score, and one over the sum of exp(score - "
+        "largest); infinity and 0 where nothing is seen. A weight's bit is that of cell first + its index in [outer, "
+        "heads group, queries, keys], or bit first + that index of words, where there are any. strides: outer, head, "
+        "row and column of each of query, key, value, mask, dy and dmask; columns of all but mask and dmask are 1.",
         parameters="code dtype, mask_dtype; data query, key, value; mask? mask; words? words; data! y; "
         "statistics! statistics; strides strides; count outer, heads, group, queries, keys, width, value_width; "
         "seed first, seed, offset; count threshold; number softmax_scale, a; flag causal",
@@ -204,9 +204,9 @@ TABLE = (
         over="heads",
         cpu_only=True,
         does="The gradients of attention_forward, of those that are asked for: dquery [parts, outer, heads group, "
-        "queries, width] and dmask are added to, dquery in parts of the keys that are its sum; dkey and dvalue are "
-        "written, [outer, heads, keys, ...]. No part and no head may share an element of dmask with another. All but "
-        "dvalue need value and y.",
+        "queries, width] and dmask are added to, and query's gradient is the sum over the parts, each of some of the "
+        "keys; dkey and dvalue are written, [outer, heads, keys, ...]. Neither two heads of key nor two parts may "
+        "share an element of dmask. All gradients but dvalue need value and y.",
         parameters="code dtype, mask_dtype; data query, key; data? value; mask? mask; words? words; data dy; data? y; "
         "statistics statistics; sums!? dquery; data!? dkey, dvalue; sums!? dmask; strides strides; "
         "count outer, heads, group, queries, keys, width, value_width, parts; "

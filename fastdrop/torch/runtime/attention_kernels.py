@@ -1,18 +1,18 @@
 """Attention with dropout on the CPU, forward and backward, by the primitives of that name: tensors in, tensors out.
 
-`ops.attention` calls this module once it knows that tensors are eager, dense and of the right shapes. Tensors are brought
-to ``[outer, heads, length, width]``, with strides of any kind but the last, and kernels do all the rest.
+`ops.attention` calls this module once it knows that tensors are eager, dense and of the right shapes. Kernels take
+tensors ``[outer, heads, length, width]``, at any strides but the last, and do the rest.
 
-Two things are summed over more than one unit of the kernels' work, and here in an order that the shape fixes. Of few
-heads, several parts of the keys are worked on at once, and each has its own sum of query's gradient. A mask that
-broadcasts over heads has one gradient for all of them, so heads are worked on one after the other.
+Two things are summed over several units of the kernels' work, and here in an order that the shape fixes. If heads are
+few, parts of the keys are worked on at once, and each part has its own sum of query's gradient. A mask that broadcasts
+over heads has one gradient for all of them, so these heads are worked on one after the other.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,8 @@ class _Extents(NamedTuple):
 
 def _by_heads(x: Tensor, extents: _Extents) -> Tensor:
     """``[outer, heads, length, width]``, with columns side by side."""
-    x = x.detach().reshape(extents.outer, -1, *x.shape[-2:])
+    if x.dim() != 4:
+        x = x.reshape(extents.outer, -1, *x.shape[-2:])
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
@@ -92,93 +93,120 @@ def _mask_of_scores(call: Call, extents: _Extents) -> Maybe:
     return mask.expand(*call.query.shape[:-1], extents.keys).reshape(extents.scores)
 
 
-def _strides(*tensors: Maybe) -> list[int]:
-    """Four of each."""
-    return [stride for x in tensors for stride in ((0, 0, 0, 0) if x is None else x.stride())]
+@functools.lru_cache(maxsize=256)
+def _strides(of: tuple[tuple[int, ...] | None, ...]) -> Tensor:
+    """Those of several tensors, four of each, in memory that kernels read and nobody writes."""
+    with torch.inference_mode(False):
+        return torch.tensor([strides or (0, 0, 0, 0) for strides in of], dtype=torch.int64, device="cpu")
 
 
-class _Heads(NamedTuple):
-    """Some outer indices and key's heads, which one call of a kernel works on."""
+class _Tensors(NamedTuple):
+    """What backward reads and writes, by heads. Query's gradient is ``[parts, outer, heads, ...]``."""
 
-    outer: slice
-    heads: slice
+    query: Tensor
+    key: Tensor
+    value: Maybe
+    mask: Maybe
+    dy: Tensor
+    y: Maybe
+    known: Tensor
+    dquery: Maybe
+    dkey: Maybe
+    dvalue: Maybe
+    dmask: Maybe  # of the scores' shape; where the mask broadcasts, strides are 0
 
-    def of(self, x: Maybe, group: int = 1) -> Maybe:
-        """Their part of a tensor of heads, or of query's heads with the size of a group."""
-        if x is None or x.dim() < 4:
-            return x
-        return x[..., self.outer, self.heads.start * group : self.heads.stop * group, :, :]
+    def of(self, outer: slice, heads: slice, group: int) -> _Tensors:
+        """Their parts of some outer indices and some of key's heads."""
+        shared = {"key", "value", "dkey", "dvalue"}
+        of_query = slice(heads.start * group, heads.stop * group)
+        return _Tensors(
+            *(
+                None if x is None else x[..., outer, heads if name in shared else of_query, :, :]
+                for name, x in zip(self._fields, self, strict=True)
+            )  # type: ignore[arg-type]
+        )
+
+
+# ---- forward ----
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """y, and ``[*, L, 2]`` numbers of each query: its largest score, plus infinity if it sees no key, and one over its
+    sum of exponentials, then 0. Their logarithm would lose the sum beside a large score."""
+    query, value = call.query, call.value
+    assert value is not None
+    extents = _Extents.of(query, call.key)
+    y = query.new_empty((*query.shape[:-1], value.shape[-1]))
+    known = query.new_empty((*query.shape[:-1], 2), dtype=computed(query.dtype))
+    q, k, v = (_by_heads(x, extents) for x in (query, call.key, value))
+    data = q, k, v, _mask_of_scores(call, extents)
+    _run("attention_forward", call, extents, data, (y, known), (*data, None, None), (v.shape[-1],), 0)
+    return y, known
 
 
 def _run(
     primitive: str,
     call: Call,
     extents: _Extents,
-    tensors: list[Maybe],
-    arrays: tuple[Maybe, ...],
-    parts: tuple[int, ...],
+    data: tuple[Maybe, ...],
+    others: tuple[Maybe, ...],
+    strided: tuple[Maybe, ...],
+    sizes: tuple[int, ...],
     first: int,
 ) -> None:
-    query, key, value, mask, dy, dmask = tensors
-    assert query is not None and key is not None
-    strides = torch.tensor(_strides(query, key, value, mask, dy, dmask), dtype=torch.int64)
-    tags = TAGS[query.dtype], 0 if mask is None else BOOL if mask.dtype is torch.bool else TAGS[mask.dtype]
-    widths = query.shape[-1], value.shape[-1] if value is not None else dy.shape[-1]  # type: ignore[union-attr]
-    draw = first, call.seed, 0, call.threshold
+    """``data`` are query, key, value and mask, ``others`` the arrays that follow; ``strided`` ones pass strides."""
+    query, _, _, mask = data
+    assert query is not None
+    mask_tag = 0 if mask is None else BOOL if mask.dtype is torch.bool else TAGS[mask.dtype]
+    strides = _strides(tuple(None if x is None else x.stride() for x in strided))
+    numbers = *extents, query.shape[-1], *sizes, first, call.seed, 0, call.threshold
     options = call.softmax_scale, keep_scale(call.threshold), int(call.causal)
-    fused_kernels.run(
-        primitive, *tags, query, key, value, mask, None, *arrays, strides, *extents, *widths, *parts, *draw, *options
-    )
+    fused_kernels.run(primitive, TAGS[query.dtype], mask_tag, *data, None, *others, strides, *numbers, *options)
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """y, and ``[*, L, 2]`` numbers of each query: its largest score, plus infinity if it sees no key, and one over its
-    sum of exponentials, then 0. Their logarithm would lose the sum beside a large score."""
-    query, key, value = call.query, call.key, call.value
-    assert value is not None
-    extents = _Extents.of(query, key)
-    y = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    known = query.new_empty((*query.shape[:-1], 2), dtype=computed(query.dtype))
-    tensors: list[Maybe] = [_by_heads(x, extents) for x in (query, key, value)]
-    tensors += [_mask_of_scores(call, extents), None, None]
-    _run("attention_forward", call, extents, tensors, (y, known), (), 0)
-    return y, known
+# ---- backward ----
 
 
 def backward(call: Call, dy: Tensor, y: Maybe, known: Tensor, wanted: list[bool]) -> Gradients:
     """The gradients of query, key, value and attn_mask that are wanted, by what forward knew. y is None if only that of
     value is."""
-    query, key = call.query, call.key
+    query, key, attn_mask = call.query, call.key, call.attn_mask
     extents, wide = _Extents.of(query, key), computed(query.dtype)
-    data = [None if x is None else _by_heads(x, extents) for x in (query, key, call.value, dy, y, known)]
-    q, k, v, g, y, known = data  # type: ignore[assignment]
-    assert q is not None and k is not None and g is not None
-    y, known = None if y is None else y.contiguous(), known.contiguous()
-    mask, sums = _mask_of_scores(call, extents), None
-    if wanted[3] and call.attn_mask is not None:
-        sums = _MaskSums.of(call.attn_mask, extents, wide)
-    pieces = [_Heads(slice(0, extents.outer), slice(0, extents.heads))] if sums is None else sums.pieces
+    q, k, g = (_by_heads(x, extents) for x in (query, key, dy))
+    v, y = (None if x is None else _by_heads(x, extents) for x in (call.value, y))
+    sums = _MaskSums.of(attn_mask, extents, wide) if wanted[3] and attn_mask is not None else None
     parts = extents.parts(q.numel() * wide.itemsize) if sums is None else 1
-    dquery = q.new_zeros((parts, *q.shape), dtype=wide) if wanted[0] else None
-    dkey = k.new_empty(k.shape) if wanted[1] else None
-    dvalue = k.new_empty((*k.shape[:-1], g.shape[-1])) if wanted[2] else None
-    for piece in pieces:
-        of, group = piece.of, extents.group
-        size = extents._replace(outer=piece.outer.stop - piece.outer.start, heads=piece.heads.stop - piece.heads.start)
-        of_mask = None if sums is None else of(sums.expanded, group)
-        tensors = [of(q, group), of(k), of(v), of(mask, group), of(g, group), of_mask]
-        arrays = of(g, group), of(y, group), of(known, group), of(dquery, group), of(dkey), of(dvalue), of_mask
-        first = (
-            math.prod(extents.scores[1:]) * piece.outer.start
-            + math.prod(extents.scores[2:]) * piece.heads.start * group
-        )
-        _run("attention_backward", call, size, tensors, arrays, (parts,), first)
+    tensors = _Tensors(
+        query=q,
+        key=k,
+        value=v,
+        mask=_mask_of_scores(call, extents),
+        dy=g,
+        y=None if y is None else y.contiguous(),
+        known=_by_heads(known, extents).contiguous(),
+        dquery=q.new_zeros((parts, *q.shape), dtype=wide) if wanted[0] else None,
+        dkey=k.new_empty(k.shape) if wanted[1] else None,
+        dvalue=k.new_empty((*k.shape[:-1], g.shape[-1])) if wanted[2] else None,
+        dmask=None if sums is None else sums.expanded,
+    )
+    if sums is None:
+        _run_backward(call, extents, tensors, parts, 0)
+    else:
+        sums.add(call, extents, tensors)
+    dquery = None if tensors.dquery is None else tensors.dquery[0] if parts == 1 else tensors.dquery.sum(0)
     return Gradients(
-        None if dquery is None else (dquery[0] if parts == 1 else dquery.sum(0)).to(query.dtype).view(query.shape),
-        None if dkey is None else dkey.view(key.shape),
-        None if dvalue is None else dvalue.view(*key.shape[:-1], -1),
+        None if dquery is None else dquery.to(query.dtype).view(query.shape),
+        None if tensors.dkey is None else tensors.dkey.view(key.shape),
+        None if tensors.dvalue is None else tensors.dvalue.view(*key.shape[:-1], -1),
         None if sums is None else sums.total(call),
     )
+
+
+def _run_backward(call: Call, extents: _Extents, tensors: _Tensors, parts: int, first: int) -> None:
+    query, key, value, mask, dy, *others, dmask = tensors
+    data = query, key, value, mask
+    sizes = dy.shape[-1], parts
+    _run("attention_backward", call, extents, data, (dy, *others, dmask), (*data, dy, dmask), sizes, first)
 
 
 class _MaskSums(NamedTuple):
@@ -186,17 +214,23 @@ class _MaskSums(NamedTuple):
 
     sums: Tensor  # [outer, heads, queries, keys], 1 where it broadcasts
     expanded: Tensor  # the same memory, as the scores' shape
-    pieces: list[_Heads]  # heads that share no element, together; in order
 
     @classmethod
     def of(cls, mask: Tensor, extents: _Extents, wide: torch.dtype) -> _MaskSums:
         heads, queries, keys = (1,) * (3 - mask.dim()) + tuple(mask.shape[-3:])
         outer = extents.outer if math.prod(mask.shape[:-3]) > 1 else 1
         sums = mask.new_zeros((outer, heads, queries, keys), dtype=wide)
-        outers = _one_by_one(extents.outer, outer < extents.outer or heads < extents.heads * extents.group)
-        of_heads = _one_by_one(extents.heads, heads < extents.heads * extents.group)
-        pieces = [_Heads(o, h) for o, h in itertools.product(outers, of_heads)]
-        return cls(sums, sums.expand(extents.scores), pieces)
+        return cls(sums, sums.expand(extents.scores))
+
+    def add(self, call: Call, extents: _Extents, tensors: _Tensors) -> None:
+        """Runs backward over heads that share no element of the mask, together, and over others one after the other."""
+        (outer, heads, *_), (_, of_query, queries, keys) = self.sums.shape, extents.scores
+        shares_heads = heads < of_query
+        for o in _slices(extents.outer, shares_heads or outer < extents.outer):
+            for h in _slices(extents.heads, shares_heads):
+                some = extents._replace(outer=o.stop - o.start, heads=h.stop - h.start)
+                first = (o.start * of_query + h.start * extents.group) * queries * keys
+                _run_backward(call, some, tensors.of(o, h, extents.group), 1, first)
 
     def total(self, call: Call) -> Tensor:
         """In the mask's shape and dtype."""
@@ -207,8 +241,8 @@ class _MaskSums(NamedTuple):
         return sums[(None,) * (mask.dim() - sums.dim())].sum_to_size(mask.shape).to(mask.dtype)
 
 
-def _one_by_one(n: int, apart: bool) -> list[slice]:
-    return [slice(i, i + 1) for i in range(n)] if apart else [slice(0, n)]
+def _slices(n: int, one_by_one: bool) -> list[slice]:
+    return [slice(i, i + 1) for i in range(n)] if one_by_one else [slice(0, n)]
 
 
 hide_from_dynamo(forward, backward)
