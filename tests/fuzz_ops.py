@@ -201,10 +201,11 @@ RECIPES: dict[str, Callable[[Plan], Any]] = {
     "kept_count": lambda plan: Spec((), torch.int64),
     "attn_mask": _of("mask"),
     "seed": lambda plan: Spec((), torch.int64),
-    "statistics": lambda plan: Spec((math.prod(plan.shape[:-1]), 2), plan.wide),
+    "statistics": lambda plan: Spec(
+        (*plan.y[:-1], 2) if "attention" in plan.op else (math.prod(plan.shape[:-1]), 2), plan.wide
+    ),
     "probabilities": _of("data"),
     "y": lambda plan: Spec(plan.y, plan.dtype),
-    "log_sums": lambda plan: Spec(plan.y[:-1], plan.wide),
     **{name: lambda plan, name=name: Spec(getattr(plan, name), plan.dtype) for name in ("query", "key", "value")},
     "mask_shape": lambda plan: list(plan.noise),
     "size": lambda plan: list(plan.shape[:1]),

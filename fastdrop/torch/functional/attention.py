@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ...core import checks
 from ..ops.attention import ATTENTION, Attention, has_known_dtypes, is_regular, repeat_heads
 from ..runtime import dtypes, nested
 from ..runtime.dispatch import hide_from_dynamo, is_eager_dense
@@ -54,6 +55,7 @@ def scaled_dot_product_attention(
     *,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
+    store: str = "seed",
 ) -> Tensor:
     """Returns ``dropout(softmax(scale * query @ key.T + attn_mask)) @ value``:
     `torch.nn.functional.scaled_dot_product_attention`, faster where it drops on the CPU.
@@ -75,6 +77,9 @@ def scaled_dot_product_attention(
         Lets key and value have fewer heads, each of which serves as many neighbouring ones of query.
     generator, seed
         As in `dropout`: the mask is that of `dropout` of the weights.
+    store : {"seed", "bits"}
+        What backward has the mask from: the seed, or a bit for each weight. Drawing it again costs little beside the
+        matrix products, so "bits" is seldom worth its memory.
 
     Returns
     -------
@@ -85,7 +90,7 @@ def scaled_dot_product_attention(
     RuntimeError
         What torch refuses, in its words: other dtypes, shapes that don't fit, attn_mask together with is_causal.
     ValueError, TypeError
-        A bad dropout_p, seed or generator, as in `dropout`.
+        A bad dropout_p, seed, generator or store, as in `dropout`.
 
     Kept for backward: the arguments, the result, two numbers of float32 (float64 for float64) for each query, 8 bytes.
     The mask and the weights are computed again. attn_mask must not be written to before that, and neither must the
@@ -104,6 +109,7 @@ def scaled_dot_product_attention(
              [0.0000, 0.5000, 0.0000, 0.0000]]])
     """
     options = is_causal, scale, enable_gqa
+    checks.choice("store", store, checks.STORES)
     if not _are_parsed(query, key, value, attn_mask, *options):
         _torchs(query, key, value, attn_mask, 0.0, *options)  # says what is wrong
     way, p, drops = plan_call(query, dropout_p, True, (key, value, attn_mask))
@@ -117,7 +123,7 @@ def scaled_dot_product_attention(
         query, key, value, attn_mask = (_autocast(x, dtype) for x in (query, key, value, attn_mask))
         with torch.autocast(query.device.type, enabled=False):
             return scaled_dot_product_attention(
-                query, key, value, attn_mask, p, *options, generator=generator, seed=seed
+                query, key, value, attn_mask, p, *options, generator=generator, seed=seed, store=store
             )
     arguments = query, key, value, attn_mask
     nested.check_dense(*arguments)
@@ -129,7 +135,7 @@ def scaled_dot_product_attention(
         call = trace
     elif way == KERNEL and all(x is None or x.is_cpu for x in arguments):
         call = attend
-    return call(arguments, p, options, source)
+    return call(arguments, p, options, source, store)
 
 
 def _are_parsed(query: Any, key: Any, value: Any, mask: Any, causal: Any, scale: Any, gqa: Any) -> bool:
@@ -175,7 +181,9 @@ def _autocast(x: Any, dtype: torch.dtype) -> Any:
     return x if x is None or not x.is_floating_point() or x.dtype is torch.float64 else x.to(dtype)
 
 
-def compose(arguments: Arguments, p: Any, options: TorchOptions, source: Source = NO_SOURCE) -> Tensor:
+def compose(
+    arguments: Arguments, p: Any, options: TorchOptions, source: Source = NO_SOURCE, store: str = "seed"
+) -> Tensor:
     """Attention composed of torch's ops, for transforms and modes, and for what `attend` and `trace` do not take."""
     query, key, value, mask = arguments
     causal, scale, gqa = options
@@ -186,7 +194,9 @@ def compose(arguments: Arguments, p: Any, options: TorchOptions, source: Source 
     query, key, value = query.to(wide), repeat_heads(key, query, gqa).to(wide), repeat_heads(value, query, gqa).to(wide)
     scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
     generator, seed = source
-    weights = softmax_dropout(query @ key.transpose(-2, -1), p, scale, mask, causal, generator=generator, seed=seed)
+    weights = softmax_dropout(
+        query @ key.transpose(-2, -1), p, scale, mask, causal, generator=generator, seed=seed, store=store
+    )
     y: Tensor = (weights @ value).to(dtype)
     return y
 
@@ -196,25 +206,29 @@ def is_direct(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
     return all(x is None or (x.is_cpu and is_eager_dense(x)) for x in (query, key, value, mask))
 
 
-def attend(arguments: Arguments, p: float, options: TorchOptions, source: Source = NO_SOURCE) -> Tensor:
+def attend(
+    arguments: Arguments, p: float, options: TorchOptions, source: Source = NO_SOURCE, store: str = "seed"
+) -> Tensor:
     """Attention by the kernel. Arguments are regular, and eager dense tensors on the CPU."""
-    call = _call(arguments, seed_for_kernel(arguments[0], source), p, options)
+    call = _call(arguments, seed_for_kernel(arguments[0], source), p, options, store)
     y: Tensor = ATTENTION.call_kernel(call, call.keep)[0]
     return y
 
 
-def trace(arguments: Arguments, p: Any, options: TorchOptions, source: Source = NO_SOURCE) -> Tensor:
+def trace(
+    arguments: Arguments, p: Any, options: TorchOptions, source: Source = NO_SOURCE, store: str = "seed"
+) -> Tensor:
     """Attention as one op, for compilers. Arguments are regular, and will be eager dense tensors on the CPU."""
     if onnx.is_exported():
-        return compose(arguments, p, options, source)
-    y: Tensor = ATTENTION(_call(arguments, seed_for_ops(arguments[0], source), p, options))[0]
+        return compose(arguments, p, options, source, store)
+    y: Tensor = ATTENTION(_call(arguments, seed_for_ops(arguments[0], source), p, options, store))[0]
     return y
 
 
-def _call(arguments: Arguments, seed: Any, p: Any, options: TorchOptions) -> Attention:
-    causal, scale, _ = options
+def _call(arguments: Arguments, seed: Any, p: Any, options: TorchOptions, store: str) -> Attention:
+    (causal, scale, _), wanted = options, wants_gradient(arguments)
     scale = 1.0 / math.sqrt(arguments[0].shape[-1]) if scale is None else scale + 0.0
-    return Attention(*arguments, seed, p, causal, scale, wants_gradient(arguments))
+    return Attention(*arguments, seed, p, causal, scale, wanted and store == "bits", wanted)
 
 
 hide_from_dynamo(attend)

@@ -2,8 +2,8 @@
 dropout.
 
 `functional.attention` calls them, or their kernels, for tensors on the CPU. `runtime.attention_kernels` does the work.
-Forward keeps its arguments, its result, two numbers for each query and the seed: backward computes the scores again and
-draws the mask again.
+Forward keeps its arguments, its result, two numbers for each query and the seed or the mask's words: backward computes
+the scores again, and draws the mask again unless it has the words.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ...core.mask import word_count
 from ...core.random import threshold as threshold_of
-from ..runtime import attention_kernels, fused_kernels
+from ..runtime import attention_kernels, fused_kernels, mask_kernels
 from ..runtime.attention_kernels import Gradients
 from ..runtime.dispatch import hide_from_dynamo
 from ..runtime.dtypes import TAGS, computed
+from ..runtime.memory import check_words
 from . import formulas
 from . import mask as mask_ops
 from .record import Flags4, Maybe, Op, P, Seed, saved_mask
@@ -34,12 +36,16 @@ class Attention(NamedTuple):
     p: P
     causal: bool
     softmax_scale: float
+    store_bits: bool
     keep: bool  # what backward needs
 
 
 class Result(NamedTuple):
+    """``saved_mask`` has the mask's words if backward is to have them."""
+
     y: Tensor
     statistics: Maybe  # [*, L, 2] of each query's scores, in the dtype that is computed in: the largest; 1 / sum of exp
+    saved_mask: Maybe
 
 
 class AttentionBackward(NamedTuple):
@@ -50,10 +56,11 @@ class AttentionBackward(NamedTuple):
     attn_mask: Maybe
     y: Maybe
     statistics: Tensor
-    seed: Seed
+    saved_mask: Tensor  # words if ``store_bits``, otherwise the seed
     p: P
     causal: bool
     softmax_scale: float
+    store_bits: bool
     wanted: Flags4  # of the gradients of query, key, value and attn_mask
 
 
@@ -66,10 +73,11 @@ class Saved(NamedTuple):
     attn_mask: Maybe
     y: Maybe
     statistics: Tensor
-    seed: Any
+    saved_mask: Tensor
     p: float | Tensor
     causal: bool
     softmax_scale: float
+    store_bits: bool
 
 
 # ---- which arguments are regular ----
@@ -161,29 +169,42 @@ def _described(**tensors: Maybe) -> str:
 # ---- attention ----
 
 
-def _kernel_call(call: Any) -> attention_kernels.Call:
-    """Of an `Attention` or an `AttentionBackward`."""
-    seed, threshold = mask_ops.kernel_seed(call.seed, call.query), threshold_of(mask_ops.probability(call.p))
+def _kernel_call(call: Any, words: Maybe, seed: Any) -> attention_kernels.Call:
+    """Of an `Attention` or an `AttentionBackward`. The mask is drawn from the seed unless there are words."""
+    threshold = threshold_of(mask_ops.probability(call.p))
+    seed = 0 if seed is None else mask_ops.kernel_seed(seed, call.query)
     data = call.query, call.key, call.value, call.attn_mask
-    return attention_kernels.Call(*data, seed, threshold, call.softmax_scale, call.causal)
+    return attention_kernels.Call(*data, words, seed, threshold, call.softmax_scale, call.causal)
+
+
+def _cells(call: Any) -> int:
+    """How many weights there are."""
+    return int(math.prod(call.query.shape[:-1]) * call.key.shape[-2])
 
 
 def _attention(call: Attention) -> Result:
-    y, statistics = attention_kernels.forward(_kernel_call(call))
-    return Result(y, statistics if call.keep else None)
+    given = _kernel_call(call, None, call.seed)
+    if call.store_bits:
+        words = mask_kernels.draw_mask(call.query, _cells(call), given.seed, given.threshold)
+        given = given._replace(words=words)
+    y, statistics = attention_kernels.forward(given)
+    return Result(y, statistics if call.keep else None, given.words)
 
 
 def _attention_outputs(call: Attention) -> Result:
     query = call.query
     y = query.new_empty((*query.shape[:-1], call.value.shape[-1]))
-    return Result(y, query.new_empty((*query.shape[:-1], 2), dtype=computed(query.dtype)) if call.keep else None)
+    statistics = query.new_empty((*query.shape[:-1], 2), dtype=computed(query.dtype)) if call.keep else None
+    words = query.new_empty(word_count(_cells(call)), dtype=torch.int32) if call.store_bits else None
+    return Result(y, statistics, words)
 
 
 def _attention_saved(call: Attention, results: Result, needs: Any) -> Saved:
     of_scores = needs[0] or needs[1] or needs[3]
     value, y = (call.value, results.y) if of_scores else (None, None)
     data = call.query, call.key, value, call.attn_mask, y, results.statistics
-    return Saved(*data, saved_mask(None, call.seed), call.p, call.causal, call.softmax_scale)  # type: ignore[arg-type]
+    mask = saved_mask(results.saved_mask if call.store_bits else None, call.seed)
+    return Saved(*data, mask, call.p, call.causal, call.softmax_scale, call.store_bits)  # type: ignore[arg-type]
 
 
 def _attention_gradients(needs: Any, saved: Saved, dy: Maybe, *_: Any) -> tuple[Maybe, ...]:
@@ -216,7 +237,11 @@ ATTENTION = Op(
 
 def _backward(call: AttentionBackward) -> Gradients:
     _check_gradient(call)
-    return attention_kernels.backward(_kernel_call(call), call.dy, call.y, call.statistics, call.wanted)
+    words: Maybe = None
+    seed: Maybe = call.saved_mask
+    if call.store_bits:
+        words, seed = check_words(call.saved_mask, _cells(call), call.query.device), None
+    return attention_kernels.backward(_kernel_call(call, words, seed), call.dy, call.y, call.statistics, call.wanted)
 
 
 def _backward_outputs(call: AttentionBackward) -> Gradients:
@@ -238,7 +263,7 @@ def _composed_gradients(dy: Tensor, saved: Saved) -> tuple[Maybe, ...]:
     """dquery, dkey, dvalue and dattn_mask, composed of ops that have derivatives themselves."""
     query, key, value, attn_mask, scale = saved.query, saved.key, saved.value, saved.attn_mask, saved.softmax_scale
     dtype, wide, grouped = dy.dtype, computed(dy.dtype), query.dim() > 2
-    mask = saved.seed, saved.p, False
+    mask = saved.saved_mask, saved.p, saved.store_bits
     g, q, k = dy.to(wide), query.to(wide), key.to(wide)
     normal = softmax_of(q @ repeat_heads(k, q, grouped).mT, _added(attn_mask, wide), scale, saved.causal)
     dq = dk = dmask = None

@@ -37,6 +37,7 @@ class Call(NamedTuple):
     key: Tensor
     value: Maybe
     attn_mask: Maybe
+    words: Maybe  # of the mask; None: it is drawn
     seed: int
     threshold: int
     softmax_scale: float
@@ -161,7 +162,7 @@ def _run(
     strides = _strides(tuple(None if x is None else x.stride() for x in strided))
     numbers = *extents, query.shape[-1], *sizes, first, call.seed, 0, call.threshold
     options = call.softmax_scale, keep_scale(call.threshold), int(call.causal)
-    fused_kernels.run(primitive, TAGS[query.dtype], mask_tag, *data, None, *others, strides, *numbers, *options)
+    fused_kernels.run(primitive, TAGS[query.dtype], mask_tag, *data, call.words, *others, strides, *numbers, *options)
 
 
 # ---- backward ----

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
+
+from fastdrop import backends
 
 torch = pytest.importorskip("torch")
 
@@ -18,7 +22,6 @@ import fastdrop.torch as fdt
 from fastdrop.torch.functional import attention
 from fastdrop.torch.functional.attention import scaled_dot_product_attention
 from fastdrop.torch.models import enable
-from fastdrop.torch.runtime import attention_kernels
 
 from ..cases import Log, Named, assert_equal, numbers_drawn, saved_tensors, under
 from ..ops.compiling import fresh_compiler, graphs
@@ -120,35 +123,33 @@ def both(case, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_attention_equals_the_formula(monkeypatch, case):
-    """However large tiles are: all scores, or some that begin anywhere in the mask.
-
-    Heads may lie side by side in memory, as modules make them of one projection, and so may those of the gradient.
-    """
+def test_attention_equals_the_formula(case):
+    """Heads may lie side by side in memory, as modules make them of one projection, and so may those of the gradient."""
     tensors, ours, expected = both(case)
     dy = normal(*expected(*tensors).shape, seed=7)
     wanted = with_gradients(expected, tensors, dy)
     side_by_side = [x.transpose(-3, -2).contiguous().transpose(-3, -2) if x.dim() > 2 else x for x in (*tensors, dy)]
-    torch.set_num_threads(1)
-    for rows, columns in ((256, 256), (4, 3), (3, 16), (1, 1)):
-        monkeypatch.setattr(attention_kernels, "QUERIES", rows)
-        monkeypatch.setattr(attention_kernels, "KEYS", columns)
-        results = with_gradients(ours, tensors, dy)
-        assert_close(results, wanted, torch.float64)
-        assert_close(with_gradients(ours, side_by_side[:3], side_by_side[3]), wanted, torch.float64)
-        assert_equal(ours(*tensors), results[0])  # where nothing is kept
+    results = with_gradients(ours, tensors, dy)
+    assert_close(results, wanted, torch.float64)
+    assert_close(with_gradients(ours, side_by_side[:3], side_by_side[3]), wanted, torch.float64)
+    turned = [x.mT.contiguous().mT for x in (*tensors, dy)]
+    assert_close(with_gradients(ours, turned[:3], turned[3]), wanted, torch.float64)
+    assert_equal(ours(*tensors), results[0])  # where nothing is kept
 
 
-# Around the borders of tiles (256): queries, keys, and what else there is. A call has two to six heads.
+# Around the borders of tiles (96 queries, 256 keys) and of chunks (480 queries): queries, keys, and what else there is.
 LENGTHS = {
     "one query": (1, 300, {}),
     "two keys": (300, 2, {}),
-    "below a tile": (255, 255, {"is_causal": True}),
-    "a tile": (256, 256, {"is_causal": True}),
-    "beyond a tile": (257, 257, {"is_causal": True}),
+    "below a tile": (95, 255, {"is_causal": True}),
+    "a tile": (96, 256, {"is_causal": True}),
+    "beyond a tile": (97, 257, {"is_causal": True}),
+    "square causal": (512, 512, {"is_causal": True}),
     "tall causal": (600, 258, {"is_causal": True}),
     "wide causal": (255, 700, {"is_causal": True}),
-    "two tiles": (512, 513, {"masked": "bool"}),
+    "below a chunk": (479, 511, {"masked": "bool"}),
+    "a chunk": (480, 513, {"masked": "bool"}),
+    "beyond a chunk": (481, 300, {"masked": "float"}),
     "long": (1025, 770, {"masked": "float"}),
     "longer": (770, 1100, {"masked": "keys"}),
     "grouped": (260, 520, {"enable_gqa": True}),
@@ -179,7 +180,6 @@ def long_case(case, dtype):
 
 @pytest.mark.parametrize("case", LENGTHS)
 def test_lengths_around_tiles_equal_the_formula(case):
-    """The results are the same bits with any number of threads."""
     for dtype in (torch.float32, torch.float64):
         tensors, mask, options = long_case(case, dtype)
         names = {"is_causal": "causal", "enable_gqa": "gqa"}
@@ -191,19 +191,56 @@ def test_lengths_around_tiles_equal_the_formula(case):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_threads_never_change_a_bit(causal):
-    """Where each thread has a head."""
-    shapes = (2, 7, 300, 24), (2, 7, 530, 24), (2, 7, 530, 40)
+@pytest.mark.parametrize("heads", [(), (1, 1), (1, 3), (2, 7)], ids=str)
+def test_threads_never_change_a_bit(heads, causal):
+    """Also where there are more threads than heads: a head's keys are then shared, and its sums of gradients too."""
     for dtype in (torch.float32, torch.bfloat16):
-        tensors = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
-        dy, results = normal(2, 7, 300, 40, dtype=dtype, seed=7), []
+        of_query = (*heads[:-1], 2 * heads[-1]) if heads else ()
+        shapes = (*of_query, 500, 24), (*heads, 530, 24), (*heads, 530, 40), (*of_query, 500, 40)
+        *tensors, dy = (normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes))
+        results = []
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            call = lambda *x: scaled_dot_product_attention(*x, None, P, causal, seed=SEED)  # noqa: E731
+            call = lambda *x: scaled_dot_product_attention(*x, None, P, causal, enable_gqa=bool(heads), seed=SEED)  # noqa: E731
             results.append(with_gradients(call, tensors, dy))
         for other in results[1:]:
             for one, expected in zip(other, results[0], strict=True):
                 assert_equal(one, expected)
+
+
+MEMORY = """
+import resource, torch, fastdrop.torch as fdt
+def step(n):
+    tensors = [torch.randn(2, n, 16, requires_grad=True) for _ in range(3)]
+    mask = torch.zeros(n, 1, dtype=torch.bool).logical_not_().expand(n, n)
+    for options in ({"is_causal": True}, {"attn_mask": mask}):
+        fdt.scaled_dot_product_attention(*tensors, dropout_p=0.1, **options).sum().backward()
+step(512)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(4096)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(backends.active_name() not in ("c", "numba"), reason="the NumPy backend keeps a head's scores")
+def test_memory_grows_with_the_length_alone():
+    """4,096 x 4,096 scores of two heads would take 128 MiB, a mask of their shape 16 MiB, and their bits 4 MiB."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True, timeout=300)
+    assert int(done.stdout) < 12 * 1024  # KiB
+
+
+@pytest.mark.skipif(backends.active_name() not in ("c", "numba"), reason="the NumPy backend multiplies by all keys")
+def test_causal_attention_skips_keys_that_nobody_sees():
+    """What is multiplied by 0 there would make all queries NaN."""
+    tensors = [normal(2, 600, 8, dtype=torch.float32, seed=i) for i in range(3)]
+    for x in tensors[1:]:
+        x[:, 512:] = math.nan
+    y, dquery, _dkey, _dvalue = with_gradients(
+        lambda *x: scaled_dot_product_attention(*x, None, P, True, seed=SEED), tensors, normal(2, 600, 8, seed=7)
+    )
+    assert not y[:, :480].isnan().any()
+    assert not dquery[:, :480].isnan().any()
+    assert y[:, 512:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
@@ -346,6 +383,28 @@ def test_of_value_alone_neither_value_nor_the_result_is_kept():
     torch.testing.assert_close(*(torch.autograd.grad(d.square().sum(), value)[0] for d in (dvalue, theirs)))
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("p", [P, 1.0])
+def test_bits_may_be_kept_instead_of_the_seed(p):
+    """One for each weight, and nothing else changes."""
+    for case in ("plain", "grouped causal", "broadcast"):
+        tensors, mask, options = tensors_of(case)
+        stored = lambda *x: scaled_dot_product_attention(*x, mask, p, **options, store="bits", seed=SEED)  # noqa: B023, E731
+        drawn = lambda *x: scaled_dot_product_attention(*x, mask, p, **options, seed=SEED)  # noqa: B023, E731
+        dy = normal(*drawn(*tensors).shape, seed=7)
+        expected = with_gradients(drawn, tensors, dy)
+        assert_equal(with_gradients(stored, tensors, dy), expected)
+        compiled = torch.compile(stored, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(with_gradients(compiled, tensors, dy), expected)
+    tensors = [x.requires_grad_() for x in tensors_of("plain")[0]]
+    with saved_tensors() as kept:
+        y = scaled_dot_product_attention(*tensors, None, p, store="bits")
+    new = [t for t in kept if not any(t is x for x in (*tensors, y))]
+    assert sorted(t.nbytes for t in new) == [4 * -(-2 * 3 * 5 * 7 // 32), 2 * 8 * 2 * 3 * 5]
+    function = lambda *x: scaled_dot_product_attention(*x, None, p, store="bits", seed=SEED)  # noqa: E731
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+
+
 # ---- derivatives ----
 
 
@@ -358,9 +417,7 @@ def test_each_argument_may_want_a_gradient_alone():
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["own heads", "shared heads"])
-def test_gradients_of_any_order(monkeypatch, grouped):
-    monkeypatch.setattr(attention_kernels, "QUERIES", 2)
-    monkeypatch.setattr(attention_kernels, "KEYS", 2)
+def test_gradients_of_any_order(grouped):
     heads = 1 if grouped else 2
     tensors = [normal(h, 3, 2, seed=i).requires_grad_() for i, h in enumerate((2, heads, heads))]
     mask = torch.zeros(3, 3).double()
@@ -521,18 +578,18 @@ def test_ops(p):
     op, back = (getattr(getattr(torch.ops.fastdrop, name), overload) for name in ("attention", "attention_backward"))
     tensors, mask, _ = tensors_of("grouped (H, L, S)", torch.float32)
     seed, quick = torch.tensor(SEED), ("test_schema", "test_faketensor", "test_autograd_registration")
-    torch.library.opcheck(op, (*tensors, mask, seed, p, False, 0.3, False), test_utils=quick)
-    y, statistics = op(*tensors, mask, seed, p, False, 0.3, True)
+    torch.library.opcheck(op, (*tensors, mask, seed, p, False, 0.3, False, False), test_utils=quick)
+    y, statistics, _ = op(*tensors, mask, seed, p, False, 0.3, False, True)
     for value, result, wanted in (
         (tensors[2], y, [True, False, True, False]),
         (None, None, [False, False, True, False]),
     ):
-        arguments = (y, *tensors[:2], value, mask, result, statistics, seed, p, False, 0.3, wanted)
+        arguments = (y, *tensors[:2], value, mask, result, statistics, seed, p, False, 0.3, False, wanted)
         torch.library.opcheck(back, arguments, test_utils=quick)
-    mapped = torch.func.vmap(lambda query: op(query, *tensors[1:], mask, seed, p, False, 0.3, False)[0])
+    mapped = torch.func.vmap(lambda query: op(query, *tensors[1:], mask, seed, p, False, 0.3, False, False)[0])
     assert_equal(mapped(torch.stack([tensors[0]] * 2)), torch.stack([y, y]))
     leaves, added = [x.requires_grad_() for x in tensors], normal(5, 7, dtype=torch.float32).requires_grad_()
-    torch.library.opcheck(op, (*leaves, added, seed, p, False, 0.3, True), test_utils=quick)
+    torch.library.opcheck(op, (*leaves, added, seed, p, False, 0.3, True, True), test_utils=quick)
 
 
 # ---- bad input ----
@@ -599,9 +656,10 @@ def test_what_eager_code_refuses_is_not_compiled():
         ({"dropout_p": P, "seed": 1, "generator": torch.Generator()}, "seed and generator must not both be given"),
         ({"dropout_p": 0.0, "seed": 1, "generator": torch.Generator()}, "seed and generator must not both be given"),
         ({"dropout_p": P, "seed": -1}, "seed must be from 0"),
+        ({"dropout_p": P, "store": "words"}, "store must be"),
         ({"dropout_p": 0.0, "seed": -1}, "seed must be from 0"),
     ],
-    ids=["scale", "p", "p NaN", "two sources", "two sources, p = 0", "seed", "seed, p = 0"],
+    ids=["scale", "p", "p NaN", "two sources", "two sources, p = 0", "seed", "store", "seed, p = 0"],
 )
 def test_bad_options_are_refused(options, match):
     with pytest.raises(ValueError, match=match):

@@ -25,28 +25,34 @@ BACKENDS = [name for name in ("c", "numpy") if backends.reason(name) is None]  #
 
 # Calls, and a part of what they must say. `t` makes a tensor of float32 or of the dtype named, `m` one on meta.
 REFUSED = {
-    "attention(t(64, 2), t(2, 8, 5, 2), t(8), None, seed, 0.5, False, 1.0, True)": "query, key, value and mask must be",
-    "attention(t(2, 3), t(4, 3), t(9, 3), None, seed, 0.5, False, 1.0, True)": "query, key, value and mask must be",
-    "attention(t(3, 2, 3), t(2, 4, 3), t(2, 4, 3), None, seed, 0.5, False, 1.0, True)": "query, key, value and mask",
-    "attention(t(2, 3), t(0, 3), t(0, 3), None, seed, 0.5, False, 1.0, True)": "not empty",
-    "attention(t(2, 3), t(4, 3), t(4, 3), t(2, 5), seed, 0.5, False, 1.0, True)": "query, key, value and mask must be",
-    "attention(t(2, 3), t(4, 3), t(4, 3, dtype=f64), None, seed, 0.5, False, 1.0, True)": "of one float dtype",
-    "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(9, 3), None, t(2, 3), t(2, 2), seed, 0.5, False, 1.0,"
+    "attention(t(64, 2), t(2, 8, 5, 2), t(8), None, seed, 0.5, False, 1.0,"
+    " False, True)": "query, key, value and mask must be",
+    "attention(t(2, 3), t(4, 3), t(9, 3), None, seed, 0.5, False, 1.0,"
+    " False, True)": "query, key, value and mask must be",
+    "attention(t(3, 2, 3), t(2, 4, 3), t(2, 4, 3), None, seed, 0.5, False, 1.0,"
+    " False, True)": "query, key, value and mask",
+    "attention(t(2, 3), t(0, 3), t(0, 3), None, seed, 0.5, False, 1.0, False, True)": "not empty",
+    "attention(t(2, 3), t(4, 3), t(4, 3), t(2, 5), seed, 0.5, False, 1.0,"
+    " False, True)": "query, key, value and mask must be",
+    "attention(t(2, 3), t(4, 3), t(4, 3, dtype=f64), None, seed, 0.5, False, 1.0, False, True)": "of one float dtype",
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(9, 3), None, t(2, 3), t(2, 2), seed, 0.5, False, 1.0, False,"
     " [True] * 4)": "query, key, value and mask must be those of forward",
-    "attention_backward(t(9, 9), t(2, 3), t(4, 3), t(4, 3), None, t(2, 3), t(2, 2), seed, 0.5, False, 1.0,"
+    "attention_backward(t(9, 9), t(2, 3), t(4, 3), t(4, 3), None, t(2, 3), t(2, 2), seed, 0.5, False, 1.0, False,"
     " [True] * 4)": "dy must be torch.float32 of shape (2, 3)",
-    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, None, t(2, 3), t(2, 2), seed, 0.5, False, 1.0,"
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, None, t(2, 3), t(2, 2), seed, 0.5, False, 1.0, False,"
     " [True] * 4)": "value and y must be tensors",
-    "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(4, 3), None, t(2, 4), t(2, 2), seed, 0.5, False, 1.0,"
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(4, 3), None, t(2, 4), t(2, 2), seed, 0.5, False, 1.0, False,"
     " [True] * 4)": "y must be torch.float32 of shape (2, 3)",
-    "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(4, 3), None, t(2, 3), t(2), seed, 0.5, False, 1.0,"
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(4, 3), None, t(2, 3), t(2), seed, 0.5, False, 1.0, False,"
     " [True] * 4)": "statistics must be torch.float32 of shape (2, 2)",
-    "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(4, 3), None, t(2, 3), t(2, 2), seed, 0.5, False, 1.0,"
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), t(4, 3), None, t(2, 3), t(2, 2), seed, 0.5, False, 1.0, False,"
     " [True] * 4)": "attn_mask must be of a float dtype for its gradient",
-    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, t(5), None, t(2, 2), seed, 0.5, False, 1.0,"
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, t(5), None, t(2, 2), seed, 0.5, False, 1.0, False,"
     " [False] * 4)": "query, key, value and mask must be those of forward",
-    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, None, None, t(2, 2).to('meta'), seed, 0.5, False, 1.0,"
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, None, None, t(2, 2).to('meta'), seed, 0.5, False, 1.0, False,"
     " [False, False, True, False])": "statistics must be on cpu",
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, None, None, t(2, 2), words(64), 0.5, False, 1.0, True,"
+    " [False, False, True, False])": "words must be",
     "norm_backward(half, None, x.double(), statistics, None, None, 0.5, True, True, [True] * 5)": "residual_out must",
     "norm_backward(x, None, x, x[:2], None, None, 0.5, True, True, [True] * 5)": "statistics must be",
     "norm_backward(x, None, x.int(), statistics, None, None, 0.5, True, True, [True] * 5)": "residual_out must be",
@@ -95,8 +101,9 @@ REFUSED = {
     },
     "pointwise(x, None, None, x[:2], None, 0.5, None, True)": "residual must be torch.float32 of shape (9, 64) on cpu",
     "norm(x, None, None, x[0, :3], None, None, 0.5, 1e-5, True, True)": "weight must be torch.float32 of shape (64,)",
-    "attention(m(64, 2), m(2, 8, 5, 2), m(8), None, seed, 0.5, False, 1.0, True)": "query, key, value and mask must be",
-    "attention_backward(m(9, 9), m(2, 3), m(4, 3), None, None, None, m(2), seed, 0.5, False, 1.0,"
+    "attention(m(64, 2), m(2, 8, 5, 2), m(8), None, seed, 0.5, False, 1.0,"
+    " False, True)": "query, key, value and mask must be",
+    "attention_backward(m(9, 9), m(2, 3), m(4, 3), None, None, None, m(2), seed.to('meta'), 0.5, False, 1.0, False,"
     " [False, False, True, False])": "dy must be",
 }
 
