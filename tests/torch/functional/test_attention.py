@@ -124,7 +124,7 @@ def both(case, dtype=torch.float64):
 
 @pytest.mark.parametrize("case", CASES)
 def test_attention_equals_the_formula(case):
-    """Heads may lie side by side in memory, as modules make them of one projection, and so may those of the gradient."""
+    """Also where heads lie side by side in memory, as modules make them of one projection, or columns do not."""
     tensors, ours, expected = both(case)
     dy = normal(*expected(*tensors).shape, seed=7)
     wanted = with_gradients(expected, tensors, dy)
