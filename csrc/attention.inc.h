@@ -249,8 +249,8 @@ static void C(attention_forward)(const attention_forward_args *args, uint64_t be
     s.query = C(cut)(&scratch, ATTENTION_QUERIES, width);
     s.sums = C(cut)(&scratch, ATTENTION_QUERIES, value_width);
     for (uint64_t unit = begin; unit < end; unit++) {
-        const uint64_t chunk = unit % chunks * ATTENTION_QUERIES, row = unit / chunks;
-        const uint64_t queries = min_u64(ATTENTION_QUERIES, call.queries - chunk);
+        const uint64_t row = unit / chunks, chunk = attention_chunk_begin(call.queries, unit % chunks);
+        const uint64_t queries = attention_chunk_begin(call.queries, unit % chunks + 1) - chunk;
         const uint64_t keys = call.causal ? min_u64(call.keys, chunk + queries) : call.keys;
         C(tile_t) tile = {.outer = row / call.heads, .head = row % call.heads};
         C(take)(&call, call.query, FD_QUERY_STRIDES, tile.outer, tile.head, chunk, queries, width, s.query, 0);

@@ -268,9 +268,9 @@ static int attention_forward_good(const attention_forward_args *a) {
            good_attention(a->dtype, a->mask_dtype, a->mask, ATTENTION_EXTENTS(a));
 }
 static work_t attention_forward_work(const attention_forward_args *a) {
-    return (work_t){.units = a->outer * a->heads * a->group * attention_chunks(a->queries),
-                    .cells =
-                        (a->queries < ATTENTION_QUERIES ? a->queries : ATTENTION_QUERIES) * a->keys * ATTENTION_CELLS};
+    const uint64_t chunks = attention_chunks(a->queries);
+    return (work_t){.units = a->outer * a->heads * a->group * chunks,
+                    .cells = a->queries * a->keys / chunks * ATTENTION_CELLS};
 }
 
 static int attention_backward_good(const attention_backward_args *a) {

@@ -25,11 +25,18 @@ extern fd_memory_t fd_memory;
 #include "ops.def"
 #undef FD_OP
 
-/* attention_forward and _backward: the largest tile of scores, and the queries that forward takes as a unit. */
+/* attention_forward and _backward: the largest tile of scores, and the most queries that forward takes as a unit. Units
+ * of a head are of even sizes: each packs all keys. */
 enum { ATTENTION_ROWS = 96, ATTENTION_KEYS = 256, ATTENTION_QUERIES = 480 };
 
 static inline uint64_t attention_chunks(uint64_t queries) {
     return (queries + ATTENTION_QUERIES - 1) / ATTENTION_QUERIES;
+}
+
+static inline uint64_t attention_chunk_begin(uint64_t queries, uint64_t chunk) {
+    const uint64_t rows = (queries + ATTENTION_ROWS - 1) / ATTENTION_ROWS, chunks = attention_chunks(queries);
+    const uint64_t begin = rows * chunk / chunks * ATTENTION_ROWS;
+    return begin < queries ? begin : queries;
 }
 
 /* The order of their strides, in elements. */
