@@ -16,7 +16,7 @@ C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-err
 C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST_DEPENDS))
 OUT := build/c
 
-.PHONY: help demo test check test-all test-torch-next bench bench-quick bench-sweep bench-torch bench-family bench-fused cuda-report fuzz report lint format sanitize test-c test-neon package clean
+.PHONY: help demo test check test-all test-torch-next bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention cuda-report fuzz report lint format sanitize test-c test-neon package clean
 
 help:
 	@echo "make demo         trains a network in NumPy and a transformer in torch, with fastdrop and with what is used today"
@@ -25,7 +25,7 @@ help:
 	@echo "make test-all     the test suite and its slow tests; FASTDROP_TEST_EVERYTHING=1 lifts the limits of all three"
 	@echo "make test-torch-next  the torch tests on torch $(NEXT_TORCH), in its own environment (several GB)"
 	@echo "make bench        benchmarks of plain dropout, every kernel (a quarter of an hour), and their report"
-	@echo "make bench-quick, bench-sweep, bench-torch, bench-family, bench-fused"
+	@echo "make bench-quick, bench-sweep, bench-torch, bench-family, bench-fused, bench-attention"
 	@echo "                  its speed table alone; its speed over sizes; torch's function and training steps; other kinds;"
 	@echo "                  fused kernels"
 	@echo "make report       writes the reports again from the results that are there"
@@ -93,6 +93,9 @@ bench-family: $(VENV)/.built
 
 bench-fused: $(VENV)/.built
 	$(BIN)/python -m bench.run --fused
+
+bench-attention: $(VENV)/.built
+	$(BIN)/python -m bench.run --attention
 
 cuda-report: $(VENV)/.built
 	$(BIN)/python -m bench.gpu.machine_code

@@ -19,7 +19,7 @@ from fastdrop.cli import selftest
 from . import machine
 
 # What is collected: plain dropout in NumPy (all, or the speed table alone, or over sizes), in torch, other kinds, fused
-# kernels.
+# kernels, attention.
 SELECTIONS = {
     "all": "test_dropout.py",
     "quick": "test_dropout.py",
@@ -27,13 +27,12 @@ SELECTIONS = {
     "torch": "test_torch.py",
     "family": "test_family.py",
     "fused": "test_fused.py",
+    "attention": "test_attention.py",
 }
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--cases", choices=SELECTIONS, default="all", help="all, quick (the speed table), sweep, torch, family or fused"
-    )
+    parser.addoption("--cases", choices=SELECTIONS, default="all", help="which set; quick is all's speed table")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -57,12 +58,39 @@ def _language_model_loss() -> Callable[[nn.Module], Tensor]:
     return lambda model: model(input_ids=tokens, labels=tokens).loss
 
 
+def long_encoder(p: float, causal: bool = False) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """nn.TransformerEncoder: 2 layers, 256 wide, 4 heads, 1,024 hidden; 1 x 2,048 tokens."""
+    layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=p, batch_first=True)
+    x = torch.randn(1, 2048, WIDTH)
+    mask = nn.Transformer.generate_square_subsequent_mask(2048) if causal else None
+    return (
+        nn.TransformerEncoder(layer, 2, enable_nested_tensor=False),
+        lambda model: model(x, mask=mask, is_causal=causal).square().mean(),
+    )
+
+
+def characters(p: float) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    """What examples/transformer.py trains: 4 causal layers, 128 wide, 4 heads, 512 hidden; 8 x 128 tokens."""
+    layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=p, batch_first=True)
+    x, mask = torch.randn(BATCH, LENGTH, 128), nn.Transformer.generate_square_subsequent_mask(LENGTH)
+    model = nn.Sequential(nn.Dropout(p), nn.TransformerEncoder(layer, 4, enable_nested_tensor=False))
+    return model, lambda model: model[1](model[0](x), mask=mask, is_causal=True).square().mean()
+
+
 # Name, and the rate of dropout that such networks train with.
 MODELS: dict[str, tuple[Any, float]] = {
     "TransformerEncoder": (encoder, 0.1),
     "MLP": (mlp, 0.5),
     "BERT": (bert, 0.1),
     "GPT-2": (gpt2, 0.1),
+}
+
+# Networks in which attention takes much of the time, and what makes its dropout ours.
+ATTENTIVE: dict[str, tuple[Any, str]] = {
+    "TransformerEncoder, 2,048 tokens": (long_encoder, "fuse"),
+    "TransformerEncoder, 2,048 tokens, causal": (functools.partial(long_encoder, causal=True), "fuse"),
+    "TransformerEncoder, 8 x 128 tokens": (encoder, "fuse"),
+    "causal characters, 128 wide": (characters, "enable"),
 }
 
 
@@ -102,7 +130,7 @@ def _network(
     name: str, p: float, change: Callable[[nn.Module], object] | None
 ) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     torch.manual_seed(SEED)
-    model, loss = MODELS[name][0](p)
+    model, loss = (MODELS | ATTENTIVE)[name][0](p)
     model.train()
     if change is not None:
         change(model)

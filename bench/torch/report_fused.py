@@ -12,9 +12,8 @@ from ..report import Row, Suite
 
 ADD, MUL, GELU, LAYER_NORM, SOFTMAX = "torch.add", "torch.mul", "F.gelu", "F.layer_norm", "F.softmax"
 COMPILED, P_ZERO, KEPT = "the formula, compiled", "plain torch at p = 0", "bytes kept by plain torch at p = 0.1"
-ADD_AND_NORM, ATTENTION = "torch.add, then F.layer_norm", "F.scaled_dot_product_attention"
+ADD_AND_NORM = "torch.add, then F.layer_norm"
 LIMITS = {
-    ATTENTION: 1.0,
     ADD: 1.2,
     MUL: 1.2,
     GELU: 0.8,
@@ -40,9 +39,7 @@ INTRO = (
 
 
 def limits(row: Row, peer: str) -> tuple[float, ...]:
-    """None of a peer that is there for orientation, and of attention that is too small to be routed to ours."""
-    if row.get("small"):
-        return ()
+    """None of a peer that is there for orientation."""
     general = (LIMITS[peer],) if peer in LIMITS else ()
     threads, share = CASE_LIMITS.get((row["kind"], row["operation"], row["layout"], peer), ((), 0.0))
     return (*general, share) if row["threads"] in threads else general

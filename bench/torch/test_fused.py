@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
@@ -12,25 +11,18 @@ import pytest
 
 from .. import contenders, memory
 from ..pairing import SETTLE_SECONDS, alternate
-from .report_fused import ADD, ADD_AND_NORM, ATTENTION, COMPILED, GELU, KEPT, LAYER_NORM, MUL, P_ZERO, SOFTMAX
+from .report_fused import ADD, ADD_AND_NORM, COMPILED, GELU, KEPT, LAYER_NORM, MUL, P_ZERO, SOFTMAX
 
 torch = pytest.importorskip("torch")
 fdt = pytest.importorskip("fastdrop.torch")
 models = pytest.importorskip("bench.torch.models")
 cases = pytest.importorskip("bench.torch.fused_cases")
-FEWEST_SCORES = pytest.importorskip("fastdrop.torch.models.enable").FEWEST_SCORES
 F = torch.nn.functional
 
 SECONDS, STEP_SECONDS = 3.0, 15.0
 P = 0.1
 SCALE = 1.25
 SHAPES = {"2048 x 2048": (2048, 2048), "8192 x 1024": (8192, 1024)}
-# Batch, heads, queries and keys, width of a head: in a training step, and on both sides of what `enable` routes.
-ATTENTIONS = {
-    "8 x 4 x 128 x 64": (8, 4, 128, 64),
-    "1 x 2 x 160 x 64": (1, 2, 160, 64),
-    "1 x 2 x 96 x 64": (1, 2, 96, 64),
-}
 
 
 @pytest.fixture(params=(1, 2), ids=lambda n: f"t{n}")
@@ -109,24 +101,6 @@ def test_softmax(results: str, shape: str, threads: int, benchmark: Any) -> None
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("shape", ATTENTIONS)
-def test_attention(shape: str, threads: int, benchmark: Any) -> None:
-    """Forward and backward, dropout in both."""
-    torch.manual_seed(0)
-    inputs = tuple(torch.randn(ATTENTIONS[shape], requires_grad=True) for _ in range(3))
-    dy = torch.randn(ATTENTIONS[shape])
-    ours = step(lambda q, k, v: fdt.scaled_dot_product_attention(q, k, v, dropout_p=P), inputs, dy)
-    peers = {ATTENTION: step(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, dropout_p=P), inputs, dy)}
-    batch, heads, length, _ = ATTENTIONS[shape]
-    scores = batch * heads * length**2, length**2  # in all, in a head
-    benchmark.extra_info.update(
-        kind="scaled_dot_product_attention", operation="forward+backward", layout=shape, threads=threads,
-        elements=scores[0], small=any(map(operator.lt, scores, FEWEST_SCORES)),
-    )  # fmt: skip
-    with memory.results("reused"):
-        alternate(benchmark, ours, peers, SECONDS, SETTLE_SECONDS if threads > 1 else 0.0)
-
-
 @shapes
 @pytest.mark.parametrize("kind", cases.FUSED)
 def test_compiled(kind: str, shape: str, threads: int, benchmark: Any) -> None:
@@ -173,7 +147,3 @@ def leaf(t: Any) -> Any:
 
 def gradient(y: Any, inputs: tuple[Any, ...], dy: Any) -> Callable[[], object]:
     return lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True)
-
-
-def step(function: Callable[..., Any], inputs: tuple[Any, ...], dy: Any) -> Callable[[], object]:
-    return lambda: torch.autograd.grad(function(*inputs), inputs, dy)

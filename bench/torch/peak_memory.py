@@ -1,0 +1,37 @@
+"""Prints the bytes that a step of attention adds to its process: `python -m bench.torch.peak_memory JSON`."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+
+import torch
+
+import fastdrop.torch as fdt
+
+
+def peak() -> int:
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main(ours: bool, p: float, extents: list[int], causal: bool) -> int:
+    """The highest that the process's memory rises above what it has once the inputs are there.
+
+    Gradients and the result are part of it. A small step before loads what both need.
+    """
+    torch.set_num_threads(1)
+    attention = fdt.scaled_dot_product_attention if ours else torch.nn.functional.scaled_dot_product_attention
+
+    def step(shape: list[int]) -> int:
+        inputs = [torch.randn(shape, requires_grad=True) for _ in range(3)]
+        before = peak()
+        attention(*inputs, dropout_p=p, is_causal=causal).backward(torch.ones(()).expand(shape))
+        return peak() - before
+
+    step([1, 1, 64, extents[-1]])
+    return step(extents)
+
+
+if __name__ == "__main__":
+    print(main(**json.loads(sys.argv[1])))
