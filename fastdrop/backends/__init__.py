@@ -54,6 +54,13 @@ def active_name() -> str:
     return next(name for name, file in MODULES.items() if module.__name__.endswith("." + file))
 
 
+def is_vectorized() -> bool:
+    """Whether the running backend computes with the CPU's vectors. NumPy's kernels and C's scalar ones run anywhere,
+    but may be slower than what they replace."""
+    name = active_name()
+    return name == "numba" or (name == "c" and active().isa() != "scalar")
+
+
 def load(name: str) -> ModuleType:
     """A backend by name, usable; RuntimeError with the reason if it is not."""
     why = reason(name)

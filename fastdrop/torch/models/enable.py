@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import operator
 import sys
 import threading
 import types
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import backends
 from ...core import variants
 from ..functional.attention import attend, compose, is_direct, trace
 from ..functional.plan import KEEPS_ALL, NO_SOURCE
@@ -57,7 +57,7 @@ ATTENTION = "scaled_dot_product_attention"
 ATTENTION_KEYS = ("CPU", "AutogradCPU")
 OVERRIDDEN = (*OPS, *(name + "_" for name in OPS), ATTENTION)
 GRAFTED = "_fastdrop_grafted"  # on the forward of timm's and torchvision's classes, once it is ours
-FEWEST_SCORES = 1 << 17, 1 << 14  # in all and in a head; below, the Python around tiles costs more than kernels save
+FEWEST_SCORES = 256  # in a head; below, a head's own costs are more than kernels save
 
 _library: torch.library.Library | None = None  # never taken away: another thread may be on its way to a kernel
 _is_registered = False
@@ -219,11 +219,15 @@ def _attention(
         if any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in arguments):
             traced = compose if is_transformed() or not query.is_cpu else trace
             return traced(arguments, dropout_p, options)
-        scores = query.numel() // query.shape[-1] * key.shape[-2], query.shape[-2] * key.shape[-2]
-        if all(map(operator.ge, scores, FEWEST_SCORES)) and is_direct(*arguments):
+        if _pays(query, key) and is_direct(*arguments):
             return attend(arguments, dropout_p, options)
     op = torch.ops.aten.scaled_dot_product_attention.default
     return call_as_torch(op, *arguments, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+
+def _pays(query: Tensor, key: Tensor) -> bool:
+    """Whether the kernel is faster than torch's attention around our dropout."""
+    return query.shape[-2] * key.shape[-2] >= FEWEST_SCORES and backends.is_vectorized()
 
 
 def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> None:
