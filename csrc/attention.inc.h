@@ -191,7 +191,7 @@ static C(t) C(attend_row)(const C(attention_t) * call, const C(tile_t) * tile, u
             if (bits[j / 32] >> j % 32 & 1) x[j] = NAN;
     }
     *largest = top;
-    const double factor = top == old ? 1 : exp((double)old - (double)top);
+    const double factor = top == old || old == -INFINITY ? 1 : exp((double)old - (double)top); /* -inf: sums are 0 */
     *total = *total * factor + sum;
     return (C(t))factor;
 }
@@ -227,7 +227,7 @@ static void C(attend_results)(const attention_forward_args *args, C(attend_t) * 
         C(t) *sums = s->sums.at + r * s->sums.pitch, *statistics = (C(t) *)args->statistics + 2 * (row + r);
         C(store_one)(statistics, s->totals[r] == 0 ? INFINITY : s->largest[r]);
         C(store_one)(statistics + 1, share);
-        C(times)(sums, sums, n, C(set1)(share * (C(t))args->a));
+        C(times)(sums, sums, n, C(set1)((share == share ? share : 1) * (C(t))args->a)); /* else sums have the NaN */
         C(store_strip)(args->dtype, args->y, (row + r) * n, n, sums, 0);
     }
 }
@@ -280,14 +280,15 @@ static void C(attention_forward)(const attention_forward_args *args, uint64_t be
 
 typedef struct {
     C(matrix) keys_t, values_t, keys, query, dy, scores, slopes, product, dkey, dvalue; /* _t: transposed */
-    C(t) a, softmax_scale;
+    C(t) a;
     uint32_t bits[ATTENTION_ROWS * ATTENTION_KEYS / 32 + SLACK_WORDS];
 } C(slope_t);
 
-/* Of scores x and dy value^T in d: x = bit ? a p : 0, p = exp(x - base) share; d = p ((bit ? a d : 0) - dot), the
+/* Of scores x and dy value^T in d: x = bit ? a p : 0, p = exp(x - base) share; d = scale p ((bit ? a d : 0) - dot), the
  * gradient of the scores. */
-static void C(score_gradient)(C(t) * x, C(t) * d, uint64_t n, C(v) base, C(v) share, C(v) dot, C(v) a,
+static void C(score_gradient)(C(t) * x, C(t) * d, uint64_t n, const C(t) * statistics, C(t) dot, C(t) a, C(v) scale,
                               const uint32_t *bits) {
+    const C(v) base = C(set1)(C(load_one)(statistics)), share = C(set1)(C(load_one)(statistics + 1));
     for (uint64_t j = 0; j < n; j += C(unrolled)) {
         const C(keeps) keep = C(load_bits)(bits, j);
         C(vs) v = C(load_unrolled)(x + j);
@@ -295,54 +296,54 @@ static void C(score_gradient)(C(t) * x, C(t) * d, uint64_t n, C(v) base, C(v) sh
         v = C(exp)(v);
         EACH {
             const uint64_t at = j + (uint64_t)k * C(lanes);
-            const C(v) p = v.v[k] * share;
-            C(store)(x + at, C(scale)(keep.v[k], p, a));
-            C(store)(d + at, p * (C(scale)(keep.v[k], C(load)(d + at), a) - dot));
+            const C(v) p = v.v[k] * share, kept = C(scale)(keep.v[k], C(load)(d + at), C(set1)(a));
+            C(store)(x + at, C(scale)(keep.v[k], p, C(set1)(a)));
+            C(store)(d + at, p * scale * (kept - C(set1)(dot)));
         }
     }
 }
 
-/* The sum of dy y over a row. */
-static C(t) C(row_dot)(const C(t) * dy, const C(t) * y, uint64_t n) {
+/* The sum of dy y over row `row` of y. */
+static C(t) C(row_dot)(const attention_backward_args *args, const C(t) * dy, uint64_t row) {
+    const uint64_t width = args->value_width;
+    C(t) room[ATTENTION_KEYS];
     C(v) sum = C(set1)(0);
-#define BODY(left) sum = C(fma)(C(load_partial)(dy + i, left), C(load_partial)(y + i, left), sum);
-    FOR_VECTORS(n, BODY);
+    for (uint64_t j = 0, n; j < width; j += n) {
+        n = min_u64(width - j, ATTENTION_KEYS);
+        const C(t) *y = C(load_strip)(args->dtype, args->y, row * width + j, n, room);
+#define BODY(left) sum = C(fma)(C(load_partial)(dy + j + i, left), C(load_partial)(y + i, left), sum);
+        FOR_VECTORS(n, BODY);
 #undef BODY
+    }
     return C(sum_lanes)(sum);
 }
 
-/* to += x, numbers that lie `stride` apart; where the stride is 0, all are added to one. */
-static void C(add_at)(const C(t) * x, C(t) * to, uint64_t n, uint64_t stride) {
-    if (stride == 1) {
-        C(add)(to, x, to, n);
-        return;
-    }
-    for (uint64_t j = 0; j < n; j++, to += stride) C(store_one)(to, C(load_one)(to) + x[j]);
+/* Adds a row of the scores' gradient to the mask's, of which several elements are one where the stride is 0. */
+static void C(add_to_mask)(const C(t) * d, uint64_t n, C(t) * to, uint64_t stride) {
+    if (stride == 1)
+        C(add)(to, d, to, n);
+    else
+        for (uint64_t j = 0; j < n; j++, to += stride) C(store_one)(to, C(load_one)(to) + d[j]);
 }
 
 /* The passes over a tile's rows, between its products. */
 static void C(slope_rows)(const attention_backward_args *args, const C(attention_t) * call, C(slope_t) * s,
                           const C(tile_t) * tile) {
     const uint64_t first = (tile->outer * call->heads + tile->head) * call->queries + tile->query;
-    const strides_t *to_mask = call->strides + FD_DMASK_STRIDES;
-    C(t) room[ATTENTION_KEYS];
+    const strides_t *strides = call->strides + FD_DMASK_STRIDES;
+    const C(t) *statistics = args->statistics;
     for (uint64_t r = 0; r < tile->rows; r++) {
-        const C(t) *statistics = (const C(t) *)args->statistics + 2 * (first + r);
-        const C(v) base = C(set1)(C(load_one)(statistics)), share = C(set1)(C(load_one)(statistics + 1));
-        C(t) *x = s->scores.at + r * s->scores.pitch, *d = s->slopes.at + r * s->slopes.pitch, dot = 0;
+        const uint64_t seen = C(seen)(call, tile, r);
+        const uint32_t *bits = s->bits + r * C(bit_words)(tile);
+        C(t) *x = s->scores.at + r * s->scores.pitch, *d = s->slopes.at + r * s->slopes.pitch;
+        const C(t) dot = args->y ? C(row_dot)(args, s->dy.at + r * s->dy.pitch, first + r) : 0;
         C(tile_scores)(call, tile, r, x);
-        for (uint64_t j = 0, n; args->y && j < call->value_width; j += n) {
-            n = min_u64(call->value_width - j, ATTENTION_KEYS);
-            dot += C(row_dot)(s->dy.at + r * s->dy.pitch + j,
-                              C(load_strip)(call->type, args->y, (first + r) * call->value_width + j, n, room), n);
-        }
-        C(score_gradient)(x, d, tile->columns, base, share, C(set1)(dot), C(set1)(s->a),
-                          s->bits + r * C(bit_words)(tile));
-        if (args->dmask)
-            C(add_at)(d,
-                      (C(t) *)args->dmask + C(element)(to_mask, tile->outer, tile->head, tile->query + r) +
-                          tile->key * to_mask->column,
-                      C(seen)(call, tile, r), to_mask->column);
+        C(score_gradient)(x, d, tile->columns, statistics + 2 * (first + r), dot, s->a,
+                          args->dmask ? C(set1)(1) : call->scale, bits);
+        memset(d + seen, 0, (tile->columns - seen) * sizeof *d); /* 0 times infinity is NaN */
+        if (!args->dmask) continue;
+        C(t) *to = (C(t) *)args->dmask + C(element)(strides, tile->outer, tile->head, tile->query + r);
+        C(add_to_mask)(d, seen, to + tile->key * strides->column, strides->column);
         C(times)(d, d, tile->columns, call->scale);
     }
 }
