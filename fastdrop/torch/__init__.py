@@ -31,7 +31,7 @@ try:
         variational_dropout,
     )
     from .models.convert import convert, revert
-    from .models.enable import disable, enable, enabled
+    from .models.enable import disable, enable, enabled, explain_attention
     from .models.fold import fold_scaling
     from .models.fuse.fuse import fuse, unfuse
     from .models.report import Report
@@ -102,6 +102,7 @@ __all__ = [
     "dropout_add_rms_norm",
     "enable",
     "enabled",
+    "explain_attention",
     "feature_alpha_dropout",
     "fold_scaling",
     "fuse",

@@ -201,6 +201,17 @@ def compose(
     return y
 
 
+def why_composed(arguments: Arguments, options: TorchOptions) -> str | None:
+    """Why attention that drops is composed of torch's ops. None if the kernel computes it."""
+    if not all(x is None or x.is_cpu for x in arguments):
+        return "a tensor is not on the CPU"
+    if not is_regular(*arguments, *options):
+        return "heads or batches broadcast, or a tensor is empty"
+    if not all(x is None or is_eager_dense(x) for x in arguments):
+        return "a compiler, a transform, a mode or a subclass has to see the ops"
+    return None
+
+
 def is_direct(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether kernels may read all of it now, because no mode, transform or subclass has to see the ops."""
     return all(x is None or (x.is_cpu and is_eager_dense(x)) for x in (query, key, value, mask))

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from ... import backends
 from ...core import variants
-from ..functional.attention import attend, compose, is_direct, trace
-from ..functional.plan import KEEPS_ALL, NO_SOURCE
+from ..functional.attention import attend, compose, is_direct, trace, why_composed
+from ..functional.plan import KEEPS_ALL, NO_SOURCE, eager_probability
 from ..functional.routing import drop
 from ..nn.base import Rated
 from ..ops.attention import is_regular
@@ -39,7 +39,7 @@ from ..runtime.dispatch.ops import TRANSFORMS, call_as_torch, check_overridable,
 from ..runtime.dtypes import DTYPES
 from .classes import THIRD_PARTY_CLASSES, unsupported_option
 
-__all__ = ["disable", "enable", "enabled", "is_supported", "register"]
+__all__ = ["disable", "enable", "enabled", "explain_attention", "is_supported", "register"]
 
 # Calls on CPU and CUDA tensors without and with autograd, and calls inside of torch.func's transforms: from Python, and
 # from torch's own C++ under vmap, where attention drops.
@@ -219,15 +219,60 @@ def _attention(
         if any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in arguments):
             traced = compose if is_transformed() or not query.is_cpu else trace
             return traced(arguments, dropout_p, options)
-        if _pays(query, key) and is_direct(*arguments):
+        if _why_not(query, key) is None and is_direct(*arguments):
             return attend(arguments, dropout_p, options)
     op = torch.ops.aten.scaled_dot_product_attention.default
     return call_as_torch(op, *arguments, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
 
 
-def _pays(query: Tensor, key: Tensor) -> bool:
-    """Whether the kernel is faster than torch's attention around our dropout."""
-    return query.shape[-2] * key.shape[-2] >= FEWEST_SCORES and backends.is_vectorized()
+def _why_not(query: Tensor, key: Tensor) -> str | None:
+    """Why the kernel would be slower than torch's attention around our dropout. None if it is faster."""
+    if query.shape[-2] * key.shape[-2] < FEWEST_SCORES:
+        return f"each head has fewer than {FEWEST_SCORES} scores"
+    return None if backends.is_vectorized() else f"backend {backends.active_name()} is slower than torch"
+
+
+def explain_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> str:
+    """Which code computes attention of these arguments here and now: a line for
+    `fastdrop.torch.scaled_dot_product_attention`, and one for torch's function and all that calls it.
+
+    Arguments are those of the two functions. Nothing is computed, and no random number is drawn. Raises what `dropout`
+    raises for a bad dropout_p.
+
+    >>> import torch, fastdrop as fd, fastdrop.torch as fdt
+    >>> x = torch.ones(2, 4, 128, 64)
+    >>> print(fdt.explain_attention(x, x, x))
+    fastdrop.torch's: torch's own, because nothing is dropped
+    torch's: torch's own, because nothing is dropped
+    >>> with fdt.enabled(), fd.use_backend("numpy"):
+    ...     print(fdt.explain_attention(x, x, x, dropout_p=0.1))
+    fastdrop.torch's: the kernel of backend numpy
+    torch's: torch's own around fastdrop's dropout, because backend numpy is slower than torch
+    """
+    arguments, options = (query, key, value, attn_mask), (is_causal, scale, enable_gqa)
+    if eager_probability(dropout_p, "dropout probability") <= KEEPS_ALL:
+        ours = theirs = "torch's own, because nothing is dropped"
+    else:
+        kernel, composed = f"the kernel of backend {backends.active_name()}", why_composed(arguments, options)
+        ours = f"composed of products of matrices and softmax_dropout, because {composed}" if composed else kernel
+        if query.is_cuda:
+            ours = "torch's own, unless seed or generator is given"
+        if not is_enabled():
+            theirs = "torch's own, because enable() is off"
+        elif reason := composed or _why_not(query, key):
+            theirs = f"torch's own around fastdrop's dropout, because {reason}"
+        else:
+            theirs = kernel
+    return f"fastdrop.torch's: {ours}\ntorch's: {theirs}"
 
 
 def _graft(theirs: type[torch.nn.Module], ours: type[Rated]) -> None:

@@ -254,6 +254,32 @@ def test_attention_among_torchs_other_features(on, monkeypatch, case):
     torch.testing.assert_close(theirs, ours, **tolerance)
 
 
+EXPLAINED = {  # enabled, shapes of query and key, p; what the answer says of fastdrop.torch's and of torch's
+    "nothing dropped": (True, (2, 4, 32, 8), (2, 4, 32, 8), 0.0, "nothing is dropped", "nothing is dropped"),
+    "off": (False, (2, 4, 32, 8), (2, 4, 32, 8), 0.1, "the kernel of backend", "enable() is off"),
+    "on": (True, (2, 4, 32, 8), (2, 4, 32, 8), 0.1, "the kernel of backend", "the kernel of backend"),
+    "small": (True, (2, 4, 15, 8), (2, 4, 17, 8), 0.1, "the kernel of backend", "fewer than 256 scores"),
+    "broadcast": (True, (2, 4, 32, 8), (1, 4, 32, 8), 0.1, "heads or batches broadcast", "heads or batches broadcast"),
+}
+
+
+@pytest.mark.parametrize("case", EXPLAINED)
+def test_explained_attention_is_what_runs(monkeypatch, case):
+    on, of_query, of_key, p, ours, theirs = EXPLAINED[case]
+    monkeypatch.setattr(backends, "is_vectorized", lambda: True)
+    query, key = torch.randn(of_query), torch.randn(of_key)
+    routes = []
+    monkeypatch.setattr(enable, "attend", lambda *args: routes.append("attend") or args[0][2])
+    with fdt.enabled() if on else contextlib.nullcontext():
+        said = fdt.explain_attention(query, key, key, dropout_p=p).splitlines()
+        F.scaled_dot_product_attention(query, key, key, dropout_p=p)
+    assert said[0].startswith("fastdrop.torch's: ")
+    assert said[1].startswith("torch's: ")
+    assert ours in said[0]
+    assert theirs in said[1]
+    assert bool(routes) == said[1].endswith(f"the kernel of backend {backends.active_name()}")
+
+
 # ---- on, off ----
 
 LIFE = """
