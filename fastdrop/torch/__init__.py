@@ -20,6 +20,7 @@ try:
         softmax_dropout,
         swiglu_dropout,
     )
+    from .functional.lora import lora_linear
     from .functional.structured import (
         drop_block2d,
         drop_block3d,
@@ -108,6 +109,7 @@ __all__ = [
     "fuse",
     "gaussian_dropout",
     "geglu_dropout",
+    "lora_linear",
     "mc_dropout",
     "mc_predict",
     "revert",
