@@ -82,13 +82,13 @@ def lora_linear(
     RuntimeError
         x of an integer or a complex dtype, or nested; what `dropout` refuses under ``torch.compile`` and ``vmap``.
 
-    Kept for backward: x, the parameters and the seed, 8 bytes. Calls on one x keep it once. Backward computes dropped x
-    again, and its product with lora_A. Gradients that nobody needs are not computed. If nothing is dropped, torch's own
-    functions compute it, and keep x and the product with lora_A. It has a gradient of any order and a forward-mode
-    derivative, and works under ``torch.compile``, ``torch.func``, checkpointing and autocast, which casts the arguments
-    as it does for `F.linear`. Gradients of higher order are composed of torch's ops under the same mask. So is all of
-    it under a transform; dropped x is then kept too. Sources: Hu et al., "LoRA: Low-Rank Adaptation of Large Language
-    Models", ICLR 2022 (arXiv 2021); Srivastava et al., JMLR 15, 2014.
+    Kept for backward: x, the parameters and the seed, 8 bytes. Calls on one x keep it once, under autocast too, which
+    casts the arguments as it does for `F.linear`. Backward computes dropped x again, and its product with lora_A.
+    Gradients that nobody needs are not computed. If nothing is dropped, torch's own functions compute it, and keep x
+    and the product with lora_A. It has a gradient of any order and a forward-mode derivative, and works under
+    ``torch.compile``, ``torch.func``, autocast and checkpointing. Gradients of higher order are composed of torch's ops
+    under the same mask. So is all of it under a transform; dropped x is then kept too. Sources: Hu et al., "LoRA:
+    Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv 2021); Srivastava et al., JMLR 15, 2014.
 
     >>> import torch, fastdrop.torch as fdt
     >>> x, weight = torch.ones(2, 3), torch.eye(3)
@@ -103,10 +103,12 @@ def lora_linear(
             check_tensor(given, name)
     dtypes.check_real(x, "lora_linear")
     nested.refuse(x, "lora_linear")
-    if (dtype := autocast_dtype(x)) is not None:
-        x, *_ = arguments = _autocast(arguments, dtype)
+    nested.check_dense(*arguments)
+    dtype = x.dtype
+    if (cast := autocast_dtype(x)) is not None and dtype is not torch.float64:
+        dtype, arguments = cast, _autocast(arguments, cast)
     scaling = scaling + 0.0 if torch.compiler.is_compiling() else checks.finite("scaling", scaling)
-    check_arguments(*arguments)
+    check_arguments(*arguments, dtype)
     way, p, drops = plan_call(x, p, training, arguments[1:])
     source = generator, seed
     if not drops:
@@ -120,18 +122,20 @@ def lora_linear(
     return _compose(arguments, scaling, p if drops else 0.0, source)
 
 
-def _autocast(arguments: Any, dtype: torch.dtype) -> Arguments:
-    """What autocast does to the arguments of `F.linear`."""
-    x, weight, bias, lora_A, lora_B = (
-        given if given is None or not given.is_floating_point() or given.dtype is torch.float64 else given.to(dtype)
-        for given in arguments
+def _autocast(arguments: Arguments, dtype: torch.dtype) -> Arguments:
+    """What autocast does to the arguments of `F.linear`, but for x: the op casts it, and keeps it as it is."""
+    x, *parameters = arguments
+    weight, bias, lora_A, lora_B = (
+        given if given is None or given.dtype is torch.float64 or not given.is_floating_point() else given.to(dtype)
+        for given in parameters
     )
-    return x, weight, bias, lora_A, lora_B
+    return x, weight, bias, lora_A, lora_B  # type: ignore[return-value]
 
 
 def _compose(arguments: Arguments, scaling: float, p: Any, source: Source) -> Tensor:
     """The formula by torch's ops, for transforms and modes, and for calls that drop nothing."""
     x, weight, bias, lora_A, lora_B = arguments
+    x = x.to(weight.dtype)
     drops = isinstance(p, Tensor) or p > 0.0
     dropped = drop(x, p, True, False, source, None, "seed", "inverted") if drops else x
     return F.linear(x, weight, bias) + F.linear(F.linear(dropped, lora_A), lora_B) * scaling

@@ -248,6 +248,31 @@ def test_autocast():
     assert_all_near(found, gradients(ours, doubles))
 
 
+def test_autocast_keeps_x_once():
+    """As it is: not in autocast's dtype, of which each call would make a copy."""
+    x, *parameters = leaves(tensors(torch.float32), ("x", "lora_A", "lora_B"))
+    with torch.autocast("cpu", torch.bfloat16), saved_tensors() as kept:
+        y = [ours(x, *parameters, seed=i) for i in range(3)]
+    assert {t.data_ptr() for t in kept if t.shape == x.shape} == {x.data_ptr()}
+    assert y[0].dtype is torch.bfloat16
+
+
+def test_second_order_under_autocast_and_without_rows():
+    for dtype, leading in ((torch.float32, (4, 5)), (torch.float64, (0,))):
+        results = []
+        for function in (ours, formula):
+            given = leaves(tensors(dtype, leading))
+            with torch.autocast("cpu", torch.bfloat16):
+                y = function(*given)
+            first = torch.autograd.grad(y.double().square().sum(), given, create_graph=True)
+            results.append(torch.autograd.grad(sum(x.double().square().sum() for x in first), given))
+        for actual, expected in zip(*results, strict=True):
+            assert actual.dtype is dtype
+            if actual.numel():
+                near = 0.05 * float(expected.abs().max())
+                torch.testing.assert_close(actual, expected, rtol=0.1, atol=near)
+
+
 def test_backward_inside_autocast():
     given = tensors(torch.float32)
     expected = gradients(ours, given)
@@ -305,11 +330,13 @@ def test_opcheck(dtype):
     torch.library.opcheck(OPS.lora.default, (x, weight, bias, lora_A, lora_B, seed, P, SCALING))
     torch.library.opcheck(OPS.lora.tensor, (x.transpose(0, 1), weight, None, lora_A, lora_B, seed, p, SCALING))
     data = [y.detach() for y in (x, weight, lora_A, lora_B)]
-    dy, options = x.new_ones(4, 5, 6), (seed, P, SCALING)
+    dy, options = x.new_ones(4, 5, 6), (seed, P, SCALING, x.dtype)
+    cast = [y.bfloat16().detach().requires_grad_() for y in (weight, bias, lora_A, lora_B)]
+    torch.library.opcheck(OPS.lora.default, (x, *cast, seed, P, SCALING))
     torch.library.opcheck(OPS.lora_backward.default, (dy, *data, *options, [True] * 5))
     torch.library.opcheck(
         OPS.lora_backward.tensor,
-        (dy, data[0], None, None, data[3], seed, p, SCALING, [False, True, False, True, False]),
+        (dy, data[0], None, None, data[3], seed, p, SCALING, x.dtype, [False, True, False, True, False]),
     )
 
 
@@ -325,11 +352,12 @@ def test_opcheck(dtype):
         (2, lambda x: x[:5], ValueError, r"bias must be \(out,\), here \(6\), but got shape \(5,\)"),
         (3, lambda x: x[:, :7], ValueError, r"lora_A must be \(r, in\), here \(any, 8\), but got shape \(3, 7\)"),
         (4, lambda x: x[:, :2], ValueError, r"lora_B must be \(out, r\), here \(6, 3\), but got shape \(6, 2\)"),
-        (3, lambda x: x.float(), TypeError, r"lora_A must be of torch.float64, as x is, but got torch.float32"),
-        (1, lambda x: x.to("meta"), ValueError, r"weight must be on cpu, as x is, but got one on meta"),
+        (3, lambda x: x.float(), TypeError, r"lora_A must be of torch.float64, but got torch.float32"),
+        (1, lambda x: x.to("meta"), ValueError, r"weight must be on cpu, as the data is, but got one on meta"),
         (0, lambda x: x.long(), RuntimeError, "but got torch.int64"),
         (0, lambda x: x.cfloat(), RuntimeError, "lora_linear takes real numbers"),
         (0, lambda x: torch.nested.nested_tensor([x]), RuntimeError, "lora_linear takes dense tensors"),
+        (0, lambda x: x.to_sparse(), RuntimeError, "but got one of layout torch.sparse_coo"),
         (4, lambda x: None, TypeError, "lora_B must be a Tensor, but got NoneType"),
         (2, lambda x: 1.0, TypeError, "bias must be a Tensor, but got float"),
     ],
