@@ -90,7 +90,7 @@ class _Variational(nn.RNNBase):
         """x with one mask for all steps, of the whole batch or drawn for the batch in the caller's order."""
         if self.shared and _drops(rate):
             rows = x if x.dim() == 2 or x.is_contiguous() else x.transpose(0, 1)
-            y = rate(rows.reshape(-1, x.shape[-1])).view(rows.shape)
+            y: Tensor = rate(rows.reshape(-1, x.shape[-1])).view(rows.shape)
             return y if rows is x else y.transpose(0, 1)
         if packed is None or not _drops(rate):
             dropped: Tensor = rate(x)
