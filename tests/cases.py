@@ -230,9 +230,7 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray, what: object = ""
         pytest.fail(f"{what}: {differ.size} of {actual.size} differ, first at {at}: {got:#x}, expected {wanted:#x}")
 
 
-def assert_close(
-    got: np.ndarray, wanted: np.ndarray, dtype: Dtype, what: object = "", terms: float = 0.0
-) -> None:
+def assert_close(got: np.ndarray, wanted: np.ndarray, dtype: Dtype, what: object = "", terms: float = 0.0) -> None:
     """float64 numbers equal to the tolerance for fused kernels' results of a dtype; NaN and infinity exactly where they
     are wanted. ``terms``: the sum of the absolute terms of a number, where they may cancel in all numbers."""
     assert got.shape == wanted.shape, what

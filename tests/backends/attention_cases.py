@@ -178,6 +178,15 @@ def bits_of_draw(case: Case) -> np.ndarray:
     return words
 
 
+def rows_of(case: Case, name: str, values: np.ndarray, given: Results) -> np.ndarray:
+    """The rows of a result of a call of ``given``, as float64. A mask's gradient has no axis without a stride."""
+    rows = case.outer * case.heads_of_query * case.queries
+    if name == "dmask":
+        strides = given["strides"].reshape(-1, 4)[STRIDED.index(name)] * values.itemsize
+        return as_strided(values, case.shape(name), strides).reshape(rows, -1).astype(np.float64)
+    return case.type_of(name).wide(values).reshape(rows, -1)
+
+
 def forward(module: Any, case: Case, given: Results | None = None, **layout: Any) -> Results:
     """y and statistics. `Call.arrays` explains layouts."""
     given = inputs_of(case) if given is None else given
@@ -226,15 +235,24 @@ def assert_results_close(case: Case, results: Results, expected: Results) -> Non
             both = [values.reshape(case.parts, -1).sum(0) for values in both]
         lines = 2 if name == "statistics" else 1
         for line in range(lines):
-            got, wanted = (values[line::lines] for values in both)
-            largest = np.abs(wanted[np.isfinite(wanted)]).max(initial=terms_of(case, name))
-            assert_close(got, wanted, own, (name, line, case), LOSS * largest)
+            assert_numbers_close(case, name, *(values[line::lines] for values in both), what=line)
+
+
+def assert_numbers_close(
+    case: Case, name: str, got: np.ndarray, wanted: np.ndarray, size: float = 1.0, what: object = ""
+) -> None:
+    """Some numbers of a result, as float64. ``size``: of queries and keys."""
+    terms = np.abs(wanted[np.isfinite(wanted)]).max(initial=size * terms_of(case, name))
+    assert_close(got, wanted, case.type_of(name), (name, what, case), LOSS * terms)
 
 
 def terms_of(case: Case, name: str) -> float:
     """About the sum of the absolute terms of a number of a gradient. Terms cancel if a query sees few keys, and if a
     mask's gradient is summed over keys."""
     extents = case.shape(name)
-    added = {"dquery": 1, "dkey": case.group * case.queries}
-    added["dmask"] = math.prod(extents[axis] for axis in case.broadcast)
+    added = {
+        "dquery": 1,
+        "dkey": case.group * case.queries,
+        "dmask": math.prod(extents[axis] for axis in case.broadcast),
+    }
     return max(1.0, added[name] / case.keys) * math.sqrt(case.value_width) if name in added else 0.0
