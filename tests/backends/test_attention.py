@@ -58,7 +58,7 @@ CASES = {
     "causal, keys that none sees": Case(queries=97, keys=481, causal=True, parts=2),
     "causal, queries that see all": Case(queries=481, keys=95, causal=True),
     "long": Case(queries=1100, keys=1100, width=64, value_width=64, causal=True, parts=5),
-    "by rows": Case(outer=2, heads=2, group=3, queries=97, keys=257, by_rows=True, words=True),
+    "by rows": Case(outer=2, heads=2, group=3, queries=97, keys=257, by_rows=True, words=True, parts=2),
     "a mask for keys": Case(group=2, queries=97, keys=257, mask="data", broadcast=(HEAD, ROW), causal=True),
     "far cells": Case(outer=2, first=2**37 - 500, threshold=2**31),
     "all kept": Case(threshold=0),
