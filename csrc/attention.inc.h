@@ -219,15 +219,31 @@ static void C(attend_tile)(const C(attention_t) * call, C(attend_t) * s, const C
     C(product)(s->scores, 0, s->values, sums, tile->rows, call->value_width, tile->columns, 1);
 }
 
-/* Results of a chunk's queries. */
-static void C(attend_results)(const attention_forward_args *args, C(attend_t) * s, uint64_t row, uint64_t queries) {
-    const uint64_t n = args->value_width;
-    for (uint64_t r = 0; r < queries; r++) {
+/* Whether query `tile.query` keeps one of the keys that it sees. */
+static int C(keeps_any)(const C(attention_t) * call, C(tile_t) tile) {
+    const uint64_t keys = call->causal ? min_u64(call->keys, tile.query + 1) : call->keys;
+    uint32_t bits[ATTENTION_KEYS / 32 + SLACK_WORDS];
+    tile.rows = 1;
+    for (tile.key = 0; tile.key < keys; tile.key += ATTENTION_KEYS) {
+        tile.columns = min_u64(ATTENTION_KEYS, keys - tile.key);
+        C(tile_bits)(call, &tile, bits);
+        for (uint64_t j = 0; j < tile.columns; j++)
+            if (bits[j / 32] >> j % 32 & 1) return 1;
+    }
+    return 0;
+}
+
+/* Results of a chunk of queries, which begins with `tile.query`. */
+static void C(attend_results)(const attention_forward_args *args, const C(attention_t) * call, C(attend_t) * s,
+                              C(tile_t) tile, uint64_t queries) {
+    const uint64_t n = call->value_width, row = (tile.outer * call->heads + tile.head) * call->queries + tile.query;
+    for (uint64_t r = 0; r < queries; r++, tile.query++) {
         const C(t) share = s->totals[r] == 0 ? 0 : (C(t))(1 / s->totals[r]);
         C(t) *sums = s->sums.at + r * s->sums.pitch, *statistics = (C(t) *)args->statistics + 2 * (row + r);
         C(store_one)(statistics, s->totals[r] == 0 ? INFINITY : s->largest[r]);
         C(store_one)(statistics + 1, share);
-        C(times)(sums, sums, n, C(set1)((share == share ? share : 1) * (C(t))args->a)); /* else sums have the NaN */
+        C(times)(sums, sums, n, C(set1)(share * (C(t))args->a));
+        if (share != share && !C(keeps_any)(call, tile)) memset(sums, 0, n * sizeof *sums); /* not 0 times NaN */
         C(store_strip)(args->dtype, args->y, (row + r) * n, n, sums, 0);
     }
 }
@@ -271,7 +287,8 @@ static void C(attention_forward)(const attention_forward_args *args, uint64_t be
                 if (tile.columns) C(attend_tile)(&call, &s, &tile, chunk);
             }
         }
-        C(attend_results)(args, &s, row * call.queries + chunk, queries);
+        tile.query = chunk;
+        C(attend_results)(args, &call, &s, tile, queries);
     }
     free(scratch.memory);
 }
@@ -340,7 +357,9 @@ static void C(slope_rows)(const attention_backward_args *args, const C(attention
         C(tile_scores)(call, tile, r, x);
         C(score_gradient)(x, d, tile->columns, statistics + 2 * (first + r), dot, s->a,
                           args->dmask ? C(set1)(1) : call->scale, bits);
-        memset(d + seen, 0, (tile->columns - seen) * sizeof *d); /* 0 times infinity is NaN */
+        memset(x + seen, 0,
+               (tile->columns - seen) * sizeof *x); /* in a row with NaN, all that it has not seen is NaN */
+        memset(d + seen, 0, (tile->columns - seen) * sizeof *d); /* 0 times infinity too */
         if (!args->dmask) continue;
         C(t) *to = (C(t) *)args->dmask + C(element)(strides, tile->outer, tile->head, tile->query + r);
         C(add_to_mask)(d, seen, to + tile->key * strides->column, strides->column);

@@ -279,8 +279,8 @@ MUTATIONS = (
     Mutation(
         "attention: the mask's gradient of a query replaces that of the one before",
         "csrc/attention.inc.h",
-        "C(add)(to, x, to, n);",
-        "memcpy(to, x, n * sizeof *x);",
+        "C(add)(to, d, to, n);",
+        "memcpy(to, d, n * sizeof *d);",
         ATTENTION,
     ),
     Mutation(
@@ -291,10 +291,10 @@ MUTATIONS = (
         ATTENTION,
     ),
     Mutation(
-        "attention: the sum of dy y is that of its last strip",
+        "attention: the sum of dy y has dy's first strip for each strip of y",
         "csrc/attention.inc.h",
-        "dot += C(row_dot)",
-        "dot = C(row_dot)",
+        "C(load_partial)(dy + j + i, left)",
+        "C(load_partial)(dy + i, left)",
         ATTENTION,
     ),
     # ---- the memory policy ----

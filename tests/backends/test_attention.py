@@ -10,6 +10,7 @@ import itertools
 import math
 import sys
 from dataclasses import replace
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -163,10 +164,11 @@ def test_a_part_of_a_call_is_a_call_from_a_later_cell_on(variant, words):
 
 @each_dtype
 def test_gradients_one_at_a_time(variant, dtype):
-    """Bit for bit as all together; that of the values alone needs neither value nor y."""
+    """Bit for bit as all together, or all but the mask's; that of the values alone needs neither value nor y."""
     case = replace(WHOLE, dtype=dtype, mask="data")
     given = inputs_of(case) | expected_forward_of(case)
     wanted = backward(variant, case, given)
+    wanted |= backward(variant, replace(case, gradients="dquery dkey dvalue"), without(given, "dmask"))
     for name in GRADIENTS.split():
         alone = backward(variant, replace(case, gradients=name), without(given, *({*GRADIENTS.split()} - {name})))
         assert_same_results(alone, {name: wanted[name]}, name)
@@ -244,17 +246,45 @@ def test_rows_out_of_the_ordinary(variant, dtype, lost):
     assert not rows_of(case, "y", results["y"], given)[seen].any()
 
 
+def both_of(variant: ModuleType, case: Case, given: Results) -> list[Results]:
+    """Results of a variant and of the reference, each backward from its own forward."""
+    forwards = [(module, forward(module, case, given)) for module in (variant, reference)]
+    return [own | backward(module, case, given | own) for module, own in forwards]
+
+
 @each_dtype
-def test_a_row_of_queries_that_is_lost(variant, dtype):
-    """By a NaN in the query or in a key's number, where other rows see the key under causal or do not."""
-    case = Case(dtype, queries=120, keys=300, causal=True)
-    query, key = (case.type_of(name).wide(values_of(case, name)) for name in ("query", "key"))
-    query[..., 3, 2], key[..., 100, 0] = NAN, NAN
-    y = forward(variant, case, inputs_of(case, query=query, key=key))["y"]
-    lost = np.isnan(dtype.wide(y)).reshape(120, -1)
-    assert_same_bits(lost, np.isin(np.arange(120), [3, *range(100, 120)])[:, None].repeat(case.value_width, 1))
-    plain = forward(variant, case)["y"]
-    assert_same_bits(y[~lost.reshape(-1)], plain[~lost.reshape(-1)])
+@pytest.mark.parametrize(("name", "place"), [("mask", (3, 1)), ("key", (100, 2))], ids=["mask", "key"])
+def test_nan_is_lost_to_those_that_see_it(variant, dtype, name, place):
+    """Under causal: one in the mask of query 3 reaches keys 0 to 3, one in key 100 the queries from 100 on."""
+    case = Case(dtype, queries=120, keys=300, causal=True, mask="data")
+    numbers = dtype.wide(values_of(case, name))
+    numbers[(0, 0, *place)] = NAN
+    given = inputs_of(case, **{name: numbers})
+    results, expected = both_of(variant, case, given)
+    for gradient in ("y", "dkey", "dvalue"):
+        assert_numbers_close(case, gradient, *(dtype.wide(values[gradient]) for values in (results, expected)))
+    lost = np.isnan(rows_of(case, "y", results["y"], given)).all(1)
+    assert_same_bits(np.flatnonzero(lost), np.array([3] if name == "mask" else range(100, 120)))
+    plain = forward(variant, case)["y"].reshape(120, -1)
+    assert_same_bits(results["y"].reshape(120, -1)[~lost], plain[~lost])
+    reached = np.isnan(dtype.wide(results["dkey"])).reshape(300, -1).all(1)
+    assert_same_bits(reached, np.arange(300) < (4 if name == "mask" else 120))
+
+
+@each_dtype
+def test_nan_that_is_dropped_leaves_no_trace(variant, dtype):
+    """A row whose keys are all dropped is 0: by chance if they are few, and where everything is dropped."""
+    case = Case(dtype, queries=200, keys=3, causal=True, threshold=2**31)
+    given = inputs_of(case, key=np.full(case.width, NAN))
+    y = forward(variant, case, given)["y"].reshape(200, -1)
+    keep = np.unpackbits(bits_of_draw(case).view(np.uint8), bitorder="little")[: case.scores].reshape(200, 3) > 0
+    kept = (keep & np.tri(200, 3, dtype=np.bool_)).any(1)
+    assert 100 < kept.sum() < 199
+    assert_same_bits(np.isnan(dtype.wide(y)), kept[:, None].repeat(case.value_width, 1))
+    assert not y[~kept].any()
+    case = Case(dtype, keys=300, threshold=2**32)
+    given = inputs_of(case, key=np.where(np.arange(300) == 280, NAN, 1.0)[:, None])  # after a tile of numbers
+    assert not forward(variant, case, given)["y"].any()
 
 
 @each_dtype
@@ -268,11 +298,7 @@ def test_scores_of_any_magnitude(variant, dtype):
         query=power * np.array([1.0, -1.0, 0.5, 0.0])[:, None],
         key=power * sizes[:, None],
     )
-    results, expected = (
-        own | backward(module, case, given | own)
-        for module in (variant, reference)
-        for own in [forward(module, case, given)]
-    )
+    results, expected = both_of(variant, case, given)
     del expected["statistics"], results["statistics"]
     for name, wanted in expected.items():
         both = (case.type_of(name).wide(values) for values in (results[name], wanted))

@@ -361,6 +361,7 @@ void check_attention_refusals(void) {
     REFUSED_EXTENTS(backward, second);
     REFUSED(backward, second, "no dy", bad.dy = NULL);
     REFUSED(backward, second, "no parts", bad.parts = 0);
+    REFUSED(backward, second, "parts past 2^64", bad.outer = 2; bad.parts = (uint64_t)1 << 63);
     REFUSED(backward, second, "y without value", bad.value = NULL);
     REFUSED(backward, second, "value without y", bad.y = NULL);
     REFUSED(backward, second, "dquery without value", bad.value = bad.y = NULL; bad.dkey = bad.dmask = NULL);
