@@ -20,9 +20,9 @@ from fastdrop.backends import reference
 
 from ..cases import DTYPES, TENTH, Dtype, assert_close, assert_same_bits
 from .attention_cases import (
+    BFLOAT16,
     COLUMN,
     FLOAT16,
-    FLOAT32,
     FLOAT64,
     GRADIENTS,
     HEAD,
@@ -74,12 +74,12 @@ def test_results_as_reference(compiled, name, dtype):
     assert_results_close(case, run(compiled, case), expected_of(case))
 
 
-@each_dtype
-@pytest.mark.parametrize("kind", ["bool", "data", "float32"])
+MASKS = [(kind, dtype) for kind in ("bool", "data") for dtype in DTYPES] + [("float32", FLOAT16), ("float32", BFLOAT16)]
+
+
+@pytest.mark.parametrize(("kind", "dtype"), MASKS, ids=str)
 def test_masks_of_any_strides(compiled, kind, dtype):
     """0 in every set of axes, and keys that lie apart."""
-    if kind == "float32" and dtype in (FLOAT32, FLOAT64):
-        pytest.skip("only beside 16-bit data")
     axes = itertools.chain.from_iterable(itertools.combinations(range(4), n) for n in range(5))
     for k, (broadcast, transposed) in enumerate(itertools.product(axes, (False, True))):
         extents = {"outer": 1, "heads": 1} if k % 4 < 2 else {"outer": 2, "heads": 2}
