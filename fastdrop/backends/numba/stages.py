@@ -142,7 +142,8 @@ def as_type(number: Any, like: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(as_type, inline="always")
+# LLVM inlines this. Where Numba does, it drops what it takes for dead code, such as writes through fields of a tuple.
+@overload(as_type)
 def _as_real(number, like):
     real = np.float64 if like == types.float64 else np.float32
     return lambda number, like: real(number)
