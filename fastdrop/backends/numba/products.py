@@ -19,7 +19,7 @@ from numba import types
 from numba.core import cgutils, extending
 
 from .scalars import stage
-from .stages import U, take
+from .stages import U, spread, take
 
 intrinsic: Any = extending.intrinsic
 LINE_BYTES = 64
@@ -91,7 +91,7 @@ def _multiply_panel(typingctx: Any, a: Any, b: Any, c: Any, row: Any, column: An
         with cgutils.for_range(builder, inner) as loop:
             line = builder.load(of_b(loop.index, column, vector), align=size)
             for r, total in zip(rows, sums, strict=True):
-                factor = _spread(builder, builder.load(of_a(r, loop.index, number)), vector)
+                factor = spread(builder, builder.load(of_a(r, loop.index, number)), vector)
                 term = builder.fmul(factor, line, flags=contract)
                 builder.store(builder.fadd(builder.load(total), term, flags=contract), total)
         for r, total in zip(rows, sums, strict=True):
@@ -113,10 +113,3 @@ def _elements(context: Any, builder: Any, kind: Any, value: Any) -> Any:
         return cgutils.pointer_add(builder, array.data, offset, element.as_pointer())
 
     return address
-
-
-def _spread(builder: Any, number: Any, vector: Any) -> Any:
-    """A number in all lanes of a vector."""
-    lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None)
-    one = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.IntType(32)(0))
-    return builder.shuffle_vector(one, one, lanes)
