@@ -47,7 +47,7 @@ ROWS, KEYS, CHUNK = U(TILE_QUERIES), U(TILE_KEYS), U(CHUNK_QUERIES)
 
 
 class Forward(NamedTuple):
-    """Scratch of forward: keys (transposed), values and scores of a tile, a row, and what a chunk of queries needs."""
+    """Scratch of forward: of a tile, whose keys are transposed, and from ``query`` on of a chunk of queries."""
 
     keys: Any
     values: Any
@@ -61,7 +61,7 @@ class Forward(NamedTuple):
 
 
 class Backward(NamedTuple):
-    """Scratch of backward, all of a tile; dkey and dvalue add up over all queries."""
+    """Scratch of backward, of a tile. dkey and dvalue are sums over all queries."""
 
     keys: Any
     keys_transposed: Any
@@ -78,7 +78,7 @@ class Backward(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """Addresses of what backward reads and writes; dquery: of the part that it adds to."""
+    """Addresses of arrays, 0 for none; of dquery, that of the part to add to."""
 
     query: Any
     key: Any
@@ -147,17 +147,17 @@ def _put_results(call, s, y, statistics, row, queries, a):
 
 
 @stage
-def _forward_scratch(call, like):
-    queries = min(CHUNK, call.queries) + ROWS
+def _forward_scratch(call, zero):
+    queries = min(CHUNK, call.queries)
     return Forward(
-        matrix(call.width, KEYS, like),
-        matrix(KEYS, call.value_width, like),
-        matrix(ROWS, KEYS, like),
+        matrix(call.width, KEYS, zero),
+        matrix(KEYS, call.value_width, zero),
+        matrix(ROWS, KEYS, zero),
         np.empty(TILE_QUERIES * TILE_KEYS // 32, np.uint32),
-        np.full(KEYS, like),
-        matrix(queries, call.width, like),
-        matrix(queries, call.value_width, like),
-        np.full(queries, like),
+        np.full(KEYS, zero),
+        matrix(queries, call.width, zero),
+        matrix(queries, call.value_width, zero),
+        np.full(queries, zero),
         np.empty(queries),
     )
 
@@ -289,20 +289,20 @@ def _slope_keys(call, arrays, s, keys, group, a):
 
 
 @stage
-def _backward_scratch(call, like):
+def _backward_scratch(call, zero):
     return Backward(
-        matrix(KEYS, call.width, like),
-        matrix(call.width, KEYS, like),
-        matrix(call.value_width, KEYS, like),
-        matrix(ROWS, call.width, like),
-        matrix(ROWS, call.value_width, like),
-        matrix(ROWS, KEYS, like),
-        matrix(ROWS, KEYS, like),
-        matrix(ROWS, call.width, like),
-        matrix(KEYS, call.width, like),
-        matrix(KEYS, call.value_width, like),
+        matrix(KEYS, call.width, zero),
+        matrix(call.width, KEYS, zero),
+        matrix(call.value_width, KEYS, zero),
+        matrix(ROWS, call.width, zero),
+        matrix(ROWS, call.value_width, zero),
+        matrix(ROWS, KEYS, zero),
+        matrix(ROWS, KEYS, zero),
+        matrix(ROWS, call.width, zero),
+        matrix(KEYS, call.width, zero),
+        matrix(KEYS, call.value_width, zero),
         np.empty(TILE_QUERIES * TILE_KEYS // 32, np.uint32),
-        np.full(max(KEYS, call.value_width), like),
+        np.full(max(KEYS, call.value_width), zero),
     )
 
 

@@ -108,7 +108,7 @@ def _coefficients(a: float, b: float, c: float) -> tuple[float, ...]:
 
 
 # How much work a call is, as arguments of `over_ranges`: how many units and, where they are not 0 and 1, the position
-# of the first in its word and the cells of each. Fused primitives by what they run over, the others by name.
+# of the first in its word and the cells of each. By name, or by what a primitive runs over.
 WORK = {
     "cells": "rows * columns",
     "rows": "rows, cells=columns",

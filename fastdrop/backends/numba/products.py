@@ -29,19 +29,18 @@ PANEL_BYTES = 128 if llvmlite.binding.get_host_cpu_features().get("avx512f") els
 
 
 @stage
-def matrix(rows, columns, like):
-    """Zeros of like's type, in whole panels.
+def matrix(rows, columns, zero):
+    """Zeros, in whole panels.
 
     A row takes an odd number of cache lines, because an even one would put all rows into a part of the cache's sets.
     """
-    size = np.full(1, like).itemsize
+    size = np.full(1, zero).itemsize
     panel, line = PANEL_BYTES // size, LINE_BYTES // size
     rows = (np.intp(rows) + PANEL_ROWS - 1) // PANEL_ROWS * PANEL_ROWS
     pitch = (np.intp(columns) + panel - 1) // panel * panel
     if pitch // line % 2 == 0:
         pitch += line
-    memory = np.full(rows * pitch + line, like)
-    memory[:] = 0
+    memory = np.full(rows * pitch + line, zero)
     lead = -np.intp(memory.ctypes.data) % LINE_BYTES // size
     return memory[lead : lead + rows * pitch].reshape(rows, pitch)
 

@@ -24,7 +24,7 @@ OUTER, HEAD, ROW, COLUMN = range(4)
 
 
 class Call(NamedTuple):
-    """What both kernels are given, as integers of 64 bits: addresses, and extents; heads are query's."""
+    """What both kernels are given: addresses (0 for none), and extents as uint64. ``heads`` are query's."""
 
     dtype: Any
     mask_dtype: Any
