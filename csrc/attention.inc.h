@@ -186,9 +186,9 @@ static C(t) C(attend_row)(const C(attention_t) * call, const C(tile_t) * tile, u
     const C(v) base = C(set1)(top == -INFINITY ? 0 : top); /* nothing seen: -inf - -inf would be NaN */
     const double sum = C(dropped_exponentials)(x, tile->columns, base, bits);
     if (sum != sum) { /* all of the row becomes NaN; the largest may have passed it over */
+        const uint64_t seen = C(seen)(call, tile, row);
         top = NAN;
-        for (uint64_t j = 0; j < tile->columns; j++)
-            if (bits[j / 32] >> j % 32 & 1) x[j] = NAN;
+        for (uint64_t j = 0; j < tile->columns; j++) x[j] = j < seen && bits[j / 32] >> j % 32 & 1 ? NAN : 0;
     }
     *largest = top;
     const double factor = top == old || old == -INFINITY ? 1 : exp((double)old - (double)top); /* -inf: sums are 0 */

@@ -96,6 +96,14 @@ class Arrays(NamedTuple):
 
 
 @stage
+def _lose(sums, n):
+    """What was summed becomes NaN. It stays 0 if nothing was kept."""
+    for i in range(U(0), n):
+        if sums[i] != 0:
+            sums[i] = np.nan
+
+
+@stage
 def _attend_row(call, s, tile, row, at):
     """Scores become dropped exponentials under the running largest score of query ``at`` of the chunk.
 
@@ -110,10 +118,12 @@ def _attend_row(call, s, tile, row, at):
     total = row_sum(x, tile.columns)
     if np.isnan(total):  # all of the row becomes NaN; the largest may have passed it over
         top = as_type(np.nan, one)
-        x[: tile.columns] = top
+        x[: seen_of(call, tile.query + row, tile.key, tile.columns)] = top
     drop(x, s.bits.ctypes.data, row * row_bits(tile), tile.columns, one)
-    factor = 1.0 if top == old else np.exp(np.float64(old) - np.float64(top))
-    if factor != 1.0:
+    factor = 1.0 if top == old or old == -np.inf else np.exp(np.float64(old) - np.float64(top))
+    if np.isnan(factor):
+        _lose(s.sums[at], call.value_width)
+    elif factor != 1.0:
         scale(s.sums[at], call.value_width, as_type(factor, one))
     s.largest[at] = top
     s.totals[at] = s.totals[at] * factor + total
@@ -142,7 +152,7 @@ def _put_results(call, s, y, statistics, row, queries, a):
         share = as_type(0.0 if total == 0.0 else 1.0 / total, a)
         put(statistics, U(2) * at, as_type(np.inf, a) if total == 0.0 else s.largest[r])
         put(statistics, U(2) * at + U(1), share)
-        scale(s.sums[r], call.value_width, share * a)
+        scale(s.sums[r], call.value_width, a if np.isnan(share) else share * a)  # sums have the NaN
         deliver(call.dtype, y, at * call.value_width, call.value_width, s.sums[r])
 
 
@@ -225,11 +235,11 @@ def _slope_row(call, arrays, s, tile, row, a):
     """From scores to dropped probabilities, and from products with dy to gradients of products."""
     x, d, columns, query, zero = s.scores[row], s.slopes[row], tile.columns, tile.query + row, as_type(0, a)
     bits, position, at = s.bits.ctypes.data, row * row_bits(tile), first_row_of(call, tile) + row
+    keys = seen_of(call, query, tile.key, columns)
     make_scores(call, tile, row, x, s.room)
     exponentials(x, columns, fetch(arrays.statistics, U(2) * at, a))
     scale(x, columns, fetch(arrays.statistics, U(2) * at + U(1), a))
     if arrays.y:
-        keys = seen_of(call, query, tile.key, columns)
         take(call.dtype, arrays.y, at * call.value_width, call.value_width, s.room)
         drop(d, bits, position, columns, a)
         softmax_slope(d, x, keys, as_type(dot(s.dy[row], s.room, call.value_width), a), as_type(1, a))
@@ -241,7 +251,7 @@ def _slope_row(call, arrays, s, tile, row, a):
         scale(d, keys, call.softmax_scale)
         d[columns : columns + U(PANEL_ROWS)] = zero
     drop(x, bits, position, columns, a)
-    x[columns : columns + U(PANEL_ROWS)] = zero
+    x[keys : columns + U(PANEL_ROWS)] = zero  # also what is NaN in a row with NaN, though it is not seen
 
 
 @stage
