@@ -224,7 +224,8 @@ def early(p: float, steps: float, *, falls: bool = True) -> Schedule:
     falls : bool
         Whether p falls in equal increments, as the source found best, or stays until then.
 
-    Raises ValueError for a value out of range, TypeError for a value that is not a number. Source: Liu et al., "Dropout reduces underfitting", ICML 2023.
+    Raises ValueError for a value out of range, TypeError for a value that is not a number. Source: Liu et al., "Dropout
+    reduces underfitting", ICML 2023.
 
     >>> from fastdrop.schedules import early
     >>> [round(early(0.1, 4)(step), 3) for step in range(6)]
