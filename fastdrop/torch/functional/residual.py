@@ -20,7 +20,7 @@ from ...core.mask import unpack_words
 from ...core.random import keep_scale
 from ...core.random import threshold as threshold_of
 from ..ops import mask as mask_ops
-from ..runtime import dtypes, mask_kernels
+from ..runtime import dtypes, mask_kernels, nested
 from ..runtime.dispatch import is_eager_dense
 from ..runtime.memory import mask_words
 from . import onnx
@@ -129,17 +129,19 @@ def skip_residual(
     if not drops:
         check_unused_seed(source)
         return x + _run(branch, x, along)
+    nested.check_dense(x)
     known = not isinstance(p, Tensor)
     all_run = bool(known and p < min_p)
     if count == "fixed":
         if not known:
             raise TypeError("count='fixed' must have p as a number in compiled code, but got a Tensor")
         return _keep_fixed(x, branch, along, plan, source, (scale_by_keep, all_run))
-    chosen: Any = seed_for_kernel(x, source) if way == KERNEL else seed if way == ONNX else seed_for_ops(x, source)
+    chosen: Any = seed_for_kernel(x, source) if way == KERNEL else None if way == ONNX else seed_for_ops(x, source)
     if way != KERNEL or all_run or isinstance(chosen, Tensor):
         y = _run(branch, x, along)
         scaling = "inverted" if scale_by_keep else "standard"
-        return x + stochastic_depth(y, p, "row", seed=chosen, scaling=scaling)
+        source = source if way == ONNX else (None, chosen)
+        return x + stochastic_depth(y, p, "row", generator=source[0], seed=source[1], scaling=scaling)
     threshold = threshold_of(p)  # type: ignore[arg-type]
     index = torch.from_numpy(draw_kept(len(x), chosen, threshold))
     return _run_kept(x, branch, along, index, keep_scale(threshold) if scale_by_keep else 1.0)
@@ -182,18 +184,23 @@ def _keep_fixed(
 def _run_kept(x: Tensor, branch: Branch, along: Along, index: Tensor, scale: float) -> Tensor:
     """Runs the branch on the samples of an index, which is on the CPU or on x's device."""
     if index.shape[0] == x.shape[0]:
-        return torch.add(x, _run(branch, x, along), alpha=scale)
+        return _add(x, _run(branch, x, along), None, scale)
     there = _moved(index, x.device)
     on = {index.device: index, x.device: there}
     rows = [None if a is None else _rows(a, on.get(a.device, index)) for a in along]
     return _add(x, _run(branch, _rows(x, there), rows), there, scale)
 
 
-def _add(x: Tensor, y: Tensor, index: Tensor, scale: float) -> Tensor:
-    """x plus the kept samples y, scaled. Each element is rounded once."""
+def _add(x: Tensor, y: Tensor, index: Tensor | None, scale: float) -> Tensor:
+    """x plus the kept samples y, scaled. Each element is rounded once. The index is None if all are kept."""
+    compiling = torch.compiler.is_compiling()
+    if not compiling:
+        dtypes.check_dtype(y)
+    if index is None:
+        return torch.add(x, y, alpha=scale)
     dtype = torch.promote_types(x.dtype, y.dtype)
     x, y = x.to(dtype), y.to(dtype)
-    if not torch.compiler.is_compiling() and is_eager_dense(x) and is_eager_dense(y):
+    if not compiling and is_eager_dense(x) and is_eager_dense(y):
         added: Tensor = _AddRows.apply(x, y, index, scale)
         return added
     return _add_rows(x, y, index, scale)
@@ -249,8 +256,6 @@ def _run(branch: Branch, x: Tensor, along: Along) -> Tensor:
         raise TypeError(f"branch must return a Tensor, but got {type(y).__name__}")
     if y.shape != x.shape:
         raise ValueError(f"branch must return the shape of its input, {tuple(x.shape)}, but got {tuple(y.shape)}")
-    if not torch.compiler.is_compiling():
-        dtypes.check_dtype(y)
     return y
 
 
