@@ -244,7 +244,7 @@ MUTATIONS = (
     Mutation(
         "attention: sums of tiles before are not brought to the new maximum",
         "csrc/attention.inc.h",
-        "if (factor != 1) C(times)(row, row, panels * C(panel), C(set1)(factor));",
+        "if (factor == factor && factor != 1) C(times)(row, row, panels * C(panel), C(set1)(factor));",
         "if (factor < 0) C(times)(row, row, panels * C(panel), C(set1)(factor));",
         ATTENTION,
     ),
@@ -616,6 +616,34 @@ MUTATIONS = (
         "scale = 1.0 / math.sqrt(arguments[0].shape[-1]) if scale is None else scale + 0.0",
         "scale = 1.0 / arguments[0].shape[-1] if scale is None else scale + 0.0",
         "tests/torch/functional/test_attention.py",
+    ),
+    Mutation(
+        "the gradient of kept samples is not scaled",
+        "fastdrop/torch/functional/residual.py",
+        "return dy, _rows(dy, index) * ctx.scale, None, None",
+        "return dy, _rows(dy, index), None, None",
+        "tests/torch/functional/test_skip_residual.py",
+    ),
+    Mutation(
+        "a fixed number of samples is always the same ones",
+        "fastdrop/torch/functional/residual.py",
+        "index = keys.argsort(stable=True)[:kept].sort().values",
+        "index = keys.argsort(stable=True).sort().values[:kept]",
+        "tests/torch/functional/test_skip_residual.py",
+    ),
+    Mutation(
+        "a residual branch draws before its samples' seed",
+        "fastdrop/torch/functional/residual.py",
+        "source = source if way == ONNX else (None, chosen)",
+        "",
+        "tests/torch/functional/test_skip_residual.py",
+    ),
+    Mutation(
+        "LayerDrop runs the layers that it should skip",
+        "fastdrop/torch/nn/residual.py",
+        "if i in kept:",
+        "if i not in kept:",
+        "tests/torch/nn/test_residual.py",
     ),
     Mutation(
         "fuse leaves out hooks",
