@@ -186,9 +186,9 @@ static C(t) C(attend_row)(const C(attention_t) * call, const C(tile_t) * tile, u
     const C(v) base = C(set1)(top == -INFINITY ? 0 : top); /* nothing seen: -inf - -inf would be NaN */
     const double sum = C(dropped_exponentials)(x, tile->columns, base, bits);
     if (sum != sum) { /* all of the row becomes NaN; the largest may have passed it over */
+        const uint64_t seen = C(seen)(call, tile, row);
         top = NAN;
-        for (uint64_t j = 0; j < tile->columns; j++)
-            if (bits[j / 32] >> j % 32 & 1) x[j] = NAN;
+        for (uint64_t j = 0; j < tile->columns; j++) x[j] = j < seen && bits[j / 32] >> j % 32 & 1 ? NAN : 0;
     }
     *largest = top;
     const double factor = top == old || old == -INFINITY ? 1 : exp((double)old - (double)top); /* -inf: sums are 0 */
@@ -214,7 +214,9 @@ static void C(attend_tile)(const C(attention_t) * call, C(attend_t) * s, const C
         const C(t) factor = C(attend_row)(call, tile, r, s->scores.at + r * s->scores.pitch,
                                           s->bits + r * C(bit_words)(tile), s->largest + at + r, s->totals + at + r);
         C(t) *row = sums.at + r * sums.pitch;
-        if (factor != 1) C(times)(row, row, panels * C(panel), C(set1)(factor));
+        if (factor == factor && factor != 1) C(times)(row, row, panels * C(panel), C(set1)(factor));
+        for (uint64_t j = 0; factor != factor && j < call->value_width; j++)
+            if (row[j] != 0) row[j] = NAN; /* nothing was kept: 0 stays */
     }
     C(product)(s->scores, 0, s->values, sums, tile->rows, call->value_width, tile->columns, 1);
 }
@@ -340,7 +342,8 @@ static void C(slope_rows)(const attention_backward_args *args, const C(attention
         C(tile_scores)(call, tile, r, x);
         C(score_gradient)(x, d, tile->columns, statistics + 2 * (first + r), dot, s->a,
                           args->dmask ? C(set1)(1) : call->scale, bits);
-        memset(d + seen, 0, (tile->columns - seen) * sizeof *d); /* 0 times infinity is NaN */
+        memset(x + seen, 0, (tile->columns - seen) * sizeof *x); /* in a row with NaN they are NaN */
+        memset(d + seen, 0, (tile->columns - seen) * sizeof *d); /* where a value is infinite they are NaN */
         if (!args->dmask) continue;
         C(t) *to = (C(t) *)args->dmask + C(element)(strides, tile->outer, tile->head, tile->query + r);
         C(add_to_mask)(d, seen, to + tile->key * strides->column, strides->column);

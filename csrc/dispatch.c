@@ -275,8 +275,10 @@ static work_t attention_forward_work(const attention_forward_args *a) {
 
 static int attention_backward_good(const attention_backward_args *a) {
     const int of_scores = a->dquery || a->dkey || a->dmask;
+    uint64_t units;
     return a->query && a->key && a->dy && a->statistics && a->strides && a->parts && !a->value == !a->y &&
-           (a->y || !of_scores) && good_attention(a->dtype, a->mask_dtype, a->mask, ATTENTION_EXTENTS(a));
+           (a->y || !of_scores) && good_attention(a->dtype, a->mask_dtype, a->mask, ATTENTION_EXTENTS(a)) &&
+           !__builtin_mul_overflow(a->outer * a->heads, a->parts, &units);
 }
 static work_t attention_backward_work(const attention_backward_args *a) {
     return (work_t){.units = a->outer * a->heads * a->parts,

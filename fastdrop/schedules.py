@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from .core import checks
 
-__all__ = ["constant", "cosine", "exponential", "linear", "piecewise", "warmup"]
+__all__ = ["constant", "cosine", "early", "exponential", "late", "linear", "piecewise", "warmup"]
 
 
 class Schedule:
@@ -210,6 +210,42 @@ class warmup(Schedule):
         if step < self.steps:
             return _mix(self.start, self.schedule(0), step / self.steps)
         return self.schedule(step - self.steps)
+
+
+def early(p: float, steps: float, *, falls: bool = True) -> Schedule:
+    """Early dropout: drops over the first ``steps`` steps alone, to help a model that underfits.
+
+    Parameters
+    ----------
+    p : float
+        At step 0, from 0 to 1.
+    steps : float
+        At least 1. The source takes the first tenth of the training, up to a third.
+    falls : bool
+        Whether p falls in equal increments, as the source found best, or stays until then.
+
+    Raises ValueError for a value out of range, TypeError for a value that is not a number. Source: Liu et al., "Dropout
+    reduces underfitting", ICML 2023.
+
+    >>> from fastdrop.schedules import early
+    >>> [round(early(0.1, 4)(step), 3) for step in range(6)]
+    [0.1, 0.075, 0.05, 0.025, 0.0, 0.0]
+    """
+    falling = linear(checks.between("p", p, 0, 1), 0.0, steps)
+    return falling if falls else piecewise([falling.steps], [falling.start, 0.0])
+
+
+def late(p: float, steps: float) -> Schedule:
+    """Late dropout: drops from step ``steps`` on, for a model that overfits.
+
+    Parameters, errors and source are those of `early`; p is that of all later steps.
+
+    >>> from fastdrop.schedules import late
+    >>> [late(0.4, 4)(step) for step in range(6)]
+    [0.0, 0.0, 0.0, 0.0, 0.4, 0.4]
+    """
+    rising = linear(0.0, checks.between("p", p, 0, 1), steps)
+    return piecewise([rising.steps], [0.0, rising.end])
 
 
 def _mix(start: float, end: float, fraction: float) -> float:

@@ -230,9 +230,9 @@ def assert_same_bits(actual: np.ndarray, expected: np.ndarray, what: object = ""
         pytest.fail(f"{what}: {differ.size} of {actual.size} differ, first at {at}: {got:#x}, expected {wanted:#x}")
 
 
-def assert_close(got: np.ndarray, wanted: np.ndarray, dtype: Dtype, what: object = "") -> None:
+def assert_close(got: np.ndarray, wanted: np.ndarray, dtype: Dtype, what: object = "", terms: float = 0.0) -> None:
     """float64 numbers equal to the tolerance for fused kernels' results of a dtype; NaN and infinity exactly where they
-    are wanted."""
+    are wanted. ``terms``: the sum of the absolute terms of a number, where they may cancel in all numbers."""
     assert got.shape == wanted.shape, what
     finite = np.isfinite(wanted)
     np.testing.assert_array_equal(got[~finite], wanted[~finite], err_msg=str(what))
@@ -240,7 +240,7 @@ def assert_close(got: np.ndarray, wanted: np.ndarray, dtype: Dtype, what: object
     if not wanted.size:
         return
     computed, smallest = np.dtype(dtype.computed).name, 2.0 ** (2 - 2 ** (dtype.exponent - 1) - dtype.mantissa)
-    largest = np.abs(wanted).max()
+    largest = max(np.abs(wanted).max(), terms)
     allowed = TOLERANCE[dtype.name] * np.abs(wanted) + FUSED_TOLERANCE[computed] * largest + smallest
     excess = np.abs(got - wanted) / allowed
     at = np.argmax(np.where(np.isnan(excess), np.inf, excess))

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = ["tests/test_mutations.py", "tests/core/test_grid.py", "tests/backends/test_registry.py"]
 TORCH = "tests/torch"
-KERNELS = ["tests/backends/test_mask.py", "tests/backends/test_fused.py", "tests/backends/test_mask_spec.py"]
+KERNELS = [f"tests/backends/test_{name}.py" for name in ("mask", "fused", "attention", "mask_spec")]
 TABLE = {  # tests of a folder's modules that have no test file of their name; the longest start of a path counts
     "csrc/": KERNELS,
     "fastdrop/": [f"{TORCH}/functional/test_dropout.py", "tests/arrays/test_dropout.py", "tests/cli"],

@@ -39,7 +39,7 @@ MASKS, PRIMITIVES, ROWS = (
     "tests/backends/test_mask.py",
     "tests/backends/test_fused.py",
 )
-MEMORY = "tests/backends/test_memory.py"
+ATTENTION, MEMORY = "tests/backends/test_attention.py", "tests/backends/test_memory.py"
 FUSED, FAMILY = "tests/arrays/test_fused.py", "tests/arrays/test_variants.py"
 CUDA, CUDA_ROWS = "tests/backends/cuda/test_primitives.py", "tests/backends/cuda/test_fused.py"
 
@@ -233,6 +233,69 @@ MUTATIONS = (
         "const uint64_t to = min_u64(n, (piece + 1) * f->order.cells + seam);",
         "const uint64_t to = min_u64(n, (piece + 1) * f->order.cells);",
         PRIMITIVES,
+    ),
+    Mutation(
+        "attention's mask of a tile begins at the wrong cell",
+        "csrc/attention.inc.h",
+        "const uint64_t first = call->first + row * call->keys + tile->key, pitch",
+        "const uint64_t first = call->first + row * call->keys, pitch",
+        ATTENTION,
+    ),
+    Mutation(
+        "attention: sums of tiles before are not brought to the new maximum",
+        "csrc/attention.inc.h",
+        "if (factor == factor && factor != 1) C(times)(row, row, panels * C(panel), C(set1)(factor));",
+        "if (factor < 0) C(times)(row, row, panels * C(panel), C(set1)(factor));",
+        ATTENTION,
+    ),
+    Mutation(
+        "attention: the weights' sum is of those that are kept",
+        "csrc/attention.inc.h",
+        "sum.v[k] = sum.v[k] + v.v[k];",
+        "sum.v[k] = sum.v[k] + C(scale)(keep.v[k], v.v[k], C(set1)(1));",
+        ATTENTION,
+    ),
+    Mutation(
+        "attention: a causal tile's last key is not seen",
+        "csrc/attention.inc.h",
+        "return query < tile->key ? 0 : min_u64(tile->columns, query - tile->key + 1);",
+        "return query < tile->key ? 0 : min_u64(tile->columns, query - tile->key);",
+        ATTENTION,
+    ),
+    Mutation(
+        "attention: a product forgets its last rows",
+        "csrc/products.inc.h",
+        "CASE(1) CASE(2) CASE(3) CASE(4) CASE(5)",
+        "CASE(1) CASE(2) CASE(3) CASE(4)",
+        ATTENTION,
+    ),
+    Mutation(
+        "attention: a part of query's gradient is added to another's",
+        "csrc/attention.inc.h",
+        "((part * args->outer + tile->outer) * heads + tile->head) * call->queries",
+        "((part + tile->outer) * heads + tile->head) * call->queries",
+        ATTENTION,
+    ),
+    Mutation(
+        "attention: the mask's gradient of a query replaces that of the one before",
+        "csrc/attention.inc.h",
+        "C(add)(to, d, to, n);",
+        "memcpy(to, d, n * sizeof *d);",
+        ATTENTION,
+    ),
+    Mutation(
+        "attention: a group is of heads that are not neighbours",
+        "csrc/attention.inc.h",
+        "tile->head = shared * args->group + member;",
+        "tile->head = shared + member * args->heads;",
+        ATTENTION,
+    ),
+    Mutation(
+        "attention: the sum of dy y has dy's first strip for each strip of y",
+        "csrc/attention.inc.h",
+        "C(load_partial)(dy + j + i, left)",
+        "C(load_partial)(dy + i, left)",
+        ATTENTION,
     ),
     # ---- the memory policy ----
     Mutation(
@@ -562,32 +625,39 @@ MUTATIONS = (
         "tests/torch/functional/test_fused.py",
     ),
     Mutation(
-        "attention's mask of a tile begins at the wrong cell",
-        "fastdrop/torch/runtime/attention_kernels.py",
-        "first = head * matrix + query * extents.keys + self.key",
-        "first = head * matrix + query * extents.keys",
-        "tests/torch/functional/test_attention.py",
-    ),
-    Mutation(
-        "attention adds the values of a tile in the units of another maximum",
-        "csrc/attention.inc.h",
-        "if (factor != 1 || scaled != totals)",
-        "if (scaled != totals)",
-        "tests/torch/functional/test_attention.py",
-    ),
-    Mutation(
-        "attention skips the tile of a query's own number where it is causal",
-        "fastdrop/torch/runtime/attention_kernels.py",
-        "min(keys, query + rows) if causal else keys",
-        "min(keys, query + rows - 1) if causal else keys",
-        "tests/torch/functional/test_attention.py",
-    ),
-    Mutation(
         "attention scales by the width of its values",
         "fastdrop/torch/functional/attention.py",
         "scale = 1.0 / math.sqrt(arguments[0].shape[-1]) if scale is None else scale + 0.0",
         "scale = 1.0 / arguments[0].shape[-1] if scale is None else scale + 0.0",
         "tests/torch/functional/test_attention.py",
+    ),
+    Mutation(
+        "the gradient of kept samples is not scaled",
+        "fastdrop/torch/functional/residual.py",
+        "return dy, _rows(dy, index) * ctx.scale, None, None",
+        "return dy, _rows(dy, index), None, None",
+        "tests/torch/functional/test_skip_residual.py",
+    ),
+    Mutation(
+        "a fixed number of samples is always the same ones",
+        "fastdrop/torch/functional/residual.py",
+        "index = keys.argsort(stable=True)[:kept].sort().values",
+        "index = keys.argsort(stable=True).sort().values[:kept]",
+        "tests/torch/functional/test_skip_residual.py",
+    ),
+    Mutation(
+        "a residual branch draws before its samples' seed",
+        "fastdrop/torch/functional/residual.py",
+        "source = source if way == ONNX else (None, chosen)",
+        "",
+        "tests/torch/functional/test_skip_residual.py",
+    ),
+    Mutation(
+        "LayerDrop runs the layers that it should skip",
+        "fastdrop/torch/nn/residual.py",
+        "if i in kept:",
+        "if i not in kept:",
+        "tests/torch/nn/test_residual.py",
     ),
     Mutation(
         "fuse leaves out hooks",

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fastdrop.schedules import constant, cosine, exponential, linear, piecewise, warmup
+from fastdrop.schedules import constant, cosine, early, exponential, late, linear, piecewise, warmup
 
 PROBABILITY = st.floats(0, 1)
 STEPS = st.floats(1, 1e6)
@@ -42,6 +42,8 @@ EXAMPLES = {
     "exponential": exponential(0.5, 0.9, floor=0.1),
     "piecewise": piecewise([10, 20], [0.5, 0.3, 0.1]),
     "warmup": warmup(linear(0.5, 0.1, 100), 10, start=0.05),
+    "early": early(0.5, 100),
+    "late": late(0.5, 100),
 }
 each = pytest.mark.parametrize("schedule", EXAMPLES.values(), ids=EXAMPLES)
 
@@ -85,6 +87,12 @@ def test_warmup_then_the_schedule_from_its_own_start():
     assert [schedule(4 + step) for step in range(10)] == [inner(step) for step in range(10)]
     assert [warmup(inner, 2, start=0.25)(step) for step in (0, 1, 2)] == [0.25, 0.375, 0.5]
     assert [warmup(inner, 2, start=1)(step) for step in (0, 1, 2)] == [1.0, 0.75, 0.5]
+
+
+def test_early_and_late_drop_on_either_side_of_a_step():
+    assert [early(0.5, 4)(step) for step in (0, 1, 3.5, 4, 100)] == [0.5, 0.375, 0.0625, 0.0, 0.0]
+    assert [early(0.5, 4, falls=False)(step) for step in (0, 3.5, 4, 100)] == [0.5, 0.5, 0.0, 0.0]
+    assert [late(0.5, 4)(step) for step in (0, 3.5, 4, 100)] == [0.0, 0.0, 0.5, 0.5]
 
 
 def test_warmup_takes_any_callable():
@@ -144,6 +152,8 @@ def test_schedules_compare_by_kind_and_numbers():
 # ---- bad input ----
 
 ERRORS = {
+    "early, p": (lambda: early(1.5, 4), ValueError, "p must be between 0 and 1, but got 1.5"),
+    "late, steps": (lambda: late(0.5, 0), ValueError, "steps must be at least 1, but got 0"),
     "constant": (lambda: constant(1.5), ValueError, "p, the drop probability, must be between 0 and 1, but got 1.5"),
     "start": (lambda: linear(-0.1, 0.5, 10), ValueError, "start must be between 0 and 1, but got -0.1"),
     "end": (lambda: cosine(0.5, math.nan, 10), ValueError, "end must be between 0 and 1, but got nan"),

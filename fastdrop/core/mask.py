@@ -37,6 +37,12 @@ def popcount(words: NDArray[np.uint32]) -> int:
     return sum(int(np.unpackbits(words[i : i + step].view(np.uint8)).sum()) for i in range(0, words.size, step))
 
 
+def unpack_words(words: NDArray[np.uint32], cells: int) -> NDArray[np.bool_]:
+    """The cells of a packed mask as booleans, True = keep."""
+    little = words.astype("<u4", copy=False).view(np.uint8)
+    return np.unpackbits(little, count=cells, bitorder="little").view(np.bool_)
+
+
 def to_host(words: Any) -> NDArray[np.uint32]:
     """Words in the host's memory: those on a GPU, in an array of CuPy or Numba, are copied."""
     if isinstance(words, np.ndarray):
@@ -143,9 +149,7 @@ class PackedMask(_Mask):
 
     def to_bool(self) -> NDArray[np.bool_]:
         """The mask as booleans of ``shape``, True = keep (1 byte per cell)."""
-        little = to_host(self._words).astype("<u4", copy=False).view(np.uint8)
-        cells = math.prod(self._shape)
-        return np.unpackbits(little, count=cells, bitorder="little").view(np.bool_).reshape(self._shape)
+        return unpack_words(to_host(self._words), math.prod(self._shape)).reshape(self._shape)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PackedMask):

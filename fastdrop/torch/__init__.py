@@ -21,6 +21,7 @@ try:
         swiglu_dropout,
     )
     from .functional.lora import lora_linear
+    from .functional.residual import skip_residual
     from .functional.structured import (
         drop_block2d,
         drop_block3d,
@@ -51,6 +52,7 @@ try:
         VariationalDropout,
     )
     from .nn.recurrent import VariationalGRU, VariationalLSTM
+    from .nn.residual import LayerDrop, SkipResidual
     from .nn.weights import DropConnect, EmbeddingDropout
     from .tools.audit import AuditReport, audit
     from .tools.monte_carlo import Prediction, mc_dropout, mc_predict
@@ -79,8 +81,10 @@ __all__ = [
     "EmbeddingDropout",
     "FeatureAlphaDropout",
     "GaussianDropout",
+    "LayerDrop",
     "Prediction",
     "Report",
+    "SkipResidual",
     "StochasticDepth",
     "VariationalDropout",
     "VariationalGRU",
@@ -114,6 +118,7 @@ __all__ = [
     "mc_predict",
     "revert",
     "scaled_dot_product_attention",
+    "skip_residual",
     "softmax_dropout",
     "stochastic_depth",
     "swiglu_dropout",

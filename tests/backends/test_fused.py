@@ -1,4 +1,6 @@
-"""The fused primitives of every backend x instruction set x dtypes, against the reference in float64.
+"""The fused primitives over rows, of every backend x instruction set x dtypes, against the reference in float64.
+
+Those of attention are in `test_attention`.
 
 Outputs start as NaN between guards, inputs must stay as they were. What is exact is compared bit for bit: signs,
 dropped elements, the same call in place, by several threads or on unaligned arrays.
@@ -9,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,7 +36,7 @@ PAIRS = [(dtype, dtype) for dtype in DTYPES] + [(FLOAT16, FLOAT32), (BFLOAT16, F
 SHAPES = ((1, 1), (3, 5), (7, 100), (33, 48), (2, 1000), (5, 8200), (1, 70_001), (200, 300), (3, 2048))
 
 # A primitive's arrays, each with its kind in the table.
-FUSED = [primitive for primitive in TABLE if primitive.is_fused]
+FUSED = [primitive for primitive in TABLE if primitive.is_fused and primitive.over != "heads"]
 ARRAYS = {primitive.name: [array for array in primitive.parameters if array.is_array] for primitive in FUSED}
 INPUTS = {op: {array.name: array.kind for array in arrays if not array.written} for op, arrays in ARRAYS.items()}
 OUTPUTS = {op: {array.name: array.kind for array in arrays if array.written} for op, arrays in ARRAYS.items()}
@@ -62,14 +64,12 @@ ABSENT = {
     "norm_backward": ["", "dresidual_out", "weight sums", "dx", "dresidual", "words", "dresidual_out dx"],
     "softmax_forward": ["", "mask", "probabilities", "words", "mask probabilities"],
     "softmax_backward": ["", "y", "words"],
-    "attention_forward": ["", "mask", "before totals scaled", "words", "totals scaled", "before mask"],
-    "attention_backward": ["", "y", "words", "dy dx", "mask"],
 }
 
 
 def is_of_scores(op: str) -> bool:
     """These have no residual."""
-    return op.startswith(("softmax", "attention"))
+    return op.startswith("softmax")
 
 
 CALLS = [(op, *pair) for op in INPUTS for pair in (PAIRS[:4] if is_of_scores(op) else PAIRS)]
@@ -96,9 +96,6 @@ class Case:
     strides: tuple[int, int, int] | None = None  # of the mask; None: a line for each query
     softmax_scale: float = 0.3
     causal: int = 0
-    first_query: int = 0
-    first_key: int = 0
-    width: int = 7
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -119,7 +116,6 @@ class Case:
             "words": word_count(self.rows * self.columns),
             "column": self.columns,
             "statistics": 2 * self.rows,
-            "totals": self.width * self.rows,
             "sums": panels(self.rows) * (3 if self.op == "norm_backward" else 1) * self.columns,
         }.get(kind, self.rows * self.columns)
         return size, np.uint32 if kind == "words" else self.type_of(kind).storage
@@ -205,10 +201,9 @@ def cases(op: str, dtype: Dtype, stream: Dtype) -> list[Case]:
         turn = k + dtype.tag + stream.tag
         absent = ABSENT[op][turn % len(ABSENT[op])]
         activation = NONE if "x" in absent.split() or "pointwise" not in op else turn % len(ACTIVATIONS)
-        case = Case(op, dtype, stream, rows, columns, absent, activation, centred=turn % 2, causal=turn // 2 % 2)
-        if op.startswith("attention"):  # rows that see nothing yet, and rows that see all
-            case = replace(case, first_query=turn % 3 * 40, first_key=40, queries=-(-rows // 2))
-        chosen.append(case)
+        chosen.append(
+            Case(op, dtype, stream, rows, columns, absent, activation, centred=turn % 2, causal=turn // 2 % 2)
+        )
     return chosen
 
 
@@ -314,7 +309,6 @@ TRACELESS = [  # options of a call, inputs that are poisoned where elements are 
     *((BACKWARD, 7, 100, "", activation, ["dy", "x"], ["dx", "dmultiplier"]) for activation in (RELU, GELU)),
     ("norm_forward", 7, 100, "", NONE, ["x"], []),
     ("softmax_backward", 7, 100, "", NONE, ["dy"], ["y"]),
-    ("attention_backward", 7, 100, "", NONE, ["dy"], ["y"]),
 ]
 # Whole rows of an input that are not finite, as outputs then are except where elements are dropped.
 LOST = [("norm_backward", "dresidual_out", "dx"), ("softmax_forward", "x", "y")]
@@ -427,47 +421,6 @@ def test_softmax_takes_masks_of_any_strides(compiled):
         assert_results_close(case, run(compiled, case, arrays), run(reference, case, arrays))
 
 
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT64], ids=str)
-def test_tiles_of_attention_add_up_to_the_softmax(variant, dtype):
-    """For rows out of the ordinary too. The gradient's kernel finds the same probabilities by the log-sum-exp."""
-    values = np.random.default_rng(1).normal(size=(9, 300))
-    values[0], values[1, :130], values[2, 20:] = -np.inf, -np.inf, -np.inf
-    values[3, 299], values[4, 0], values[5, 7] = np.nan, np.nan, np.inf
-    values[6] *= 300
-    values[7] += 1e4
-    v = np.random.default_rng(2).normal(size=(300, 7))
-    values = dtype.wide(dtype.narrow(values))
-    with np.errstate(all="ignore"):
-        top = values.max(1, keepdims=True)
-        exponentials = np.exp(values - np.where(top == -np.inf, 0.0, top))
-        probabilities = np.where(top == -np.inf, 0.0, exponentials / exponentials.sum(1, keepdims=True))
-        probabilities[np.isnan(probabilities).any(1)] = np.nan
-        wanted = probabilities @ v
-    borders, known, tiles = (0, 64, 65, 129, 300), {}, []
-    case = Case("attention_forward", dtype, dtype, 9, 300, softmax_scale=1.0, a=1.0)
-    for begin, end in itertools.pairwise(borders):
-        tiles.append(dtype.narrow(values[:, begin:end]).reshape(-1))
-        tile = replace(case, columns=end - begin, absent="mask words" + " before totals scaled" * (not known))
-        results = run(variant, tile, {"x": tiles[-1], **known})
-        assert_results_close(tile, results, run(reference, tile, {"x": tiles[-1], **known}))
-        own = results["y"].reshape(9, -1).astype(np.float64) @ v[begin:end]
-        totals = results.get("scaled", np.zeros(63)).astype(np.float64) + own.reshape(-1)
-        known = {"before": results["after"], "totals": dtype.narrow(totals)}
-    top, total = known["before"].reshape(9, 2).T.astype(np.float64)
-    with np.errstate(all="ignore"):
-        y = np.where(total == 0, 0.0, known["totals"].reshape(9, 7).T / total).T
-        log = np.where(total == 0, np.inf, top + np.log(total))
-    for r in range(9):
-        assert_close(y[r], wanted[r], dtype, r)
-    base_and_dot = dtype.narrow(np.stack([log, np.zeros(9)], 1)).reshape(-1)
-    for x, (begin, end) in zip(tiles, itertools.pairwise(borders), strict=True):
-        tile = replace(case, op="attention_backward", columns=end - begin, absent="mask words dy dx")
-        again = run(variant, tile, {"x": x, "base_and_dot": base_and_dot})["y"].reshape(9, -1).astype(np.float64)
-        for r in (0, 1, 2, 3, 4, 5, 8):  # the others' log-sum-exp is too large for as many digits
-            assert_close(again[r], probabilities[r, begin:end], dtype, (r, begin))
-    assert_same_bits(y[0], np.zeros(7))
-
-
 # ---- memory ----
 
 IN_PLACE = {
@@ -477,8 +430,6 @@ IN_PLACE = {
     "norm_backward": [{"dx": "dy", "dresidual": "dresidual_out"}, {"dresidual": "residual_out"}],
     "softmax_forward": [{"probabilities": "x"}, {"y": "x"}],
     "softmax_backward": [{"dx": "dy"}, {"dx": "probabilities"}, {"dx": "dy", "y": "probabilities"}],
-    "attention_forward": [{"y": "x"}, {"after": "before", "scaled": "totals"}, {"y": "x", "scaled": "totals"}],
-    "attention_backward": [{"dx": "dy"}, {"y": "x"}, {"dx": "x", "y": "dy"}, {"dx": "dy", "y": "x"}],
 }
 
 

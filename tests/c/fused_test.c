@@ -1,9 +1,7 @@
-/* The fused primitives: each instruction set against the scalar one, several threads against one, in place against not,
- * drawn words against given ones, with and without the optional operands. The Python suite tests them against its
- * reference. */
+/* The fused primitives over rows: each instruction set against the scalar one, several threads against one, in place
+ * against not, drawn words against given ones, with and without the optional operands. The Python suite tests them
+ * against its reference. */
 #include "testing.h"
-
-#include <math.h>
 
 enum { OPERANDS = 10, MAX_OUTPUTS = 3, THREADS = 3, POISON = 0xA5 };
 
@@ -34,7 +32,6 @@ typedef struct {
 
 static const double SCALE = 1.25, EPS = 1e-5, SOFTMAX_SCALE = 0.7;
 
-static const uint64_t FIRST_QUERY = 3, FIRST_KEY = 5; /* causal: the first queries see nothing */
 static const uint64_t SEED = 0x0123456789ABCDEF, OFFSET = 7;
 static const uint32_t THRESHOLDS[] = {0x80000000, 0x19000000, 0x19990000, 0x40000001}; /* one plane, group, two, more */
 
@@ -63,18 +60,6 @@ static int softmax_forward(const case_t *c, void *const *p) {
 static int softmax_backward(const case_t *c, void *const *p) {
     return fd_softmax_backward(c->dtype, p[0], p[1], p[2], p[3], p[4], c->rows, c->columns, SOFTMAX_SCALE, SCALE);
 }
-/* totals and scaled have two numbers for each row, as statistics have. */
-static int attention_forward(const case_t *c, void *const *p) {
-    return fd_attention_forward(c->dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], c->rows, c->columns, 2,
-                                c->heads, c->queries, c->strides[0], c->strides[1], c->strides[2], FIRST_QUERY,
-                                FIRST_KEY, SOFTMAX_SCALE, c->flag);
-}
-static int attention_backward(const case_t *c, void *const *p) {
-    return fd_attention_backward(c->dtype, p[0], p[1], p[2], p[3], p[4], p[5], p[6], c->rows, c->columns, c->heads,
-                                 c->queries, c->strides[0], c->strides[1], c->strides[2], FIRST_QUERY, FIRST_KEY,
-                                 SOFTMAX_SCALE, SCALE, c->flag);
-}
-
 /* clang-format off */
 #define WORDS {BITS, CELLS, MAYBE_IN}
 static const op_t OPS[] = {
@@ -97,26 +82,11 @@ static const op_t OPS[] = {
      {{4, 0}, {3, 0}}},
     {"softmax_backward", softmax_backward,
      {{DATA, CELLS, IN}, {DATA, CELLS, IN}, WORDS, {DATA, CELLS, OUT}, {DATA, CELLS, MAYBE_OUT}}, 5, {{3, 1}, {3, 0}}},
-    {"attention_forward", attention_forward,
-     {{DATA, CELLS, IN}, {WIDE, MASK, MAYBE_IN}, WORDS, {WIDE, TWO_ROWS, MAYBE_IN}, {WIDE, TWO_ROWS, MAYBE_IN},
-      {WIDE, TWO_ROWS, OUT}, {DATA, CELLS, OUT}, {WIDE, TWO_ROWS, MAYBE_OUT}}, 8, {{6, 0}, {7, 4}}},
-    {"attention_backward", attention_backward,
-     {{DATA, CELLS, IN}, {WIDE, MASK, MAYBE_IN}, WORDS, {WIDE, TWO_ROWS, IN}, {DATA, CELLS, MAYBE_IN},
-      {DATA, CELLS, MAYBE_OUT}, {DATA, CELLS, MAYBE_OUT}}, 7, {{6, 4}, {5, 0}}},
 };
 /* clang-format on */
-enum {
-    POINTWISE_FORWARD,
-    POINTWISE_BACKWARD,
-    NORM_FORWARD,
-    NORM_BACKWARD,
-    SOFTMAX_FORWARD,
-    SOFTMAX_BACKWARD,
-    ATTENTION_FORWARD,
-    ATTENTION_BACKWARD
-};
+enum { POINTWISE_FORWARD, POINTWISE_BACKWARD, NORM_FORWARD, NORM_BACKWARD, SOFTMAX_FORWARD, SOFTMAX_BACKWARD };
 
-static int draws(const op_t *op) { return strstr(op->name, "forward") && op < OPS + ATTENTION_FORWARD; }
+static int draws(const op_t *op) { return strstr(op->name, "forward") != NULL; }
 
 /* ---- operands ---- */
 
@@ -152,55 +122,6 @@ static uint64_t count_of(const case_t *c, const operand_t *o) {
 static size_t bytes_of(const case_t *c, const operand_t *o) {
     uint64_t count = count_of(c, o);
     return o->kind == BITS ? (count + 31) / 32 * 4 : count * element_bytes(dtype_of(c, o));
-}
-
-static double value_at(int dtype, const unsigned char *p, uint64_t i) {
-    double wide;
-    float value;
-    uint16_t half;
-    uint32_t bits;
-    p += i * element_bytes(dtype);
-    if (dtype == FD_FLOAT64) {
-        memcpy(&wide, p, sizeof wide);
-        return wide;
-    }
-    if (dtype == FD_FLOAT32) {
-        memcpy(&value, p, sizeof value);
-        return value;
-    }
-    memcpy(&half, p, sizeof half);
-    if (dtype == FD_BFLOAT16) {
-        bits = (uint32_t)half << 16;
-        memcpy(&value, &bits, sizeof value);
-        return value;
-    }
-    int exponent = half >> 10 & 31, fraction = half & 1023;
-    double magnitude = exponent == 31 ? (fraction ? NAN : INFINITY)
-                       : exponent     ? ldexp(1024 + fraction, exponent - 25)
-                                      : ldexp(fraction, -24);
-    return half >> 15 ? -magnitude : magnitude;
-}
-
-/* Numbers from -2 to 2, none of them small. odd: also infinities and NaN. */
-static void fill_numbers(int dtype, unsigned char *p, uint64_t n, uint32_t state, int odd) {
-    for (uint64_t i = 0; i < n; i++) {
-        state = state * 1664525u + 1013904223u;
-        uint32_t sign = state & 1u << 31, exponent = 124 + (state >> 28 & 3), fraction = state >> 5 & 0x7FFFFF;
-        if (odd && state % 61 == 0) exponent = 255, fraction = state >> 20 & 1 ? 0 : 0x400000;
-        uint32_t bits = sign | exponent << 23 | fraction;
-        uint16_t half = (uint16_t)(bits >> 16);
-        float value;
-        memcpy(&value, &bits, sizeof value);
-        double wide = value;
-        if (dtype == FD_FLOAT16)
-            half = (uint16_t)(sign >> 16 | (exponent == 255 ? 31 : exponent - 112) << 10 | fraction >> 13);
-        size_t bytes = element_bytes(dtype);
-        memcpy(p + i * bytes,
-               dtype == FD_FLOAT64   ? (void *)&wide
-               : dtype == FD_FLOAT32 ? (void *)&value
-                                     : &half,
-               bytes);
-    }
 }
 
 /* ---- one case ---- */
@@ -320,8 +241,6 @@ static void check_zeros(const test_t *t, const array_t *arrays) {
     case NORM_BACKWARD: expect_zeros(t, arrays, 5, 6); break;
     case SOFTMAX_FORWARD: expect_zeros(t, arrays, 2, 4); break;
     case SOFTMAX_BACKWARD: expect_zeros(t, arrays, 2, 4); break;
-    case ATTENTION_FORWARD: expect_zeros(t, arrays, 2, 6); break;
-    case ATTENTION_BACKWARD: expect_zeros(t, arrays, 2, 5); break;
     default: break;
     }
 }
@@ -419,8 +338,6 @@ static test_t test_of(int op, const int dtypes[2], uint64_t rows, uint64_t colum
     if (op == POINTWISE_FORWARD && has(&t, 6)) c->activation = FD_RELU;
     if (op == POINTWISE_BACKWARD && (c->activation || has(&t, 6))) t.absent &= ~(1u << 1);
     if (op == NORM_BACKWARD && !has(&t, 6) && !has(&t, 7)) t.absent &= ~(1u << 7);
-    if (op == ATTENTION_FORWARD && has(&t, 4) != has(&t, 7)) t.absent |= 1u << 4 | 1u << 7;
-    if (op == ATTENTION_BACKWARD && !has(&t, 4)) t.absent |= 1u << 6;
     return t;
 }
 
@@ -505,12 +422,6 @@ void check_fused_refusals(void) {
          fd_softmax_forward_drawn(1, 0, 0, 0, x, NULL, words, NULL, y, 2, 4, 1, 2, 0, 0, 0, 1, 1, 0)},
         {"no words", fd_softmax_forward_drawn(1, 0, 9, 0, x, NULL, NULL, NULL, y, 2, 4, 1, 2, 0, 0, 0, 1, 1, 0)},
         {"dtype", fd_softmax_backward(4, x, x, words, y, NULL, 2, 4, 1, 1)},
-        {"totals alone",
-         fd_attention_forward(0, x, NULL, words, NULL, x, y, y, NULL, 1, 4, 2, 1, 1, 0, 0, 0, 0, 0, 1, 0)},
-        {"no queries",
-         fd_attention_forward(0, x, NULL, words, NULL, NULL, y, y + 2, NULL, 1, 4, 2, 1, 0, 0, 0, 0, 0, 0, 1, 0)},
-        {"dx without dy",
-         fd_attention_backward(0, x, NULL, words, x, NULL, NULL, y, 1, 4, 1, 1, 0, 0, 0, 0, 0, 1, 1, 0)},
     };
     for (size_t i = 0; i < COUNT(calls); i++) expect(calls[i].status == FD_BAD_ARGUMENT, calls[i].what, 0, i, 0);
     for (size_t i = 0; i < COUNT(y); i++) expect(y[i] == 9 && words[0] == 5, "untouched after a refusal", 0, i, 0);

@@ -395,6 +395,7 @@ int main(int argc, char **argv) {
         check_ways(isa);
         check_vector_math(isa, (uint32_t)stride);
         check_fused(isa);
+        check_attention(isa);
         printf("%s: %s\n", fd_isa_name(isa), failures ? "FAIL" : "ok");
     }
     check_threads();
@@ -402,6 +403,7 @@ int main(int argc, char **argv) {
     check_float_modes();
     check_refusals();
     check_fused_refusals();
+    check_attention_refusals();
     printf("%s: %d instruction sets, %d failures\n", failures ? "FAIL" : "PASS", sets, failures);
     return failures != 0;
 }

@@ -108,11 +108,13 @@ def _coefficients(a: float, b: float, c: float) -> tuple[float, ...]:
 
 
 # How much work a call is, as arguments of `over_ranges`: how many units and, where they are not 0 and 1, the position
-# of the first in its word and the cells of each. Fused primitives by what they run over, the others by name.
+# of the first in its word and the cells of each. By name, or by what a primitive runs over.
 WORK = {
     "cells": "rows * columns",
     "rows": "rows, cells=columns",
     "panels": "panels, cells=rows * columns // panels",
+    "attention_forward": "outer * heads * group * -(-queries // chunk), cells=min(queries, chunk) * keys * score_cells",
+    "attention_backward": "outer * heads * parts, cells=group * queries * (keys // parts + 1) * score_cells",
     "draw_bits": "n, position",
     "draw_rows": "outer * rows * columns, position",
     "dropout_forward": "n",
@@ -120,6 +122,7 @@ WORK = {
     "gaussian_multiply": "n, first",
     "dilate_bits": "outer * (n + block - 1) * inner",
 }
+SCORE_CELLS = 16  # a score of attention costs as much as so many cells of other kernels
 
 
 def _launcher(kernel: Any) -> Any:
@@ -143,6 +146,8 @@ def _launcher(kernel: Any) -> Any:
         "way": _way,
         "add_panels": _add_panels,
         "uint64": np.uint64,
+        "chunk": attention.CHUNK_QUERIES,
+        "score_cells": SCORE_CELLS,
     }
     return function(name, ", ".join(primitive.names), body, scope)
 

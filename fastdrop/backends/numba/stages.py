@@ -142,7 +142,8 @@ def as_type(number: Any, like: Any) -> Any:
     raise NotImplementedError
 
 
-@overload(as_type, inline="always")
+# LLVM inlines this. Where Numba does, it drops what it takes for dead code, such as writes through fields of a tuple.
+@overload(as_type)
 def _as_real(number, like):
     real = np.float64 if like == types.float64 else np.float32
     return lambda number, like: real(number)
@@ -181,12 +182,27 @@ def scale(h, n, a):
         h[i] *= a
 
 
-@inner
-def _drop_run(h, at, n, run, a):
-    zero = as_type(0, a)
-    for k in range(n):
-        scaled = h[at + U(k)] * a
-        h[at + U(k)] = scaled if (run >> np.uint32(k)) & np.uint32(1) else zero
+@intrinsic  # type: ignore[untyped-decorator]
+def _drop_word(typingctx: Any, address: Any, at: Any, run: Any, a: Any) -> Any:
+    """32 numbers from ``at`` on, as vector instructions: from a loop over bits LLVM makes one step for each."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        number = context.get_value_type(a)
+        vector, size = ir.VectorType(number, 32), context.get_abi_sizeof(number)
+        place = builder.bitcast(_element(context, builder, a, args), vector.as_pointer())
+        scaled = builder.fmul(builder.load(place, align=size), spread(builder, args[3], vector))
+        keep = builder.bitcast(args[2], ir.VectorType(ir.IntType(1), 32))
+        builder.store(builder.select(keep, scaled, ir.Constant(vector, None)), place, align=size)
+        return context.get_dummy_value()
+
+    return types.void(types.uintp, types.uintp, types.uint32, a), codegen
+
+
+def spread(builder: Any, number: Any, vector: Any) -> Any:
+    """A number in all lanes of a vector, for intrinsics."""
+    lanes = ir.Constant(ir.VectorType(ir.IntType(32), vector.count), None)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.IntType(32)(0))
+    return builder.shuffle_vector(one, one, lanes)
 
 
 @stage
@@ -195,11 +211,12 @@ def drop(h, words, position, n, a):
     if not words:
         scale(h, n, a)
         return
-    whole = n & ~U(31)
+    whole, zero = n & ~U(31), as_type(0, a)
     for at in range(U(0), whole, RUN):
-        _drop_run(h, at, 32, run_at(words, position + at, RUN), a)
-    if whole < n:
-        _drop_run(h, whole, n - whole, run_at(words, position + whole, n - whole), a)
+        _drop_word(h.ctypes.data, at, run_at(words, position + at, RUN), a)
+    run = run_at(words, position + whole, n - whole) if whole < n else ONES
+    for i in range(whole, n):
+        h[i] = h[i] * a if (run >> np.uint32(i - whole)) & np.uint32(1) else zero
 
 
 # ---- sums over a row, and over the rows of a panel ----

@@ -16,16 +16,17 @@ Values
     in themselves, 16-bit types in float32 with ``a``, ``b`` and ``c`` rounded to it; the result is rounded once, to
     nearest even.
 
-The fused primitives (`pointwise`, `norm`, `softmax`, `attention`) work on data ``[rows, columns]``, C-contiguous,
-``columns >= 1``:
+The fused primitives `pointwise`, `norm` and `softmax` work on data ``[rows, columns]``, C-contiguous, ``columns >= 1``.
+`attention` works on rows of tensors ``[outer, heads, length, width]``, at strides, and draws its bits or is given them
+(the module `attention`). For all of them:
 
 Bits
     Element (r, c) stands under bit ``r * columns + c`` of ``words``. Without ``words`` everything is kept.
 Dtypes
     ``dtype`` is that of the data, ``residual_dtype`` that of the residual stream: the same, or float32 beside a 16-bit
     dtype. Arithmetic is float64 for float64 data and float32 for all other data, with one rounding where a result is
-    stored. Vectors of columns (``input_bias``, ``weight``, ``norm_bias``), the mask of a softmax, statistics, totals
-    and sums have the type of the arithmetic.
+    stored. Vectors of columns (``input_bias``, ``weight``, ``norm_bias``), the mask of a softmax, statistics and
+    sums have the type of the arithmetic.
 Absent arrays
     An optional array that a call doesn't have is None.
 Dropped elements

@@ -35,7 +35,7 @@ def attention_forward(p: Any) -> None:
     y, statistics = _results(p, p.y, p.value_width), _results(p, p.statistics, 2)
     for head in _heads(p):
         with np.errstate(all="ignore"):
-            scores, keep = _scores(p, head), _keep(p, head)
+            scores, keep = _scores(p, head), _keep(p, head) & _seen(p)
             largest = scores.max(1, keepdims=True)
             exponentials = np.exp(scores - np.where(largest == -np.inf, 0.0, largest))
             total = exponentials.sum(1, keepdims=True)
@@ -59,7 +59,7 @@ def attention_backward(p: Any) -> None:
         at = head.outer, head.of_query
         with np.errstate(all="ignore"):
             largest, share = statistics[at][:, :1].astype(np.float64), statistics[at][:, 1:].astype(np.float64)
-            probabilities, keep = np.exp(_scores(p, head) - largest) * share, _keep(p, head)
+            probabilities, keep = np.exp(_scores(p, head) - largest) * share, _keep(p, head) & _seen(p)
             dy = _read(p, p.dy, DY, head.outer, head.of_query, (p.queries, p.value_width))
             dvalue[head.outer, head.of_key] += np.where(keep, probabilities * p.a, 0.0).T @ dy
             if y is None:

@@ -2,7 +2,7 @@
 
 `VariationalLSTM` and `VariationalGRU` are torch's layers with three masks: on the input of each layer, on the hidden
 state between steps, and on the output. torch's fused kernels run the layers unless the hidden state is dropped between
-steps, which they can't do; then this module runs the steps one by one.
+steps by a mask for each sequence, which they can't do; then this module runs the steps one by one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ States = tuple[Tensor, ...]  # the hidden state and, for an LSTM, the cell state
 class _Variational(nn.RNNBase):
     """What both layers share. Each rate is a module, so that schedulers, `audit` and `mc_dropout` find it."""
 
-    def _set_rates(self, dropout_input: float, dropout_recurrent: float, dropout_output: float) -> None:
+    shared: bool = False  # whether masks are those of the whole batch; also for layers that were saved before it was
+
+    def _set_rates(self, dropout_input: float, dropout_recurrent: float, dropout_output: float, shared: bool) -> None:
+        self.shared = shared
         self.dropout_input = VariationalDropout(dropout_input, 0)
         self.dropout_recurrent = VariationalDropout(dropout_recurrent, 0)
         self.dropout_output = VariationalDropout(dropout_output, 0)
@@ -73,15 +76,29 @@ class _Variational(nn.RNNBase):
         for layer in range(self.num_layers):
             states = tuple(state[layer * directions :][:directions] for state in begin)
             weights: list[Any] = flat[layer * per_layer :][:per_layer]
-            x, states = self._layer(_drop_held(self.dropout_input, x, packed), states, weights, packed)
+            x, states = self._layer(self._drop_held(self.dropout_input, x, packed), states, weights, packed)
             end.append(states)
-        x = _drop_held(self.dropout_output, x, packed)
+        x = self._drop_held(self.dropout_output, x, packed)
         last = tuple(torch.cat(layers) for layers in zip(*end, strict=True))
         if packed is not None:
             return packed._replace(data=x), _reorder_batch(last, packed.unsorted_indices)
         if single:
             return x.squeeze(1), tuple(state.squeeze(1) for state in last)
         return x.transpose(0, 1) if self.batch_first else x, last
+
+    def _drop_held(self, rate: VariationalDropout, x: Tensor, packed: PackedSequence | None) -> Tensor:
+        """x with one mask for all steps, of the whole batch or drawn for the batch in the caller's order."""
+        if self.shared and _drops(rate):
+            rows = x if x.dim() == 2 or x.is_contiguous() else x.transpose(0, 1)
+            y: Tensor = rate(rows.reshape(-1, x.shape[-1])).view(rows.shape)
+            return y if rows is x else y.transpose(0, 1)
+        if packed is None or not _drops(rate):
+            dropped: Tensor = rate(x)
+            return dropped
+        padded, lengths = pad_packed_sequence(PackedSequence(x, packed.batch_sizes))
+        (padded,) = _reorder_batch((padded,), packed.unsorted_indices)
+        (padded,) = _reorder_batch((rate(padded),), packed.sorted_indices)
+        return pack_padded_sequence(padded, lengths).data
 
     def _zeros(self, x: Tensor, sizes: Tensor | None) -> States:
         layers, batch, width = self.get_expected_hidden_size(x, sizes)
@@ -95,7 +112,12 @@ class _Variational(nn.RNNBase):
         self, x: Tensor, begin: States, weights: list[Tensor], packed: PackedSequence | None
     ) -> tuple[Tensor, States]:
         """One layer's output and last states, in all its directions."""
-        if not _drops(self.dropout_recurrent):
+        if self.shared and _drops(self.dropout_recurrent):  # W (m h) = (W m) h, if m is the same for all h
+            of_direction = len(weights) // len(begin[0])
+            weights = [
+                self.dropout_recurrent(weight) if i % of_direction == 1 else weight for i, weight in enumerate(weights)
+            ]
+        if self.shared or not _drops(self.dropout_recurrent):
             fused = getattr(torch, self.mode.lower())
             options = self._unwrap_states(begin), weights, self.bias, 1, 0.0, self.training, self.bidirectional
             y, *end = fused(x, *options, False) if packed is None else fused(x, packed.batch_sizes, *options)
@@ -171,17 +193,6 @@ def _reorder_batch(states: States, order: Tensor | None) -> States:
     return states if order is None else tuple(state.index_select(1, order) for state in states)
 
 
-def _drop_held(rate: VariationalDropout, x: Tensor, packed: PackedSequence | None) -> Tensor:
-    """x with one mask for all steps, drawn for the batch in the caller's order."""
-    if packed is None or not _drops(rate):
-        dropped: Tensor = rate(x)
-        return dropped
-    padded, lengths = pad_packed_sequence(PackedSequence(x, packed.batch_sizes))
-    (padded,) = _reorder_batch((padded,), packed.unsorted_indices)
-    (padded,) = _reorder_batch((rate(padded),), packed.sorted_indices)
-    return pack_padded_sequence(padded, lengths).data
-
-
 class VariationalLSTM(_Variational, nn.LSTM):
     """`torch.nn.LSTM` with variational dropout: each mask stays the same for the whole sequence.
 
@@ -201,6 +212,10 @@ class VariationalLSTM(_Variational, nn.LSTM):
     dropout_input, dropout_recurrent, dropout_output : float
         Drop probabilities, 0 to 1. Each is the p of a submodule of the same name, a `VariationalDropout`. Change
         ``.dropout_input.p``, or put one of the submodules into evaluation.
+    shared : bool
+        Makes the same decisions for all sequences of the batch. torch's fused layers then run whatever is dropped,
+        because a mask of the hidden state is one of the columns of its weights. Gradients are noisier: with a mask for
+        each sequence a batch of B averages over B masks, with a shared one over a single one.
 
     Raises ValueError for a probability out of range, and what `torch.nn.LSTM` raises.
 
@@ -210,11 +225,13 @@ class VariationalLSTM(_Variational, nn.LSTM):
     generator in this order: layer by layer the input, then forward and backward direction; last the output.
 
     Stored for backward, in addition to what torch stores and whatever the length: 1/8 byte per sequence and feature for
-    input and output masks, and 1 byte per sequence and hidden feature of each direction for the recurrent mask.
+    input and output masks, and 1 byte per sequence and hidden feature of each direction for the recurrent mask. With
+    ``shared`` it is 1/8 byte per feature of each mask, and a copy of the weights of the hidden state.
 
-    With ``dropout_recurrent`` the steps run one by one in Python, which takes several times as long as torch's fused
-    layers. They run otherwise. `DropConnect` drops recurrent connections and uses the fused layers. ``torch.compile``
-    doesn't compile the function that calls the layer, but the other functions that it calls, as with torch's layers.
+    With ``dropout_recurrent`` and without ``shared`` the steps run one by one in Python, which takes longer than
+    torch's fused layers. They run otherwise. `DropConnect` drops recurrent connections and uses the fused layers.
+    ``torch.compile`` doesn't compile the function that calls the layer, but the other functions that it calls, as with
+    torch's layers.
 
     Sources: Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks", 2016;
     Merity, Keskar, Socher, "Regularizing and optimizing LSTM language models", 2017.
@@ -242,6 +259,7 @@ class VariationalLSTM(_Variational, nn.LSTM):
         dropout_input: float = 0.0,
         dropout_recurrent: float = 0.0,
         dropout_output: float = 0.0,
+        shared: bool = False,
     ) -> None:
         super().__init__(
             input_size,
@@ -254,7 +272,7 @@ class VariationalLSTM(_Variational, nn.LSTM):
             device=device,
             dtype=dtype,
         )
-        self._set_rates(dropout_input, dropout_recurrent, dropout_output)
+        self._set_rates(dropout_input, dropout_recurrent, dropout_output, shared)
 
 
 class VariationalGRU(_Variational, nn.GRU):
@@ -288,6 +306,7 @@ class VariationalGRU(_Variational, nn.GRU):
         dropout_input: float = 0.0,
         dropout_recurrent: float = 0.0,
         dropout_output: float = 0.0,
+        shared: bool = False,
     ) -> None:
         super().__init__(
             input_size,
@@ -299,7 +318,7 @@ class VariationalGRU(_Variational, nn.GRU):
             device=device,
             dtype=dtype,
         )
-        self._set_rates(dropout_input, dropout_recurrent, dropout_output)
+        self._set_rates(dropout_input, dropout_recurrent, dropout_output, shared)
 
 
 # Compilers leave recurrent layers alone. They would compile the steps one by one, and again for each length.

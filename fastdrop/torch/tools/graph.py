@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from ..models.rates import rate_name
+from ..nn.residual import LayerDrop, SkipResidual
 from ..runtime.context import overriding, without_gradients
 from ..runtime.dispatch.compilers import stance_kept
 from ..runtime.dispatch.modes import without_function_overrides
@@ -135,7 +136,7 @@ def _module_kind(module: nn.Module) -> str:
     """The kind of a module, the same as that of functions that do the same; "other" if it is unknown."""
     if isinstance(module, nn.Identity):
         return "pointwise"
-    if isinstance(module, nn.MultiheadAttention):
+    if isinstance(module, nn.MultiheadAttention | SkipResidual | LayerDrop):
         return "other"
     for cls in type(module).__mro__:
         if cls.__name__.startswith("Adaptive"):  # adaptive pooling: after it there are mostly no pixels any more

@@ -34,7 +34,8 @@ GRANULARITIES = {
     "features, alpha": "FeatureAlphaDropout feature_alpha_dropout feature_alpha_dropout_",
     "held over time": "VariationalDropout variational_dropout",
     "blocks": "DropBlock2d DropBlock3d drop_block2d drop_block3d",
-    "samples": "StochasticDepth DropPath stochastic_depth",
+    "samples": "StochasticDepth DropPath SkipResidual stochastic_depth skip_residual",
+    "layers": "LayerDrop",
     "attention": "MultiheadAttention scaled_dot_product_attention",
 }
 GRANULARITY_OF = {name: granularity for granularity, names in GRANULARITIES.items() for name in names.split()}

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastdrop.torch as fdt
+from fastdrop.torch.nn import recurrent
 from fastdrop.torch.nn.recurrent import VariationalGRU, VariationalLSTM
 
 from ..cases import assert_equal, under
@@ -36,9 +37,10 @@ def pair(request):
     return PAIRS[request.param]
 
 
-def factors(rate, width, batch):
-    """One mask, as multipliers: the next of torch's generator, if it drops at all."""
-    return fdt.dropout(torch.ones(1, batch, width, dtype=torch.float64), rate.p)[0]
+def factors(module, rate, width, batch):
+    """One mask, as multipliers for each sequence: the next of torch's generator, if it drops at all."""
+    masks = 1 if module.shared else batch
+    return fdt.dropout(torch.ones(1, masks, width, dtype=torch.float64), rate.p)[0].expand(batch, width)
 
 
 def lstm_step(x, h, dropped_h, c, w_ih, w_hh, b_ih, b_hh, w_hr):
@@ -61,14 +63,14 @@ def reference(module, sequences, h0, c0=None):
     step = lstm_step if is_lstm else gru_step
     ends_h, ends_c = [], []
     for layer in range(module.num_layers):
-        given = factors(module.dropout_input, sequences[0].shape[1], batch)
+        given = factors(module, module.dropout_input, sequences[0].shape[1], batch)
         outputs = [[] for _ in sequences]
         for direction in range(1 + module.bidirectional):
             suffix = f"_l{layer}" + "_reverse" * direction
             names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr"]
             weights = [getattr(module, name + suffix, 0.0 if name[0] == "b" else None) for name in names]
             at = len(ends_h)
-            carried = factors(module.dropout_recurrent, h0.shape[2], batch)
+            carried = factors(module, module.dropout_recurrent, h0.shape[2], batch)
             last_h, last_c = [], []
             for b, sequence in enumerate(sequences):
                 h, c = h0[at, b], None if c0 is None else c0[at, b]
@@ -82,7 +84,7 @@ def reference(module, sequences, h0, c0=None):
             ends_h.append(torch.stack(last_h))
             ends_c.append(torch.stack(last_c) if is_lstm else None)
         sequences = [torch.cat(parts, 1) for parts in outputs]
-    shown = factors(module.dropout_output, sequences[0].shape[1], batch)
+    shown = factors(module, module.dropout_output, sequences[0].shape[1], batch)
     sequences = [sequence * shown[b] for b, sequence in enumerate(sequences)]
     return sequences, torch.stack(ends_h), torch.stack(ends_c) if is_lstm else []
 
@@ -132,10 +134,12 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("shared", [False, True], ids=["a mask for each sequence", "shared"])
 @pytest.mark.parametrize(("kind", "variety", "rates", "layout", "size"), CASES)
-def test_values_and_gradients_are_the_formulas(kind, variety, rates, layout, size):
+def test_values_and_gradients_are_the_formulas(kind, variety, rates, layout, size, shared):
     layers, bidirectional = size
     options = {"bidirectional": bidirectional, "bias": variety == "plain", "dtype": torch.float64, **RATES[rates]}
+    options["shared"] = shared
     if variety == "projected":
         options["proj_size"] = PROJECTED
     module = PAIRS[kind][0](INPUT, HIDDEN, layers, batch_first=layout == "batch first", **options)
@@ -271,6 +275,22 @@ def test_kept_masks_do_not_grow_with_time(pair):
     flags = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in kept if t.dtype == torch.bool}
     assert sorted(t.nbytes for t in words) == [batch * 32 // 8, batch * 64 // 8]
     assert list(flags.values()) == [batch * 32]
+
+
+def test_shared_masks_run_torchs_fused_layers(pair, monkeypatch):
+    """And keep a bit for each feature."""
+    steps, batch, kept = 30, 4, []
+    module = pair[0](64, 32, **RATES["all"], shared=True)
+    monkeypatch.delattr(recurrent._Variational, "_recurrence")
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        module(torch.randn(steps, batch, 64, requires_grad=True))
+    assert sorted(t.nbytes for t in kept if t.dtype == torch.int32) == [4, 4, 8]  # states, output, input
+
+
+def test_layers_from_before_masks_could_be_shared_load(pair):
+    module = pair[0](INPUT, HIDDEN, **RATES["all"])
+    del module.__dict__["shared"]
+    assert seeded(module, torch.ones(2, 3, INPUT))[0].shape == (2, 3, HIDDEN)
 
 
 # ---- as a module among others ----
