@@ -136,7 +136,7 @@ USUAL = ("dense", "reversed", "every second", "expanded", "windows", "unaligned"
 
 
 class Plan:
-    """What the arguments of one call have in common: a shape, a dtype, and for attention what it is made of."""
+    """What the arguments of one call have in common: a shape, a dtype, and what attention and LoRA are made of."""
 
     def __init__(self, rng: random.Random, op: str) -> None:
         self.rng = rng
@@ -159,6 +159,10 @@ class Plan:
             self.query, self.key = (*before, queries, width), (*served, keys, width)
             self.value, self.shape = (*served, keys, of_value), (*before, queries, keys)
             self.y = (*before, queries, of_value)
+        if "lora" in op:
+            width, out, rank = (rng.randint(1, 40) for _ in range(3))
+            self.shape, self.y = (*self.shape[:-1], width), (*self.shape[:-1], out)
+            self.lora = {"weight": (out, width), "bias": (out,), "lora_A": (rank, width), "lora_B": (out, rank)}
         self.stream = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) and rng.random() < 0.5 else None
         self.noise = tuple(rng.choice((extent, 1)) for extent in self.shape) if rng.random() < 0.4 else self.shape
         self.op = op
@@ -194,9 +198,11 @@ def _of(method: str) -> Callable[[Plan], Any]:
 
 RECIPES: dict[str, Callable[[Plan], Any]] = {
     **dict.fromkeys(("x", "like", "scores", "multiplier"), _of("data")),
-    "dy": lambda plan: Spec(plan.y, plan.dtype) if "attention" in plan.op else plan.dy(),
+    "dy": lambda plan: Spec(plan.y, plan.dtype) if hasattr(plan, "y") else plan.dy(),
     **dict.fromkeys(("residual", "residual_out", "dresidual_out"), _of("residual")),
-    **dict.fromkeys(("input_bias", "weight", "norm_bias"), _of("columns")),
+    **dict.fromkeys(("input_bias", "norm_bias"), _of("columns")),
+    "weight": lambda plan: Spec(plan.lora["weight"], plan.dtype) if "lora" in plan.op else plan.columns(),
+    **{name: lambda plan, name=name: Spec(plan.lora[name], plan.dtype) for name in ("bias", "lora_A", "lora_B")},
     "saved_mask": _of("saved_mask"),
     "kept_count": lambda plan: Spec((), torch.int64),
     "attn_mask": _of("mask"),
@@ -213,7 +219,9 @@ RECIPES: dict[str, Callable[[Plan], Any]] = {
         plan.rng.randint(1, 4) for _ in range(plan.rng.randint(1, max(1, len(plan.shape) - 1)))
     ],
     "activation": lambda plan: plan.rng.choice((None, "relu", "gelu", "gelu_tanh", "silu")),
-    "scaling": lambda plan: plan.rng.choice(("inverted", "standard", "alpha", "alpha_slope")),
+    "scaling": lambda plan: (
+        0.5 if "lora" in plan.op else plan.rng.choice(("inverted", "standard", "alpha", "alpha_slope"))
+    ),
     "dtype": lambda plan: plan.dtype,
     "store_bits": lambda plan: plan.bits,
     "softmax_scale": lambda plan: plan.rng.choice((1.0, 0.3)),
@@ -359,6 +367,10 @@ FUNCTIONS: dict[str, tuple[Callable[[Plan], tuple[Spec, ...]], Callable[..., Any
     "softmax_dropout": (
         lambda plan: (Spec((4, *plan.shape), plan.dtype), Spec((plan.shape or (4,))[-1:], plan.wide)),
         lambda x, mask: fdt.softmax_dropout(x, 0.5, 1.0, mask),
+    ),
+    "lora_linear": (
+        lambda plan: tuple(Spec(shape, plan.dtype) for shape in (plan.shape, *plan.lora.values())),
+        lambda x, weight, bias, lora_A, lora_B: fdt.lora_linear(x, weight, bias, lora_A, lora_B, 0.5, 0.5),
     ),
     "scaled_dot_product_attention": (
         lambda plan: tuple(Spec(shape, plan.dtype) for shape in (plan.query, plan.key, plan.value)),

@@ -597,6 +597,20 @@ MUTATIONS = (
         "tests/torch/functional/test_variants.py",
     ),
     Mutation(
+        "LoRA's gradient of x is not dropped",
+        "fastdrop/torch/ops/lora.py",
+        "dx = _drop(_product(dh, lora_A), call, inplace=True)",
+        "dx = _product(dh, lora_A)",
+        "tests/torch/functional/test_lora.py",
+    ),
+    Mutation(
+        "LoRA's gradient of lora_B is not scaled",
+        "fastdrop/torch/ops/lora.py",
+        "dlora_B = _product(dy.t(), h).mul_(scaling)",
+        "dlora_B = _product(dy.t(), h)",
+        "tests/torch/functional/test_lora.py",
+    ),
+    Mutation(
         "a norm's gradient forgets the second output",
         "fastdrop/torch/ops/norm.py",
         "        if dresidual_out is not None:\n            dresidual = dresidual + wide(dresidual_out)\n",

@@ -20,6 +20,7 @@ try:
         softmax_dropout,
         swiglu_dropout,
     )
+    from .functional.lora import lora_linear
     from .functional.residual import skip_residual
     from .functional.structured import (
         drop_block2d,
@@ -112,6 +113,7 @@ __all__ = [
     "fuse",
     "gaussian_dropout",
     "geglu_dropout",
+    "lora_linear",
     "mc_dropout",
     "mc_predict",
     "revert",

@@ -588,14 +588,14 @@ def test_a_class_of_a_known_name_is_named_with_its_module():
     def gelu(x):
         return x
 
-    Linear.__module__, Linear.__qualname__, gelu.__module__ = "peft.tuners.lora.layer", "Linear", "theirs"
+    Linear.__module__, Linear.__qualname__, gelu.__module__ = "peft.tuners.oft.layer", "Linear", "theirs"
     layer = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True)
     layer.linear1 = Linear()
-    assert fdt.fuse(layer).left[0].reason == "linear1 is a peft.tuners.lora.layer.Linear, not nn.Linear"
+    assert fdt.fuse(layer).left[0].reason == "linear1 is a peft.tuners.oft.layer.Linear, not nn.Linear"
     layer = nn.TransformerEncoderLayer(4, 2, 4, activation=gelu)
     assert fdt.fuse(layer).left[0].reason == "activation is theirs.gelu, not a known one"
     ((_, _, reason),) = functional(fdt.fuse(nn.Sequential(Linear(), nn.Dropout())))
-    assert reason == "0 is a peft.tuners.lora.layer.Linear, not nn.Linear"
+    assert reason == "0 is a peft.tuners.oft.layer.Linear, not nn.Linear"
     dropout = type("Dropout", (nn.Dropout,), {"__module__": "theirs"})
     ((_, _, reason),) = functional(fdt.convert(nn.Sequential(dropout())))
     assert reason == "theirs.Dropout, a subclass of nn.Dropout; its forward may be its own"

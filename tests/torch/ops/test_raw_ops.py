@@ -53,6 +53,20 @@ REFUSED = {
     " [False, False, True, False])": "statistics must be on cpu",
     "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, None, None, t(2, 2), words(64), 0.5, False, 1.0, True,"
     " [False, False, True, False])": "words must be",
+    "lora(x, t(5, 63), None, t(2, 64), t(5, 2), seed, 0.5, 2.0)": "weight must be (out, in), here (any, 64)",
+    "lora(x, t(5, 64), t(4), t(2, 64), t(5, 2), seed, 0.5, 2.0)": "bias must be (out,), here (5)",
+    "lora(x, t(5, 64), None, t(2, 64), t(5, 3), seed, 0.5, 2.0)": "lora_B must be (out, r), here (5, 2)",
+    "lora(x, t(5, 64), None, t(2, 64, dtype=f64), t(5, 2), seed, 0.5, 2.0)": "lora_A must be of torch.float32",
+    "lora(x, *(t(*s, dtype=i32) for s in ((5, 64), (5,), (2, 64), (5, 2))), seed, 0.5, 2.0)": "but got torch.int32",
+    "lora(x.int(), t(5, 64), None, t(2, 64), t(5, 2), seed, 0.5, 2.0)": "but got torch.int32",
+    "lora(t(9, 64, dtype=c64), t(5, 64), None, t(2, 64), t(5, 2), seed, 0.5, 2.0)": "takes real numbers",
+    "lora(m(9, 64), m(5, 63), None, m(2, 64), m(5, 2), seed.to('meta'), 0.5, 2.0)": "weight must be (out, in)",
+    "lora_backward(t(9, 5), x[:8], t(5, 64), t(2, 64), t(5, 2), seed, 0.5, 2.0, f32, [True] * 5)": "x must be (*, in)",
+    "lora_backward(t(9, 5), x, t(5, 63), t(2, 64), t(5, 2), seed, 0.5, 2.0, f32, [True] * 5)": "weight must be (out",
+    "lora_backward(t(9, 5), x, t(5, 64), t(2), t(5, 2), seed, 0.5, 2.0, f32, [True] * 5)": "lora_A must be (r, in)",
+    "lora_backward(t(9, 5), x, t(5, 64), t(2, 64), t(4, 2), seed, 0.5, 2.0, f32, [True] * 5)": "lora_B must be (out",
+    "lora_backward(t(9, 5), None, t(5, 64), t(2, 64), t(5, 2), seed, 0.5, 2.0, f32, [True] * 5)": "x must be a tensor",
+    "lora_backward(t(9, 5), x, t(5, 64), t(2, 64), t(5, 2), seed, 1.5, 2.0, f32, [True] * 5)": "between 0 and 1",
     "norm_backward(half, None, x.double(), statistics, None, None, 0.5, True, True, [True] * 5)": "residual_out must",
     "norm_backward(x, None, x, x[:2], None, None, 0.5, True, True, [True] * 5)": "statistics must be",
     "norm_backward(x, None, x.int(), statistics, None, None, 0.5, True, True, [True] * 5)": "residual_out must be",
@@ -135,7 +149,7 @@ for call in sys.stdin.read().splitlines():
 # Every function, every tensor that it saves, every change of a hook: an error in words, or a gradient.
 for function, (tensors, _) in fuzz_ops.FUNCTIONS.items():
     plan = fuzz_ops.Plan(random.Random(3), "attention" if "attention" in function else function)
-    plan.shape, plan.dtype = (plan.shape if "attention" in function else (6, 33)), f32
+    plan.shape, plan.dtype = (plan.shape if hasattr(plan, "y") else (6, 33)), f32
     given = tuple(fuzz_ops.replace(spec, grad=True) for spec in tensors(plan))
     for which, how in itertools.product(range(5), fuzz_ops.UNPACKED):
         call = fuzz_ops.Call(function, given, sys.argv[1], 2, (which, how))

@@ -16,7 +16,7 @@ from ..rates import rate_name
 from ..reasons import functional_rows, reach, why_left, why_lent
 from ..report import Report, Row
 from ..source.owners import Owners
-from . import transformers_layers
+from . import peft_layers, transformers_layers
 from .rules import Fused, change_class, changed_code, original_class
 from .torch_layers import (
     FusedSequential,
@@ -40,23 +40,25 @@ def fuse(model: nn.Module) -> Report:
     * `torch.nn.TransformerEncoderLayer` and ``TransformerDecoderLayer``: bias, activation and dropout; bias, dropout,
       residual and norm; attention by `fastdrop.torch.scaled_dot_product_attention`;
     * BERT and GPT-2 of transformers, from 5.4 on: their layers likewise, and attention of the implementations "sdpa"
-      and "eager". Dropout of the embeddings stays what it is.
+      and "eager". Dropout of the embeddings stays what it is;
+    * LoRA of peft around `torch.nn.Linear`, by `fastdrop.torch.lora_linear`: one active adapter of LoRA itself, neither
+      merged nor disabled, without a bias, and of the base layer's dtype or under autocast.
 
     A module remains the same object with the same parameters, ``state_dict``, hooks, mode and p. The dropout modules
     inside may be torch's or fastdrop's; both drop by fastdrop as long as the module around them is fused. Masks are
     those of the unfused module under `convert` and, for attention, `enable`, because each dropout takes its number from
     torch's generator in the same order.
 
-    The original forward runs in evaluation. It also runs if a module inside gets hooks or another class later on. Once
-    a user asks GPT-2 for attentions or hidden states, transformers puts hooks into its blocks, and their original
-    forward runs from then on.
+    The original forward runs in evaluation, and while adapters are merged, disabled or of another dtype. It also runs
+    if a module inside gets hooks or another class later on. Once a user asks GPT-2 for attentions or hidden states,
+    transformers puts hooks into its blocks, and their original forward runs from then on.
 
     Subclasses of torch's classes are fused too if they inherit the methods that are replaced; subclasses of
-    transformers' classes are not. Modules stay as they are, and the report gives the reason, if a method was replaced
-    on the object or on its class, or if a module inside has hooks, is quantised or is parametrised. Call `fuse` again
-    after changing a model: it fuses the modules that are new. ``torch.jit.script`` takes fused modules of torch as if
-    they were not fused; for those of transformers call `unfuse` first. Apply wrappers that find layers by the name of
-    their class before `fuse`, and ``fully_shard`` after it.
+    transformers' and peft's classes are not. Modules stay as they are, and the report gives the reason, if a method was
+    replaced on the object or on its class, or if a module inside has hooks, is quantised or is parametrised. Call
+    `fuse` again after changing a model: it fuses the modules that are new. ``torch.jit.script`` takes fused modules of
+    torch as if they were not fused; for those of transformers and peft call `unfuse` first. Apply wrappers that find
+    layers by the name of their class before `fuse`, and ``fully_shard`` after it.
 
     Parameters
     ----------
@@ -87,7 +89,7 @@ def fuse(model: nn.Module) -> Report:
         elif known is not None:
             name = type(module).__name__
             reason = changed_code(module, known) or known.obstacle(module)
-            in_other_rows.update(map(id, module.children()))
+            in_other_rows.update(map(id, known.parts(module)))
             if reason:
                 rows.append(Row(path, name, None, reason))
             elif not isinstance(module, Fused):
@@ -101,12 +103,13 @@ def fuse(model: nn.Module) -> Report:
 
 
 def _fused_class(module: nn.Module) -> Any:
-    """The fused class for a module: for torch's layers and their subclasses, and for some of transformers'."""
+    """The fused class for a module: for torch's layers and their subclasses, and for some of transformers' and
+    peft's."""
     original = original_class(module)
     for known in (FusedSequential, FusedTransformerEncoderLayer, FusedTransformerDecoderLayer):
         if issubclass(original, known.original):
             return known
-    return transformers_layers.fused_class(original)
+    return transformers_layers.fused_class(original) or peft_layers.fused_class(original)
 
 
 def _fuse_sequence(path: str, sequence: Any) -> list[Row]:

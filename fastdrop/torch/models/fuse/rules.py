@@ -1,14 +1,14 @@
 """What all fused layers share: their base class, which calls they may leave out, and the passes that replace them.
 
-`torch_layers` and `transformers_layers` build on it. A function called ``..._obstacle`` returns a sentence for the
-report of `fuse` that says why something can't be fused, and "" if it can.
+`torch_layers`, `transformers_layers` and `peft_layers` build on it. A function called ``..._obstacle`` returns a
+sentence for the report of `fuse` that says why something can't be fused, and "" if it can.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -78,6 +78,11 @@ class Fused(nn.Module):
     def obstacle(cls, module: Any) -> str:
         """Why a module of the original class can't be fused."""
         raise NotImplementedError
+
+    @classmethod
+    def parts(cls, module: Any) -> Iterable[nn.Module]:
+        """The modules inside that have no rows of their own in the report."""
+        return module.children()  # type: ignore[no-any-return]
 
     def __prepare_scriptable__(self) -> Any:
         """`torch.jit.script` calls this before it reads a forward. It can only read the original one."""
@@ -150,7 +155,7 @@ def changed_code(module: nn.Module, fused_class: type[Fused]) -> str:
         if not named or torch_method not in (None, method):
             return f"its {name} is not {class_name(base, cls) if base is not cls else base.__name__}'s"
     if fused_class.ARGUMENTS and " ".join(inspect.signature(cls.forward).parameters) != fused_class.ARGUMENTS:
-        return "its forward is that of an unknown version of transformers"
+        return f"its forward is that of an unknown version of {base.__module__.partition('.')[0]}"
     return ""
 
 
