@@ -28,7 +28,7 @@ help:
 	@echo "make bench        benchmarks of plain dropout, every kernel (a quarter of an hour), and their report"
 	@echo "make bench-quick, bench-sweep, bench-torch, bench-family, bench-fused, bench-attention"
 	@echo "                  its speed table alone; its speed over sizes; torch's function and training steps; other kinds;"
-	@echo "                  fused kernels"
+	@echo "                  fused kernels; attention"
 	@echo "make report       writes the reports again from the results that are there"
 	@echo "make cuda-report  compiles the CUDA kernels for three GPUs (none is needed): registers, widths, instructions"
 	@echo "make fuzz         calls the torch ops with arguments that don't fit, for SECONDS=60, from SEED"

@@ -83,28 +83,71 @@ static void C(tile_bits)(const C(attention_t) * call, const C(tile_t) * tile, ui
     }
 }
 
+/* to = bit ? 0 : -infinity, for booleans side by side; whole runs of them. */
+static void C(added_by_bools)(const unsigned char *bools, C(t) * to, uint64_t n) {
+    for (uint64_t j = 0; j < n; j += RUN) {
+        unsigned char some[RUN] = {0};
+        uint32_t run = 0;
+        memcpy(some, bools + j, min_u64(RUN, n - j));
+        for (unsigned i = 0; i < RUN; i += 8) {
+            uint64_t eight; /* bytes that are not 0 become bits: each is multiplied into its place of the top byte */
+            memcpy(&eight, some + i, sizeof eight);
+            eight |= eight >> 4;
+            eight |= eight >> 2;
+            eight |= eight >> 1;
+            run |= (uint32_t)((eight & 0x0101010101010101) * 0x0102040810204080 >> 56) << i;
+        }
+        for (int k = 0; k < RUN; k += C(lanes))
+            C(store)(to + j + (uint64_t)k, C(select)(C(mask)(run, k), C(set1)(0), C(set1)(-INFINITY)));
+    }
+}
+
+/* Elements of `size` bytes that lie `stride` elements apart, brought side by side. */
+static void C(gather)(const unsigned char *from, unsigned char *to, uint64_t n, uint64_t stride, uint64_t size) {
+    switch (size) {
+#define CASE(bytes)                                                                                                    \
+    case bytes:                                                                                                        \
+        for (uint64_t j = 0; j < n; j++) memcpy(to + j * bytes, from + j * stride * bytes, bytes);                     \
+        break;
+        CASE(1) CASE(2) CASE(4) CASE(8)
+#undef CASE
+    }
+}
+
 /* What the mask adds to the tile's part of a row, in place or in `room`; NULL: no mask. */
 static const C(t) * C(added)(const C(attention_t) * call, const C(tile_t) * tile, uint64_t row, C(t) * room) {
     const strides_t *strides = call->strides + FD_MASK_STRIDES;
     const uint64_t at = C(element)(strides, tile->outer, tile->head, tile->query + row) + tile->key * strides->column;
+    const uint64_t size = call->mask_type == FD_BOOL ? 1 : C(size)(call->mask_type), n = tile->columns;
+    const unsigned char *from = (const unsigned char *)call->mask + at * size;
+    unsigned char side_by_side[ATTENTION_KEYS * sizeof(C(t))];
     if (!call->mask) return NULL;
-    if (call->mask_type != FD_BOOL && strides->column == 1)
-        return C(load_strip)(call->mask_type, call->mask, at, tile->columns, room);
-    for (uint64_t j = 0; j < tile->columns; j++) {
-        const uint64_t i = at + j * strides->column;
-        if (call->mask_type == FD_BOOL)
-            room[j] = ((const unsigned char *)call->mask)[i] ? 0 : -INFINITY;
-        else
-            room[j] = C(load_one)(C(load_strip)(call->mask_type, call->mask, i, 1, room + j));
+    if (call->mask_type != FD_BOOL && strides->column == 1) return C(load_strip)(call->mask_type, from, 0, n, room);
+    if (strides->column != 1) {
+        C(gather)(from, side_by_side, n, strides->column, size);
+        from = side_by_side;
+    }
+    if (call->mask_type == FD_BOOL) {
+        C(added_by_bools)(from, room, n);
+    } else {
+        const C(t) *added = C(load_strip)(call->mask_type, from, 0, n, room);
+        if (added != room) memcpy(room, added, n * sizeof *room);
     }
     return room;
 }
 
+/* The same for all rows, if they have one row of the mask in common; NULL: they have not. */
+static const C(t) * C(added_to_all)(const C(attention_t) * call, const C(tile_t) * tile, C(t) * room) {
+    return call->strides[FD_MASK_STRIDES].row == 0 ? C(added)(call, tile, 0, room) : NULL;
+}
+
 /* From products to scores, in place; -infinity behind those that are seen. Returns the largest. */
-static C(t) C(tile_scores)(const C(attention_t) * call, const C(tile_t) * tile, uint64_t row, C(t) * x) {
+static C(t)
+    C(tile_scores)(const C(attention_t) * call, const C(tile_t) * tile, uint64_t row, const C(t) * to_all, C(t) * x) {
     const uint64_t keys = C(seen)(call, tile, row);
     C(t) room[ATTENTION_KEYS], lanes[C(lanes)], largest = -INFINITY;
-    C(store)(lanes, C(scores)(x, C(added)(call, tile, row, room), x, keys, call->scale, C(set1)(-INFINITY)));
+    const C(t) *added = to_all ? to_all : C(added)(call, tile, row, room);
+    C(store)(lanes, C(scores)(x, added, x, keys, call->scale, C(set1)(-INFINITY)));
     for (int i = 0; i < C(lanes); i++) largest = lanes[i] > largest ? lanes[i] : largest;
     for (uint64_t j = keys; j < tile->columns || j % C(unrolled); j++) x[j] = -INFINITY;
     return largest;
@@ -179,9 +222,9 @@ static double C(dropped_exponentials)(C(t) * x, uint64_t n, C(v) top, const uint
 
 /* A row of the tile under the row's running largest score and total, which it updates. Returns what the sums of the
  * tiles before have to be multiplied by. */
-static C(t) C(attend_row)(const C(attention_t) * call, const C(tile_t) * tile, uint64_t row, C(t) * x,
-                          const uint32_t *bits, C(t) * largest, double *total) {
-    const C(t) here = C(tile_scores)(call, tile, row, x), old = *largest;
+static C(t) C(attend_row)(const C(attention_t) * call, const C(tile_t) * tile, uint64_t row, const C(t) * to_all,
+                          C(t) * x, const uint32_t *bits, C(t) * largest, double *total) {
+    const C(t) here = C(tile_scores)(call, tile, row, to_all, x), old = *largest;
     C(t) top = here > old ? here : old;
     const C(v) base = C(set1)(top == -INFINITY ? 0 : top); /* nothing seen: -inf - -inf would be NaN */
     const double sum = C(dropped_exponentials)(x, tile->columns, base, bits);
@@ -208,10 +251,12 @@ static void C(attend_tile)(const C(attention_t) * call, C(attend_t) * s, const C
     const uint64_t at = tile->query - chunk, panels = (call->value_width + C(panel) - 1) / C(panel);
     const C(matrix) query = {s->query.at + at * s->query.pitch, s->query.pitch};
     const C(matrix) sums = {s->sums.at + at * s->sums.pitch, s->sums.pitch};
+    C(t) room[ATTENTION_KEYS];
     C(product)(query, 0, s->keys, s->scores, tile->rows, tile->columns, call->width, 0);
     C(tile_bits)(call, tile, s->bits);
+    const C(t) *to_all = C(added_to_all)(call, tile, room);
     for (uint64_t r = 0; r < tile->rows; r++) {
-        const C(t) factor = C(attend_row)(call, tile, r, s->scores.at + r * s->scores.pitch,
+        const C(t) factor = C(attend_row)(call, tile, r, to_all, s->scores.at + r * s->scores.pitch,
                                           s->bits + r * C(bit_words)(tile), s->largest + at + r, s->totals + at + r);
         C(t) *row = sums.at + r * sums.pitch;
         if (factor == factor && factor != 1) C(times)(row, row, panels * C(panel), C(set1)(factor));
@@ -333,13 +378,14 @@ static void C(slope_rows)(const attention_backward_args *args, const C(attention
                           const C(tile_t) * tile) {
     const uint64_t first = (tile->outer * call->heads + tile->head) * call->queries + tile->query;
     const strides_t *strides = call->strides + FD_DMASK_STRIDES;
-    const C(t) *statistics = args->statistics;
+    C(t) room[ATTENTION_KEYS];
+    const C(t) *statistics = args->statistics, *to_all = C(added_to_all)(call, tile, room);
     for (uint64_t r = 0; r < tile->rows; r++) {
         const uint64_t seen = C(seen)(call, tile, r);
         const uint32_t *bits = s->bits + r * C(bit_words)(tile);
         C(t) *x = s->scores.at + r * s->scores.pitch, *d = s->slopes.at + r * s->slopes.pitch;
         const C(t) dot = args->y ? C(row_dot)(args, s->dy.at + r * s->dy.pitch, first + r) : 0;
-        C(tile_scores)(call, tile, r, x);
+        C(tile_scores)(call, tile, r, to_all, x);
         C(score_gradient)(x, d, tile->columns, statistics + 2 * (first + r), dot, s->a,
                           args->dmask ? C(set1)(1) : call->scale, bits);
         memset(x + seen, 0, (tile->columns - seen) * sizeof *x); /* in a row with NaN they are NaN */

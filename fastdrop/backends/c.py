@@ -27,6 +27,7 @@ except ImportError as error:
     _import_error = str(error)
 
 Array = NDArray[Any]
+BAD_ARGUMENT, NO_MEMORY = -1, -3  # of csrc/fastdrop.h
 
 if _native is not None:
     _lib: Any = _native.lib
@@ -127,7 +128,12 @@ def _entry_point(name: str) -> Any:
     parameters = entry_points()[name]
     names = ", ".join(parameter.name for parameter in parameters)
     scope = {"call": native, "address": _address, "null": _native.ffi.NULL, "refusal": _refusal}
-    return function(name, names, f"if call({', '.join(map(_passed, parameters))}): raise refusal()", scope)
+    return function(
+        name,
+        names,
+        f"status = call({', '.join(map(_passed, parameters))})\n    if status: raise refusal(status)",
+        scope,
+    )
 
 
 def _passed(parameter: Parameter) -> str:
@@ -142,9 +148,13 @@ def _name(isa: int) -> str:
     return str(_native.ffi.string(_lib.fd_isa_name(isa)).decode())
 
 
-def _refusal() -> ValueError:
-    """Unreachable from the public API, which checks first."""
-    return ValueError("the C kernel refused its arguments")
+def _refusal(status: int = BAD_ARGUMENT) -> Exception:
+    """Unreachable from the public API, which checks first, unless there is no memory."""
+    return (
+        MemoryError("a C kernel found no memory")
+        if status == NO_MEMORY
+        else ValueError("the C kernel refused its arguments")
+    )
 
 
 if _native is not None:

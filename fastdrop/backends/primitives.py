@@ -68,7 +68,7 @@ ARRAYS = {
     "mask": "numbers to be added to scores, read at strides; attention's is of ``mask_dtype``",
     "strides": "int64, in elements",
     "statistics": "two numbers for each row",
-    "sums": "lines of columns, one or three for each panel of rows",
+    "sums": "lines of columns, one or three for each panel of rows; sums of gradients of attention",
 }
 
 

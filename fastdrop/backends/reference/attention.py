@@ -30,7 +30,8 @@ def attention_forward(p: Any) -> None:
 
     ``statistics`` are each row's largest score and one over the sum of ``exp(score - largest)``, before dropout. A row
     that sees no key has infinity and 0 there, and its weights are 0. A row with a NaN, or with infinity for its largest
-    score, becomes NaN where it is kept.
+    score, becomes NaN where it is kept. An infinite value or one that is NaN may reach queries that do not see its key:
+    0 times it is NaN. How many it reaches is up to the backend.
     """
     y, statistics = _results(p, p.y, p.value_width), _results(p, p.statistics, 2)
     for head in _heads(p):

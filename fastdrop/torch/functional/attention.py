@@ -97,9 +97,10 @@ def scaled_dot_product_attention(
     result. If nothing is dropped, and on a GPU without a seed or generator, torch's own function is called. It has a
     gradient of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``, autocast and
     checkpointing. Gradients of higher order are composed of torch's ops around `dropout`, under the same mask. So is
-    all of it under a transform, on a GPU, and where heads or batches broadcast; it then keeps 8 1/8 bytes for a weight
-    (16 1/8 for float64), and query, key and value in float32. Sources: Vaswani et al., NeurIPS 2017; Srivastava et al.,
-    JMLR 15, 2014; Milakov and Gimelshein, 2018; Dao et al., NeurIPS 2022.
+    all of it under a transform, on a GPU, and where heads or batches broadcast; it then keeps 8 bytes for a weight (16
+    for float64), 1/8 more with "bits", and query, key and value in float32. In 16 bits, gradients have the rounding of
+    the result, from which backward takes the sum of dy times the dropped weights. Sources: Vaswani et al., NeurIPS
+    2017; Srivastava et al., JMLR 15, 2014; Milakov and Gimelshein, 2018; Dao et al., NeurIPS 2022.
 
     >>> import torch, fastdrop.torch as fdt
     >>> query = torch.ones(1, 2, 3)
@@ -130,7 +131,7 @@ def scaled_dot_product_attention(
     nested.refuse(query, "attention")
     call: Callable[..., Tensor] = compose
     if not is_regular(*arguments, *options):
-        _refuse(*arguments, *options)
+        refuse(*arguments, *options)
     elif way == FUSED_OP and query.is_cpu:
         call = trace
     elif way == KERNEL and all(x is None or x.is_cpu for x in arguments):
@@ -146,7 +147,7 @@ def _are_parsed(query: Any, key: Any, value: Any, mask: Any, causal: Any, scale:
     return tensors and masked and scaled and isinstance(causal, bool) and isinstance(gqa, bool)
 
 
-def _refuse(
+def refuse(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float | None, gqa: bool
 ) -> None:
     """Raises torch's words for what torch refuses. It is asked of tensors without memory where those can tell, and of

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ... import backends
 from ...core import variants
-from ..functional.attention import attend, compose, is_direct, trace, why_composed
+from ..functional.attention import attend, compose, is_direct, refuse, trace, why_composed
 from ..functional.plan import KEEPS_ALL, NO_SOURCE, eager_probability
 from ..functional.routing import drop
 from ..nn.base import Rated
@@ -57,7 +57,7 @@ ATTENTION = "scaled_dot_product_attention"
 ATTENTION_KEYS = ("CPU", "AutogradCPU")
 OVERRIDDEN = (*OPS, *(name + "_" for name in OPS), ATTENTION)
 GRAFTED = "_fastdrop_grafted"  # on the forward of timm's and torchvision's classes, once it is ours
-FEWEST_SCORES = 256  # in a head; below, a head's own costs are more than kernels save
+FEWEST_SCORES = 1 << 14, 1 << 8  # in all and in a head; below, what a call or a head costs is more than kernels save
 
 _library: torch.library.Library | None = None  # never taken away: another thread may be on its way to a kernel
 _is_registered = False
@@ -227,8 +227,9 @@ def _attention(
 
 def _why_not(query: Tensor, key: Tensor) -> str | None:
     """Why the kernel would be slower than torch's attention around our dropout. None if it is faster."""
-    if query.shape[-2] * key.shape[-2] < FEWEST_SCORES:
-        return f"each head has fewer than {FEWEST_SCORES} scores"
+    in_all, in_head = FEWEST_SCORES
+    if query.numel() // query.shape[-1] * key.shape[-2] < in_all or query.shape[-2] * key.shape[-2] < in_head:
+        return f"there are fewer than {in_all:,} scores, or than {in_head} in a head"
     return None if backends.is_vectorized() else f"backend {backends.active_name()} is slower than torch"
 
 
@@ -245,8 +246,8 @@ def explain_attention(
     """Which code computes attention of these arguments here and now: a line for
     `fastdrop.torch.scaled_dot_product_attention`, and one for torch's function and all that calls it.
 
-    Arguments are those of the two functions. Nothing is computed, and no random number is drawn. Raises what `dropout`
-    raises for a bad dropout_p.
+    Arguments are those of the two functions. Nothing is computed, and no random number is drawn. Raises what the
+    functions raise for arguments that they refuse.
 
     >>> import torch, fastdrop as fd, fastdrop.torch as fdt
     >>> x = torch.ones(2, 4, 128, 64)
@@ -259,6 +260,8 @@ def explain_attention(
     torch's: torch's own around fastdrop's dropout, because backend numpy is slower than torch
     """
     arguments, options = (query, key, value, attn_mask), (is_causal, scale, enable_gqa)
+    if not is_regular(*arguments, *options):
+        refuse(*arguments, *options)
     if eager_probability(dropout_p, "dropout probability") <= KEEPS_ALL:
         ours = theirs = "torch's own, because nothing is dropped"
     else:

@@ -84,14 +84,17 @@ def _by_heads(x: Tensor, extents: _Extents) -> Tensor:
 
 
 def _mask_of_scores(call: Call, extents: _Extents) -> Maybe:
-    """attn_mask as a tensor of the scores' shape, whose memory it keeps where strides can say it."""
+    """attn_mask as a tensor of the scores' shape. Axes along which it broadcasts take no memory, but for those before
+    the heads where strides can't say which they are."""
     mask = call.attn_mask
     if mask is None:
         return None
-    mask = mask.detach()
+    mask = fused_kernels.unexpanded(mask.detach())
     if mask.dtype is torch.float32 and call.query.dtype is torch.float64:
         mask = mask.double()
-    return mask.expand(*call.query.shape[:-1], extents.keys).reshape(extents.scores)
+    mask = mask[(None,) * (3 - mask.dim())]
+    outer, own = call.query.shape[:-3], mask.shape[-3:]
+    return mask.expand(*outer, *own).reshape(extents.outer, *own).expand(extents.scores)
 
 
 @functools.lru_cache(maxsize=256)
@@ -224,14 +227,24 @@ class _MaskSums(NamedTuple):
         return cls(sums, sums.expand(extents.scores))
 
     def add(self, call: Call, extents: _Extents, tensors: _Tensors) -> None:
-        """Runs backward over heads that share no element of the mask, together, and over others one after the other."""
-        (outer, heads, *_), (_, of_query, queries, keys) = self.sums.shape, extents.scores
+        """Runs backward over heads that share no element of the mask, together, and over others one after the other.
+
+        Parts of the keys share none either, unless the mask broadcasts over the keys.
+        """
+        (outer, heads, _, of_key), (_, of_query, queries, keys) = self.sums.shape, extents.scores
         shares_heads = heads < of_query
         for o in _slices(extents.outer, shares_heads or outer < extents.outer):
             for h in _slices(extents.heads, shares_heads):
                 some = extents._replace(outer=o.stop - o.start, heads=h.stop - h.start)
                 first = (o.start * of_query + h.start * extents.group) * queries * keys
-                _run_backward(call, some, tensors.of(o, h, extents.group), 1, first)
+                own = tensors.of(o, h, extents.group)
+                parts = some.parts(own.query.numel() * self.sums.itemsize) if of_key == keys else 1
+                if own.dquery is None or parts == 1:
+                    _run_backward(call, some, own, parts, first)
+                    continue
+                by_parts = own.dquery.new_zeros((parts, *own.dquery.shape[1:]))
+                _run_backward(call, some, own._replace(dquery=by_parts), parts, first)
+                torch.sum(by_parts, 0, keepdim=True, out=own.dquery)
 
     def total(self, call: Call) -> Tensor:
         """In the mask's shape and dtype."""

@@ -317,11 +317,11 @@ def _total(sums: Tensor | None, data: Tensor) -> Tensor | None:
 
 def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """What a mask of bool adds to scores. Axes along which it was expanded keep one element."""
-    mask = _unexpanded(mask)
+    mask = unexpanded(mask)
     return torch.zeros_like(mask, dtype=dtype).masked_fill(mask.logical_not(), -math.inf)
 
 
-def _unexpanded(mask: Tensor) -> Tensor:
+def unexpanded(mask: Tensor) -> Tensor:
     """A mask as it was before it was expanded."""
     return mask[tuple(slice(1 if stride == 0 else None) for stride in mask.stride())]
 
@@ -332,7 +332,7 @@ def added_mask(mask: Maybe, scores: Tensor) -> AddedMask:
     heads, queries, keys = shape[-3:]
     if mask is None:
         return AddedMask(None, heads, queries, (0, 0, 0))
-    mask = _as("mask", _unexpanded(mask), computed(scores.dtype))
+    mask = _as("mask", unexpanded(mask), computed(scores.dtype))
     if mask.dim() and (mask.shape[-1] != keys or (keys > 1 and mask.stride(-1) != 1)):
         mask = mask.expand(*mask.shape[:-1], keys).contiguous()
     mask = mask.expand(shape)

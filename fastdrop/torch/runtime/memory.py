@@ -102,6 +102,9 @@ def check_words(words: Tensor, cells: int, device: torch.device) -> Tensor:
     return words.contiguous()
 
 
-def kernel_error(status: int = 0) -> Exception:
-    """The error when C refuses its arguments. The public functions check first, so it should never be raised."""
+def kernel_error(status: int = native.BAD_ARGUMENT) -> Exception:
+    """The error of a C kernel that returned ``status``. The public functions check arguments first, so it should never
+    be another one than MemoryError."""
+    if status == native.NO_MEMORY:
+        return MemoryError("there is no memory for the tiles of scores that attention works on")
     return RuntimeError("the C kernel refused its arguments")
