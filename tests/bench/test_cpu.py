@@ -254,6 +254,32 @@ def torch_row(kind, operation, layout, threads, ratio, *peers):
     }  # fmt: skip
 
 
+def test_report_of_attention_judges_by_length_and_kind(tmp_path):
+    report = importlib.import_module("bench.torch.report_attention")
+    peers = (report.P_ZERO, report.DROPPED)
+
+    def row(kind, operation, length, masked="", dtype="", asked=peers):
+        case = {"length": length, "masked": masked, "dtype": dtype}
+        return torch_row(kind, operation, f"1 x 8 x {length} x 64", 1, 1.1, *asked) | case
+
+    rows = [
+        row("attention", "forward", 1024),
+        row("attention", "forward+backward", 512),
+        row("attention", "forward+backward", 1024, "causal"),
+        row("attention", "forward+backward", 1024, dtype="bfloat16"),
+        row("small attention, enabled", "forward+backward", 16, asked=(report.DROPPED,)),
+        row("peak memory", "forward+backward", 4096, asked=(report.MEMORY, report.DROPPED)),
+        row("training step, fuse", "TransformerEncoder, 2,048 tokens", 2048, asked=(report.P_ZERO,)),
+    ]
+    asked = [report.limits(row, peer) for row in rows for peer in row["peers"]]
+    assert asked == [(1.2,), (0.3,), (), (1.0,), (1.3,), (0.3,), (1.4,), (0.3,), (1.05,), (1.0,), (), (1.1,)]
+    text = rendered(report.SUITE, rows, tmp_path).split("## Every case")[0]
+    assert text.count("**missed**") == 6
+    run = {"machine_info": {"cpu_name": "a CPU"}}
+    report.plot(run, rows, tmp_path / "attention.png")
+    assert (tmp_path / "attention.png").stat().st_size > 0
+
+
 def test_reports_of_torch_render_and_judge_single_cases(tmp_path):
     fused = importlib.import_module("bench.torch.report_fused")
     family = importlib.import_module("bench.torch.report_family")
@@ -267,11 +293,6 @@ def test_reports_of_torch_render_and_judge_single_cases(tmp_path):
     ]
     asked = [fused.limits(row, peer) for row in rows for peer in row["peers"]]
     assert asked == [(1.2,), (0.75,), (1.2,), (), (1.2,), (), (0.8, 0.9), (0.8,)]
-    small = {
-        **torch_row(fused.ATTENTION, "forward+backward", "8 x 4 x 128 x 64", 1, 2.0, fused.ATTENTION),
-        "small": True,
-    }
-    assert fused.limits(small, fused.ATTENTION) == ()
     suite = fused.Suite("fused kernels", fused.INTRO, fused.limits, "Fused kernels")
     text = rendered(suite, rows, tmp_path)
     assert f"8192 x 1024, 1 thread | {fused.ADD_AND_NORM} | at most 0.75 | 0.80 | **missed** |" in text

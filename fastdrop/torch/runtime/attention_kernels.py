@@ -177,7 +177,8 @@ def backward(call: Call, dy: Tensor, y: Maybe, known: Tensor, wanted: list[bool]
     query, key, attn_mask = call.query, call.key, call.attn_mask
     extents, wide = _Extents.of(query, key), computed(query.dtype)
     q, k, g = (_by_heads(x, extents) for x in (query, key, dy))
-    v, y = (None if x is None else _by_heads(x, extents) for x in (call.value, y))
+    of_value_alone = call.value is None or y is None  # C is given both or none
+    v, y = (None if x is None or of_value_alone else _by_heads(x, extents) for x in (call.value, y))
     sums = _MaskSums.of(attn_mask, extents, wide) if wanted[3] and attn_mask is not None else None
     parts = extents.parts(q.numel() * wide.itemsize) if sums is None else 1
     tensors = _Tensors(
