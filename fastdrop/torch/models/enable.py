@@ -57,7 +57,7 @@ ATTENTION = "scaled_dot_product_attention"
 ATTENTION_KEYS = ("CPU", "AutogradCPU")
 OVERRIDDEN = (*OPS, *(name + "_" for name in OPS), ATTENTION)
 GRAFTED = "_fastdrop_grafted"  # on the forward of timm's and torchvision's classes, once it is ours
-FEWEST_SCORES = 1 << 14, 1 << 8  # in all and in a head; below, what a call or a head costs is more than kernels save
+FEWEST_SCORES = 256  # in a head; below, a head's own costs are more than kernels save
 
 _library: torch.library.Library | None = None  # never taken away: another thread may be on its way to a kernel
 _is_registered = False
@@ -227,9 +227,8 @@ def _attention(
 
 def _why_not(query: Tensor, key: Tensor) -> str | None:
     """Why the kernel would be slower than torch's attention around our dropout. None if it is faster."""
-    in_all, in_head = FEWEST_SCORES
-    if query.numel() // query.shape[-1] * key.shape[-2] < in_all or query.shape[-2] * key.shape[-2] < in_head:
-        return f"there are fewer than {in_all:,} scores, or than {in_head} in a head"
+    if query.shape[-2] * key.shape[-2] < FEWEST_SCORES:
+        return f"each head has fewer than {FEWEST_SCORES} scores"
     return None if backends.is_vectorized() else f"backend {backends.active_name()} is slower than torch"
 
 

@@ -563,7 +563,7 @@ def test_compiled_equals_eager(case, p):
 
 @pytest.mark.filterwarnings("ignore")
 def test_torchs_function_compiled_while_enabled_keeps_what_eager_code_does(monkeypatch):
-    monkeypatch.setattr(enable, "FEWEST_SCORES", (0, 0))
+    monkeypatch.setattr(enable, "FEWEST_SCORES", 0)
     tensors, mask = tensors_of("plain", torch.bfloat16)[0], normal(5, 7, dtype=torch.float32)
     function = lambda *x: F.scaled_dot_product_attention(*x, mask, P)  # noqa: E731
     with fdt.enabled():
@@ -706,7 +706,7 @@ def test_what_torch_takes_is_not_computed_to_learn_that(monkeypatch):
 
 @pytest.mark.parametrize("case", ["plain", "causal wide", "bool (B, 1, 1, S)", "float (L, S)", "grouped", "broadcast"])
 def test_enabled_is_ours(monkeypatch, case):
-    monkeypatch.setattr(enable, "FEWEST_SCORES", (0, 0))
+    monkeypatch.setattr(enable, "FEWEST_SCORES", 0)
     tensors, mask, options = tensors_of(case)
     dy = normal(*scaled_dot_product_attention(*tensors, mask, P, **options).shape, seed=7)
     expected = under(3, with_gradients, lambda *x: scaled_dot_product_attention(*x, mask, P, **options), tensors, dy)

@@ -204,7 +204,6 @@ ATTENTION_ROUTES = {  # what has it in one piece; elsewhere torch composes it
     "compile": {"trace"},
     "mask with a gradient": {"attend"},
     "few scores": set(),
-    "few in a head": set(),
     "slow backend": set(),
 }
 
@@ -224,8 +223,7 @@ def test_attention_among_torchs_other_features(on, monkeypatch, case):
 
     for name in ("attend", "trace"):
         monkeypatch.setattr(enable, name, noted(name, getattr(enable, name)))
-    fewest = 2 * 3 * 5 * 5 + (case == "few scores"), 5 * 5 + (case == "few in a head")
-    monkeypatch.setattr(enable, "FEWEST_SCORES", fewest)
+    monkeypatch.setattr(enable, "FEWEST_SCORES", 5 * 5 + (case == "few scores"))
     if case == "slow backend":
         monkeypatch.setattr(backends, "is_vectorized", lambda: False)
     x, mask = torch.randn(2, 3, 5, 8), torch.randn(5, 5, requires_grad=case == "mask with a gradient")
@@ -260,8 +258,7 @@ EXPLAINED = {  # enabled, shapes of query and key, p; what the answer says of fa
     "nothing dropped": (True, (4, 4, 32, 8), (4, 4, 32, 8), 0.0, "nothing is dropped", "nothing is dropped"),
     "off": (False, (4, 4, 32, 8), (4, 4, 32, 8), 0.1, "the kernel of backend", "enable() is off"),
     "on": (True, (4, 4, 32, 8), (4, 4, 32, 8), 0.1, "the kernel of backend", "the kernel of backend"),
-    "few in a head": (True, (9, 9, 15, 8), (9, 9, 17, 8), 0.1, "the kernel of backend", "than 256 in a head"),
-    "few": (True, (1, 1, 127, 8), (1, 1, 129, 8), 0.1, "the kernel of backend", "fewer than 16,384 scores"),
+    "small": (True, (2, 4, 15, 8), (2, 4, 17, 8), 0.1, "the kernel of backend", "fewer than 256 scores"),
     "broadcast": (True, (4, 4, 32, 8), (1, 4, 32, 8), 0.1, "heads or batches broadcast", "heads or batches broadcast"),
 }
 
