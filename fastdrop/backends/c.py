@@ -150,11 +150,9 @@ def _name(isa: int) -> str:
 
 def _refusal(status: int = BAD_ARGUMENT) -> Exception:
     """Unreachable from the public API, which checks first, unless there is no memory."""
-    return (
-        MemoryError("a C kernel found no memory")
-        if status == NO_MEMORY
-        else ValueError("the C kernel refused its arguments")
-    )
+    if status == NO_MEMORY:
+        return MemoryError("a C kernel found no memory")
+    return ValueError("the C kernel refused its arguments")
 
 
 if _native is not None:

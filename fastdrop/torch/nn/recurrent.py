@@ -213,9 +213,9 @@ class VariationalLSTM(_Variational, nn.LSTM):
         Drop probabilities, 0 to 1. Each is the p of a submodule of the same name, a `VariationalDropout`. Change
         ``.dropout_input.p``, or put one of the submodules into evaluation.
     shared : bool
-        Makes the same decisions for all sequences of the batch. torch's fused layers then run whatever is dropped,
-        because a mask of the hidden state is one of the columns of its weights. Gradients are noisier: with a mask for
-        each sequence a batch of B averages over B masks, with a shared one over a single one.
+        Makes the same decisions for all sequences of the batch. torch's fused layers then run, because the mask of the
+        hidden state can be applied to the columns of its weights. Gradients are noisier: a batch of B sequences
+        averages over B masks otherwise, and over one mask here. A dropped state that is infinite becomes NaN.
 
     Raises ValueError for a probability out of range, and what `torch.nn.LSTM` raises.
 
