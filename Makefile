@@ -17,7 +17,7 @@ C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-err
 C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST_DEPENDS))
 OUT := build/c
 
-.PHONY: help demo test check test-all test-torch-next bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention cuda-report fuzz report lint format sanitize test-c test-neon package clean
+.PHONY: help demo test check test-all test-torch-next bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving cuda-report fuzz report lint format sanitize test-c test-neon package clean
 
 help:
 	@echo "make demo         trains a network in NumPy and a transformer in torch, with fastdrop and with what is used today"
@@ -26,9 +26,9 @@ help:
 	@echo "make test-all     the test suite and its slow tests; FASTDROP_TEST_EVERYTHING=1 lifts the limits of all three"
 	@echo "make test-torch-next  the torch tests on torch $(NEXT_TORCH), in its own environment (several GB)"
 	@echo "make bench        benchmarks of plain dropout, every kernel (a quarter of an hour), and their report"
-	@echo "make bench-quick, bench-sweep, bench-torch, bench-family, bench-fused, bench-attention"
+	@echo "make bench-quick, bench-sweep, bench-torch, bench-family, bench-fused, bench-attention, bench-saving"
 	@echo "                  its speed table alone; its speed over sizes; torch's function and training steps; other kinds;"
-	@echo "                  fused kernels; attention"
+	@echo "                  fused kernels; attention; what saves work"
 	@echo "make report       writes the reports again from the results that are there"
 	@echo "make cuda-report  compiles the CUDA kernels for three GPUs (none is needed): registers, widths, instructions"
 	@echo "make fuzz         calls the torch ops with arguments that don't fit, for SECONDS=60, from SEED"
@@ -39,10 +39,11 @@ help:
 	@echo "make clean        removes .venv and everything that was built"
 
 # The stamp stands for: the pinned packages are there, and fastdrop is built and installed in place.
+# Most modules of the packages are never imported, so their bytecode is not compiled here.
 $(VENV)/.packages: requirements-dev.txt
 	@echo "== creating $(VENV) and installing the pinned packages (a minute or two, once)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(C_SOURCES) $(C_HEADERS) csrc/ffi_build.py fastdrop/backends/primitives.py setup.py pyproject.toml
@@ -97,6 +98,9 @@ bench-fused: $(VENV)/.built
 
 bench-attention: $(VENV)/.built
 	$(BIN)/python -m bench.run --attention
+
+bench-saving: $(VENV)/.built
+	$(BIN)/python -m bench.run --saving
 
 cuda-report: $(VENV)/.built
 	$(BIN)/python -m bench.gpu.machine_code

@@ -19,7 +19,7 @@ from fastdrop.cli import selftest
 from . import machine
 
 # What is collected: plain dropout in NumPy (all, or the speed table alone, or over sizes), in torch, other kinds, fused
-# kernels, attention.
+# kernels, attention, what saves work.
 SELECTIONS = {
     "all": "test_dropout.py",
     "quick": "test_dropout.py",
@@ -28,6 +28,7 @@ SELECTIONS = {
     "family": "test_family.py",
     "fused": "test_fused.py",
     "attention": "test_attention.py",
+    "saving": "test_saving.py",
 }
 
 

@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 SEED = 0
 BATCH, LENGTH, WIDTH, VOCABULARY = 8, 128, 256, 1000
+Loss = Callable[[nn.Module], Tensor]
+Network = tuple[nn.Module, Loss]
 
 
-def encoder(p: float) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def encoder(p: float) -> Network:
     """nn.TransformerEncoder: 4 layers, 256 wide, 4 heads, 1,024 hidden; 8 x 128 tokens."""
     layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=p, batch_first=True)
     x = torch.randn(BATCH, LENGTH, WIDTH)
     return nn.TransformerEncoder(layer, 4, enable_nested_tensor=False), lambda model: model(x).square().mean()
 
 
-def mlp(p: float) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def mlp(p: float) -> Network:
     """784-2048-2048-10, batches of 128."""
     model = nn.Sequential(
         nn.Linear(784, 2048), nn.ReLU(), nn.Dropout(p),
@@ -31,7 +33,7 @@ def mlp(p: float) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     return model, lambda model: nn.functional.cross_entropy(model(x), labels)
 
 
-def bert(p: float) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def bert(p: float) -> Network:
     """transformers' BERT for masked tokens: 4 layers, 256 wide, 8 x 128 tokens, random weights."""
     import transformers
 
@@ -42,7 +44,7 @@ def bert(p: float) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     return transformers.BertForMaskedLM(config), _language_model_loss()
 
 
-def gpt2(p: float) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def gpt2(p: float) -> Network:
     """transformers' GPT-2: 4 layers, 256 wide, 8 x 128 tokens, random weights."""
     import transformers
 
@@ -53,12 +55,12 @@ def gpt2(p: float) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     return transformers.GPT2LMHeadModel(config), _language_model_loss()
 
 
-def _language_model_loss() -> Callable[[nn.Module], Tensor]:
+def _language_model_loss() -> Loss:
     tokens = torch.randint(VOCABULARY, (BATCH, LENGTH))
     return lambda model: model(input_ids=tokens, labels=tokens).loss
 
 
-def long_encoder(p: float, causal: bool = False) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def long_encoder(p: float, causal: bool = False) -> Network:
     """nn.TransformerEncoder: 2 layers, 256 wide, 4 heads, 1,024 hidden; 1 x 2,048 tokens."""
     layer = nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, dropout=p, batch_first=True)
     x = torch.randn(1, 2048, WIDTH)
@@ -69,7 +71,7 @@ def long_encoder(p: float, causal: bool = False) -> tuple[nn.Module, Callable[[n
     )
 
 
-def characters(p: float) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def characters(p: float) -> Network:
     """What examples/transformer.py trains: 4 causal layers, 128 wide, 4 heads, 512 hidden; 8 x 128 tokens."""
     layer = nn.TransformerEncoderLayer(128, 4, 512, dropout=p, batch_first=True)
     x, mask = torch.randn(BATCH, LENGTH, 128), nn.Transformer.generate_square_subsequent_mask(LENGTH)
@@ -95,21 +97,28 @@ ATTENTIVE: dict[str, tuple[Any, str]] = {
 
 
 def training_step(name: str, p: float, change: Callable[[nn.Module], object] | None = None) -> Callable[[], object]:
-    """One step of a network of its own, changed or not: forward, backward, update. The same weights and data always."""
-    model, loss = _network(name, p, change)
+    """One step of a network of its own, changed or not. The same weights and data always."""
+    return step(*_network(name, p, change))
+
+
+def step(model: nn.Module, loss: Loss) -> Callable[[], object]:
+    """Forward, backward, update."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)  # the cheapest there is: nothing to hide dropout behind
 
-    def step() -> None:
+    def run() -> None:
         optimizer.zero_grad()
         loss(model).backward()
         optimizer.step()
 
-    return step
+    return run
 
 
 def bytes_kept(name: str, p: float, change: Callable[[nn.Module], object] | None = None) -> int:
+    return bytes_kept_by(*_network(name, p, change))
+
+
+def bytes_kept_by(model: nn.Module, loss: Loss) -> int:
     """Bytes of activations that a network's forward pass keeps for backward: parameters and shared memory once."""
-    model, loss = _network(name, p, change)
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
     alive = []  # so that no address is used twice
@@ -126,9 +135,7 @@ def bytes_kept(name: str, p: float, change: Callable[[nn.Module], object] | None
     return sum(kept.values())
 
 
-def _network(
-    name: str, p: float, change: Callable[[nn.Module], object] | None
-) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+def _network(name: str, p: float, change: Callable[[nn.Module], object] | None) -> Network:
     torch.manual_seed(SEED)
     model, loss = (MODELS | ATTENTIVE)[name][0](p)
     model.train()

@@ -280,6 +280,21 @@ def test_report_of_attention_judges_by_length_and_kind(tmp_path):
     assert (tmp_path / "attention.png").stat().st_size > 0
 
 
+def test_report_of_saving_judges_kinds_at_their_rates(tmp_path):
+    report = importlib.import_module("bench.torch.report_saving")
+    peers = (report.P_ZERO, report.MASKED, report.KEPT)
+    rows = [
+        torch_row("skipped residual branches", "step", "p = 0.4", 1, 0.7, *peers),
+        torch_row("skipped residual branches", "step", "p = 0.3", 1, 0.7, *peers),
+        torch_row("LoRA", "step", "p = 0.1", 1, 0.7, report.P_ZERO, report.TORCH_DROPPED, report.INPUT),
+        torch_row("shared recurrent mask, GRU", "step", "512 wide", 1, 0.7, report.FUSED),
+        torch_row("batchwise", "step", "batch 64, p = 0.5", 2, 0.7, report.P_ZERO),
+    ]
+    asked = [report.limits(row, peer) for row in rows for peer in row["peers"]]
+    assert asked == [(0.65,), (), (0.65,), (), (), (), (1.08,), (), (1.1,), (), (0.8,)]
+    assert rendered(report.SUITE, rows, tmp_path).split("## Every case")[0].count("**missed**") == 2
+
+
 def test_reports_of_torch_render_and_judge_single_cases(tmp_path):
     fused = importlib.import_module("bench.torch.report_fused")
     family = importlib.import_module("bench.torch.report_family")
