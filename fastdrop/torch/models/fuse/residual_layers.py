@@ -96,6 +96,7 @@ class _Residual(Fused):
 
 def _batch_norm_in(block: nn.Module) -> str:
     """The path of the first module that computes statistics over a batch; "" if there is none."""
+    path: str
     for path, part in block.named_modules():
         if isinstance(part, BATCH_NORMS) or type(part).__name__ in TIMM_BATCH_NORMS:
             return path
