@@ -240,7 +240,8 @@ def spawned(rank, shared, file):
         torch.distributed.barrier()
         fully_sharded(rank, (5, 6))
         fully_sharded(rank, SOME_AND_NONE, skipping)
-        fully_sharded(rank, (7, 7), lambda: dropping_layers(static_parameters=False))
+        for static_parameters in (False, True):
+            fully_sharded(rank, (7, 7), lambda static=static_parameters: dropping_layers(static))
         torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
