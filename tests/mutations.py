@@ -667,6 +667,20 @@ MUTATIONS = (
         "tests/torch/models/test_fuse.py",
     ),
     Mutation(
+        "a fused block gives attention the masks of all samples",
+        "fastdrop/torch/models/fuse/residual_layers.py",
+        "if attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[0] != 1:",
+        "if False:",
+        "tests/torch/models/test_fuse_residual.py",
+    ),
+    Mutation(
+        "a fused block scales what it should not",
+        "fastdrop/torch/models/fuse/residual_layers.py",
+        'scale_by_keep = getattr(drop, "scale_by_keep", True)',
+        "scale_by_keep = True",
+        "tests/torch/models/test_fuse_residual.py",
+    ),
+    Mutation(
         "fuse takes a norm of several axes",
         "fastdrop/torch/models/fuse/rules.py",
         'return "" if len(norm.normalized_shape) == 1 else f"{name} is of more than one axis"',

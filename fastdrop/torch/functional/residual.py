@@ -22,6 +22,7 @@ from ...core.random import threshold as threshold_of
 from ..ops import mask as mask_ops
 from ..runtime import dtypes, mask_kernels, nested
 from ..runtime.dispatch import is_eager_dense
+from ..runtime.dispatch.tensors import jit_trace
 from ..runtime.memory import mask_words
 from . import onnx
 from .plan import (
@@ -103,7 +104,7 @@ def skip_residual(
         A branch that can't be called or returns no Tensor, an entry of along that is no Tensor; with "fixed", a p that
         a compiler can't read.
     RuntimeError
-        Nested tensors, and what `dropout` refuses.
+        Nested tensors, "fixed" under `torch.jit.trace`, and what `dropout` refuses.
 
     If no sample is kept, the branch runs on an empty batch, so its parameters get gradients of 0. If all are kept,
     nothing is gathered.
@@ -161,6 +162,11 @@ def _keep_fixed(
 ) -> Tensor:
     """``count="fixed"``. ``options`` are ``scale_by_keep`` and whether all samples go through the branch."""
     way, p, _ = plan
+    if jit_trace() is not None:
+        raise RuntimeError(
+            "torch.jit.trace can't trace count='fixed' in training, because it would write the number of kept samples "
+            "into the graph: call eval(), give count='random', or use torch.compile"
+        )
     n = x.shape[0]
     kept = round(n * (1.0 - p))
     scale_by_keep, all_run = options

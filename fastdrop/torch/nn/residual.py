@@ -95,7 +95,8 @@ class LayerDrop(Rated, nn.ModuleList):
         Probability of a layer to be skipped, 0 to 1.
     static_parameters : bool
         Whether parameters of skipped layers get gradients of 0. Otherwise they get none, and optimizers leave them as
-        they are. DDP without ``find_unused_parameters`` and with ``static_graph`` needs gradients for all.
+        they are. DDP without ``find_unused_parameters`` and with ``static_graph`` needs gradients for all; FSDP2 needs
+        none.
 
     Raises ValueError for p outside [0, 1], TypeError for layers that are no modules.
 
@@ -168,7 +169,8 @@ def _with_parameters(x: Tensor, layer: nn.Module) -> Tensor:
     """x, of which the layer's parameters get gradients of 0: the sum of none of their elements is added."""
     for parameter in layer.parameters():
         if parameter.requires_grad and torch.is_grad_enabled():
-            x = x + parameter.reshape(-1)[:0].sum().to(x.device)
+            own = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # FSDP2's are DTensors
+            x = x + own.reshape(-1)[:0].sum().to(x.device)
     return x
 
 

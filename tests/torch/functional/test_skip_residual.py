@@ -264,6 +264,20 @@ def test_under_transforms():
         assert_equal(y[i], fdt.skip_residual(x[i], torch.ones_like, 0.5, seed=int(seeds[i])))
 
 
+@pytest.mark.filterwarnings("ignore")  # TorchScript is deprecated
+def test_traced():
+    """By `torch.jit.trace`: everything goes through the branch, as compiled; a fixed number is refused."""
+    x = normal(12, 4)
+
+    def function(x, count="random"):
+        return fdt.skip_residual(x, torch.cos, 0.4, count=count)
+
+    traced = torch.jit.trace(function, x, check_trace=False)
+    torch.testing.assert_close(under(3, traced, x), under(3, function, x))
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace can't trace count='fixed' in training, because"):
+        torch.jit.trace(lambda x: function(x, "fixed"), x)
+
+
 X = torch.ones(4, 2)
 BAD = {
     "p": (ValueError, "drop probability has to be between 0 and 1, but got 1.5", (X, torch.sin, 1.5), {}),

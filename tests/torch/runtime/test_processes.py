@@ -190,6 +190,22 @@ def network():
     )
 
 
+def skipping():
+    """Of which few samples go through the branch."""
+    torch.manual_seed(1)
+    branch = nn.Sequential(nn.LayerNorm(12), nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 12))
+    return nn.Sequential(fdt.SkipResidual(branch, 0.9), nn.Linear(12, 6))
+
+
+def dropping_layers(static_parameters=True):
+    torch.manual_seed(1)
+    layers = [nn.Linear(12, 12) for _ in range(4)]
+    return nn.Sequential(nn.Linear(12, 12), fdt.LayerDrop(layers, 0.5, static_parameters=static_parameters))
+
+
+SOME_AND_NONE = 3, 2  # seeds under which `skipping` keeps samples of one batch, and none
+
+
 def batch(rank):
     return torch.randn(16, 12, generator=torch.Generator().manual_seed(10 + rank))
 
@@ -202,12 +218,12 @@ def train(net, seed, x):
     return y.detach(), loss.detach()
 
 
-def expected_gradients(seeds):
-    """The mean over ranks of what each has alone."""
-    nets = [network() for _ in seeds]
+def expected_gradients(seeds, make):
+    """The mean over ranks of what each has alone; None where no rank has one."""
+    nets = [make() for _ in seeds]
     results = [train(net, seed, batch(rank)) for rank, (net, seed) in enumerate(zip(nets, seeds, strict=True))]
     first, second = ([p.grad for p in net.parameters()] for net in nets)
-    return results, [(a + b) / 2 for a, b in zip(first, second, strict=True)]
+    return results, [None if a is None else (a + b) / 2 for a, b in zip(first, second, strict=True)]
 
 
 def spawned(rank, shared, file):
@@ -219,46 +235,65 @@ def spawned(rank, shared, file):
     try:
         for seeds in ((5, 6), (7, 7)):
             data_parallel(rank, seeds)
-            torch.distributed.barrier()
+        data_parallel(rank, SOME_AND_NONE, skipping)
+        data_parallel(rank, (7, 7), dropping_layers, static_graph=True)
+        torch.distributed.barrier()
         fully_sharded(rank, (5, 6))
+        fully_sharded(rank, SOME_AND_NONE, skipping)
+        for static_parameters in (False, True):
+            fully_sharded(rank, (7, 7), lambda static=static_parameters: dropping_layers(static))
         torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
 
 
-def data_parallel(rank, seeds):
-    net = nn.parallel.DistributedDataParallel(network())
-    y, _ = train(net, seeds[rank], batch(rank))
-    results, gradients = expected_gradients(seeds)
-    torch.testing.assert_close(y, results[rank][0])
-    for p, gradient in zip(net.parameters(), gradients, strict=True):
-        torch.testing.assert_close(p.grad, gradient)
-    alone = network()
+def data_parallel(rank, seeds, make=network, **options):
+    net = nn.parallel.DistributedDataParallel(make(), **options)
+    results, gradients = expected_gradients(seeds, make)
+    for _ in range(2):  # DDP tells in the second step of gradients that it missed in the first
+        net.zero_grad()
+        y, _ = train(net, seeds[rank], batch(rank))
+        torch.testing.assert_close(y, results[rank][0])
+        for p, gradient in zip(net.parameters(), gradients, strict=True):
+            torch.testing.assert_close(p.grad, gradient)
+    alone = make()
     train(alone, seeds[rank], batch(rank))
-    assert not torch.allclose(alone[0].weight.grad, gradients[0])
+    assert not torch.allclose(next(alone.parameters()).grad, gradients[0])
     mask = (fdt.dropout(torch.ones(4000), 0.5) == 0).int()
     masks = [torch.empty_like(mask) for _ in range(2)]
     torch.distributed.all_gather(masks, mask)
     assert torch.equal(*masks) == (seeds[0] == seeds[1])
 
 
-def fully_sharded(rank, seeds):
+def fully_sharded(rank, seeds, make=network):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    mesh, net = init_device_mesh("cpu", (2,)), network()
-    for layer in (net[0], net[4]):
+    mesh, net = init_device_mesh("cpu", (2,)), make()
+    linears = [layer for layer in net.modules() if isinstance(layer, nn.Linear)]
+    for layer in linears:
         fully_shard(layer, mesh=mesh)
     fully_shard(net, mesh=mesh)
-    assert net[0].weight.to_local().numel() == 12 * 40 // 2
+    assert linears[0].weight.to_local().numel() == linears[0].weight.numel() // 2
     y, loss = train(net, seeds[rank], batch(rank))
-    results, gradients = expected_gradients(seeds)
+    results, gradients = expected_gradients(seeds, make)
     torch.testing.assert_close((y, loss), results[rank])
     for p, gradient in zip(net.parameters(), gradients, strict=True):
-        torch.testing.assert_close(p.grad.full_tensor(), gradient)
+        torch.testing.assert_close(None if p.grad is None else p.grad.full_tensor(), gradient)
+
+
+def gradients_alone(make, seed, rank):
+    net = make()
+    train(net, seed, batch(rank))
+    return [p.grad for p in net.parameters()]
 
 
 def spawn(file):
+    some, none = (gradients_alone(skipping, seed, rank) for rank, seed in enumerate(SOME_AND_NONE))
+    assert [bool(g.any()) for g in some] == [True] * 8
+    assert [bool(g.any()) for g in none] == [False] * 6 + [True] * 2
+    skipped = [g is None for g in gradients_alone(lambda: dropping_layers(static_parameters=False), 7, 0)]
+    assert 0 < sum(skipped) < 8
     shared = torch.ones(2, LARGE).share_memory_()
     torch.multiprocessing.spawn(spawned, (shared, file), nprocs=2)
     for rank in range(2):
@@ -270,5 +305,6 @@ def spawn(file):
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="this torch has no gloo"
 )
 def test_training_in_two_processes_has_the_mean_of_their_gradients(tmp_path):
-    """Under DDP, then FSDP2. Before that, each process drops in place in memory that both share."""
+    """Under DDP, then FSDP2: dropout, a branch for which one of them keeps no sample, and layers that both skip.
+    Before that, each process drops in place in memory that both share."""
     call(spawn, str(tmp_path / "rendezvous"))

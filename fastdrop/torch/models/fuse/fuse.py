@@ -1,4 +1,4 @@
-"""`fuse` changes layers of a model so that dropout and its neighbours are one pass; `unfuse` undoes it.
+"""`fuse` changes layers so that dropout and its neighbours are one pass or skip what is dropped; `unfuse` undoes it.
 
 A module changes its class where it stands, as in `convert`: to a subclass whose forward takes the parameters of the
 modules inside and calls the functions of `functional.fused` in place of these modules.
@@ -16,7 +16,7 @@ from ..rates import rate_name
 from ..reasons import functional_rows, reach, why_left, why_lent
 from ..report import Report, Row
 from ..source.owners import Owners
-from . import peft_layers, transformers_layers
+from . import peft_layers, residual_layers, transformers_layers
 from .rules import Fused, change_class, changed_code, original_class
 from .torch_layers import (
     FusedSequential,
@@ -31,8 +31,8 @@ __all__ = ["fuse", "unfuse"]
 UNKNOWN = "not in a part that is known"
 
 
-def fuse(model: nn.Module) -> Report:
-    """Makes one pass over memory of dropout and the operations around it, in place, and reports what it did.
+def fuse(model: nn.Module, *, batch_norm_on_kept: bool = False) -> Report:
+    """Makes one pass of dropout and the operations around it, or skips what is dropped; in place, with a report.
 
     It changes these parts of a model:
 
@@ -42,7 +42,11 @@ def fuse(model: nn.Module) -> Report:
     * BERT and GPT-2 of transformers, from 5.4 on: their layers likewise, and attention of the implementations "sdpa"
       and "eager". Dropout of the embeddings stays what it is;
     * LoRA of peft around `torch.nn.Linear`, by `fastdrop.torch.lora_linear`: one active adapter of LoRA itself, neither
-      merged nor disabled, without a bias, and of the base layer's dtype or under autocast.
+      merged nor disabled, without a bias, and of the base layer's dtype or under autocast;
+    * residual blocks of timm (ViT's, Swin's, ConvNeXt's, EfficientNet's) and torchvision (Swin's, ConvNeXt's,
+      EfficientNet's) with ``DropPath`` or ``StochasticDepth`` by sample: their branches run on kept samples only, by
+      `fastdrop.torch.skip_residual`. Samples are kept as under `convert`, and results are the same up to rounding. But
+      dropout inside a branch draws for fewer samples, and after the block itself, so its masks differ.
 
     A module remains the same object with the same parameters, ``state_dict``, hooks, mode and p. The dropout modules
     inside may be torch's or fastdrop's; both drop by fastdrop as long as the module around them is fused. Masks are
@@ -53,16 +57,20 @@ def fuse(model: nn.Module) -> Report:
     if a module inside gets hooks or another class later on. Once a user asks GPT-2 for attentions or hidden states,
     transformers puts hooks into its blocks, and their original forward runs from then on.
 
-    Subclasses of torch's classes are fused too if they inherit the methods that are replaced; subclasses of
-    transformers' and peft's classes are not. Modules stay as they are, and the report gives the reason, if a method was
-    replaced on the object or on its class, or if a module inside has hooks, is quantised or is parametrised. Call
-    `fuse` again after changing a model: it fuses the modules that are new. ``torch.jit.script`` takes fused modules of
-    torch as if they were not fused; for those of transformers and peft call `unfuse` first. Apply wrappers that find
-    layers by the name of their class before `fuse`, and ``fully_shard`` after it.
+    Subclasses of torch's classes are fused too if they inherit the methods that are replaced; subclasses of other
+    packages' classes are not. Modules stay as they are, and the report gives the reason, if a method was replaced on
+    the object or on its class, or if a module inside that would not be called has hooks, is quantised or is
+    parametrised. Call `fuse` again after changing a model: it fuses the modules that are new. ``torch.jit.script``
+    takes fused modules of torch as if they were not fused; for those of other packages call `unfuse` first. Apply
+    wrappers that find layers by the name of their class before `fuse`, and ``fully_shard`` after it.
 
     Parameters
     ----------
     model : Module
+    batch_norm_on_kept : bool
+        Whether residual blocks with batch norm in a branch, such as EfficientNet's, are fused too. In training, batch
+        norm then sees the kept samples only: its result and its running statistics differ from the original block's,
+        which normalises over all samples before it drops some. By default such blocks are left.
 
     Returns
     -------
@@ -89,6 +97,7 @@ def fuse(model: nn.Module) -> Report:
         elif known is not None:
             name = type(module).__name__
             reason = changed_code(module, known) or known.obstacle(module)
+            reason = reason or ("" if batch_norm_on_kept else known.batch_norm_obstacle(module))
             in_other_rows.update(map(id, known.parts(module)))
             if reason:
                 rows.append(Row(path, name, None, reason))
@@ -103,13 +112,13 @@ def fuse(model: nn.Module) -> Report:
 
 
 def _fused_class(module: nn.Module) -> Any:
-    """The fused class for a module: for torch's layers and their subclasses, and for some of transformers' and
-    peft's."""
+    """The fused class for a module: for torch's layers and their subclasses, and for some classes of other packages."""
     original = original_class(module)
     for known in (FusedSequential, FusedTransformerEncoderLayer, FusedTransformerDecoderLayer):
         if issubclass(original, known.original):
             return known
-    return transformers_layers.fused_class(original) or peft_layers.fused_class(original)
+    theirs = transformers_layers.fused_class(original) or peft_layers.fused_class(original)
+    return theirs or residual_layers.fused_class(original, module)
 
 
 def _fuse_sequence(path: str, sequence: Any) -> list[Row]:

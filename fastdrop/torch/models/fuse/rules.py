@@ -1,7 +1,7 @@
 """What all fused layers share: their base class, which calls they may leave out, and the passes that replace them.
 
-`torch_layers`, `transformers_layers` and `peft_layers` build on it. A function called ``..._obstacle`` returns a
-sentence for the report of `fuse` that says why something can't be fused, and "" if it can.
+`torch_layers`, `transformers_layers`, `peft_layers` and `residual_layers` build on it. A function called
+``..._obstacle`` returns a sentence for the report of `fuse` that says why something can't be fused, and "" if it can.
 """
 
 from __future__ import annotations
@@ -73,11 +73,17 @@ class Fused(nn.Module):
     # The methods of the original class that are not called any more. transformers' are known by name alone.
     METHODS: ClassVar[dict[str, Any]] = {"forward": None}
     ARGUMENTS: ClassVar[str] = ""  # of its forward, if they differ from version to version
+    NAMES: ClassVar[str] = ""  # that its forward reads, in their order, if they differ likewise
 
     @classmethod
     def obstacle(cls, module: Any) -> str:
         """Why a module of the original class can't be fused."""
         raise NotImplementedError
+
+    @classmethod
+    def batch_norm_obstacle(cls, module: Any) -> str:
+        """Why it can't be fused if batch norm in it must compute what it did."""
+        return ""
 
     @classmethod
     def parts(cls, module: Any) -> Iterable[nn.Module]:
@@ -154,8 +160,13 @@ def changed_code(module: nn.Module, fused_class: type[Fused]) -> str:
         named = (method.__module__, method.__qualname__) == (base.__module__, f"{base.__qualname__}.{name}")
         if not named or torch_method not in (None, method):
             return f"its {name} is not {class_name(base, cls) if base is not cls else base.__name__}'s"
-    if fused_class.ARGUMENTS and " ".join(inspect.signature(cls.forward).parameters) != fused_class.ARGUMENTS:
-        return f"its forward is that of an unknown version of {base.__module__.partition('.')[0]}"
+    names = getattr(getattr(inspect.unwrap(cls.forward), "__code__", None), "co_names", ())
+    for found, known in (
+        (inspect.signature(cls.forward).parameters, fused_class.ARGUMENTS),
+        (names, fused_class.NAMES),
+    ):
+        if known and " ".join(found) != known:
+            return f"its forward is that of an unknown version of {base.__module__.partition('.')[0]}"
     return ""
 
 
