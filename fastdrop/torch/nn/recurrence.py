@@ -138,10 +138,11 @@ class _Recurrence(torch.autograd.Function):
         steps, (dropped, *saved) = ctx.steps, ctx.saved_tensors
         inputs, kept = Inputs(*saved[: len(Inputs._fields)]), Kept(*saved[len(Inputs._fields) :])
         needs = Inputs(*ctx.needs_input_grad[2:])
-        if not all(map(can_call_kernel, grads)):
-            return None, None, *_composed_gradients(steps, dropped, inputs, needs, grads)
-        backward = _lstm_backward if steps.is_lstm else _gru_backward
-        return None, None, *backward(steps, dropped, inputs, kept, needs, grads)
+        with torch.autocast(dropped.device.type, enabled=False):  # as in forward
+            if not all(map(can_call_kernel, grads)):
+                return None, None, *_composed_gradients(steps, dropped, inputs, needs, grads)
+            backward = _lstm_backward if steps.is_lstm else _gru_backward
+            return None, None, *backward(steps, dropped, inputs, kept, needs, grads)
 
 
 def _composed_gradients(

@@ -429,3 +429,11 @@ def test_autocast(pair):
     y.float().sum().backward()
     torch.testing.assert_close(y.float(), seeded(module, x)[0], rtol=0.05, atol=0.05)
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+
+
+def test_backward_inside_autocast(pair):
+    module, x = pair[0](INPUT, HIDDEN, dropout_recurrent=0.4), torch.randn(4, 2, INPUT)
+    y, again = (seeded(module, x)[0].sin().sum() for _ in range(2))
+    expected = torch.autograd.grad(y, list(module.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(torch.autograd.grad(again, list(module.parameters())), expected)
