@@ -660,6 +660,20 @@ MUTATIONS = (
         "tests/torch/nn/test_residual.py",
     ),
     Mutation(
+        "gradients pass the dropped hidden state",
+        "fastdrop/torch/nn/recurrence.py",
+        "dh.addmm_(dgates_steps[t], w_hh, beta=0.0, alpha=steps.scale).masked_fill_(dropped[:rows], 0.0)",
+        "dh.addmm_(dgates_steps[t], w_hh, beta=0.0, alpha=steps.scale)",
+        "tests/torch/nn/test_recurrent.py",
+    ),
+    Mutation(
+        "an input that was computed from another gets its gradient too",
+        "fastdrop/torch/nn/recurrence.py",
+        "None if given is None else given.view_as(given) if wants else given.detach()",
+        "None if given is None else given if wants else given.detach()",
+        "tests/torch/nn/test_recurrent.py",
+    ),
+    Mutation(
         "fuse leaves out hooks",
         "fastdrop/torch/models/fuse/rules.py",
         "if hooks := hook_obstacle(module):",

@@ -2,7 +2,7 @@
 
 `VariationalLSTM` and `VariationalGRU` are torch's layers with three masks: on the input of each layer, on the hidden
 state between steps, and on the output. torch's fused kernels run the layers unless the hidden state is dropped between
-steps by a mask for each sequence, which they can't do; then this module runs the steps one by one.
+steps by a mask for each sequence, which they can't do; then `recurrence` runs the steps one by one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from ...core.random import keep_scale, threshold
@@ -19,6 +18,7 @@ from ..runtime.dispatch import hide_from_dynamo
 from ..runtime.dispatch.modules import flat_weights_of
 from .base import is_traced, trace_call
 from .dropout import VariationalDropout
+from .recurrence import Inputs, Steps, run_steps
 
 __all__ = ["VariationalGRU", "VariationalLSTM"]
 
@@ -138,50 +138,16 @@ class _Variational(nn.RNNBase):
         sizes = [x.shape[1]] * x.shape[0] if packed is None else packed.batch_sizes.tolist()
         mask = self.dropout_recurrent(torch.ones_like(begin[0]).unsqueeze(0))
         dropped = (mask if packed is None else _reorder_batch((mask,), packed.sorted_indices)[0]).squeeze(0) == 0.0
-        # The scale goes into the product, so that dropped elements are set to 0 and not multiplied by it.
-        scale = keep_scale(threshold(self.dropout_recurrent.p))
         w_ih, w_hh, *rest = weights
-        b_ih, b_hh = rest[:2] if self.bias else (None, w_hh.new_zeros(1))
+        b_ih, b_hh = rest[:2] if self.bias else (None, None)
         is_lstm = self.mode == "LSTM"
-        if is_lstm and b_ih is not None:
-            b_ih = b_ih + b_hh
-        given = F.linear(x.reshape(-1, x.shape[-1]), w_ih, b_ih).split(sizes)
-
-        state = tuple(initial[:0] for initial in begin)
-        steps, ended = [], []
-        for t in reversed(range(len(sizes))) if reverse else range(len(sizes)):
-            rows, running = sizes[t], len(state[0])
-            if rows > running:
-                state = tuple(torch.cat([s, initial[running:rows]]) for s, initial in zip(state, begin, strict=True))
-            elif rows < running:
-                ended.append(tuple(s[rows:] for s in state))
-                state = tuple(s[:rows] for s in state)
-            hidden = state[0].masked_fill(dropped[:rows], 0.0)
-            product = torch.addmm(given[t] if is_lstm else b_hh, hidden, w_hh.t(), alpha=scale)
-            if is_lstm:
-                state = _lstm_step(product, state[1], rest[-1] if self.proj_size else None)
-            else:
-                state = _gru_step(given[t], product, state[0])
-            steps.append(state[0])
-        y = torch.cat(steps[::-1] if reverse else steps).reshape(*x.shape[:-1], -1)
-        last = tuple(torch.cat(parts) for parts in zip(state, *reversed(ended), strict=True))
-        if is_lstm:  # under autocast torch's LSTM returns the dtype of its products, torch's GRU that of its states
-            y, last = y.to(given[0].dtype), tuple(state.to(given[0].dtype) for state in last)
-        return y, last
-
-
-def _lstm_step(gates: Tensor, cell: Tensor, projection: Tensor | None) -> States:
-    i, f, g, o = gates.chunk(4, 1)
-    cell = f.sigmoid() * cell + i.sigmoid() * g.tanh()
-    hidden = o.sigmoid() * cell.tanh()
-    return (hidden if projection is None else F.linear(hidden, projection)), cell
-
-
-def _gru_step(given: Tensor, product: Tensor, hidden: Tensor) -> States:
-    given_r, given_z, given_n = given.chunk(3, 1)
-    r, z, n = product.chunk(3, 1)
-    new = (given_n + (given_r + r).sigmoid() * n).tanh()
-    return (new + (given_z + z).sigmoid() * (hidden - new),)
+        if is_lstm and b_ih is not None and b_hh is not None:
+            b_ih, b_hh = b_ih + b_hh, None
+        steps = Steps(is_lstm, sizes, reverse, keep_scale(threshold(self.dropout_recurrent.p)))
+        rows, cell = x.reshape(-1, x.shape[-1]), begin[1] if is_lstm else None
+        w_hr = rest[-1] if self.proj_size else None
+        y, *last = run_steps(steps, dropped, Inputs(rows, begin[0], cell, w_ih, w_hh, b_ih, b_hh, w_hr))
+        return y.reshape(*x.shape[:-1], -1), tuple(last)
 
 
 def _drops(rate: VariationalDropout) -> bool:
@@ -224,12 +190,15 @@ class VariationalLSTM(_Variational, nn.LSTM):
     packed batch: under the same seed a padded and a packed batch give the same numbers. The masks draw from torch's
     generator in this order: layer by layer the input, then forward and backward direction; last the output.
 
-    Stored for backward, in addition to what torch stores and whatever the length: 1/8 byte per sequence and feature for
+    Stored for backward for the masks, whatever the length: 1/8 byte per sequence and feature for
     input and output masks, and 1 byte per sequence and hidden feature of each direction for the recurrent mask. With
     ``shared`` it is 1/8 byte per feature of each mask, and a copy of the weights of the hidden state.
 
-    With ``dropout_recurrent`` and without ``shared`` the steps run one by one in Python, which takes longer than
-    torch's fused layers. They run otherwise. `DropConnect` drops recurrent connections and uses the fused layers.
+    With ``dropout_recurrent`` and without ``shared`` torch's fused layers can't run. The steps then run one by one in
+    Python, and so do those of backward, but each direction of a layer is one autograd function, which computes all that
+    it can for all steps at once. It keeps 7 numbers per step, sequence and hidden feature, and a GRU's 6. Under
+    autocast, transforms and tracers, and in gradients of gradients, the steps are composed of torch's ops, which takes
+    longer. `DropConnect` drops recurrent connections and uses the fused layers.
     ``torch.compile`` doesn't compile the function that calls the layer, but the other functions that it calls, as with
     torch's layers.
 

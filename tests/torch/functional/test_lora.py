@@ -257,6 +257,22 @@ def test_autocast_keeps_x_once():
     assert y[0].dtype is torch.bfloat16
 
 
+@pytest.mark.parametrize("cast", [False, True], ids=["bfloat16", "autocast"])
+def test_bfloat16_keeps_x_and_is_as_exact_as_the_composed_form(cast):
+    given = [x.bfloat16().float() if cast else x.bfloat16() for x in tensors(leading=(64,), width=48, out=32)]
+    expected = gradients(formula, [x.double() for x in given])
+    errors = []
+    with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+        for function in (ours, formula):
+            y, found = gradients(function, given)
+            pairs = zip((y, *found), (expected[0], *expected[1]), strict=True)
+            errors.append([float((a.double() - e).norm() / e.norm()) for a, e in pairs])
+        x, *parameters = leaves(given, ("x", "lora_A", "lora_B"))
+        assert kept_bytes(ours, (x, *parameters), parameters) <= x.nbytes + 8 + cast * sum(p.nbytes for p in parameters)
+    for actual, composed in zip(*errors, strict=True):
+        assert actual <= 1.2 * composed
+
+
 def test_second_order_under_autocast_and_without_rows():
     for dtype, leading in ((torch.float32, (4, 5)), (torch.float64, (0,))):
         results = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from functools import partial
 
@@ -10,14 +11,14 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import nn
-from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
 import fastdrop.torch as fdt
-from fastdrop.torch.nn import recurrent
+from fastdrop.torch.nn import recurrence, recurrent
 from fastdrop.torch.nn.recurrent import VariationalGRU, VariationalLSTM
 
-from ..cases import assert_equal, under
+from ..cases import assert_equal, saved_tensors, under
 from ..module_cases import COPIES, Calls
 
 seeded = partial(under, 5)
@@ -165,6 +166,64 @@ def test_values_and_gradients_are_the_formulas(kind, variety, rates, layout, siz
         for found in (results, expected)
     )
     torch.testing.assert_close(of_results, of_expected)
+
+
+# ---- the two ways of the steps ----
+
+
+def test_one_function_for_all_steps_computes_the_formula(pair, monkeypatch):
+    """The same values and gradients up to rounding, from the same draws."""
+    varieties = [{}, {"bias": False}, {"proj_size": PROJECTED}][: 2 + (pair[1] is nn.LSTM)]
+    for options, layout, dtype in itertools.product(
+        varieties, ("packed", "batch first"), (torch.float32, torch.float64)
+    ):
+        options = {**options, "batch_first": layout == "batch first", "bidirectional": True, "dtype": dtype}
+        module = pair[0](INPUT, HIDDEN, 2, **options, **RATES["all"])
+        x, _ = laid_out([torch.randn(length, INPUT, dtype=dtype) for length in lengths_of(layout)], layout)
+
+        def step(module=module, x=x):
+            results = [y for y in tree_leaves(seeded(module, x)) if y.is_floating_point()]
+            loss = sum(y.sin().sum() for y in results)
+            return results, torch.autograd.grad(loss, list(module.parameters()))
+
+        actual = step()
+        with monkeypatch.context() as patch:
+            patch.setattr(recurrent, "run_steps", recurrence.compose_steps)
+            torch.testing.assert_close(actual, step())
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "LSTM projected", "GRU"])
+def test_gradients_of_any_order(kind):
+    options = {"proj_size": 1} if kind == "LSTM projected" else {}
+    module = PAIRS[kind[:4].strip()][0](2, 2, bidirectional=True, dtype=torch.float64, dropout_recurrent=0.4, **options)
+    widths = [options.get("proj_size", 2), 2][: 1 + (kind != "GRU")]
+    names = [name for name, _ in module.named_parameters()]
+    given = [randn(4, 2, 2), *(randn(2, 2, width) for width in widths), *module.parameters()]
+
+    def function(x, *rest):
+        states, values = rest[: len(widths)], dict(zip(names, rest[len(widths) :], strict=True))
+        x = x * values["weight_hh_l0"].sum()  # one input is computed from another
+        arguments = pack_padded_sequence(x, [4, 2]), states if len(states) > 1 else states[0]
+        y, end = seeded(torch.func.functional_call, module, values, arguments)
+        return (y.data, *tree_leaves(end))
+
+    assert torch.autograd.gradcheck(function, given, check_batched_grad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, given, fast_mode=True)
+    for one in (1, len(given) - 1):  # alone
+        wanted = [x.detach().requires_grad_(i == one) for i, x in enumerate(given)]
+        assert torch.autograd.gradcheck(function, wanted, fast_mode=True)
+
+
+def test_steps_keep_what_their_gradients_need(pair):
+    """The gates, the state before, what was multiplied and one number more; x and parameters, which others keep."""
+    steps, batch, width = 30, 4, 32
+    module, x = pair[0](64, width, dropout_recurrent=0.4), torch.randn(30, 4, 64)
+    with saved_tensors() as kept:
+        y = module(x)
+    others = {tensor.data_ptr() for tensor in (x, *module.parameters())}
+    sizes = {t.data_ptr(): t.nbytes for t in kept if t.data_ptr() not in others and t.numel() > 4 * batch * width}
+    assert sum(sizes.values()) == (4 + 3 if pair[1] is nn.LSTM else 3 + 3) * steps * batch * width * 4
+    del y
 
 
 # ---- torch's own ----
@@ -370,3 +429,11 @@ def test_autocast(pair):
     y.float().sum().backward()
     torch.testing.assert_close(y.float(), seeded(module, x)[0], rtol=0.05, atol=0.05)
     assert all(parameter.grad.isfinite().all() for parameter in module.parameters())
+
+
+def test_backward_inside_autocast(pair):
+    module, x = pair[0](INPUT, HIDDEN, dropout_recurrent=0.4), torch.randn(4, 2, INPUT)
+    y, again = (seeded(module, x)[0].sin().sum() for _ in range(2))
+    expected = torch.autograd.grad(y, list(module.parameters()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(torch.autograd.grad(again, list(module.parameters())), expected)
