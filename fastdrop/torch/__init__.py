@@ -53,6 +53,7 @@ try:
     from .nn.weights import DropConnect, EmbeddingDropout
     from .tools.audit import AuditReport, audit
     from .tools.monte_carlo import Prediction, mc_dropout, mc_predict
+    from .tools.same_masks import multi_sample, same_masks
     from .tools.scheduler import DropoutScheduler
 except ImportError as error:
     from importlib.util import find_spec
@@ -114,7 +115,9 @@ __all__ = [
     "lora_linear",
     "mc_dropout",
     "mc_predict",
+    "multi_sample",
     "revert",
+    "same_masks",
     "scaled_dot_product_attention",
     "skip_residual",
     "softmax_dropout",
