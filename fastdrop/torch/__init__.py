@@ -32,6 +32,7 @@ try:
         stochastic_depth,
         variational_dropout,
     )
+    from .functional.tokens import token_dropout
     from .models.convert import convert, revert
     from .models.enable import disable, enable, enabled, explain_attention
     from .models.fold import fold_scaling
@@ -39,23 +40,20 @@ try:
     from .models.report import Report
     from .nn.dropout import (
         AlphaDropout,
-        DropBlock2d,
-        DropBlock3d,
         Dropout,
         Dropout1d,
         Dropout2d,
         Dropout3d,
-        DropPath,
         FeatureAlphaDropout,
         GaussianDropout,
-        StochasticDepth,
-        VariationalDropout,
     )
     from .nn.recurrent import VariationalGRU, VariationalLSTM
     from .nn.residual import LayerDrop, SkipResidual
+    from .nn.structured import DropBlock2d, DropBlock3d, DropPath, StochasticDepth, TokenDropout, VariationalDropout
     from .nn.weights import DropConnect, EmbeddingDropout
     from .tools.audit import AuditReport, audit
     from .tools.monte_carlo import Prediction, mc_dropout, mc_predict
+    from .tools.same_masks import multi_sample, same_masks
     from .tools.scheduler import DropoutScheduler
 except ImportError as error:
     from importlib.util import find_spec
@@ -86,6 +84,7 @@ __all__ = [
     "Report",
     "SkipResidual",
     "StochasticDepth",
+    "TokenDropout",
     "VariationalDropout",
     "VariationalGRU",
     "VariationalLSTM",
@@ -116,12 +115,15 @@ __all__ = [
     "lora_linear",
     "mc_dropout",
     "mc_predict",
+    "multi_sample",
     "revert",
+    "same_masks",
     "scaled_dot_product_attention",
     "skip_residual",
     "softmax_dropout",
     "stochastic_depth",
     "swiglu_dropout",
+    "token_dropout",
     "unfuse",
     "variational_dropout",
 ]

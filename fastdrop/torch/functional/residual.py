@@ -19,7 +19,6 @@ from ...core import checks
 from ...core.mask import unpack_words
 from ...core.random import keep_scale
 from ...core.random import threshold as threshold_of
-from ..ops import mask as mask_ops
 from ..runtime import dtypes, mask_kernels, nested
 from ..runtime.dispatch import is_eager_dense
 from ..runtime.dispatch.tensors import jit_trace
@@ -38,13 +37,13 @@ from .plan import (
     seed_for_kernel,
     seed_for_ops,
 )
+from .selection import select_fixed
 from .structured import stochastic_depth
 
 __all__ = ["COUNTS", "MIN_P", "draw_kept", "skip_residual"]
 
 COUNTS = ("random", "fixed")
 MIN_P = 0.05  # below it, gathering the kept samples costs more than the branch saves
-NORMAL_P = 0.5  # Gaussian dropout's p at which its noise has a standard deviation of 1
 
 Along = Sequence[Tensor | None]
 Branch = Callable[..., Tensor]
@@ -173,13 +172,7 @@ def _keep_fixed(
     scale = n / kept if scale_by_keep and kept else 1.0
     if way == ONNX:
         onnx.refuse("a fixed number of kept samples")
-    seed = seed_for_kernel(x, source) if way == KERNEL else seed_for_ops(x, source)
-    if isinstance(seed, Tensor):
-        ones = x.new_ones(n, dtype=torch.float64)
-        keys = mask_ops.GAUSSIAN(mask_ops.Gaussian(ones, seed, NORMAL_P))
-    else:
-        keys = mask_kernels.gaussian(torch.ones(n, dtype=torch.float64, device="cpu"), seed, 1.0)
-    index = keys.argsort(stable=True)[:kept].sort().values
+    index = select_fixed(x, (n,), kept, way, source, "cpu")
     if all_run:
         y = _run(branch, x, along)
         index = _moved(index, x.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..nn import dropout as ours
+from ..nn import structured
 from ..nn.base import Rated
 from .drop_path import is_drop_path
 
@@ -24,11 +25,11 @@ TORCH_CLASSES: dict[type[nn.Module], type[Rated]] = {
 }
 # By module and name, because these packages need not be installed. The attributes of both classes are the same.
 THIRD_PARTY_CLASSES: dict[tuple[str, str], type[Rated]] = {
-    ("timm.layers.drop", "DropPath"): ours.DropPath,
-    ("timm.layers.drop", "DropBlock2d"): ours.TimmDropBlock2d,
-    ("torchvision.ops.stochastic_depth", "StochasticDepth"): ours.StochasticDepth,
-    ("torchvision.ops.drop_block", "DropBlock2d"): ours.DropBlock2d,
-    ("torchvision.ops.drop_block", "DropBlock3d"): ours.DropBlock3d,
+    ("timm.layers.drop", "DropPath"): structured.DropPath,
+    ("timm.layers.drop", "DropBlock2d"): structured.TimmDropBlock2d,
+    ("torchvision.ops.stochastic_depth", "StochasticDepth"): structured.StochasticDepth,
+    ("torchvision.ops.drop_block", "DropBlock2d"): structured.DropBlock2d,
+    ("torchvision.ops.drop_block", "DropBlock3d"): structured.DropBlock3d,
 }
 
 
@@ -45,7 +46,7 @@ def class_for(module: nn.Module) -> type[Rated] | None:
     """fastdrop's class for a module: by the tables, or because the module's forward computes stochastic depth."""
     known = _listed_class(type(module))
     if known is None and not isinstance(module, Rated) and "drop_prob" in vars(module) and is_drop_path(type(module)):
-        return ours.DropPath
+        return structured.DropPath
     return known
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from ...core import checks
-from ..nn.base import RATE_TENSOR, Rated
+from ..nn.base import OWN_SOURCE, RATE_TENSOR, Rated
 from ..runtime.dispatch.modules import TorchDropout
 from .classes import class_for
 from .reasons import functional_rows, why_left, why_lent
@@ -98,7 +98,7 @@ def revert(model: nn.Module) -> Report:
         if original is not None:
             before = repr(module)
             module.__class__ = original
-            for name in (BEFORE, "store", RATE_TENSOR):
+            for name in (BEFORE, "store", RATE_TENSOR, OWN_SOURCE):
                 module.__dict__.pop(name, None)
             rows.append(Row(path, before, repr(module)))
     return Report(rows)

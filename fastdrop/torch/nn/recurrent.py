@@ -17,8 +17,8 @@ from ...core.random import keep_scale, threshold
 from ..runtime.dispatch import hide_from_dynamo
 from ..runtime.dispatch.modules import flat_weights_of
 from .base import is_traced, trace_call
-from .dropout import VariationalDropout
 from .recurrence import Inputs, Steps, run_steps
+from .structured import VariationalDropout
 
 __all__ = ["VariationalGRU", "VariationalLSTM"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +15,12 @@ from ..ops import mask as mask_ops
 from ..runtime import seeds, tracing
 from ..runtime.dispatch import hide_from_dynamo, is_transformed
 from ..runtime.dispatch.tensors import is_in_dispatch_mode, jit_trace
-from .base import Rated, is_traced, trace_call
+from .base import Rated, Seeded, SourceOptions, is_traced, trace_call
 
 __all__ = ["LayerDrop", "SkipResidual"]
 
 
-class SkipResidual(Rated):
+class SkipResidual(Seeded):
     """A residual branch that runs on the kept samples only: ``x + branch(x)``, in training with samples dropped.
 
     The result is that of ``x + StochasticDepth(p, "row")(branch(x))`` under the same mask, if samples do not influence
@@ -34,6 +34,8 @@ class SkipResidual(Rated):
         Drop probability of a sample, 0 to 1.
     scale_by_keep, min_p, count
         As in `skip_residual`. With ``count="fixed"``, code that torch compiled is compiled again if p changes.
+    seed, generator
+        As in `Dropout`.
 
     Raises ValueError for p or min_p outside [0, 1] and an unknown count, TypeError for a branch that can't be called.
 
@@ -54,8 +56,10 @@ class SkipResidual(Rated):
         scale_by_keep: bool = True,
         min_p: float = residual.MIN_P,
         count: str = "random",
+        **source: Unpack[SourceOptions],
     ) -> None:
         super().__init__()
+        self.draw_from(**source)
         checks.function("branch", branch)
         checks.choice("count", count, residual.COUNTS)
         self.p = checks.dropout_probability(p, what="drop probability")
@@ -78,10 +82,12 @@ class SkipResidual(Rated):
             min_p=self.min_p,
             along=along,
             count=self.count,
+            **self.source_options(),
         )
 
     def extra_repr(self) -> str:
-        return f"p={self.p}, scale_by_keep={self.scale_by_keep}, min_p={self.min_p}, count={self.count!r}"
+        options = f"min_p={self.min_p}, count={self.count!r}{self.source_repr()}"
+        return f"p={self.p}, scale_by_keep={self.scale_by_keep}, {options}"
 
 
 class LayerDrop(Rated, nn.ModuleList):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -31,12 +31,12 @@ from ..runtime.dispatch.modules import (
     run_on_flat_weights,
 )
 from ..runtime.dispatch.tensors import storage_id, version_of
-from .base import Rated, is_traced, trace_call
+from .base import Rated, Seeded, SourceOptions, is_traced, trace_call
 
 __all__ = ["DropConnect", "EmbeddingDropout"]
 
 
-class EmbeddingDropout(Rated):
+class EmbeddingDropout(Seeded):
     """A `torch.nn.Embedding` that drops whole rows: in each call a word is either kept or dropped everywhere.
 
     In training ``y = embedding(input)`` is 0 for dropped words, each with probability p, and multiplied by
@@ -51,6 +51,8 @@ class EmbeddingDropout(Rated):
         keep their meaning.
     p : float
         Drop probability, 0 to 1.
+    seed, generator
+        As in `Dropout`.
 
     Raises TypeError for an embedding of another type, ValueError for p out of range.
 
@@ -64,21 +66,22 @@ class EmbeddingDropout(Rated):
     tensor([2., 0., 2., 0., 2.])
     """
 
-    def __init__(self, embedding: nn.Embedding, p: float = 0.5) -> None:
+    def __init__(self, embedding: nn.Embedding, p: float = 0.5, **source: Unpack[SourceOptions]) -> None:
         super().__init__()
+        self.draw_from(**source)
         self.p = checks.dropout_probability(p)
         if not isinstance(embedding, nn.Embedding):
             raise TypeError(f"embedding must be a torch.nn.Embedding, but got {type(embedding).__name__}")
         self.embedding = embedding
 
-    def drop_input(self, input: Tensor) -> Tensor:
+    def drop_input(self, input: Tensor, **source: Any) -> Tensor:
         y: Tensor = self.embedding(input)
         p = self.rate
         if not self.training or (not isinstance(p, Tensor) and p == 0.0):
             return y
         if onnx.is_exported():
             onnx.refuse("words that are dropped")
-        rows = dropout(y.new_ones(self.embedding.num_embeddings), p)
+        rows = dropout(y.new_ones(self.embedding.num_embeddings), p, **source)
         return mask_ops.masked(y, _pack_bits(rows[input] != 0.0), p, [*input.shape, 1], True)
 
     def evaluate_input(self, input: Tensor) -> Tensor:
@@ -86,7 +89,7 @@ class EmbeddingDropout(Rated):
         return y
 
     def extra_repr(self) -> str:
-        return f"p={self.p}"
+        return f"p={self.p}{self.source_repr()}"
 
 
 def _pack_bits(keep: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ...core import checks
 from .dispatch import hide_from_dynamo, is_transformed
+from .dispatch.compilers import is_recomputed
 from .dispatch.modes import without_dispatch_modes
 from .dispatch.ops import count_drawing_maps
 
@@ -53,6 +55,7 @@ def next_seed(generator: torch.Generator | None) -> int:
     """The next seed, for eager code with no transform and no mode around it."""
     buffer = _buffer
     if generator is not None:
+        refuse_recomputation()
         buffer.fill(generator=generator)
     elif buffer.seeds is not None:
         return buffer.seeds.next()
@@ -60,6 +63,17 @@ def next_seed(generator: torch.Generator | None) -> int:
         buffer.fill()
     number: int = buffer.number.item()
     return number
+
+
+def refuse_recomputation() -> None:
+    """Raises where a checkpoint computes a forward again, because it restores the state of torch's default generators
+    only. Any other source of seeds would give another mask than in forward, and so a wrong gradient."""
+    if is_recomputed(sys._getframe(1)):
+        raise RuntimeError(
+            "a checkpoint computes a dropout again that draws from a generator, or from a module's own seed: it would "
+            "draw another mask. Leave both out, because checkpoints restore torch's default generators, or give a "
+            "function of fastdrop.torch seed="
+        )
 
 
 class SampleSeeds:
@@ -122,6 +136,8 @@ def next_cuda_seed(device: torch.device, generator: torch.Generator | None) -> i
     """The next seed of a CUDA device, without waiting for it."""
     if generator is not None and generator.device.type != "cuda":
         raise RuntimeError(f"Expected a 'cuda' device type for generator but found '{generator.device.type}'")
+    if generator is not None:
+        refuse_recomputation()
     if generator is None and _buffer.seeds is not None:
         return _buffer.seeds.next()
     if _is_capturing(device):
@@ -186,6 +202,7 @@ def device_for(x: Tensor) -> torch.device | str:
 
 def draw_tensor(generator: torch.Generator, x: Tensor) -> Tensor:
     """The generator's next number as a tensor, by an op that transforms know. On the CPU it is `next_seed`'s number."""
+    refuse_recomputation()
     low, high = -(1 << SEED_BITS), (1 << SEED_BITS) - 1
     return torch.randint(low, high, (), dtype=torch.int64, device=device_for(x), generator=generator) & high
 
@@ -229,5 +246,6 @@ def _only_one(generator: torch.Generator | None) -> None:
         raise ValueError("seed and generator must not both be given")
 
 
+hide_from_dynamo(refuse_recomputation)
 hide_from_dynamo(next_seed, next_cuda_seed, sample_seeds, for_kernel, for_kernels)
 hide_from_dynamo(SampleSeeds.begin, SampleSeeds.next, SampleSeeds.draw, vars(draw_from)["__wrapped__"])

@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from torch import nn
 
 import fastdrop.torch as fdt
-from fastdrop.torch.nn.dropout import TimmDropBlock2d
+from fastdrop.torch.nn.structured import TimmDropBlock2d
 
 from ...cases import output_of
 from ..cases import assert_equal, gradient, numbers_drawn, under

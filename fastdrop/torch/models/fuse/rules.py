@@ -192,6 +192,10 @@ def call_obstacle(name: str, module: Any) -> str:
         return f"{name} {hooks}"
     if getattr(module, "scaling", None) == "standard":
         return f"{name} doesn't scale what it keeps"
+    if getattr(module, "noise_shape", None) is not None:
+        return f"{name} has a noise_shape"
+    if getattr(module, "own_source", None) is not None:
+        return f"{name} has a seed or a generator of its own"
     return ""
 
 

@@ -1,0 +1,285 @@
+"""Modules in which elements share decisions along time, within a sample or within a block; `dropout` has the others.
+
+Users build models with them, and `convert` changes modules of timm and torchvision to them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Unpack
+
+from torch import Tensor
+
+from ...core import checks
+from ..functional import structured
+from ..functional.tokens import token_dropout
+from .base import Seeded, SourceOptions
+
+__all__ = [
+    "DropBlock2d",
+    "DropBlock3d",
+    "DropPath",
+    "StochasticDepth",
+    "TimmDropBlock2d",
+    "TokenDropout",
+    "VariationalDropout",
+]
+
+
+class VariationalDropout(Seeded):
+    """Drops with one mask for a whole sequence (locked dropout), for the inputs and outputs of recurrent layers.
+
+    Parameters
+    ----------
+    p : float
+        Drop probability, 0 to 1.
+    time_axis : int
+        The axis along which decisions are shared: 0 for ``(T, B, F)``, 1 for ``(B, T, F)``.
+    inplace, store, seed, generator
+        As in `Dropout`.
+
+    Raises ValueError for p outside [0, 1] and an unknown store. Source: Gal and Ghahramani, NeurIPS 2016.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> y = fdt.VariationalDropout(0.5, time_axis=0)(torch.ones(3, 2, 4))
+    >>> bool((y == y[0]).all())
+    True
+    """
+
+    def __init__(
+        self,
+        p: float = 0.5,
+        time_axis: int = 0,
+        inplace: bool = False,
+        *,
+        store: str = "bits",
+        **source: Unpack[SourceOptions],
+    ) -> None:
+        super().__init__()
+        self.draw_from(**source)
+        checks.choice("store", store, checks.STORES)
+        self.p, self.time_axis, self.inplace, self.store = checks.dropout_probability(p), time_axis, inplace, store
+
+    def drop_input(self, input: Tensor, **source: Any) -> Tensor:
+        return structured.variational_dropout(
+            input, self.rate, self.time_axis, self.training, self.inplace, store=self.store, **source
+        )
+
+    def extra_repr(self) -> str:
+        options = f"time_axis={self.time_axis}, inplace={self.inplace}, store={self.store!r}"
+        return f"p={self.p}, {options}{self.source_repr()}"
+
+
+class StochasticDepth(Seeded):
+    """torchvision's module of this name on fastdrop: drops a residual branch as a whole, by sample or by batch.
+
+    Parameters
+    ----------
+    p : float
+        Drop probability of the branch, 0 to 1.
+    mode : {"batch", "row"}
+        "row" decides for each sample, "batch" once for all.
+    store, seed, generator
+        As in `Dropout`.
+
+    Raises ValueError for p outside [0, 1], another mode or store. Source: Huang et al., ECCV 2016.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.StochasticDepth(0.5, "row")(torch.ones(100, 2)).unique()
+    tensor([0., 2.])
+    """
+
+    store: str = "bits"
+
+    def __init__(self, p: float, mode: str, *, store: str = "bits", **source: Unpack[SourceOptions]) -> None:
+        super().__init__()
+        self.draw_from(**source)
+        checks.choice("mode", mode, checks.DEPTH_MODES)
+        checks.choice("store", store, checks.STORES)
+        self.p, self.mode, self.store = checks.dropout_probability(p, what="drop probability"), mode, store
+
+    def drop_input(self, input: Tensor, **source: Any) -> Tensor:
+        return structured.stochastic_depth(input, self.rate, self.mode, self.training, store=self.store, **source)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, mode={self.mode!r}, store={self.store!r}{self.source_repr()}"
+
+
+class _NamedDropProb(Seeded):
+    """A module of timm's, where p is called ``drop_prob``."""
+
+    drop_prob: float
+
+    @property
+    def p(self) -> float:
+        return self.drop_prob
+
+    @p.setter
+    def p(self, p: float) -> None:
+        self.drop_prob = p
+
+
+class DropPath(_NamedDropProb):
+    """timm's module of this name on fastdrop: drops a residual branch as a whole, by sample.
+
+    Parameters
+    ----------
+    drop_prob : float
+        Drop probability of the branch, 0 to 1; ``p`` is the same number.
+    scale_by_keep : bool
+        Whether kept samples are multiplied by ``1 / (1 - p)``. Evaluation is the identity either way.
+    store, seed, generator
+        As in `Dropout`.
+
+    Raises ValueError for p outside [0, 1] and an unknown store. Source: Huang et al., ECCV 2016.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.DropPath(0.5)(torch.ones(100, 2)).unique()
+    tensor([0., 2.])
+    """
+
+    scale_by_keep = True  # for converted modules whose class has no such option
+    store: str = "bits"
+
+    def __init__(
+        self,
+        drop_prob: float = 0.0,
+        scale_by_keep: bool = True,
+        *,
+        store: str = "bits",
+        **source: Unpack[SourceOptions],
+    ) -> None:
+        super().__init__()
+        self.draw_from(**source)
+        checks.choice("store", store, checks.STORES)
+        self.drop_prob, self.scale_by_keep, self.store = checks.dropout_probability(drop_prob), scale_by_keep, store
+
+    def drop_input(self, input: Tensor, **source: Any) -> Tensor:
+        if not self.training:
+            return input
+        scaling = "inverted" if self.scale_by_keep else "standard"
+        return structured.stochastic_depth(input, self.rate, "row", store=self.store, scaling=scaling, **source)
+
+    def extra_repr(self) -> str:
+        options = f"scale_by_keep={self.scale_by_keep}, store={self.store!r}{self.source_repr()}"
+        return f"drop_prob={self.p}, {options}"
+
+
+class _DropBlock(Seeded):
+    """DropBlock for any number of spatial axes."""
+
+    couple_channels: bool = False
+
+    def __init__(
+        self,
+        p: float,
+        block_size: int | tuple[int, ...],
+        inplace: bool = False,
+        *,
+        couple_channels: bool = False,
+        **source: Unpack[SourceOptions],
+    ) -> None:
+        super().__init__()
+        self.draw_from(**source)
+        self.p = checks.dropout_probability(p, what="drop probability")
+        self.block_size, self.inplace, self.couple_channels = block_size, inplace, couple_channels
+
+    def extra_repr(self) -> str:
+        coupled = ", couple_channels=True" if self.couple_channels else ""
+        return f"p={self.p}, block_size={self.block_size}, inplace={self.inplace}{coupled}{self.source_repr()}"
+
+
+def _drop_blocks(function: Any, module: Any, input: Tensor, p: Any, source: Any) -> Tensor:
+    options = {"training": module.training, "couple_channels": module.couple_channels}
+    y: Tensor = function(input, p, module.block_size, module.inplace, **options, **source)
+    return y
+
+
+class DropBlock2d(_DropBlock):
+    """torchvision's module of this name on fastdrop: drops blocks of neighbouring cells from ``(N, C, H, W)``.
+
+    Parameters
+    ----------
+    p : float
+        Share of cells to drop, 0 to 1.
+    block_size : int or tuple of int
+        Extent of a block on each spatial axis, odd or even, cut to the input's.
+    inplace : bool
+        Writes the result to the input.
+    couple_channels : bool
+        One mask for all channels of a sample, as in timm.
+    seed, generator
+        As in `Dropout`.
+
+    Raises ValueError for p outside [0, 1]. Stored for backward: a bit per cell. Source: Ghiasi et al., NeurIPS 2018.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> y = fdt.DropBlock2d(0.1, block_size=3)(torch.ones(2, 3, 16, 16))
+    >>> round(float(y.mean()), 4)
+    1.0
+    """
+
+    def drop_input(self, input: Tensor, **source: Any) -> Tensor:
+        return _drop_blocks(structured.drop_block2d, self, input, self.rate, source)
+
+
+class DropBlock3d(_DropBlock):
+    """torchvision's module of this name on fastdrop: `DropBlock2d` for ``(N, C, D, H, W)``.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> y = fdt.DropBlock3d(0.1, block_size=3)(torch.ones(2, 3, 8, 8, 8))
+    >>> round(float(y.mean()), 4)
+    1.0
+    """
+
+    def drop_input(self, input: Tensor, **source: Any) -> Tensor:
+        return _drop_blocks(structured.drop_block3d, self, input, self.rate, source)
+
+
+class TokenDropout(Seeded):
+    """Takes a share p of the tokens of each sample out of the sequence, so that later layers have less to compute.
+
+    Parameters
+    ----------
+    p : float
+        Share of tokens to drop, 0 to 1.
+    keep_first : int
+        How many tokens at the beginning are always kept, such as that of the class.
+    seed, generator
+        As in `Dropout`.
+
+    Raises ValueError for p outside [0, 1] and keep_first below 0.
+
+    Its forward takes ``(N, L, *)`` and returns ``(N, keep_first + k, *)`` in training, its input itself in evaluation.
+    Details as in `fastdrop.torch.token_dropout`. Code that torch compiled is compiled again if p changes.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> drop = fdt.TokenDropout(0.5)
+    >>> drop(torch.ones(8, 197, 64)).shape, drop.eval()(torch.ones(8, 197, 64)).shape
+    (torch.Size([8, 99, 64]), torch.Size([8, 197, 64]))
+    """
+
+    def __init__(self, p: float = 0.5, keep_first: int = 1, **source: Unpack[SourceOptions]) -> None:
+        super().__init__()
+        self.draw_from(**source)
+        self.p = checks.dropout_probability(p, what="drop probability")
+        self.keep_first = checks.integer("keep_first", keep_first)
+        checks.number_from("keep_first", self.keep_first, 0)
+
+    def drop_input(self, input: Tensor, **source: Any) -> Tensor:
+        y: Tensor = token_dropout(input, self.p, self.keep_first, training=self.training, **source)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, keep_first={self.keep_first}{self.source_repr()}"
+
+
+class TimmDropBlock2d(_NamedDropProb, DropBlock2d):
+    """timm's DropBlock2d after `convert`: timm's attributes, of which ``gamma_scale`` multiplies the share to drop."""
+
+    gamma_scale: float
+
+    def drop_input(self, input: Tensor, **source: Any) -> Tensor:
+        return _drop_blocks(structured.drop_block2d, self, input, self.rate * self.gamma_scale, source)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, gamma_scale={self.gamma_scale}"
