@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...functional.residual import skip_residual
-from ...nn import dropout as ours
 from ...nn.base import Rated
+from ...nn.structured import DropPath, StochasticDepth
 from ..classes import THIRD_PARTY_CLASSES
 from ..rates import rate_name
 from ..report import class_name
@@ -25,7 +25,7 @@ from .rules import Fused
 
 __all__ = ["fused_class"]
 
-DROPS = (ours.DropPath, ours.StochasticDepth)
+DROPS = (DropPath, StochasticDepth)
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 # timm's norms that compute statistics over the batch, and are no subclasses of torch's.
 TIMM_BATCH_NORMS = {"EvoNorm2dB0", "EvoNorm2dB1", "EvoNorm2dB2", "InplaceAbn"}
