@@ -640,9 +640,9 @@ MUTATIONS = (
     ),
     Mutation(
         "a fixed number of samples is always the same ones",
-        "fastdrop/torch/functional/residual.py",
-        "index = keys.argsort(stable=True)[:kept].sort().values",
-        "index = keys.argsort(stable=True).sort().values[:kept]",
+        "fastdrop/torch/functional/selection.py",
+        "index: Tensor = keys.argsort(stable=True)[..., :kept].sort().values",
+        "index: Tensor = keys.argsort(stable=True).sort().values[..., :kept]",
         "tests/torch/functional/test_skip_residual.py",
     ),
     Mutation(
@@ -672,6 +672,34 @@ MUTATIONS = (
         "None if given is None else given.view_as(given) if wants else given.detach()",
         "None if given is None else given if wants else given.detach()",
         "tests/torch/nn/test_recurrent.py",
+    ),
+    Mutation(
+        "a module's own seed gives one mask for ever",
+        "fastdrop/torch/nn/base.py",
+        "self.calls += 1",
+        "self.calls = 1",
+        "tests/torch/nn/test_own_source.py",
+    ),
+    Mutation(
+        "a checkpoint may draw from a generator again",
+        "fastdrop/torch/runtime/dispatch/compilers.py",
+        'if code.co_name in ("unpack_hook", "backward")',
+        'if code.co_name in ("backward",)',
+        "tests/torch/nn/test_own_source.py",
+    ),
+    Mutation(
+        "token_dropout takes tokens in the order of their keys",
+        "fastdrop/torch/functional/selection.py",
+        "[..., :kept].sort().values",
+        "[..., :kept]",
+        "tests/torch/functional/test_tokens.py",
+    ),
+    Mutation(
+        "the outer of two blocks of same_masks counts",
+        "fastdrop/torch/tools/same_masks.py",
+        "prepend=True, always_call=True",
+        "always_call=True",
+        "tests/torch/tools/test_same_masks.py",
     ),
     Mutation(
         "fuse leaves out hooks",
