@@ -662,8 +662,8 @@ MUTATIONS = (
     Mutation(
         "gradients pass the dropped hidden state",
         "fastdrop/torch/nn/recurrence.py",
-        "dh.addmm_(dgates_steps[t], w_hh, beta=0.0, alpha=steps.scale).masked_fill_(dropped[:rows], 0.0)",
-        "dh.addmm_(dgates_steps[t], w_hh, beta=0.0, alpha=steps.scale)",
+        "dh.addmm_(dgates_step, w_hh, beta=0.0, alpha=steps.scale).masked_fill_(drop, 0.0)",
+        "dh.addmm_(dgates_step, w_hh, beta=0.0, alpha=steps.scale)",
         "tests/torch/nn/test_recurrent.py",
     ),
     Mutation(

@@ -171,25 +171,32 @@ def _lstm_forward(steps: Steps, dropped: Tensor, inputs: Inputs) -> tuple[Tensor
     assert cell is not None
     hidden, cell, width, zero = hidden.clone(), cell.clone(), cell.shape[1], x.new_zeros(())
     y, kept = _buffers(steps, _linear(x, w_ih, b_ih), hidden.shape[1], width)
-    y_steps, parts = y.split(steps.sizes), [buffer.split(steps.sizes) for buffer in kept]
+    w_hh, h, c, drop = w_hh.t(), hidden, cell, dropped
+    views = _views(steps, *kept, kept.gates[:, : 2 * width], *kept.gates.split(width, 1), y)
     for t in steps.order():
-        rows, (gates, dropped_hidden, before, inner) = steps.sizes[t], (part[t] for part in parts)
-        h, c = hidden[:rows], cell[:rows]
-        torch.where(dropped[:rows], zero, h, out=dropped_hidden)
-        gates.addmm_(dropped_hidden, w_hh.t(), alpha=steps.scale)
-        i, f, g, o = gates.split(width, 1)
-        gates[:, : 2 * width].sigmoid_()
+        gates, dropped_hidden, before, inner, i_and_f, i, f, g, o, out = views[t]
+        if steps.sizes[t] != len(h):
+            h, c, drop = (state[: steps.sizes[t]] for state in (hidden, cell, dropped))
+        torch.where(drop, zero, h, out=dropped_hidden)
+        gates.addmm_(dropped_hidden, w_hh, alpha=steps.scale)
+        i_and_f.sigmoid_()
         g.tanh_()
         o.sigmoid_()
         before.copy_(c)
         c.mul_(f).addcmul_(i, g)
         torch.tanh(c, out=inner)
         if w_hr is None:
-            torch.mul(o, inner, out=y_steps[t])
+            torch.mul(o, inner, out=out)
         else:
-            torch.mm(o * inner, w_hr.t(), out=y_steps[t])
-        h.copy_(y_steps[t])
+            torch.mm(o * inner, w_hr.t(), out=out)
+        h.copy_(out)
     return y, (hidden, cell), kept
+
+
+def _views(steps: Steps, *buffers: Tensor) -> list[tuple[Tensor, ...]]:
+    """The rows of each step in each of the buffers. Views are made at once: between products they take much longer,
+    because a product leaves little of other code in the caches."""
+    return list(zip(*(buffer.split(steps.sizes) for buffer in buffers), strict=True))
 
 
 def _buffers(steps: Steps, gates: Tensor, out: int, width: int) -> tuple[Tensor, Kept]:
@@ -206,23 +213,24 @@ def _lstm_backward(
     dy, hidden, cell = grads[0], grads[1].clone(), grads[2].clone()
     dgates = torch.empty_like(kept.gates)
     dprojected = None if w_hr is None else torch.empty_like(kept.dropped_hidden)
-    dy_steps, dgates_steps = dy.split(steps.sizes), dgates.split(steps.sizes)
-    parts = [buffer.split(steps.sizes) for buffer in kept]
+    dprojected_steps = () if dprojected is None else dprojected.split(steps.sizes)
+    dh, dc, drop = hidden, cell, dropped
+    views = _views(steps, dy, *kept[2:], *kept.gates.split(width, 1), dgates, *dgates.split(width, 1))
     for t in reversed(steps.order()):
-        rows, (gates, _, before, inner) = steps.sizes[t], (part[t] for part in parts)
-        dh, dc = hidden[:rows], cell[:rows]
-        (i, f, g, o), (di, df, dg, do) = gates.split(width, 1), dgates_steps[t].split(width, 1)
-        dh.add_(dy_steps[t])
+        dy_step, before, inner, i, f, g, o, dgates_step, di, df, dg, do = views[t]
+        if steps.sizes[t] != len(dh):
+            dh, dc, drop = (state[: steps.sizes[t]] for state in (hidden, cell, dropped))
+        dh.add_(dy_step)
         dout = dh if w_hr is None else dh @ w_hr
         if dprojected is not None:
-            dprojected.split(steps.sizes)[t].copy_(dh)
+            dprojected_steps[t].copy_(dh)
         _sigmoid_backward(dout * inner, o, grad_input=do)
         dc.add_(torch.ops.aten.tanh_backward(dout * o, inner))
         _sigmoid_backward(dc * g, i, grad_input=di)
         _sigmoid_backward(dc * before, f, grad_input=df)
         _tanh_backward(dc * i, g, grad_input=dg)
         dc.mul_(f)
-        dh.addmm_(dgates_steps[t], w_hh, beta=0.0, alpha=steps.scale).masked_fill_(dropped[:rows], 0.0)
+        dh.addmm_(dgates_step, w_hh, beta=0.0, alpha=steps.scale).masked_fill_(drop, 0.0)
     dw_hr = None
     if dprojected is not None and needs.w_hr:
         dw_hr = dprojected.t() @ (kept.gates[:, 3 * width :] * kept.inner)
@@ -234,19 +242,20 @@ def _gru_forward(steps: Steps, dropped: Tensor, inputs: Inputs) -> tuple[Tensor,
     x, hidden, _, w_ih, w_hh, b_ih, b_hh, _ = inputs
     hidden, width, zero = hidden.clone(), hidden.shape[1], x.new_zeros(())
     y, kept = _buffers(steps, _linear(x, w_ih, b_ih), width, width)
-    y_steps, parts = y.split(steps.sizes), [buffer.split(steps.sizes) for buffer in kept]
+    w_hh, h, drop = w_hh.t(), hidden, dropped
+    views = _views(steps, *kept, kept.gates[:, : 2 * width], *kept.gates.split(width, 1), y)
     for t in steps.order():
-        rows, (gates, dropped_hidden, before, inner) = steps.sizes[t], (part[t] for part in parts)
-        h = hidden[:rows]
-        torch.where(dropped[:rows], zero, h, out=dropped_hidden)
-        product = torch.addmm(zero if b_hh is None else b_hh, dropped_hidden, w_hh.t(), alpha=steps.scale)
-        gates[:, : 2 * width].add_(product[:, : 2 * width]).sigmoid_()
+        _, dropped_hidden, before, inner, r_and_z, r, z, n, out = views[t]
+        if steps.sizes[t] != len(h):
+            h, drop = hidden[: steps.sizes[t]], dropped[: steps.sizes[t]]
+        torch.where(drop, zero, h, out=dropped_hidden)
+        product = torch.addmm(zero if b_hh is None else b_hh, dropped_hidden, w_hh, alpha=steps.scale)
+        r_and_z.add_(product[:, : 2 * width]).sigmoid_()
         inner.copy_(product[:, 2 * width :])
-        r, z, n = gates.split(width, 1)
         n.addcmul_(r, inner).tanh_()
         before.copy_(h)
         h.sub_(n).mul_(z).add_(n)
-        y_steps[t].copy_(h)
+        out.copy_(h)
     return y, (hidden,), kept
 
 
@@ -256,20 +265,21 @@ def _gru_backward(
     w_hh, width = inputs.w_hh, kept.inner.shape[1]
     dy, hidden = grads[0], grads[1].clone()
     dgates, dproducts = torch.empty_like(kept.gates), torch.empty_like(kept.gates)
-    dy_steps, dgates_steps, dproducts_steps = (buffer.split(steps.sizes) for buffer in (dy, dgates, dproducts))
-    parts = [buffer.split(steps.sizes) for buffer in kept]
+    dh, drop = hidden, dropped
+    of_gates = *kept.gates.split(width, 1), dgates, *dgates.split(width, 1)
+    views = _views(steps, dy, *kept[2:], *of_gates, dproducts, dproducts[:, 2 * width :])
     for t in reversed(steps.order()):
-        rows, (gates, _, before, inner) = steps.sizes[t], (part[t] for part in parts)
-        dh = hidden[:rows]
-        (r, z, n), (dr, dz, dn) = gates.split(width, 1), dgates_steps[t].split(width, 1)
-        dh.add_(dy_steps[t])
+        dy_step, before, inner, r, z, n, dgates_step, dr, dz, dn, dproduct, dproduct_n = views[t]
+        if steps.sizes[t] != len(dh):
+            dh, drop = hidden[: steps.sizes[t]], dropped[: steps.sizes[t]]
+        dh.add_(dy_step)
         carried = dh * z
         _sigmoid_backward(dh * (before - n), z, grad_input=dz)
         _tanh_backward(dh - carried, n, grad_input=dn)
         _sigmoid_backward(dn * inner, r, grad_input=dr)
-        dproducts_steps[t].copy_(dgates_steps[t])
-        dproducts_steps[t][:, 2 * width :].mul_(r)
-        dh.addmm_(dproducts_steps[t], w_hh, beta=0.0, alpha=steps.scale).masked_fill_(dropped[:rows], 0.0).add_(carried)
+        dproduct.copy_(dgates_step)
+        dproduct_n.mul_(r)
+        dh.addmm_(dproduct, w_hh, beta=0.0, alpha=steps.scale).masked_fill_(drop, 0.0).add_(carried)
     dx, dw_ih, db_ih = _of_linear(inputs, needs, dgates)
     db_hh = dproducts.sum(0) if needs.b_hh else None
     return dx, hidden, None, dw_ih, _of_w_hh(steps, needs, dproducts, kept), db_ih, db_hh, None
