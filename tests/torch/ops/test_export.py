@@ -154,6 +154,9 @@ def test_onnx_refusals():
         with pytest.raises(RuntimeError, match=r"ONNX's Dropout has no .*: call model.eval\(\) before"), Exporting():
             model.train()(x)
         assert model.eval()(x) is x
+    for shape in ((1, 1, None, None), (None, None, 1, 1)):
+        with pytest.raises(RuntimeError, match="has no decisions that elements share"), Exporting():
+            fdt.scaled_dot_product_attention(x, x, x, dropout_p=0.5, noise_shape=shape)
 
 
 class Exporting:
