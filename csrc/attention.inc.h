@@ -62,25 +62,27 @@ INLINE uint64_t C(element)(const strides_t *strides, uint64_t outer, uint64_t he
 
 /* The tile's bits: rows that begin at words. */
 static void C(tile_bits)(const C(attention_t) * call, const C(tile_t) * tile, uint32_t *bits) {
-    const uint64_t row = (tile->outer * call->heads + tile->head) * call->queries + tile->query;
-    const uint64_t first = call->first + row * call->keys + tile->key, pitch = C(bit_words)(tile);
+    const strides_t *cells = call->strides + FD_CELL_STRIDES;
+    const uint64_t first = call->first + C(element)(cells, tile->outer, tile->head, tile->query) + tile->key;
+    const uint64_t pitch = C(bit_words)(tile), rows = cells->row ? tile->rows : 1; /* 1: queries share a row of cells */
     if (call->words) {
-        for (uint64_t r = 0; r < tile->rows; r++)
-            copy_bits(bits + r * pitch, 0, call->words, first + r * call->keys, tile->columns);
+        for (uint64_t r = 0; r < rows; r++)
+            copy_bits(bits + r * pitch, 0, call->words, first + r * cells->row, tile->columns);
     } else if (call->threshold == 0 || call->threshold >> 32) {
         memset(bits, call->threshold ? 0 : 0xFF, tile->rows * pitch * sizeof *bits);
     } else {
         const draw_rows_args args = {.words = bits,
                                      .first = first,
                                      .outer = 1,
-                                     .rows = tile->rows,
-                                     .pitch = call->keys,
+                                     .rows = rows,
+                                     .pitch = cells->row,
                                      .columns = 32 * pitch,
                                      .seed = call->seed,
                                      .offset = call->offset,
                                      .threshold = call->threshold};
-        draw_rows(&args, 0, tile->rows * 32 * pitch);
+        draw_rows(&args, 0, rows * 32 * pitch);
     }
+    for (uint64_t r = rows; r < tile->rows; r++) memcpy(bits + r * pitch, bits, pitch * sizeof *bits);
 }
 
 /* to = bit ? 0 : -infinity, for booleans side by side; whole runs of them. */

@@ -47,6 +47,7 @@ enum {
     FD_MASK_STRIDES,
     FD_DY_STRIDES,
     FD_DMASK_STRIDES,
+    FD_CELL_STRIDES, /* of cells of the mask of dropout */
     FD_STRIDES
 };
 typedef struct {

@@ -165,6 +165,8 @@ class Plan:
             self.lora = {"weight": (out, width), "bias": (out,), "lora_A": (rank, width), "lora_B": (out, rank)}
         self.stream = torch.float32 if self.dtype in (torch.float16, torch.bfloat16) and rng.random() < 0.5 else None
         self.noise = tuple(rng.choice((extent, 1)) for extent in self.shape) if rng.random() < 0.4 else self.shape
+        if "attention" in op:
+            self.noise = (*self.noise[:-1], keys)
         self.op = op
 
     def words(self) -> Spec:
@@ -375,6 +377,12 @@ FUNCTIONS: dict[str, tuple[Callable[[Plan], tuple[Spec, ...]], Callable[..., Any
     "scaled_dot_product_attention": (
         lambda plan: tuple(Spec(shape, plan.dtype) for shape in (plan.query, plan.key, plan.value)),
         lambda q, k, v: fdt.scaled_dot_product_attention(q, k, v, dropout_p=0.5, enable_gqa=q.dim() > 2),
+    ),
+    "scaled_dot_product_attention, one mask for all heads": (
+        lambda plan: tuple(Spec(shape, plan.dtype) for shape in (plan.query, plan.key, plan.value)),
+        lambda q, k, v: fdt.scaled_dot_product_attention(
+            *(q, k, v, None, 0.5), enable_gqa=q.dim() > 2, noise_shape=(*(1,) * (q.dim() - 2), None, None), store="bits"
+        ),
     ),
     "scaled_dot_product_attention, masked": (
         lambda plan: tuple(

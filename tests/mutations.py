@@ -237,9 +237,23 @@ MUTATIONS = (
     Mutation(
         "attention's mask of a tile begins at the wrong cell",
         "csrc/attention.inc.h",
-        "const uint64_t first = call->first + row * call->keys + tile->key, pitch",
-        "const uint64_t first = call->first + row * call->keys, pitch",
+        "C(element)(cells, tile->outer, tile->head, tile->query) + tile->key;",
+        "C(element)(cells, tile->outer, tile->head, tile->query);",
         ATTENTION,
+    ),
+    Mutation(
+        "attention: a tile's queries share a row of cells, and only the first has it",
+        "csrc/attention.inc.h",
+        "for (uint64_t r = rows; r < tile->rows; r++) memcpy(bits + r * pitch",
+        "for (uint64_t r = tile->rows; r < rows; r++) memcpy(bits + r * pitch",
+        ATTENTION,
+    ),
+    Mutation(
+        "attention: heads that share cells have the next ones in backward of a mask",
+        "fastdrop/torch/runtime/attention_kernels.py",
+        "first = o.start * of_outer + h.start * extents.group * of_head",
+        "first = o.start * of_outer + h.start * extents.group * extents.queries * extents.keys",
+        "tests/torch/functional/test_attention.py",
     ),
     Mutation(
         "attention: sums of tiles before are not brought to the new maximum",

@@ -192,9 +192,10 @@ TABLE = (
         "outer heads group heads of query [queries, width], of which a group shares a head of key [keys, width] and of "
         "value [keys, value_width]. Under causal, query q sees the keys up to q. y is [outer, heads group, queries, "
         "value_width]; statistics of its rows before dropout: the largest score, and one over the sum of exp(score - "
-        "largest); infinity and 0 where nothing is seen. A weight's bit is that of cell first + its index in [outer, "
-        "heads group, queries, keys], or bit first + that index of words, where there are any. strides: outer, head, "
-        "row and column of each of query, key, value, mask, dy and dmask; columns of all but mask and dmask are 1.",
+        "largest); infinity and 0 where nothing is seen. A weight's bit is that of cell first + its place among the "
+        "cells, or bit first + that place of words, where there are any. strides: outer, head, row and column of each "
+        "of query, key, value, mask, dy, dmask and cells; columns of all but mask and dmask are 1. Cells have the axes "
+        "of the weights, and a stride of 0 along an axis that shares them.",
         parameters="code dtype, mask_dtype; data query, key, value; mask? mask; words? words; data! y; "
         "statistics! statistics; strides strides; count outer, heads, group, queries, keys, width, value_width; "
         "seed first, seed, offset; count threshold; number softmax_scale, a; flag causal",

@@ -177,7 +177,7 @@ def shape(name: str, value: Any) -> tuple[int, ...]:
     return extents
 
 
-def noise_shape(value: Any, full: tuple[int, ...]) -> tuple[int, ...]:
+def noise_shape(value: Any, full: tuple[int, ...], of: str = "x") -> tuple[int, ...]:
     """noise_shape with None replaced by the extent: 1 or the extent on each axis."""
     if value is None:
         return full
@@ -186,11 +186,11 @@ def noise_shape(value: Any, full: tuple[int, ...]) -> tuple[int, ...]:
     except TypeError:
         raise TypeError(f"noise_shape must be None or a tuple of ints and None, but got {value!r}") from None
     if len(axes) != len(full):
-        raise ValueError(f"noise_shape must have one entry per axis of x, whose shape is {full}, but got {value!r}")
+        raise ValueError(f"noise_shape must have one entry per axis of {of}, whose shape is {full}, but got {value!r}")
     cells = shape("noise_shape", tuple(e if a is None else a for a, e in zip(axes, full, strict=True)))
     if any(c not in (1, e) for c, e in zip(cells, full, strict=True)):
         raise ValueError(
-            f"noise_shape must be 1, None or the full extent on each axis of x, whose shape is {full}, but got "
+            f"noise_shape must be 1, None or the full extent on each axis of {of}, whose shape is {full}, but got "
             f"{value!r}"
         )
     return cells

@@ -40,6 +40,8 @@ class Case:
         Queries of the mask are next to each other, and keys are not.
     by_rows : bool
         Query, key, value and dy lie as [rows, outer, heads, columns], with gaps of NaN between rows.
+    shared_cells : tuple of int
+        Axes along which weights share a cell of dropout's mask: OUTER, HEAD or ROW.
     words : bool
         The bits are given: those that would be drawn.
     gradients : str
@@ -59,6 +61,7 @@ class Case:
     transposed: bool = False
     by_rows: bool = False
     causal: bool = False
+    shared_cells: tuple[int, ...] = ()
     words: bool = False
     first: int = 0
     threshold: int = TENTH
@@ -72,6 +75,16 @@ class Case:
     @property
     def scores(self) -> int:
         return self.outer * self.heads_of_query * self.queries * self.keys
+
+    @property
+    def mask_shape(self) -> list[int]:
+        """Cells along each axis of the weights."""
+        return [1 if axis in self.shared_cells else extent for axis, extent in enumerate(self.shape("weights"))]
+
+    @property
+    def cell_strides(self) -> list[int]:
+        cells = self.mask_shape
+        return [0 if axis in self.shared_cells else math.prod(cells[axis + 1 :]) for axis in range(4)]
 
     @property
     def mask_type(self) -> Dtype:
@@ -148,7 +161,8 @@ def values_of(case: Case, name: str) -> np.ndarray:
 
 def inputs_of(case: Case, **special: np.ndarray) -> Results:
     """A call's inputs. ``special`` are numbers [outer, heads, rows, columns] instead of ordinary ones, as float64."""
-    arrays, strides = {}, np.zeros((len(STRIDED), 4), np.int64)
+    arrays, strides = {}, np.zeros((len(STRIDED) + 1, 4), np.int64)
+    strides[-1] = case.cell_strides
     for i, name in enumerate(STRIDED):
         if name.endswith("mask") and not (case.mask and (name == "mask" or name in case.asked)):
             continue
@@ -170,7 +184,7 @@ def inputs_of(case: Case, **special: np.ndarray) -> Results:
 
 def bits_of_draw(case: Case) -> np.ndarray:
     """Words with the bits of cells 0 to the last one of the case."""
-    n = case.first + case.scores
+    n = case.first + math.prod(case.mask_shape)
     if case.threshold == 0 or case.threshold >> 32:
         return np.full(word_count(n), 0 if case.threshold else 2**32 - 1, np.uint32)
     words = np.zeros(word_count(n), np.uint32)

@@ -26,6 +26,7 @@ from .attention_cases import (
     FLOAT64,
     GRADIENTS,
     HEAD,
+    OUTER,
     ROW,
     STRIDED,
     Case,
@@ -141,13 +142,28 @@ def test_given_bits_do_what_drawn_ones_do(variant, threshold, dtype):
         assert not drawn["dvalue"].any()
 
 
+def test_shared_cells_are_cells_that_are_repeated(variant):
+    """Bit for bit as under a mask that has them for each weight, drawn and given."""
+    for shared in ((HEAD,), (OUTER, HEAD), (ROW,), (OUTER, ROW), (OUTER, HEAD, ROW)):
+        case = replace(WHOLE, first=77, shared_cells=shared)
+        bits = np.unpackbits(bits_of_draw(case).view(np.uint8), bitorder="little")[: 77 + math.prod(case.mask_shape)]
+        repeated = np.broadcast_to(bits[77:].reshape(case.mask_shape), case.shape("weights")).reshape(-1)
+        whole = np.zeros(-(-(77 + case.scores) // 32) * 32, np.uint8)
+        whole[77 : 77 + case.scores] = repeated
+        plain, expected = replace(case, shared_cells=(), words=True), expected_forward_of(case)
+        given = inputs_of(plain) | {"words": np.packbits(whole, bitorder="little").view(np.uint32)}
+        wanted = forward(variant, plain, given) | backward(variant, plain, given | expected)
+        for words in (False, True):
+            assert_same_results(run(variant, replace(case, words=words)), wanted, (shared, words))
+
+
 @pytest.mark.parametrize("words", [False, True])
 def test_a_part_of_a_call_is_a_call_from_a_later_cell_on(variant, words):
     """The second outer index, bit for bit."""
     case = replace(WHOLE, words=words, parts=1)
     given, results = inputs_of(case), run(variant, case)
     part = replace(case, outer=1, first=case.scores // 2)
-    outer_strides = given["strides"][::4]
+    outer_strides = given["strides"][:-4:4]
     half = {name: given[name] for name in ("strides", "words") if name in given}
     for name, stride in zip(STRIDED, outer_strides, strict=True):
         if name in given:

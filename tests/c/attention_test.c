@@ -40,7 +40,8 @@ typedef struct {
     int isa, dtype, mask_dtype, causal, by_rows; /* by_rows: query, key, value and dy are [rows, outer, heads, ...] */
     uint64_t outer, heads, group, queries, keys, width, value_width, parts, first, threshold;
     strides_t strides[FD_STRIDES];
-    unsigned shared; /* bits of the axes of mask and dmask whose stride is 0 */
+    unsigned shared;       /* bits of the axes of mask and dmask whose stride is 0 */
+    unsigned shared_cells; /* the same for the cells of the mask of dropout */
     uint32_t state;
 } test_t;
 
@@ -54,7 +55,26 @@ static void fail(const test_t *t, const char *what) {
 
 static uint64_t heads_of(const test_t *t) { return t->heads * t->group; }
 
-static uint64_t scores_of(const test_t *t) { return t->outer * heads_of(t) * t->queries * t->keys; }
+/* Outer, heads, rows and columns of cells. */
+static void cells_of(const test_t *t, uint64_t extents[4]) {
+    const uint64_t all[4] = {t->outer, heads_of(t), t->queries, t->keys};
+    for (int i = 0; i < 4; i++) extents[i] = t->shared_cells >> i & 1 ? 1 : all[i];
+}
+
+static uint64_t count_of_cells(const test_t *t) {
+    uint64_t extents[4];
+    cells_of(t, extents);
+    return extents[0] * extents[1] * extents[2] * extents[3];
+}
+
+static void set_cell_strides(test_t *t) {
+    uint64_t extents[4], step = 1;
+    cells_of(t, extents);
+    for (int i = 3; i >= 0; i--) {
+        (&t->strides[FD_CELL_STRIDES].outer)[i] = t->shared_cells >> i & 1 ? 0 : step;
+        step *= extents[i];
+    }
+}
 
 static int dtype_of(const test_t *t, int array) {
     const int wide = t->dtype == FD_FLOAT64 ? FD_FLOAT64 : FD_FLOAT32;
@@ -87,8 +107,8 @@ static void set_strides(test_t *t, int array) {
 static uint64_t count_of(const test_t *t, int array) {
     uint64_t extents[4], reach = 1;
     extents_of(t, array, extents);
-    if (array == WORDS) return (t->first + scores_of(t) + 31) / 32;
-    if (array >= FD_STRIDES) return extents[0] * extents[1] * extents[2] * extents[3];
+    if (array == WORDS) return (t->first + count_of_cells(t) + 31) / 32;
+    if (array > DMASK) return extents[0] * extents[1] * extents[2] * extents[3];
     for (int i = 0; i < 4; i++) reach += (extents[i] - 1) * (&t->strides[array].outer)[i];
     return reach;
 }
@@ -110,7 +130,7 @@ static void open_arrays(const test_t *t, size_t shift, array_t arrays[ARRAYS]) {
         if (!has(t, i)) continue;
         arrays[i] = array(bytes_of(t, i), shift, i == DQUERY || i == DMASK ? 0 : POISON);
         if (i == WORDS) {
-            const uint64_t cells = t->first + scores_of(t);
+            const uint64_t cells = t->first + count_of_cells(t);
             fd_isa_select(0);
             expect(fd_draw_bits(arrays[i].at, 0, 0, cells, 3, 5, t->threshold) == FD_OK, "draw", 0, cells, 0);
         } else if (i == MASK && t->mask_dtype == FD_BOOL) {
@@ -204,7 +224,9 @@ static void plain_row(const test_t *t, const array_t *arrays, uint64_t outer, ui
     for (uint64_t i = 0; i < n; i++) /* of y as it was stored */
         along += number_of(t, arrays, DY, outer, head, row, i) * value_at(t->dtype, arrays[Y].at, at * n + i);
     for (uint64_t j = 0; j < t->keys; j++) {
-        const double a = bit_of(arrays[WORDS].at, t->first + at * t->keys + j) ? A : 0;
+        const strides_t *cells = &t->strides[FD_CELL_STRIDES];
+        const uint64_t cell = t->first + outer * cells->outer + head * cells->head + row * cells->row + j;
+        const double a = bit_of(arrays[WORDS].at, cell) ? A : 0;
         const double slope = p[j] * (a * dot(t, arrays, DY, VALUE, outer, head, row, j, n) - along);
         for (uint64_t i = 0; i < n; i++) {
             right[Y][at * n + i] += a * p[j] * number_of(t, arrays, VALUE, outer, shared, j, i);
@@ -288,6 +310,7 @@ void check_attention(int isa) {
                         .causal = (int)(state >> 8 & 1),
                         .by_rows = (int)(state >> 9 & 1),
                         .shared = state >> 10 & 15,
+                        .shared_cells = state >> 26 & 7,
                         .outer = shape[0],
                         .heads = shape[1],
                         .group = shape[2],
@@ -302,7 +325,8 @@ void check_attention(int isa) {
             if (t.outer > 1) t.shared &= ~1u; /* heads of keys, and parts, share no element of dmask */
             if (t.heads > 1) t.shared &= ~2u;
             if (t.parts > 1) t.shared &= ~8u;
-            for (int i = 0; i < FD_STRIDES; i++) set_strides(&t, i);
+            for (int i = 0; i <= DMASK; i++) set_strides(&t, i);
+            set_cell_strides(&t);
             check_call(&t, state >> 15 & 7);
         }
 }

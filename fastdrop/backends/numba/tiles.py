@@ -19,7 +19,7 @@ from .products import take_rows, take_transposed
 from .scalars import inner, stage, widen
 from .stages import ONES, U, add, fetch, run_at, scale
 
-QUERY, KEY, VALUE, MASK, DY, DMASK = range(6)  # the order of the strides, and of those of one array
+QUERY, KEY, VALUE, MASK, DY, DMASK, CELL = range(7)  # the order of the strides, and of those of one array
 OUTER, HEAD, ROW, COLUMN = range(4)
 
 
@@ -54,8 +54,8 @@ class Tile(NamedTuple):
 
 @stage
 def strides_at(address):
-    strides = np.empty((6, 4), np.uint64)
-    for i in range(24):
+    strides = np.empty((7, 4), np.uint64)
+    for i in range(28):
         strides[i // 4, i % 4] = fetch(address, U(i), U(0))
     return strides
 
@@ -101,17 +101,21 @@ def row_bits(tile):
 @stage
 def draw_tile(call, tile, bits):
     cell, seed, offset, threshold = call.draw
-    cell += first_row_of(call, tile) * call.keys + tile.key
-    columns = row_bits(tile)
+    cell += element(call, CELL, tile.outer, tile.head, tile.query) + tile.key
+    columns, pitch = row_bits(tile), call.strides[CELL, ROW]
+    rows = tile.rows if pitch else U(1)  # 1: queries share a row of cells
     if call.words:
-        for r in range(U(0), tile.rows):
+        for r in range(U(0), rows):
             for j in range(U(0), columns, U(32)):
-                run = run_at(call.words, cell + r * call.keys + j, min(U(32), tile.columns - j))
+                run = run_at(call.words, cell + r * pitch + j, min(U(32), tile.columns - j))
                 bits[(r * columns + j) >> U(5)] = run
     elif threshold == U(0) or threshold >> U(32):
         bits[:] = np.uint32(0) if threshold else ONES
     else:
-        draw_rows(0, tile.rows * columns, bits, 0, cell, U(0), tile.rows, call.keys, columns, seed, offset, threshold)
+        draw_rows(0, rows * columns, bits, 0, cell, U(0), rows, pitch, columns, seed, offset, threshold)
+    words = columns >> U(5)
+    for i in range(rows * words, tile.rows * words):
+        bits[i] = bits[i - words]
 
 
 @inner

@@ -21,7 +21,7 @@ from .mask import draw_bits
 from .storage import read_doubles, unpack_bits, write_doubles
 
 Array = NDArray[Any]
-QUERY, KEY, VALUE, MASK, DY, DMASK = range(6)  # the order of the strides
+QUERY, KEY, VALUE, MASK, DY, DMASK, CELL = range(7)  # the order of the strides
 
 
 @primitive
@@ -125,15 +125,18 @@ def _scores(p: Any, head: SimpleNamespace) -> Array:
 
 def _keep(p: Any, head: SimpleNamespace) -> Any:
     """The head's part of the mask."""
-    n = p.queries * p.keys
-    first = p.first + (head.outer * p.heads * p.group + head.of_query) * n
+    by_outer, by_head, row, column = (int(stride) for stride in p.strides.reshape(-1, 4)[CELL])
+    first = p.first + head.outer * by_outer + head.of_query * by_head
+    n = (p.queries - 1) * row + (p.keys - 1) * column + 1
     if p.words is not None:
-        return unpack_bits(p.words, first, n).reshape(p.queries, p.keys)
-    if p.threshold == 0 or p.threshold >> 32:
+        cells = unpack_bits(p.words, first, n)
+    elif p.threshold == 0 or p.threshold >> 32:
         return np.full((p.queries, p.keys), p.threshold == 0)
-    words = np.zeros(word_count(n), np.uint32)
-    draw_bits(words, 0, first, n, p.seed, p.offset, p.threshold)
-    return unpack_bits(words, 0, n).reshape(p.queries, p.keys)
+    else:
+        words = np.zeros(word_count(n), np.uint32)
+        draw_bits(words, 0, first, n, p.seed, p.offset, p.threshold)
+        cells = unpack_bits(words, 0, n)
+    return as_strided(cells, (p.queries, p.keys), (row * cells.itemsize, column * cells.itemsize))
 
 
 def _add_to_mask(p: Any, head: SimpleNamespace, dscores: Array) -> None:

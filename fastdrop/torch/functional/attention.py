@@ -2,7 +2,8 @@
 
 There are three ways. `attend` calls the kernel of `ops.attention` for eager dense tensors on the CPU, and `trace` calls
 its op for compilers. `compose` takes everything else, composed of torch's matrix products and `softmax_dropout`:
-transforms, modes and subclasses, other devices, and shapes that broadcast.
+transforms, modes and subclasses, other devices, and shapes that broadcast. If the keys of a query share one decision,
+attention without dropout goes one of these ways, and its result is dropped.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import checks
-from ..ops.attention import ATTENTION, Attention, has_known_dtypes, is_regular, repeat_heads
+from ..ops.attention import ATTENTION, Attention, has_known_dtypes, has_strides, is_regular, repeat_heads
 from ..runtime import dtypes, nested
 from ..runtime.dispatch import hide_from_dynamo, is_eager_dense
 from ..runtime.dispatch.ops import composed_attention
@@ -35,6 +36,7 @@ from .plan import (
     seed_for_ops,
     wants_gradient,
 )
+from .routing import drop
 
 __all__ = ["scaled_dot_product_attention"]
 
@@ -53,8 +55,10 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
     *,
+    training: bool = True,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
+    noise_shape: Any = None,
     store: str = "seed",
 ) -> Tensor:
     """Returns ``dropout(softmax(scale * query @ key.T + attn_mask)) @ value``:
@@ -68,18 +72,24 @@ def scaled_dot_product_attention(
     attn_mask : Tensor of bool, float32 or query's dtype, broadcastable to ``(*, H, L, S)``, optional
         Added to the scores. In a mask of bool, False excludes a key. A query that sees no key gets 0.
     dropout_p : float
-        Drop probability of each of the ``(*, H, L, S)`` weights, 0 to 1. As in torch, it drops outside of training too.
+        Drop probability of each of the ``(*, H, L, S)`` weights, 0 to 1.
     is_causal : bool
         A query sees the keys up to its own number. Not together with attn_mask.
     scale : float, optional
         None is ``1 / sqrt(E)``.
     enable_gqa : bool
         Lets key and value have fewer heads, each of which serves as many neighbouring ones of query.
+    training : bool
+        False drops nothing. torch's function has no such argument, and always drops.
     generator, seed
         As in `dropout`: the mask is that of `dropout` of the weights.
+    noise_shape : sequence of (int or None), optional
+        An entry for each axis of the weights: 1 if it shares one decision, None or the full extent if it doesn't.
+        ``(1, 1, None, None)`` is Flax's default, one mask for all batches and heads; ``(None, None, 1, 1)`` drops
+        whole heads, which is DropHead.
     store : {"seed", "bits"}
-        What backward has the mask from: the seed, or a bit for each weight. Drawing it again costs little beside the
-        matrix products, so "bits" is seldom worth its memory.
+        What backward has the mask from: the seed, or a bit for each weight, fewer under a noise_shape. Drawing it again
+        costs little beside the matrix products, so "bits" is seldom worth its memory.
 
     Returns
     -------
@@ -90,17 +100,20 @@ def scaled_dot_product_attention(
     RuntimeError
         What torch refuses, in its words: other dtypes, shapes that don't fit, attn_mask together with is_causal.
     ValueError, TypeError
-        A bad dropout_p, seed, generator or store, as in `dropout`.
+        A bad dropout_p, seed, generator, noise_shape or store, as in `dropout`.
 
     Kept for backward: the arguments, the result, two numbers of float32 (float64 for float64) for each query, 8 bytes.
-    The mask and the weights are computed again. attn_mask must not be written to before that, and neither must the
-    result. If nothing is dropped, and on a GPU without a seed or generator, torch's own function is called. It has a
+    The mask and the weights are computed again. Under a noise_shape that ends in 1, the result before dropout and 8
+    more bytes are kept beside it. attn_mask must not be written to before that, and neither must the result. If nothing
+    is dropped, and on a GPU without a seed, generator or noise_shape, torch's own function is called. It has a
     gradient of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``, autocast and
     checkpointing. Gradients of higher order are composed of torch's ops around `dropout`, under the same mask. So is
-    all of it under a transform, on a GPU, and where heads or batches broadcast; it then keeps 8 bytes for a weight (16
+    all of it under a transform, on a GPU, where heads or batches broadcast, and where noise_shape is 1 on some, but not
+    all, of several axes before the heads; it then keeps 8 bytes for a weight (16
     for float64), 1/8 more with "bits", and query, key and value in float32. In 16 bits, gradients have the rounding of
     the result, from which backward takes the sum of dy times the dropped weights. Sources: Vaswani et al., NeurIPS
-    2017; Srivastava et al., JMLR 15, 2014; Milakov and Gimelshein, 2018; Dao et al., NeurIPS 2022.
+    2017; Srivastava et al., JMLR 15, 2014; Milakov and Gimelshein, 2018; Dao et al., NeurIPS 2022. Of shared masks:
+    ``broadcast_dropout`` of Flax's ``MultiHeadDotProductAttention``; Zhou et al., EMNLP Findings 2020 (DropHead).
 
     >>> import torch, fastdrop.torch as fdt
     >>> query = torch.ones(1, 2, 3)
@@ -113,19 +126,21 @@ def scaled_dot_product_attention(
     checks.choice("store", store, checks.STORES)
     if not _are_parsed(query, key, value, attn_mask, *options):
         _torchs(query, key, value, attn_mask, 0.0, *options)  # says what is wrong
-    way, p, drops = plan_call(query, dropout_p, True, (key, value, attn_mask))
+    way, p, drops = plan_call(query, dropout_p, training, (key, value, attn_mask))
     source = generator, seed
     if not drops:
         check_unused_seed(source)
-        return _torchs(query, key, value, attn_mask, 0.0, *options)
-    if query.is_cuda and source == (None, None):
+        y = _torchs(query, key, value, attn_mask, 0.0, *options)  # says what is wrong with shapes
+        if noise_shape is not None and not query.is_nested:
+            _mask_shape(noise_shape, query, key, enable_gqa)
+        return y
+    if query.is_cuda and source == (None, None) and noise_shape is None:
         return _torchs(query, key, value, attn_mask, p, *options)
     if (dtype := autocast_dtype(query)) is not None:
         query, key, value, attn_mask = (_autocast(x, dtype) for x in (query, key, value, attn_mask))
         with torch.autocast(query.device.type, enabled=False):
-            return scaled_dot_product_attention(
-                query, key, value, attn_mask, p, *options, generator=generator, seed=seed, store=store
-            )
+            others: dict[str, Any] = {"generator": generator, "seed": seed, "noise_shape": noise_shape, "store": store}
+            return scaled_dot_product_attention(query, key, value, attn_mask, p, *options, **others)
     arguments = query, key, value, attn_mask
     nested.check_dense(*arguments)
     nested.refuse(query, "attention")
@@ -136,7 +151,43 @@ def scaled_dot_product_attention(
         call = trace
     elif way == KERNEL and all(x is None or x.is_cpu for x in arguments):
         call = attend
-    return call(arguments, p, options, source, store)
+    if noise_shape is None:
+        return call(arguments, p, options, source, store)
+    return _under_shared_mask(call, arguments, p, options, source, store, noise_shape)
+
+
+def _under_shared_mask(
+    call: Callable[..., Tensor],
+    arguments: Arguments,
+    p: Any,
+    options: TorchOptions,
+    source: Source,
+    store: str,
+    noise_shape: Any,
+) -> Tensor:
+    """Attention that drops by a mask of ``noise_shape``; ``call`` is the way that it goes without one."""
+    query, key, *_ = arguments
+    cells = _mask_shape(noise_shape, query, key, options[2])
+    if cells is None or cells[-1] != 1:
+        if call is not compose and not has_strides(cells, query):
+            call = compose
+        return call(arguments, p, options, source, store, cells)
+    y = call(arguments, 0.0, options, (None, 0))  # a row of weights is dropped as a whole, and so is the result's
+    of_value = y.dim() - len(cells)  # leading axes that value alone has
+    return drop(y, p, True, False, source, (1,) * of_value + cells, store, "inverted")
+
+
+def _mask_shape(noise_shape: Any, query: Tensor, key: Tensor, gqa: bool) -> Any:
+    """The extents of the mask of the weights. None: each weight has its own cell."""
+    heads = (*key.shape[:-3], query.shape[-3]) if gqa else key.shape[:-2]
+    weights = (*torch.broadcast_shapes(query.shape[:-2], heads), query.shape[-2], key.shape[-2])
+    if not torch.compiler.is_compiling():
+        cells = checks.noise_shape(noise_shape, weights, "the weights")
+    elif len(noise_shape) != len(weights):
+        raise ValueError("noise_shape must have one entry per axis of the weights")
+    else:  # ops check the extents
+        cells = tuple(extent if own is None else own for own, extent in zip(noise_shape, weights, strict=True))
+    return None if cells == weights else cells
 
 
 def _are_parsed(query: Any, key: Any, value: Any, mask: Any, causal: Any, scale: Any, gqa: Any) -> bool:
@@ -183,7 +234,12 @@ def _autocast(x: Any, dtype: torch.dtype) -> Any:
 
 
 def compose(
-    arguments: Arguments, p: Any, options: TorchOptions, source: Source = NO_SOURCE, store: str = "seed"
+    arguments: Arguments,
+    p: Any,
+    options: TorchOptions,
+    source: Source = NO_SOURCE,
+    store: str = "seed",
+    cells: Any = None,
 ) -> Tensor:
     """Attention composed of torch's ops, for transforms and modes, and for what `attend` and `trace` do not take."""
     query, key, value, mask = arguments
@@ -195,9 +251,12 @@ def compose(
     query, key, value = query.to(wide), repeat_heads(key, query, gqa).to(wide), repeat_heads(value, query, gqa).to(wide)
     scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
     generator, seed = source
-    weights = softmax_dropout(
-        query @ key.transpose(-2, -1), p, scale, mask, causal, generator=generator, seed=seed, store=store
-    )
+    scores = query @ key.transpose(-2, -1)
+    if cells is None:
+        weights = softmax_dropout(scores, p, scale, mask, causal, generator=generator, seed=seed, store=store)
+    else:
+        weights = softmax_dropout(scores, 0.0, scale, mask, causal)
+        weights = drop(weights, p, True, False, source, cells, store, "inverted")
     y: Tensor = (weights @ value).to(dtype)
     return y
 
@@ -219,28 +278,38 @@ def is_direct(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) ->
 
 
 def attend(
-    arguments: Arguments, p: float, options: TorchOptions, source: Source = NO_SOURCE, store: str = "seed"
+    arguments: Arguments,
+    p: float,
+    options: TorchOptions,
+    source: Source = NO_SOURCE,
+    store: str = "seed",
+    cells: Any = None,
 ) -> Tensor:
     """Attention by the kernel. Arguments are regular, and eager dense tensors on the CPU."""
-    call = _call(arguments, seed_for_kernel(arguments[0], source), p, options, store)
+    call = _call(arguments, seed_for_kernel(arguments[0], source), p, options, store, cells)
     y: Tensor = ATTENTION.call_kernel(call, call.keep)[0]
     return y
 
 
 def trace(
-    arguments: Arguments, p: Any, options: TorchOptions, source: Source = NO_SOURCE, store: str = "seed"
+    arguments: Arguments,
+    p: Any,
+    options: TorchOptions,
+    source: Source = NO_SOURCE,
+    store: str = "seed",
+    cells: Any = None,
 ) -> Tensor:
     """Attention as one op, for compilers. Arguments are regular, and will be eager dense tensors on the CPU."""
     if onnx.is_exported():
-        return compose(arguments, p, options, source, store)
-    y: Tensor = ATTENTION(_call(arguments, seed_for_ops(arguments[0], source), p, options, store))[0]
+        return compose(arguments, p, options, source, store, cells)
+    y: Tensor = ATTENTION(_call(arguments, seed_for_ops(arguments[0], source), p, options, store, cells))[0]
     return y
 
 
-def _call(arguments: Arguments, seed: Any, p: Any, options: TorchOptions, store: str) -> Attention:
+def _call(arguments: Arguments, seed: Any, p: Any, options: TorchOptions, store: str, cells: Any) -> Attention:
     (causal, scale, _), wanted = options, wants_gradient(arguments)
     scale = 1.0 / math.sqrt(arguments[0].shape[-1]) if scale is None else scale + 0.0
-    return Attention(*arguments, seed, p, causal, scale, wanted and store == "bits", wanted)
+    return Attention(*arguments, seed, p, causal, scale, wanted and store == "bits", wanted, cells)
 
 
 hide_from_dynamo(attend)

@@ -23,7 +23,7 @@ from ..runtime.dtypes import TAGS, computed
 from ..runtime.memory import check_words
 from . import formulas
 from . import mask as mask_ops
-from .record import Flags4, Maybe, Op, P, Seed, saved_mask
+from .record import Flags4, Maybe, MaybeSizes, Op, P, Seed, saved_mask
 from .softmax import softmax_of
 
 
@@ -38,6 +38,7 @@ class Attention(NamedTuple):
     softmax_scale: float
     store_bits: bool
     keep: bool  # what backward needs
+    mask_shape: MaybeSizes = None
 
 
 class Result(NamedTuple):
@@ -62,6 +63,7 @@ class AttentionBackward(NamedTuple):
     softmax_scale: float
     store_bits: bool
     wanted: Flags4  # of the gradients of query, key, value and attn_mask
+    mask_shape: MaybeSizes = None
 
 
 class Saved(NamedTuple):
@@ -78,6 +80,7 @@ class Saved(NamedTuple):
     causal: bool
     softmax_scale: float
     store_bits: bool
+    mask_shape: Any
 
 
 # ---- which arguments are regular ----
@@ -114,6 +117,29 @@ def _are_regular_shapes(query: Any, key: Any, value: Any, gqa: bool) -> bool:
     return bool(math.prod(query) > 0 and math.prod(value) > 0)
 
 
+def has_strides(mask_shape: Any, query: Tensor) -> bool:
+    """Whether kernels can find the cells of a mask of this shape. To them the axes before the heads are one, so these
+    either all share their cells, or none does."""
+    if mask_shape is None:
+        return True
+    pairs = zip(mask_shape[:-3], query.shape[:-3], strict=True)
+    return len({cells == 1 for cells, extent in pairs if extent != 1}) < 2
+
+
+def _check_mask_shape(call: Any) -> None:
+    """Raises unless the mask of an `Attention` or an `AttentionBackward` has a shape that kernels take."""
+    shape, query = call.mask_shape, call.query
+    weights = (*query.shape[:-1], call.key.shape[-2])
+    if shape is None:
+        return
+    fits = len(shape) == len(weights) and all(n in (1, extent) for n, extent in zip(shape, weights, strict=True))
+    if not fits or shape[-1] != weights[-1] or not has_strides(shape, query):
+        raise ValueError(
+            f"mask_shape must have 1 or the full extent of each axis of the weights, of shape {tuple(weights)}, all "
+            f"keys, and 1 on all axes before the heads or on none, but got {tuple(shape)}"
+        )
+
+
 def has_known_dtypes(query: Tensor, key: Tensor, value: Tensor, mask: Maybe) -> bool:
     """Whether dtypes are the documented ones, on one device."""
     known = query.dtype in TAGS and query.dtype is key.dtype is value.dtype
@@ -133,12 +159,13 @@ def _check_call(call: Attention) -> None:
             "L, S), of one float dtype and not empty, without a mask where causal, and scale must be finite, but got "
             f"{given}, causal {call.causal}, scale {call.softmax_scale}"
         )
+    _check_mask_shape(call)
 
 
 def _check_gradient(call: AttentionBackward) -> None:
     """Raises unless backward has tensors that forward may have had: ops are called by hand, and hooks may change saved
     tensors."""
-    dy, query, key, value, attn_mask, y, statistics, *_ = call
+    dy, query, key, value, attn_mask, y, statistics = call[:7]
     wanted, of_scores = call.wanted, call.wanted[0] or call.wanted[1] or call.wanted[3]
     values = key.new_empty(()).expand(*key.shape[:-1], dy.shape[-1] if dy.dim() else 0) if value is None else value
     if not is_regular(query, key, values, attn_mask, call.causal, call.softmax_scale, query.dim() > 2):
@@ -146,6 +173,7 @@ def _check_gradient(call: AttentionBackward) -> None:
             "query, key, value and mask must be those of forward, but got "
             + _described(query=query, key=key, value=value, mask=attn_mask)
         )
+    _check_mask_shape(call)
     shape = (*query.shape[:-1], values.shape[-1])
     for name, x, wide in (
         ("dy", dy, query.dtype),
@@ -174,12 +202,13 @@ def _kernel_call(call: Any, words: Maybe, seed: Any) -> attention_kernels.Call:
     threshold = threshold_of(mask_ops.probability(call.p))
     seed = 0 if seed is None else mask_ops.kernel_seed(seed, call.query)
     data = call.query, call.key, call.value, call.attn_mask
-    return attention_kernels.Call(*data, words, seed, threshold, call.softmax_scale, call.causal)
+    shape = None if call.mask_shape is None else tuple(call.mask_shape)
+    return attention_kernels.Call(*data, words, seed, threshold, call.softmax_scale, call.causal, shape)
 
 
-def _cells(call: Any) -> int:
-    """How many weights there are."""
-    return int(math.prod(call.query.shape[:-1]) * call.key.shape[-2])
+def _cells(call: Any) -> Any:
+    """How many cells the mask has."""
+    return math.prod(call.mask_shape or (*call.query.shape[:-1], call.key.shape[-2]))
 
 
 def _attention(call: Attention) -> Result:
@@ -204,7 +233,8 @@ def _attention_saved(call: Attention, results: Result, needs: Any) -> Saved:
     value, y = (call.value, results.y) if of_scores else (None, None)
     data = call.query, call.key, value, call.attn_mask, y, results.statistics
     mask = saved_mask(results.saved_mask if call.store_bits else None, call.seed)
-    return Saved(*data, mask, call.p, call.causal, call.softmax_scale, call.store_bits)  # type: ignore[arg-type]
+    options = call.causal, call.softmax_scale, call.store_bits, call.mask_shape
+    return Saved(*data, mask, call.p, *options)  # type: ignore[arg-type]
 
 
 def _attention_gradients(needs: Any, saved: Saved, dy: Maybe, *_: Any) -> tuple[Maybe, ...]:
@@ -212,7 +242,7 @@ def _attention_gradients(needs: Any, saved: Saved, dy: Maybe, *_: Any) -> tuple[
     if dy is None:
         return ()
     wanted = list(needs[:4])
-    call = AttentionBackward(dy, *saved, wanted)
+    call = AttentionBackward(dy, *saved[:-1], wanted, saved.mask_shape)
     if formulas.is_differentiated():
         _check_gradient(call)
         gradients = _composed_gradients(dy, saved)
@@ -263,18 +293,18 @@ def _composed_gradients(dy: Tensor, saved: Saved) -> tuple[Maybe, ...]:
     """dquery, dkey, dvalue and dattn_mask, composed of ops that have derivatives themselves."""
     query, key, value, attn_mask, scale = saved.query, saved.key, saved.value, saved.attn_mask, saved.softmax_scale
     dtype, wide, grouped = dy.dtype, computed(dy.dtype), query.dim() > 2
-    mask = saved.saved_mask, saved.p, saved.store_bits
+    mask = saved.saved_mask, saved.p, saved.mask_shape, saved.store_bits
     g, q, k = dy.to(wide), query.to(wide), key.to(wide)
     normal = softmax_of(q @ repeat_heads(k, q, grouped).mT, _added(attn_mask, wide), scale, saved.causal)
     dq = dk = dmask = None
     if value is not None:
-        d = formulas.masked(g @ repeat_heads(value.to(wide), q, grouped).mT, *mask)
+        d = mask_ops.masked(g @ repeat_heads(value.to(wide), q, grouped).mT, *mask)
         d = normal * (d - (d * normal).sum(-1, keepdim=True))
         if attn_mask is not None and attn_mask.dtype is not torch.bool:
             dmask = d.sum_to_size(attn_mask.shape).to(attn_mask.dtype)
         d = d * scale
         dq, dk = (d @ repeat_heads(k, q, grouped)).to(dtype), _sum_heads(d.mT @ q, key.shape).to(dtype)
-    dropped = formulas.masked(normal, *mask)
+    dropped = mask_ops.masked(normal, *mask)
     return dq, dk, _sum_heads(dropped.mT @ g, (*key.shape[:-1], dy.shape[-1])).to(dtype), dmask
 
 

@@ -42,6 +42,23 @@ class Call(NamedTuple):
     threshold: int
     softmax_scale: float
     causal: bool
+    mask_shape: tuple[int, ...] | None = None  # of the mask's cells, as `ops.attention` allows; None: the scores'
+
+    @property
+    def cell_strides(self) -> tuple[int, int, int, int]:
+        """Of the mask's cells along outer indices, heads, queries and keys. 0: they share them."""
+        return _strides_of_cells(self.mask_shape or (*self.query.shape[:-1], self.key.shape[-2]))
+
+
+@functools.lru_cache(maxsize=256)
+def _strides_of_cells(mask_shape: tuple[int, ...]) -> tuple[int, int, int, int]:
+    *leading, queries, keys = mask_shape
+    *outer, heads = leading or [1]
+    strides = math.prod((heads, queries, keys)), queries * keys, keys
+    of_outer, of_heads, of_queries = (
+        stride if extent > 1 else 0 for stride, extent in zip(strides, (math.prod(outer), heads, queries), strict=True)
+    )
+    return of_outer, of_heads, of_queries, 1
 
 
 class Gradients(NamedTuple):
@@ -98,8 +115,8 @@ def _mask_of_scores(call: Call, extents: _Extents) -> Maybe:
 
 
 @functools.lru_cache(maxsize=256)
-def _strides(of: tuple[tuple[int, ...] | None, ...]) -> Tensor:
-    """Those of several tensors, four of each, in memory that kernels read and nobody writes."""
+def _table(of: tuple[tuple[int, ...] | None, ...]) -> Tensor:
+    """The strides of several tensors, four of each, in memory that kernels read and nobody writes."""
     with torch.inference_mode(False):
         return torch.tensor([strides or (0, 0, 0, 0) for strides in of], dtype=torch.int64, device="cpu")
 
@@ -144,7 +161,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     known = query.new_empty((*query.shape[:-1], 2), dtype=computed(query.dtype))
     q, k, v = (_by_heads(x, extents) for x in (query, call.key, value))
     data = q, k, v, _mask_of_scores(call, extents)
-    _run("attention_forward", call, extents, data, (y, known), (*data, None, None), (v.shape[-1],), 0)
+    _run("attention_forward", call, extents, data, (y, known), (None, None), (v.shape[-1],), 0)
     return y, known
 
 
@@ -154,15 +171,16 @@ def _run(
     extents: _Extents,
     data: tuple[Maybe, ...],
     others: tuple[Maybe, ...],
-    strided: tuple[Maybe, ...],
+    strided: tuple[Maybe, Maybe],
     sizes: tuple[int, ...],
     first: int,
 ) -> None:
-    """``data`` are query, key, value and mask, ``others`` the arrays that follow; ``strided`` ones pass strides."""
+    """``data`` are query, key, value and mask, ``others`` the arrays that follow; ``strided`` are dy and dmask."""
     query, _, _, mask = data
     assert query is not None
     mask_tag = 0 if mask is None else BOOL if mask.dtype is torch.bool else TAGS[mask.dtype]
-    strides = _strides(tuple(None if x is None else x.stride() for x in strided))
+    own = (None if x is None else x.stride() for x in (*data, *strided))
+    strides = _table((*own, call.cell_strides))
     numbers = *extents, query.shape[-1], *sizes, first, call.seed, 0, call.threshold
     options = call.softmax_scale, keep_scale(call.threshold), int(call.causal)
     fused_kernels.run(primitive, TAGS[query.dtype], mask_tag, *data, call.words, *others, strides, *numbers, *options)
@@ -211,7 +229,7 @@ def _run_backward(call: Call, extents: _Extents, tensors: _Tensors, parts: int, 
     query, key, value, mask, dy, *others, dmask = tensors
     data = query, key, value, mask
     sizes = dy.shape[-1], parts
-    _run("attention_backward", call, extents, data, (dy, *others, dmask), (*data, dy, dmask), sizes, first)
+    _run("attention_backward", call, extents, data, (dy, *others, dmask), (dy, dmask), sizes, first)
 
 
 class _MaskSums(NamedTuple):
@@ -232,12 +250,13 @@ class _MaskSums(NamedTuple):
 
         Parts of the keys share none either, unless the mask broadcasts over the keys.
         """
-        (outer, heads, _, of_key), (_, of_query, queries, keys) = self.sums.shape, extents.scores
+        (outer, heads, _, of_key), (_, of_query, _, keys) = self.sums.shape, extents.scores
+        of_outer, of_head, *_ = call.cell_strides
         shares_heads = heads < of_query
         for o in _slices(extents.outer, shares_heads or outer < extents.outer):
             for h in _slices(extents.heads, shares_heads):
                 some = extents._replace(outer=o.stop - o.start, heads=h.stop - h.start)
-                first = (o.start * of_query + h.start * extents.group) * queries * keys
+                first = o.start * of_outer + h.start * extents.group * of_head
                 own = tensors.of(o, h, extents.group)
                 parts = some.parts(own.query.numel() * self.sums.itemsize) if of_key == keys else 1
                 if own.dquery is None or parts == 1:

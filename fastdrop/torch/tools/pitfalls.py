@@ -103,7 +103,8 @@ def _called_with(step: Step) -> tuple[float | None, bool]:
         return None, False
     if step.name == "scaled_dot_product_attention":
         p = step.kwargs.get("dropout_p", step.args[4] if len(step.args) > 4 else 0.0)
-        return (float(p), True) if isinstance(p, int | float) and p else (None, False)
+        on = step.kwargs.get("training", True) is True  # torch's has no such argument
+        return (float(p), on) if isinstance(p, int | float) and p else (None, False)
     try:
         bound = inspect.signature(step.function).bind(*step.args, **step.kwargs)
         bound.apply_defaults()

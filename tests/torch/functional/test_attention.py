@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 
@@ -41,7 +42,7 @@ def normal(*shape, dtype=torch.float64, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def formula(query, key, value, mask=None, p=P, causal=False, scale=None, gqa=False, *, seed=SEED):
+def formula(query, key, value, mask=None, p=P, causal=False, scale=None, gqa=False, *, seed=SEED, noise_shape=None):
     """In float64, of torch's ops around `dropout` of the weights."""
     query, key, value = query.double(), key.double(), value.double()
     if gqa:
@@ -53,7 +54,7 @@ def formula(query, key, value, mask=None, p=P, causal=False, scale=None, gqa=Fal
         scores = scores.masked_fill(~torch.ones(scores.shape[-2:], dtype=torch.bool).tril(), NO)
     nothing = (scores == NO).all(-1, keepdim=True)
     weights = scores.masked_fill(nothing, 0.0).softmax(-1).masked_fill(nothing, 0.0)
-    return fdt.dropout(weights, p, seed=seed) @ value
+    return fdt.dropout(weights, p, seed=seed, noise_shape=noise_shape) @ value
 
 
 def with_gradients(function, tensors, dy):
@@ -417,6 +418,103 @@ def test_bits_may_be_kept_instead_of_the_seed(p):
     assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
+# ---- masks that weights share ----
+
+FLAX, DROP_HEAD, BY_QUERY, BY_KEY = (1, 1, None, None), (None, None, 1, 1), (None, 1, None, 1), (1, None, 1, None)
+SHARED = {  # a case, and the noise shapes that its mask has
+    "plain": (FLAX, DROP_HEAD, BY_QUERY, BY_KEY, (1, 1, 1, 1), (2, 1, 5, None)),
+    "causal wide": (FLAX, (None, None, 1, None)),
+    "grouped": (FLAX, DROP_HEAD, (None, 1, None, None), BY_KEY),
+    "float (L, S)": (BY_KEY, (1, None, None, 1)),
+    "without heads": ((1, None), (None, 1)),
+    "more batch": ((1, 1, None, None, None), (1, None, None, None, None), (None, 1, 1, 1, None), (None, 1, 1, 1, 1)),
+    "broadcast": (FLAX, DROP_HEAD, BY_KEY),
+}
+
+
+def shared_cases(*cases):
+    """Arguments, our function and the formula, the latter two under one noise shape after the other."""
+    for case in cases or SHARED:
+        tensors, mask, options = tensors_of(case)
+        others = {{"is_causal": "causal", "enable_gqa": "gqa"}[name]: value for name, value in options.items()}
+        for shape in SHARED[case]:
+            random = {"seed": SEED, "noise_shape": shape}
+            ours = partial(scaled_dot_product_attention, attn_mask=mask, dropout_p=P, **options, **random)
+            yield shape, tensors, ours, partial(formula, mask=mask, **others, **random)
+
+
+def test_shared_masks_equal_the_formula():
+    """Of `dropout` of the weights; a head's keys in several parts, whose gradients are summed apart, too."""
+    for _, tensors, ours, expected in shared_cases():
+        dy = normal(*expected(*tensors).shape, seed=7)
+        wanted = with_gradients(expected, tensors, dy)
+        results = with_gradients(ours, tensors, dy)
+        assert_close(results, wanted, torch.float64)
+        stored = with_gradients(partial(ours, store="bits"), tensors, dy)
+        assert_equal(stored, results)
+    tensors = [normal(2, 2, *s, seed=i) for i, s in enumerate(((100, 8), (1100, 8), (1100, 8)))]
+    given, dy = [*tensors, normal(2, 1, 100, 1100, seed=4)], normal(2, 2, 100, 8, seed=7)
+    for shape in (FLAX, BY_KEY, (None, 1, None, None)):
+        random = {"seed": SEED, "noise_shape": shape}
+        results = with_gradients(lambda *x: scaled_dot_product_attention(*x, P, **random), given, dy)  # noqa: B023
+        assert_close(results, with_gradients(lambda *x: formula(*x, **random), given, dy), torch.float64)  # noqa: B023
+
+
+def test_shared_masks_go_the_kernels_way(monkeypatch):
+    """But where axes before the heads differ. Words are those of the shared mask."""
+    composed, compose = [], attention.compose
+    monkeypatch.setattr(attention, "compose", lambda *args: composed.append(args[5]) or compose(*args))
+    for _, tensors, ours, _ in shared_cases("plain", "grouped", "more batch"):
+        ours(*tensors)
+    assert composed == [(1, 2, 3, 5, 7), (2, 1, 1, 1, 7)]
+    tensors = [x.requires_grad_() for x in tensors_of("plain")[0]]
+    for shape, own in ((FLAX, [8]), (DROP_HEAD, [4, 8, 8 * 2 * 3 * 5 * 4])):  # the words; a dummy seed and y
+        with saved_tensors() as kept:
+            y = scaled_dot_product_attention(*tensors, None, P, noise_shape=shape, store="bits")
+        new = [t.nbytes for t in kept if not any(t is x for x in (*tensors, y))]
+        assert sorted(new) == sorted([*own, 2 * 8 * 2 * 3 * 5])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shared_masks_under_derivatives_transforms_and_compilers():
+    for shape, tensors, ours, expected in shared_cases("grouped"):
+        if shape in (FLAX, DROP_HEAD):
+            dy = normal(*expected(*tensors).shape, seed=7)
+            compiled = torch.compile(ours, backend="aot_eager", fullgraph=True, dynamic=shape == FLAX)
+            torch.testing.assert_close(with_gradients(compiled, tensors, dy), with_gradients(expected, tensors, dy))
+        query, *others = tensors
+        slopes = [jvp(lambda x, f=f: f(x, *others), (query,), (query.cos(),)) for f in (ours, expected)]  # noqa: B023
+        torch.testing.assert_close(*slopes)
+        samples = torch.stack([query, query.sin()])
+        mapped = [vmap(lambda x, f=f: f(x, *others), randomness="same")(samples) for f in (ours, expected)]  # noqa: B023
+        torch.testing.assert_close(*mapped)
+        leaves = [x.requires_grad_() for x in tensors]
+        assert torch.autograd.gradgradcheck(ours, leaves, fast_mode=True), shape
+    with pytest.raises(Exception, match="mask_shape must have 1 or the full extent"):
+        torch.compile(ours, backend="eager", fullgraph=True)(*tensors, noise_shape=(1, 1, 2, None))
+
+
+@pytest.mark.parametrize(
+    ("shape", "match"),
+    [((1, 1), "one entry per axis of the weights, whose shape"), ((1, 1, 2, None), "on each axis of the weights")],
+)
+def test_bad_noise_shapes_are_refused(shape, match):
+    for p in (P, 0.0):
+        with pytest.raises(ValueError, match=match):
+            scaled_dot_product_attention(X, X, X, dropout_p=p, noise_shape=shape)
+    with pytest.raises(TypeError, match="noise_shape must be"):
+        scaled_dot_product_attention(X, X, X, dropout_p=P, noise_shape=3)
+
+
+def test_nothing_drops_outside_of_training():
+    tensors, mask, _ = tensors_of("bool (L, S)", torch.float32)
+    expected, found = F.scaled_dot_product_attention(*tensors, mask), []
+    call = lambda **options: scaled_dot_product_attention(*tensors, mask, P, training=False, **options)  # noqa: E731
+    assert numbers_drawn(lambda: found.append(call())) == 0
+    assert_equal(found[0], expected)
+    assert_equal(call(noise_shape=DROP_HEAD), expected)
+
+
 # ---- derivatives ----
 
 
@@ -591,6 +689,7 @@ def test_ops(p):
     tensors, mask, _ = tensors_of("grouped (H, L, S)", torch.float32)
     seed, quick = torch.tensor(SEED), ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(op, (*tensors, mask, seed, p, False, 0.3, False, False), test_utils=quick)
+    torch.library.opcheck(op, (*tensors, mask, seed, p, False, 0.3, True, False, [1, 4, 1, 7]), test_utils=quick)
     y, statistics, _ = op(*tensors, mask, seed, p, False, 0.3, False, True)
     for value, result, wanted in (
         (tensors[2], y, [True, False, True, False]),
@@ -598,6 +697,7 @@ def test_ops(p):
     ):
         arguments = (y, *tensors[:2], value, mask, result, statistics, seed, p, False, 0.3, False, wanted)
         torch.library.opcheck(back, arguments, test_utils=quick)
+        torch.library.opcheck(back, (*arguments, [1, 4, 1, 7]), test_utils=quick)
     mapped = torch.func.vmap(lambda query: op(query, *tensors[1:], mask, seed, p, False, 0.3, False, False)[0])
     assert_equal(mapped(torch.stack([tensors[0]] * 2)), torch.stack([y, y]))
     leaves, added = [x.requires_grad_() for x in tensors], normal(5, 7, dtype=torch.float32).requires_grad_()

@@ -154,6 +154,9 @@ def test_onnx_refusals():
         with pytest.raises(RuntimeError, match=r"ONNX's Dropout has no .*: call model.eval\(\) before"), Exporting():
             model.train()(x)
         assert model.eval()(x) is x
+    for shape in ((1, 1, None, None), (None, None, 1, 1)):
+        with pytest.raises(RuntimeError, match="has no decisions that elements share"), Exporting():
+            fdt.scaled_dot_product_attention(x, x, x, dropout_p=0.5, noise_shape=shape)
 
 
 class Exporting:
@@ -189,6 +192,9 @@ OF_P = {
     "layer_norm": lambda x, p: fdt.dropout_add_layer_norm(x, x, p=p)[0],
     "softmax_dropout": lambda x, p: fdt.softmax_dropout(x, p),
     "attention": lambda x, p: fdt.scaled_dot_product_attention(x, x, x, dropout_p=p),
+    "one mask of attention": lambda x, p: fdt.scaled_dot_product_attention(
+        x, x, x, dropout_p=p, noise_shape=(1, None, None)
+    ),
 }
 
 
@@ -201,10 +207,13 @@ def test_make_fx(name):
         torch.testing.assert_close(under(1, graph, x, p), under(1, function, x, p))
 
 
+NAMES = ("dropout", "gaussian_dropout", "softmax_dropout", "attention", "one mask of attention")
+
+
 def test_torch_export():
     class Model(nn.Module):
         def forward(self, x, p):
-            return [OF_P[name](x, p) for name in ("dropout", "gaussian_dropout", "softmax_dropout", "attention")]
+            return [OF_P[name](x, p) for name in NAMES]
 
     model, x = Model(), torch.randn(4, 5, 6)
     module = torch.export.export(model, (x, torch.tensor(0.3))).module()

@@ -53,6 +53,13 @@ REFUSED = {
     " [False, False, True, False])": "statistics must be on cpu",
     "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, None, None, t(2, 2), words(64), 0.5, False, 1.0, True,"
     " [False, False, True, False])": "words must be",
+    "attention(t(2, 3), t(4, 3), t(4, 3), None, seed, 0.5, False, 1.0, False, True, [2, 1])": "mask_shape must have",
+    "attention(t(2, 2, 1, 2, 3), t(2, 2, 1, 4, 3), t(2, 2, 1, 4, 3), None, seed, 0.5, False, 1.0,"
+    " False, True, [1, 2, 1, 2, 4])": "mask_shape must have",
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, None, None, t(2, 2), words(12), 0.5, False, 1.0, True,"
+    " [False, False, True, False], [3, 4])": "mask_shape must have",
+    "attention_backward(t(2, 3), t(2, 3), t(4, 3), None, None, None, t(2, 2), words(0), 0.5, False, 1.0, True,"
+    " [False, False, True, False], [1, 4])": "words must be 1 int32",
     "lora(x, t(5, 63), None, t(2, 64), t(5, 2), seed, 0.5, 2.0)": "weight must be (out, in), here (any, 64)",
     "lora(x, t(5, 64), t(4), t(2, 64), t(5, 2), seed, 0.5, 2.0)": "bias must be (out,), here (5)",
     "lora(x, t(5, 64), None, t(2, 64), t(5, 3), seed, 0.5, 2.0)": "lora_B must be (out, r), here (5, 2)",

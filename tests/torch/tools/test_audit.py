@@ -98,6 +98,10 @@ def attends(self, x, p=0.1):
     return self.a(F.scaled_dot_product_attention(x, x, x, dropout_p=p))
 
 
+def our_attention(self, x, **options):
+    return self.a(fdt.scaled_dot_product_attention(x, x, x, dropout_p=0.1, **options))
+
+
 NORM = nn.BatchNorm1d(128)
 # Of each rule: name -> model, paths of the findings (none for a model that doesn't break it), and an example input if
 # it isn't the rule's.
@@ -120,6 +124,8 @@ CASES = {
         "norm left on": (in_evaluation(between(NORM, wide(), nn.Dropout()), "1"), []),
         "p of 0": (in_evaluation(between(nn.Dropout(0.0)), "1"), []),
         "function with p of 0": (net(lambda s, x: s.a(F.dropout(x, 0.0))), []),
+        "our attention": (net(lambda s, x: our_attention(s, x)), [""]),
+        "our attention that follows": (net(lambda s, x: our_attention(s, x, training=s.training)), []),
         "attention that follows": (net(lambda s, x: attends(s, x, 0.1 if s.training else 0.0)), []),
     },
     "drops everything": {
