@@ -192,6 +192,29 @@ static int good_rows(uint64_t rows, uint64_t columns) {
     return columns && !__builtin_mul_overflow(rows, columns, &n) && n <= cells;
 }
 
+/* Ascending, and below the extent. As cheap as it is, it keeps the kernels inside of their arrays. */
+static int good_index(const void *index, uint64_t n, uint64_t extent) {
+    int64_t next, last = -1;
+    if (!index) return 0;
+    for (uint64_t i = 0; i < n; i++, last = next) {
+        memcpy(&next, (const char *)index + i * sizeof next, sizeof next);
+        if (next <= last || (uint64_t)next >= extent) return 0;
+    }
+    return 1;
+}
+
+static int gather_cells_good(const gather_cells_args *a) {
+    return a->x && a->y && good_dtype(a->dtype) && good_rows(a->height, a->width) && a->n &&
+           good_index(a->kept_rows, a->m, a->height) && good_index(a->kept_columns, a->n, a->width);
+}
+static work_t gather_cells_work(const gather_cells_args *a) { return by_rows(a->m, a->n, a->dtype); }
+
+static int scatter_cells_good(const scatter_cells_args *a) {
+    return a->x && a->y && good_dtype(a->dtype) && good_rows(a->height, a->width) &&
+           good_index(a->kept_rows, a->m, a->height) && good_index(a->kept_columns, a->n, a->width);
+}
+static work_t scatter_cells_work(const scatter_cells_args *a) { return by_rows(a->height, a->width, a->dtype); }
+
 static int good_activation(int activation) {
     switch (activation) {
     case FD_NO_ACTIVATION: return 1;

@@ -12,6 +12,7 @@
  *   gaussian.inc.h     normal random numbers
  *   apply.inc.h        per dtype: dropout_forward, masked_affine, gaussian_multiply
  *   dilate.inc.h       masks of blocks: dilate_bits
+ *   cells.inc.h        kept rows and columns of a matrix: gather_cells, scatter_cells
  *   vector_math.inc.h  exp, tanh and the normal distribution
  *   strips.inc.h       how fused kernels go through data
  *   fused.inc.h        per type that is computed in: storage, activations, drop, pointwise, norm, softmax, products,
@@ -79,6 +80,7 @@ DEFINE_BY_DTYPE(dropout_forward)
 DEFINE_BY_DTYPE(masked_affine)
 DEFINE_BY_DTYPE(gaussian_multiply)
 
+#include "cells.inc.h"
 #include "dilate.inc.h"
 #include "vector_math.inc.h"
 

@@ -39,6 +39,7 @@ MASKS, PRIMITIVES, ROWS = (
     "tests/backends/test_mask.py",
     "tests/backends/test_fused.py",
 )
+CELLS, BATCHWISE = "tests/backends/test_cells.py", "tests/torch/functional/test_batchwise.py"
 ATTENTION, MEMORY = "tests/backends/test_attention.py", "tests/backends/test_memory.py"
 FUSED, FAMILY = "tests/arrays/test_fused.py", "tests/arrays/test_variants.py"
 CUDA, CUDA_ROWS = "tests/backends/cuda/test_primitives.py", "tests/backends/cuda/test_fused.py"
@@ -644,6 +645,69 @@ MUTATIONS = (
         "scale = 1.0 / math.sqrt(arguments[0].shape[-1]) if scale is None else scale + 0.0",
         "scale = 1.0 / arguments[0].shape[-1] if scale is None else scale + 0.0",
         "tests/torch/functional/test_attention.py",
+    ),
+    Mutation(
+        "a thread looks for its first kept row one too late",
+        "csrc/cells.inc.h",
+        "if ((uint64_t)rows[middle] < begin)",
+        "if ((uint64_t)rows[middle] <= begin)",
+        CELLS,
+    ),
+    Mutation(
+        "an index past the last column is let through",
+        "csrc/dispatch.c",
+        "if (next <= last || (uint64_t)next >= extent) return 0;",
+        "if (next <= last || (uint64_t)next > extent) return 0;",
+        CELLS,
+    ),
+    Mutation(
+        "Numba scatters from the first kept row in each range",
+        "fastdrop/backends/numba/cells.py",
+        "r = U(np.searchsorted(kept_rows, begin))",
+        "r = U(0)",
+        CELLS,
+    ),
+    Mutation(
+        "units that fill a line are not dropped",
+        "fastdrop/torch/functional/batchwise.py",
+        "PackedMask.from_bool(np.isin(index, kept, assume_unique=True), p)",
+        "PackedMask.from_bool(np.isin(index, index, assume_unique=True), p)",
+        BATCHWISE,
+    ),
+    Mutation(
+        "the next layer takes all columns",
+        "fastdrop/torch/functional/batchwise.py",
+        "before = kept.units",
+        "before = None",
+        BATCHWISE,
+    ),
+    Mutation(
+        "batchwise dropout computes kept units however few rows there are",
+        "fastdrop/torch/functional/batchwise.py",
+        "return MIN_P + MIN_P_TIMES_ROWS / max(math.prod(x.shape[:-1]), 1)",
+        "return MIN_P",
+        BATCHWISE,
+    ),
+    Mutation(
+        "the gradient of a weight has no gradient",
+        "fastdrop/torch/functional/batchwise.py",
+        "way: Any = _Scatter.apply if is_eager_dense(dy) else cell_kernels.scatter",
+        "way: Any = cell_kernels.scatter",
+        BATCHWISE,
+    ),
+    Mutation(
+        "a run of batchwise dropout drops in evaluation",
+        "fastdrop/torch/models/fuse/batchwise_runs.py",
+        "rates = [drop.rate if drop.training else 0.0 for drop in self.drops]",
+        "rates = [drop.rate for drop in self.drops]",
+        "tests/torch/models/test_fuse_batchwise.py",
+    ),
+    Mutation(
+        "a run of batchwise dropout ignores what stands between",
+        "fastdrop/torch/models/fuse/batchwise_runs.py",
+        "if type(module) not in ELEMENTWISE and rules.activation_name(module) is None:",
+        "if False:",
+        "tests/torch/models/test_fuse_batchwise.py",
     ),
     Mutation(
         "the gradient of kept samples is not scaled",

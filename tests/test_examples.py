@@ -49,7 +49,7 @@ def test_tour_shows_every_example(beside_examples, monkeypatch, tmp_path, capsys
         assert printed.count("\n") >= 1 or k == 0
     assert "Dropout" in printed  # the audit's table
     assert all(f"show({name}.picture)" in "".join(code) for name in PICTURES)
-    assert len(drawn) == len(PICTURES) == 7
+    assert len(drawn) == len(PICTURES) == 8
     for axis in (axis for figure in drawn for axis in figure.axes):
         lines = [line.get_ydata() for line in axis.lines] + [[bar.get_height() for bar in axis.patches]]
         values = np.concatenate([np.asarray(values, float).reshape(-1) for values in lines])

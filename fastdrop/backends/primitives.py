@@ -64,9 +64,10 @@ ARRAYS = {
     "words": "packed bits, uint32",
     "data": "numbers of ``dtype``, one for each element",
     "residual": "numbers of ``residual_dtype``, one for each element",
+    "strides": "int64, in elements",
+    "index": "int64, ascending",
     "column": "a number for each column",
     "mask": "numbers to be added to scores, read at strides; attention's is of ``mask_dtype``",
-    "strides": "int64, in elements",
     "statistics": "two numbers for each row",
     "sums": "lines of columns, one or three for each panel of rows; sums of gradients of attention",
 }
@@ -126,6 +127,21 @@ TABLE = (
         does="Bit [o, i, j] of to = AND over s < block of bit [o, i - s, j] of words, [outer, n, inner], where "
         "there is one; to is [outer, n + block - 1, inner].",
         parameters="words! to; words words; count outer, n, inner, block",
+    ),
+    Primitive(
+        "gather_cells",
+        over="rows",
+        cpu_only=True,
+        does="y[r, c] = x[kept_rows[r], kept_columns[c]] for r < m, c < n; x is [height, width]. Each index ascends.",
+        parameters="code dtype; data x; data! y; index kept_rows, kept_columns; count m, n, height, width",
+    ),
+    Primitive(
+        "scatter_cells",
+        over="rows",
+        cpu_only=True,
+        does="y[kept_rows[r], kept_columns[c]] = x[r, c] for r < m, c < n; all else of y [height, width] is +0. Each "
+        "index ascends.",
+        parameters="code dtype; data x; data! y; index kept_rows, kept_columns; count m, n, height, width",
     ),
     Primitive(
         "pointwise_forward",

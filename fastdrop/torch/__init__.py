@@ -9,6 +9,7 @@
 
 try:
     from .functional.attention import scaled_dot_product_attention
+    from .functional.batchwise import batchwise_linear
     from .functional.dropout import alpha_dropout, drop_connect, dropout, gaussian_dropout
     from .functional.fused import (
         bias_act_dropout,
@@ -49,7 +50,15 @@ try:
     )
     from .nn.recurrent import VariationalGRU, VariationalLSTM
     from .nn.residual import LayerDrop, SkipResidual
-    from .nn.structured import DropBlock2d, DropBlock3d, DropPath, StochasticDepth, TokenDropout, VariationalDropout
+    from .nn.structured import (
+        BatchwiseDropout,
+        DropBlock2d,
+        DropBlock3d,
+        DropPath,
+        StochasticDepth,
+        TokenDropout,
+        VariationalDropout,
+    )
     from .nn.weights import DropConnect, EmbeddingDropout
     from .tools.audit import AuditReport, audit
     from .tools.monte_carlo import Prediction, mc_dropout, mc_predict
@@ -67,6 +76,7 @@ except ImportError as error:
 __all__ = [
     "AlphaDropout",
     "AuditReport",
+    "BatchwiseDropout",
     "DropBlock2d",
     "DropBlock3d",
     "DropConnect",
@@ -90,6 +100,7 @@ __all__ = [
     "VariationalLSTM",
     "alpha_dropout",
     "audit",
+    "batchwise_linear",
     "bias_act_dropout",
     "bias_dropout_add",
     "convert",

@@ -327,6 +327,37 @@ static void check_float_modes(void) {
     }
 }
 
+/* gather_cells and scatter_cells: every element of the result, on any number of threads. */
+static void check_cells(int isa) {
+    enum { HEIGHT = 700, WIDTH = 401 };
+    static int64_t rows[HEIGHT], columns[WIDTH];
+    for (int dtype = FD_FLOAT32, k = 0; k < 9; dtype = ++k % 4, fd_set_num_threads(1 + k % 3)) {
+        uint64_t m = 0, n = 0;
+        size_t size = element_bytes(dtype), bytes = HEIGHT * WIDTH * size;
+        for (int64_t r = 0; r < HEIGHT; r++)
+            if ((r * 7 + k) % 5 > 1) rows[m++] = r;
+        for (int64_t c = 0; c < WIDTH; c++)
+            if ((c * 11 + k) % 7 > 2) columns[n++] = c;
+        array_t x = array(bytes, (size_t)k, 0), part = array(m * n * size, 3, 0xA5), whole = array(bytes, 1, 0xA5);
+        fill_random(x.at, bytes, 9);
+        fd_isa_select(isa);
+        expect(!fd_gather_cells(dtype, x.at, part.at, rows, columns, m, n, HEIGHT, WIDTH), "gather", isa, m, n);
+        expect(!fd_scatter_cells(dtype, part.at, whole.at, rows, columns, m, n, HEIGHT, WIDTH), "scatter", isa, m, n);
+        for (uint64_t i = 0, r = 0, c = 0; i < HEIGHT * WIDTH; i++) {
+            static const unsigned char zeros[8];
+            const uint64_t row = i / WIDTH, column = i % WIDTH;
+            if (column == 0) c = 0;
+            const int kept = r < m && c < n && (uint64_t)rows[r] == row && (uint64_t)columns[c] == column;
+            const unsigned char *wanted = kept ? x.at + i * size : zeros;
+            expect(!memcmp(whole.at + i * size, wanted, size), "scattered", isa, row, column);
+            if (kept) expect(!memcmp(part.at + (r * n + c++) * size, wanted, size), "gathered", isa, row, column);
+            if (column == WIDTH - 1 && r < m && (uint64_t)rows[r] == row) r++;
+        }
+        free(x.block), free(part.block), free(whole.block);
+    }
+    fd_set_num_threads(1);
+}
+
 static void check_refusals(void) {
     uint32_t words[2] = {1, 2};
     float x[4] = {1, 2, 3, 4};
@@ -339,6 +370,9 @@ static void check_refusals(void) {
     expect(fd_gaussian_multiply(0, x, x, (1ull << 61) - 3, 4, 0, 0, 1) == FD_BAD_ARGUMENT, "cells past 2^61", 0, 0, 0);
     expect(fd_dilate_bits(words, words + 1, 1, 1, 1, 0) == FD_BAD_ARGUMENT, "block 0", 0, 0, 0);
     expect(fd_dilate_bits(words, words + 1, 1, 2, 1, ~0ull) == FD_BAD_ARGUMENT, "block too long", 0, 0, 0);
+    const int64_t index[2] = {1, 0};
+    expect(fd_gather_cells(0, x, x, index, index, 1, 2, 2, 2) == FD_BAD_ARGUMENT, "order", 0, 0, 0);
+    expect(fd_scatter_cells(0, x, x, index, index, 1, 1, 1, 2) == FD_BAD_ARGUMENT, "past the rows", 0, 0, 0);
     expect(fd_isa_select(99) == FD_BAD_ISA && fd_set_num_threads(0) == FD_BAD_ARGUMENT, "range", 0, 0, 0);
     expect(fd_set_memory(0, 3, 8, 0, 0) == FD_BAD_ARGUMENT && fd_set_memory(0, 1, 2, 0, 0) == FD_BAD_ARGUMENT &&
                fd_set_memory(0, 16, 8, 0, 0) == FD_BAD_ARGUMENT && fd_set_memory(0, 1, 32, 0, 0) == FD_BAD_ARGUMENT,
@@ -393,6 +427,7 @@ int main(int argc, char **argv) {
         compare_dilations(isa);
         compare_row_sets(isa);
         check_ways(isa);
+        check_cells(isa);
         check_vector_math(isa, (uint32_t)stride);
         check_fused(isa);
         check_attention(isa);

@@ -1,8 +1,9 @@
 """The Numba CPU backend, on any CPU that Numba runs on: what `fastdrop.backends` loads as "numba".
 
 Here primitives hand their arguments to kernels: `draw` and `mask` for masks and plain dropout, `pointwise`, `norm`,
-`softmax` and `attention` for the fused ones. Kernels follow the scheme of the C kernels as loops that LLVM vectorises.
-They run over ranges, which threads share (`threads`), and their compiled code is cached on disk.
+`softmax` and `attention` for the fused ones, `cells` for kept rows and columns. Kernels follow the scheme of the C
+kernels as loops that LLVM vectorises. They run over ranges, which threads share (`threads`), and their compiled code is
+cached on disk.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ numba: Any
 try:
     numba = importlib.import_module("numba")
 
-    from . import attention, draw, mask, norm, pointwise, softmax, threads
+    from . import attention, cells, draw, mask, norm, pointwise, softmax, threads
     from .threads import over_ranges
 except ImportError as error:
     numba = None
@@ -120,6 +121,8 @@ WORK = {
     "dropout_forward": "n",
     "masked_affine": "outer * repeat * inner",
     "gaussian_multiply": "n, first",
+    "gather_cells": "m, cells=n",
+    "scatter_cells": "height, cells=width",
     "dilate_bits": "outer * (n + block - 1) * inner",
 }
 SCORE_CELLS = 16  # a score of attention costs as much as so many cells of other kernels
@@ -182,6 +185,7 @@ if numba is not None:
     draw_bits, draw_rows = _launcher(draw.draw_bits), _launcher(draw.draw_rows)
     dropout_forward, masked_affine = _launcher(mask.dropout_forward), _launcher(mask.masked_affine)
     gaussian_multiply, dilate_bits = _launcher(mask.gaussian_multiply), _launcher(mask.dilate_bits)
+    gather_cells, scatter_cells = map(_launcher, (cells.gather_cells, cells.scatter_cells))
     pointwise_forward, pointwise_backward = map(_launcher, (pointwise.pointwise_forward, pointwise.pointwise_backward))
     norm_forward, norm_backward = map(_launcher, (norm.norm_forward, norm.norm_backward))
     softmax_forward, softmax_backward = map(_launcher, (softmax.softmax_forward, softmax.softmax_backward))

@@ -48,6 +48,7 @@ import numpy as np
 
 from ...core.random import philox4x32_10
 from .attention import attention_backward, attention_forward
+from .cells import gather_cells, scatter_cells
 from .mask import dilate_bits, draw_bits, draw_rows, dropout_forward, gaussian_multiply, masked_affine
 from .norm import norm_backward, norm_forward
 from .pointwise import pointwise_backward, pointwise_forward
@@ -61,6 +62,7 @@ __all__ = [
     "draw_bits",
     "draw_rows",
     "dropout_forward",
+    "gather_cells",
     "gaussian_multiply",
     "masked_affine",
     "norm_backward",
@@ -68,6 +70,7 @@ __all__ = [
     "philox4x32_10",
     "pointwise_backward",
     "pointwise_forward",
+    "scatter_cells",
     "set_num_threads",
     "softmax_backward",
     "softmax_forward",

@@ -40,7 +40,7 @@ from .plan import (
 from .selection import select_fixed
 from .structured import stochastic_depth
 
-__all__ = ["COUNTS", "MIN_P", "draw_kept", "skip_residual"]
+__all__ = ["COUNTS", "MIN_P", "draw_kept", "move_index", "skip_residual"]
 
 COUNTS = ("random", "fixed")
 MIN_P = 0.05  # below it, gathering the kept samples costs more than the branch saves
@@ -175,7 +175,7 @@ def _keep_fixed(
     index = select_fixed(x, (n,), kept, way, source, "cpu")
     if all_run:
         y = _run(branch, x, along)
-        index = _moved(index, x.device)
+        index = move_index(index, x.device)
         return _add(x, _rows(y, index), index, scale)
     return _run_kept(x, branch, along, index, scale)
 
@@ -184,7 +184,7 @@ def _run_kept(x: Tensor, branch: Branch, along: Along, index: Tensor, scale: flo
     """Runs the branch on the samples of an index, which is on the CPU or on x's device."""
     if index.shape[0] == x.shape[0]:
         return _add(x, _run(branch, x, along), None, scale)
-    there = _moved(index, x.device)
+    there = move_index(index, x.device)
     on = {index.device: index, x.device: there}
     rows = [None if a is None else _rows(a, on.get(a.device, index)) for a in along]
     return _add(x, _run(branch, _rows(x, there), rows), there, scale)
@@ -228,7 +228,7 @@ def _add_rows(x: Tensor, y: Tensor, index: Tensor, scale: float) -> Tensor:
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """The samples of an index."""
-    index = _moved(index, x.device)
+    index = move_index(index, x.device)
     if not _is_channels_last(x):
         return x.index_select(0, index)
     return x.movedim(1, -1).index_select(0, index).movedim(-1, 1)
@@ -240,7 +240,7 @@ def _is_channels_last(x: Tensor) -> bool:
     return channels_last is not None and not x.is_contiguous() and bool(x.is_contiguous(memory_format=channels_last))
 
 
-def _moved(index: Tensor, device: torch.device) -> Tensor:
+def move_index(index: Tensor, device: torch.device) -> Tensor:
     """The index on a device. The copy to a GPU comes from pinned memory, so the CPU does not wait for it."""
     if index.device == device:
         return index

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ...core import checks
 from ..functional import structured
+from ..functional.batchwise import shared_by_batch
 from ..functional.tokens import token_dropout
 from .base import Seeded, SourceOptions
 
 __all__ = [
+    "BatchwiseDropout",
     "DropBlock2d",
     "DropBlock3d",
     "DropPath",
@@ -67,6 +69,50 @@ class VariationalDropout(Seeded):
     def extra_repr(self) -> str:
         options = f"time_axis={self.time_axis}, inplace={self.inplace}, store={self.store!r}"
         return f"p={self.p}, {options}{self.source_repr()}"
+
+
+class BatchwiseDropout(Seeded):
+    """Drops units on the last axis, with one mask for the whole batch. Between two linear layers of a Sequential,
+    `fuse` computes the kept units only.
+
+    Parameters
+    ----------
+    p : float
+        Drop probability of a unit, 0 to 1.
+    inplace, store, seed, generator
+        As in `Dropout`. With a seed or a generator of its own it is not fused.
+
+    Raises ValueError for p outside [0, 1] and an unknown store.
+
+    By itself it is `Dropout` with ``noise_shape=(1, ..., 1, None)``. After `fuse`, a run of linear layers, activations
+    and BatchwiseDropouts is `fastdrop.torch.batchwise_linear`, which says what is computed when. The price is noisier
+    gradients: an MLP on handwritten digits diverged at a learning rate of 0.1 with momentum 0.9, where `Dropout`
+    trained. Lower rates train, at up to the same accuracy. Source: Graham, Reizenstein, Robinson, 2015.
+
+    >>> import torch, fastdrop.torch as fdt
+    >>> from torch import nn
+    >>> y = fdt.BatchwiseDropout(0.5)(torch.ones(3, 8))
+    >>> bool((y == y[0]).all())
+    True
+    >>> print(fdt.fuse(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), fdt.BatchwiseDropout(0.5), nn.Linear(8, 2))))
+    module       before      after
+    (the model)  Sequential  FusedSequential: 0 + 1 + 2 + 3
+    """
+
+    def __init__(
+        self, p: float = 0.5, inplace: bool = False, *, store: str = "bits", **source: Unpack[SourceOptions]
+    ) -> None:
+        super().__init__()
+        self.draw_from(**source)
+        checks.choice("store", store, checks.STORES)
+        self.p, self.inplace, self.store = checks.dropout_probability(p), inplace, store
+
+    def drop_input(self, input: Tensor, **source: Any) -> Tensor:
+        given = source.get("generator"), source.get("seed")
+        return shared_by_batch(input, self.rate, self.training, self.inplace, source=given, store=self.store)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}, inplace={self.inplace}, store={self.store!r}{self.source_repr()}"
 
 
 class StochasticDepth(Seeded):

@@ -36,8 +36,12 @@ new_words = _NO_WORDS.new_empty  # words on the CPU, not yet written
 
 def new_like(x: Tensor, n: int) -> Tensor:
     """An output for x's n elements, not yet written."""
-    y = torch.empty_like(x)
-    if n >= HUGE_PAGES_FROM and x.is_cpu and _advise is not None and (size := n * x.element_size()) >= HUGE_PAGES_BYTES:
+    return in_large_pages(torch.empty_like(x), n)
+
+
+def in_large_pages(y: Tensor, n: int) -> Tensor:
+    """A new tensor of n elements, whose memory the system provides in large pages if it is large."""
+    if n >= HUGE_PAGES_FROM and y.is_cpu and _advise is not None and (size := n * y.element_size()) >= HUGE_PAGES_BYTES:
         first, end = (y.data_ptr() + mmap.PAGESIZE - 1) & -mmap.PAGESIZE, (y.data_ptr() + size) & -mmap.PAGESIZE
         # The system may refuse the advice, and nothing is lost then.
         _advise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), mmap.MADV_HUGEPAGE)

@@ -33,13 +33,14 @@ GRANULARITIES = {
     "features": "Dropout1d Dropout2d Dropout3d dropout1d dropout2d dropout3d feature_dropout feature_dropout_",
     "features, alpha": "FeatureAlphaDropout feature_alpha_dropout feature_alpha_dropout_",
     "held over time": "VariationalDropout variational_dropout",
+    "units": "BatchwiseDropout",
     "blocks": "DropBlock2d DropBlock3d drop_block2d drop_block3d",
     "samples": "StochasticDepth DropPath SkipResidual stochastic_depth skip_residual",
     "layers": "LayerDrop",
     "attention": "MultiheadAttention scaled_dot_product_attention",
 }
 GRANULARITY_OF = {name: granularity for granularity, names in GRANULARITIES.items() for name in names.split()}
-CHANGES_VARIANCE = ("elements", "features", "blocks", "held over time")
+CHANGES_VARIANCE = ("elements", "features", "blocks", "held over time", "units")
 OF_ELEMENTS = ("elements", "elements, alpha")
 OF_FEATURES = ("features", "features, alpha")
 PASSES_SHIFT = {"pointwise", "pooling", "shape", "join"}  # kinds of steps whose output has the changed variance too

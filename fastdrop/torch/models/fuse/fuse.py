@@ -22,8 +22,7 @@ from .torch_layers import (
     FusedSequential,
     FusedTransformerDecoderLayer,
     FusedTransformerEncoderLayer,
-    Run,
-    find_run,
+    find_runs,
 )
 
 __all__ = ["fuse", "unfuse"]
@@ -37,6 +36,8 @@ def fuse(model: nn.Module, *, batch_norm_on_kept: bool = False) -> Report:
     It changes these parts of a model:
 
     * `torch.nn.Sequential`: a Linear, perhaps ReLU, GELU or SiLU, and Dropout, one after the other, at any position;
+    * `torch.nn.Sequential`: Linear, perhaps an element-wise activation, `BatchwiseDropout` (or `Dropout` with
+      ``noise_shape=(1, None)``) and Linear, by `fastdrop.torch.batchwise_linear`;
     * `torch.nn.TransformerEncoderLayer` and ``TransformerDecoderLayer``: bias, activation and dropout; bias, dropout,
       residual and norm; attention by `fastdrop.torch.scaled_dot_product_attention`;
     * BERT and GPT-2 of transformers, from 5.4 on: their layers likewise, and attention of the implementations "sdpa"
@@ -124,8 +125,8 @@ def _fused_class(module: nn.Module) -> Any:
 def _fuse_sequence(path: str, sequence: Any) -> list[Row]:
     """A row for the sequence if it changes, and one for each of its modules that drops and is left."""
     name, reason = type(sequence).__name__, changed_code(sequence, FusedSequential)
-    runs = [find_run(sequence, i) for i in range(len(children_of(sequence)))]
-    parts = [" + ".join(run.names) for run in runs if isinstance(run, Run)]
+    runs = find_runs(sequence)
+    parts = dict.fromkeys(" + ".join(run.names) for run in runs if not isinstance(run, str))
     rows = []
     if parts and not reason and not isinstance(sequence, Fused):
         change_class(sequence, FusedSequential)

@@ -184,15 +184,15 @@ def module_obstacle(name: str, module: Any, *classes: type[nn.Module]) -> str:
     return call_obstacle(name, module)
 
 
-def call_obstacle(name: str, module: Any) -> str:
-    """The same for a module whose class is known to be right."""
+def call_obstacle(name: str, module: Any, shared: bool = False) -> str:
+    """The same for a module whose class is known to be right. ``shared`` lets its elements share decisions."""
     if "forward" in module.__dict__:
         return f"{name}'s forward {REPLACED}"
     if hooks := hook_obstacle(module):
         return f"{name} {hooks}"
     if getattr(module, "scaling", None) == "standard":
         return f"{name} doesn't scale what it keeps"
-    if getattr(module, "noise_shape", None) is not None:
+    if getattr(module, "noise_shape", None) is not None and not shared:
         return f"{name} has a noise_shape"
     if getattr(module, "own_source", None) is not None:
         return f"{name} has a seed or a generator of its own"

@@ -15,11 +15,16 @@ from torch import Tensor, fx, nn
 from ...functional import fused
 from ...functional.attention import scaled_dot_product_attention
 from ...nn.base import is_traced, trace_call
+from ...nn.structured import BatchwiseDropout
 from ...runtime.dispatch.modules import DECODER_BLOCKS, ENCODER_BLOCKS, additive_mask, children_of
 from . import rules
+from .batchwise_runs import BatchwiseRun, find_batchwise_runs
 from .rules import DROPOUTS, Fused
 
-__all__ = ["FusedSequential", "FusedTransformerDecoderLayer", "FusedTransformerEncoderLayer", "Run", "find_run"]
+__all__ = ["FusedSequential", "FusedTransformerDecoderLayer", "FusedTransformerEncoderLayer", "Run", "find_runs"]
+
+
+DROPPING = (*DROPOUTS, BatchwiseDropout)
 
 
 def _methods(of: type[nn.Module], *names: str) -> dict[str, Any]:
@@ -38,6 +43,9 @@ class Run(NamedTuple):
     linear: nn.Linear
     activation: str | None
     drop: nn.Module
+
+    def can_run(self, x: Any) -> bool:
+        return self.drop.training and rules.can_fuse_input(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.linear.weight)
@@ -63,6 +71,20 @@ def find_run(sequence: nn.Sequential, last: int) -> Run | str:
     return reason or Run(start, names[start : last + 1], linear, activation, drop)
 
 
+def find_runs(sequence: nn.Sequential) -> list[Run | BatchwiseRun | str]:
+    """For each module of a sequence, the run that drops there or why there is none. A batchwise run drops at several
+    places."""
+    batchwise = find_batchwise_runs(sequence)
+    ends = [run.start + len(run.names) - 1 for run in batchwise.values() if isinstance(run, BatchwiseRun)]
+    found: list[Run | BatchwiseRun | str] = []
+    for i in range(len(children_of(sequence))):
+        run = batchwise[i] if i in batchwise else find_run(sequence, i)
+        if isinstance(run, Run) and run.start in ends:
+            run = f"its Linear, {run.names[0]}, ends a run of batchwise dropout"
+        found.append(run)
+    return found
+
+
 class FusedSequential(Fused, nn.Sequential):
     original = nn.Sequential
     METHODS = _methods(nn.Sequential, "forward", "__iter__")
@@ -70,15 +92,13 @@ class FusedSequential(Fused, nn.Sequential):
     @rules.scripted_as(nn.Sequential.forward)
     def forward(self, input: Any) -> Any:
         modules: list[Any] = list(children_of(self).values())
-        runs: dict[int, Run] = {}
-        for i, module in enumerate(modules):
-            if type(module) in DROPOUTS and module.training and not isinstance(input, fx.Proxy):
-                run = find_run(self, i)
-                if isinstance(run, Run):
-                    runs[run.start] = run
+        runs: dict[int, Run | BatchwiseRun] = {}
+        drops = any(type(module) in DROPPING and module.training for module in modules)
+        if drops and not isinstance(input, fx.Proxy):
+            runs = {run.start: run for run in find_runs(self) if not isinstance(run, str)}
         i = 0
         while i < len(modules):
-            if i in runs and rules.can_fuse_input(input):
+            if i in runs and runs[i].can_run(input):
                 input, i = runs[i](input), i + len(runs[i].names)
             else:
                 input, i = modules[i](input), i + 1
