@@ -14,6 +14,8 @@ from typing import Any
 
 Row = dict[str, Any]
 ALL_CASES = "## Every case"
+LONGEST_BAR = 2.0
+COLORS = {"met": "#0072B2", "missed": "#D55E00", "no target": "#bbbbbb"}  # told apart by the colour-blind too
 
 
 def write(arguments: list[str], usage: str, report: Callable[..., str], plot: Callable[..., None], details: str) -> int:
@@ -79,37 +81,53 @@ class Suite:
         return "\n".join(lines) + "\n"
 
     def plot(self, run: dict[str, Any], rows: list[Row], path: Path) -> None:
-        """Each case's time as a share of its peer's, one thread, beside its limit."""
+        """Each case's value as a share of its peer's, beside its limit; a panel for each number of threads."""
         import matplotlib
 
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
 
-        one_thread = [row for row in rows if row["threads"] == 1]
-        shown = pairs(one_thread)[::-1]
-        limits = [self.limits(row, peer) for row, peer in shown]
-        figure, axis = plt.subplots(figsize=(10, 0.32 * len(shown) + 1.2), layout="constrained")
-        colors = [
-            "#aaaaaa" if not asked else "#2ca02c" if ratio(*one) <= min(asked) else "#d62728"
-            for one, asked in zip(shown, limits, strict=True)
-        ]
-        bars = axis.barh(range(len(shown)), [ratio(*one) for one in shown], color=colors)
-        labels = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.3}
-        axis.bar_label(bars, fmt=" %.2f", fontsize=8, padding=2, bbox=labels, zorder=4)
-        for i, asked in enumerate(limits):
-            for limit in asked:
-                axis.plot([limit, limit], [i - 0.45, i + 0.45], color="black", linewidth=2)
-        axis.set_yticks(
-            range(len(shown)),
-            [f"{row['kind']}: {row['operation']}, {row['layout']}  /  {peer}" for row, peer in shown],
-            fontsize=8,
-        )
-        axis.set(xscale="log", xlabel="share of the peer's; black: at most this")
-        axis.margins(x=0.08)
-        axis.set_ylim(-0.7, len(shown) - 0.3)
-        axis.grid(axis="x", alpha=0.3)
-        figure.suptitle(f"{self.picture}, float32, one thread ({run['machine_info']['cpu_name']})")
-        figure.savefig(path, dpi=130)
+        labels = list(dict.fromkeys(label(row, peer) for row, peer in pairs(rows)))[::-1]
+        threads = sorted({row["threads"] for row in rows})
+        size = (6.0 + 3.5 * len(threads), 0.26 * len(labels) + 1.6)
+        figure, panels = plt.subplots(1, len(threads), figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for axis, count in zip(panels[0], threads, strict=True):
+            shown = [one for one in pairs(rows) if one[0]["threads"] == count]
+            end = 1.15 * min(max(ratio(*one) for one in shown), LONGEST_BAR)
+            for row, peer in shown:
+                self._bar(axis, labels.index(label(row, peer)), ratio(row, peer), self.limits(row, peer), end)
+            axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
+            axis.set(xlim=(0.0, end), xlabel="share of the peer's")
+            axis.set_title(f"{count} thread{'s' * (count > 1)}", loc="left", fontsize=10)
+            axis.set_yticks(range(len(labels)), labels, fontsize=8)
+            axis.grid(axis="x", alpha=0.3)
+        panels[0][0].set_ylim(-0.7, len(labels) - 0.3)
+        for name, color in COLORS.items():
+            panels[0][0].barh(0, 0, color=color, label=name)
+        panels[0][0].plot([], [], color="black", linewidth=2, label="at most this")
+        figure.legend(loc="outside lower right", ncols=4, fontsize=8, frameon=False)
+        figure.suptitle(f"{self.picture}, float32 ({run['machine_info']['cpu_name']})")
+        figure.savefig(path, dpi=110)
+        plt.close(figure)
+
+    @staticmethod
+    def _bar(axis: Any, place: int, value: float, asked: tuple[float, ...], end: float) -> None:
+        """A bar that is too long ends at the panel's end; its number tells."""
+        judged = "no target" if not asked else "met" if value <= min(asked) else "missed"
+        axis.barh(place, min(value, end), color=COLORS[judged])
+        for limit in asked:
+            axis.plot([limit, limit], [place - 0.45, place + 0.45], color="black", linewidth=2)
+        after = max(value, *asked, 0.0) if asked else value
+        inside = after > 0.9 * end
+        axis.text(
+            min(after, end) + (-0.02 if inside else 0.02) * end, place, f"{value:.2f}", fontsize=8,
+            horizontalalignment="right" if inside else "left", verticalalignment="center",
+            color="white" if inside else "black",
+        )  # fmt: skip
+
+
+def label(row: Row, peer: str) -> str:
+    return f"{row['kind']}: {row['operation']}, {row['layout']}  /  {peer}"
 
 
 def pairs(rows: list[Row]) -> list[tuple[Row, str]]:

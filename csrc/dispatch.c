@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <string.h>
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTDROP_PORTABLE)
 #include <cpuid.h>
 #endif
 
@@ -21,7 +21,7 @@ enum { ISA_SCALAR, ISA_NEON, ISA_AVX2, ISA_AVX512, ISA_COUNT };
 
 static int always(void) { return 1; }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTDROP_PORTABLE)
 enum { XCR0_SSE_AVX = 0x06, XCR0_AVX512 = 0xE6 };
 
 /* The register state that the operating system saves on a context switch. xgetbv is written as bytes, because the
@@ -60,7 +60,7 @@ static const struct {
 #else
     [ISA_NEON] = {"neon", NULL, NULL},
 #endif
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTDROP_PORTABLE)
     [ISA_AVX2] = {"avx2", &fd_table_avx2, has_avx2},
     [ISA_AVX512] = {"avx512", &fd_table_avx512, has_avx512},
 #else

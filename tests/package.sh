@@ -1,6 +1,6 @@
 #!/bin/sh
-# Wheel and sdist, each installed in a clean environment and self-tested there, outside the checkout: with the newest
-# NumPy, with NumPy 1.26, and without a compiler. PYTHON is an interpreter that has the build package.
+# The wheel, which is built from the sdist, is installed in clean environments and self-tested there, outside the
+# checkout: with the newest NumPy and with NumPy 1.26. So is the sdist, without a compiler. PYTHON is an interpreter that has the build package.
 set -eu
 
 checkout=$(pwd)
@@ -36,10 +36,6 @@ environment wheel "$wheel"
 step "wheel, NumPy 1.26"
 environment numpy1 "$wheel" 'numpy==1.26.4'
 "$work/numpy1/bin/python" -m fastdrop selftest
-
-step "sdist"
-environment sdist "$sdist"
-"$work/sdist/bin/fastdrop" selftest
 
 step "sdist, no compiler"
 CC=/bin/false environment nocompiler "$sdist"

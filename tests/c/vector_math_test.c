@@ -96,7 +96,7 @@ static void check_functions(int isa, uint32_t stride, lanes_function *e, lanes_f
 void check_vector_math(int isa, uint32_t stride) {
     int checked = 0;
     CHECK(scalar)
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(FASTDROP_PORTABLE)
     CHECK(avx2)
     CHECK(avx512)
 #elif defined(__aarch64__)
