@@ -100,7 +100,7 @@ def test_fused_block_is_the_converted_one(make):
         assert_equal(tuple(step(model, x)), tuple(expected))
         assert [row.after for row in fdt.unfuse(model)] == [name]
         assert type(model) is type(plain)
-    assert seen >= {(0.03, 6), (1.0, 1)}  # no sample is kept: one of zeros, whose result isn't used
+    assert seen >= {(0.03, 6), (1.0, 1)}  # no sample is kept: the first, whose result isn't used
     assert any(p == 0.5 and 1 < count < 6 for p, count in seen)
 
 

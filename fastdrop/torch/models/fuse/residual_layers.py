@@ -126,8 +126,8 @@ def _add_branch(block: Any, x: Tensor, branch: Branch, along: tuple[Tensor, ...]
     def run(rows: Tensor, *others: Tensor) -> Tensor:
         if rows.shape[0] or _batch_norm_in(block):
             y = branch.run(block, rows, *others, **shared)
-        else:  # timm's attention in windows can't take an empty batch, so it gets a sample that isn't used
-            y = branch.run(block, rows.new_zeros(1, *rows.shape[1:]), **shared)[:0]
+        else:  # timm's attention in windows can't take an empty batch, so it gets a sample whose result isn't used
+            y = branch.run(block, x[:1].detach(), **shared)[:0]
         dtypes.append(y.dtype)
         return y
 
