@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...functional.residual import skip_residual
-from ...nn.base import Rated
 from ...nn.structured import DropPath, StochasticDepth
 from ..classes import THIRD_PARTY_CLASSES
-from ..rates import rate_name
 from ..report import class_name
 from . import rules
 from .rules import Fused
@@ -133,9 +131,8 @@ def _add_branch(block: Any, x: Tensor, branch: Branch, along: tuple[Tensor, ...]
 
     if type(drop) is nn.Identity:
         return x + run(x, *along)
-    p = drop.rate if isinstance(drop, Rated) else getattr(drop, rate_name(drop) or "")
     scale_by_keep = getattr(drop, "scale_by_keep", True)
-    y: Tensor = skip_residual(x, run, p, training=drop.training, scale_by_keep=scale_by_keep, along=along)
+    y: Tensor = skip_residual(x, run, rules.rate_of(drop), training=drop.training, scale_by_keep=scale_by_keep, along=along)
     return y.to(dtypes[0]) if block.ADDS_IN_PLACE else y
 
 
