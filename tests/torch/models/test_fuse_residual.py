@@ -234,6 +234,17 @@ def test_blocks_that_are_left(reason):
     assert type(model) is before
 
 
+def test_modules_that_skip_by_themselves_are_left():
+    """Each has one line, without the modules inside."""
+    model = nn.Sequential(fdt.SkipResidual(nn.Sequential(nn.Linear(4, 4)), 0.5))
+    model.layers = fdt.LayerDrop([nn.Linear(4, 4)], 0.5)
+    rows = list(fdt.fuse(model))
+    assert [row.before.partition("(")[0] for row in rows] == ["SkipResidual", "LayerDrop"]
+    assert {(row.after, row.reason, "\n" in row.before) for row in rows} == {
+        (None, "it computes only what it keeps", False)
+    }
+
+
 def test_original_forward_runs_for_what_changed_since():
     """With hooks on the module that drops, another one, or an input that isn't floating point."""
     x = input_of(blocks.Block)

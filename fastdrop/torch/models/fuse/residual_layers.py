@@ -131,8 +131,8 @@ def _add_branch(block: Any, x: Tensor, branch: Branch, along: tuple[Tensor, ...]
 
     if type(drop) is nn.Identity:
         return x + run(x, *along)
-    scale_by_keep = getattr(drop, "scale_by_keep", True)
-    y: Tensor = skip_residual(x, run, rules.rate_of(drop), training=drop.training, scale_by_keep=scale_by_keep, along=along)
+    options = {"training": drop.training, "scale_by_keep": getattr(drop, "scale_by_keep", True), "along": along}
+    y: Tensor = skip_residual(x, run, rules.rate_of(drop), **options)
     return y.to(dtypes[0]) if block.ADDS_IN_PLACE else y
 
 
