@@ -46,7 +46,7 @@ class BatchwiseRun(NamedTuple):
 
     def __call__(self, x: Tensor) -> Tensor:
         weights, biases = [linear.weight for linear in self.linears], [linear.bias for linear in self.linears]
-        rates = [rules.rate_of(drop) if drop.training else 0.0 for drop in self.drops]
+        rates = [drop.rate if drop.training else 0.0 for drop in self.drops]
         return batchwise_linear(x, weights, biases, rates, self.activations)
 
 
