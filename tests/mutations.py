@@ -796,9 +796,23 @@ MUTATIONS = (
     Mutation(
         "a fused block scales what it should not",
         "fastdrop/torch/models/fuse/residual_layers.py",
-        'scale_by_keep = getattr(drop, "scale_by_keep", True)',
-        "scale_by_keep = True",
+        '"scale_by_keep": getattr(drop, "scale_by_keep", True)',
+        '"scale_by_keep": True',
         "tests/torch/models/test_fuse_residual.py",
+    ),
+    Mutation(
+        "skip_residual lets a branch write to its input",
+        "fastdrop/torch/functional/residual.py",
+        "if _version(x) != version and not may_write:",
+        "if False:",
+        "tests/torch/functional/test_skip_residual.py",
+    ),
+    Mutation(
+        "explain_attention forgets noise_shape",
+        "fastdrop/torch/models/enable.py",
+        "composed = why_composed(arguments, options, noise_shape)",
+        "composed = why_composed(arguments, options)",
+        "tests/torch/models/test_enable.py",
     ),
     Mutation(
         "fuse takes a norm of several axes",

@@ -132,7 +132,7 @@ def scaled_dot_product_attention(
         check_unused_seed(source)
         y = _torchs(query, key, value, attn_mask, 0.0, *options)  # says what is wrong with shapes
         if noise_shape is not None and not query.is_nested:
-            _mask_shape(noise_shape, query, key, enable_gqa)
+            mask_shape(noise_shape, query, key, enable_gqa)
         return y
     if query.is_cuda and source == (None, None) and noise_shape is None:
         return _torchs(query, key, value, attn_mask, p, *options)
@@ -167,8 +167,8 @@ def _under_shared_mask(
 ) -> Tensor:
     """Attention that drops by a mask of ``noise_shape``; ``call`` is the way that it goes without one."""
     query, key, *_ = arguments
-    cells = _mask_shape(noise_shape, query, key, options[2])
-    if cells is None or cells[-1] != 1:
+    cells = mask_shape(noise_shape, query, key, options[2])
+    if not _drops_rows(cells):
         if call is not compose and not has_strides(cells, query):
             call = compose
         return call(arguments, p, options, source, store, cells)
@@ -177,8 +177,10 @@ def _under_shared_mask(
     return drop(y, p, True, False, source, (1,) * of_value + cells, store, "inverted")
 
 
-def _mask_shape(noise_shape: Any, query: Tensor, key: Tensor, gqa: bool) -> Any:
+def mask_shape(noise_shape: Any, query: Tensor, key: Tensor, gqa: bool) -> Any:
     """The extents of the mask of the weights. None: each weight has its own cell."""
+    if noise_shape is None:
+        return None
     heads = (*key.shape[:-3], query.shape[-3]) if gqa else key.shape[:-2]
     weights = (*torch.broadcast_shapes(query.shape[:-2], heads), query.shape[-2], key.shape[-2])
     if not torch.compiler.is_compiling():
@@ -261,7 +263,7 @@ def compose(
     return y
 
 
-def why_composed(arguments: Arguments, options: TorchOptions) -> str | None:
+def why_composed(arguments: Arguments, options: TorchOptions, noise_shape: Any = None) -> str | None:
     """Why attention that drops is composed of torch's ops. None if the kernel computes it."""
     if not all(x is None or x.is_cpu for x in arguments):
         return "a tensor is not on the CPU"
@@ -269,7 +271,19 @@ def why_composed(arguments: Arguments, options: TorchOptions) -> str | None:
         return "heads or batches broadcast, or a tensor is empty"
     if not all(x is None or is_eager_dense(x) for x in arguments):
         return "a compiler, a transform, a mode or a subclass has to see the ops"
+    cells = mask_shape(noise_shape, *arguments[:2], options[2])
+    if not _drops_rows(cells) and not has_strides(cells, arguments[0]):
+        return "noise_shape is 1 on some, but not all, of the axes before the heads"
     return None
+
+
+def drops_result(arguments: Arguments, options: TorchOptions, noise_shape: Any) -> bool:
+    """Whether keys share a decision under ``noise_shape``, so that the result is dropped in place of the weights."""
+    return _drops_rows(mask_shape(noise_shape, *arguments[:2], options[2]))
+
+
+def _drops_rows(cells: Any) -> bool:
+    return cells is not None and cells[-1] == 1
 
 
 def is_direct(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:

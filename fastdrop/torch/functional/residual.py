@@ -71,7 +71,8 @@ def skip_residual(
         A sample is an entry of the first axis.
     branch : callable
         Called once, as ``branch(x_kept, *along_kept)`` with the kept samples in their order. Returns a Tensor of
-        x_kept's shape. Samples must not influence each other in it: batch normalisation would see the kept ones only.
+        x_kept's shape. It must not write to its input. Samples must not influence each other in it: batch normalisation
+        would see the kept ones only.
     p : float or Tensor of one number
         Drop probability of a sample, 0 to 1.
     training : bool
@@ -103,7 +104,8 @@ def skip_residual(
         A branch that can't be called or returns no Tensor, an entry of along that is no Tensor; with "fixed", a p that
         a compiler can't read.
     RuntimeError
-        Nested tensors, "fixed" under `torch.jit.trace`, and what `dropout` refuses.
+        A branch that writes to its input where samples may be dropped, nested tensors, "fixed" under
+        `torch.jit.trace`, and what `dropout` refuses.
 
     If no sample is kept, the branch runs on an empty batch, so its parameters get gradients of 0. If all are kept,
     nothing is gathered.
@@ -128,7 +130,7 @@ def skip_residual(
     way, p, drops = plan
     if not drops:
         check_unused_seed(source)
-        return x + _run(branch, x, along)
+        return x + _run(branch, x, along, may_write=True)
     nested.check_dense(x)
     known = not isinstance(p, Tensor)
     all_run = bool(known and p < min_p)
@@ -249,13 +251,26 @@ def move_index(index: Tensor, device: torch.device) -> Tensor:
     return index.to(device, non_blocking=device.type == "cuda")
 
 
-def _run(branch: Branch, x: Tensor, along: Along) -> Tensor:
+def _run(branch: Branch, x: Tensor, along: Along, may_write: bool = False) -> Tensor:
+    version = _version(x)
     y: Any = branch(x, *along)
+    if _version(x) != version and not may_write:  # x itself would change, but only if all samples are kept
+        raise RuntimeError(
+            "branch must not write to its input, because skip_residual adds its result to x: use activations without "
+            "inplace=True on the branch's input, or copy it"
+        )
     if not isinstance(y, Tensor):
         raise TypeError(f"branch must return a Tensor, but got {type(y).__name__}")
     if y.shape != x.shape:
         raise ValueError(f"branch must return the shape of its input, {tuple(x.shape)}, but got {tuple(y.shape)}")
     return y
+
+
+def _version(x: Tensor) -> int:
+    """The number of writes to x; 0 where it can't be asked."""
+    if torch.compiler.is_compiling() or x.is_inference() or not is_eager_dense(x):
+        return 0
+    return x._version
 
 
 def _check_arguments(x: Tensor, branch: Any, min_p: Any, along: Any, count: Any) -> None:

@@ -13,7 +13,7 @@ from ..nn.base import OWN_SOURCE, RATE_TENSOR, Rated
 from ..runtime.dispatch.modules import TorchDropout
 from .classes import class_for
 from .reasons import functional_rows, why_left, why_lent
-from .report import Report, Row
+from .report import Report, Row, describe
 from .source.owners import Owners
 
 __all__ = ["convert", "revert"]
@@ -65,17 +65,17 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
     for path, module in model.named_modules():
         routed.update(id(getattr(module, name)) for name in getattr(type(module), "ATTENTIONS", ()))
         become = class_for(module)
-        before = repr(module) if become or isinstance(module, (TorchDropout, Rated)) else type(module).__name__
+        before = describe(module) if become or isinstance(module, (TorchDropout, Rated)) else type(module).__name__
         reason = "" if id(module) in routed else why_lent(owners, module) or why_left(module)
         if become is not None and not reason:
             setattr(module, BEFORE, type(module))
             module.__class__ = become
             if hasattr(become, "store"):
                 module.store = store
-            rows.append(Row(path, before, repr(module), UNSEEN if owners.use_of(module) == "unknown" else ""))
+            rows.append(Row(path, before, describe(module), UNSEEN if owners.use_of(module) == "unknown" else ""))
         elif BEFORE in vars(module) and getattr(module, "store", store) != store:
             module.store = store
-            rows.append(Row(path, before, repr(module)))
+            rows.append(Row(path, before, describe(module)))
         elif reason:
             rows.append(Row(path, before, None, reason))
         rows += functional_rows(path, module, owners)
@@ -96,9 +96,9 @@ def revert(model: nn.Module) -> Report:
     for path, module in model.named_modules():
         original = module.__dict__.get(BEFORE)
         if original is not None:
-            before = repr(module)
+            before = describe(module)
             module.__class__ = original
             for name in (BEFORE, "store", RATE_TENSOR, OWN_SOURCE):
                 module.__dict__.pop(name, None)
-            rows.append(Row(path, before, repr(module)))
+            rows.append(Row(path, before, describe(module)))
     return Report(rows)

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ... import backends
 from ...core import variants
-from ..functional.attention import attend, compose, is_direct, refuse, trace, why_composed
+from ..functional.attention import attend, compose, drops_result, is_direct, refuse, trace, why_composed
 from ..functional.plan import KEEPS_ALL, NO_SOURCE, eager_probability
 from ..functional.routing import drop
 from ..nn.base import Rated
@@ -241,12 +241,16 @@ def explain_attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
+    *,
+    training: bool = True,
+    noise_shape: Any = None,
 ) -> str:
     """Which code computes attention of these arguments here and now: a line for
     `fastdrop.torch.scaled_dot_product_attention`, and one for torch's function and all that calls it.
 
-    Arguments are those of the two functions. Nothing is computed, and no random number is drawn. Raises what the
-    functions raise for arguments that they refuse.
+    Arguments are those of the two functions. ``training`` and ``noise_shape`` concern the first line only, because
+    torch's function has neither. Nothing is computed, and no random number is drawn. Raises what the functions raise
+    for arguments that they refuse.
 
     >>> import torch, fastdrop as fd, fastdrop.torch as fdt
     >>> x = torch.ones(2, 4, 128, 64)
@@ -261,19 +265,21 @@ def explain_attention(
     arguments, options = (query, key, value, attn_mask), (is_causal, scale, enable_gqa)
     if not is_regular(*arguments, *options):
         refuse(*arguments, *options)
-    if eager_probability(dropout_p, "dropout probability") <= KEEPS_ALL:
-        ours = theirs = "torch's own, because nothing is dropped"
-    else:
-        kernel, composed = f"the kernel of backend {backends.active_name()}", why_composed(arguments, options)
+    kernel = f"the kernel of backend {backends.active_name()}"
+    ours = theirs = "torch's own, because nothing is dropped"
+    drops = eager_probability(dropout_p, "dropout probability") > KEEPS_ALL
+    composed = why_composed(arguments, options, noise_shape)
+    if drops and training:
         ours = f"composed of products of matrices and softmax_dropout, because {composed}" if composed else kernel
-        if query.is_cuda:
+        if drops_result(arguments, options, noise_shape):
+            ours += "; it drops the result, because keys share a decision"
+        elif query.is_cuda and noise_shape is None:
             ours = "torch's own, unless seed or generator is given"
-        if not is_enabled():
-            theirs = "torch's own, because enable() is off"
-        elif reason := composed or _why_not(query, key):
-            theirs = f"torch's own around fastdrop's dropout, because {reason}"
-        else:
-            theirs = kernel
+    if drops and not is_enabled():
+        theirs = "torch's own, because enable() is off"
+    elif drops:
+        reason = why_composed(arguments, options) or _why_not(query, key)
+        theirs = f"torch's own around fastdrop's dropout, because {reason}" if reason else kernel
     return f"fastdrop.torch's: {ours}\ntorch's: {theirs}"
 
 

@@ -19,7 +19,7 @@ from ...core.random import DROP_ALL, threshold
 from ..nn import dropout as ours
 from ..nn.base import Rated
 from ..runtime.dispatch.modules import TorchDropout, hook_obstacle
-from .report import Report, Row
+from .report import Report, Row, describe
 
 __all__ = ["fold_scaling"]
 
@@ -76,7 +76,7 @@ def fold_scaling(model: nn.Module) -> Report:
     for path, module in list(model.named_modules()):
         if not isinstance(module, TorchDropout | Rated):
             continue
-        before = repr(module) if isinstance(module, TorchDropout) else type(module).__name__
+        before = describe(module) if isinstance(module, TorchDropout) else type(module).__name__
         if getattr(module, "scaling", None) != "standard":
             rows.append(Row(path, before, None, "no factor in evaluation: nothing to fold"))
             continue

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Report", "Row", "class_name", "fold", "fold_and_count", "table"]
+__all__ = ["Report", "Row", "class_name", "describe", "fold", "fold_and_count", "table"]
 
 NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
 MODEL = "(the model)"  # the path of the model itself, in print
@@ -137,6 +137,11 @@ def _ranges(numbers: list[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
+
+
+def describe(module: Any) -> str:
+    """A module's repr without the modules inside, which would take lines of their own."""
+    return f"{type(module).__name__}({module.extra_repr()})"
 
 
 def class_name(given: type, *others: type | str) -> str:

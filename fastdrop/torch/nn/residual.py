@@ -104,12 +104,13 @@ class LayerDrop(Rated, nn.ModuleList):
         they are. DDP without ``find_unused_parameters`` and with ``static_graph`` needs gradients for all; FSDP2 needs
         none.
 
-    Raises ValueError for p outside [0, 1], TypeError for layers that are no modules.
+    Raises ValueError for p outside [0, 1], TypeError for layers that are no modules and, in training with
+    ``static_parameters``, for an input that is no Tensor.
 
-    Its forward is ``x = layer(x, *args, **kwargs)`` for each layer. Nothing is scaled,
-    as in the paper. One seed from torch's generator of the CPU decides for all layers of a call, also on a GPU. So the
-    ranks of a job skip the same layers if their generators on the CPU have the same state, and otherwise each rank
-    skips its own. Nothing is kept for a skipped layer.
+    Its forward is ``x = layer(x, *args, **kwargs)`` for each layer. Nothing is scaled, as in the paper. One seed from
+    torch's generator of the CPU decides for all layers of a call, also on a GPU. So the ranks of a job skip the same
+    layers if their generators on the CPU have the same state. Otherwise each rank skips its own. Nothing is kept for a
+    skipped layer.
 
     Code that `torch.compile` made of it, and code under a transform of `torch.func`, has to run all layers, and then
     takes the results of those that are kept: the same values, without the savings, and for a Tensor alone as x.
@@ -142,6 +143,8 @@ class LayerDrop(Rated, nn.ModuleList):
         x = input
         p = self.rate
         drops = self.training and (isinstance(p, Tensor) or p > 0.0)
+        if drops and self.static_parameters and not isinstance(x, Tensor):
+            raise TypeError(f"static_parameters=True takes a Tensor as input, but got {type(x).__name__}")
         if drops and (torch.compiler.is_compiling() or is_transformed() or is_in_dispatch_mode() or jit_trace()):
             return self._select(x, p, args, kwargs)
         kept = _draw_layers(len(self), p) if drops else range(len(self))

@@ -325,6 +325,9 @@ def test_bad_branches():
             fdt.skip_residual(X, lambda x: x.new_ones(1, 2), p, seed=4)
         with pytest.raises(TypeError, match="branch must return a Tensor, but got tuple"):
             fdt.skip_residual(X, lambda x: (x, x), p, seed=4)
+    for p, count in ((0.04, "random"), (0.5, "random"), (0.06, "fixed")):  # all run; some are kept; all are kept
+        with pytest.raises(RuntimeError, match="branch must not write to its input, because skip_residual adds"):
+            fdt.skip_residual(torch.randn(4, 2), torch.relu_, p, seed=4, count=count)
     nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
     with pytest.raises(RuntimeError, match="skip_residual takes dense tensors, but got a nested one"):
         fdt.skip_residual(nested, torch.sin, 0.5)

@@ -20,6 +20,7 @@ from torch.func import functionalize, grad, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import fastdrop.torch as fdt
+from fastdrop.torch.functional import attention
 from fastdrop.torch.models import enable
 
 from ...cases import output_of
@@ -278,6 +279,33 @@ def test_explained_attention_is_what_runs(monkeypatch, case):
     assert ours in said[0]
     assert theirs in said[1]
     assert bool(routes) == said[1].endswith(f"the kernel of backend {backends.active_name()}")
+
+
+SHARED = {  # by noise_shape for weights of five axes: what the answer says, and whether the kernel runs
+    (1, 1, 1, None, None): ("the kernel of backend", True),
+    (None, None, None, 1, None): ("the kernel of backend", True),
+    (1, None, 1, None, None): ("composed of products of matrices and softmax_dropout, because noise_shape is 1", False),
+    (1, None, 1, 1, 1): ("; it drops the result, because keys share a decision", True),
+}
+
+
+@pytest.mark.parametrize("noise_shape", SHARED)
+def test_explained_attention_under_shared_masks_is_what_runs(monkeypatch, noise_shape):
+    said, by_kernel = SHARED[noise_shape]
+    x, routes = torch.randn(2, 2, 2, 16, 16), []
+    for name in ("attend", "compose"):
+        original = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *a, f=original, n=name: routes.append(n) or f(*a))
+    for training in (False, True):
+        options = {"dropout_p": 0.1, "noise_shape": noise_shape, "training": training}
+        with fdt.enabled():
+            ours, theirs = fdt.explain_attention(x, x, x, **options).splitlines()
+            assert theirs == fdt.explain_attention(x, x, x, dropout_p=0.1).splitlines()[1]
+        fdt.scaled_dot_product_attention(x, x, x, **options)
+        assert (said if training else "nothing is dropped") in ours
+        assert routes == ["attend" if by_kernel else "compose"] * training
+    with pytest.raises(ValueError, match="noise_shape must"):
+        fdt.explain_attention(x, x, x, dropout_p=0.1, noise_shape=(1, 1))
 
 
 # ---- on, off ----

@@ -100,7 +100,7 @@ def test_fused_block_is_the_converted_one(make):
         assert_equal(tuple(step(model, x)), tuple(expected))
         assert [row.after for row in fdt.unfuse(model)] == [name]
         assert type(model) is type(plain)
-    assert seen >= {(0.03, 6), (1.0, 1)}  # no sample is kept: one of zeros, whose result isn't used
+    assert seen >= {(0.03, 6), (1.0, 1)}  # no sample is kept: the first, whose result isn't used
     assert any(p == 0.5 and 1 < count < 6 for p, count in seen)
 
 
@@ -232,6 +232,17 @@ def test_blocks_that_are_left(reason):
     assert (row.path, row.after, row.reason) == ("", None, reason)
     assert not others
     assert type(model) is before
+
+
+def test_modules_that_skip_by_themselves_are_left():
+    """Each has one line, without the modules inside."""
+    model = nn.Sequential(fdt.SkipResidual(nn.Sequential(nn.Linear(4, 4)), 0.5))
+    model.layers = fdt.LayerDrop([nn.Linear(4, 4)], 0.5)
+    rows = list(fdt.fuse(model))
+    assert [row.before.partition("(")[0] for row in rows] == ["SkipResidual", "LayerDrop"]
+    assert {(row.after, row.reason, "\n" in row.before) for row in rows} == {
+        (None, "it computes only what it keeps", False)
+    }
 
 
 def test_original_forward_runs_for_what_changed_since():

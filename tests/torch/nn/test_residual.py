@@ -170,6 +170,10 @@ def test_layer_drop_is_a_list():
 def test_layer_drop_takes_anything_as_x():
     layers = fdt.LayerDrop([nn.Identity() for _ in range(3)], 0.4)
     assert layers({"a": 1}) == {"a": 1}
+    layers.static_parameters = True
+    with pytest.raises(TypeError, match="static_parameters=True takes a Tensor as input, but got dict"):
+        layers({"a": 1})
+    assert layers.eval()({"a": 1}) == {"a": 1}
 
 
 def test_compiled_layer_drop_equals_eager():

@@ -109,9 +109,7 @@ def _part_reason(names: list[str], modules: list[Any], start: int, drop: int) ->
         linear = modules[position]
         if not isinstance(linear, nn.Linear):
             return f"no Linear right {'after it' if position > drop else 'before it, or before its activation'}"
-        reason = reason or rules.module_obstacle(names[position], linear, nn.Linear)
-        if not reason and not linear.weight.is_floating_point():
-            reason = f"{names[position]} is not of real numbers"
+        reason = reason or rules.linear_obstacle(names[position], linear)
     if not reason and modules[start].out_features != modules[drop + 1].in_features:
         reason = f"{names[drop + 1]} takes another number of units"
     for between in range(start + 1, drop):

@@ -11,10 +11,11 @@ from typing import Any
 from torch import nn
 
 from ...nn.base import Rated
+from ...nn.residual import LayerDrop, SkipResidual
 from ...runtime.dispatch.modules import TorchDropout, children_of
 from ..rates import rate_name
 from ..reasons import functional_rows, reach, why_left, why_lent
-from ..report import Report, Row
+from ..report import Report, Row, describe
 from ..source.owners import Owners
 from . import peft_layers, residual_layers, transformers_layers
 from .rules import Fused, change_class, changed_code, original_class
@@ -139,8 +140,10 @@ def _fuse_sequence(path: str, sequence: Any) -> list[Row]:
 
 
 def _row_left(path: str, module: nn.Module, reason: str) -> Row:
-    before = repr(module) if isinstance(module, TorchDropout | Rated) else type(module).__name__
+    before = describe(module) if isinstance(module, TorchDropout | Rated) else type(module).__name__
     by_itself = isinstance(module, nn.MultiheadAttention | nn.RNNBase)
+    if isinstance(module, SkipResidual | LayerDrop):
+        reason = "it computes only what it keeps"
     return Row(path, before, None, why_left(module) if by_itself else reason)
 
 

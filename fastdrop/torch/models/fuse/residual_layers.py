@@ -15,10 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ...functional.residual import skip_residual
-from ...nn.base import Rated
 from ...nn.structured import DropPath, StochasticDepth
 from ..classes import THIRD_PARTY_CLASSES
-from ..rates import rate_name
 from ..report import class_name
 from . import rules
 from .rules import Fused
@@ -126,16 +124,15 @@ def _add_branch(block: Any, x: Tensor, branch: Branch, along: tuple[Tensor, ...]
     def run(rows: Tensor, *others: Tensor) -> Tensor:
         if rows.shape[0] or _batch_norm_in(block):
             y = branch.run(block, rows, *others, **shared)
-        else:  # timm's attention in windows can't take an empty batch, so it gets a sample that isn't used
-            y = branch.run(block, rows.new_zeros(1, *rows.shape[1:]), **shared)[:0]
+        else:  # timm's attention in windows can't take an empty batch, so it gets a sample whose result isn't used
+            y = branch.run(block, x[:1].detach(), **shared)[:0]
         dtypes.append(y.dtype)
         return y
 
     if type(drop) is nn.Identity:
         return x + run(x, *along)
-    p = drop.rate if isinstance(drop, Rated) else getattr(drop, rate_name(drop) or "")
-    scale_by_keep = getattr(drop, "scale_by_keep", True)
-    y: Tensor = skip_residual(x, run, p, training=drop.training, scale_by_keep=scale_by_keep, along=along)
+    options = {"training": drop.training, "scale_by_keep": getattr(drop, "scale_by_keep", True), "along": along}
+    y: Tensor = skip_residual(x, run, rules.rate_of(drop), **options)
     return y.to(dtypes[0]) if block.ADDS_IN_PLACE else y
 
 

@@ -23,6 +23,7 @@ from ...runtime.dispatch.compilers import constant_in_graphs
 from ...runtime.dispatch.modules import hook_obstacle
 from ...runtime.dtypes import HALVES
 from ..enable import is_supported
+from ..rates import rate_name
 from ..report import class_name
 
 __all__ = [
@@ -36,11 +37,13 @@ __all__ = [
     "can_fuse_input",
     "change_class",
     "changed_code",
+    "linear_obstacle",
     "module_obstacle",
     "norm_obstacle",
     "norm_of_sum",
     "options_of",
     "original_class",
+    "rate_of",
     "replaced_method",
     "scripted_as",
 ]
@@ -199,6 +202,11 @@ def call_obstacle(name: str, module: Any, shared: bool = False) -> str:
     return ""
 
 
+def linear_obstacle(name: str, linear: Any) -> str:
+    reason = module_obstacle(name, linear, nn.Linear)
+    return reason or ("" if linear.weight.is_floating_point() else f"{name} is not of real numbers")
+
+
 def norm_obstacle(name: str, norm: Any) -> str:
     if reason := module_obstacle(name, norm, nn.LayerNorm):
         return reason
@@ -247,10 +255,16 @@ def _is_usable(device: int) -> bool:
     return cuda.is_usable(device)
 
 
+def rate_of(drop: Any) -> Any:
+    """A dropout module's p, which is a tensor in compiled code for fastdrop's modules."""
+    if isinstance(drop, Rated):
+        return drop.rate
+    return drop.p if isinstance(drop, nn.Dropout) else getattr(drop, rate_name(drop) or "p")
+
+
 def options_of(drop: Any) -> dict[str, Any]:
     """The options that a dropout module stands for in calls of the fused functions."""
-    p = drop.rate if isinstance(drop, Rated) else drop.p
-    return {"p": p, "training": drop.training, "store": getattr(drop, "store", "bits")}
+    return {"p": rate_of(drop), "training": drop.training, "store": getattr(drop, "store", "bits")}
 
 
 # ---- the passes ----

@@ -62,12 +62,9 @@ def find_run(sequence: nn.Sequential, last: int) -> Run | str:
     # A class named Linear that isn't torch's gets a reason of its own.
     if not isinstance(linear, nn.Linear) and type(linear).__name__ != "Linear":
         return "no Linear, or Linear and activation, right before it"
-    reason = rules.module_obstacle(names[start], linear, nn.Linear)
-    reason = reason or rules.module_obstacle(names[last], drop, *DROPOUTS)
+    reason = rules.linear_obstacle(names[start], linear) or rules.module_obstacle(names[last], drop, *DROPOUTS)
     if activation is not None:
         reason = reason or rules.call_obstacle(names[last - 1], modules[last - 1])
-    if not reason and not linear.weight.is_floating_point():
-        reason = f"{names[start]} is not of real numbers"
     return reason or Run(start, names[start : last + 1], linear, activation, drop)
 
 
