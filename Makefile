@@ -13,7 +13,7 @@ C_ISAS := $(patsubst csrc/isa_%.c,%,$(filter csrc/isa_%.c,$(C_SOURCES)))
 C_TEST := $(filter-out csrc/isa_%.c,$(C_SOURCES)) \
     $(addprefix tests/c/,kernels_test.c fused_test.c attention_test.c vector_math_test.c)
 C_TEST_DEPENDS := $(C_SOURCES) $(C_HEADERS) $(wildcard tests/c/*.[ch])
-C_FLAGS := -std=c11 -O1 -g -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -Icsrc -pthread
+C_FLAGS := -std=c11 -O1 -g1 -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -Icsrc -pthread
 C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST_DEPENDS))
 OUT := build/c
 
@@ -126,7 +126,9 @@ $(OUT)/golden.txt: tests/c/golden.py fastdrop/vectors/masks.json
 	$(PYTHON) tests/c/golden.py > $@
 
 $(OUT)/kernels-plain: COMPILER := $(CC)
-$(OUT)/kernels-address: COMPILER := $(CC) -fsanitize=address,undefined -fno-sanitize-recover=all
+# Calls in place of inlined checks, which GCC takes minutes to compile.
+CHECKS_BY_CALLS = $(if $(findstring clang,$(shell $(CC) --version)),,--param asan-instrumentation-with-call-threshold=0)
+$(OUT)/kernels-address: COMPILER = $(CC) -fsanitize=address,undefined -fno-sanitize-recover=all $(CHECKS_BY_CALLS)
 # Threads share work in the same way with every instruction set.
 $(OUT)/kernels-thread: COMPILER := $(CC) -fsanitize=thread -DFASTDROP_PORTABLE
 $(OUT)/kernels-neon: COMPILER := $(CROSS) -static
