@@ -116,7 +116,7 @@ class Dropout(_Elementwise, nn.Dropout):
             return F.dropout(
                 input, self.rate, self.training, self.inplace, store=self.store, scaling=self.scaling, **source
             )
-        # Unpacking a dict and one more argument would take 4 % of a call on a small tensor.
+        # Unpacking a dict and one more argument would take a few percent of a call on a small tensor.
         return F.dropout(input, self.rate, self.training, self.inplace, store=self.store, scaling=self.scaling)
 
     def evaluate_input(self, input: Tensor) -> Tensor:
