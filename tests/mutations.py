@@ -759,6 +759,20 @@ MUTATIONS = (
         "tests/torch/nn/test_own_source.py",
     ),
     Mutation(
+        "each rate of a recurrent layer has the seed's stream for itself",
+        "fastdrop/torch/nn/recurrent.py",
+        "self.dropout_recurrent.own_source = self.dropout_output.own_source = self.dropout_input.own_source",
+        "self.dropout_recurrent.draw_from(**source), self.dropout_output.draw_from(**source)",
+        "tests/torch/nn/test_own_source.py",
+    ),
+    Mutation(
+        "a trace makes a constant of a module's own seed",
+        "fastdrop/torch/nn/base.py",
+        "if tracing.is_recorded():",
+        "if False:",
+        "tests/torch/nn/test_own_source.py",
+    ),
+    Mutation(
         "a checkpoint may draw from a generator again",
         "fastdrop/torch/runtime/dispatch/compilers.py",
         'if code.co_name in ("unpack_hook", "backward")',

@@ -181,19 +181,26 @@ def noise_shape(value: Any, full: tuple[int, ...], of: str = "x") -> tuple[int, 
     """noise_shape with None replaced by the extent: 1 or the extent on each axis."""
     if value is None:
         return full
-    try:
-        axes = tuple(value)
-    except TypeError:
-        raise TypeError(f"noise_shape must be None or a tuple of ints and None, but got {value!r}") from None
+    axes = noise_shape_entries(value)
     if len(axes) != len(full):
         raise ValueError(f"noise_shape must have one entry per axis of {of}, whose shape is {full}, but got {value!r}")
-    cells = shape("noise_shape", tuple(e if a is None else a for a, e in zip(axes, full, strict=True)))
+    cells = tuple(e if a is None else operator.index(a) for a, e in zip(axes, full, strict=True))
     if any(c not in (1, e) for c, e in zip(cells, full, strict=True)):
         raise ValueError(
             f"noise_shape must be 1, None or the full extent on each axis of {of}, whose shape is {full}, but got "
             f"{value!r}"
         )
     return cells
+
+
+def noise_shape_entries(value: Any) -> tuple[int | None, ...]:
+    """noise_shape as far as it can be checked without an array."""
+    try:
+        axes = tuple(value)
+    except TypeError:
+        raise TypeError(f"noise_shape must be None or a tuple of ints and None, but got {value!r}") from None
+    shape("noise_shape", tuple(1 if a is None else a for a in axes))
+    return axes
 
 
 def axis(name: str, value: Any, ndim: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...core import checks
 from ..runtime import nested
+from ..runtime.dispatch.tensors import jit_trace
 from . import onnx
 from .plan import ONNX, Seed, Source, check_tensor, check_unused_seed, for_subclasses, plan_call
 from .selection import select_fixed
@@ -60,7 +61,7 @@ def token_dropout(
     TypeError
         x that is no Tensor, p that is a Tensor.
     RuntimeError
-        Nested tensors, and what `dropout` refuses.
+        Nested tensors, ``torch.jit.trace`` of a call that drops, and what `dropout` refuses.
 
     Add positions before you drop, or take their rows by the index. Kept for backward: the index, 8 bytes per kept
     token. Shapes do not depend on what is drawn, so `torch.compile` makes one graph. Sources: Liu, Matsoukas et al.,
@@ -83,6 +84,11 @@ def token_dropout(
         raise ValueError(f"x must have at least keep_first={keep_first} tokens on axis 1, but got {length}")
     source = (generator, seed)
     way, p, drops = plan_call(x, p, training, what="drop probability")
+    if drops and jit_trace() is not None:
+        raise RuntimeError(
+            "torch.jit.trace can't trace token_dropout in training, because it would write the number of kept tokens "
+            "into the graph: call eval(), or use torch.compile"
+        )
     count = length - keep_first
     kept = max(round(count * (1.0 - p)), 1) if drops and count else count
     if kept == count:

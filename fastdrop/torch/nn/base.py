@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...core import checks
-from ..runtime import seeds
+from ..runtime import seeds, tracing
 from ..runtime.dispatch import hide_from_dynamo
 
 __all__ = ["OWN_SOURCE", "RATE_TENSOR", "Rated", "Seeded", "SourceOptions", "is_traced", "trace_call"]
@@ -32,7 +32,7 @@ class SourceOptions(TypedDict, total=False):
 
 class OwnSource:
     """Where one module's masks come from: a generator, or the stream of a seed, whose n-th call in training draws from
-    ``mix(seed, n)``. It is copied and pickled with the module, and goes on from where it was."""
+    ``mix(seed, n)``. Modules may share one. It is copied and pickled with them, and goes on from where it was."""
 
     def __init__(self, seed: int | None = None, generator: torch.Generator | None = None) -> None:
         if seed is not None and generator is not None:
@@ -53,6 +53,11 @@ class OwnSource:
             return {}
         if self.seed is None:
             return {"generator": self.generator}
+        if tracing.is_recorded():
+            raise RuntimeError(
+                "a module with a seed of its own can't be traced in training, because each call of the trace would "
+                "have the same mask: call eval(), or give the module a generator"
+            )
         seeds.refuse_recomputation()
         self.calls += 1
         return {"seed": seeds.mix(self.seed, self.calls) >> 1}  # 63 bits, as of torch's generators

@@ -69,14 +69,16 @@ class Dropout(_Elementwise, nn.Dropout):
     generator : torch.Generator, optional
         Each call in training draws a number from it. It must be of the input's device. Modules may share one.
 
-    Raises ValueError for p outside [0, 1], an unknown store or scaling, and both seed and generator.
+    Raises ValueError for p or seed out of range, an unknown store or scaling, a negative extent in noise_shape, and
+    both seed and generator; TypeError for a seed, a generator or a noise_shape of another type.
 
     With neither seed nor generator, masks come from torch's default generator. It has the advantage that checkpoints
     restore it: a checkpoint that computes a module with a seed or a generator again raises RuntimeError, as the mask
     would be another one. Such a module can't be compiled with ``fullgraph=True`` either; without that it runs between
-    two graphs. The stream is not part of ``state_dict``. Copies of the module, also unpickled ones, go on from where it
-    was, each for itself. Under `vmap` a seed gives all samples the same mask. In `mc_predict` each sample has its own
-    mask, and the stream stays where it is.
+    two graphs. `torch.jit.trace` and ``make_fx`` refuse a seed in training. The stream is not part of ``state_dict``.
+    Copies of the module, also unpickled ones, go on from where it was, each for itself; only `copy.copy` shares the
+    stream. Under `vmap` a seed gives all samples the same mask. In `mc_predict` each sample has its own mask, and the
+    stream stays where it is.
 
     The input may have any shape, and the output has the same. Errors and details as in `fastdrop.torch.dropout`.
 
@@ -106,19 +108,16 @@ class Dropout(_Elementwise, nn.Dropout):
         checks.scaling(scaling)
         self.scaling = scaling
         if noise_shape is not None:
-            self.noise_shape = tuple(noise_shape)
+            self.noise_shape = checks.noise_shape_entries(noise_shape)
 
     def drop_input(self, input: Tensor, **source: Any) -> Tensor:
-        return F.dropout(
-            input,
-            self.rate,
-            self.training,
-            self.inplace,
-            noise_shape=self.noise_shape,
-            store=self.store,
-            scaling=self.scaling,
-            **source,
-        )
+        if source or self.noise_shape is not None:
+            source["noise_shape"] = self.noise_shape
+            return F.dropout(
+                input, self.rate, self.training, self.inplace, store=self.store, scaling=self.scaling, **source
+            )
+        # Unpacking a dict and one more argument would take a few percent of a call on a small tensor.
+        return F.dropout(input, self.rate, self.training, self.inplace, store=self.store, scaling=self.scaling)
 
     def evaluate_input(self, input: Tensor) -> Tensor:
         if hasattr(self, "scaling"):  # noqa: SIM102 - TorchScript needs both: it sees only attributes of the object

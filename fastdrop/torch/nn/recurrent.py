@@ -7,7 +7,7 @@ steps by a mask for each sequence, which they can't do; then `recurrence` runs t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from ...core.random import keep_scale, threshold
 from ..runtime.dispatch import hide_from_dynamo
 from ..runtime.dispatch.modules import flat_weights_of
-from .base import is_traced, trace_call
+from .base import SourceOptions, is_traced, trace_call
 from .recurrence import Inputs, Steps, run_steps
 from .structured import VariationalDropout
 
@@ -30,11 +30,19 @@ class _Variational(nn.RNNBase):
 
     shared: bool = False  # whether masks are those of the whole batch; also for layers that were saved before it was
 
-    def _set_rates(self, dropout_input: float, dropout_recurrent: float, dropout_output: float, shared: bool) -> None:
+    def _set_rates(
+        self,
+        dropout_input: float,
+        dropout_recurrent: float,
+        dropout_output: float,
+        shared: bool,
+        source: SourceOptions,
+    ) -> None:
         self.shared = shared
-        self.dropout_input = VariationalDropout(dropout_input, 0)
+        self.dropout_input = VariationalDropout(dropout_input, 0, **source)
         self.dropout_recurrent = VariationalDropout(dropout_recurrent, 0)
         self.dropout_output = VariationalDropout(dropout_output, 0)
+        self.dropout_recurrent.own_source = self.dropout_output.own_source = self.dropout_input.own_source
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(f"{type(self).__name__} can't be scripted: call eval() and use torch.jit.trace")
@@ -182,13 +190,15 @@ class VariationalLSTM(_Variational, nn.LSTM):
         Makes the same decisions for all sequences of the batch. torch's fused layers then run, because the mask of the
         hidden state can be applied to the columns of its weights. Gradients are noisier: a batch of B sequences
         averages over B masks otherwise, and over one mask here. A dropped state that is infinite becomes NaN.
+    seed, generator
+        As in `Dropout`. The three submodules draw from one stream.
 
     Raises ValueError for a probability out of range, and what `torch.nn.LSTM` raises.
 
     Shapes, initial states, unbatched and packed sequences, parameters and ``state_dict`` are those of `torch.nn.LSTM`.
     torch's forward runs in evaluation and if all rates are 0. A mask belongs to a sequence, whatever its place in a
-    packed batch: under the same seed a padded and a packed batch give the same numbers. The masks draw from torch's
-    generator in this order: layer by layer the input, then forward and backward direction; last the output.
+    packed batch: under the same seed a padded and a packed batch give the same numbers. Masks are drawn
+    in this order: layer by layer the input, then forward and backward direction; last the output.
 
     Stored for backward for the masks, whatever the length: 1/8 byte per sequence and feature for
     input and output masks, and 1 byte per sequence and hidden feature of each direction for the recurrent mask. With
@@ -229,6 +239,7 @@ class VariationalLSTM(_Variational, nn.LSTM):
         dropout_recurrent: float = 0.0,
         dropout_output: float = 0.0,
         shared: bool = False,
+        **source: Unpack[SourceOptions],
     ) -> None:
         super().__init__(
             input_size,
@@ -241,7 +252,7 @@ class VariationalLSTM(_Variational, nn.LSTM):
             device=device,
             dtype=dtype,
         )
-        self._set_rates(dropout_input, dropout_recurrent, dropout_output, shared)
+        self._set_rates(dropout_input, dropout_recurrent, dropout_output, shared, source)
 
 
 class VariationalGRU(_Variational, nn.GRU):
@@ -276,6 +287,7 @@ class VariationalGRU(_Variational, nn.GRU):
         dropout_recurrent: float = 0.0,
         dropout_output: float = 0.0,
         shared: bool = False,
+        **source: Unpack[SourceOptions],
     ) -> None:
         super().__init__(
             input_size,
@@ -287,7 +299,7 @@ class VariationalGRU(_Variational, nn.GRU):
             device=device,
             dtype=dtype,
         )
-        self._set_rates(dropout_input, dropout_recurrent, dropout_output, shared)
+        self._set_rates(dropout_input, dropout_recurrent, dropout_output, shared, source)
 
 
 # Compilers leave recurrent layers alone. They would compile the steps one by one, and again for each length.

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from ...core import checks
 from ...core.random import threshold
 from ..functional import residual
+from ..functional.plan import Source, seed_for_kernel, seed_for_ops
 from ..ops import mask as mask_ops
-from ..runtime import seeds, tracing
 from ..runtime.dispatch import hide_from_dynamo, is_transformed
 from ..runtime.dispatch.tensors import is_in_dispatch_mode, jit_trace
-from .base import Rated, Seeded, SourceOptions, is_traced, trace_call
+from .base import Seeded, SourceOptions, is_traced, trace_call
 
 __all__ = ["LayerDrop", "SkipResidual"]
 
@@ -90,7 +90,7 @@ class SkipResidual(Seeded):
         return f"p={self.p}, scale_by_keep={self.scale_by_keep}, {options}"
 
 
-class LayerDrop(Rated, nn.ModuleList):
+class LayerDrop(Seeded, nn.ModuleList):
     """Layers that run one after the other, each of which is skipped in training with probability p.
 
     Parameters
@@ -103,14 +103,16 @@ class LayerDrop(Rated, nn.ModuleList):
         Whether parameters of skipped layers get gradients of 0. Otherwise they get none, and optimizers leave them as
         they are. DDP without ``find_unused_parameters`` and with ``static_graph`` needs gradients for all; FSDP2 needs
         none.
+    seed, generator
+        As in `Dropout`, but for a generator of the CPU.
 
     Raises ValueError for p outside [0, 1], TypeError for layers that are no modules and, in training with
     ``static_parameters``, for an input that is no Tensor.
 
-    Its forward is ``x = layer(x, *args, **kwargs)`` for each layer. Nothing is scaled, as in the paper. One seed from
-    torch's generator of the CPU decides for all layers of a call, also on a GPU. So the ranks of a job skip the same
-    layers if their generators on the CPU have the same state. Otherwise each rank skips its own. Nothing is kept for a
-    skipped layer.
+    Its forward is ``x = layer(x, *args, **kwargs)`` for each layer. Nothing is scaled, as in the paper. One number
+    decides for all layers of a call. It is drawn on the CPU, also for layers on a GPU. Ranks of a job skip the same
+    layers if they give the same ``seed``, or if their default generators on the CPU have the same state. Otherwise each
+    rank skips its own. Nothing is kept for a skipped layer.
 
     Code that `torch.compile` made of it, and code under a transform of `torch.func`, has to run all layers, and then
     takes the results of those that are kept: the same values, without the savings, and for a Tensor alone as x.
@@ -123,8 +125,16 @@ class LayerDrop(Rated, nn.ModuleList):
     (torch.Size([3, 8]), 6)
     """
 
-    def __init__(self, layers: Iterable[nn.Module], p: float, *, static_parameters: bool = False) -> None:
+    def __init__(
+        self,
+        layers: Iterable[nn.Module],
+        p: float,
+        *,
+        static_parameters: bool = False,
+        **source: Unpack[SourceOptions],
+    ) -> None:
         super().__init__(layers)
+        self.draw_from(**source)
         self.p, self.static_parameters = checks.dropout_probability(p, what="drop probability"), static_parameters
 
     __repr__ = nn.Module.__repr__
@@ -134,7 +144,9 @@ class LayerDrop(Rated, nn.ModuleList):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return LayerDrop(list(self)[index], self.p, static_parameters=self.static_parameters)
+            part = LayerDrop(list(self)[index], self.p, static_parameters=self.static_parameters)
+            part.own_source = self.own_source
+            return part
         return super().__getitem__(index)
 
     def forward(self, input: Any, *args: Any, **kwargs: Any) -> Any:
@@ -145,9 +157,11 @@ class LayerDrop(Rated, nn.ModuleList):
         drops = self.training and (isinstance(p, Tensor) or p > 0.0)
         if drops and self.static_parameters and not isinstance(x, Tensor):
             raise TypeError(f"static_parameters=True takes a Tensor as input, but got {type(x).__name__}")
+        options = self.source_options() if drops else {}
+        source: Source = options.get("generator"), options.get("seed")
         if drops and (torch.compiler.is_compiling() or is_transformed() or is_in_dispatch_mode() or jit_trace()):
-            return self._select(x, p, args, kwargs)
-        kept = _draw_layers(len(self), p) if drops else range(len(self))
+            return self._select(x, (p, source), args, kwargs)
+        kept = _draw_layers(len(self), p, source) if drops else range(len(self))
         for i, layer in enumerate(self):
             if i in kept:
                 x = layer(x, *args, **kwargs)
@@ -155,23 +169,27 @@ class LayerDrop(Rated, nn.ModuleList):
                 x = _with_parameters(x, layer)
         return x
 
-    def _select(self, x: Tensor, p: float | Tensor, args: Any, kwargs: Any) -> Tensor:
-        """Runs all layers, and takes the results of those that are kept."""
+    def _select(self, x: Tensor, drawn: tuple[float | Tensor, Source], args: Any, kwargs: Any) -> Tensor:
+        """Runs all layers, and takes the results of those that are kept. ``drawn`` is p and the source of the seed."""
+        p, source = drawn
         ones = torch.ones(len(self), device="cpu")
-        seed = tracing.draw(ones)
-        flags, _ = mask_ops.FORWARD(mask_ops.Forward(ones, seed, p, None, False, "standard"))
+        flags, _ = mask_ops.FORWARD(mask_ops.Forward(ones, seed_for_ops(ones, source), p, None, False, "standard"))
         kept = (flags != 0.0).to(x.device)
         for i, layer in enumerate(self):
             x = torch.where(kept[i], layer(x, *args, **kwargs), x)
         return x
 
     def extra_repr(self) -> str:
-        return f"p={self.p}, static_parameters={self.static_parameters}"
+        return f"p={self.p}, static_parameters={self.static_parameters}{self.source_repr()}"
 
 
-def _draw_layers(count: int, p: Any) -> set[int]:
+_ON_CPU = torch.empty(0, device="cpu")
+
+
+def _draw_layers(count: int, p: Any, source: Source) -> set[int]:
     """The numbers of the layers that are kept, under one seed."""
-    return set(residual.draw_kept(count, seeds.next_seed(None), threshold(p)).tolist())
+    seed: Any = seed_for_kernel(_ON_CPU, source)
+    return set(residual.draw_kept(count, seed, threshold(p)).tolist())
 
 
 def _with_parameters(x: Tensor, layer: nn.Module) -> Tensor:

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from ...core import checks
 from ..functional import onnx
 from ..functional.dropout import dropout
+from ..functional.plan import seed_for_ops
 from ..ops import mask as mask_ops
-from ..runtime import tracing
 from ..runtime.dispatch import hide_from_dynamo, is_transformed
 from ..runtime.dispatch.modules import (
     can_have_twins,
@@ -31,7 +31,7 @@ from ..runtime.dispatch.modules import (
     run_on_flat_weights,
 )
 from ..runtime.dispatch.tensors import storage_id, version_of
-from .base import Rated, Seeded, SourceOptions, is_traced, trace_call
+from .base import Seeded, SourceOptions, is_traced, trace_call
 
 __all__ = ["DropConnect", "EmbeddingDropout"]
 
@@ -98,7 +98,7 @@ def _pack_bits(keep: Tensor) -> Tensor:
     return (bits << torch.arange(32, dtype=torch.int32, device=keep.device)).sum(1, dtype=torch.int32)
 
 
-class DropConnect(Rated):
+class DropConnect(Seeded):
     """Drops elements of a module's weights, with a new mask in each call; AWD-LSTM's weight drop.
 
     In training the module runs with ``weight * mask / (1 - p)`` in place of each weight in ``names``. In evaluation it
@@ -114,6 +114,8 @@ class DropConnect(Rated):
         parameter with several names has one mask under all of them.
     p : float
         Drop probability, 0 to 1.
+    seed, generator
+        As in `Dropout`. A seed's stream has a number for each parameter of each call.
 
     Raises ValueError for p out of range, for names that are not parameters of the module, and for names inside a
     recurrent layer that is only a part of it.
@@ -138,8 +140,15 @@ class DropConnect(Rated):
 
     names: tuple[str, ...]
 
-    def __init__(self, module: nn.Module, names: str | Sequence[str] | None = None, p: float = 0.5) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: str | Sequence[str] | None = None,
+        p: float = 0.5,
+        **source: Unpack[SourceOptions],
+    ) -> None:
         super().__init__()
+        self.draw_from(**source)
         self.p = checks.dropout_probability(p)
         parameters = dict(module.named_parameters(remove_duplicate=False))
         if names is None:
@@ -196,7 +205,8 @@ class DropConnect(Rated):
             if onnx.is_exported():
                 dropped.append((name, weight, onnx.drop(weight, p, (None, None))))
                 continue
-            seed = tracing.draw(weight)
+            options = self.source_options()
+            seed = seed_for_ops(weight, (options.get("generator"), options.get("seed")))
             value, saved_mask = mask_ops.FORWARD(mask_ops.Forward(weight, seed, p, None, True))
             dropped.append((name, weight, value))
             if hooked and not weight.is_inference():
@@ -204,7 +214,7 @@ class DropConnect(Rated):
         return dropped, _save_as(recipes) if recipes else contextlib.nullcontext()
 
     def extra_repr(self) -> str:
-        return f"names={self.names}, p={self.p}"
+        return f"names={self.names}, p={self.p}{self.source_repr()}"
 
 
 # Compilers leave recurrent layers alone, and should leave the code that drops their weights alone too.

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_slot
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.fx.traceback import MEMORY_BUDGET_ANNOTATION_KEY
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -43,6 +43,11 @@ def draw(x: Tensor) -> Tensor:
     _last_jit.clear()
     _last_jit[state] = seed
     return seed
+
+
+def is_recorded() -> bool:
+    """Whether `torch.jit.trace` or ``make_fx`` records the calls, so that a number of the host becomes a constant."""
+    return jit_trace() is not None or get_proxy_mode() is not None
 
 
 def in_order(mode: Any, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:

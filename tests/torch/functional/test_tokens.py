@@ -86,6 +86,8 @@ def test_module():
     assert module(x).shape == (4, 6, 3)
     assert module.eval()(x) is x
     assert torch.jit.script(module)(x).shape == x.shape
+    with pytest.raises(RuntimeError, match=r"torch\.jit\.trace can't trace token_dropout in training"):
+        torch.jit.trace(fdt.TokenDropout(0.5), x)
     fdt.DropoutScheduler(module, lambda step: 0.9)
     assert module.train()(x).shape == (4, 3, 3)
 

@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 import fastdrop.torch as fdt
@@ -35,14 +36,26 @@ MODULES = {
         nn.Embedding.from_pretrained(torch.ones(40, 3)), **source
     ),
     "SkipResidual": lambda **source: fdt.SkipResidual(nn.Identity(), 0.5, **source),
+    "BatchwiseDropout": fdt.BatchwiseDropout,
+    "TokenDropout": fdt.TokenDropout,
+    "DropConnect": lambda **source: fdt.DropConnect(filled(nn.Linear(6, 6)), **source),
+    "LayerDrop": lambda **source: fdt.LayerDrop([filled(nn.Linear(6, 6)) for _ in range(30)], 0.5, **source),
 }
+
+
+def filled(layer):
+    """A layer whose parameters are all 0.25."""
+    for parameter in layer.parameters():
+        nn.init.constant_(parameter, 0.25)
+    return layer
 
 
 def input_of(module):
     if isinstance(module, fdt.EmbeddingDropout):
         return torch.arange(40)
     axes = {"1d": 3, "3d": 5}.get(type(module).__name__[-2:], 4)
-    return torch.full((16, 4, 6, 6, 6)[:axes], 3.0)
+    x = torch.full((16, 4, 6, 6, 6)[:axes], 3.0)
+    return x + torch.arange(4.0).view(4, 1, 1) if isinstance(module, fdt.TokenDropout) else x
 
 
 def calls(module, count=3):
@@ -66,14 +79,42 @@ def test_module_draws_from_its_own_seed_or_generator(name):
         assert f", {own}=" in repr(module)
         assert getattr(module, own) is getattr(module.own_source, own)
         assert getattr(module, own) is not None
-        kept = [key for key in module.state_dict() if key != "embedding.weight"]
-        assert not kept
+        assert module.state_dict().keys() == dict(module.named_parameters()).keys()
         evaluated = calls(module.eval())
         assert torch.equal(evaluated[0], evaluated[1])
         assert_equal(calls(module.train(), 1)[0], calls(twin, 1)[0])  # evaluation has not moved it on
     assert not torch.equal(results[0][0], results[1][0])
-    assert "seed" not in repr(make())
-    assert numbers_drawn(lambda: calls(make(), 2)) == 2
+    plain = make()
+    assert "seed" not in repr(plain)
+    assert numbers_drawn(lambda: calls(plain, 2)) == 2
+
+
+def test_modules_of_several_masks_have_one_stream():
+    """Recurrent layers have three rates, and a part of a LayerDrop goes on where the whole is."""
+    x = torch.ones(4, 16, 6)
+    for make in (fdt.VariationalLSTM, fdt.VariationalGRU):
+        rates = {"dropout_input": 0.3, "dropout_recurrent": 0.4, "dropout_output": 0.2}
+        layer, results = filled(make(6, 5, 2, **rates, seed=3)), []
+        twin = copy.deepcopy(layer)
+        assert numbers_drawn(lambda m=layer, r=results: r.extend([m(x)[0], m(x)[0]])) == 0
+        assert layer.dropout_output.own_source.calls == 2 * (2 + 2 + 1)
+        assert_equal((twin(x)[0], twin(x)[0]), tuple(results))
+        assert not torch.equal(*results)
+        with fdt.same_masks(layer):
+            assert_equal(layer(x)[0], layer(x)[0])
+    layers = fdt.LayerDrop([nn.Identity() for _ in range(4)], 0.5, seed=3)
+    layers[1:](torch.ones(2))
+    assert layers.own_source.calls == 1
+
+
+def test_a_trace_refuses_a_seed_of_which_it_would_make_a_constant():
+    x, traces = torch.ones(20), (lambda m: torch.jit.trace(m, x, check_trace=False), lambda m: make_fx(m)(x))
+    for trace in traces:
+        with pytest.raises(RuntimeError, match="a seed of its own can't be traced in training"):
+            trace(fdt.Dropout(0.5, seed=3))
+        traced = trace(fdt.Dropout(0.5, generator=torch.Generator()))
+        assert not torch.equal(traced(x), traced(x))
+        assert_equal(trace(fdt.Dropout(0.5, seed=3).eval())(x), x)
 
 
 def test_generator_gives_what_the_function_draws_and_may_be_shared():
@@ -152,7 +193,7 @@ def test_compiled_scripted_sampled_and_fused():
     assert_equal(tuple(ours(x) for _ in range(3)), expected)
     model = nn.Sequential(nn.Linear(50, 50), module)
     assert "seed or a generator" in fdt.fuse(model).left[0].reason
-    assert "noise_shape" in fdt.fuse(nn.Sequential(nn.Linear(5, 5), fdt.Dropout(noise_shape=(1, None)))).left[0].reason
+    assert "noise_shape" in fdt.fuse(nn.Sequential(nn.Linear(5, 5), fdt.Dropout(noise_shape=(None, 1)))).left[0].reason
     calls_before = module.own_source.calls
     predictions = [fdt.mc_predict(model.eval(), x, samples=20, seed=1) for _ in range(2)]
     assert torch.equal(predictions[0].std, predictions[1].std)
@@ -173,6 +214,9 @@ def test_noise_shape_of_a_module():
     assert_equal(module.eval()(x), x)
     with pytest.raises(ValueError, match="noise_shape must be 1, None or the full extent"):
         module.train()(torch.ones(4, 5, 2))
+    for shape, error in ((3, TypeError), (("a", 1), TypeError), ((-1, 1), ValueError)):
+        with pytest.raises(error, match="noise_shape must"):
+            fdt.Dropout(noise_shape=shape)
 
 
 def test_bad_sources():
