@@ -31,8 +31,8 @@ from .residual import draw_kept, move_index
 
 __all__ = ["batchwise_linear", "least_p", "shared_by_batch"]
 
-# Below `least_p`, gathering weights and scattering their gradients costs more than the products save: measured for
-# layers of 2,048 units. The products of fewer rows cost less, what is gathered and scattered costs the same.
+# Below `least_p`, gathering weights and scattering their gradients costs more than the products save: measured on a CPU
+# for layers of 2,048 units. The products of fewer rows cost less, what is gathered and scattered costs the same.
 MIN_P, MIN_P_TIMES_ROWS = 0.1, 5.0
 LINE = 16  # units: products of other numbers of them take up to 1.5 times as long
 
