@@ -11,7 +11,7 @@ C_SOURCES := $(wildcard csrc/*.c)
 C_HEADERS := $(wildcard csrc/*.h csrc/*.def)
 C_ISAS := $(patsubst csrc/isa_%.c,%,$(filter csrc/isa_%.c,$(C_SOURCES)))
 C_TEST := $(filter-out csrc/isa_%.c,$(C_SOURCES)) \
-    $(addprefix tests/c/,kernels_test.c fused_test.c attention_test.c vector_math_test.c)
+    $(addprefix tests/c/,kernels_test.c cells_test.c fused_test.c attention_test.c vector_math_test.c)
 C_TEST_DEPENDS := $(C_SOURCES) $(C_HEADERS) $(wildcard tests/c/*.[ch])
 C_FLAGS := -std=c11 -O1 -g1 -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -Icsrc -pthread
 C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST_DEPENDS))
@@ -65,7 +65,7 @@ test: $(VENV)/.built
 
 test-all: $(VENV)/.built
 	@echo "== test suite and doctests, slow tests too"
-	$(PYTEST) --tier all
+	$(PYTEST) --tier all --durations 30
 
 check: $(VENV)/.built lint
 	@echo "== a few cases of the tests of what has changed"

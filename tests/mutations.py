@@ -696,6 +696,20 @@ MUTATIONS = (
         BATCHWISE,
     ),
     Mutation(
+        "a kernel scatters by more indices than the gradient has",
+        "fastdrop/torch/runtime/cell_kernels.py",
+        "return x.shape == (height if rows is None else rows.shape[0], columns.shape[0])",
+        "return True",
+        BATCHWISE,
+    ),
+    Mutation(
+        "a run of batchwise dropout takes a noise_shape of other units",
+        "fastdrop/torch/models/fuse/batchwise_runs.py",
+        "return len(shape) == axes and shape[-1] in (None, linear.out_features)",
+        "return len(shape) == axes",
+        "tests/torch/models/test_fuse_batchwise.py",
+    ),
+    Mutation(
         "a run of batchwise dropout drops in evaluation",
         "fastdrop/torch/models/fuse/batchwise_runs.py",
         "rates = [drop.rate if drop.training else 0.0 for drop in self.drops]",

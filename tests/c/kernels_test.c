@@ -428,6 +428,7 @@ int main(int argc, char **argv) {
         compare_row_sets(isa);
         check_ways(isa);
         check_cells(isa);
+        check_kept_cells(isa);
         check_vector_math(isa, (uint32_t)stride);
         check_fused(isa);
         check_attention(isa);

@@ -106,6 +106,9 @@ static inline void go_around_cache(int pages, int lines) {
     expect(fd_set_memory(0, pages, lines, 4096, 64) == FD_OK, "policy", 0, (uint64_t)pages, (uint64_t)lines);
 }
 
+/* cells_test.c: kept rows and columns of a matrix, under an instruction set. */
+void check_kept_cells(int isa);
+
 /* fused_test.c: the fused primitives under an instruction set; what they refuse. */
 void check_fused(int isa);
 void check_fused_refusals(void);

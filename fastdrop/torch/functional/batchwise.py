@@ -31,8 +31,8 @@ from .residual import draw_kept, move_index
 
 __all__ = ["batchwise_linear", "least_p", "shared_by_batch"]
 
-# Below `least_p`, gathering weights and scattering their gradients costs more than the products save: measured for
-# layers of 2,048 units. The products of fewer rows cost less, what is gathered and scattered costs the same.
+# Below `least_p`, gathering weights and scattering their gradients costs more than the products save: measured on a CPU
+# for layers of 2,048 units. The products of fewer rows cost less, what is gathered and scattered costs the same.
 MIN_P, MIN_P_TIMES_ROWS = 0.1, 5.0
 LINE = 16  # units: products of other numbers of them take up to 1.5 times as long
 
@@ -110,8 +110,7 @@ def batchwise_linear(
     If nothing is kept the result is the last bias. Weights get dense gradients, which are 0 where nothing was computed.
     Kept for backward: what torch keeps for a network of the kept units, whose weights are copies, and 8 bytes for each
     unit. Has gradients of any order. Compiled code and code under transforms of `torch.func` computes all units.
-    Source: Graham, Reizenstein, Robinson, "Efficient batchwise
-    dropout training using submatrices", 2015.
+    Source: Graham, Reizenstein, Robinson, "Efficient batchwise dropout training using submatrices", 2015.
 
     >>> import torch, fastdrop.torch as fdt
     >>> x, w1, w2 = torch.ones(64, 3), torch.ones(8, 3), torch.ones(1, 8)
@@ -127,9 +126,9 @@ def batchwise_linear(
     compact = not torch.compiler.is_compiling() and all(map(is_eager_dense, tensors))
     if compact and min_p is None:
         min_p = least_p(x)
+    plans = [plan_call(x, layer.p, training) for layer in layers[:-1]]  # every p is checked before anything is drawn
     before: Index = None
-    for layer in layers[:-1]:
-        way, number, _ = plan_call(x, layer.p, training)
+    for layer, (way, number, _) in zip(layers, plans, strict=False):
         kept = _draw(x, layer, number, compact and way == KERNEL and number >= min_p)
         h = _linear(x, layer, kept.units, before)
         h = h if layer.activation is None else layer.activation(h)

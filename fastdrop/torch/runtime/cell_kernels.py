@@ -2,7 +2,7 @@
 
 `functional.batchwise` calls this module. What the primitives do not take (tensors that are not eager and dense, not on
 the CPU, complex or not contiguous; nothing kept; whole rows) goes by torch's own ops, which have gradients and work
-under transforms.
+under transforms. So do indices that hooks on saved tensors have changed, because torch's ops check them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def gather(x: Tensor, rows: Index, columns: Index) -> Tensor:
 
 def scatter(x: Tensor, rows: Index, columns: Index, shape: tuple[int, int]) -> Tensor:
     """A matrix of that shape, which is x at these rows and columns and 0 elsewhere: the gradient of `gather`."""
-    if columns is None or not _has_kernel(x, rows, columns):
+    if columns is None or not _has_kernel(x, rows, columns) or not _fits(x, rows, columns, shape[0]):
         if columns is not None:
             x = x.new_zeros(x.shape[0], shape[1]).index_copy(1, columns, x)
         return x if rows is None else x.new_zeros(shape).index_copy(0, rows, x)
@@ -41,8 +41,17 @@ def scatter(x: Tensor, rows: Index, columns: Index, shape: tuple[int, int]) -> T
 
 
 def _has_kernel(x: Tensor, rows: Index, columns: Tensor) -> bool:
-    some = x.numel() and columns.shape[0] and (rows is None or rows.shape[0])
+    some = x.numel() and all(index is None or (_is_index(index) and index.shape[0]) for index in (rows, columns))
     return bool(some and x.is_cpu and x.dtype in TAGS and is_eager_dense(x) and x.is_contiguous())
+
+
+def _is_index(index: Tensor) -> bool:
+    return index.dtype is torch.int64 and index.dim() == 1 and index.is_cpu and index.is_contiguous()
+
+
+def _fits(x: Tensor, rows: Index, columns: Tensor, height: int) -> bool:
+    """Whether x has an element for each of these rows and columns. A kernel would read past the end of fewer."""
+    return x.shape == (height if rows is None else rows.shape[0], columns.shape[0])
 
 
 @functools.lru_cache(maxsize=64)

@@ -128,6 +128,25 @@ def test_kept_units_alone_are_computed_where_it_pays(monkeypatch):
     torch.testing.assert_close(y, fdt.batchwise_linear(inputs(256, 11), weights, biases, 0.5, seed=3))
 
 
+def test_indices_that_hooks_change_are_not_trusted():
+    weights, _ = parameters()
+
+    def gradients(change, of):
+        def unpack(tensor):
+            return change(tensor) if tensor.dtype is torch.int64 else tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, unpack):
+            y = fdt.batchwise_linear(inputs(9, 11), weights, [None] * 3, 0.5, torch.tanh, seed=SEEDS, min_p=0.0)
+            return torch.autograd.grad(y.sum(), of)
+
+    changes = lambda t: torch.arange(int(t[-1]) + 1), torch.Tensor.int, lambda t: t[:1], lambda t: -t
+    for change in changes:
+        with pytest.raises((IndexError, RuntimeError)):
+            gradients(change, weights[-1])
+    expected = gradients(torch.clone, weights)
+    assert all(map(torch.equal, gradients(lambda t: torch.stack([t, t], 1)[:, 0], weights), expected))
+
+
 def test_takes_its_numbers_as_dropout_does():
     weights, biases = parameters()
     x = inputs(200, 11)
@@ -182,6 +201,9 @@ def test_bad_input():
     refused(ValueError, "min_p", min_p=1.5)
     refused(TypeError, "activation", activation="relu")
     refused(ValueError, "generator", seed=SEEDS, generator=torch.Generator())
+    state = torch.get_rng_state()
+    refused(ValueError, "probability", ..., ..., ..., (0.5, 1.5))
+    assert torch.equal(state, torch.get_rng_state())
 
 
 def test_gather_and_scatter_by_ops_are_those_of_the_kernels(variant, monkeypatch):

@@ -104,6 +104,11 @@ def test_dropout_with_a_noise_shape(x):
     assert "FusedSequential: 0 + 1 + 2 + 3" in str(fdt.fuse(model))
     alone = nn.Sequential(model[0], model[1], fdt.BatchwiseDropout(0.5), model[3])
     torch.testing.assert_close(under(3, model, x), under(3, alone, x))
+    drop.noise_shape = (1, 48)
+    torch.testing.assert_close(under(3, model, x), under(3, alone, x))
+    drop.noise_shape = (1, 47)
+    with pytest.raises(ValueError, match="noise_shape must be"):
+        model(x)
 
 
 def test_report_says_why_a_dropout_is_left():

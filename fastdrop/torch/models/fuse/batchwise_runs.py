@@ -26,7 +26,7 @@ ELEMENTWISE = (
 
 
 class BatchwiseRun(NamedTuple):
-    """Linear, perhaps an activation, and batchwise dropout, so often as they follow each other, and a Linear."""
+    """Linear, perhaps an activation, and batchwise dropout, any number of times, and a Linear at the end."""
 
     start: int
     names: list[str]
@@ -41,7 +41,7 @@ class BatchwiseRun(NamedTuple):
             and rules.can_fuse_input(x)
             and x.dim() > 0
             and x.shape[-1] == self.linears[0].in_features
-            and all(_fits(drop, x.dim()) for drop in self.drops)
+            and all(_fits(*pair, x.dim()) for pair in zip(self.drops, self.linears, strict=False))
         )
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -58,8 +58,12 @@ def is_batchwise(module: Any) -> bool:
     return shape is not None and len(shape) > 1 and shape[-1] != 1 and all(extent == 1 for extent in shape[:-1])
 
 
-def _fits(drop: Any, axes: int) -> bool:
-    return type(drop) is BatchwiseDropout or len(drop.noise_shape) == axes
+def _fits(drop: Any, linear: Any, axes: int) -> bool:
+    """Whether a dropout has a mask for what the Linear makes of so many axes. If not, its own forward raises."""
+    if type(drop) is BatchwiseDropout:
+        return True
+    shape = drop.noise_shape
+    return len(shape) == axes and shape[-1] in (None, linear.out_features)
 
 
 def find_batchwise_runs(sequence: nn.Sequential) -> dict[int, BatchwiseRun | str]:
