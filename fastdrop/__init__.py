@@ -38,6 +38,7 @@ from .arrays.structured import (
 )
 from .backends import explain, get_num_threads, set_num_threads, show_config, use_backend
 from .core.mask import GaussianNoise, PackedMask, SeededMask
+from .core.part import Part
 from .core.random import Stream, manual_seed
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ __version__ = "0.1.0"
 __all__ = [
     "GaussianNoise",
     "PackedMask",
+    "Part",
     "Saved",
     "SeededMask",
     "Stream",

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..core import checks
 from ..core.mask import GaussianNoise, PackedMask, SeededMask
+from ..core.part import Run
 from ..core.random import State, Stream
 
 Array = NDArray[Any]
@@ -70,8 +72,11 @@ class ArrayOps(Protocol):
         """Uninitialised words for so many cells, on the device of ``like``."""
         ...
 
-    def draw_words(self, words: Any, like: Any, cells: int, state: State, threshold: int) -> None:
-        """Draws a mask of any threshold into ``words``, on the stream of ``like``."""
+    def draw_words(
+        self, words: Any, like: Any, cells: int, state: State, threshold: int, runs: Iterable[Run] | None = None
+    ) -> None:
+        """Draws a mask of any threshold into ``words``, on the stream of ``like``. ``runs`` are its cells, in order;
+        None: those from 0 on."""
         ...
 
     def draw_or_defer(self, words: Any, like: Any, cells: int, state: State, threshold: int) -> DeferredDraw | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from ..backends import cuda_backend
 from ..core import checks
 from ..core.grid import cell_axes
 from ..core.mask import to_host, word_count
+from ..core.part import Run
 from ..core.random import DROP_ALL, State
 from .array_ops import BlockPasses, DeferredDraw, Scaling, Shape
 
@@ -78,13 +80,19 @@ class DeviceOps:
     def empty_words(self, like: Any, cells: int) -> Any:
         return self.empty(like, (word_count(cells),), np.uint32)
 
-    def draw_words(self, words: Any, like: Any, cells: int, state: State, threshold: int) -> None:
+    def draw_words(
+        self, words: Any, like: Any, cells: int, state: State, threshold: int, runs: Iterable[Run] | None = None
+    ) -> None:
         """Unused bits of the last word are not 0 if the mask keeps everything."""
         if not cells:
             return
         place, stream = _place(words), _place(like).stream
         if 0 < threshold < DROP_ALL:
-            cuda_backend().draw_bits_at(place.device, stream, place.address, 0, 0, cells, *state, threshold)
+            if runs is None:
+                cuda_backend().draw_bits_at(place.device, stream, place.address, 0, 0, cells, *state, threshold)
+                return
+            for run in runs:
+                cuda_backend().draw_rows_at(place.device, stream, place.address, *run, *state, threshold)
         else:
             word = 0 if threshold == DROP_ALL else 0xFFFFFFFF
             cuda_backend().fill_at(place.device, stream, place.address, word, word_count(cells))

@@ -7,13 +7,14 @@ whole are in `structured.py`, ops that fuse dropout with other layers in `fused.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
 from numpy.typing import ArrayLike
 
 from ..core import checks, variants
 from ..core.mask import GaussianNoise, PackedMask, gaussian_noise, packed_mask
+from ..core.part import Part, Run, parts_of, runs
 from ..core.random import check_random_state, random_state, threshold_and_scale
 from .array_ops import Array, BitMask, Mask, RandomState, Shape
 from .host import HOST
@@ -30,6 +31,7 @@ def dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
+    part: Part | Sequence[Part] | None = None,
 ) -> tuple[Array, BitMask | None]:
     """Returns x with each element dropped with probability p, and the mask that backward needs.
 
@@ -60,6 +62,9 @@ def dropout(
     out : ndarray, optional
         Receives the result. It has the shape and dtype of x; x itself works in place. x and out may be instances of
         subclasses of ndarray.
+    part : Part or sequence of them, optional
+        Of which whole array x is a part: x then has that part of the whole's mask. A sequence is of parts that lie one
+        after the other along one axis of x, in any order.
 
     Returns
     -------
@@ -93,7 +98,7 @@ def dropout(
     mask_shape_of: Callable[[Shape], Shape] | None = None
     if noise_shape is not None:
         mask_shape_of = partial(checks.noise_shape, noise_shape)
-    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out))
+    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out), part)
 
 
 def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> Array:
@@ -139,7 +144,14 @@ def apply_mask(x: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> 
     return y
 
 
-def draw_mask(shape: int | tuple[int, ...], p: float, *, rng: RandomState = None, first_cell: int = 0) -> PackedMask:
+def draw_mask(
+    shape: int | tuple[int, ...],
+    p: float,
+    *,
+    rng: RandomState = None,
+    first_cell: int = 0,
+    part: Part | Sequence[Part] | None = None,
+) -> PackedMask:
     """Returns a mask without applying it.
 
     Parameters
@@ -152,11 +164,13 @@ def draw_mask(shape: int | tuple[int, ...], p: float, *, rng: RandomState = None
     first_cell : int
         The cell of the logical grid at which the mask begins, up to ``2**64`` less the mask's size. A shard with the
         cells ``a`` to ``b`` of a larger array draws its part of the array's mask with ``first_cell=a``.
+    part : Part or sequence of them, optional
+        Of which whole mask this one is a part, as in `dropout`, in place of first_cell.
 
     Raises
     ------
     TypeError, ValueError
-        As in `dropout`, and if first_cell is out of range.
+        As in `dropout`, and if first_cell is out of range or given beside part.
 
     >>> import fastdrop as fd, numpy as np
     >>> whole = fd.draw_mask(100, 0.3, rng=1).to_bool()
@@ -168,9 +182,14 @@ def draw_mask(shape: int | tuple[int, ...], p: float, *, rng: RandomState = None
     p = checks.probability(p)
     cells = math.prod(extents)
     first = checks.first_cell(first_cell, cells)
+    cells_of: Iterable[Run] = (Run(0, first, 1, 0, 1, 0, cells),)
+    if part is not None:
+        if first:
+            raise ValueError("first_cell and part must not both be given")
+        cells_of = runs(parts_of(part, extents), extents)
     threshold, scale = threshold_and_scale(p)
     words = HOST.empty_words(None, cells)
-    HOST.draw_words(words, None, cells, random_state(rng), threshold, first)
+    HOST.draw_words(words, None, cells, random_state(rng), threshold, cells_of)
     return packed_mask(words, extents, p, scale)
 
 

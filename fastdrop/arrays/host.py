@@ -7,6 +7,7 @@ passed as its bits. Backends receive ndarrays, never instances of a subclass.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..core import checks
 from ..core.checks import BFLOAT16
 from ..core.grid import Grid
 from ..core.mask import fill_words, popcount
+from ..core.part import Run
 from ..core.random import DROP_ALL, State
 from .array_ops import Array, BlockPasses, DeferredDraw, Scaling, Shape
 
@@ -69,12 +71,15 @@ class HostOps:
         return padded[skip : skip + n]
 
     def draw_words(
-        self, words: Words, like: Any, cells: int, state: State, threshold: int, first_cell: int = 0
+        self, words: Words, like: Any, cells: int, state: State, threshold: int, runs: Iterable[Run] | None = None
     ) -> None:
-        if 0 < threshold < DROP_ALL and cells:
-            backends.active().draw_bits(words, 0, first_cell, cells, *state, threshold)
-        else:
+        if not (0 < threshold < DROP_ALL and cells):
             fill_words(words, cells, threshold)
+        elif runs is None:
+            backends.active().draw_bits(words, 0, 0, cells, *state, threshold)
+        else:
+            for run in runs:
+                backends.active().draw_rows(words, *run, *state, threshold)
 
     def draw_or_defer(self, words: Words, like: Array, cells: int, state: State, threshold: int) -> DeferredDraw | None:
         """C draws while data is on its way to the CPU, so the draw is left to its primitive."""

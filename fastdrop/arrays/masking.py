@@ -15,6 +15,7 @@ import numpy as np
 
 from ..core import checks, variants
 from ..core.mask import GaussianNoise, PackedMask, SeededMask, packed_mask, seeded_mask
+from ..core.part import Parts, parts_of, runs
 from ..core.random import DROP_ALL, State, check_random_state, random_state, threshold_and_scale
 from .array_ops import Array, ArrayOps, BitMask, Mask, RandomState, Shape
 from .device import DEVICE, is_on_device
@@ -35,11 +36,13 @@ def drop(
     mask_shape_of: Callable[[Shape], Shape] | None,
     scaling: str,
     options: Options,
+    part: Any = None,
 ) -> tuple[Any, BitMask | None]:
     """Draws a mask and applies it: the whole of an op that keeps or drops elements.
 
     ``mask_shape_of`` gives the mask's shape for the data's shape; None means a decision for each element. ``options``
     are the arguments that all ops have: training, store, rng, out. (A plain tuple: a small call has little else to do.)
+    ``part`` says of which whole x is a part.
     """
     training, store, rng, out = options
     ops = array_ops(given)
@@ -49,6 +52,7 @@ def drop(
         checks.choice("store", store, checks.STORES)
     shape = tuple(x.shape)
     mask_shape = shape if mask_shape_of is None else mask_shape_of(shape)
+    parts = None if part is None else _parts_of_mask(part, shape, mask_shape)
     threshold, _ = threshold_and_scale(p)
     if not training or threshold == 0:
         check_random_state(rng)
@@ -59,18 +63,18 @@ def drop(
     y = ops.output_array(out, x, name)
     coefficients = variants.affine(scaling, threshold)
     cells = math.prod(mask_shape)
-    draws_and_applies = mask_shape == shape and threshold < DROP_ALL and cells
+    draws_and_applies = mask_shape == shape and threshold < DROP_ALL and cells and parts is None
     words: Any = ops.empty_words(x, cells) if store == "bits" or not draws_and_applies else None
     kernel_x, kernel_y = ops.kernel_arrays(x, y, mask_shape)
     state = random_state(rng)
     if draws_and_applies:
         ops.dropout_forward(tag, kernel_x, kernel_y, words, state, threshold, coefficients)
     else:
-        ops.draw_words(words, x, cells, state, threshold)
+        ops.draw_words(words, x, cells, state, threshold, None if parts is None else runs(parts, mask_shape))
         ops.apply_mask(tag, kernel_x, kernel_y, words, mask_shape, coefficients)
     y = copy_to_output(ops, kernel_y, y, out)
     if store == "seed":
-        return y, seeded_mask(state, mask_shape, p, coefficients.scale, threshold)
+        return y, seeded_mask(state, mask_shape, p, coefficients.scale, threshold, parts)
     return y, packed_mask(words, mask_shape, p, coefficients.scale)
 
 
@@ -99,7 +103,7 @@ def masked(name: str, given: Any, mask: Mask | None, out: Array | None) -> Any:
     kernel_x, kernel_y = ops.kernel_arrays(x, y, mask_shape)
     if isinstance(mask, GaussianNoise):
         ops.gaussian_multiply(tag, kernel_x, kernel_y, (mask.seed, mask.offset), variants.spread(mask.p))
-    elif isinstance(mask, SeededMask) and mask_shape == tuple(x.shape) and 0 < mask.threshold < DROP_ALL:
+    elif isinstance(mask, SeededMask) and _is_drawn_at_once(mask, tuple(x.shape)):
         if math.prod(mask_shape):
             state, coefficients = (mask.seed, mask.offset), (mask.scale, 0.0, 0.0)
             ops.dropout_forward(tag, kernel_x, kernel_y, None, state, mask.threshold, coefficients)
@@ -113,7 +117,22 @@ def mask_words(ops: ArrayOps, mask: BitMask, like: Any) -> Any:
     """The mask's words, drawn again if the mask has only its random state."""
     if isinstance(mask, PackedMask):
         return mask.words
-    return _new_words(ops, like, math.prod(mask.shape), (mask.seed, mask.offset), mask.threshold)
+    return _new_words(ops, like, mask.shape, (mask.seed, mask.offset), mask.threshold, mask.parts)
+
+
+def _is_drawn_at_once(mask: SeededMask, shape: Shape) -> bool:
+    """Whether the primitive that draws and applies can do it."""
+    return mask.shape == shape and 0 < mask.threshold < DROP_ALL and mask.parts is None
+
+
+def _parts_of_mask(part: Any, shape: Shape, mask_shape: Shape) -> Parts:
+    """The parts of x as parts of its mask, which has 1 on axes that share decisions."""
+    parts = parts_of(part, shape)
+    if mask_shape == shape:
+        return parts
+    if len(parts) > 1:
+        raise ValueError("part must be a single one where elements share decisions, but got a sequence")
+    return (parts[0].shared(mask_shape),)
 
 
 def copy_to_output(ops: ArrayOps, result: Any, y: Any, out: Any) -> Any:
@@ -125,11 +144,12 @@ def copy_to_output(ops: ArrayOps, result: Any, y: Any, out: Any) -> Any:
 
 def _scale_everything(ops: ArrayOps, x: Any, scale: float) -> PackedMask:
     """A mask of one cell for all of x, which keeps and scales."""
-    words = _new_words(ops, x, 1, (0, 0), 0 if scale else DROP_ALL)
+    words = _new_words(ops, x, (1,), (0, 0), 0 if scale else DROP_ALL)
     return packed_mask(words, (1,) * len(x.shape), 0.0, scale)
 
 
-def _new_words(ops: ArrayOps, like: Any, cells: int, state: State, threshold: int) -> Any:
+def _new_words(ops: ArrayOps, like: Any, shape: Shape, state: State, threshold: int, parts: Parts | None = None) -> Any:
+    cells = math.prod(shape)
     words = ops.empty_words(like, cells)
-    ops.draw_words(words, like, cells, state, threshold)
+    ops.draw_words(words, like, cells, state, threshold, None if parts is None else runs(parts, shape))
     return words

@@ -8,12 +8,14 @@ least significant bit first, 1 = keep; unused bits of the last word are 0; memor
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from . import checks
+from .part import Part, Parts, parts_of
 from .random import DROP_ALL, State, keep_scale, threshold
 
 
@@ -203,6 +205,8 @@ class SeededMask(_Drawn):
         Random state, from 0 to 2**64 - 1.
     shape, p, scale
         As for `PackedMask`.
+    part : Part or sequence of them, optional
+        Of which whole mask this one is a part, as in `dropout`.
 
     ``draw_mask(mask.shape, mask.p, rng=Stream(mask.seed, mask.offset))`` gives the same mask, packed.
 
@@ -215,18 +219,33 @@ class SeededMask(_Drawn):
     (0, True)
     """
 
-    __slots__ = ("_scale", "_threshold")
+    __slots__ = ("_parts", "_scale", "_threshold")
 
     _scale: float
     _threshold: int
+    _parts: Parts | None
 
-    def __init__(self, seed: int, offset: int, shape: tuple[int, ...], p: float, scale: float | None = None) -> None:
+    def __init__(
+        self,
+        seed: int,
+        offset: int,
+        shape: tuple[int, ...],
+        p: float,
+        scale: float | None = None,
+        part: Part | Sequence[Part] | None = None,
+    ) -> None:
         self._seed = checks.uint64("seed", seed)
         self._offset = checks.uint64("offset", offset)
         self._shape = checks.shape("shape", shape)
         self._p = checks.probability(p)
         self._threshold = threshold(self._p)
         self._scale = keep_scale(self._threshold) if scale is None else checks.finite("scale", scale)
+        self._parts = None if part is None else parts_of(part, self._shape)
+
+    @property
+    def parts(self) -> Parts | None:
+        """The parts of a whole that the mask is made of; None: it is a whole itself."""
+        return self._parts
 
     @property
     def threshold(self) -> int:
@@ -237,7 +256,7 @@ class SeededMask(_Drawn):
         return self._scale
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SeededMask, (self._seed, self._offset, self._shape, self._p, self._scale)
+        return SeededMask, (self._seed, self._offset, self._shape, self._p, self._scale, self._parts)
 
 
 class GaussianNoise(_Drawn):
@@ -287,11 +306,13 @@ def packed_mask(words: NDArray[np.uint32], shape: tuple[int, ...], p: float, sca
     return mask
 
 
-def seeded_mask(state: State, shape: tuple[int, ...], p: float, scale: float, threshold: int) -> SeededMask:
+def seeded_mask(
+    state: State, shape: tuple[int, ...], p: float, scale: float, threshold: int, parts: Parts | None = None
+) -> SeededMask:
     """A `SeededMask` without the constructor's checks."""
     mask = object.__new__(SeededMask)
     mask._seed, mask._offset = state
-    mask._shape, mask._p, mask._scale, mask._threshold = shape, p, scale, threshold
+    mask._shape, mask._p, mask._scale, mask._threshold, mask._parts = shape, p, scale, threshold, parts
     return mask
 
 

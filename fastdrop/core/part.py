@@ -1,0 +1,155 @@
+"""Parts of a whole array: where a process that holds one finds its cells in the mask of the whole.
+
+A mask is a function of the cell's number in the whole. So each process draws the bits of its own part, and together
+they have the mask that one process would have. `Part` is a box of the whole; a local array may be made of several.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from . import checks
+from .grid import Axis
+
+__all__ = ["Part", "Parts", "Run", "parts_of", "runs"]
+
+
+class Run(NamedTuple):
+    """What one call of ``draw_rows`` draws: bit ``position + (o rows + r) columns + c`` is cell
+    ``first + o outer_pitch + r pitch + c``."""
+
+    position: int
+    first: int
+    outer: int
+    outer_pitch: int
+    rows: int
+    pitch: int
+    columns: int
+
+    @property
+    def cells(self) -> int:
+        return self.outer * self.rows * self.columns
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A box of a larger array: what one of several processes holds of it.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        The whole's. It has at most 2**64 elements.
+    start : tuple of int
+        Where the part begins on each axis.
+    local : tuple of int
+        The part's own shape.
+
+    Raises TypeError for what is no tuple of ints, ValueError for tuples of several lengths and for a part that reaches
+    out of the whole.
+
+    >>> import fastdrop as fd
+    >>> whole = fd.draw_mask((4, 6), 0.5, rng=1).to_bool()
+    >>> part = fd.Part((4, 6), start=(1, 2), local=(2, 3))
+    >>> bool((fd.draw_mask((2, 3), 0.5, rng=1, part=part).to_bool() == whole[1:3, 2:5]).all())
+    True
+    """
+
+    shape: tuple[int, ...]
+    start: tuple[int, ...]
+    local: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        for name in ("shape", "start", "local"):
+            object.__setattr__(self, name, checks.shape(f"part's {name}", getattr(self, name)))
+        if not len(self.shape) == len(self.start) == len(self.local):
+            raise ValueError(
+                "a part's shape, start and local must have an entry for each axis, but got "
+                f"{self.shape}, {self.start} and {self.local}"
+            )
+        checks.first_cell(0, math.prod(self.shape))
+        for axis, (whole, start, local) in enumerate(zip(self.shape, self.start, self.local, strict=True)):
+            if start + local > whole:
+                end = start + local
+                raise ValueError(
+                    f"a part must lie in its whole, but goes from {start} to {end} of {whole} on axis {axis}"
+                )
+
+    def shared(self, mask_shape: tuple[int, ...]) -> Part:
+        """The part of a mask that has 1 on axes along which elements share a decision."""
+        if mask_shape == self.local:
+            return self
+        own = zip(self.shape, self.start, self.local, mask_shape, strict=True)
+        axes = [(1, 0, 1) if cells == 1 else (whole, start, local) for whole, start, local, cells in own]
+        return Part(*(tuple(entries) for entries in zip(*axes, strict=True)))
+
+    def runs(self, position: int = 0) -> Iterator[Run]:
+        """The part's cells in its own C order, from bit ``position`` on."""
+        if 0 in self.local:
+            return
+        axes: list[Axis] = []
+        first, stride = 0, 1
+        strides = []
+        for whole in reversed(self.shape):
+            strides.append(stride)
+            stride *= whole
+        for start, extent, step in zip(self.start, self.local, reversed(strides), strict=True):
+            first += start * step
+            if extent == 1:
+                continue
+            if axes and axes[-1][1] == extent * step:
+                axes[-1] = axes[-1][0] * extent, step
+            else:
+                axes.append((extent, step))
+        columns = axes.pop()[0] if axes and axes[-1][1] == 1 else 1
+        rows, pitch = axes.pop() if axes else (1, 0)
+        outer, outer_pitch = axes.pop() if axes else (1, 0)
+        size = outer * rows * columns
+        for i, index in enumerate(itertools.product(*(range(extent) for extent, _ in axes))):
+            cell = first + sum(at * step for at, (_, step) in zip(index, axes, strict=True))
+            yield Run(position + i * size, cell, outer, outer_pitch, rows, pitch, columns)
+
+
+Parts = tuple[Part, ...]
+
+
+def parts_of(given: Any, shape: tuple[int, ...]) -> Parts:
+    """The parts that an array of this shape is made of, one after the other along one axis."""
+    parts = (given,) if isinstance(given, Part) else given
+    if isinstance(parts, str) or not isinstance(parts, Sequence) or not all(isinstance(one, Part) for one in parts):
+        raise TypeError(f"part must be a fastdrop.Part or a sequence of them, but got {given!r}")
+    if not parts or any(one.shape != parts[0].shape for one in parts):
+        raise ValueError(f"part must be parts of one whole, but got {given!r}")
+    if parts[0].local == shape and len(parts) == 1:
+        return tuple(parts)
+    if len(parts[0].shape) == len(shape) > 0:
+        axis = _joined_axis(parts, shape)
+        others = {one.local[:axis] + one.local[axis + 1 :] for one in parts}
+        if others == {shape[:axis] + shape[axis + 1 :]} and sum(one.local[axis] for one in parts) == shape[axis]:
+            return tuple(parts)
+    raise ValueError(f"part must have x's shape, {shape}, or its parts must along one axis, but got {given!r}")
+
+
+def _joined_axis(parts: Sequence[Part], shape: tuple[int, ...]) -> int:
+    """The axis along which parts lie one after the other in an array of this shape."""
+    return next((i for i in range(len(shape)) if any(one.local[i] != shape[i] for one in parts)), 0)
+
+
+def runs(parts: Parts, shape: tuple[int, ...]) -> Iterator[Run]:
+    """The cells of an array that is made of parts, in the array's C order."""
+    axis = _joined_axis(parts, shape) if shape else 0
+    outer = shape[:axis]
+    size = math.prod(shape[axis:])
+    for i, index in enumerate(itertools.product(*map(range, outer))):
+        position = i * size
+        for part in parts:
+            if len(parts) > 1:
+                at = tuple(start + offset for start, offset in zip(part.start, index, strict=False))
+                part = Part(part.shape, at + part.start[axis:], (1,) * axis + part.local[axis:])
+            yield from part.runs(position)
+            position += math.prod(part.local)
+        if len(parts) == 1:
+            return
