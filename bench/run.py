@@ -36,7 +36,7 @@ def main() -> int:
     parser.add_argument("--family", action="store_true", help="the other kinds of dropout: five minutes")
     parser.add_argument("--fused", action="store_true", help="fused kernels: eight minutes")
     parser.add_argument("--attention", action="store_true", help="attention, its memory, transformers: ten minutes")
-    parser.add_argument("--saving", action="store_true", help="dropout that saves work: ten minutes")
+    parser.add_argument("--saving", action="store_true", help="dropout that saves work: twelve minutes")
     parser.add_argument("--report", action="store_true", help="only write the reports of the results that are there")
     parser.add_argument("--name", help="of the files (default: the set's name)")
     args = parser.parse_args()

@@ -22,6 +22,7 @@ ROOT = Path(fastdrop.__file__).parent
 DISPATCH = ROOT / "torch" / "runtime" / "dispatch"
 # Private names of others: namedtuples, sys, configurations of transformers; and the end of names that are generated.
 OTHERS = {"_replace", "_fields", "_field_defaults", "_asdict", "_getframe", "_attn_implementation", "_drawn_at"}
+OTHERS |= {"_attn", "timm.models._efficientnet_blocks"}  # timm's
 PUBLIC = {"torch.library", "torch.onnx", "torch.distributed.tensor"}  # as strings, in `sys.modules`
 
 
