@@ -156,6 +156,8 @@ BAD_NOISE_SHAPES = [
     *((shape, ValueError) for shape in ((5,), (2, 3, 4, 5, 1), (), (3, 3, 4, 5), (2, 3, 4, 0), (2, 3, 4, -1))),
     *((shape, TypeError) for shape in ((2, 3, 4, 1.0), ("2", "3", "4", "5"), 3, "abcd")),
 ]
+PART, TALLER_PART = (fd.Part((9, 3, 4, 5), (3, 0, 0, 0), (batch, 3, 4, 5)) for batch in (2, 3))
+OTHER_PART = fd.Part((8, 3, 4, 5), (3, 0, 0, 0), (2, 3, 4, 5))
 
 
 def no_choice(allowed, *values):
@@ -180,6 +182,11 @@ ARGUMENTS = {  # value, error, parts of the message
         *((eps, TypeError, "must be a", "number, but got", came) for eps, came in NO_NUMBERS),
         *((eps, ValueError, "must be finite, but got") for eps in NOT_FINITE),
         *((eps, ValueError, "must be at least 0, but got", f"{eps:g}") for eps in (-1e-5, -5e-324, -1)),
+    ],
+    "part": [
+        *((part, TypeError, "fastdrop.Part", "got", repr(part)) for part in (3, "abc", (2, 3, 4, 5), 1.0, True)),
+        *((part, ValueError, "one whole", "got", repr(part)) for part in ([], (PART, OTHER_PART))),
+        *((part, ValueError, "x's shape", "got", repr(part)) for part in (TALLER_PART, [PART, PART])),
     ],
     "scale": [
         *((scale, TypeError, "must be a", "number, but got", came) for scale, came in NO_NUMBERS),
