@@ -79,7 +79,10 @@ class HostOps:
             backends.active().draw_bits(words, 0, 0, cells, *state, threshold)
         else:
             for run in runs:
-                backends.active().draw_rows(words, *run, *state, threshold)
+                if run.outer * run.rows == 1:
+                    backends.active().draw_bits(words, run.position, run.first, run.columns, *state, threshold)
+                else:
+                    backends.active().draw_rows(words, *run, *state, threshold)
 
     def draw_or_defer(self, words: Words, like: Array, cells: int, state: State, threshold: int) -> DeferredDraw | None:
         """C draws while data is on its way to the CPU, so the draw is left to its primitive."""
