@@ -10,7 +10,7 @@ elements is ``(1, 1, n)``. If shared and separate axes alternate more often, the
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -48,6 +48,23 @@ def memory_order(shape: Sequence[int], strides: Sequence[int]) -> list[int] | No
             return None
         step *= shape[axis]
     return order
+
+
+def collapse(axes: Iterable[Axis]) -> list[Axis]:
+    """The same cells with as few axes as can be, none of them of one element.
+
+    >>> collapse([(8, 15), (3, 5), (5, 1)])
+    [(120, 1)]
+    """
+    result: list[Axis] = []
+    for extent, stride in axes:
+        if extent == 1:
+            continue
+        if result and result[-1][1] == extent * stride:
+            result[-1] = result[-1][0] * extent, stride
+        else:
+            result.append((extent, stride))
+    return result
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +116,7 @@ class Grid:
         >>> Grid.over([(8, 3), (5, 0), (5, 0), (3, 1)])
         Grid(outer=8, repeat=25, inner=3, lead=())
         """
-        runs: list[Axis] = []
-        for extent, stride in axes:
-            if extent == 1:
-                continue
-            if runs and runs[-1][1] == extent * stride:
-                runs[-1] = runs[-1][0] * extent, stride
-            else:
-                runs.append((extent, stride))
+        runs = collapse(axes)
         if runs and runs[-1][1] > 1:
             return None
         inner = runs.pop()[0] if runs and runs[-1][1] == 1 else 1

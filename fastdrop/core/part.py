@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from . import checks
-from .grid import Axis
+from .grid import cell_axes, collapse
 
 __all__ = ["Part", "Parts", "Run", "parts_of", "runs"]
 
@@ -90,20 +90,9 @@ class Part:
         """The part's cells in its own C order, from bit ``position`` on."""
         if 0 in self.local:
             return
-        axes: list[Axis] = []
-        first, stride = 0, 1
-        strides = []
-        for whole in reversed(self.shape):
-            strides.append(stride)
-            stride *= whole
-        for start, extent, step in zip(self.start, self.local, reversed(strides), strict=True):
-            first += start * step
-            if extent == 1:
-                continue
-            if axes and axes[-1][1] == extent * step:
-                axes[-1] = axes[-1][0] * extent, step
-            else:
-                axes.append((extent, step))
+        strides = [stride for _, stride in cell_axes(self.shape, self.shape)]
+        first = sum(start * stride for start, stride in zip(self.start, strides, strict=True))
+        axes = collapse(zip(self.local, strides, strict=True))
         columns = axes.pop()[0] if axes and axes[-1][1] == 1 else 1
         rows, pitch = axes.pop() if axes else (1, 0)
         outer, outer_pitch = axes.pop() if axes else (1, 0)

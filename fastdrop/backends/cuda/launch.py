@@ -19,6 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 from ...core.checks import FLOAT32, FLOAT64
+from ...core.grid import Axis, collapse
 from ...core.random import NOISE_CELLS, NOISE_COUNTERS, PLANES_PER_GROUP
 from ..generate import primitive_at
 from . import driver
@@ -27,7 +28,6 @@ from .tile import COUNTED, ITEM_BYTES, LANES, SHORT_ROW, TILE_CELLS, VECTOR_BYTE
 DIMS = 4
 INDEX_END = 1 << 31  # elements that one launch of `strided` numbers
 
-Axis = tuple[int, int]  # extent, stride in cells
 Place = tuple[int, int]  # device, stream
 Arrays = tuple[int, int, int]  # addresses of x, y, words
 Affine = tuple[float, float, float]
@@ -112,7 +112,7 @@ def strided_affine_at(
     memory, outermost first; a stride of 0 shares a decision. One launch, unless there are 2**31 elements or more than
     four axes that don't merge.
     """
-    axes = _collapsed(axes)
+    axes = collapse(axes)
     n = math.prod(extent for extent, _ in axes)
     if not axes or axes == [(n, 1)] or not n:
         _stored_affine_at(place, dtype, arrays, position, n, affine, kept_at)
@@ -352,19 +352,6 @@ def _tiles(x: int, y: int, n: int) -> tuple[int, int]:
     """(tiles to take in vectors, threads that have something to do)."""
     whole = n // TILE_CELLS if (x | y) % VECTOR_BYTES == 0 else 0
     return whole, LANES * -(-n // TILE_CELLS)
-
-
-def _collapsed(axes: Sequence[Axis]) -> list[Axis]:
-    """The same data with as few axes as can be."""
-    result: list[Axis] = []
-    for extent, cells in axes:
-        if extent == 1:
-            continue
-        if result and result[-1][1] == extent * cells:
-            result[-1] = result[-1][0] * extent, cells
-        else:
-            result.append((extent, cells))
-    return result
 
 
 def _parts(axes: list[Axis]) -> list[tuple[int, int, list[Axis]]]:

@@ -109,11 +109,11 @@ def scaled_dot_product_attention(
     gradient of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``, autocast and
     checkpointing. Gradients of higher order are composed of torch's ops around `dropout`, under the same mask. So is
     all of it under a transform, on a GPU, where heads or batches broadcast, and where noise_shape is 1 on some, but not
-    all, of several axes before the heads; it then keeps 8 bytes for a weight (16
-    for float64), 1/8 more with "bits", and query, key and value in float32. In 16 bits, gradients have the rounding of
-    the result, from which backward takes the sum of dy times the dropped weights. Sources: Vaswani et al., NeurIPS
-    2017; Srivastava et al., JMLR 15, 2014; Milakov and Gimelshein, 2018; Dao et al., NeurIPS 2022. Of shared masks:
-    ``broadcast_dropout`` of Flax's ``MultiHeadDotProductAttention``; Zhou et al., EMNLP Findings 2020 (DropHead).
+    all, of several axes before the heads; it then keeps 8 bytes for a weight (16 for float64), 1/8 more with "bits",
+    and query, key and value in float32. In 16 bits, gradients have the rounding of the result, from which backward
+    takes the sum of dy times the dropped weights. Sources: Vaswani et al., NeurIPS 2017; Srivastava et al., JMLR 15,
+    2014; Milakov and Gimelshein, 2018; Dao et al., NeurIPS 2022. Of shared masks: ``broadcast_dropout`` of Flax's
+    ``MultiHeadDotProductAttention``; Zhou et al., EMNLP Findings 2020 (DropHead).
 
     >>> import torch, fastdrop.torch as fdt
     >>> query = torch.ones(1, 2, 3)

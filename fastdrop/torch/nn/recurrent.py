@@ -197,12 +197,12 @@ class VariationalLSTM(_Variational, nn.LSTM):
 
     Shapes, initial states, unbatched and packed sequences, parameters and ``state_dict`` are those of `torch.nn.LSTM`.
     torch's forward runs in evaluation and if all rates are 0. A mask belongs to a sequence, whatever its place in a
-    packed batch: under the same seed a padded and a packed batch give the same numbers. Masks are drawn
-    in this order: layer by layer the input, then forward and backward direction; last the output.
+    packed batch: under the same seed a padded and a packed batch give the same numbers. Masks are drawn in this order:
+    layer by layer the input, then forward and backward direction; last the output.
 
-    Stored for backward for the masks, whatever the length: 1/8 byte per sequence and feature for
-    input and output masks, and 1 byte per sequence and hidden feature of each direction for the recurrent mask. With
-    ``shared`` it is 1/8 byte per feature of each mask, and a copy of the weights of the hidden state.
+    Stored for backward for the masks, whatever the length: 1/8 byte per sequence and feature for input and output
+    masks, and 1 byte per sequence and hidden feature of each direction for the recurrent mask. With ``shared`` it is
+    1/8 byte per feature of each mask, and a copy of the weights of the hidden state.
 
     With ``dropout_recurrent`` and without ``shared`` torch's fused layers can't run. The steps then run one by one in
     Python, and so do those of backward, but each direction of a layer is one autograd function, which computes all that

@@ -126,7 +126,7 @@ def _fused_class(module: nn.Module) -> Any:
 def _fuse_sequence(path: str, sequence: Any) -> list[Row]:
     """A row for the sequence if it changes, and one for each of its modules that drops and is left."""
     name, reason = type(sequence).__name__, changed_code(sequence, FusedSequential)
-    runs = find_runs(sequence)
+    runs = find_runs(sequence, range(len(children_of(sequence))))
     parts = dict.fromkeys(" + ".join(run.names) for run in runs if not isinstance(run, str))
     rows = []
     if parts and not reason and not isinstance(sequence, Fused):

@@ -6,6 +6,7 @@ not passed over. If it may not, and in evaluation, the original forward runs.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -45,7 +46,7 @@ class Run(NamedTuple):
     drop: nn.Module
 
     def can_run(self, x: Any) -> bool:
-        return self.drop.training and rules.can_fuse_input(x)
+        return rules.can_fuse_input(x)
 
     def __call__(self, x: Tensor) -> Tensor:
         h = F.linear(x, self.linear.weight)
@@ -68,13 +69,13 @@ def find_run(sequence: nn.Sequential, last: int) -> Run | str:
     return reason or Run(start, names[start : last + 1], linear, activation, drop)
 
 
-def find_runs(sequence: nn.Sequential) -> list[Run | BatchwiseRun | str]:
-    """For each module of a sequence, the run that drops there or why there is none. A batchwise run drops at several
-    places."""
+def find_runs(sequence: nn.Sequential, positions: Iterable[int]) -> list[Run | BatchwiseRun | str]:
+    """For modules at positions of a sequence, the run that drops there or why there is none. A batchwise run drops at
+    several places."""
     batchwise = find_batchwise_runs(sequence)
     ends = [run.start + len(run.names) - 1 for run in batchwise.values() if isinstance(run, BatchwiseRun)]
     found: list[Run | BatchwiseRun | str] = []
-    for i in range(len(children_of(sequence))):
+    for i in positions:
         run = batchwise[i] if i in batchwise else find_run(sequence, i)
         if isinstance(run, Run) and run.start in ends:
             run = f"its Linear, {run.names[0]}, ends a run of batchwise dropout"
@@ -90,9 +91,9 @@ class FusedSequential(Fused, nn.Sequential):
     def forward(self, input: Any) -> Any:
         modules: list[Any] = list(children_of(self).values())
         runs: dict[int, Run | BatchwiseRun] = {}
-        drops = any(type(module) in DROPPING and module.training for module in modules)
+        drops = [i for i, module in enumerate(modules) if type(module) in DROPPING and module.training]
         if drops and not isinstance(input, fx.Proxy):
-            runs = {run.start: run for run in find_runs(self) if not isinstance(run, str)}
+            runs = {run.start: run for run in find_runs(self, drops) if not isinstance(run, str)}
         i = 0
         while i < len(modules):
             if i in runs and runs[i].can_run(input):
