@@ -59,6 +59,8 @@ def runs_of(part: Any, shape: Shape, shared: Shared = None) -> tuple[Run, ...]:
     if isinstance(part, Tensor):
         return _runs_in(part.reshape(-1).tolist())
     parts: Any = (part,) if isinstance(part, Part) else tuple(part) if isinstance(part, list) else part
+    if torch.compiler.is_compiling():
+        return _compute_runs(parts, shape, shared)
     try:
         return _runs_of(parts, shape, shared)
     except TypeError:  # what is no part can't be hashed, perhaps
@@ -66,13 +68,15 @@ def runs_of(part: Any, shape: Shape, shared: Shared = None) -> tuple[Run, ...]:
         raise
 
 
-@functools.lru_cache(maxsize=1024)
-def _runs_of(parts: Parts, shape: Shape, shared: Shared) -> tuple[Run, ...]:
+def _compute_runs(parts: Parts, shape: Shape, shared: Shared) -> tuple[Run, ...]:
     parts = parts_of(parts, shape)
     if shared is None:
         return tuple(runs_of_parts(parts, shape))
     of_mask, cells = parts_of_mask(parts, shape, tuple(cells == 1 for cells in shared))
     return tuple(runs_of_parts(of_mask, cells))
+
+
+_runs_of = functools.lru_cache(maxsize=1024)(_compute_runs)
 
 
 def numbers_of(runs: Iterable[Run]) -> list[int]:

@@ -245,7 +245,7 @@ def _multiply(x: Tensor, y: Tensor, start: int, first: int, n: int, drawn: Locat
         elif native.gaussian_multiply_at(torch.get_num_threads(), tag, from_, to, *numbers):
             raise kernel_error()
     else:
-        to, from_ = (array[start : start + n] for array in (memory.as_array(y), memory.read_array(x)))
+        to, from_ = (array.reshape(-1)[start : start + n] for array in (memory.as_array(y), memory.read_array(x)))
         call_with_threads(backend, backend.gaussian_multiply, tag, from_, to, *numbers)
 
 
