@@ -49,7 +49,7 @@ def dropout(
     training : bool
         False returns x unchanged (times ``1 - p`` under standard scaling).
     noise_shape : tuple of (int or None), optional
-        1 on axes that share one decision, None or the full extent (beside part, the whole's) elsewhere, as in Keras.
+        1 on axes that share one decision, None or x's extent elsewhere, as in Keras.
     scaling : {"inverted", "standard"}
         "inverted" multiplies kept elements by ``1 / (1 - p)`` in training. "standard", as in the 2014 paper, leaves
         them unchanged in training and multiplies everything by ``1 - p`` when not training.
@@ -98,7 +98,10 @@ def dropout(
     """
     mask_shape_of: Callable[[Shape], Shape] | None = None
     if noise_shape is not None:
-        mask_shape_of = partial(checks.noise_shape, noise_shape, of="x" if part is None else "part")
+        if part is not None:  # its extents are x's, and the whole's are asked for
+            checks.noise_shape(noise_shape, tuple(array_ops(x).as_array("x", x)[0].shape))
+            noise_shape = tuple(1 if extent == 1 else None for extent in noise_shape)
+        mask_shape_of = partial(checks.noise_shape, noise_shape)
     return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out), part)
 
 

@@ -165,11 +165,14 @@ def test_a_part_of_one_sample_shares_what_the_whole_shares():
     """Its extent of 1 is not that of an axis that shares decisions, and it may have an extent of 1 where they do."""
     x = np.ones((8, 6, 5), np.float32)
     y, _ = fd.feature_dropout(x, 0.5, rng=SEED)
+    kept, _ = fd.dropout(x, 0.5, noise_shape=(8, 1, None), rng=SEED)
     for sample in range(8):
         part = fd.Part(x.shape, (sample, 0, 2), (1, 6, 1))
         mine, mask = fd.feature_dropout(x[box(part)], 0.5, rng=SEED, part=part)
         assert_same_bits(mine, y[box(part)])
         assert mask.parts == (fd.Part((8, 6, 1), (sample, 0, 0), (1, 6, 1)),)
+        mine, _ = fd.dropout(x[box(part)], 0.5, noise_shape=(None, 1, None), rng=SEED, part=part)
+        assert_same_bits(mine, kept[box(part)])
 
 
 def test_parts_that_an_op_can_not_have_are_refused():
@@ -188,7 +191,8 @@ def test_parts_that_an_op_can_not_have_are_refused():
         (lambda: fd.variational_dropout(x, 0.1, 1, part=halves), None),
         (lambda: fd.variational_dropout(x, 0.1, 1, part=askew), "start alike on all other axes"),
         (lambda: fd.variational_dropout(x, 0.1, 2, part=askew), None),
-        (lambda: fd.dropout(x, 0.1, noise_shape=(3, 1, 4), part=cut), "axis of part, whose shape is (6, 8, 8)"),
+        (lambda: fd.dropout(x, 0.1, noise_shape=(3, 1, 4), part=cut), None),
+        (lambda: fd.dropout(x, 0.1, noise_shape=(6, 1, 8), part=cut), "axis of x, whose shape is (3, 4, 4)"),
         (lambda: fd.softmax_dropout(tall, causal=True, part=whole_rows), None),
     ):
         if words is None:
