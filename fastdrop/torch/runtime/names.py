@@ -273,6 +273,8 @@ def _runs(
     scope: Scope, module: NamedModule, shape: Shape, shared: Any, part: Any, starts_with_samples: bool
 ) -> tuple[Run, ...] | None:
     axis = 0 if starts_with_samples else module.axis
+    if isinstance(part, torch.Tensor):
+        return located.runs_of(part, shape, shared)
     if isinstance(part, list):
         part = tuple(part)
     layout = module.layout if part is None or part is located.NO_SAMPLES else None
@@ -297,8 +299,6 @@ def _compute_runs(
     layout: Layout | None,
 ) -> tuple[Run, ...] | None:
     """The cells of a mask. None if they are all that it has."""
-    if isinstance(part, torch.Tensor):
-        return located.runs_of(part, shape, shared)
     if part is located.NO_SAMPLES:
         part, samples, axis = None, None, 0
     if layout is not None:
