@@ -135,14 +135,13 @@ def seed_for_ops(x: Tensor, source: Source, shape: Shape | None = None, shared: 
     """The seed of a call that drops by an op: a tensor. Arguments are those of `seed_for_kernel`."""
     generator, seed, part = source
     if names.are_used and seed is None and generator is None and not _is_compiling():
-        extents = tuple(map(int, x.shape if shape is None else shape))
-        drawn = names.draw(extents, shared, part, shape is not None)
+        if names.are_in_force() and tracing.is_recorded():
+            raise RuntimeError(
+                "a model with named masks can't be traced in training, because each call of the trace would have the "
+                "masks of one step: call eval(), or masks.remove()"
+            )
+        drawn = names.draw(tuple(x.shape) if shape is None else shape, shared, part, shape is not None)
         if drawn is not None:
-            if tracing.is_recorded():
-                raise RuntimeError(
-                    "a model with named masks can't be traced in training, because each call of the trace would have "
-                    "the masks of one step: call eval(), or masks.remove()"
-                )
             return seeds.as_tensor(drawn)
     if part is located.NO_SAMPLES:
         part = None

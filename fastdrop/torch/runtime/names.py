@@ -95,7 +95,7 @@ class Names:
     """What the hooks of one model share."""
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
+        self.seed, self.warns = seed, True
         self.watch: Callable[[Draw], None] | None = None
         self._open = threading.local()
         self._runs: dict[Any, dict[Any, Any]] = {}
@@ -136,7 +136,7 @@ class NamedModule:
     def enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or self.names is None:
             return
-        if self.drops_torchs and module.training and not context.is_enabled():
+        if self.drops_torchs and self.names.warns and module.training and not context.is_enabled():
             self._warn(module)
         _thread.running.append(_Call(self))
 
@@ -153,8 +153,8 @@ class NamedModule:
 
     def _warn(self, module: Any) -> None:
         rate = getattr(module, "p", getattr(module, "dropout", 0.0))
-        if rate:
-            self.drops_torchs = False
+        if rate and self.names is not None:
+            self.names.warns = False
             warnings.warn(
                 f"{self} ({type(module).__name__}) drops by torch's generator, which knows no names: call "
                 "fastdrop.torch.enable() or convert(model)",
