@@ -206,7 +206,8 @@ class DropConnect(Seeded):
                 dropped.append((name, weight, onnx.drop(weight, p, NO_SOURCE)))
                 continue
             options = self.source_options()
-            seed = seed_for_ops(weight, (options.get("generator"), options.get("seed"), None))
+            source = options.get("generator"), options.get("seed"), options.get("part")
+            seed = seed_for_ops(weight, source)
             value, saved_mask = mask_ops.FORWARD(mask_ops.Forward(weight, seed, p, None, True))
             dropped.append((name, weight, value))
             if hooked and not weight.is_inference():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...core.part import Part, Parts, Run, parts_of, parts_of_mask
 from ...core.part import runs as runs_of_parts
+from . import layouts
 from .dispatch import hide_from_dynamo
 
 LOW_64_BITS = (1 << 64) - 1
@@ -55,9 +56,10 @@ def locate(seed: Any, runs: tuple[Run, ...]) -> Located:
 
 
 def runs_of(part: Any, shape: Shape, shared: Shared = None) -> tuple[Run, ...]:
-    """The cells of a mask for data of a shape that is a `Part`, several, or what `cells_of` gave."""
+    """The cells of a mask for data of a shape that is a `Part`, several, what tells them, or what `cells_of` gave."""
     if isinstance(part, Tensor):
         return _runs_in(part.reshape(-1).tolist())
+    part = layouts.resolve(part, shape)
     parts: Any = (part,) if isinstance(part, Part) else tuple(part) if isinstance(part, list) else part
     if torch.compiler.is_compiling():
         return _compute_runs(parts, shape, shared)
