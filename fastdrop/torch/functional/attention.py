@@ -173,7 +173,7 @@ def _under_shared_mask(
     """Attention that drops by a mask of ``noise_shape``; ``call`` is the way that it goes without one."""
     query, key, *_ = arguments
     cells = mask_shape(noise_shape, query, key, options[2])
-    shared = tuple(1 if extent == 1 else None for extent in noise_shape)
+    shared = tuple(noise_shape)
     if not _drops_rows(shared):
         if call is not compose and not has_strides(cells, query):
             call = compose

@@ -64,7 +64,8 @@ def dropout(
         is the seed's offset, such as the number of a training step.
     part : fastdrop.Part, sequence of them, or Tensor of int64, optional
         Of which whole input is a part: its mask is that part of the whole's. Processes that hold parts and have one
-        seed drop together as one process would. A sequence has parts that lie one after the other along an axis.
+        seed drop together as one process would. A sequence has parts that lie one after the other along an axis. A
+        tensor has what `cells_of` gives.
     noise_shape : sequence of (int or None), optional
         1 on axes that share one decision, None or the full extent elsewhere, as in Keras.
     store : {"bits", "seed"}
@@ -111,7 +112,7 @@ def dropout(
     if noise_shape is not None and not torch.compiler.is_compiling() and not getattr(input, "is_nested", False):
         check_tensor(input)
         checks.noise_shape(noise_shape, tuple(input.shape))
-        noise_shape = tuple(1 if extent == 1 else None for extent in noise_shape)
+        noise_shape = tuple(noise_shape)
     return drop(input, p, training, inplace, (generator, seed, part), noise_shape, store, scaling)
 
 

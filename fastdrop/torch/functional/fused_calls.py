@@ -72,7 +72,7 @@ class Call:
             nested.check_dense(*dropped, *others)
         self.p, self.seed, self.source = p if drops else 0.0, None, options.source
         if not drops:
-            check_unused_seed(options.source, x.shape)
+            check_unused_seed(options.source)
         elif self.way != ONNX:
             take_seed = seed_for_kernel if self.way == KERNEL else seed_for_ops
             self.seed = take_seed(x, options.source)

@@ -58,8 +58,8 @@ Whole = Any
 Source = tuple[torch.Generator | None, Seed, Whole]  # what a caller gives to draw from, and of which whole x is a part
 NO_SOURCE: Source = (None, None, None)  # torch's default generator
 Shape = tuple[int, ...]
-# Which axes share decisions, as in a noise_shape: 1, or None where they don't. An extent of 1 does not tell, because
-# the part of one process may have one.
+# Which axes share decisions, as a noise_shape says it: 1, and None or the full extent where they don't. That x has an
+# extent of 1 does not tell: the part of one process may have one.
 Cells = tuple[int | None, ...] | None
 Plan = tuple[str, Any, bool]  # the way; p, a number or a tensor that must not be read yet; whether the call drops
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -155,15 +155,11 @@ def _tensor_seed(x: Tensor, generator: torch.Generator | None, seed: Seed) -> Te
     return seeds.draw_tensor(generator, x)
 
 
-def check_unused_seed(source: Source, shape: Shape | None = None) -> None:
-    """Refuses a bad seed, or a bad part of a shape, in a call that draws nothing."""
-    generator, seed, part = source
-    if _is_compiling():
-        return
-    if seed is not None:
+def check_unused_seed(source: Source) -> None:
+    """Refuses a bad seed in a call that draws nothing."""
+    generator, seed, _ = source
+    if seed is not None and not _is_compiling():
         seeds.check(seed, generator)
-    if part is not None and shape is not None:
-        located.cells_of(part, shape)
 
 
 # ---- p ----

@@ -50,16 +50,15 @@ def drop(
     if store != "bits":
         checks.choice("store", store, checks.STORES)
     if not drops:
-        check_unused_seed(source, x.shape)
+        check_unused_seed(source)
         return _evaluated(x, p, inplace) if scaling == "standard" and not training else x
     if way != KERNEL:
         if sharded.is_dtensor(x):
-            return sharded.drop_shard(
-                x,
-                source[2],
-                inplace,
-                lambda local, part: drop(local, p, training, False, (*source[:2], part), shared, store, scaling),
-            )
+
+            def dropped(local: Tensor, part: Any) -> Tensor:
+                return drop(local, p, True, False, (*source[:2], part), shared, store, scaling)
+
+            return sharded.drop_shard(x, source[2], inplace, dropped)
         return _drop_by_ops(x, p, way, inplace, source, shared, store, scaling)
     if x.dtype not in DTYPES:
         dtypes.check_dtype(x)
@@ -191,7 +190,7 @@ def drop_block(
     if x.dim() != axes + 2:
         raise ValueError(f"input should be {axes + 2} dimensional. Got {x.dim()} dimensions.")
     if not drops:
-        check_unused_seed(source, x.shape)
+        check_unused_seed(source)
         return x
     nested.refuse(x, "DropBlock")
     nested.check_dense(x)
@@ -222,7 +221,7 @@ def gaussian(x: Tensor, p: float | Tensor, training: bool, inplace: bool, source
     if not isinstance(p, Tensor) and not _is_compiling():
         p = checks.gaussian_probability(p)
     if not drops:
-        check_unused_seed(source, x.shape)
+        check_unused_seed(source)
         return x
     if not _is_compiling():
         dtypes.check_real(x, "Gaussian dropout")

@@ -1,7 +1,7 @@
 """DTensors: each process draws its own part of the whole tensor's mask.
 
 A function is called on the local tensor, with the part that the placements tell, and its result becomes a DTensor
-again. So forward and backward are local. `routing.drop` calls this module for all functions that decide for each element, and
+again. So forward and backward are local. `routing.drop` calls this module for all functions that keep or drop, and
 `plan.for_subclasses` for the others.
 """
 
@@ -20,17 +20,14 @@ from ..runtime.layouts import Layout
 __all__ = ["drop_shard", "is_dtensor"]
 
 
-def drop_shard(x: Any, given: Any, inplace: bool, drop: Callable[[Tensor, Layout | None], Tensor]) -> Any:
+def drop_shard(x: Any, given: Any, inplace: bool, drop: Callable[[Tensor, Layout | None], Tensor]) -> Tensor:
     """``drop`` of a DTensor, which gives a result of x's shape. ``given`` is the part that the caller gave."""
     refuse_part(given, "input")
     if inplace:
         check_inplace(x)
     whole = reduced(x)
     local = local_tensor(whole)
-    y = drop(local, layout_of(whole))
-    if y is local:
-        return x
-    y = like_dtensor(y, whole)
+    y: Tensor = like_dtensor(drop(local, layout_of(whole)), whole)
     return x.copy_(y) if inplace else y
 
 

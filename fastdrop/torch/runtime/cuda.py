@@ -81,11 +81,11 @@ def count(words: Tensor) -> Tensor:
 
 
 def gaussian(
-    tag: int, x: Tensor, from_: int, to: int, first: int, n: int, seed: int | Tensor, offset: int, sigma: float
+    tag: int, x: Tensor, y: Tensor, skip: int, first: int, n: int, seed: int | Tensor, offset: int, sigma: float
 ) -> None:
-    """Writes n elements times their Gaussian factors. ``from_`` and ``to`` are addresses on x's device."""
+    """Writes n elements of x times their Gaussian factors to y, from ``skip`` bytes on. Both are contiguous."""
     number, seed_at = _by_value_or_address(seed)
-    numbers = first, n, number, offset, sigma
+    to, from_, numbers = y.data_ptr() + skip, read_address(x) + skip, (first, n, number, offset, sigma)
     backends.cuda_backend().gaussian_multiply_at(*place(x), tag, from_, to, *numbers, seed_at=seed_at)
 
 

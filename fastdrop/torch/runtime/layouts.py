@@ -90,9 +90,8 @@ def _parts(
 ) -> Parts:
     splits = _splits(mesh, coordinate, placements, order, len(local if shape is None else shape))
     if shape is None:
-        shape = tuple(
-            extent * math.prod(count for _, count, _ in own) for extent, own in zip(local, splits, strict=True)
-        )
+        counts = [math.prod(count for _, count, _ in own) for own in splits]
+        shape = tuple(extent * count for extent, count in zip(local, counts, strict=True))
     ranges = [_ranges(extent, own) for extent, own in zip(shape, splits, strict=True)]
     several = [axis for axis, own in enumerate(ranges) if len(own) > 1]
     if len(several) > 1:
@@ -165,8 +164,8 @@ def compare_generators(mesh: Any, device: torch.device, generator: torch.Generat
         return
     if mesh.size() > 1 and not _is_equal_over(mesh, _state(device, generator)):
         raise RuntimeError(
-            "the processes of a mesh must draw the same seeds, but their generators differ: call torch.manual_seed with "
-            "one number on all ranks of the mesh, give the dropout a seed, or use name_masks"
+            "the processes of a mesh must draw the same seeds, but their generators differ: call torch.manual_seed "
+            "with one number on all ranks of the mesh, give the dropout a seed, or use name_masks"
         )
     _compared.add(key)
 

@@ -8,6 +8,7 @@ tensor ``seed`` of 1, 2 or ``2 + 6 k`` numbers: the seed, its offset, and for ea
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -58,7 +59,9 @@ def locate(seed: Any, runs: tuple[Run, ...]) -> Located:
 def runs_of(part: Any, shape: Shape, shared: Shared = None) -> tuple[Run, ...]:
     """The cells of a mask for data of a shape that is a `Part`, several, what tells them, or what `cells_of` gave."""
     if isinstance(part, Tensor):
-        return _runs_in(part.reshape(-1).tolist())
+        runs = _runs_in(_flat(part).tolist())
+        Located(0, 0, runs).check(math.prod(shape if shared is None else _mask_shape(shape, shared)))
+        return runs
     part = layouts.resolve(part, shape)
     parts: Any = (part,) if isinstance(part, Part) else tuple(part) if isinstance(part, list) else part
     if torch.compiler.is_compiling():
@@ -78,6 +81,10 @@ def _compute_runs(parts: Parts, shape: Shape, shared: Shared) -> tuple[Run, ...]
     return tuple(runs_of_parts(of_mask, cells))
 
 
+def _mask_shape(shape: Shape, shared: tuple[Any, ...]) -> Shape:
+    return tuple(extent if own is None else own for own, extent in zip(shared, shape, strict=True))
+
+
 _runs_of = functools.lru_cache(maxsize=1024)(_compute_runs)
 
 
@@ -89,7 +96,7 @@ def numbers_of(runs: Iterable[Run]) -> list[int]:
 def cells_of(part: Any, shape: Shape, shared: Shared = None) -> Tensor:
     """The runs of a mask as a tensor ``[6 k]``."""
     if isinstance(part, Tensor):
-        return part.reshape(-1)
+        return _flat(part)
     return torch.tensor(numbers_of(runs_of(part, shape, shared)), dtype=torch.int64, device="cpu")
 
 
@@ -108,15 +115,21 @@ def from_numbers(numbers: Sequence[int]) -> Located:
     return Located(seed & LOW_64_BITS, offset & LOW_64_BITS, _runs_in(rest) if rest else None)
 
 
+def _flat(cells: Tensor) -> Tensor:
+    if cells.dtype is not torch.int64:
+        raise TypeError(f"part must be a fastdrop.Part or a tensor of int64, but got one of {cells.dtype}")
+    if cells.numel() % NUMBERS:
+        raise ValueError(f"part must have {NUMBERS} numbers for each run of cells, but got {cells.numel()}")
+    return cells.reshape(-1)
+
+
 def _runs_in(flat: Sequence[int]) -> tuple[Run, ...]:
     runs: list[Run] = []
     position = 0
-    if len(flat) % NUMBERS:
-        raise ValueError(f"part must have {NUMBERS} numbers for each run of cells, but got {len(flat)}")
     for at in range(0, len(flat), NUMBERS):
         first, outer, outer_pitch, rows, pitch, columns = flat[at : at + NUMBERS]
         if min(outer, rows, columns) < 0:
-            raise ValueError(f"part must have runs of no cell or more, but got {flat[at : at + NUMBERS]}")
+            raise ValueError(f"part must have runs of 0 cells or more, but got {flat[at : at + NUMBERS]}")
         pitches = outer_pitch & LOW_64_BITS, pitch & LOW_64_BITS
         runs.append(Run(position, first & LOW_64_BITS, outer, pitches[0], rows, pitches[1], columns))
         position += runs[-1].cells

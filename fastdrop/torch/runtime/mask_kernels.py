@@ -239,10 +239,11 @@ def _multiply(x: Tensor, y: Tensor, start: int, first: int, n: int, drawn: Locat
     backend, on_cuda = backends.active(), x.is_cuda
     if on_cuda or backend is native:
         skip = start * x.element_size()
-        to, from_ = y.data_ptr() + skip, read_address(x) + skip
         if on_cuda:
-            cuda.gaussian(tag, x, from_, to, *numbers)
-        elif native.gaussian_multiply_at(torch.get_num_threads(), tag, from_, to, *numbers):
+            cuda.gaussian(tag, x, y, skip, *numbers)
+            return
+        to, from_ = y.data_ptr() + skip, read_address(x) + skip
+        if native.gaussian_multiply_at(torch.get_num_threads(), tag, from_, to, *numbers):
             raise kernel_error()
     else:
         to, from_ = (array.reshape(-1)[start : start + n] for array in (memory.as_array(y), memory.read_array(x)))
