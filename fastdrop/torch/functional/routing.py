@@ -20,7 +20,7 @@ from ..runtime.dispatch import can_call_kernel
 from ..runtime.dispatch.ops import fast_apply
 from ..runtime.dispatch.tensors import jit_trace
 from ..runtime.dtypes import DTYPES
-from . import onnx
+from . import onnx, sharded
 from .plan import (
     KERNEL,
     MASK_OPS,
@@ -53,6 +53,12 @@ def drop(
         check_unused_seed(source)
         return _evaluated(x, p, inplace) if scaling == "standard" and not training else x
     if way != KERNEL:
+        if sharded.is_dtensor(x):
+
+            def dropped(local: Tensor, part: Any) -> Tensor:
+                return drop(local, p, True, False, (*source[:2], part), shared, store, scaling)
+
+            return sharded.drop_shard(x, source[2], inplace, dropped)
         return _drop_by_ops(x, p, way, inplace, source, shared, store, scaling)
     if x.dtype not in DTYPES:
         dtypes.check_dtype(x)
@@ -194,13 +200,16 @@ def drop_block(
     cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
     if way == KERNEL:
         dtypes.check_dtype(x)
-        draw = mask_ops.DrawBlocks(x, seed_for_kernel(x, source, inplace), p, cells, block_size)
+        seed = seed_for_kernel(x, source, inplace, variants.block_seeds(cells, block_size))
+        draw = mask_ops.DrawBlocks(x, seed, p, cells, block_size)
         words, count = mask_ops.DRAW_BLOCKS.launch(draw)
         keep, wanted = mask_ops.KeepBlocks(x, words, count, cells), x.requires_grad and torch.is_grad_enabled()
         y: Tensor = mask_ops.KEEP_BLOCKS.call_kernel(keep, wanted, inplace)
         return y
     cells = _numbers(cells)
-    draw = mask_ops.DrawBlocks(x, seed_for_ops(x, source), p, cells, block_size)
+    draw = mask_ops.DrawBlocks(
+        x, seed_for_ops(x, source, variants.block_seeds(cells, block_size)), p, cells, block_size
+    )
     words, count = mask_ops.DRAW_BLOCKS(draw)
     y = mask_ops.KEEP_BLOCKS(mask_ops.KeepBlocks(x, words, count, cells))
     return x.copy_(y) if inplace else y
