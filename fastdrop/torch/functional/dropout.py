@@ -14,6 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ...core import checks
 from ...core.part import Part
+from . import sharded
 from .plan import Seed, Whole, check_tensor, for_subclasses
 from .routing import drop, gaussian
 
@@ -116,7 +117,7 @@ def dropout(
     return drop(input, p, training, inplace, (generator, seed, part), noise_shape, store, scaling)
 
 
-@for_subclasses
+@for_subclasses()
 def alpha_dropout(
     input: Tensor,
     p: float | Tensor = 0.5,
@@ -149,7 +150,7 @@ def alpha_dropout(
     return drop(input, p, training, inplace, (generator, seed, part), None, store, "alpha")
 
 
-@for_subclasses
+@for_subclasses()
 def drop_connect(
     weight: Tensor,
     p: float | Tensor = 0.5,
@@ -177,7 +178,7 @@ def drop_connect(
     return drop(weight, p, training, False, (generator, seed, part), None, store, scaling)
 
 
-@for_subclasses
+@for_subclasses(sharded.rule("input", "p"))
 def gaussian_dropout(
     input: Tensor,
     p: float | Tensor = 0.5,
