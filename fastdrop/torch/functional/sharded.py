@@ -32,6 +32,7 @@ __all__ = [
     "refuse",
     "rule",
     "to_dtensor",
+    "whole_layout",
 ]
 
 Shape = tuple[int, ...]
@@ -133,6 +134,13 @@ def layout_of(x: Any, shape: Shape | None = None) -> Layout | None:
     return Layout(x.device_mesh, x.placements, tuple(x.shape) if shape is None else shape, shard_order(x))
 
 
+def whole_layout(x: Any, shape: Shape) -> Layout | None:
+    """The layout of a tensor of which each process of x's mesh has all."""
+    layout = layout_of(x, shape)
+    replicate = torch.distributed.tensor.Replicate()
+    return None if layout is None else layout._replace(placements=(replicate,) * len(layout.placements), order=None)
+
+
 def local_tensor(x: Any) -> Tensor:
     """This process's shard. Outside of the mesh it is a tensor without samples, so that the process takes as many
     numbers from its generator as the others do."""
@@ -201,12 +209,16 @@ def to_dtensor(
     y: Tensor, x: Any, local: Tensor, shape: Shape | None = None, placements: tuple[Any, ...] | None = None
 ) -> Any:
     """What a function made of x's local tensor, as a DTensor. Unless given, its shape and placements are x's."""
-    inside = x.device_mesh.get_coordinate() is not None
-    if inside and shape is None and y.dtype == x.dtype and y.stride() == local.stride():
+    if x.device_mesh.get_coordinate() is None:
+        if shape is None:
+            return x * 1  # which has no elements here, and a gradient
+        order, y = [-axis for axis in range(len(shape))], y.detach().reshape(-1)[:0]
+    elif shape is None and y.dtype == x.dtype and y.stride() == local.stride():
         return like_dtensor(y, x)
-    shape = tuple(x.shape) if shape is None else shape
+    else:
+        shape, order = tuple(x.shape) if shape is None else shape, list(y.stride())
     strides, size = [0] * len(shape), 1
-    for axis in sorted(range(len(shape)), key=lambda axis: (y.stride(axis), -axis)):
+    for axis in sorted(range(len(shape)), key=lambda axis: (order[axis], -axis)):
         strides[axis], size = size, size * max(shape[axis], 1)
     placements = x.placements if placements is None else placements
     return torch.distributed.tensor.DTensor.from_local(
