@@ -47,33 +47,32 @@ def drop_block(
     if way == ONNX:
         onnx.refuse("blocks")
     shape = tuple(x.shape)
+    if jit_trace() is not None:  # extents are tensors there
+        shape = tuple(int(extent) for extent in shape)
     cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
-    shard = None if source[2] is None else _shard(source, shape, block_size, couple_channels)
+    shard = _Shard(source, variants.block_seeds(cells, block_size))
+    if source[2] is not None:
+        shard = _shard(source, shape, block_size, couple_channels)
     if way == KERNEL:
         dtypes.check_dtype(x)
-        seed = seed_for_kernel(x, source, inplace) if shard is None else seed_for_kernel(x, *shard.arguments(inplace))
+        seed = seed_for_kernel(x, shard.source, inplace, shard.seeds, shard.shared)
         words, count = mask_ops.DRAW_BLOCKS.launch(mask_ops.DrawBlocks(x, seed, p, cells, block_size))
         keep, wanted = _keep(x, words, count, cells, shard), x.requires_grad and torch.is_grad_enabled()
         y: Tensor = mask_ops.KEEP_BLOCKS.call_kernel(keep, wanted, inplace)
         return y
-    if jit_trace() is not None:  # the extents of a tensor's shape are tensors there
-        cells = tuple(int(extent) for extent in cells)
-    seed = seed_for_ops(x, source) if shard is None else seed_for_ops(x, shard.source, shard.seeds, shard.shared)
+    seed = seed_for_ops(x, shard.source, shard.seeds, shard.shared)
     words, count = mask_ops.DRAW_BLOCKS(mask_ops.DrawBlocks(x, seed, p, cells, block_size))
     y = mask_ops.KEEP_BLOCKS(_keep(x, words, count, cells, shard))
     return x.copy_(y) if inplace else y
 
 
 class _Shard(NamedTuple):
-    """What one process has of a mask."""
+    """What one process has of a mask: ``seeds`` is the shape of its grid of places."""
 
-    source: Source  # with the layout of the grid of places
-    seeds: Shape  # that grid, of this process
-    shared: Cells
-    whole_cells: float
-
-    def arguments(self, inplace: bool) -> tuple[Source, bool, Shape, Cells]:
-        return self.source, inplace, self.seeds, self.shared
+    source: Source
+    seeds: Shape
+    shared: Cells = None
+    whole_cells: float = 0.0  # 0: it has all
 
 
 def _shard(source: Source, shape: Shape, block_size: Shape, couple_channels: bool) -> _Shard:
@@ -86,15 +85,14 @@ def _shard(source: Source, shape: Shape, block_size: Shape, couple_channels: boo
     whole = layout.parts(shape)[0].shape
     if whole[2:] != shape[2:]:
         raise ValueError(f"DropBlock needs axes of blocks whole, but has {shape[2:]} of {whole[2:]}")
-    places = variants.blocks(shape, 0.5, block_size).seeds[2:]
+    places = variants.block_seeds(shape, block_size)[2:]
     layout = layout._replace(shape=(*whole[:2], *places))
     shared = (None, 1, *[None] * len(places)) if couple_channels else None
     whole_cells = float(math.prod(whole) // (whole[1] or 1) if couple_channels else math.prod(whole))
     return _Shard((generator, seed, layout), (*shape[:2], *places), shared, whole_cells)
 
 
-def _keep(x: Tensor, words: Tensor, count: Tensor, cells: Shape, shard: _Shard | None) -> mask_ops.KeepBlocks:
-    if shard is None:
-        return mask_ops.KeepBlocks(x, words, count, cells)
-    count = layouts.add_up(shard.source[2], count, (0, 1) if shard.shared is None else (0,), len(cells))
+def _keep(x: Tensor, words: Tensor, count: Tensor, cells: Shape, shard: _Shard) -> mask_ops.KeepBlocks:
+    if shard.source[2] is not None:
+        count = layouts.add_up(shard.source[2], count, (0, 1) if shard.shared is None else (0,), len(cells))
     return mask_ops.KeepBlocks(x, words, count, cells, shard.whole_cells)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..runtime.dispatch.dtensors import is_dtensor, like_dtensor, shard_order
 from ..runtime.dispatch.tensors import check_inplace
 from ..runtime.layouts import Layout
+from ..runtime.located import Weights
 
 __all__ = [
     "Arguments",
@@ -40,14 +41,15 @@ Arguments = dict[str, Any]  # of a call of a public function, by name
 Rule = Callable[[Callable[..., Any], Arguments], Any]  # gives the result of a function for DTensors
 
 
-def drop_shard(x: Any, given: Any, inplace: bool, drop: Callable[[Tensor, Layout | None], Tensor]) -> Tensor:
+def drop_shard(x: Any, given: Any, inplace: bool, drop: Callable[[Tensor, Any], Tensor]) -> Tensor:
     """``drop`` of a DTensor, which gives a result of x's shape. ``given`` is the part that the caller gave."""
-    refuse_part(given, "input")
+    of_weights = isinstance(given, Weights)
+    refuse_part(given.part if of_weights else given, "input")
     if inplace:
         check_inplace(x)
     whole = reduced(x)
-    local = local_tensor(whole)
-    y: Tensor = to_dtensor(drop(local, layout_of(whole)), whole, local)
+    local, layout = local_tensor(whole), layout_of(whole)
+    y: Tensor = to_dtensor(drop(local, Weights(layout) if of_weights else layout), whole, local)
     return x.copy_(y) if inplace else y
 
 

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from ...core import checks
 from ..functional import onnx, sharded
-from ..functional.dropout import drop_connect, dropout
+from ..functional.dropout import dropout
 from ..functional.plan import NO_SOURCE, seed_for_ops
+from ..functional.routing import drop
 from ..ops import mask as mask_ops
 from ..runtime.dispatch import hide_from_dynamo, is_transformed
 from ..runtime.dispatch.modules import (
@@ -31,6 +32,7 @@ from ..runtime.dispatch.modules import (
     run_on_flat_weights,
 )
 from ..runtime.dispatch.tensors import storage_id, version_of
+from ..runtime.located import Weights
 from .base import Seeded, SourceOptions, is_traced, trace_call
 
 __all__ = ["DropConnect", "EmbeddingDropout"]
@@ -83,7 +85,7 @@ class EmbeddingDropout(Seeded):
             onnx.refuse("words that are dropped")
         if sharded.is_dtensor(y):
             return self._drop_shard(y, input, p, source)
-        rows = dropout(y.new_ones(self.embedding.num_embeddings), p, **source)
+        rows = dropout(y.new_ones(self.embedding.num_embeddings), p, **{**source, "part": Weights(source.get("part"))})
         return _dropped_words(y, input, rows, p)
 
     def _drop_shard(self, y: Any, input: Tensor, p: Any, source: dict[str, Any]) -> Tensor:
@@ -92,8 +94,7 @@ class EmbeddingDropout(Seeded):
         local = sharded.local_tensor(y)
         words = sharded.operand("input", input.unsqueeze(-1), y, tuple(y.shape)).squeeze(-1)
         ones = local.new_ones(self.embedding.num_embeddings)
-        whole: Any = sharded.whole_layout(y, tuple(ones.shape))
-        rows = dropout(ones, p, part=whole, **source)
+        rows = dropout(ones, p, **{**source, "part": Weights(sharded.whole_layout(y, tuple(ones.shape)))})
         dropped: Tensor = sharded.to_dtensor(_dropped_words(local, words, rows, p), y, local)
         return dropped
 
@@ -223,10 +224,10 @@ class DropConnect(Seeded):
                 dropped.append((name, weight, onnx.drop(weight, p, NO_SOURCE)))
                 continue
             options = self.source_options()
+            source = options.get("generator"), options.get("seed"), Weights(options.get("part"))
             if sharded.is_dtensor(weight):  # torch's ops keep what they need of its shards
-                dropped.append((name, weight, drop_connect(weight, p, **options)))
+                dropped.append((name, weight, drop(weight, p, True, False, source, None, "bits", "inverted")))
                 continue
-            source = options.get("generator"), options.get("seed"), options.get("part")
             seed = seed_for_ops(weight, source)
             value, saved_mask = mask_ops.FORWARD(mask_ops.Forward(weight, seed, p, None, True))
             dropped.append((name, weight, value))

@@ -27,6 +27,12 @@ Shape = tuple[int, ...]
 Shared = tuple[Any, ...] | None  # 1 on axes along which elements share cells
 
 
+class Weights(NamedTuple):
+    """In place of a part, for data that has no samples on any axis."""
+
+    part: Any = None
+
+
 class Located(NamedTuple):
     """What a mask is drawn from. Without runs its cells are 0, 1, 2, ..."""
 
