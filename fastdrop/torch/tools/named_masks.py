@@ -15,6 +15,8 @@ from ...core import checks
 from ..nn.base import Rated
 from ..nn.recurrent import VariationalGRU, VariationalLSTM
 from ..runtime import names as runtime
+from ..runtime import traced_names
+from ..runtime.dispatch.compilers import is_dynamo_imported
 from ..runtime.dispatch.modules import TorchDropout
 from ..runtime.layouts import as_layout
 from ..runtime.names import Draw, NamedModule, Names
@@ -126,6 +128,8 @@ def name_masks(
         axis = fixed.get(module, axes.get(name, 0))
         named = NamedModule(own, name, axis, by_name.get(name), _is_torchs(module))
         masks.add(module, named)
+    if is_dynamo_imported():
+        torch.compiler.reset()  # what was compiled before has no names
     return masks
 
 
@@ -153,6 +157,8 @@ class NamedMasks:
         return self._names.seed
 
     def add(self, module: nn.Module, named: NamedModule) -> None:
+        traced_names.register(named.key, named, module)
+        runtime.note_axis(named.axis)
         self._handles.append(module.register_forward_pre_hook(named.enter))
         self._handles.append(module.register_forward_hook(named.leave, prepend=True, always_call=True))
 
@@ -196,7 +202,10 @@ class NamedMasks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        traced_names.forget(self._names.number)
         self._end()
+        if is_dynamo_imported():
+            torch.compiler.reset()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[Draw]]:
