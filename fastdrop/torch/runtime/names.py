@@ -27,6 +27,7 @@ from ...core.samples import sample_runs
 from . import context, layouts, located, seeds, traced_names
 from .dispatch import hide_from_dynamo
 from .dispatch.checkpoints import checkpoints_around, is_computed_again, may_be_checkpointed
+from .dispatch.compilers import cache_graphs
 from .dispatch.modules import MAY_BE_LEFT_OUT
 from .located import Located
 
@@ -47,7 +48,7 @@ __all__ = [
 
 are_used = False  # whether any model has names: most calls of dropout read this and look no further
 largest_axis = 0  # of samples, in any model
-_users = 0
+_users, _cached = 0, True
 _numbers = itertools.count()
 _lock = threading.Lock()
 
@@ -59,11 +60,16 @@ LOG = "_fastdrop_names"  # on a checkpoint: what the dropouts in it drew from
 
 
 def note_users(more: int) -> None:
-    """Counts the models that have names."""
-    global are_used, _users
+    """Counts the models that have names. Graphs of their code have the names of modules, so they are not cached."""
+    global are_used, _users, _cached
     with _lock:
         _users += more
-        are_used = _users > 0
+        if are_used != (_users > 0):
+            are_used = _users > 0
+            if are_used:
+                _cached = cache_graphs(False)
+            else:
+                cache_graphs(_cached)
 
 
 def note_axis(axis: int) -> None:
@@ -172,7 +178,10 @@ class NamedModule:
         return NamedModule, (None, "", 0, None, False)
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or self.names is None:  # traced_names knows compiled calls
+        if torch.compiler.is_compiling():  # `traced_names` knows compiled calls
+            traced_names.guard_by(self.key)
+            return
+        if self.names is None:
             return
         if self.drops_torchs and self.names.warns and module.training and not context.is_enabled():
             self._warn(module)

@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from .dispatch.compilers import modules_being_traced
+from .dispatch.compilers import constant_in_graphs, modules_being_traced
 
-__all__ = ["NOT_TRACED", "OF_NO_MODEL", "OF_SOME_CALL", "forget", "key_of_draw", "module_of", "register"]
+__all__ = ["NOT_TRACED", "OF_NO_MODEL", "OF_SOME_CALL", "forget", "guard_by", "key_of_draw", "module_of", "register"]
 
 # In place of a key: the graph has not been traced yet; no module around the call has a name; the innermost call that
 # runs counts, because the graph knows of no module around.
@@ -45,6 +45,12 @@ def forget(number: int) -> None:
 def module_of(key: str) -> Any:
     """What was registered under a key, while it lives."""
     return _by_key.get(key)
+
+
+@constant_in_graphs
+def guard_by(key: str) -> int:
+    """What hooks call while Dynamo looks into them: the graph is for a module of this key only."""
+    return len(key)
 
 
 def key_of_draw(tracer: Any) -> tuple[str, int]:

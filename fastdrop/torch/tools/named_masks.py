@@ -86,6 +86,8 @@ def name_masks(
       draw by name. `mc_predict` draws from its own seeds. `vmap` gives the same mask to all that it maps.
     * Checkpoints of both kinds draw again what they drew in forward, with any ``preserve_rng_state``, and also after
       the block.
+    * `torch.compile` makes one graph for all steps and samples, with eager code's masks. A module that is compiled by
+      itself has a graph of its own, so a model of many such layers needs a higher ``recompile_limit`` of Dynamo.
     * A module that `fuse` has changed has one name for all dropouts in it. Give all processes a model that is fused, or
       none.
 

@@ -80,9 +80,11 @@ def test_compiled_code_has_eager_codes_masks(model, compile_it):
         assert graphs() == made
     with pytest.raises(RuntimeError, match="outside of a block"):
         run(x)
+    assert not torch._functorch.config.enable_autograd_cache  # which knows no modules
     own.remove()
-    torch.manual_seed(0)
-    y = run(x)
-    torch.manual_seed(0)
-    assert torch.equal(run(x), y)
+    if model is parts:
+        torch.manual_seed(0)
+        y = run(x)
+        torch.manual_seed(0)
+        assert torch.equal(run(x), y)  # by torch's generator again
     masks.remove()

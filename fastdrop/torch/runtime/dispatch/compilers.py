@@ -84,6 +84,16 @@ def modules_being_traced() -> list[str]:
     return list(traceback.get_current_meta().get("nn_module_stack") or ())
 
 
+def cache_graphs(on: bool) -> bool:
+    """Whether AOTAutograd may take a graph from its cache from now on. Returns whether it was so before.
+
+    The cache does not know which modules a graph comes from."""
+    before: bool = getattr(_functorch_config, "enable_autograd_cache", False)
+    if before != on:
+        _functorch_config.enable_autograd_cache = on
+    return before
+
+
 # ---- tensors of tracers ----
 
 
