@@ -53,7 +53,7 @@ class Layout(NamedTuple):
 
 def as_layout(given: Any) -> Layout | None:
     """What a caller gave as ``(mesh, placements)``, or None if that is something else."""
-    if isinstance(given, Layout):
+    if type(given) is Layout:
         return given
     if not isinstance(given, tuple) or len(given) != 2 or not hasattr(given[0], "get_coordinate"):
         return None
@@ -78,6 +78,8 @@ def describe(given: Any) -> str:
 
 def resolve(given: Any, shape: Shape) -> Any:
     """``part`` as a caller may give it: a layout becomes parts, and a function is called with the local shape."""
+    if type(given) is Layout:
+        return given.parts(shape)
     if callable(given) and not isinstance(given, Part):
         given = given(shape)
     layout = as_layout(given)

@@ -38,22 +38,33 @@ def shard_order(x: Any) -> Any:
     return order
 
 
+def local_of(x: Any) -> Tensor:
+    """The local tensor, by ``to_local`` if it is differentiated."""
+    if x.requires_grad and torch.is_grad_enabled():
+        return x.to_local()  # type: ignore[no-any-return]
+    try:
+        local: Tensor = x._local_tensor
+    except AttributeError:
+        local = x.to_local()
+    return local
+
+
 def like_dtensor(y: Tensor, x: Any) -> Any:
-    """A DTensor with the placements, shape and strides of x, whose local tensor y is."""
+    """A DTensor with the placements, shape and strides of x, whose local tensor y is.
+
+    ``DTensor.from_local`` makes a description of the result, and takes ten times as long. This one takes that of x.
+    """
+    kind = sys.modules["torch.distributed.tensor"].DTensor
     try:
         spec = x._spec
     except AttributeError:
-        return sys.modules["torch.distributed.tensor"].DTensor.from_local(
-            y, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride()
-        )
+        return kind.from_local(y, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
     if y.requires_grad and torch.is_grad_enabled():
-        return _FromLocal.apply(y, type(x), spec)
-    return type(x)(y, spec, requires_grad=False)
+        return _FromLocal.apply(y, kind, spec)
+    return kind.__new__(kind, y, spec, requires_grad=False)
 
 
 class _FromLocal(torch.autograd.Function):
-    """``DTensor.from_local`` in a tenth of its time, because the description of the result is there already."""
-
     @staticmethod
     def forward(ctx: Any, y: Tensor, kind: Any, spec: Any) -> Any:
         ctx.placements = spec.placements
