@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .compilers import constant_in_graphs
+
 
 def is_dtensor(x: Any) -> bool:
     package = sys.modules.get("torch.distributed.tensor")
@@ -38,9 +40,18 @@ def shard_order(x: Any) -> Any:
     return order
 
 
+@constant_in_graphs
+def ranks_of(mesh: Any) -> tuple[int, ...]:
+    """The ranks of a device mesh in C order. Its own tensor of them can't be read in a mode of fake tensors."""
+    try:
+        return tuple(mesh._flatten_rank_map)
+    except AttributeError:
+        return tuple(mesh.mesh.flatten().tolist())
+
+
 def local_of(x: Any) -> Tensor:
     """The local tensor, by ``to_local`` if it is differentiated."""
-    if x.requires_grad and torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
         return x.to_local()  # type: ignore[no-any-return]
     try:
         local: Tensor = x._local_tensor
@@ -56,8 +67,10 @@ def like_dtensor(y: Tensor, x: Any) -> Any:
     """
     kind = sys.modules["torch.distributed.tensor"].DTensor
     try:
-        spec = x._spec
+        spec = None if torch.compiler.is_compiling() else x._spec
     except AttributeError:
+        spec = None
+    if spec is None:
         return kind.from_local(y, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
     if y.requires_grad and torch.is_grad_enabled():
         return _FromLocal.apply(y, kind, spec)
