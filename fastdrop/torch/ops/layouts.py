@@ -31,7 +31,7 @@ def cells_in_graph(x: Tensor, layout: Layout, local: Shape, shared: Any) -> Tens
     flags = [] if shared is None else [int(own == 1) for own in shared]
     count = _most_runs(mesh, steps, shape, tuple(flags))
     flat = [number for step in steps for number in step]
-    cells: Tensor = torch.ops.fastdrop.layout_cells(x, shape, local, mesh, ranks, flat, flags, count)
+    cells: Tensor = torch.ops.fastdrop.layout_cells(x, shape, mesh, ranks, flat, flags, count)
     return cells
 
 
@@ -53,14 +53,7 @@ def _runs_at(coordinate: Shape, mesh: Shape, steps: tuple[Step, ...], shape: Sha
 
 
 def _layout_cells(
-    like: Tensor,
-    shape: list[int],
-    local: list[int],
-    mesh: list[int],
-    ranks: list[int],
-    steps: list[int],
-    shared: list[int],
-    runs: int,
+    like: Tensor, shape: list[int], mesh: list[int], ranks: list[int], steps: list[int], shared: list[int], runs: int
 ) -> Tensor:
     index = ranks.index(torch.distributed.get_rank())
     coordinate = []
@@ -75,14 +68,13 @@ def _layout_cells(
 
 
 def _layout_cells_outputs(
-    like: Tensor, shape: Any, local: Any, mesh: Any, ranks: Any, steps: Any, shared: Any, runs: int
+    like: Tensor, shape: Any, mesh: Any, ranks: Any, steps: Any, shared: Any, runs: int
 ) -> Tensor:
     return torch.empty(located.NUMBERS * runs, dtype=torch.int64, device="cpu")
 
 
 library.define(
-    "layout_cells(Tensor like, SymInt[] shape, SymInt[] local, int[] mesh, int[] ranks, int[] steps, int[] shared, "
-    "int runs) -> Tensor",
+    "layout_cells(Tensor like, SymInt[] shape, int[] mesh, int[] ranks, int[] steps, int[] shared, int runs) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 library.impl("layout_cells", _layout_cells, "CompositeExplicitAutograd")
