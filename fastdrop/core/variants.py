@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from . import checks
 from .random import DROP_ALL, keep_scale, nearest, threshold
 
 Shape = tuple[int, ...]
+# None stands for an extent that does not matter.
+Extent = TypeVar("Extent", int, int | None)
 
 SCALINGS = (*checks.SCALINGS, "alpha", "alpha_slope")
 
@@ -62,7 +64,7 @@ def slope(scaling: str) -> str:
     return "alpha_slope" if scaling == "alpha" else scaling
 
 
-def feature_cells(shape: Shape, channel_axis: int) -> Shape:
+def feature_cells(shape: tuple[Extent, ...], channel_axis: int) -> tuple[Extent | int, ...]:
     """The mask's shape for feature dropout: a cell for each channel of each sample.
 
     Axis 0 counts samples, unless it is the channel axis itself.
@@ -73,7 +75,7 @@ def feature_cells(shape: Shape, channel_axis: int) -> Shape:
     return tuple(extent if axis in (0, channel_axis) else 1 for axis, extent in enumerate(shape))
 
 
-def shared_cells(shape: Shape, *shared: int) -> Shape:
+def shared_cells(shape: tuple[Extent, ...], *shared: int) -> tuple[Extent | int, ...]:
     """The mask's shape where one decision is shared along the given axes, as in variational dropout along time.
 
     >>> shared_cells((8, 100, 32), 1)
@@ -82,7 +84,7 @@ def shared_cells(shape: Shape, *shared: int) -> Shape:
     return tuple(1 if axis in shared else extent for axis, extent in enumerate(shape))
 
 
-def sample_cells(shape: Shape, mode: str) -> Shape:
+def sample_cells(shape: tuple[Extent, ...], mode: str) -> tuple[Extent | int, ...]:
     """The mask's shape for stochastic depth: a cell for each sample ("row"), or one for all ("batch").
 
     >>> sample_cells((8, 3, 5, 5), "row"), sample_cells((8, 3, 5, 5), "batch")
@@ -104,6 +106,17 @@ class Blocks(NamedTuple):
     passes: tuple[tuple[int, int, int, int], ...]
 
 
+def block_seeds(mask_shape: Shape, block_size: Shape) -> Shape:
+    """The shape of the mask that DropBlock draws: a cell for each place of a block inside of a mask.
+
+    >>> block_seeds((8, 3, 10, 10), (3, 20))
+    (8, 3, 8, 1)
+    """
+    axes = len(block_size)
+    free = [extent - min(size, extent) + 1 for extent, size in zip(mask_shape[-axes:], block_size, strict=True)]
+    return (*mask_shape[:-axes], *free)
+
+
 @lru_cache(maxsize=1024)
 def blocks(mask_shape: Shape, p: float, block_size: Shape) -> Blocks:
     """DropBlock's geometry over the last ``len(block_size)`` axes of a mask.
@@ -117,7 +130,7 @@ def blocks(mask_shape: Shape, p: float, block_size: Shape) -> Blocks:
     """
     lead, extents = mask_shape[: -len(block_size)], mask_shape[-len(block_size) :]
     sizes = [min(size, extent) for size, extent in zip(block_size, extents, strict=True)]
-    free = [extent - size + 1 for extent, size in zip(extents, sizes, strict=True)]
+    free = block_seeds(mask_shape, block_size)[-len(block_size) :]
     passes = []
     for axis in reversed(range(len(sizes))):
         outer, inner = math.prod(lead) * math.prod(free[:axis]), math.prod(extents[axis + 1 :])

@@ -22,6 +22,7 @@ try:
         swiglu_dropout,
     )
     from .functional.lora import lora_linear
+    from .functional.parts import cells_of
     from .functional.residual import skip_residual
     from .functional.structured import (
         drop_block2d,
@@ -61,7 +62,9 @@ try:
     )
     from .nn.weights import DropConnect, EmbeddingDropout
     from .tools.audit import AuditReport, audit
+    from .tools.check_masks import check_masks
     from .tools.monte_carlo import Prediction, mc_dropout, mc_predict
+    from .tools.named_masks import NamedMasks, name_masks
     from .tools.same_masks import multi_sample, same_masks
     from .tools.scheduler import DropoutScheduler
 except ImportError as error:
@@ -90,6 +93,7 @@ __all__ = [
     "FeatureAlphaDropout",
     "GaussianDropout",
     "LayerDrop",
+    "NamedMasks",
     "Prediction",
     "Report",
     "SkipResidual",
@@ -103,6 +107,8 @@ __all__ = [
     "batchwise_linear",
     "bias_act_dropout",
     "bias_dropout_add",
+    "cells_of",
+    "check_masks",
     "convert",
     "disable",
     "drop_block2d",
@@ -127,6 +133,7 @@ __all__ = [
     "mc_dropout",
     "mc_predict",
     "multi_sample",
+    "name_masks",
     "revert",
     "same_masks",
     "scaled_dot_product_attention",

@@ -20,11 +20,12 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ...core import checks
 from ..ops import mask as mask_ops
-from ..runtime import seeds, tracing
+from ..runtime import layouts, located, names, seeds, tracing
 from ..runtime.dispatch import is_eager_dense, is_transformed
 from ..runtime.dispatch.compilers import constant_in_graphs
+from ..runtime.dispatch.dtensors import any_dtensor
 from ..runtime.dispatch.tensors import check_inplace, is_in_dispatch_mode, may_be_differentiated_forward
-from . import onnx
+from . import onnx, sharded
 
 __all__ = [
     "Plan",
@@ -52,8 +53,15 @@ MASK_OPS = "mask ops"
 ONNX = "onnx"
 
 Seed = int | Tensor | None
-Source = tuple[torch.Generator | None, Seed]  # what a caller gives to draw from
-NO_SOURCE: Source = (None, None)  # torch's default generator
+# What a caller may give as ``part``: a `Part`, a sequence of them, a device mesh with placements, a function of the
+# local shape that gives one of these, or the cells as a tensor.
+Whole = Any
+Source = tuple[torch.Generator | None, Seed, Whole]  # what a caller gives to draw from, and of which whole x is a part
+NO_SOURCE: Source = (None, None, None)  # torch's default generator
+Shape = tuple[int, ...]
+# Which axes share decisions, as a noise_shape says it: 1, and None or the full extent where they don't. That x has an
+# extent of 1 does not tell: the part of one process may have one.
+Cells = tuple[int | None, ...] | None
 Plan = tuple[str, Any, bool]  # the way; p, a number or a tensor that must not be read yet; whether the call drops
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -99,21 +107,65 @@ def wants_gradient(tensors: Iterable[Tensor | None]) -> bool:
     return False
 
 
-def seed_for_kernel(x: Tensor, source: Source, inplace: bool = False) -> int | Tensor:
-    """The seed of a call that drops by a kernel: a number, or a tensor if a CUDA kernel is to read it."""
-    generator, seed = source
+def seed_for_kernel(
+    x: Tensor, source: Source, inplace: bool = False, shape: Shape | None = None, shared: Cells = None
+) -> Any:
+    """The seed of a call that drops by a kernel: a number, a `Located`, or a tensor if a CUDA kernel is to read it.
+
+    The mask is for data of a shape, x's unless given.
+    """
+    generator, seed, part = source
+    if names.are_used and seed is None and generator is None:
+        if inplace:
+            check_inplace(x)
+        drawn = names.draw(tuple(x.shape) if shape is None else shape, shared, part, shape is not None)
+        if drawn is not None:
+            return drawn
     if seed is not None:
         seed = seeds.from_caller(seed, generator, x)
+    if isinstance(part, located.Weights):
+        part = part.part
+    cells = None
+    if part is not None:  # found good or bad before anything is drawn
+        cells = located.runs_of(part, tuple(x.shape) if shape is None else shape, shared)
     if inplace:
         check_inplace(x)
-    if seed is not None:
-        return seed
-    return seeds.next_cuda_seed(x.device, generator) if x.is_cuda else seeds.next_seed(generator)
+    if seed is None:
+        if part is not None:
+            _compare_generators(part, x, generator)
+        seed = seeds.next_cuda_seed(x.device, generator) if x.is_cuda else seeds.next_seed(generator)
+    return seed if cells is None else located.locate(seed, cells)
 
 
-def seed_for_ops(x: Tensor, source: Source) -> Tensor:
-    """The seed of a call that drops by an op: a tensor."""
-    generator, seed = source
+def seed_for_ops(x: Tensor, source: Source, shape: Shape | None = None, shared: Cells = None) -> Tensor:
+    """The seed of a call that drops by an op: a tensor. Arguments are those of `seed_for_kernel`."""
+    generator, seed, part = source
+    if names.are_used and seed is None and generator is None and not _is_compiling():
+        if names.are_in_force() and tracing.is_recorded():
+            raise RuntimeError(
+                "a model with named masks can't be traced in training, because each call of the trace would have the "
+                "masks of one step: call eval(), or masks.remove()"
+            )
+        drawn = names.draw(tuple(x.shape) if shape is None else shape, shared, part, shape is not None)
+        if drawn is not None:
+            return seeds.as_tensor(drawn)
+    if isinstance(part, located.Weights):
+        part = part.part
+    cells = None if part is None else located.cells_of(part, tuple(x.shape) if shape is None else shape, shared)
+    if seed is None and part is not None and not _is_compiling():
+        _compare_generators(part, x, generator)
+    number = _tensor_seed(x, generator, seed)
+    return number if cells is None else seeds.with_cells(number, cells)
+
+
+def _compare_generators(part: Whole, x: Tensor, generator: torch.Generator | None) -> None:
+    """Has the processes of a layout's mesh compare their generators, if seeds come from those."""
+    layout = layouts.as_layout(part)
+    if layout is not None and seeds.sample_seeds() is None:
+        layouts.compare_generators(layout.mesh, x.device, generator)
+
+
+def _tensor_seed(x: Tensor, generator: torch.Generator | None, seed: Seed) -> Tensor:
     if seed is not None:
         return seeds.as_tensor(seed, generator, like=x)
     if generator is None:
@@ -125,7 +177,7 @@ def seed_for_ops(x: Tensor, source: Source) -> Tensor:
 
 def check_unused_seed(source: Source) -> None:
     """Refuses a bad seed in a call that draws nothing."""
-    generator, seed = source
+    generator, seed, _ = source
     if seed is not None and not _is_compiling():
         seeds.check(seed, generator)
 
@@ -175,17 +227,27 @@ def is_p_differentiated(p: Any) -> bool:
 # ---- x ----
 
 
-def for_subclasses(function: Function) -> Function:
-    """Lets tensor subclasses override a function, whichever argument they are, as they override torch's own."""
+def for_subclasses(shards: sharded.Rule | None = None) -> Callable[[Function], Function]:
+    """Lets tensor subclasses override a function, whichever argument they are, as they override torch's own.
 
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values()) if kwargs else args
-        if has_torch_function(given):
-            return handle_torch_function(called, given, *args, **kwargs)
-        return function(*args, **kwargs)
+    ``shards`` gives the result for DTensors. Without it the function takes them as they are.
+    """
 
-    return called  # type: ignore[return-value]
+    def decorate(function: Function) -> Function:
+        names = function.__code__.co_varnames[: function.__code__.co_argcount]
+
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values()) if kwargs else args
+            if has_torch_function(given):
+                return handle_torch_function(called, given, *args, **kwargs)
+            if shards is not None and any_dtensor(given):
+                return shards(function, {**dict(zip(names, args, strict=False)), **kwargs})
+            return function(*args, **kwargs)
+
+        return called  # type: ignore[return-value]
+
+    return decorate
 
 
 def check_tensor(x: Any, name: str = "input") -> None:

@@ -1,4 +1,5 @@
-"""The three kinds of dropout that all functions and modules are made of: `drop`, `drop_block` and `gaussian`.
+"""Two of the three kinds of dropout that all functions and modules are made of: `drop` and `gaussian`. `blocks` has the
+third.
 
 Each takes its way from `plan_call`. Eager dense tensors go to the kernel, and if a gradient is wanted through an
 autograd function that calls the kernel at once. Everybody else gets the ops of `ops.mask`.
@@ -20,7 +21,7 @@ from ..runtime.dispatch import can_call_kernel
 from ..runtime.dispatch.ops import fast_apply
 from ..runtime.dispatch.tensors import jit_trace
 from ..runtime.dtypes import DTYPES
-from . import onnx
+from . import onnx, sharded
 from .plan import (
     KERNEL,
     MASK_OPS,
@@ -34,16 +35,16 @@ from .plan import (
     seed_for_ops,
 )
 
-__all__ = ["drop", "drop_block", "gaussian"]
+__all__ = ["drop", "gaussian"]
 
 _is_compiling = torch.compiler.is_compiling
 
 
 def drop(
-    x: Tensor, p: float | Tensor, training: bool, inplace: bool, source: Source, cells: Any, store: str, scaling: str
+    x: Tensor, p: float | Tensor, training: bool, inplace: bool, source: Source, shared: Any, store: str, scaling: str
 ) -> Tensor:
-    """Everything that keeps or drops. ``source`` is the generator and the seed, and ``cells`` the mask's shape, which
-    fits x, or None if each element has its own cell. ``scaling`` is one of `variants.affine`."""
+    """Everything that keeps or drops. ``source`` is the generator, the seed and the part. ``shared`` says along which
+    axes elements share decisions; None: along none. ``scaling`` is one of `variants.affine`."""
     if type(x) is not Tensor:
         check_tensor(x)
     way, p, drops = plan_call(x, p, training)
@@ -53,14 +54,19 @@ def drop(
         check_unused_seed(source)
         return _evaluated(x, p, inplace) if scaling == "standard" and not training else x
     if way != KERNEL:
-        return _drop_by_ops(x, p, way, inplace, source, cells, store, scaling)
+        if sharded.is_dtensor(x):
+
+            def dropped(local: Tensor, part: Any) -> Tensor:
+                return drop(local, p, True, False, (*source[:2], part), shared, store, scaling)
+
+            return sharded.drop_shard(x, source[2], inplace, dropped)
+        return _drop_by_ops(x, p, way, inplace, source, shared, store, scaling)
     if x.dtype not in DTYPES:
         dtypes.check_dtype(x)
     if scaling == "alpha":
         dtypes.check_real(x, "alpha dropout")
-    if cells is not None and cells == x.shape:
-        cells = None
-    seed = seed_for_kernel(x, source, inplace)
+    cells = None if shared is None else _full_extents(shared, x)
+    seed = seed_for_kernel(x, source, inplace, None, shared)
     threshold = threshold_of(p)  # type: ignore[arg-type]
     affine = variants.affine(scaling, threshold)
     if x.requires_grad and torch.is_grad_enabled():
@@ -104,7 +110,7 @@ _apply_dropout = fast_apply(Dropout)
 
 
 def _drop_by_ops(
-    x: Tensor, p: Any, way: str, inplace: bool, source: Source, cells: Any, store: str, scaling: str
+    x: Tensor, p: Any, way: str, inplace: bool, source: Source, shared: Any, store: str, scaling: str
 ) -> Tensor:
     """`drop` for all but eager dense tensors. Compilers look into this function: it does as little as it can.
 
@@ -119,15 +125,16 @@ def _drop_by_ops(
         def dropped(values: Tensor, cells: Any) -> Tensor:
             return drop(values, p, True, False, source, cells, store, scaling)
 
-        y = nested.drop(x, cells, scaling, dropped)
+        if source[2] is not None:
+            raise RuntimeError("part takes dense tensors, but got a nested one: call dropout on each of x.unbind()")
+        y = nested.drop(x, shared, scaling, dropped)
         return nested.write(x, y) if inplace else y
     nested.check_dense(x)
-    if cells is not None:
-        cells = _full_extents(cells, x)
+    cells = None if shared is None else _full_extents(shared, x)
     if way == ONNX:
         y = onnx.drop(x, p, source, cells, scaling)
     else:
-        y = drop_by_op(x, p, seed_for_ops(x, source), cells, store == "bits", scaling)
+        y = drop_by_op(x, p, seed_for_ops(x, source, None, shared), cells, store == "bits", scaling)
     return x.copy_(y) if inplace else y
 
 
@@ -136,13 +143,14 @@ def drop_by_op(x: Tensor, p: Any, seed: Any, cells: Any, store_bits: bool, scali
     return y
 
 
-def _full_extents(cells: Any, x: Tensor) -> Any:
+def _full_extents(shared: Any, x: Tensor) -> Any:
     """The mask's shape as ops take it, or None if each element has its own cell."""
+    if len(shared) != x.dim():
+        raise ValueError("noise_shape must have one entry per axis of x")
+    cells = [x.shape[i] if extent is None else extent for i, extent in enumerate(shared)]
     if _is_compiling():
-        if len(cells) != x.dim():
-            raise ValueError("noise_shape must have one entry per axis of x")
-        return [x.shape[i] if extent is None else extent for i, extent in enumerate(cells)]
-    return None if cells == x.shape else _numbers(cells)
+        return cells
+    return None if cells == list(x.shape) else _numbers(tuple(cells))
 
 
 def _numbers(cells: Any) -> Any:
@@ -165,44 +173,6 @@ def _evaluated(x: Tensor, p: Any, inplace: bool) -> Tensor:
         everywhere = x.new_ones((), dtype=torch.bool)
         return x.masked_fill_(everywhere, 0.0) if inplace else x.masked_fill(everywhere, 0.0)
     return x.mul_(scale) if inplace else (x * scale).to(x.dtype)  # a tensor scale gives x without axes its own dtype
-
-
-def drop_block(
-    x: Tensor,
-    p: float | Tensor,
-    sizes: tuple[Any, int],
-    inplace: bool,
-    training: bool,
-    couple_channels: bool,
-    source: Source,
-) -> Tensor:
-    """DropBlock. ``sizes`` is the block's size and the number of spatial axes."""
-    check_tensor(x)
-    way, p, drops = plan_call(x, p, training, what="drop probability")
-    block_size, axes = checks.block_size(*sizes), sizes[1]
-    if x.dim() != axes + 2:
-        raise ValueError(f"input should be {axes + 2} dimensional. Got {x.dim()} dimensions.")
-    if not drops:
-        check_unused_seed(source)
-        return x
-    nested.refuse(x, "DropBlock")
-    nested.check_dense(x)
-    if way == ONNX:
-        onnx.refuse("blocks")
-    shape = tuple(x.shape)
-    cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
-    if way == KERNEL:
-        dtypes.check_dtype(x)
-        draw = mask_ops.DrawBlocks(x, seed_for_kernel(x, source, inplace), p, cells, block_size)
-        words, count = mask_ops.DRAW_BLOCKS.launch(draw)
-        keep, wanted = mask_ops.KeepBlocks(x, words, count, cells), x.requires_grad and torch.is_grad_enabled()
-        y: Tensor = mask_ops.KEEP_BLOCKS.call_kernel(keep, wanted, inplace)
-        return y
-    cells = _numbers(cells)
-    draw = mask_ops.DrawBlocks(x, seed_for_ops(x, source), p, cells, block_size)
-    words, count = mask_ops.DRAW_BLOCKS(draw)
-    y = mask_ops.KEEP_BLOCKS(mask_ops.KeepBlocks(x, words, count, cells))
-    return x.copy_(y) if inplace else y
 
 
 def gaussian(x: Tensor, p: float | Tensor, training: bool, inplace: bool, source: Source) -> Tensor:

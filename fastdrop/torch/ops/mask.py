@@ -25,6 +25,7 @@ from ..runtime import dtypes, mask_kernels, tracing
 from ..runtime import seeds as seed_source
 from ..runtime.dispatch import hide_from_dynamo
 from ..runtime.dispatch.ops import innermost_map
+from ..runtime.located import as_int64
 from . import batching
 from .record import Maybe, MaybeSizes, Op, P, Seed, Sizes, called_by_inductor, library, saved_mask, schema
 
@@ -295,6 +296,7 @@ class KeepBlocks(NamedTuple):
     saved_mask: Tensor
     kept_count: Tensor
     mask_shape: Sizes
+    whole_cells: float = 0.0  # of the mask of which this is a part; 0: it is none
 
 
 def _draw_blocks(call: DrawBlocks) -> Blocks:
@@ -323,7 +325,7 @@ def _draw_blocks_batched(around: Any, op: Any, axes: Any, call: DrawBlocks) -> A
 
 def _keep_blocks(call: KeepBlocks, inplace: bool = False) -> Tensor:
     words, cells = mask_kernels.read_words(call.saved_mask), mask_shape(call.mask_shape, call.x)
-    return mask_kernels.keep_blocks(call.x, words, call.kept_count, cells, inplace)
+    return mask_kernels.keep_blocks(call.x, words, call.kept_count, cells, call.whole_cells, inplace)
 
 
 def _keep_blocks_batched(around: Any, op: Any, axes: Any, call: KeepBlocks) -> Any:
@@ -365,7 +367,7 @@ def _draw(like: Tensor, size: list[int], after: Tensor | None = None) -> Tensor:
     seed = seed_source.next_cuda_seed(like.device, None)  # the one that eager code takes
     if isinstance(seed, Tensor):
         return seed
-    return torch.full((), seed_source.as_int64(seed), dtype=torch.int64, device=like.device)
+    return torch.full((), as_int64(seed), dtype=torch.int64, device=like.device)
 
 
 def _draw_outputs(like: Tensor, size: list[int], after: Tensor | None = None) -> Tensor:
