@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from . import checks
 from .grid import cell_axes, collapse
 
-__all__ = ["Part", "Parts", "Run", "parts_of", "runs"]
+__all__ = ["Part", "Parts", "Run", "parts_of", "parts_of_mask", "runs"]
 
 
 class Run(NamedTuple):
@@ -33,6 +33,12 @@ class Run(NamedTuple):
     @property
     def cells(self) -> int:
         return self.outer * self.rows * self.columns
+
+    def distance(self, steps: int) -> int:
+        """How many cells the first is from the one ``steps`` bits on."""
+        rows, column = divmod(steps, self.columns or 1)
+        outer, row = divmod(rows, self.rows or 1)
+        return outer * self.outer_pitch + row * self.pitch + column
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,12 @@ class Part:
         axes = [(1, 0, 1) if cells == 1 else (whole, start, local) for whole, start, local, cells in own]
         return Part(*(tuple(entries) for entries in zip(*axes, strict=True)))
 
+    def sharing(self, shared: Sequence[bool]) -> Part:
+        """The part of a mask whose cells are shared along some axes."""
+        own = zip(self.shape, self.start, self.local, shared, strict=True)
+        axes = [(1, 0, 1) if one else (whole, start, local) for whole, start, local, one in own]
+        return Part(*(tuple(entries) for entries in zip(*axes, strict=True)))
+
     def runs(self, position: int = 0) -> Iterator[Run]:
         """The part's cells in its own C order, from bit ``position`` on."""
         if 0 in self.local:
@@ -120,6 +132,17 @@ def parts_of(given: Any, shape: tuple[int, ...]) -> Parts:
         if others == {shape[:axis] + shape[axis + 1 :]} and sum(one.local[axis] for one in parts) == shape[axis]:
             return tuple(parts)
     raise ValueError(f"part must have x's shape, {shape}, or its parts must along one axis, but got {given!r}")
+
+
+def parts_of_mask(parts: Parts, shape: tuple[int, ...], shared: Sequence[bool]) -> tuple[Parts, tuple[int, ...]]:
+    """The parts of a mask whose cells are shared along some axes, and its shape. ``parts`` make up an array of a shape.
+
+    Whether an axis is shared can't be read from extents: the part of one process may have an extent of 1.
+    """
+    cells = tuple(1 if one else extent for one, extent in zip(shared, shape, strict=True))
+    if len(parts) > 1 and shared[_joined_axis(parts, shape)]:
+        parts = parts[:1]  # they differ along an axis whose cells are shared
+    return tuple(part.sharing(shared) for part in parts), cells
 
 
 def _joined_axis(parts: Sequence[Part], shape: tuple[int, ...]) -> int:

@@ -10,12 +10,14 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from . import checks
 from .random import DROP_ALL, keep_scale, nearest, threshold
 
 Shape = tuple[int, ...]
+# None stands for an extent that does not matter.
+Extent = TypeVar("Extent", int, int | None)
 
 SCALINGS = (*checks.SCALINGS, "alpha", "alpha_slope")
 
@@ -62,7 +64,7 @@ def slope(scaling: str) -> str:
     return "alpha_slope" if scaling == "alpha" else scaling
 
 
-def feature_cells(shape: Shape, channel_axis: int) -> Shape:
+def feature_cells(shape: tuple[Extent, ...], channel_axis: int) -> tuple[Extent | int, ...]:
     """The mask's shape for feature dropout: a cell for each channel of each sample.
 
     Axis 0 counts samples, unless it is the channel axis itself.
@@ -73,7 +75,7 @@ def feature_cells(shape: Shape, channel_axis: int) -> Shape:
     return tuple(extent if axis in (0, channel_axis) else 1 for axis, extent in enumerate(shape))
 
 
-def shared_cells(shape: Shape, *shared: int) -> Shape:
+def shared_cells(shape: tuple[Extent, ...], *shared: int) -> tuple[Extent | int, ...]:
     """The mask's shape where one decision is shared along the given axes, as in variational dropout along time.
 
     >>> shared_cells((8, 100, 32), 1)
@@ -82,7 +84,7 @@ def shared_cells(shape: Shape, *shared: int) -> Shape:
     return tuple(1 if axis in shared else extent for axis, extent in enumerate(shape))
 
 
-def sample_cells(shape: Shape, mode: str) -> Shape:
+def sample_cells(shape: tuple[Extent, ...], mode: str) -> tuple[Extent | int, ...]:
     """The mask's shape for stochastic depth: a cell for each sample ("row"), or one for all ("batch").
 
     >>> sample_cells((8, 3, 5, 5), "row"), sample_cells((8, 3, 5, 5), "batch")

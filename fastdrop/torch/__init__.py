@@ -22,6 +22,7 @@ try:
         swiglu_dropout,
     )
     from .functional.lora import lora_linear
+    from .functional.parts import cells_of
     from .functional.residual import skip_residual
     from .functional.structured import (
         drop_block2d,
@@ -103,6 +104,7 @@ __all__ = [
     "batchwise_linear",
     "bias_act_dropout",
     "bias_dropout_add",
+    "cells_of",
     "convert",
     "disable",
     "drop_block2d",

@@ -27,7 +27,9 @@ from .plan import (
     FUSED_OP,
     KERNEL,
     NO_SOURCE,
+    Cells,
     Source,
+    Whole,
     autocast_dtype,
     check_unused_seed,
     for_subclasses,
@@ -58,6 +60,7 @@ def scaled_dot_product_attention(
     training: bool = True,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
+    part: Whole = None,
     noise_shape: Any = None,
     store: str = "seed",
 ) -> Tensor:
@@ -81,8 +84,8 @@ def scaled_dot_product_attention(
         Lets key and value have fewer heads, each of which serves as many neighbouring ones of query.
     training : bool
         False drops nothing. torch's function has no such argument, and always drops.
-    generator, seed
-        As in `dropout`: the mask is that of `dropout` of the weights.
+    generator, seed, part
+        As in `dropout`: the mask is that of `dropout` of the weights, and of those a part.
     noise_shape : sequence of (int or None), optional
         An entry for each axis of the weights: 1 if it shares one decision, None or the full extent if it doesn't.
         ``(1, 1, None, None)`` is Flax's default, one mask for all batches and heads; ``(None, None, 1, 1)`` drops
@@ -127,20 +130,22 @@ def scaled_dot_product_attention(
     if not _are_parsed(query, key, value, attn_mask, *options):
         _torchs(query, key, value, attn_mask, 0.0, *options)  # says what is wrong
     way, p, drops = plan_call(query, dropout_p, training, (key, value, attn_mask))
-    source = generator, seed
+    source = generator, seed, part
     if not drops:
         check_unused_seed(source)
         y = _torchs(query, key, value, attn_mask, 0.0, *options)  # says what is wrong with shapes
         if noise_shape is not None and not query.is_nested:
             mask_shape(noise_shape, query, key, enable_gqa)
         return y
-    if query.is_cuda and source == (None, None) and noise_shape is None:
+    if query.is_cuda and all(given is None for given in (*source, noise_shape)):
         return _torchs(query, key, value, attn_mask, p, *options)
     if (dtype := autocast_dtype(query)) is not None:
         query, key, value, attn_mask = (_autocast(x, dtype) for x in (query, key, value, attn_mask))
         with torch.autocast(query.device.type, enabled=False):
-            others: dict[str, Any] = {"generator": generator, "seed": seed, "noise_shape": noise_shape, "store": store}
-            return scaled_dot_product_attention(query, key, value, attn_mask, p, *options, **others)
+            others: dict[str, Any] = {"generator": generator, "seed": seed, "part": part, "store": store}
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask, p, *options, noise_shape=noise_shape, **others
+            )
     arguments = query, key, value, attn_mask
     nested.check_dense(*arguments)
     nested.refuse(query, "attention")
@@ -168,21 +173,26 @@ def _under_shared_mask(
     """Attention that drops by a mask of ``noise_shape``; ``call`` is the way that it goes without one."""
     query, key, *_ = arguments
     cells = mask_shape(noise_shape, query, key, options[2])
-    if not _drops_rows(cells):
+    shared = tuple(noise_shape)
+    if not _drops_rows(shared):
         if call is not compose and not has_strides(cells, query):
             call = compose
-        return call(arguments, p, options, source, store, cells)
-    y = call(arguments, 0.0, options, (None, 0))  # a row of weights is dropped as a whole, and so is the result's
-    of_value = y.dim() - len(cells)  # leading axes that value alone has
-    return drop(y, p, True, False, source, (1,) * of_value + cells, store, "inverted")
+        return call(arguments, p, options, source, store, shared)
+    # A row of weights is dropped as a whole, and so is the result's.
+    y = call(arguments, 0.0, options, (None, 0, None))
+    of_value = y.dim() - len(shared)  # leading axes that value alone has
+    if source[2] is not None:  # which is a part of weights
+        take_seed = seed_for_kernel if is_direct(*arguments) else seed_for_ops
+        seed = take_seed(query, source, shape=weights_shape(query, key, options[2]), shared=shared)
+        source = None, seed, None
+    return drop(y, p, True, False, source, (1,) * of_value + shared, store, "inverted")
 
 
 def mask_shape(noise_shape: Any, query: Tensor, key: Tensor, gqa: bool) -> Any:
     """The extents of the mask of the weights. None: each weight has its own cell."""
     if noise_shape is None:
         return None
-    heads = (*key.shape[:-3], query.shape[-3]) if gqa else key.shape[:-2]
-    weights = (*torch.broadcast_shapes(query.shape[:-2], heads), query.shape[-2], key.shape[-2])
+    weights = weights_shape(query, key, gqa)
     if not torch.compiler.is_compiling():
         cells = checks.noise_shape(noise_shape, weights, "the weights")
     elif len(noise_shape) != len(weights):
@@ -190,6 +200,11 @@ def mask_shape(noise_shape: Any, query: Tensor, key: Tensor, gqa: bool) -> Any:
     else:  # ops check the extents
         cells = tuple(extent if own is None else own for own, extent in zip(noise_shape, weights, strict=True))
     return None if cells == weights else cells
+
+
+def weights_shape(query: Tensor, key: Tensor, gqa: bool) -> tuple[int, ...]:
+    heads = (*key.shape[:-3], query.shape[-3]) if gqa else key.shape[:-2]
+    return (*torch.broadcast_shapes(query.shape[:-2], heads), query.shape[-2], key.shape[-2])
 
 
 def _are_parsed(query: Any, key: Any, value: Any, mask: Any, causal: Any, scale: Any, gqa: Any) -> bool:
@@ -241,7 +256,7 @@ def compose(
     options: TorchOptions,
     source: Source = NO_SOURCE,
     store: str = "seed",
-    cells: Any = None,
+    shared: Cells = None,
 ) -> Tensor:
     """Attention composed of torch's ops, for transforms and modes, and for what `attend` and `trace` do not take."""
     query, key, value, mask = arguments
@@ -252,13 +267,14 @@ def compose(
     dtype, wide = query.dtype, dtypes.computed(query.dtype)
     query, key, value = query.to(wide), repeat_heads(key, query, gqa).to(wide), repeat_heads(value, query, gqa).to(wide)
     scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
-    generator, seed = source
     scores = query @ key.transpose(-2, -1)
-    if cells is None:
-        weights = softmax_dropout(scores, p, scale, mask, causal, generator=generator, seed=seed, store=store)
+    if shared is None:
+        generator, seed, part = source
+        given: dict[str, Any] = {"generator": generator, "seed": seed, "part": part}
+        weights = softmax_dropout(scores, p, scale, mask, causal, store=store, **given)
     else:
         weights = softmax_dropout(scores, 0.0, scale, mask, causal)
-        weights = drop(weights, p, True, False, source, cells, store, "inverted")
+        weights = drop(weights, p, True, False, source, shared, store, "inverted")
     y: Tensor = (weights @ value).to(dtype)
     return y
 
@@ -297,10 +313,10 @@ def attend(
     options: TorchOptions,
     source: Source = NO_SOURCE,
     store: str = "seed",
-    cells: Any = None,
+    shared: Cells = None,
 ) -> Tensor:
     """Attention by the kernel. Arguments are regular, and eager dense tensors on the CPU."""
-    call = _call(arguments, seed_for_kernel(arguments[0], source), p, options, store, cells)
+    call = _call(arguments, seed_for_kernel, source, p, options, store, shared)
     y: Tensor = ATTENTION.call_kernel(call, call.keep)[0]
     return y
 
@@ -311,18 +327,32 @@ def trace(
     options: TorchOptions,
     source: Source = NO_SOURCE,
     store: str = "seed",
-    cells: Any = None,
+    shared: Cells = None,
 ) -> Tensor:
     """Attention as one op, for compilers. Arguments are regular, and will be eager dense tensors on the CPU."""
     if onnx.is_exported():
-        return compose(arguments, p, options, source, store, cells)
-    y: Tensor = ATTENTION(_call(arguments, seed_for_ops(arguments[0], source), p, options, store, cells))[0]
+        return compose(arguments, p, options, source, store, shared)
+    y: Tensor = ATTENTION(_call(arguments, seed_for_ops, source, p, options, store, shared))[0]
     return y
 
 
-def _call(arguments: Arguments, seed: Any, p: Any, options: TorchOptions, store: str, cells: Any) -> Attention:
+def _call(
+    arguments: Arguments,
+    take_seed: Callable[..., Any],
+    source: Source,
+    p: Any,
+    options: TorchOptions,
+    store: str,
+    shared: Cells,
+) -> Attention:
     (causal, scale, _), wanted = options, wants_gradient(arguments)
-    scale = 1.0 / math.sqrt(arguments[0].shape[-1]) if scale is None else scale + 0.0
+    query, key, *_ = arguments
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale + 0.0
+    weights = *query.shape[:-1], key.shape[-2]  # arguments are regular
+    seed = take_seed(query, source, shape=weights, shared=shared)
+    cells = None
+    if shared is not None:
+        cells = tuple(n if own is None else own for own, n in zip(shared, weights, strict=True))
     return Attention(*arguments, seed, p, causal, scale, wanted and store == "bits", wanted, cells)
 
 

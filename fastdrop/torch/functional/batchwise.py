@@ -26,7 +26,7 @@ from ..runtime import cell_kernels
 from ..runtime.cell_kernels import Index
 from ..runtime.dispatch import is_eager_dense
 from .dropout import dropout
-from .plan import KERNEL, Source, check_tensor, for_subclasses, plan_call, seed_for_kernel
+from .plan import KERNEL, NO_SOURCE, Source, check_tensor, for_subclasses, plan_call, seed_for_kernel
 from .residual import draw_kept, move_index
 
 __all__ = ["batchwise_linear", "least_p", "shared_by_batch"]
@@ -46,7 +46,7 @@ class _Layer(NamedTuple):
     bias: Tensor | None
     activation: Activation = None
     p: Any = 0.0
-    source: Source = (None, None)
+    source: Source = NO_SOURCE
 
 
 @for_subclasses
@@ -151,12 +151,14 @@ def shared_by_batch(
     training: bool = True,
     inplace: bool = False,
     *,
-    source: Source = (None, None),
+    source: Source = NO_SOURCE,
     store: str = "bits",
 ) -> Tensor:
     """`dropout` of units on the last axis, with one mask for all other axes."""
     shape = _shared_shape(h, None)
-    return dropout(h, p, training, inplace, generator=source[0], seed=source[1], noise_shape=shape, store=store)
+    generator, seed, part = source
+    given: dict[str, Any] = {"generator": generator, "seed": seed, "part": part}
+    return dropout(h, p, training, inplace, noise_shape=shape, store=store, **given)
 
 
 def _shared_shape(h: Tensor, units: int | None) -> list[Any]:
@@ -176,10 +178,10 @@ def _draw(x: Tensor, layer: _Layer, p: Any, compact: bool) -> _Computed:
     """The units to compute: the kept ones, and as many dropped ones as fill the last line of them."""
     if not compact:
         return _Computed(None, None, layer.source)
-    seed = seed_for_kernel(x, layer.source)
-    if isinstance(seed, Tensor):  # which is on a GPU
-        return _Computed(None, None, (None, seed))
     units = layer.weight.shape[0]
+    seed = seed_for_kernel(x, layer.source, shape=(1, units), shared=(1, None))
+    if isinstance(seed, Tensor):  # which is on a GPU
+        return _Computed(None, None, (None, seed, None))
     kept = draw_kept(units, seed, threshold_of(p))
     computed = np.zeros(units, np.bool_)
     computed[kept] = True
@@ -259,7 +261,7 @@ def _layers(
             checks.function("activation", function)
     seeds = _one_each("seed", seed, hidden)
     rates = _one_each("p", p, hidden)
-    sources = [(generator, own) for own in seeds]
+    sources = [(generator, own, None) for own in seeds]
     whole = zip(weights, biases, activations, rates, sources, strict=False)
     return [*itertools.starmap(_Layer, whole), _Layer(weights[-1], biases[-1])]
 

@@ -5,6 +5,7 @@ Each function works out its scaling. `routing` does the rest.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ...core import checks
-from .plan import Seed, check_tensor, for_subclasses
+from ...core.part import Part
+from .plan import Seed, Whole, check_tensor, for_subclasses
 from .routing import drop, gaussian
 
 __all__ = [
@@ -31,6 +33,7 @@ def dropout(
     *,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
+    part: Part | Sequence[Part] | Tensor | None = None,
     noise_shape: Any = None,
     store: str = "bits",
     scaling: str = "inverted",
@@ -55,9 +58,14 @@ def dropout(
     generator : torch.Generator, optional
         Of input's device. None is torch's default generator there, which `torch.manual_seed` sets. Each call takes
         one number. Can't be compiled, and checkpointing doesn't restore it: give ``seed`` there.
-    seed : int from 0 to 2**64 - 1, or Tensor of one int64, optional
+    seed : int from 0 to 2**64 - 1, or Tensor of one int64 or two, optional
         Draws the mask from this number and nothing from any generator. Ints that vary in a compiled function must be
-        below 2**63. A tensor on input's GPU is read there when the kernel runs.
+        below 2**63. A tensor on input's GPU is read there when the kernel runs. The second of two numbers, on the CPU,
+        is the seed's offset, such as the number of a training step.
+    part : fastdrop.Part, sequence of them, or Tensor of int64, optional
+        Of which whole input is a part: its mask is that part of the whole's. Processes that hold parts and have one
+        seed drop together as one process would. A sequence has parts that lie one after the other along an axis. A
+        tensor has what `cells_of` gives.
     noise_shape : sequence of (int or None), optional
         1 on axes that share one decision, None or the full extent elsewhere, as in Keras.
     store : {"bits", "seed"}
@@ -72,8 +80,8 @@ def dropout(
     Raises
     ------
     ValueError
-        p or seed out of range; noise_shape that does not fit; unknown store or scaling; both seed and generator; a
-        seed tensor of more than one number or on another GPU; p on a GPU.
+        p or seed out of range; noise_shape or part that does not fit; unknown store or scaling; both seed and
+        generator; a seed tensor of more than two numbers or on another GPU; p on a GPU.
     TypeError
         input that is no Tensor; p or seed of another type; p that requires grad.
     RuntimeError
@@ -97,13 +105,15 @@ def dropout(
     """
     if has_torch_function_unary(input):
         options = {"generator": generator, "seed": seed, "noise_shape": noise_shape, "store": store, "scaling": scaling}
+        options["part"] = part
         return handle_torch_function(dropout, (input,), input, p=p, training=training, inplace=inplace, **options)
     if scaling != "inverted":
         checks.scaling(scaling)
     if noise_shape is not None and not torch.compiler.is_compiling() and not getattr(input, "is_nested", False):
         check_tensor(input)
-        noise_shape = checks.noise_shape(noise_shape, tuple(input.shape))
-    return drop(input, p, training, inplace, (generator, seed), noise_shape, store, scaling)
+        checks.noise_shape(noise_shape, tuple(input.shape))
+        noise_shape = tuple(noise_shape)
+    return drop(input, p, training, inplace, (generator, seed, part), noise_shape, store, scaling)
 
 
 @for_subclasses
@@ -115,6 +125,7 @@ def alpha_dropout(
     *,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
 ) -> Tensor:
     """Returns input with elements dropped to SELU's floor, shifted and scaled back to mean 0 and variance 1:
@@ -123,7 +134,7 @@ def alpha_dropout(
     Parameters
     ----------
     input : Tensor of a float dtype, any shape ``(*)``
-    p, inplace, generator, seed, store
+    p, inplace, generator, seed, part, store
         As in `dropout`, with the same errors. RuntimeError for complex input.
     training : bool
         False, torch's default here, returns input itself.
@@ -135,7 +146,7 @@ def alpha_dropout(
     >>> fdt.alpha_dropout(torch.zeros(4), 0.5, True, seed=4)
     tensor([-0.7792, -0.7792,  0.7792,  0.7792])
     """
-    return drop(input, p, training, inplace, (generator, seed), None, store, "alpha")
+    return drop(input, p, training, inplace, (generator, seed, part), None, store, "alpha")
 
 
 @for_subclasses
@@ -146,6 +157,7 @@ def drop_connect(
     *,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
     scaling: str = "inverted",
 ) -> Tensor:
@@ -162,7 +174,7 @@ def drop_connect(
             [2., 0., 2.]])
     """
     checks.scaling(scaling)
-    return drop(weight, p, training, False, (generator, seed), None, store, scaling)
+    return drop(weight, p, training, False, (generator, seed, part), None, store, scaling)
 
 
 @for_subclasses
@@ -174,6 +186,7 @@ def gaussian_dropout(
     *,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
 ) -> Tensor:
     """Returns input times Gaussian noise of mean 1 and variance ``p / (1 - p)``.
 
@@ -182,7 +195,7 @@ def gaussian_dropout(
     input : Tensor of a float dtype, any shape ``(*)``
     p : float or Tensor of one number
         From 0 to below 1, otherwise ValueError. Only here may a tensor require grad.
-    training, inplace, generator, seed
+    training, inplace, generator, seed, part
         As in `dropout`, with the same errors. RuntimeError for complex input.
 
     Kept for backward: 8 bytes, from which the noise is drawn again, and input if p requires grad. The noise of a
@@ -192,4 +205,4 @@ def gaussian_dropout(
     >>> fdt.gaussian_dropout(torch.ones(3), 0.5, seed=4)
     tensor([-0.4915,  1.1203,  1.2279])
     """
-    return gaussian(input, p, training, inplace, (generator, seed))
+    return gaussian(input, p, training, inplace, (generator, seed, part))

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core import checks
 from . import fused_calls as calls
 from .fused_calls import Options
-from .plan import Seed, check_tensor, for_subclasses
+from .plan import Seed, Whole, check_tensor, for_subclasses
 
 __all__ = [
     "bias_act_dropout",
@@ -35,6 +35,7 @@ def dropout_add(
     *,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
 ) -> Tensor:
     """Returns ``residual + dropout(input, p)``: the end of a residual branch.
@@ -49,7 +50,7 @@ def dropout_add(
         without compiling anew.
     training : bool
         False drops nothing and draws nothing, and so does p = 0.
-    generator, seed
+    generator, seed, part
         As in `dropout`, whose mask it is: of a call of this shape with the same seed.
     store : {"bits", "seed"}
         What is kept for backward: 1/8 byte per element, or 8 bytes in all, from which backward draws the mask again.
@@ -78,7 +79,7 @@ def dropout_add(
     tensor([0., 1., 4., 5., 4., 7.])
     """
     check_tensor(residual, "residual")
-    return calls.pointwise(input, Options(p, training, (generator, seed), store), residual=residual)
+    return calls.pointwise(input, Options(p, training, (generator, seed, part), store), residual=residual)
 
 
 @for_subclasses
@@ -91,6 +92,7 @@ def bias_dropout_add(
     *,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
 ) -> Tensor:
     """Returns ``residual + dropout(input + bias, p)``: `dropout_add` after a linear layer without its bias.
@@ -99,7 +101,7 @@ def bias_dropout_add(
     ----------
     input : Tensor, ``(*, columns)``, of the dtypes of `dropout_add`
     bias : Tensor of any float dtype, ``(columns,)``
-    residual, p, training, generator, seed, store
+    residual, p, training, generator, seed, part, store
         As in `dropout_add`, with the same result and errors. ValueError for a bias of another shape.
 
     Kept for backward: a bit per element, or a seed. The bias's gradient is summed in float32 (float64 for float64) in
@@ -113,7 +115,7 @@ def bias_dropout_add(
     """
     check_tensor(bias, "bias")
     check_tensor(residual, "residual")
-    return calls.pointwise(input, Options(p, training, (generator, seed), store), bias, residual=residual)
+    return calls.pointwise(input, Options(p, training, (generator, seed, part), store), bias, residual=residual)
 
 
 @for_subclasses
@@ -126,6 +128,7 @@ def bias_act_dropout(
     *,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
 ) -> Tensor:
     """Returns ``dropout(activation(input + bias), p)``: the middle of a feed-forward block.
@@ -136,7 +139,7 @@ def bias_act_dropout(
     bias : Tensor of any float dtype, ``(columns,)``, or None
     activation : {"relu", "gelu", "gelu_tanh", "silu", None}
         "gelu_tanh" is ``F.gelu(x, approximate="tanh")``. ValueError for another name.
-    p, training, generator, seed, store
+    p, training, generator, seed, part, store
         As in `dropout_add`, with the same errors. ValueError for a bias of another shape.
 
     Returns
@@ -150,7 +153,7 @@ def bias_act_dropout(
     >>> fdt.bias_act_dropout(torch.arange(-2.0, 4.0), None, 0.5, "relu", seed=4)
     tensor([0., 0., 0., 2., 0., 6.])
     """
-    return calls.pointwise(input, Options(p, training, (generator, seed), store), bias, activation=activation)
+    return calls.pointwise(input, Options(p, training, (generator, seed, part), store), bias, activation=activation)
 
 
 @for_subclasses
@@ -162,6 +165,7 @@ def swiglu_dropout(
     *,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
 ) -> Tensor:
     """Returns ``dropout(silu(gate) * up, p)``: the middle of a gated feed-forward block.
@@ -171,7 +175,7 @@ def swiglu_dropout(
     gate : Tensor of float32, float64, float16 or bfloat16, any shape ``(*)``
     up : Tensor of gate's shape and dtype
         Autocast promotes other dtypes.
-    p, training, generator, seed, store
+    p, training, generator, seed, part, store
         As in `dropout_add`, with the same errors.
 
     Returns
@@ -186,7 +190,7 @@ def swiglu_dropout(
     tensor([0.0000, 0.0000, 3.5232, 5.7154])
     """
     check_tensor(up, "up")
-    return calls.pointwise(gate, Options(p, training, (generator, seed), store), multiplier=up, activation="silu")
+    return calls.pointwise(gate, Options(p, training, (generator, seed, part), store), multiplier=up, activation="silu")
 
 
 @for_subclasses
@@ -199,6 +203,7 @@ def geglu_dropout(
     approximate: str = "none",
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
 ) -> Tensor:
     """Returns ``dropout(F.gelu(gate, approximate=approximate) * up, p)``: the gated feed-forward block of T5 v1.1.
@@ -210,7 +215,7 @@ def geglu_dropout(
         Autocast promotes other dtypes.
     approximate : {"none", "tanh"}
         The exact gelu, or its approximation by tanh, which T5 v1.1 and Gemma use ("gelu_new"). ValueError for another.
-    p, training, generator, seed, store
+    p, training, generator, seed, part, store
         As in `dropout_add`, with the same errors.
 
     Returns
@@ -226,7 +231,9 @@ def geglu_dropout(
     checks.choice("approximate", approximate, ("none", "tanh"))
     check_tensor(up, "up")
     activation = "gelu" if approximate == "none" else "gelu_tanh"
-    return calls.pointwise(gate, Options(p, training, (generator, seed), store), multiplier=up, activation=activation)
+    return calls.pointwise(
+        gate, Options(p, training, (generator, seed, part), store), multiplier=up, activation=activation
+    )
 
 
 @for_subclasses
@@ -242,6 +249,7 @@ def dropout_add_layer_norm(
     input_bias: Tensor | None = None,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(layer_norm(sum, weight, bias), sum)`` with ``sum = residual + dropout(input + input_bias, p)``.
@@ -258,7 +266,7 @@ def dropout_add_layer_norm(
         weight and bias belong to the norm, and input_bias is added to input.
     eps : float
         Added to the variance.
-    p, training, generator, seed, store
+    p, training, generator, seed, part, store
         As in `dropout_add`, with the same errors. ValueError for other shapes or input without axes.
 
     Returns
@@ -280,7 +288,7 @@ def dropout_add_layer_norm(
             [ 0.7071, -1.4142,  0.7071]])
     """
     tensors = input, input_bias, residual, weight, bias
-    return calls.norm(tensors, Options(p, training, (generator, seed), store), eps, centred=True)
+    return calls.norm(tensors, Options(p, training, (generator, seed, part), store), eps, centred=True)
 
 
 @for_subclasses
@@ -295,6 +303,7 @@ def dropout_add_rms_norm(
     input_bias: Tensor | None = None,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(rms_norm(sum, weight), sum)`` with ``sum = residual + dropout(input + input_bias, p)``.
@@ -303,7 +312,7 @@ def dropout_add_rms_norm(
     ----------
     eps : float, optional
         Added to the mean square. None is float32's eps, or float64's for float64, as in ``F.rms_norm``.
-    input, residual, weight, p, training, input_bias, generator, seed, store
+    input, residual, weight, p, training, input_bias, generator, seed, part, store
         As in `dropout_add_layer_norm`, with the same results, errors and memory for backward.
 
     Source: Zhang and Sennrich, "Root mean square layer normalization", NeurIPS 2019.
@@ -315,7 +324,7 @@ def dropout_add_rms_norm(
             [1.2247, 0.0000, 1.2247]])
     """
     tensors = input, input_bias, residual, weight, None
-    return calls.norm(tensors, Options(p, training, (generator, seed), store), eps, centred=False)
+    return calls.norm(tensors, Options(p, training, (generator, seed, part), store), eps, centred=False)
 
 
 @for_subclasses
@@ -329,6 +338,7 @@ def softmax_dropout(
     *,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
 ) -> Tensor:
     """Returns ``dropout(softmax(scale * scores + attn_mask), p)`` along the last axis: the weights of attention.
@@ -341,7 +351,7 @@ def softmax_dropout(
         Added to the scores. In a mask of bool, False excludes a key. A row in which no key is left is 0.
     causal : bool
         A query sees the keys up to its own number. With an attn_mask too, it sees the keys that both allow.
-    p, training, generator, seed, store
+    p, training, generator, seed, part, store
         As in `dropout_add`, with the same errors. ValueError for an attn_mask that does not broadcast, for a scale
         that is not finite, and for scores without axes, or with one under ``causal``.
 
@@ -357,4 +367,4 @@ def softmax_dropout(
     tensor([[0., 0., 0., 0.],
             [0., 1., 0., 0.]])
     """
-    return calls.softmax(scores, Options(p, training, (generator, seed), store), attn_mask, scale, causal)
+    return calls.softmax(scores, Options(p, training, (generator, seed, part), store), attn_mask, scale, causal)

@@ -110,7 +110,7 @@ def lora_linear(
     scaling = scaling + 0.0 if torch.compiler.is_compiling() else checks.finite("scaling", scaling)
     check_arguments(*arguments, dtype)
     way, p, drops = plan_call(x, p, training, arguments[1:])
-    source = generator, seed
+    source = generator, seed, None
     if not drops:
         check_unused_seed(source)
     elif way == KERNEL:

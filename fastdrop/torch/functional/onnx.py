@@ -19,12 +19,12 @@ def is_exported() -> bool:
     return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
-def drop(x: Tensor, p: Any, source: tuple[Any, Any], mask_shape: Any = None, scaling: str = "inverted") -> Tensor:
-    """Dropout as ONNX has it. ``source`` is the generator and the seed of the call."""
+def drop(x: Tensor, p: Any, source: tuple[Any, Any, Any], mask_shape: Any = None, scaling: str = "inverted") -> Tensor:
+    """Dropout as ONNX has it. ``source`` is the generator, the seed and the part of the call."""
     if mask_shape is not None or scaling != "inverted":
         refuse("decisions that elements share, and no other scaling than 1 / (1 - p)")
-    if isinstance(p, Tensor) or source != (None, None):
-        refuse("seed, generator or tensor for p")
+    if isinstance(p, Tensor) or any(given is not None for given in source):
+        refuse("seed, generator, part or tensor for p")
     y: Tensor = torch.ops.aten.native_dropout.default(x, p, True)[0]
     return y
 

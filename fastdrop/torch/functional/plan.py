@@ -20,7 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ...core import checks
 from ..ops import mask as mask_ops
-from ..runtime import seeds, tracing
+from ..runtime import located, seeds, tracing
 from ..runtime.dispatch import is_eager_dense, is_transformed
 from ..runtime.dispatch.compilers import constant_in_graphs
 from ..runtime.dispatch.tensors import check_inplace, is_in_dispatch_mode, may_be_differentiated_forward
@@ -52,8 +52,13 @@ MASK_OPS = "mask ops"
 ONNX = "onnx"
 
 Seed = int | Tensor | None
-Source = tuple[torch.Generator | None, Seed]  # what a caller gives to draw from
-NO_SOURCE: Source = (None, None)  # torch's default generator
+Whole = Any  # what a caller may give as ``part``: a `Part`, a sequence of them, or the cells as a tensor
+Source = tuple[torch.Generator | None, Seed, Whole]  # what a caller gives to draw from, and of which whole x is a part
+NO_SOURCE: Source = (None, None, None)  # torch's default generator
+Shape = tuple[int, ...]
+# Which axes share decisions, as a noise_shape says it: 1, and None or the full extent where they don't. That x has an
+# extent of 1 does not tell: the part of one process may have one.
+Cells = tuple[int | None, ...] | None
 Plan = tuple[str, Any, bool]  # the way; p, a number or a tensor that must not be read yet; whether the call drops
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -99,21 +104,34 @@ def wants_gradient(tensors: Iterable[Tensor | None]) -> bool:
     return False
 
 
-def seed_for_kernel(x: Tensor, source: Source, inplace: bool = False) -> int | Tensor:
-    """The seed of a call that drops by a kernel: a number, or a tensor if a CUDA kernel is to read it."""
-    generator, seed = source
+def seed_for_kernel(
+    x: Tensor, source: Source, inplace: bool = False, shape: Shape | None = None, shared: Cells = None
+) -> Any:
+    """The seed of a call that drops by a kernel: a number, a `Located`, or a tensor if a CUDA kernel is to read it.
+
+    The mask is for data of a shape, x's unless given.
+    """
+    generator, seed, part = source
     if seed is not None:
         seed = seeds.from_caller(seed, generator, x)
+    if part is not None:  # found good or bad before anything is drawn
+        part = located.runs_of(part, tuple(x.shape) if shape is None else shape, shared)
     if inplace:
         check_inplace(x)
-    if seed is not None:
-        return seed
-    return seeds.next_cuda_seed(x.device, generator) if x.is_cuda else seeds.next_seed(generator)
+    if seed is None:
+        seed = seeds.next_cuda_seed(x.device, generator) if x.is_cuda else seeds.next_seed(generator)
+    return seed if part is None else located.locate(seed, part)
 
 
-def seed_for_ops(x: Tensor, source: Source) -> Tensor:
-    """The seed of a call that drops by an op: a tensor."""
-    generator, seed = source
+def seed_for_ops(x: Tensor, source: Source, shape: Shape | None = None, shared: Cells = None) -> Tensor:
+    """The seed of a call that drops by an op: a tensor. Arguments are those of `seed_for_kernel`."""
+    generator, seed, part = source
+    cells = None if part is None else located.cells_of(part, tuple(x.shape) if shape is None else shape, shared)
+    drawn = _tensor_seed(x, generator, seed)
+    return drawn if cells is None else seeds.with_cells(drawn, cells)
+
+
+def _tensor_seed(x: Tensor, generator: torch.Generator | None, seed: Seed) -> Tensor:
     if seed is not None:
         return seeds.as_tensor(seed, generator, like=x)
     if generator is None:
@@ -125,7 +143,7 @@ def seed_for_ops(x: Tensor, source: Source) -> Tensor:
 
 def check_unused_seed(source: Source) -> None:
     """Refuses a bad seed in a call that draws nothing."""
-    generator, seed = source
+    generator, seed, _ = source
     if seed is not None and not _is_compiling():
         seeds.check(seed, generator)
 

@@ -126,7 +126,7 @@ def skip_residual(
     """
     check_tensor(x, "x")
     _check_arguments(x, branch, min_p, along, count)
-    plan, source = plan_call(x, p, training, what="drop probability"), (generator, seed)
+    plan, source = plan_call(x, p, training, what="drop probability"), (generator, seed, None)
     way, p, drops = plan
     if not drops:
         check_unused_seed(source)
@@ -138,18 +138,19 @@ def skip_residual(
         if not known:
             raise TypeError("count='fixed' must have p as a number in compiled code, but got a Tensor")
         return _keep_fixed(x, branch, along, plan, source, (scale_by_keep, all_run))
-    chosen: Any = seed_for_kernel(x, source) if way == KERNEL else None if way == ONNX else seed_for_ops(x, source)
+    take_seed = seed_for_kernel if way == KERNEL else seed_for_ops
+    chosen: Any = None if way == ONNX else take_seed(x, source, shared=(None,) + (1,) * (x.dim() - 1))
     if way != KERNEL or all_run or isinstance(chosen, Tensor):
         y = _run(branch, x, along)
         scaling = "inverted" if scale_by_keep else "standard"
-        source = source if way == ONNX else (None, chosen)
+        source = source if way == ONNX else (None, chosen, None)
         return x + stochastic_depth(y, p, "row", generator=source[0], seed=source[1], scaling=scaling)
     threshold = threshold_of(p)  # type: ignore[arg-type]
     index = torch.from_numpy(draw_kept(len(x), chosen, threshold))
     return _run_kept(x, branch, along, index, keep_scale(threshold) if scale_by_keep else 1.0)
 
 
-def draw_kept(cells: int, seed: int, threshold: int) -> NDArray[np.intp]:
+def draw_kept(cells: int, seed: Any, threshold: int) -> NDArray[np.intp]:
     """The numbers of the cells that a mask keeps, drawn on the CPU."""
     words = mask_kernels.draw_mask(_ON_CPU, cells, seed, threshold)
     return np.flatnonzero(unpack_words(mask_words(words), cells))

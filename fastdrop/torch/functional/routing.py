@@ -40,10 +40,10 @@ _is_compiling = torch.compiler.is_compiling
 
 
 def drop(
-    x: Tensor, p: float | Tensor, training: bool, inplace: bool, source: Source, cells: Any, store: str, scaling: str
+    x: Tensor, p: float | Tensor, training: bool, inplace: bool, source: Source, shared: Any, store: str, scaling: str
 ) -> Tensor:
-    """Everything that keeps or drops. ``source`` is the generator and the seed, and ``cells`` the mask's shape, which
-    fits x, or None if each element has its own cell. ``scaling`` is one of `variants.affine`."""
+    """Everything that keeps or drops. ``source`` is the generator, the seed and the part. ``shared`` says along which
+    axes elements share decisions; None: along none. ``scaling`` is one of `variants.affine`."""
     if type(x) is not Tensor:
         check_tensor(x)
     way, p, drops = plan_call(x, p, training)
@@ -53,14 +53,13 @@ def drop(
         check_unused_seed(source)
         return _evaluated(x, p, inplace) if scaling == "standard" and not training else x
     if way != KERNEL:
-        return _drop_by_ops(x, p, way, inplace, source, cells, store, scaling)
+        return _drop_by_ops(x, p, way, inplace, source, shared, store, scaling)
     if x.dtype not in DTYPES:
         dtypes.check_dtype(x)
     if scaling == "alpha":
         dtypes.check_real(x, "alpha dropout")
-    if cells is not None and cells == x.shape:
-        cells = None
-    seed = seed_for_kernel(x, source, inplace)
+    cells = None if shared is None else _full_extents(shared, x)
+    seed = seed_for_kernel(x, source, inplace, None, shared)
     threshold = threshold_of(p)  # type: ignore[arg-type]
     affine = variants.affine(scaling, threshold)
     if x.requires_grad and torch.is_grad_enabled():
@@ -104,7 +103,7 @@ _apply_dropout = fast_apply(Dropout)
 
 
 def _drop_by_ops(
-    x: Tensor, p: Any, way: str, inplace: bool, source: Source, cells: Any, store: str, scaling: str
+    x: Tensor, p: Any, way: str, inplace: bool, source: Source, shared: Any, store: str, scaling: str
 ) -> Tensor:
     """`drop` for all but eager dense tensors. Compilers look into this function: it does as little as it can.
 
@@ -119,15 +118,16 @@ def _drop_by_ops(
         def dropped(values: Tensor, cells: Any) -> Tensor:
             return drop(values, p, True, False, source, cells, store, scaling)
 
-        y = nested.drop(x, cells, scaling, dropped)
+        if source[2] is not None:
+            raise RuntimeError("part takes dense tensors, but got a nested one: call dropout on each of x.unbind()")
+        y = nested.drop(x, shared, scaling, dropped)
         return nested.write(x, y) if inplace else y
     nested.check_dense(x)
-    if cells is not None:
-        cells = _full_extents(cells, x)
+    cells = None if shared is None else _full_extents(shared, x)
     if way == ONNX:
         y = onnx.drop(x, p, source, cells, scaling)
     else:
-        y = drop_by_op(x, p, seed_for_ops(x, source), cells, store == "bits", scaling)
+        y = drop_by_op(x, p, seed_for_ops(x, source, None, shared), cells, store == "bits", scaling)
     return x.copy_(y) if inplace else y
 
 
@@ -136,13 +136,14 @@ def drop_by_op(x: Tensor, p: Any, seed: Any, cells: Any, store_bits: bool, scali
     return y
 
 
-def _full_extents(cells: Any, x: Tensor) -> Any:
+def _full_extents(shared: Any, x: Tensor) -> Any:
     """The mask's shape as ops take it, or None if each element has its own cell."""
+    if len(shared) != x.dim():
+        raise ValueError("noise_shape must have one entry per axis of x")
+    cells = [x.shape[i] if extent is None else extent for i, extent in enumerate(shared)]
     if _is_compiling():
-        if len(cells) != x.dim():
-            raise ValueError("noise_shape must have one entry per axis of x")
-        return [x.shape[i] if extent is None else extent for i, extent in enumerate(cells)]
-    return None if cells == x.shape else _numbers(cells)
+        return cells
+    return None if cells == list(x.shape) else _numbers(tuple(cells))
 
 
 def _numbers(cells: Any) -> Any:

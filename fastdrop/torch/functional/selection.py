@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,8 @@ def select_fixed(
     The seed is that of a call on x which goes a way. If the host knows it, the result is on ``device``, otherwise on
     that of x.
     """
-    seed = seed_for_kernel(x, source) if way == KERNEL else seed_for_ops(x, source)
+    take_seed = seed_for_kernel if way == KERNEL else seed_for_ops
+    seed: Any = take_seed(x, source, shape=shape)
     if isinstance(seed, Tensor):
         ones = x.new_ones(shape, dtype=torch.float64)
         keys = mask_ops.GAUSSIAN(mask_ops.Gaussian(ones, seed, NORMAL_P))

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import checks, variants
-from ..runtime.nested import shape_of
-from .plan import Seed, check_tensor, eager_probability, for_subclasses
+from .plan import Cells, Seed, Whole, check_tensor, eager_probability, for_subclasses
 from .routing import drop, drop_block
 
 __all__ = [
@@ -38,6 +37,7 @@ def dropout1d(
     *,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
 ) -> Tensor:
     """Returns input with whole channels dropped: `torch.nn.functional.dropout1d`, faster.
@@ -45,7 +45,7 @@ def dropout1d(
     Parameters
     ----------
     input : Tensor, ``(N, C, L)`` or ``(C, L)``
-    p, training, inplace, generator, seed, store
+    p, training, inplace, generator, seed, part, store
         As in `dropout`, with the same errors. RuntimeError for input of other ranks, as torch's.
 
     Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
@@ -57,7 +57,7 @@ def dropout1d(
             [2., 2.]])
     """
     cells = _feature_cells(input, p, training, F.dropout1d, (2, 3), 3)
-    return drop(input, p, training, inplace, (generator, seed), cells, store, "inverted")
+    return drop(input, p, training, inplace, (generator, seed, part), cells, store, "inverted")
 
 
 @for_subclasses
@@ -69,6 +69,7 @@ def dropout2d(
     *,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
 ) -> Tensor:
     """Returns input with whole channels dropped: `torch.nn.functional.dropout2d`, faster.
@@ -77,7 +78,7 @@ def dropout2d(
     ----------
     input : Tensor, ``(N, C, H, W)``
         Input of three axes is taken for ``(N, C, L)``, with torch's warning. Other ranks are deprecated, as in torch.
-    p, training, inplace, generator, seed, store
+    p, training, inplace, generator, seed, part, store
         As in `dropout`, with the same errors. Channels-last tensors stay channels-last.
 
     Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
@@ -89,7 +90,7 @@ def dropout2d(
             [2., 2.]])
     """
     cells = _feature_cells(input, p, training, F.dropout2d, (4,), None)
-    return drop(input, p, training, inplace, (generator, seed), cells, store, "inverted")
+    return drop(input, p, training, inplace, (generator, seed, part), cells, store, "inverted")
 
 
 @for_subclasses
@@ -101,6 +102,7 @@ def dropout3d(
     *,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
 ) -> Tensor:
     """Returns input with whole channels dropped: `torch.nn.functional.dropout3d`, faster.
@@ -109,7 +111,7 @@ def dropout3d(
     ----------
     input : Tensor, ``(N, C, D, H, W)`` or ``(C, D, H, W)``
         Other ranks are deprecated, with torch's warning.
-    p, training, inplace, generator, seed, store
+    p, training, inplace, generator, seed, part, store
         As in `dropout`, with the same errors.
 
     Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
@@ -121,7 +123,7 @@ def dropout3d(
             [2., 2.]])
     """
     cells = _feature_cells(input, p, training, F.dropout3d, (4, 5), 5)
-    return drop(input, p, training, inplace, (generator, seed), cells, store, "inverted")
+    return drop(input, p, training, inplace, (generator, seed, part), cells, store, "inverted")
 
 
 @for_subclasses
@@ -133,6 +135,7 @@ def feature_alpha_dropout(
     *,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
 ) -> Tensor:
     """Returns `alpha_dropout` of input, whole channels dropped: `torch.nn.functional.feature_alpha_dropout`, faster.
@@ -145,7 +148,7 @@ def feature_alpha_dropout(
     tensor([[-0.7792, -0.7792],
             [ 0.7792,  0.7792]])
     """
-    return drop(input, p, training, inplace, (generator, seed), _channels(input, p, training), store, "alpha")
+    return drop(input, p, training, inplace, (generator, seed, part), _channels(input, p, training), store, "alpha")
 
 
 @for_subclasses
@@ -158,6 +161,7 @@ def variational_dropout(
     *,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
     scaling: str = "inverted",
 ) -> Tensor:
@@ -170,7 +174,7 @@ def variational_dropout(
         Drop probability, 0 to 1.
     time_axis : int
         The axis along which decisions are shared; ValueError or TypeError if input does not have it.
-    training, inplace, generator, seed, store, scaling
+    training, inplace, generator, seed, part, store, scaling
         As in `dropout`, with the same errors.
 
     Kept for backward: a bit per element of one step, or a seed. Source: Gal and Ghahramani, NeurIPS 2016.
@@ -183,8 +187,8 @@ def variational_dropout(
     """
     checks.scaling(scaling)
     check_tensor(input)
-    cells = variants.shared_cells(shape_of(input), checks.axis("time_axis", time_axis, input.dim()))
-    return drop(input, p, training, inplace, (generator, seed), cells, store, scaling)
+    cells = variants.shared_cells(_unknown(input), checks.axis("time_axis", time_axis, input.dim()))
+    return drop(input, p, training, inplace, (generator, seed, part), cells, store, scaling)
 
 
 @for_subclasses
@@ -197,6 +201,7 @@ def stochastic_depth(
     *,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     store: str = "bits",
     scaling: str = "inverted",
 ) -> Tensor:
@@ -209,7 +214,7 @@ def stochastic_depth(
         Drop probability of the branch, 0 to 1.
     mode : {"batch", "row"}
         "row" decides for each sample, "batch" once for all samples. ValueError for another.
-    training, inplace, generator, seed, store, scaling
+    training, inplace, generator, seed, part, store, scaling
         As in `dropout`, with the same errors. (``scaling="standard"`` is that of the paper.)
 
     Kept for backward: a bit per sample, or a seed. Source: Huang et al., ECCV 2016.
@@ -224,8 +229,8 @@ def stochastic_depth(
     check_tensor(input)
     if not torch.compiler.is_compiling():
         p = eager_probability(p, "drop probability")
-    cells = variants.sample_cells(shape_of(input), mode)
-    return drop(input, p, training, inplace, (generator, seed), cells, store, scaling)
+    cells = variants.sample_cells(_unknown(input), mode)
+    return drop(input, p, training, inplace, (generator, seed, part), cells, store, scaling)
 
 
 @for_subclasses
@@ -265,7 +270,7 @@ def drop_block2d(
             [1.2000, 0.0000, 0.0000, 1.2000, 1.2000, 1.2000],
             [1.2000, 1.2000, 1.2000, 1.2000, 1.2000, 1.2000]])
     """
-    return drop_block(input, p, (block_size, 2), inplace, training, couple_channels, (generator, seed))
+    return drop_block(input, p, (block_size, 2), inplace, training, couple_channels, (generator, seed, None))
 
 
 @for_subclasses
@@ -287,7 +292,7 @@ def drop_block3d(
     >>> y.shape, bool((y == 0).any()), round(float(y.mean()), 4)
     (torch.Size([1, 2, 6, 6, 6]), True, 1.0)
     """
-    return drop_block(input, p, (block_size, 3), inplace, training, couple_channels, (generator, seed))
+    return drop_block(input, p, (block_size, 3), inplace, training, couple_channels, (generator, seed, None))
 
 
 def _feature_cells(
@@ -297,7 +302,7 @@ def _feature_cells(
     theirs: Callable[..., Tensor],
     ranks: tuple[int, ...],
     batched: int | None,
-) -> tuple[int, ...]:
+) -> Cells:
     """A cell for each channel. ``theirs`` is torch's function for tensors of these ranks. x has samples if its rank is
     ``batched``; None means that it always has."""
     check_tensor(x)
@@ -306,11 +311,16 @@ def _feature_cells(
         theirs(x, 0.0, False)  # warns of other ranks, or refuses them, as torch does
     if batched is None or rank == batched or not rank:
         return _channels(x, p, training)
-    return variants.feature_cells(shape_of(x), 0)
+    return variants.feature_cells(_unknown(x), 0)
 
 
-def _channels(x: Tensor, p: float | Tensor, training: bool) -> tuple[int, ...]:
+def _channels(x: Tensor, p: float | Tensor, training: bool) -> Cells:
     check_tensor(x)
     if x.dim() < 2 and training and (isinstance(p, Tensor) or p != 0.0):
         raise RuntimeError("Feature dropout requires at least 2 dimensions in the input")
-    return variants.feature_cells(shape_of(x), 1)
+    return variants.feature_cells(_unknown(x), 1)
+
+
+def _unknown(x: Tensor) -> tuple[int | None, ...]:
+    """x's shape without its extents, so that 1 stands for axes along which elements share decisions."""
+    return (None,) * x.dim()

@@ -82,7 +82,7 @@ def token_dropout(
     n, length = x.shape[0], x.shape[1]
     if length < keep_first:
         raise ValueError(f"x must have at least keep_first={keep_first} tokens on axis 1, but got {length}")
-    source = (generator, seed)
+    source = generator, seed, None
     way, p, drops = plan_call(x, p, training, what="drop probability")
     if drops and jit_trace() is not None:
         raise RuntimeError(

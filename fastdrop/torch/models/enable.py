@@ -183,7 +183,7 @@ def _kernel(name: str, features: bool, scaling: str, inplace: bool) -> Any:
             or (scaling == "alpha" and input.is_complex())
         ):
             return torchs(input, p, train)
-        cells = variants.feature_cells(tuple(input.shape), 1) if features else None
+        cells = variants.feature_cells((None,) * input.dim(), 1) if features else None
         try:
             return drop(input, p, train, inplace, NO_SOURCE, cells, "bits", scaling)
         except (NotImplementedError, TypeError):

@@ -158,7 +158,7 @@ class LayerDrop(Seeded, nn.ModuleList):
         if drops and self.static_parameters and not isinstance(x, Tensor):
             raise TypeError(f"static_parameters=True takes a Tensor as input, but got {type(x).__name__}")
         options = self.source_options() if drops else {}
-        source: Source = options.get("generator"), options.get("seed")
+        source: Source = options.get("generator"), options.get("seed"), None
         if drops and (torch.compiler.is_compiling() or is_transformed() or is_in_dispatch_mode() or jit_trace()):
             return self._select(x, (p, source), args, kwargs)
         kept = _draw_layers(len(self), p, source) if drops else range(len(self))
@@ -173,7 +173,9 @@ class LayerDrop(Seeded, nn.ModuleList):
         """Runs all layers, and takes the results of those that are kept. ``drawn`` is p and the source of the seed."""
         p, source = drawn
         ones = torch.ones(len(self), device="cpu")
-        flags, _ = mask_ops.FORWARD(mask_ops.Forward(ones, seed_for_ops(ones, source), p, None, False, "standard"))
+        flags, _ = mask_ops.FORWARD(
+            mask_ops.Forward(ones, seed_for_ops(ones, source, shared=(1,)), p, None, False, "standard")
+        )
         kept = (flags != 0.0).to(x.device)
         for i, layer in enumerate(self):
             x = torch.where(kept[i], layer(x, *args, **kwargs), x)
@@ -188,7 +190,7 @@ _ON_CPU = torch.empty(0, device="cpu")
 
 def _draw_layers(count: int, p: Any, source: Source) -> set[int]:
     """The numbers of the layers that are kept, under one seed."""
-    seed: Any = seed_for_kernel(_ON_CPU, source)
+    seed: Any = seed_for_kernel(_ON_CPU, source, shape=(count,), shared=(1,))
     return set(residual.draw_kept(count, seed, threshold(p)).tolist())
 
 

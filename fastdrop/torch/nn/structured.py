@@ -108,7 +108,7 @@ class BatchwiseDropout(Seeded):
         self.p, self.inplace, self.store = checks.dropout_probability(p), inplace, store
 
     def drop_input(self, input: Tensor, **source: Any) -> Tensor:
-        given = source.get("generator"), source.get("seed")
+        given = source.get("generator"), source.get("seed"), source.get("part")
         return shared_by_batch(input, self.rate, self.training, self.inplace, source=given, store=self.store)
 
     def extra_repr(self) -> str:

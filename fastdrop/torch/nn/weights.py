@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from ...core import checks
 from ..functional import onnx
 from ..functional.dropout import dropout
-from ..functional.plan import seed_for_ops
+from ..functional.plan import NO_SOURCE, seed_for_ops
 from ..ops import mask as mask_ops
 from ..runtime.dispatch import hide_from_dynamo, is_transformed
 from ..runtime.dispatch.modules import (
@@ -203,10 +203,10 @@ class DropConnect(Seeded):
             if any(weight is other for _, other, _ in dropped):
                 continue
             if onnx.is_exported():
-                dropped.append((name, weight, onnx.drop(weight, p, (None, None))))
+                dropped.append((name, weight, onnx.drop(weight, p, NO_SOURCE)))
                 continue
             options = self.source_options()
-            seed = seed_for_ops(weight, (options.get("generator"), options.get("seed")))
+            seed = seed_for_ops(weight, (options.get("generator"), options.get("seed"), None))
             value, saved_mask = mask_ops.FORWARD(mask_ops.Forward(weight, seed, p, None, True))
             dropped.append((name, weight, value))
             if hooked and not weight.is_inference():

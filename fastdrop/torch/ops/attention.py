@@ -20,6 +20,7 @@ from ..runtime import attention_kernels, fused_kernels, mask_kernels
 from ..runtime.attention_kernels import Gradients
 from ..runtime.dispatch import hide_from_dynamo
 from ..runtime.dtypes import TAGS, computed
+from ..runtime.located import Located
 from ..runtime.memory import check_words
 from . import formulas
 from . import mask as mask_ops
@@ -203,7 +204,13 @@ def _kernel_call(call: Any, words: Maybe, seed: Any) -> attention_kernels.Call:
     seed = 0 if seed is None else mask_ops.kernel_seed(seed, call.query)
     data = call.query, call.key, call.value, call.attn_mask
     shape = None if call.mask_shape is None else tuple(call.mask_shape)
-    return attention_kernels.Call(*data, words, seed, threshold, call.softmax_scale, call.causal, shape)
+    given = attention_kernels.Call(*data, words, seed, threshold, call.softmax_scale, call.causal, shape)
+    if type(seed) is Located and words is None:
+        seed.check(_cells(call))
+        if not given.has_strides:
+            words = mask_kernels.draw_mask(call.query, _cells(call), seed, threshold)
+            return given._replace(words=words, seed=0)
+    return given
 
 
 def _cells(call: Any) -> Any:
@@ -213,11 +220,12 @@ def _cells(call: Any) -> Any:
 
 def _attention(call: Attention) -> Result:
     given = _kernel_call(call, None, call.seed)
-    if call.store_bits:
+    words = given.words
+    if call.store_bits and words is None:
         words = mask_kernels.draw_mask(call.query, _cells(call), given.seed, given.threshold)
         given = given._replace(words=words)
     y, statistics = attention_kernels.forward(given)
-    return Result(y, statistics if call.keep else None, given.words)
+    return Result(y, statistics if call.keep else None, words if call.store_bits else None)
 
 
 def _attention_outputs(call: Attention) -> Result:

@@ -25,6 +25,7 @@ from ..runtime import dtypes, mask_kernels, tracing
 from ..runtime import seeds as seed_source
 from ..runtime.dispatch import hide_from_dynamo
 from ..runtime.dispatch.ops import innermost_map
+from ..runtime.located import as_int64
 from . import batching
 from .record import Maybe, MaybeSizes, Op, P, Seed, Sizes, called_by_inductor, library, saved_mask, schema
 
@@ -365,7 +366,7 @@ def _draw(like: Tensor, size: list[int], after: Tensor | None = None) -> Tensor:
     seed = seed_source.next_cuda_seed(like.device, None)  # the one that eager code takes
     if isinstance(seed, Tensor):
         return seed
-    return torch.full((), seed_source.as_int64(seed), dtype=torch.int64, device=like.device)
+    return torch.full((), as_int64(seed), dtype=torch.int64, device=like.device)
 
 
 def _draw_outputs(like: Tensor, size: list[int], after: Tensor | None = None) -> Tensor:

@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ...core.checks import BOOL
+from ...core.part import Run
 from ...core.random import keep_scale
 from . import fused_kernels
 from .dispatch import hide_from_dynamo
 from .dtypes import TAGS, computed
 from .fused_kernels import Maybe
+from .located import Located
 
 # Query's gradient is summed in parts until there are so many units of work, or until the sums are so large.
 UNITS = 16
@@ -38,7 +40,7 @@ class Call(NamedTuple):
     value: Maybe
     attn_mask: Maybe
     words: Maybe  # of the mask; None: it is drawn
-    seed: int
+    seed: Any  # an int, or a `Located` of one run
     threshold: int
     softmax_scale: float
     causal: bool
@@ -47,7 +49,39 @@ class Call(NamedTuple):
     @property
     def cell_strides(self) -> tuple[int, int, int, int]:
         """Of the mask's cells along outer indices, heads, queries and keys. 0: they share them."""
-        return _strides_of_cells(self.mask_shape or (*self.query.shape[:-1], self.key.shape[-2]))
+        strides = _strides_of_cells(self.cells)
+        run = self.run
+        return strides if run is None else tuple(map(run.distance, strides))  # type: ignore[return-value]
+
+    @property
+    def cells(self) -> tuple[int, ...]:
+        """The mask's shape."""
+        return self.mask_shape or (*self.query.shape[:-1], self.key.shape[-2])
+
+    @property
+    def run(self) -> Run | None:
+        """Where the cells lie if they are not 0, 1, 2, ..."""
+        if self.words is not None or type(self.seed) is not Located or not self.seed.runs:
+            return None
+        return self.seed.runs[0]
+
+    @property
+    def has_strides(self) -> bool:
+        """Whether strides tell where all cells of a mask lie that is to be drawn."""
+        run = self.run
+        if run is None or len(self.seed.runs) > 1:
+            return run is None
+        *outer, heads, queries, keys = (1, 1, 1, *self.cells)
+        axes = zip((math.prod(outer), heads, queries, keys), _strides_of_cells(self.cells), strict=True)
+        return all(run.distance((n - 1) * step) == (n - 1) * run.distance(step) for n, step in axes)
+
+    @property
+    def draw(self) -> tuple[int, int, int]:
+        """The first cell, the seed and its offset."""
+        if type(self.seed) is not Located:
+            return 0, self.seed, 0
+        seed: Any = self.seed.seed
+        return 0 if self.run is None else self.run.first, seed, self.seed.offset
 
 
 @functools.lru_cache(maxsize=256)
@@ -181,7 +215,8 @@ def _run(
     mask_tag = 0 if mask is None else BOOL if mask.dtype is torch.bool else TAGS[mask.dtype]
     own = (None if x is None else x.stride() for x in (*data, *strided))
     strides = _table((*own, call.cell_strides))
-    numbers = *extents, query.shape[-1], *sizes, first, call.seed, 0, call.threshold
+    first_cell, *seed = call.draw
+    numbers = *extents, query.shape[-1], *sizes, first + first_cell, *seed, call.threshold
     options = call.softmax_scale, keep_scale(call.threshold), int(call.causal)
     fused_kernels.run(primitive, TAGS[query.dtype], mask_tag, *data, call.words, *others, strides, *numbers, *options)
 

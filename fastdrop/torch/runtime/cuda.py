@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,22 +41,32 @@ def place(x: Tensor) -> tuple[int, int]:
 
 
 def forward(
-    tag: int, x: Tensor, y: Tensor, words: Tensor | None, n: int, seed: int | Tensor, threshold: int, affine: Affine
+    tag: int,
+    x: Tensor,
+    y: Tensor,
+    words: Tensor | None,
+    first: int,
+    n: int,
+    seed: int | Tensor,
+    offset: int,
+    threshold: int,
+    affine: Affine,
 ) -> None:
     """Draws a mask and writes x under it to y, and the mask to words unless that is None. x and y are contiguous."""
     at = 0 if words is None else words.data_ptr()
     number, seed_at = _by_value_or_address(seed)
     to, from_ = y.data_ptr(), read_address(x)
     backends.cuda_backend().dropout_forward_at(
-        *place(x), tag, from_, to, at, 0, n, number, 0, threshold, *affine, seed_at=seed_at
+        *place(x), tag, from_, to, at, first, n, number, offset, threshold, *affine, seed_at=seed_at
     )
 
 
-def draw(words: Tensor, cells: int, seed: int | Tensor, threshold: int) -> None:
+def draw(primitive: str, words: Tensor, *numbers: Any) -> None:
+    """Runs one of the primitives that draw words. Its last numbers are the seed, the offset and the threshold."""
+    *cells, seed, offset, threshold = numbers
     number, seed_at = _by_value_or_address(seed)
-    backends.cuda_backend().draw_bits_at(
-        *place(words), words.data_ptr(), 0, 0, cells, number, 0, threshold, seed_at=seed_at
-    )
+    run = getattr(backends.cuda_backend(), primitive + "_at")
+    run(*place(words), words.data_ptr(), *cells, number, offset, threshold, seed_at=seed_at)
 
 
 def dilate(to: Tensor, words: Tensor, outer: int, n: int, inner: int, block: int) -> None:
@@ -69,11 +80,13 @@ def count(words: Tensor) -> Tensor:
     return ones
 
 
-def gaussian(tag: int, x: Tensor, y: Tensor, n: int, seed: int | Tensor, sigma: float) -> None:
-    """Writes x times its Gaussian factors to y. Both are contiguous."""
+def gaussian(
+    tag: int, x: Tensor, y: Tensor, skip: int, first: int, n: int, seed: int | Tensor, offset: int, sigma: float
+) -> None:
+    """Writes n elements of x times their Gaussian factors to y, from ``skip`` bytes on. Both are contiguous."""
     number, seed_at = _by_value_or_address(seed)
-    to, from_ = y.data_ptr(), read_address(x)
-    backends.cuda_backend().gaussian_multiply_at(*place(x), tag, from_, to, 0, n, number, 0, sigma, seed_at=seed_at)
+    to, from_, numbers = y.data_ptr() + skip, read_address(x) + skip, (first, n, number, offset, sigma)
+    backends.cuda_backend().gaussian_multiply_at(*place(x), tag, from_, to, *numbers, seed_at=seed_at)
 
 
 def apply(tag: int, x: Tensor, y: Tensor, words: Tensor, n: int, affine: Affine, kept_count: Tensor | None) -> None:

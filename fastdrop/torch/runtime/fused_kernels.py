@@ -28,6 +28,7 @@ from ...core.random import DROP_ALL, keep_scale
 from . import cuda, mask_kernels, memory
 from .dispatch import hide_from_dynamo, read_address
 from .dtypes import TAGS, computed
+from .located import Located
 from .memory import like_elementwise, new_like, new_words
 
 Maybe = Tensor | None
@@ -50,10 +51,12 @@ NO_MASK = Mask(None, 1.0)
 
 def mask_to_draw(x: Tensor, seed: Any, threshold: int) -> Mask:
     """A mask of x for a forward function below: drawn, or for the C backend to be drawn by the kernel."""
-    n = x.numel()
-    if not x.is_cuda and 0 < threshold < DROP_ALL and n and backends.draws():
-        return Mask(new_words(word_count(n)), keep_scale(threshold), (seed, 0, threshold))
-    return Mask(mask_kernels.draw_mask(x, n, seed, threshold), keep_scale(threshold))
+    n, offset, drawn = x.numel(), 0, seed
+    if type(seed) is Located and seed.runs is None:
+        seed, offset, _ = seed
+    if type(seed) is int and not x.is_cuda and 0 < threshold < DROP_ALL and n and backends.draws():
+        return Mask(new_words(word_count(n)), keep_scale(threshold), (seed, offset, threshold))
+    return Mask(mask_kernels.draw_mask(x, n, drawn, threshold), keep_scale(threshold))
 
 
 def pointwise_forward(

@@ -22,6 +22,7 @@ from ...core.variants import Blocks
 from . import cuda, memory
 from .dispatch import hide_from_dynamo, is_lazy, read_address
 from .dtypes import TAGS, check_dtype, check_real
+from .located import LOW_64_BITS, Located
 from .memory import HUGE_PAGES_FROM, call_with_threads, kernel_error, like_elementwise, mask_words, new_like, new_words
 
 Shape = tuple[int, ...]
@@ -40,16 +41,21 @@ def forward(
     """Draws a mask and applies it. Returns the result, with the strides that torch would give it, and words or None.
 
     ``mask_shape`` is None if each element has its own cell. Otherwise it has 1 or the full extent on each axis.
-    ``seed`` is an int, or for a CUDA tensor also a tensor on its device.
+    ``seed`` is an int, a `Located`, or for a CUDA tensor also a tensor on its device.
     """
     tag = TAGS.get(x.dtype)
     n = x.numel()
-    on_cuda, contiguous = x.is_cuda, x.is_contiguous()
-    if mask_shape is None and tag is not None and 0 < threshold < DROP_ALL and n and (contiguous or not on_cuda):
+    on_cuda, contiguous, first, offset, drawn = x.is_cuda, x.is_contiguous(), 0, 0, seed
+    if type(seed) is Located:
+        seed, offset, first = seed.seed, seed.offset, drawn.first
+    own_cells = mask_shape is None and first is not None
+    if own_cells and tag is not None and 0 < threshold < DROP_ALL and n and (contiguous or not on_cuda):
+        if drawn is not seed:
+            drawn.check(n)
         if on_cuda:
             y = x if inplace else torch.empty_like(x)
             words = _empty_words(x, n) if store_bits else None
-            cuda.forward(tag, x, y, words, n, seed, threshold, affine)
+            cuda.forward(tag, x, y, words, first, n, seed, offset, threshold, affine)
             return y, words
         words = new_words((n + 31) >> 5) if store_bits else None
         if contiguous:
@@ -61,15 +67,15 @@ def forward(
             at = 0 if words is None else words.data_ptr()
             threads, to = torch.get_num_threads(), y.data_ptr()
             from_ = read_address(source) if is_lazy(source) else source.data_ptr()
-            if native.dropout_forward_at(threads, tag, from_, to, at, 0, n, seed, 0, threshold, *affine):
+            if native.dropout_forward_at(threads, tag, from_, to, at, first, n, seed, offset, threshold, *affine):
                 raise kernel_error()
         else:
             keep = None if words is None else mask_words(words)
-            to, from_ = memory.as_array(y), memory.read_array(source)
-            call_with_threads(backend, backend.dropout_forward, tag, from_, to, keep, 0, n, seed, 0, threshold, *affine)
+            to, from_, numbers = memory.as_array(y), memory.read_array(source), (first, n, seed, offset, threshold)
+            call_with_threads(backend, backend.dropout_forward, tag, from_, to, keep, *numbers, *affine)
         return y if source is x else _delivered(y, x, source, inplace), words
     check_dtype(x)
-    words = draw_mask(x, n if mask_shape is None else math.prod(mask_shape), seed, threshold)
+    words = draw_mask(x, n if mask_shape is None else math.prod(mask_shape), drawn, threshold)
     return apply(x, words, affine, mask_shape, inplace=inplace), words if store_bits else None
 
 
@@ -80,7 +86,7 @@ def forward_each(
     tag = TAGS.get(x.dtype)
     n = x[0].numel()
     fits = mask_shape is None and tag is not None and 0 < threshold < DROP_ALL and n and x[0].is_contiguous()
-    if not fits or not x.is_cpu or backends.active() is not native:
+    if not fits or not x.is_cpu or backends.active() is not native or any(type(seed) is Located for seed in seeds):
         results = [
             forward(entry, seed, threshold, affine, mask_shape, store_bits)
             for entry, seed in zip(x, seeds, strict=True)
@@ -120,19 +126,24 @@ def _empty_words(like: Tensor, cells: int) -> Tensor:
 def draw_mask(like: Tensor, cells: int, seed: Any, threshold: int) -> Tensor:
     """The words of a mask of ``cells`` cells, on the device of ``like``, for any threshold."""
     words = _empty_words(like, cells)
+    if type(seed) is Located:
+        seed.check(cells)
     if not cells:
         return words
     if not 0 < threshold < DROP_ALL:
         words.fill_(0 if threshold else -1)
         if not threshold and cells & 31:
             words[-1].fill_((1 << (cells & 31)) - 1)
-    elif like.is_cuda:
-        cuda.draw(words, cells, seed, threshold)
-    elif (backend := backends.active()) is native:
-        if native.draw_bits_at(torch.get_num_threads(), words.data_ptr(), 0, 0, cells, seed, 0, threshold):
-            raise kernel_error()
+    elif type(seed) is not Located:
+        _draw("draw_bits", words, 0, 0, cells, seed, 0, threshold)
+    elif seed.runs is None:
+        _draw("draw_bits", words, 0, 0, cells, *seed[:2], threshold)
     else:
-        call_with_threads(backend, backend.draw_bits, mask_words(words), 0, 0, cells, seed, 0, threshold)
+        for run in seed.runs:
+            if run.outer * run.rows == 1:
+                _draw("draw_bits", words, run.position, run.first, run.columns, *seed[:2], threshold)
+            elif run.cells:
+                _draw("draw_rows", words, *run, *seed[:2], threshold)
     return words
 
 
@@ -152,10 +163,16 @@ def draw_rows(
     if not 0 < draw[2] < DROP_ALL:
         words.fill_(0 if draw[2] else -1)
         return
-    backend, cells = backends.active(), (0, first, outer, pitches[0], rows, pitches[1], columns, *draw)
-    if backend is not native:
-        call_with_threads(backend, backend.draw_rows, mask_words(words), *cells)
-    elif native.draw_rows_at(torch.get_num_threads(), words.data_ptr(), *cells):
+    _draw("draw_rows", words, 0, first, outer, pitches[0], rows, pitches[1], columns, *draw)
+
+
+def _draw(primitive: str, words: Tensor, *numbers: Any) -> None:
+    """Runs one of the primitives that write words."""
+    if words.is_cuda:
+        cuda.draw(primitive, words, *numbers)
+    elif (backend := backends.active()) is not native:
+        call_with_threads(backend, getattr(backend, primitive), mask_words(words), *numbers)
+    elif getattr(native, primitive + "_at")(torch.get_num_threads(), words.data_ptr(), *numbers):
         raise kernel_error()
 
 
@@ -200,23 +217,37 @@ def keep_blocks(
 def gaussian(x: Tensor, seed: Any, sigma: float, inplace: bool = False) -> Tensor:
     """x times its Gaussian factors."""
     check_real(x, "Gaussian dropout")
-    tag = TAGS[x.dtype]
     n = x.numel()
+    drawn = seed if type(seed) is Located else Located(seed)
+    drawn.check(n)
     if not n:
         return x if inplace else torch.empty_like(x)
     source, y = _source_and_target(x, n, inplace)
-    if x.is_cuda:
-        cuda.gaussian(tag, source, y, n, seed, sigma)
-        return _delivered(y, x, source, inplace)
-    backend = backends.active()
-    if backend is native:
-        to, from_ = y.data_ptr(), read_address(source)
-        if native.gaussian_multiply_at(torch.get_num_threads(), tag, from_, to, 0, n, seed, 0, sigma):
+    if drawn.runs is None:
+        _multiply(source, y, 0, 0, n, drawn, sigma)
+    else:
+        for run in drawn.runs:
+            for row in range(run.outer * run.rows):  # the primitive knows consecutive cells
+                first = run.first + row // run.rows * run.outer_pitch + row % run.rows * run.pitch & LOW_64_BITS
+                _multiply(source, y, run.position + row * run.columns, first, run.columns, drawn, sigma)
+    return _delivered(y, x, source, inplace)
+
+
+def _multiply(x: Tensor, y: Tensor, start: int, first: int, n: int, drawn: Located, sigma: float) -> None:
+    """Elements from ``start`` on times the factors of the cells from ``first`` on. x and y are contiguous."""
+    tag, numbers = TAGS[x.dtype], (first, n, drawn.seed, drawn.offset, sigma)
+    backend, on_cuda = backends.active(), x.is_cuda
+    if on_cuda or backend is native:
+        skip = start * x.element_size()
+        if on_cuda:
+            cuda.gaussian(tag, x, y, skip, *numbers)
+            return
+        to, from_ = y.data_ptr() + skip, read_address(x) + skip
+        if native.gaussian_multiply_at(torch.get_num_threads(), tag, from_, to, *numbers):
             raise kernel_error()
     else:
-        to, from_ = memory.as_array(y), memory.read_array(source)
-        call_with_threads(backend, backend.gaussian_multiply, tag, from_, to, 0, n, seed, 0, sigma)
-    return _delivered(y, x, source, inplace)
+        to, from_ = (array.reshape(-1)[start : start + n] for array in (memory.as_array(y), memory.read_array(x)))
+        call_with_threads(backend, backend.gaussian_multiply, tag, from_, to, *numbers)
 
 
 def apply(

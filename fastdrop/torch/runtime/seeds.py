@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from ...core import checks
+from . import located
 from .dispatch import hide_from_dynamo, is_transformed
 from .dispatch.compilers import is_recomputed
 from .dispatch.modes import without_dispatch_modes
 from .dispatch.ops import count_drawing_maps
+from .located import LOW_64_BITS, Located, as_int64
 
 SEED_BITS = 63
-LOW_64_BITS = (1 << 64) - 1
 
 
 class _Buffer(threading.local):
@@ -174,18 +175,16 @@ def mix(seed: Any, offset: Any) -> Any:
     return z ^ z >> 31
 
 
-def as_int64(number: int) -> int:
-    """64 bits as int64 has them: the highest comes out as the sign."""
-    return number - (1 << 64) if number >> SEED_BITS else number
-
-
-def for_kernel(seed: Tensor, x: Tensor) -> int | Tensor:
-    """A seed as the kernels for x take it: 64 bits, or the tensor itself if it is on x's GPU, where they read it."""
+def for_kernel(seed: Tensor, x: Tensor) -> Any:
+    """A seed as the kernels for x take it: 64 bits, or the tensor itself if it is on x's GPU, where they read it, or a
+    `Located`."""
+    if seed.numel() > 1:
+        return located.from_numbers(_checked(seed).tolist())
     if x.is_cuda and seed.is_cuda:
         if seed.device != x.device:
             raise ValueError(f"seed must be on the CPU or on {x.device}, as the input is, but got one on {seed.device}")
-        return _one(seed)
-    return int(_one(seed).item()) & LOW_64_BITS
+        return _checked(seed)
+    return int(_checked(seed).item()) & LOW_64_BITS
 
 
 def for_kernels(seeds: Tensor, x: Tensor) -> list[Any]:
@@ -211,34 +210,51 @@ def check(seed: Any, generator: torch.Generator | None) -> None:
     """Raises the errors of drawing from this seed, without reading it, because it may be on a GPU."""
     _only_one(generator)
     if isinstance(seed, Tensor):
-        _one(seed)
+        _checked(seed)
     else:
         checks.uint64("seed", seed)
 
 
-def from_caller(seed: Any, generator: torch.Generator | None, x: Tensor) -> int | Tensor:
-    """The caller's seed, an int or an int64 tensor of one element, as the kernels for x take it."""
+def from_caller(seed: Any, generator: torch.Generator | None, x: Tensor) -> Any:
+    """The caller's seed, an int or an int64 tensor, as the kernels for x take it."""
     _only_one(generator)
-    return for_kernel(seed, x) if isinstance(seed, Tensor) else checks.uint64("seed", seed)
+    if isinstance(seed, Tensor):
+        return for_kernel(seed, x)
+    return seed if isinstance(seed, Located) else checks.uint64("seed", seed)
 
 
 def as_tensor(seed: Any, generator: torch.Generator | None = None, *, like: Tensor | None = None) -> Tensor:
-    """The caller's seed as an int64 tensor without axes, of the kind of ``like``."""
+    """A seed as ops take it: an int64 tensor, without axes if it is one number, of the kind of ``like``."""
     _only_one(generator)
     if isinstance(seed, Tensor):
-        return _one(seed)
+        return _checked(seed)
+    if isinstance(seed, Located):
+        return torch.tensor(located.as_numbers(seed), dtype=torch.int64, device="cpu")
     number = as_int64(checks.uint64("seed", seed))
     if like is None or is_transformed():
         return torch.tensor(number, dtype=torch.int64, device="cpu")
     return like.new_full((), number, dtype=torch.int64, device="cpu")
 
 
-def _one(seed: Tensor) -> Tensor:
+def with_cells(seed: Tensor, cells: Tensor) -> Tensor:
+    """A seed of one number or two, as ops take it, with the cells of a part."""
+    numbers = seed.reshape(-1)
+    return torch.cat([numbers, numbers.new_zeros(2 - numbers.numel()), cells.to(numbers.device)])
+
+
+def _checked(seed: Tensor) -> Tensor:
     if seed.dtype != torch.int64:
         raise TypeError(f"seed must be an int or a tensor of int64, but got a tensor of {seed.dtype}")
-    if seed.numel() != 1:
-        raise ValueError(f"seed must be one number, but got a tensor of shape {tuple(seed.shape)}")
-    return seed.reshape(())
+    count = seed.numel()
+    if count == 1:
+        return seed.reshape(())
+    if count < 2 or (count - 2) % located.NUMBERS:
+        raise ValueError(
+            f"seed must be one number, or two, a seed and its offset, but got a tensor of shape {tuple(seed.shape)}"
+        )
+    if seed.is_cuda:
+        raise ValueError("seed must be one number on a GPU, because the host reads offsets: give the tensor on the CPU")
+    return seed.reshape(-1)
 
 
 def _only_one(generator: torch.Generator | None) -> None:

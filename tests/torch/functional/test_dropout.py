@@ -239,7 +239,7 @@ BAD = {
     "seed bool": ({"seed": True}, TypeError, "seed must be an int, but got bool"),
     "seed int32": ({"seed": torch.tensor(1, dtype=torch.int32)}, TypeError, "seed must be .*int64.*got.*int32"),
     "seed float tensor": ({"seed": torch.tensor(1.0)}, TypeError, "seed must be .*int64.*got.*float32"),
-    "seed of two": ({"seed": torch.tensor([1, 2])}, ValueError, r"seed must be one number, .*\(2,\)"),
+    "seed of three": ({"seed": torch.tensor([1, 2, 3])}, ValueError, r"seed must be one number, or two, .*\(3,\)"),
     "seed of none": ({"seed": torch.ones(0, dtype=torch.int64)}, ValueError, r"seed must be one number, .*\(0,\)"),
     "seed and generator": ({"seed": 1, "generator": torch.Generator()}, ValueError, "seed and generator"),
     "generator int": ({"generator": 5}, TypeError, "generator"),
