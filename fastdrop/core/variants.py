@@ -106,6 +106,17 @@ class Blocks(NamedTuple):
     passes: tuple[tuple[int, int, int, int], ...]
 
 
+def block_seeds(mask_shape: Shape, block_size: Shape) -> Shape:
+    """The shape of the mask that DropBlock draws: a cell for each place of a block inside of a mask.
+
+    >>> block_seeds((8, 3, 10, 10), (3, 20))
+    (8, 3, 8, 1)
+    """
+    axes = len(block_size)
+    free = [extent - min(size, extent) + 1 for extent, size in zip(mask_shape[-axes:], block_size, strict=True)]
+    return (*mask_shape[:-axes], *free)
+
+
 @lru_cache(maxsize=1024)
 def blocks(mask_shape: Shape, p: float, block_size: Shape) -> Blocks:
     """DropBlock's geometry over the last ``len(block_size)`` axes of a mask.
@@ -119,7 +130,7 @@ def blocks(mask_shape: Shape, p: float, block_size: Shape) -> Blocks:
     """
     lead, extents = mask_shape[: -len(block_size)], mask_shape[-len(block_size) :]
     sizes = [min(size, extent) for size, extent in zip(block_size, extents, strict=True)]
-    free = [extent - size + 1 for extent, size in zip(extents, sizes, strict=True)]
+    free = block_seeds(mask_shape, block_size)[-len(block_size) :]
     passes = []
     for axis in reversed(range(len(sizes))):
         outer, inner = math.prod(lead) * math.prod(free[:axis]), math.prod(extents[axis + 1 :])

@@ -63,6 +63,7 @@ try:
     from .nn.weights import DropConnect, EmbeddingDropout
     from .tools.audit import AuditReport, audit
     from .tools.monte_carlo import Prediction, mc_dropout, mc_predict
+    from .tools.named_masks import NamedMasks, name_masks
     from .tools.same_masks import multi_sample, same_masks
     from .tools.scheduler import DropoutScheduler
 except ImportError as error:
@@ -91,6 +92,7 @@ __all__ = [
     "FeatureAlphaDropout",
     "GaussianDropout",
     "LayerDrop",
+    "NamedMasks",
     "Prediction",
     "Report",
     "SkipResidual",
@@ -129,6 +131,7 @@ __all__ = [
     "mc_dropout",
     "mc_predict",
     "multi_sample",
+    "name_masks",
     "revert",
     "same_masks",
     "scaled_dot_product_attention",

@@ -20,7 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ...core import checks
 from ..ops import mask as mask_ops
-from ..runtime import located, seeds, tracing
+from ..runtime import located, names, seeds, tracing
 from ..runtime.dispatch import is_eager_dense, is_transformed
 from ..runtime.dispatch.compilers import constant_in_graphs
 from ..runtime.dispatch.tensors import check_inplace, is_in_dispatch_mode, may_be_differentiated_forward
@@ -112,8 +112,16 @@ def seed_for_kernel(
     The mask is for data of a shape, x's unless given.
     """
     generator, seed, part = source
+    if names.are_used and seed is None and generator is None:
+        if inplace:
+            check_inplace(x)
+        drawn = names.draw(tuple(x.shape) if shape is None else shape, shared, part, shape is not None)
+        if drawn is not None:
+            return drawn
     if seed is not None:
         seed = seeds.from_caller(seed, generator, x)
+    if part is located.NO_SAMPLES:
+        part = None
     if part is not None:  # found good or bad before anything is drawn
         part = located.runs_of(part, tuple(x.shape) if shape is None else shape, shared)
     if inplace:
@@ -126,9 +134,21 @@ def seed_for_kernel(
 def seed_for_ops(x: Tensor, source: Source, shape: Shape | None = None, shared: Cells = None) -> Tensor:
     """The seed of a call that drops by an op: a tensor. Arguments are those of `seed_for_kernel`."""
     generator, seed, part = source
+    if names.are_used and seed is None and generator is None and not _is_compiling():
+        extents = tuple(map(int, x.shape if shape is None else shape))
+        drawn = names.draw(extents, shared, part, shape is not None)
+        if drawn is not None:
+            if tracing.is_recorded():
+                raise RuntimeError(
+                    "a model with named masks can't be traced in training, because each call of the trace would have "
+                    "the masks of one step: call eval(), or masks.remove()"
+                )
+            return seeds.as_tensor(drawn)
+    if part is located.NO_SAMPLES:
+        part = None
     cells = None if part is None else located.cells_of(part, tuple(x.shape) if shape is None else shape, shared)
-    drawn = _tensor_seed(x, generator, seed)
-    return drawn if cells is None else seeds.with_cells(drawn, cells)
+    number = _tensor_seed(x, generator, seed)
+    return number if cells is None else seeds.with_cells(number, cells)
 
 
 def _tensor_seed(x: Tensor, generator: torch.Generator | None, seed: Seed) -> Tensor:

@@ -194,13 +194,16 @@ def drop_block(
     cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
     if way == KERNEL:
         dtypes.check_dtype(x)
-        draw = mask_ops.DrawBlocks(x, seed_for_kernel(x, source, inplace), p, cells, block_size)
+        seed = seed_for_kernel(x, source, inplace, variants.block_seeds(cells, block_size))
+        draw = mask_ops.DrawBlocks(x, seed, p, cells, block_size)
         words, count = mask_ops.DRAW_BLOCKS.launch(draw)
         keep, wanted = mask_ops.KeepBlocks(x, words, count, cells), x.requires_grad and torch.is_grad_enabled()
         y: Tensor = mask_ops.KEEP_BLOCKS.call_kernel(keep, wanted, inplace)
         return y
     cells = _numbers(cells)
-    draw = mask_ops.DrawBlocks(x, seed_for_ops(x, source), p, cells, block_size)
+    draw = mask_ops.DrawBlocks(
+        x, seed_for_ops(x, source, variants.block_seeds(cells, block_size)), p, cells, block_size
+    )
     words, count = mask_ops.DRAW_BLOCKS(draw)
     y = mask_ops.KEEP_BLOCKS(mask_ops.KeepBlocks(x, words, count, cells))
     return x.copy_(y) if inplace else y

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ...core import checks
-from ..runtime import seeds, tracing
+from ..runtime import names, seeds, tracing
 from ..runtime.dispatch import hide_from_dynamo
 
 __all__ = ["OWN_SOURCE", "RATE_TENSOR", "Rated", "Seeded", "SourceOptions", "is_traced", "trace_call"]
@@ -49,7 +49,7 @@ class OwnSource:
                 "a module with a seed or a generator of its own can't be compiled: leave it out, or call a function of "
                 "fastdrop.torch with seed, an int or a tensor"
             )
-        if seeds.sample_seeds() is not None:  # `mc_predict` gives each sample its own masks
+        if seeds.sample_seeds() is not None or names.are_in_force():  # masks that others decide
             return {}
         if self.seed is None:
             return {"generator": self.generator}

@@ -22,6 +22,8 @@ from .dispatch import hide_from_dynamo
 LOW_64_BITS = (1 << 64) - 1
 NUMBERS = len(Run._fields) - 1  # of each run, as ops have it
 
+NO_SAMPLES: Any = "no samples"  # in place of a part: none of the data's axes has samples, because it is weights
+
 Shape = tuple[int, ...]
 Shared = tuple[Any, ...] | None  # 1 on axes along which elements share cells
 

@@ -112,13 +112,13 @@ def runs_again_in_backward(frame: FrameType | None) -> bool:
 
 
 # The number of the backward pass that this thread is in, -1 if none.
-_current_backward: Callable[[], int] = named("torch._C._current_graph_task_id", lambda: 0)
+current_backward: Callable[[], int] = named("torch._C._current_graph_task_id", lambda: 0)
 
 
 def is_recomputed(frame: FrameType | None) -> bool:
     """Whether a checkpoint in backward computes a part of forward again: torch's, in both forms, or a library's like
     torch's. Frames tell, because a hook of a gradient may drop in backward too, and for the first time."""
-    if _current_backward() == -1:
+    if current_backward() == -1:
         return False
     while frame is not None and frame.f_code.co_name != "_engine_run_backward":
         code = frame.f_code

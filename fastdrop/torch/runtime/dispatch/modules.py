@@ -86,6 +86,7 @@ def is_compiled(module: nn.Module) -> bool:
 # ---- hooks ----
 
 _has_global_hook = named("torch.nn.modules.module._has_any_global_hook")
+MAY_BE_LEFT_OUT = "_fastdrop_may_be_left_out"  # on hooks that need not be called where their module isn't
 
 
 def forward_hooks_of(module: nn.Module) -> list[Any]:
@@ -99,7 +100,7 @@ def hook_obstacle(module: nn.Module, gradients: bool = True) -> str:
     for kind in kinds:
         if not hasattr(module, kind):
             return f"may have hooks: torch lacks {kind}, which tells"
-        if getattr(module, kind):
+        if any(not hasattr(hook, MAY_BE_LEFT_OUT) for hook in getattr(module, kind).values()):
             return "has hooks"
     if gradients and _has_global_hook is None:
         return "may have hooks: torch lacks torch.nn.modules.module._has_any_global_hook, which tells"

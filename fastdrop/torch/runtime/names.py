@@ -1,0 +1,334 @@
+"""Named masks: the source of seeds, offsets and cells of models that `tools.named_masks` has named.
+
+A dropout asks `draw` here before it asks torch's generator. Hooks on the modules of a named model keep a stack of the
+modules that run, by thread. A dropout's seed is a hash of the model's seed, the name of the innermost of these modules,
+the number of that module's call in the pass, and the number of the dropout in the call. Its offset is the step. Its
+cells are those of its samples among all samples, so they are the same in whichever process a sample is.
+
+A checkpoint that runs in forward writes down what its dropouts drew from. In backward, perhaps in another thread and
+after the pass, they get the same again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...core.part import Part, Parts, Run, parts_of
+from ...core.samples import sample_runs
+from . import context, located, seeds
+from .dispatch.checkpoints import checkpoints_around, is_computed_again, may_be_checkpointed
+from .dispatch.modules import MAY_BE_LEFT_OUT
+from .located import Located
+
+__all__ = ["Draw", "NamedModule", "Names", "Scope", "are_in_force", "are_used", "draw", "note_users"]
+
+are_used = False  # whether any model has names: most calls of dropout read this and look no further
+_users = 0
+_lock = threading.Lock()
+
+Shape = tuple[int, ...]
+Layout = Callable[[Shape], Any]  # which part of the whole the data of a shape is
+
+CACHED = 64  # samples of batches, and for each of them as many shapes times 16
+LOG = "_fastdrop_names"  # on a checkpoint: what the dropouts in it drew from
+
+
+def note_users(more: int) -> None:
+    """Counts the models that have names."""
+    global are_used, _users
+    with _lock:
+        _users += more
+        are_used = _users > 0
+
+
+class _Thread(threading.local):
+    """The modules that run in a thread, outermost first."""
+
+    def __init__(self) -> None:
+        self.running: list[_Call] = []
+
+
+class _Call:
+    """A call of a module. It gets its number in the pass when it first drops."""
+
+    __slots__ = ("drops", "module", "number")
+
+    def __init__(self, module: NamedModule) -> None:
+        self.module, self.number, self.drops = module, -1, 0
+
+
+_thread = _Thread()
+
+
+class Scope:
+    """A pass: its step, the global numbers of its samples, and how often each module has dropped in it."""
+
+    def __init__(self, step: int, samples: Sequence[int] | None, runs: dict[Any, Any]) -> None:
+        self.step, self.samples, self.runs = step, samples, runs
+        self.calls: dict[str, int] = {}
+        self.depth = len(_thread.running)
+
+
+class Draw:
+    """What one dropout drew from, for those who watch."""
+
+    __slots__ = ("located", "module", "number", "order", "samples", "shape")
+
+    def __init__(self, call: _Call, scope: Scope, drawn: Located, shape: Shape) -> None:
+        self.module, self.number, self.order = call.module, call.number, call.drops
+        self.located, self.samples, self.shape = drawn, scope.samples, shape
+
+    @property
+    def name(self) -> str:
+        call = f", call {self.number + 1}" if self.number else ""
+        return f"{self.module}{call}" + (f", dropout {self.order}" if self.order > 1 else "")
+
+
+class Names:
+    """What the hooks of one model share."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.watch: Callable[[Draw], None] | None = None
+        self._open = threading.local()
+        self._runs: dict[Any, dict[Any, Any]] = {}
+
+    def scope(self) -> Scope | None:
+        """The innermost pass of this thread."""
+        scopes = getattr(self._open, "scopes", None)
+        return scopes[-1] if scopes else None
+
+    def open(self, step: int, samples: Sequence[int] | None) -> Scope:
+        if len(self._runs) > CACHED:
+            self._runs.clear()
+        scope = Scope(step, samples, self._runs.setdefault(samples, {}))
+        self._open.__dict__.setdefault("scopes", []).append(scope)
+        return scope
+
+    def close(self, scope: Scope) -> None:
+        """Also after an exception that kept hooks from being called."""
+        self._open.scopes.remove(scope)
+        del _thread.running[scope.depth :]
+
+
+class NamedModule:
+    """The hooks of one module. A copy of the module, or what is read from its pickle, gets some that do nothing."""
+
+    def __init__(self, names: Names | None, name: str, axis: int, layout: Layout | None, drops_torchs: bool) -> None:
+        self.names, self.name, self.axis, self.layout = names, name, axis, layout
+        self.drops_torchs = drops_torchs
+        self.hash = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+        self._seeds: dict[tuple[int, int, int], int] = {}
+
+    def __str__(self) -> str:
+        return self.name or "the model itself"
+
+    def __reduce__(self) -> Any:
+        return NamedModule, (None, "", 0, None, False)
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling() or self.names is None:
+            return
+        if self.drops_torchs and module.training and not context.is_enabled():
+            self._warn(module)
+        _thread.running.append(_Call(self))
+
+    def leave(self, module: nn.Module, args: Any, result: Any) -> None:
+        if torch.compiler.is_compiling() or self.names is None:
+            return
+        running = _thread.running
+        for i in range(len(running) - 1, -1, -1):
+            if running[i].module is self:
+                del running[i:]
+                return
+
+    enter.__dict__[MAY_BE_LEFT_OUT] = leave.__dict__[MAY_BE_LEFT_OUT] = True
+
+    def _warn(self, module: Any) -> None:
+        rate = getattr(module, "p", getattr(module, "dropout", 0.0))
+        if rate:
+            self.drops_torchs = False
+            warnings.warn(
+                f"{self} ({type(module).__name__}) drops by torch's generator, which knows no names: call "
+                "fastdrop.torch.enable() or convert(model)",
+                stacklevel=4,
+            )
+
+    def seed(self, number: int, order: int) -> int:
+        """The seed of the dropout of this order in the module's call of this number."""
+        assert self.names is not None
+        key = self.names.seed, number, order
+        if key not in self._seeds:
+            if len(self._seeds) > 16 * CACHED:
+                self._seeds.clear()
+            own = seeds.mix(seeds.mix(self.names.seed, self.hash), number)
+            self._seeds[key] = seeds.mix(own, order)
+        return self._seeds[key]
+
+
+def draw(shape: Shape, shared: Any, part: Any, starts_with_samples: bool) -> Located | None:
+    """What a dropout is to draw from whose mask is for data of a shape. None if it is in no named model, or if Monte
+    Carlo has seeds of its own.
+
+    ``shared`` has 1 on axes along which elements share decisions, and ``part`` is what the caller gave. Axis 0 has the
+    samples, whatever the module, if ``starts_with_samples``.
+    """
+    if seeds.sample_seeds() is not None:
+        return None
+    logs: list[_Log] = []
+    if may_be_checkpointed():
+        for checkpoint, again in checkpoints_around():
+            log: _Log | None = getattr(checkpoint, LOG, None)
+            if again is not None:
+                if log is not None:
+                    return _noted(log.next(again, shape), shape, logs)
+                break
+            if log is None:
+                log = _Log()
+                setattr(checkpoint, LOG, log)
+            logs.append(log)
+    call, scope = _innermost()
+    if call is None:
+        return _noted(None, shape, logs)
+    if is_computed_again():
+        raise RuntimeError(f"a checkpoint computes {call.module} again, but ran without it before")
+    if scope is None:
+        raise RuntimeError(
+            f"{call.module} drops in a model with named masks, but outside of a block of masks.at(step, samples)"
+        )
+    return _noted(_fresh(call, scope, (shape, shared, part, starts_with_samples)), shape, logs)
+
+
+def are_in_force() -> bool:
+    """Whether a module of a named model runs in this thread."""
+    return bool(_thread.running)
+
+
+def _innermost() -> tuple[_Call | None, Scope | None]:
+    """The innermost call of a module whose model is in a pass, or else of any."""
+    running = _thread.running
+    for call in reversed(running):
+        scope = call.module.names.scope()  # type: ignore[union-attr]
+        if scope is not None:
+            return call, scope
+    return (running[-1], None) if running else (None, None)
+
+
+def _fresh(call: _Call, scope: Scope, data: tuple[Shape, Any, Any, bool]) -> Located:
+    module = call.module
+    runs = _runs(scope, module, *data)  # found good or bad before anything is counted
+    if call.number < 0:
+        call.number = scope.calls.get(module.name, 0)
+        scope.calls[module.name] = call.number + 1
+    call.drops += 1
+    drawn = Located(module.seed(call.number, call.drops), scope.step, runs)
+    watch = module.names.watch  # type: ignore[union-attr]
+    if watch is not None:
+        watch(Draw(call, scope, drawn, data[0]))
+    return drawn
+
+
+# ---- checkpoints ----
+
+
+class _Log:
+    """What the dropouts in a checkpoint drew from, in their order."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Shape, Located | None]] = []
+        self.again: Any = None
+        self.position = 0
+
+    def next(self, again: Any, shape: Shape) -> Located | None:
+        if again is not self.again and again != self.again:
+            self.again, self.position = again, 0
+        if self.position == len(self.entries):
+            running = _thread.running
+            where = running[-1].module if running else "a function"
+            raise RuntimeError(f"a checkpoint computes {where} again, and it drops more often than in forward")
+        had, drawn = self.entries[self.position]
+        if had != shape:
+            raise RuntimeError(f"a checkpoint computes a dropout again, of shape {shape} and not {had} as in forward")
+        self.position += 1
+        return drawn
+
+
+def _noted(drawn: Located | None, shape: Shape, logs: list[_Log]) -> Located | None:
+    for log in logs:
+        log.entries.append((shape, drawn))
+    return drawn
+
+
+# ---- cells ----
+
+
+def _runs(
+    scope: Scope, module: NamedModule, shape: Shape, shared: Any, part: Any, starts_with_samples: bool
+) -> tuple[Run, ...] | None:
+    axis = 0 if starts_with_samples else module.axis
+    if isinstance(part, torch.Tensor):
+        return located.runs_of(part, shape, shared)
+    if isinstance(part, list):
+        part = tuple(part)
+    layout = module.layout if part is None or part is located.NO_SAMPLES else None
+    key = shape, shared, part, axis, layout
+    try:
+        return scope.runs[key]  # type: ignore[no-any-return]
+    except KeyError:
+        pass
+    if len(scope.runs) > 16 * CACHED:
+        scope.runs.clear()
+    runs = scope.runs[key] = _compute_runs(module, scope.samples, shape, shared, part, axis, layout)
+    return runs
+
+
+def _compute_runs(
+    module: NamedModule,
+    samples: Sequence[int] | None,
+    shape: Shape,
+    shared: Any,
+    part: Any,
+    axis: int,
+    layout: Layout | None,
+) -> tuple[Run, ...] | None:
+    """The cells of a mask. None if they are all that it has."""
+    if part is located.NO_SAMPLES:
+        part, samples, axis = None, None, 0
+    if layout is not None:
+        part = layout(shape)
+    parts: Parts = ()
+    if part is not None:
+        if isinstance(part, Part) and shared is None and axis == 0 and _has_as_many(part, shape):
+            shape = part.local
+        parts = parts_of(part, shape)
+    shares = (False,) * len(shape) if shared is None else tuple(extent == 1 for extent in shared)
+    if samples is None and axis >= len(shape):
+        axis = 0
+    if (axis == 0 and samples is None) or (axis < len(shape) and shares[axis]):  # C order of the whole
+        return located.runs_of(parts, shape, shared) if parts else None
+    if samples is None:
+        start = parts[0].start[axis] if parts else 0
+        samples = range(start, start + shape[axis])
+    _check_samples(module, shape, axis, len(samples))
+    return tuple(sample_runs(samples, shape, axis, shares, parts))
+
+
+def _has_as_many(part: Part, shape: Shape) -> bool:
+    """Whether a part has as many elements as data of another shape, such as one that takes batch and heads together."""
+    return len(part.local) != len(shape) and torch.Size(part.local).numel() == torch.Size(shape).numel()
+
+
+def _check_samples(module: NamedModule, shape: Shape, axis: int, count: int) -> None:
+    extent = shape[axis] if axis < len(shape) else None
+    if extent is None or (extent % count if count else extent):
+        raise ValueError(
+            f"{module} drops data of shape {shape}, whose axis {axis} must have a multiple of the {count} samples: "
+            "give name_masks a sample_axis, or at() the samples of this data"
+        )

@@ -1,0 +1,247 @@
+"""`name_masks`: masks are functions of name, step and sample, however the samples are split."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import fastdrop.torch as fdt
+
+B = 8
+SPLITS = {
+    "contiguous": [range(3), range(3, 8)],
+    "interleaved": [range(0, 8, 2), range(1, 8, 2)],
+    "shuffled": [[7, 2, 5], torch.tensor([0, 6]), [3, 1, 4]],
+    "uneven and empty": [[4], [], [0, 1, 2, 3, 5, 6], (7,)],
+}
+
+
+class Calls(nn.Module):
+    """A function of x as a model."""
+
+    def __init__(self, function, *children):
+        super().__init__()
+        self.function, self.inside = function, nn.ModuleList(children)
+
+    def forward(self, x):
+        return self.function(x, *self.inside)
+
+
+def attention(x, **options):
+    heads = x.reshape(len(x), 3, 5, 4)
+    return fdt.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.4, **options)
+
+
+def of_heads(x, layer):
+    """MultiheadAttention, whose weights have the shape (B * heads, L, S) or (B, heads, L, S)."""
+    rows = x.reshape(len(x), 5, 12)
+    return layer(rows, rows, rows, need_weights=True)[0] + layer(rows, rows, rows, need_weights=False)[0]
+
+
+def skip(x, *children):
+    return fdt.skip_residual(x, lambda kept: kept * 2, 0.5)
+
+
+def two_calls(x, layer):
+    return layer(x) + 2 * layer(x)
+
+
+CASES = {
+    "dropout": (lambda x: fdt.dropout(x, 0.4), 0),
+    "store seed": (lambda x: fdt.dropout(x, 0.4, store="seed"), 0),
+    "two functions": (lambda x: fdt.dropout(x, 0.4) + fdt.dropout(x, 0.4), 0),
+    "two calls": (functools.partial(two_calls), 0, lambda: fdt.Dropout(0.4)),
+    "own seed": (lambda x, layer: layer(x), 0, lambda: fdt.Dropout(0.4, seed=3)),
+    "noise_shape": (lambda x: fdt.dropout(x, 0.4, noise_shape=(None, 1, None)), 0),
+    "noise_shape of all": (lambda x: fdt.dropout(x, 0.4, noise_shape=(1, None, None)), 0),
+    "features": (lambda x: fdt.dropout1d(x, 0.4), 0),
+    "alpha": (lambda x: fdt.alpha_dropout(x, 0.4, True), 0),
+    "gaussian": (lambda x: fdt.gaussian_dropout(x, 0.4), 0),
+    "strided": (lambda x: fdt.dropout(x.transpose(1, 2), 0.4), 0),
+    "tokens as samples": (lambda x: fdt.dropout(x.reshape(-1, 12), 0.4).view_as(x), 0),
+    "bias_act": (lambda x: fdt.bias_act_dropout(x, torch.arange(12.0).double(), p=0.4, activation="gelu"), 0),
+    "norm": (lambda x: fdt.dropout_add_layer_norm(x, 2 * x, p=0.4)[0], 0),
+    "softmax": (lambda x: fdt.softmax_dropout(x, 0.4), 0),
+    "attention": (attention, 0),
+    "attention of shared heads": (functools.partial(attention, noise_shape=(None, 1, None, None)), 0),
+    "dropped heads": (functools.partial(attention, noise_shape=(None, None, 1, 1)), 0),
+    "multi-head": (of_heads, 0, lambda: nn.MultiheadAttention(12, 3, dropout=0.4, batch_first=True)),
+    "depth": (lambda x: fdt.stochastic_depth(x, 0.4, "row"), 0),
+    "depth of batch": (lambda x: fdt.stochastic_depth(x, 0.4, "batch"), 0),
+    "skip": (skip, 0),
+    "tokens": (lambda x: fdt.token_dropout(x, 0.4), 0),
+    "LayerDrop": (
+        lambda x, layers: layers(x),
+        0,
+        lambda: fdt.LayerDrop([nn.Linear(12, 12), nn.Linear(12, 12), fdt.Dropout(0.4)], 0.4),
+    ),
+    "weights": (lambda x, layer: layer(x), 0, lambda: fdt.DropConnect(nn.Linear(12, 3), p=0.4)),
+    "words": (
+        lambda x, layer: layer((x[..., 0].abs() * 4).long().clamp(max=9)),
+        0,
+        lambda: fdt.EmbeddingDropout(nn.Embedding(10, 4), 0.4),
+    ),
+    "time first": (lambda x: fdt.dropout(x.transpose(0, 1), 0.4).transpose(0, 1), 1),
+    "encoder": (
+        lambda x, layer: layer(x.transpose(0, 1)).transpose(0, 1),
+        1,
+        lambda: nn.TransformerEncoderLayer(12, 3, 16, 0.4),
+    ),
+    "variational": (
+        lambda x, layer: layer(x)[0],
+        0,
+        lambda: fdt.VariationalLSTM(
+            12, 4, 2, batch_first=True, dropout_input=0.3, dropout_recurrent=0.4, dropout_output=0.3
+        ),
+    ),
+    "lstm": (lambda x, layer: layer(x)[0], 0, lambda: nn.LSTM(12, 4, 2, batch_first=True, dropout=0.4)),
+}
+
+
+def model_of(name):
+    function, axis, *makers = CASES[name]
+    torch.manual_seed(0)
+    model = Calls(function, *(make() for make in makers)).double()
+    return model, fdt.name_masks(model, seed=5, sample_axis=axis)
+
+
+def data():
+    return torch.randn(B, 5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def run(model, masks, x, samples=None, step=3):
+    """Output and gradient."""
+    x = x.clone().requires_grad_()
+    with masks.at(step, samples):
+        y = model(x)
+    floating = y.is_floating_point() and y.requires_grad
+    if floating:
+        (y * torch.arange(1, y.shape[1:].numel() + 1).reshape(y.shape[1:])).sum().backward()
+    return y.detach(), x.grad
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_split_batch_has_the_whole_ones_masks(name):
+    model, masks = model_of(name)
+    x = data()
+    with fdt.enabled():
+        y, grad = run(model, masks, x)
+        again, _ = run(model, masks, x)
+        assert torch.equal(y, again)
+        assert not all(torch.equal(y, run(model, masks, x, step=step)[0]) for step in range(4, 24))
+        for split in SPLITS.values():
+            for samples in split:
+                index = torch.as_tensor(list(samples), dtype=torch.int64)
+                if not len(index) and name in ("lstm", "variational", "encoder", "multi-head"):
+                    continue  # torch refuses empty batches there
+                own_y, own_grad = run(model, masks, x[index], samples)
+                torch.testing.assert_close(own_y, y[index], rtol=0, atol=1e-12)
+                if grad is not None and own_grad is not None:
+                    torch.testing.assert_close(own_grad, grad[index], rtol=0, atol=1e-12)
+
+
+def small():
+    """A model in which dropout is called by modules, functions and torch's own module, and one module twice."""
+    torch.manual_seed(0)
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.drop, self.theirs = nn.Linear(12, 12), fdt.Dropout(0.3), nn.Dropout(0.3)
+
+        def forward(self, x):
+            x = self.drop(torch.tanh(self.linear(x)))
+            return self.drop(self.theirs(x) + F.dropout(x, 0.3))
+
+    return nn.Sequential(Block(), Block()).double()
+
+
+def gradients(model, passes):
+    """Of parameters, after passes that return losses."""
+    model.zero_grad()
+    for one in passes:
+        one().backward()
+    return torch.cat([parameter.grad.reshape(-1) for parameter in model.parameters()])
+
+
+@fdt.enabled()
+def test_accumulation_restarts_wrappers_and_stages():
+    model, x = small(), data().flatten(1)[:, :12]
+    masks = fdt.name_masks(model, seed=2)
+
+    def loss(samples, step=1, masks=masks, model=model, **at):
+        with masks.at(step, samples=samples):
+            return model(x[list(samples)]).square().sum()
+
+    whole = gradients(model, [lambda: loss(range(8))])
+    four = [functools.partial(loss, samples) for samples in (range(2), [2, 5], [4, 3], range(6, 8))]
+    torch.testing.assert_close(gradients(model, four), whole, rtol=0, atol=1e-12)
+    assert not torch.allclose(gradients(model, [lambda: loss(range(8), step=2)]), whole)
+    assert masks.state_dict() == {"seed": 2, "step": 2}
+    for other in copy.deepcopy(model), pickle.loads(pickle.dumps(nn.Sequential(fdt.Dropout(0.5)))):
+        assert other.train()(x) is not None  # copies have no names, and need no block
+    wrapped = nn.Module()
+    wrapped.module = wrapped._orig_mod = copy.deepcopy(model)  # as DDP and torch.compile name it
+    wrapped.forward = wrapped.module.forward
+    loaded = fdt.name_masks(wrapped)
+    loaded.load_state_dict(masks.state_dict())
+    again = gradients(wrapped, [lambda: loss(range(8), loaded.step - 1, loaded, wrapped.module)])
+    assert torch.equal(again, whole)
+    stage = nn.Sequential(copy.deepcopy(model[1]))
+    with masks.at(1), fdt.name_masks(stage, 2, names={"0": "1"}) as of_stage, of_stage.at(1, range(4, 8)):
+        hidden = model[0](x)
+        assert torch.equal(model[1](hidden)[4:], stage(hidden[4:]))
+    masks.remove()
+    torch.manual_seed(3)
+    before = model(x)
+    torch.manual_seed(3)
+    assert torch.equal(before, model(x))  # by torch's generator again
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("preserve", [False, True])
+@fdt.enabled()
+def test_checkpoints_draw_again_what_they_drew(reentrant, preserve):
+    model, x = small(), data().flatten(1)[:, :12]
+    masks = fdt.name_masks(model, seed=2)
+    again = {"use_reentrant": reentrant, "preserve_rng_state": preserve}
+
+    def plain(x):
+        return F.dropout(model[0](x), 0.3)
+
+    class Whole(nn.Module):
+        def __init__(self, outer):
+            super().__init__()
+            self.inside, self.outer = model, outer
+
+        def forward(self, x):
+            function = functools.partial(checkpoint, plain, **again) if self.outer else plain
+            y = checkpoint(lambda x: model[1](function(x)), x, **again) if self.outer else model[1](function(x))
+            return y.square().sum()
+
+    results = []
+    for outer in False, True:
+        whole = Whole(outer)
+        with fdt.name_masks(whole, seed=2) as own:
+            model.zero_grad()
+            leaf = x.clone().requires_grad_()
+            losses = []
+            for samples in range(4), range(4, 8):  # two passes before the first backward
+                with own.at(7, samples):
+                    losses.append(whole(leaf[list(samples)]))
+            for loss in reversed(losses):
+                loss.backward(retain_graph=not reentrant)
+            if not reentrant:
+                losses[0].backward()
+            results.append((leaf.grad, *(parameter.grad for parameter in model.parameters())))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    masks.remove()
