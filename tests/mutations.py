@@ -42,6 +42,7 @@ MASKS, PRIMITIVES, ROWS = (
 CELLS, BATCHWISE = "tests/backends/test_cells.py", "tests/torch/functional/test_batchwise.py"
 ATTENTION, MEMORY = "tests/backends/test_attention.py", "tests/backends/test_memory.py"
 FUSED, FAMILY = "tests/arrays/test_fused.py", "tests/arrays/test_variants.py"
+PARTS = "tests/arrays/test_parts.py"
 CUDA, CUDA_ROWS = "tests/backends/cuda/test_primitives.py", "tests/backends/cuda/test_fused.py"
 
 MUTATIONS = (
@@ -359,8 +360,8 @@ MUTATIONS = (
     Mutation(
         "masks compare without their scale",
         "fastdrop/core/mask.py",
-        "same = (self._shape, self._p, self._scale) == (other._shape, other._p, other._scale)",
-        "same = (self._shape, self._p) == (other._shape, other._p)",
+        "(mask._shape, mask._p, mask._scale, mask._parts)",
+        "(mask._shape, mask._p, mask._parts)",
         "tests/core/test_mask.py",
     ),
     Mutation(
@@ -446,6 +447,41 @@ MUTATIONS = (
         "return 1.0 if self.mask is None else self.mask.scale",
         "return 1.0",
         FUSED,
+    ),
+    Mutation(
+        "an axis of one sample is taken for one that shares decisions",
+        "fastdrop/arrays/masking.py",
+        "zip(mask_shape_of(whole), whole, strict=True)",
+        "zip(mask_shape_of(shape), whole, strict=True)",
+        PARTS,
+    ),
+    Mutation(
+        "a part that is one run is applied from the whole's first cell",
+        "fastdrop/arrays/masking.py",
+        "return 0 if parts is None else first_cell(parts, shape)",
+        "return 0 if parts is None else first_cell(parts, shape) and 0",
+        PARTS,
+    ),
+    Mutation(
+        "rows of noise all begin at the run's first cell",
+        "fastdrop/core/part.py",
+        "yield position, self.first + o * self.outer_pitch + r * self.pitch, self.columns",
+        "yield position, self.first, self.columns",
+        PARTS,
+    ),
+    Mutation(
+        "a fused op of a part defers its draw, which knows no parts",
+        "fastdrop/arrays/host.py",
+        "if runs is None and 0 < threshold < DROP_ALL and primitive_with_draw is not None:",
+        "if 0 < threshold < DROP_ALL and primitive_with_draw is not None:",
+        PARTS,
+    ),
+    Mutation(
+        "DropBlock of a part is scaled by the part's own count",
+        "fastdrop/arrays/structured.py",
+        "counted = words if whole is own else whole.draw(state, threshold)",
+        "counted, whole = words, own",
+        PARTS,
     ),
     Mutation(
         "an array in another order of axes is applied in C order",

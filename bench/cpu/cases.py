@@ -21,6 +21,8 @@ OPERATIONS = ("forward", "backward", "forward+backward")
 # Slow variants and peers stop where a single call takes long; what they cost per element no longer changes there.
 LARGEST = {"numpy": SIZES["1M"], "c-scalar": SIZES["16M"]}
 PEERS_LARGEST = SIZES["16M"]
+# The mask of a shard of 8, of a million cells: rows, the whole's columns, the shard's. The second is aligned.
+ROWS = {"draw_rows, 125 columns": (8388, 1000, 125), "draw_rows, 512 columns": (2048, 4096, 512)}
 MAIN_MEMORY = (SIZES["16M"], SIZES["64M"])
 
 

@@ -14,7 +14,7 @@ from ..contenders import LIMIT, WAYS
 from ..report import machine_line, write
 
 SIZE_NAMES = {1 << 16: "64k", 1 << 20: "1M", 1 << 24: "16M", 1 << 26: "64M", 1000: "1000"}
-PEER_COLUMNS = (LIMIT, "torch.mul", "F.dropout", "compiled F.dropout", "NumPy", "C", "bits")
+PEER_COLUMNS = (LIMIT, "torch.mul", "F.dropout", "compiled F.dropout", "NumPy", "C", "bits", "draw_bits")
 K64, M1, M16, M64 = 1 << 16, 1 << 20, 1 << 24, 1 << 26
 
 # (what, peer, {size: at most}, and the case it is read from); ratios, medians of paired samples
@@ -41,6 +41,7 @@ TARGETS = [
     ("store=\"seed\" backward", "bits", {M16: 1.2}, ("backward", "seed", "float32", 0.1, 1)),
 ]  # fmt: skip
 CALL_MICROSECONDS = 4.0
+DRAW_ROWS = {"draw_rows, 125 columns": 1.4, "draw_rows, 512 columns": 1.05}  # against draw_bits of as many cells
 Target = tuple[str, str, str, float, float, str]  # what, peer, size, at most, measured, unit
 
 
@@ -105,6 +106,9 @@ def targets(rows: list[dict[str, Any]], level: str) -> list[Target]:
         if row["operation"] == "whole call":
             what = "`fd.dropout` of 1,000 elements, whole call"
             found.append((what, "", "1000", CALL_MICROSECONDS, 1e6 * row["seconds"], " us"))
+        if row["operation"] in DRAW_ROWS:
+            limit, ratio = DRAW_ROWS[row["operation"]], row["peers"]["draw_bits"]["ratio"]
+            found.append((f"C {row['operation']} of a shard of 8", "draw_bits", "1M", limit, ratio, "x"))
     return found
 
 

@@ -16,14 +16,16 @@ import pytest
 import fastdrop as fd
 from fastdrop import backends
 from fastdrop.backends import c as native
+from fastdrop.core.random import threshold
 
 from .. import contenders
 from ..pairing import SETTLE_SECONDS, alternate
 from . import cases
 
 CASE_SECONDS = {"all": 0.5, "quick": 2.5}
+DRAW_SECONDS = 1.0
 COMPILED = "compiled F.dropout"
-C, BITS = "C", "bits"
+C, BITS, DRAW_BITS = "C", "bits", "draw_bits"
 
 torch = contenders.import_torch()
 ml_dtypes = pytest.importorskip("ml_dtypes")
@@ -79,6 +81,23 @@ def test_whole_call_of_1000_elements(benchmark: Any) -> None:
     benchmark.extra_info.update(dtype="float32", threads=1, store="bits", bytes_per_element=8.125)
     with contenders.threads(1, torch):
         alternate(benchmark, lambda: fd.dropout(x, 0.1, rng=stream, out=y), peers, 1.0)
+
+
+@pytest.mark.parametrize("layout", cases.ROWS)
+def test_draw_rows(layout: str, benchmark: Any) -> None:
+    """What a shard of 8 draws of the whole's mask, beside as many cells in a row."""
+    if backends.reasons()["c"] is not None:
+        pytest.skip("C is not built")
+    rows, pitch, columns = cases.ROWS[layout]
+    words, draw = np.empty((rows * columns + 31) // 32, np.uint32), (contenders.SEED, 0, threshold(0.1))
+    first = 3 * columns  # the fourth shard's
+    peers = {DRAW_BITS: lambda: native.draw_bits(words, 0, first, rows * columns, *draw)}
+    benchmark.extra_info.update(operation=layout, variant=cases.best(), level="kernel", size=cases.SIZES["1M"], p=0.1)
+    benchmark.extra_info.update(dtype="float32", threads=1, store="bits", bytes_per_element=0.125)
+    with contenders.threads(1, torch):
+        alternate(
+            benchmark, lambda: native.draw_rows(words, 0, first, 1, 0, rows, pitch, columns, *draw), peers, DRAW_SECONDS
+        )
 
 
 def fastdrop_contender(case: cases.Case, data: contenders.Buffers) -> contenders.Contender:

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..core import checks
 from ..core.mask import GaussianNoise, PackedMask, SeededMask
-from ..core.part import Run
+from ..core.part import Part, Run
 from ..core.random import State, Stream
 
 Array = NDArray[Any]
@@ -24,6 +24,7 @@ Shape = tuple[int, ...]
 BitMask = PackedMask | SeededMask
 Mask = BitMask | GaussianNoise
 RandomState = None | int | Stream | np.random.Generator  # the values of ``rng``
+PartOfWhole = None | Part | Sequence[Part]  # the values of ``part``
 DeferredDraw = tuple[Any, State, int]  # the backend's function that draws and runs a primitive; state, threshold
 BlockPasses = tuple[tuple[int, int, int, int], ...]
 Scaling = tuple[float, float, float]  # scale, shift, dropped: a `core.variants.Coefficients`, or as much as one
@@ -79,8 +80,10 @@ class ArrayOps(Protocol):
         None: those from 0 on."""
         ...
 
-    def draw_or_defer(self, words: Any, like: Any, cells: int, state: State, threshold: int) -> DeferredDraw | None:
-        """Draws a mask into ``words``, or returns what `run_primitive` needs to draw it itself."""
+    def draw_or_defer(
+        self, words: Any, like: Any, cells: int, state: State, threshold: int, runs: Iterable[Run] | None = None
+    ) -> DeferredDraw | None:
+        """Draws a mask into ``words`` as `draw_words` does, or returns what `run_primitive` needs to draw it itself."""
         ...
 
     def widen_blocks(self, words: Any, buffers: list[Any], passes: BlockPasses) -> Any:
@@ -101,13 +104,16 @@ class ArrayOps(Protocol):
         ...
 
     def dropout_forward(
-        self, tag: int, x: Any, y: Any, words: Any, state: State, threshold: int, coefficients: Scaling
+        self, tag: int, x: Any, y: Any, words: Any, state: State, threshold: int, coefficients: Scaling, first: int = 0
     ) -> None:
-        """Draws a mask of x's shape and applies it; ``words`` receives it unless None."""
+        """Draws a mask of x's shape and applies it; ``words`` receives it unless None. Its cells are those from
+        ``first`` on."""
         ...
 
-    def gaussian_multiply(self, tag: int, x: Any, y: Any, state: State, sigma: float) -> None:
-        """y = x times Gaussian noise of mean 1."""
+    def gaussian_multiply(
+        self, tag: int, x: Any, y: Any, state: State, sigma: float, runs: Iterable[Run] | None = None
+    ) -> None:
+        """y = x times Gaussian noise of mean 1. ``runs`` are its cells, as in `draw_words`."""
         ...
 
     def apply_mask(self, tag: int, x: Any, y: Any, words: Any, mask_shape: Shape, coefficients: Scaling) -> None:

@@ -97,9 +97,11 @@ class DeviceOps:
             word = 0 if threshold == DROP_ALL else 0xFFFFFFFF
             cuda_backend().fill_at(place.device, stream, place.address, word, word_count(cells))
 
-    def draw_or_defer(self, words: Any, like: Any, cells: int, state: State, threshold: int) -> DeferredDraw | None:
+    def draw_or_defer(
+        self, words: Any, like: Any, cells: int, state: State, threshold: int, runs: Iterable[Run] | None = None
+    ) -> DeferredDraw | None:
         """CUDA's primitives read words that were drawn before: nothing is deferred."""
-        self.draw_words(words, like, cells, state, threshold)
+        self.draw_words(words, like, cells, state, threshold, runs)
         return None
 
     def widen_blocks(self, words: Any, buffers: list[Any], passes: BlockPasses) -> Any:
@@ -123,17 +125,24 @@ class DeviceOps:
         return x, y
 
     def dropout_forward(
-        self, tag: int, x: Any, y: Any, words: Any, state: State, threshold: int, coefficients: Scaling
+        self, tag: int, x: Any, y: Any, words: Any, state: State, threshold: int, coefficients: Scaling, first: int = 0
     ) -> None:
         source, target, mask = _places(x, y, words)
         at = source.device, source.stream, tag, source.address, target.address, mask.address
-        cuda_backend().dropout_forward_at(*at, 0, math.prod(x.shape), *state, threshold, *coefficients)
+        cuda_backend().dropout_forward_at(*at, first, math.prod(x.shape), *state, threshold, *coefficients)
 
-    def gaussian_multiply(self, tag: int, x: Any, y: Any, state: State, sigma: float) -> None:
-        if cells := math.prod(x.shape):
-            source, target = _places(x, y)
-            at = source.device, source.stream, tag, source.address, target.address
-            cuda_backend().gaussian_multiply_at(*at, 0, cells, *state, sigma)
+    def gaussian_multiply(
+        self, tag: int, x: Any, y: Any, state: State, sigma: float, runs: Iterable[Run] | None = None
+    ) -> None:
+        cells = math.prod(x.shape)
+        if not cells:
+            return
+        source, target = _places(x, y)
+        size = _size(x) // cells
+        for run in (Run(0, 0, 1, 0, 1, 0, cells),) if runs is None else runs:
+            for position, first, n in run.each_row():
+                at = source.address + position * size, target.address + position * size
+                cuda_backend().gaussian_multiply_at(source.device, source.stream, tag, *at, first, n, *state, sigma)
 
     def apply_mask(self, tag: int, x: Any, y: Any, words: Any, mask_shape: Shape, coefficients: Scaling) -> None:
         shape = tuple(x.shape)

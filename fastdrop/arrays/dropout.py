@@ -7,16 +7,16 @@ whole are in `structured.py`, ops that fuse dropout with other layers in `fused.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from numpy.typing import ArrayLike
 
 from ..core import checks, variants
-from ..core.mask import GaussianNoise, PackedMask, gaussian_noise, packed_mask
-from ..core.part import Part, Run, parts_of, runs
+from ..core.mask import GaussianNoise, PackedMask, gaussian_noise, packed_mask, parts_of_noise
+from ..core.part import Run, parts_of, runs
 from ..core.random import check_random_state, random_state, threshold_and_scale
-from .array_ops import Array, BitMask, Mask, RandomState, Shape
+from .array_ops import Array, BitMask, Mask, PartOfWhole, RandomState, Shape
 from .host import HOST
 from .masking import array_ops, copy_to_output, drop, masked
 
@@ -31,7 +31,7 @@ def dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
-    part: Part | Sequence[Part] | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, BitMask | None]:
     """Returns x with each element dropped with probability p, and the mask that backward needs.
 
@@ -49,7 +49,7 @@ def dropout(
     training : bool
         False returns x unchanged (times ``1 - p`` under standard scaling).
     noise_shape : tuple of (int or None), optional
-        1 on axes that share one decision, None or the full extent elsewhere, as in Keras.
+        1 on axes that share one decision, None or x's extent elsewhere, as in Keras.
     scaling : {"inverted", "standard"}
         "inverted" multiplies kept elements by ``1 / (1 - p)`` in training. "standard", as in the 2014 paper, leaves
         them unchanged in training and multiplies everything by ``1 - p`` when not training.
@@ -64,7 +64,7 @@ def dropout(
         subclasses of ndarray.
     part : Part or sequence of them, optional
         Of which whole array x is a part: x then has that part of the whole's mask. A sequence is of parts that lie one
-        after the other along one axis of x, in any order.
+        after the other along one axis of x, in any order. A call takes the same random numbers whatever its part.
 
     Returns
     -------
@@ -80,8 +80,9 @@ def dropout(
         If the dtype is not in the list above; an array is masked or sparse; p is not a number; rng has another type;
         or out is not an array of x's dtype.
     ValueError
-        If p is outside [0, 1]; noise_shape does not fit; scaling or store is unknown; or out has another shape, is
-        read-only, overlaps x in part, or has elements that overlap. Nothing is written to out then.
+        If p is outside [0, 1]; noise_shape or part does not fit; parts along an axis that shares decisions would have
+        different ones; scaling or store is unknown; or out has another shape, is read-only, overlaps x in part, or has
+        elements that overlap. Nothing is written to out then.
     MemoryError
         If the result or the mask cannot be allocated. No random number is taken then.
 
@@ -97,6 +98,9 @@ def dropout(
     """
     mask_shape_of: Callable[[Shape], Shape] | None = None
     if noise_shape is not None:
+        if part is not None:  # its extents are x's, and the whole's are asked for
+            checks.noise_shape(noise_shape, tuple(array_ops(x).as_array("x", x)[0].shape))
+            noise_shape = tuple(1 if extent == 1 else None for extent in noise_shape)
         mask_shape_of = partial(checks.noise_shape, noise_shape)
     return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out), part)
 
@@ -150,7 +154,7 @@ def draw_mask(
     *,
     rng: RandomState = None,
     first_cell: int = 0,
-    part: Part | Sequence[Part] | None = None,
+    part: PartOfWhole = None,
 ) -> PackedMask:
     """Returns a mask without applying it.
 
@@ -183,14 +187,16 @@ def draw_mask(
     cells = math.prod(extents)
     first = checks.first_cell(first_cell, cells)
     cells_of: Iterable[Run] = (Run(0, first, 1, 0, 1, 0, cells),)
+    parts = None
     if part is not None:
         if first:
             raise ValueError("first_cell and part must not both be given")
-        cells_of = runs(parts_of(part, extents), extents)
+        parts = parts_of(part, extents)
+        cells_of = runs(parts, extents)
     threshold, scale = threshold_and_scale(p)
     words = HOST.empty_words(None, cells)
     HOST.draw_words(words, None, cells, random_state(rng), threshold, cells_of)
-    return packed_mask(words, extents, p, scale)
+    return packed_mask(words, extents, p, scale, parts)
 
 
 def alpha_dropout(
@@ -201,6 +207,7 @@ def alpha_dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, BitMask | None]:
     """Returns x with dropped elements set to SELU's floor, and everything scaled so that mean and variance stay.
 
@@ -213,7 +220,7 @@ def alpha_dropout(
     x : array_like of a float dtype, any shape ``(*)``
     p : float
         Drop probability, 0 to 1; p = 1 gives zeros.
-    training, store, rng, out
+    training, store, rng, out, part
         As in `dropout`, with the same errors.
 
     Kept for backward: a bit per element, or nothing. Source: Klambauer et al., NeurIPS 2017.
@@ -223,7 +230,7 @@ def alpha_dropout(
     >>> y.round(4), round(mask.scale, 4)
     (array([-0.7792, -0.7792,  0.7792,  0.7792]), 0.8864)
     """
-    return drop("x", x, p, None, "alpha", (training, store, rng, out))
+    return drop("x", x, p, None, "alpha", (training, store, rng, out), part)
 
 
 def drop_connect(
@@ -235,6 +242,7 @@ def drop_connect(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, BitMask | None]:
     """Returns weights w with connections dropped, one mask for the whole batch: DropConnect.
 
@@ -249,7 +257,7 @@ def drop_connect(
     array([[0., 0., 2.],
            [2., 0., 2.]], dtype=float32)
     """
-    return drop("w", w, p, None, checks.scaling(scaling), (training, store, rng, out))
+    return drop("w", w, p, None, checks.scaling(scaling), (training, store, rng, out), part)
 
 
 def gaussian_dropout(
@@ -259,6 +267,7 @@ def gaussian_dropout(
     training: bool = True,
     rng: RandomState = None,
     out: Array | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, GaussianNoise | None]:
     """Returns x times Gaussian noise of mean 1 and variance ``p / (1 - p)``, and the noise.
 
@@ -271,7 +280,7 @@ def gaussian_dropout(
     x : array_like of a float dtype, any shape ``(*)``
     p : float
         From 0 to below 1.
-    training, rng, out
+    training, rng, out, part
         As in `dropout`, with the same errors; ValueError for p = 1, whose variance is infinite.
 
     Kept for backward: nothing, because the noise is drawn again. Source: Srivastava et al., JMLR 15, 2014, section 10.
@@ -284,12 +293,15 @@ def gaussian_dropout(
     ops = array_ops(x)
     source, tag = ops.as_array("x", x)
     p = checks.gaussian_probability(p)
+    shape = tuple(source.shape)
+    parts = None if part is None else parts_of_noise(part, shape)
     if not training or p == 0.0:
         check_random_state(rng)
         return masked("x", x, None, out), None
     y = ops.output_array(out, source, "x")
-    shape = tuple(source.shape)
     kernel_x, kernel_y = ops.kernel_arrays(source, y, shape)
     state = random_state(rng)
-    ops.gaussian_multiply(tag, kernel_x, kernel_y, state, variants.spread(p))
-    return copy_to_output(ops, kernel_y, y, out), gaussian_noise(state, shape, p)
+    ops.gaussian_multiply(
+        tag, kernel_x, kernel_y, state, variants.spread(p), None if parts is None else runs(parts, shape)
+    )
+    return copy_to_output(ops, kernel_y, y, out), gaussian_noise(state, shape, p, parts)

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from ..core import checks
 from ..core.activations import ACTIVATIONS, GELU, GELU_TANH, SILU, keeps_input
-from .array_ops import Array, RandomState, compute_dtype
+from .array_ops import Array, PartOfWhole, RandomState, compute_dtype
 from .fused_call import NO_VECTOR, FusedCall
 from .saved import (
     BiasActGradients,
@@ -39,6 +39,7 @@ def dropout_add(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, SavedPointwise[DropoutAddGradients]]:
     """Returns ``residual + dropout(x, p)``, and what backward needs: the end of a residual branch.
 
@@ -62,6 +63,8 @@ def dropout_add(
     out : ndarray, optional
         Receives the result. It has the shape and dtype of residual; residual itself, or x if it has that dtype, works
         in place.
+    part : Part or sequence of them, optional
+        As in `dropout`. Other arrays are the part's own; gradients of biases and weights are sums over its rows.
 
     Returns
     -------
@@ -76,8 +79,8 @@ def dropout_add(
         If a dtype is not in the list above or does not go with x's; p is not a number; rng has another type; out is
         not an array of the result's dtype; or some arrays are on a GPU and others are not.
     ValueError
-        If residual has another shape than x; p is outside [0, 1]; store is unknown; or out has another shape, is
-        read-only, or overlaps an argument in part. Nothing is written to out then, and no random number is taken.
+        If residual has another shape than x; p, store or part does not fit; or out has another shape, is read-only, or
+        overlaps an argument in part. Nothing is written to out then, and no random number is taken.
 
     Source: Vaswani et al., NeurIPS 2017, section 5.4.
 
@@ -89,7 +92,7 @@ def dropout_add(
     >>> saved.backward(np.ones_like(y)).x
     array([0., 0., 2., 2., 0., 2.], dtype=float32)
     """
-    call = FusedCall("dropout_add", x, "x", p, training, store, rng)
+    call = FusedCall("dropout_add", x, "x", p, (training, store, rng, part))
     return call.pointwise(DropoutAddGradients, out, residual=call.residual(residual))
 
 
@@ -103,9 +106,9 @@ def bias_dropout_add(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, SavedPointwise[BiasDropoutAddGradients]]:
-    """Returns ``residual + dropout(x + bias, p)``, and what backward needs: `dropout_add` with the bias of a linear
-    layer.
+    """Returns ``residual + dropout(x + bias, p)``, and what backward needs: `dropout_add` with a linear layer's bias.
 
     Parameters
     ----------
@@ -114,7 +117,7 @@ def bias_dropout_add(
         A Numba array on a GPU must be float32 (float64 if x is), here and in the ops below.
     residual : array_like of x's shape
         It has x's dtype, or float32 if x has 16 bits. The result has its dtype.
-    p, training, store, rng, out
+    p, training, store, rng, out, part
         As in `dropout_add`, with the same errors; ValueError if bias has another shape or x has no axes.
 
     Returns
@@ -137,10 +140,9 @@ def bias_dropout_add(
     >>> saved.backward(np.ones_like(y)).bias
     array([2., 0., 4.])
     """
-    call = FusedCall("bias_dropout_add", x, "x", p, training, store, rng)
-    return call.pointwise(
-        BiasDropoutAddGradients, out, bias=call.vector("bias", bias), residual=call.residual(residual)
-    )
+    call = FusedCall("bias_dropout_add", x, "x", p, (training, store, rng, part))
+    vector = call.vector("bias", bias)
+    return call.pointwise(BiasDropoutAddGradients, out, bias=vector, residual=call.residual(residual))
 
 
 def bias_act_dropout(
@@ -153,6 +155,7 @@ def bias_act_dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, SavedPointwise[BiasActGradients]]:
     """Returns ``dropout(act(x + bias), p)``, and what backward needs: the middle of a feed-forward block.
 
@@ -166,7 +169,7 @@ def bias_act_dropout(
     p : float
         Drop probability, 0 to 1.
     activation : {"relu", "gelu", "gelu_tanh", "silu", None}
-    training, store, rng, out
+    training, store, rng, out, part
         As in `dropout_add`, with the same errors; ValueError for another activation, a bias of another shape, or a
         bias and x without axes. out is like x and may be x itself.
 
@@ -192,7 +195,7 @@ def bias_act_dropout(
     (array([[0., 0., 2.],
            [2., 0., 0.]], dtype=float32), 4)
     """
-    call = FusedCall("bias_act_dropout", x, "x", p, training, store, rng)
+    call = FusedCall("bias_act_dropout", x, "x", p, (training, store, rng, part))
     checks.choice("activation", activation, tuple(ACTIVATIONS))
     code = ACTIVATIONS[activation]
     vector = NO_VECTOR if bias is None else call.vector("bias", bias, is_saved=keeps_input(code))
@@ -208,6 +211,7 @@ def swiglu_dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, SavedPointwise[GatedGradients]]:
     """Returns ``dropout(silu(gate) * up, p)``, and what backward needs: the middle of a gated feed-forward block.
 
@@ -217,7 +221,7 @@ def swiglu_dropout(
     ----------
     gate : array_like of a float dtype, any shape ``(*)``
     up : array_like of gate's shape and dtype
-    p, training, store, rng, out
+    p, training, store, rng, out, part
         As in `dropout_add`, with the same errors. out is like gate and may be gate or up itself.
 
     Returns
@@ -237,7 +241,7 @@ def swiglu_dropout(
     >>> saved.backward(np.ones(4)).gate.round(3)
     array([0.   , 0.   , 2.182, 1.   ])
     """
-    call = FusedCall("swiglu_dropout", gate, "gate", p, training, store, rng)
+    call = FusedCall("swiglu_dropout", gate, "gate", p, (training, store, rng, part))
     return call.pointwise(GatedGradients, out, multiplier=call.like_x("up", up), activation=SILU)
 
 
@@ -251,25 +255,18 @@ def geglu_dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, SavedPointwise[GatedGradients]]:
     """Returns ``dropout(gelu(gate) * up, p)``, and what backward needs: the gated feed-forward block of T5 v1.1.
 
     Parameters
     ----------
-    gate : array_like of a float dtype, any shape ``(*)``
-    up : array_like of gate's shape and dtype
     approximate : {"none", "tanh"}
         The exact gelu, or its approximation by tanh, which T5 v1.1 and Gemma use ("gelu_new"). ValueError for another.
-    p, training, store, rng, out
-        As in `dropout_add`, with the same errors. out is like gate and may be gate or up itself.
+    gate, up, p, training, store, rng, out, part
+        As in `swiglu_dropout`, with the same results, memory kept and errors.
 
-    Returns
-    -------
-    y : ndarray of gate's shape and dtype
-    saved : Saved
-        ``saved.backward(dy)`` is ``(gate, up)``.
-
-    Kept for backward: as in `swiglu_dropout`. Source: Shazeer, arXiv 2002.05202, 2020.
+    Source: Shazeer, arXiv 2002.05202, 2020.
 
     >>> import fastdrop as fd, numpy as np
     >>> gate, up = np.array([1.0, -1.0, 2.0, 0.0]), np.ones(4)
@@ -279,7 +276,7 @@ def geglu_dropout(
     >>> saved.backward(np.ones(4)).gate.round(3)
     array([0.  , 0.  , 2.17, 1.  ])
     """
-    call = FusedCall("geglu_dropout", gate, "gate", p, training, store, rng)
+    call = FusedCall("geglu_dropout", gate, "gate", p, (training, store, rng, part))
     checks.choice("approximate", approximate, ("none", "tanh"))
     activation = GELU if approximate == "none" else GELU_TANH
     return call.pointwise(GatedGradients, out, multiplier=call.like_x("up", up), activation=activation)
@@ -297,6 +294,7 @@ def dropout_add_layer_norm(
     training: bool = True,
     store: str = "bits",
     rng: RandomState = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, Array, SavedNorm[LayerNormGradients]]:
     """Returns the layer norm of a residual sum after dropout, that sum, and what backward needs.
 
@@ -316,9 +314,9 @@ def dropout_add_layer_norm(
         At least 0.
     x_bias : array_like of any float dtype, ``(columns,)``, or None
         Added to x before dropout.
-    training, store, rng
+    training, store, rng, part
         As in `dropout_add`, with the same errors; ValueError if weight or a bias has another shape, eps is below 0, or
-        x has no axes.
+        x has no axes or a part cuts the last one.
 
     Returns
     -------
@@ -347,7 +345,7 @@ def dropout_add_layer_norm(
     (array([[0.   , 0.   , 1.971, 2.114],
            [0.   , 2.953, 0.   , 0.   ]]), True)
     """
-    call = FusedCall("dropout_add_layer_norm", x, "x", p, training, store, rng)
+    call = FusedCall("dropout_add_layer_norm", x, "x", p, (training, store, rng, part))
     vectors = {"weight": weight, "bias": bias, "x_bias": x_bias}
     return call.norm(LayerNormGradients, residual, vectors, eps, centred=True)
 
@@ -363,6 +361,7 @@ def dropout_add_rms_norm(
     training: bool = True,
     store: str = "bits",
     rng: RandomState = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, Array, SavedNorm[RmsNormGradients]]:
     """Returns the RMS norm of a residual sum after dropout, that sum, and what backward needs.
 
@@ -373,7 +372,7 @@ def dropout_add_rms_norm(
     ----------
     eps : float, optional
         At least 0. None means ``numpy.finfo(numpy.float32).eps``, or float64's for float64 data, as in torch.
-    x, residual, weight, p, x_bias, training, store, rng
+    x, residual, weight, p, x_bias, training, store, rng, part
         As in `dropout_add_layer_norm`, with the same results, memory kept and errors.
 
     Returns
@@ -389,7 +388,7 @@ def dropout_add_rms_norm(
     >>> residual_out, y.round(3)
     (array([[1., 1., 3., 3.]]), array([[0.447, 0.447, 1.342, 1.342]]))
     """
-    call = FusedCall("dropout_add_rms_norm", x, "x", p, training, store, rng)
+    call = FusedCall("dropout_add_rms_norm", x, "x", p, (training, store, rng, part))
     vectors = {"weight": weight, "x_bias": x_bias}
     eps = np.finfo(compute_dtype(call.dtype)).eps if eps is None else eps
     return call.norm(RmsNormGradients, residual, vectors, eps, centred=False)
@@ -406,6 +405,7 @@ def softmax_dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, SavedSoftmax]:
     """Returns ``dropout(softmax(scale * scores + attn_mask), p)`` over the last axis, and what backward needs.
 
@@ -422,9 +422,9 @@ def softmax_dropout(
         GPU must be float32 (float64 for float64 scores) and have an element for each key.
     causal : bool
         True lets key j take part for query i if ``j <= i``: aligned at the upper left, as torch's ``is_causal``.
-    training, store, rng, out
-        As in `dropout_add`, with the same errors; ValueError if scale is not finite, attn_mask does not broadcast, or
-        scores has no axes. out is like scores and may be scores itself.
+    training, store, rng, out, part
+        As in `dropout_add`, with the same errors; ValueError if scale is not finite, attn_mask does not broadcast,
+        scores has no axes, or a part cuts the keys or, if causal, the queries. out is like scores or scores itself.
 
     Returns
     -------
@@ -446,5 +446,5 @@ def softmax_dropout(
     array([[ 0.375, -0.125, -0.25 ],
            [-0.094,  0.469, -0.375]])
     """
-    call = FusedCall("softmax_dropout", scores, "scores", p, training, store, rng)
+    call = FusedCall("softmax_dropout", scores, "scores", p, (training, store, rng, part))
     return call.softmax(scale, attn_mask, causal, out)

@@ -16,12 +16,14 @@ import numpy as np
 from ..core import checks
 from ..core.activations import NONE, keeps_input, keeps_signs
 from ..core.mask import packed_mask, seeded_mask
+from ..core.part import check_uncut, parts_of, runs
 from ..core.random import check_random_state, random_state, threshold_and_scale
 from .array_ops import (
     FLOAT32,
     Array,
     BitMask,
     DeferredDraw,
+    PartOfWhole,
     RandomState,
     Shape,
     compute_dtype,
@@ -33,12 +35,14 @@ from .saved import Gradients, SavedNorm, SavedPointwise, SavedSoftmax, SoftmaxGr
 
 Vector = tuple[Any, Any]  # an element for each column, and the dtype that it was given in
 NO_VECTOR: Vector = (None, None)
+Options = tuple[bool, str, RandomState, PartOfWhole]  # training, store, rng, part
 
 
 class FusedCall:
     """The arguments that all fused ops have in common, checked."""
 
-    def __init__(self, op: str, given: Any, name: str, p: Any, training: bool, store: str, rng: RandomState) -> None:
+    def __init__(self, op: str, given: Any, name: str, p: Any, options: Options) -> None:
+        training, store, rng, part = options
         self.op, self.name, self.store, self.rng = op, name, store, rng
         self.ops = array_ops(given)
         self.x, _ = self.ops.as_array(name, given)
@@ -50,6 +54,7 @@ class FusedCall:
         self.dtype: np.dtype[Any] = self.x.dtype
         self.rows, self.columns = rows_and_columns(self.shape)
         self.cells = self.rows * self.columns
+        self.parts = None if part is None else parts_of(part, self.shape)
 
     # ---- the families of ops ----
 
@@ -81,7 +86,7 @@ class FusedCall:
         mask = self.forward("pointwise_forward", (self.dtype, y.dtype), *arrays, self.scale, activation)
         result = copy_to_output(ops, y_buffer, y, out)
         if signs is not None:
-            mask = packed_mask(signs, self.shape, self.p if self.threshold else 0.0, self.scale)
+            mask = packed_mask(signs, self.shape, self.p if self.threshold else 0.0, self.scale, self.parts)
             activation = NONE
         common = self.op, mask, gradients, self.shape, self.dtype
         kept = kept_x, kept_multiplier, kept_bias, bias_dtype
@@ -98,6 +103,7 @@ class FusedCall:
         """The layer norm (``centred``) or RMS norm of ``residual + dropout(x + x_bias)``, and that sum."""
         ops = self.ops
         checks.at_least(self.name, len(self.shape), 1, "an axis of columns")
+        check_uncut(self.parts, -1, "the last axis, which is normalised as a whole")
         given = {
             name: self.vector(name, value, is_saved=name == "weight")
             for name, value in vectors.items()
@@ -123,6 +129,9 @@ class FusedCall:
         """``dropout(softmax(softmax_scale * x + attn_mask))`` over the last axis."""
         ops = self.ops
         checks.at_least(self.name, len(self.shape), 1 + bool(causal), "queries and keys" if causal else "keys")
+        check_uncut(self.parts, -1, "the last axis, whose softmax is of all keys")
+        if causal:
+            check_uncut(self.parts, -2, "the axis of queries, which causal counts: give an attn_mask instead")
         softmax_scale = checks.finite("scale", softmax_scale)
         additive, strides = self.additive_mask(attn_mask)
         y = self.output(out, self.name, self.x)
@@ -157,11 +166,12 @@ class FusedCall:
         else:
             words = self.ops.empty_words(self.x, self.cells)  # allocated before a random number is taken
             state = random_state(self.rng)
-            draw = self.ops.draw_or_defer(words, self.x, self.cells, state, self.threshold)
+            cells_of = None if self.parts is None else runs(self.parts, self.shape)
+            draw = self.ops.draw_or_defer(words, self.x, self.cells, state, self.threshold, cells_of)
             if self.store == "seed":
-                mask = seeded_mask(state, self.shape, self.p, self.scale, self.threshold)
+                mask = seeded_mask(state, self.shape, self.p, self.scale, self.threshold, self.parts)
             else:
-                mask = packed_mask(words, self.shape, self.p, self.scale)
+                mask = packed_mask(words, self.shape, self.p, self.scale, self.parts)
         if self.cells:
             arrays = *arrays_before, words, *arrays_after
             self.ops.run_primitive(primitive, dtype_tags(*dtypes), arrays, (self.rows, self.columns, *numbers), draw)

@@ -79,17 +79,19 @@ class HostOps:
             backends.active().draw_bits(words, 0, 0, cells, *state, threshold)
         else:
             for run in runs:
-                if run.outer * run.rows == 1:
+                if run.is_one_row:
                     backends.active().draw_bits(words, run.position, run.first, run.columns, *state, threshold)
                 else:
                     backends.active().draw_rows(words, *run, *state, threshold)
 
-    def draw_or_defer(self, words: Words, like: Array, cells: int, state: State, threshold: int) -> DeferredDraw | None:
-        """C draws while data is on its way to the CPU, so the draw is left to its primitive."""
+    def draw_or_defer(
+        self, words: Words, like: Array, cells: int, state: State, threshold: int, runs: Iterable[Run] | None = None
+    ) -> DeferredDraw | None:
+        """C draws while data is on its way to the CPU, so the draw is left to its primitive, which knows no parts."""
         primitive_with_draw = backends.drawn()
-        if 0 < threshold < DROP_ALL and primitive_with_draw is not None:
+        if runs is None and 0 < threshold < DROP_ALL and primitive_with_draw is not None:
             return primitive_with_draw, state, threshold
-        self.draw_words(words, like, cells, state, threshold)
+        self.draw_words(words, like, cells, state, threshold, runs)
         return None
 
     def widen_blocks(self, words: Words, buffers: list[Words], passes: BlockPasses) -> Words:
@@ -108,19 +110,38 @@ class HostOps:
         return self.as_contiguous(x), self.output_buffer(y)
 
     def dropout_forward(
-        self, tag: int, x: Array, y: Array, words: Words | None, state: State, threshold: int, coefficients: Scaling
+        self,
+        tag: int,
+        x: Array,
+        y: Array,
+        words: Words | None,
+        state: State,
+        threshold: int,
+        coefficients: Scaling,
+        first: int = 0,
     ) -> None:
         if tag == BFLOAT16:
             x, y = x.view(np.uint16), y.view(np.uint16)
         seed, offset = state
         scale, shift, dropped = coefficients
-        backends.active().dropout_forward(tag, x, y, words, 0, x.size, seed, offset, threshold, scale, shift, dropped)
+        forward = backends.active().dropout_forward
+        forward(tag, x, y, words, first, x.size, seed, offset, threshold, scale, shift, dropped)
 
-    def gaussian_multiply(self, tag: int, x: Array, y: Array, state: State, sigma: float) -> None:
+    def gaussian_multiply(
+        self, tag: int, x: Array, y: Array, state: State, sigma: float, runs: Iterable[Run] | None = None
+    ) -> None:
         if tag == BFLOAT16:
             x, y = x.view(np.uint16), y.view(np.uint16)
-        if x.size:
+        if not x.size:
+            return
+        if runs is None:
             backends.active().gaussian_multiply(tag, x, y, 0, x.size, *state, sigma)
+            return
+        elements, results = x.reshape(-1), y.reshape(-1)
+        for run in runs:
+            for position, first, n in run.each_row():
+                row = slice(position, position + n)
+                backends.active().gaussian_multiply(tag, elements[row], results[row], first, n, *state, sigma)
 
     def apply_mask(self, tag: int, x: Array, y: Array, words: Words, mask_shape: Shape, coefficients: Scaling) -> None:
         if not x.size:

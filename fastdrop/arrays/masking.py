@@ -15,7 +15,7 @@ import numpy as np
 
 from ..core import checks, variants
 from ..core.mask import GaussianNoise, PackedMask, SeededMask, packed_mask, seeded_mask
-from ..core.part import Parts, parts_of, runs
+from ..core.part import Parts, first_cell, parts_of, parts_of_mask, runs
 from ..core.random import DROP_ALL, State, check_random_state, random_state, threshold_and_scale
 from .array_ops import Array, ArrayOps, BitMask, Mask, RandomState, Shape
 from .device import DEVICE, is_on_device
@@ -42,7 +42,8 @@ def drop(
 
     ``mask_shape_of`` gives the mask's shape for the data's shape; None means a decision for each element. ``options``
     are the arguments that all ops have: training, store, rng, out. (A plain tuple: a small call has little else to do.)
-    ``part`` says of which whole x is a part.
+    ``part`` says of which whole x is a part. The mask's shape then follows from the whole's, because a part may have an
+    extent of 1 along an axis that shares nothing.
     """
     training, store, rng, out = options
     ops = array_ops(given)
@@ -51,8 +52,11 @@ def drop(
     if type(store) is not str or store != "bits":
         checks.choice("store", store, checks.STORES)
     shape = tuple(x.shape)
-    mask_shape = shape if mask_shape_of is None else mask_shape_of(shape)
-    parts = None if part is None else _parts_of_mask(part, shape, mask_shape)
+    parts = None
+    if part is not None:
+        parts, mask_shape = _parts_of_mask(part, shape, mask_shape_of)
+    else:
+        mask_shape = shape if mask_shape_of is None else mask_shape_of(shape)
     threshold, _ = threshold_and_scale(p)
     if not training or threshold == 0:
         check_random_state(rng)
@@ -63,19 +67,19 @@ def drop(
     y = ops.output_array(out, x, name)
     coefficients = variants.affine(scaling, threshold)
     cells = math.prod(mask_shape)
-    draws_and_applies = mask_shape == shape and threshold < DROP_ALL and cells and parts is None
-    words: Any = ops.empty_words(x, cells) if store == "bits" or not draws_and_applies else None
+    first = _first_if_drawn_at_once(shape, mask_shape, threshold, parts)
+    words: Any = ops.empty_words(x, cells) if store == "bits" or first is None else None
     kernel_x, kernel_y = ops.kernel_arrays(x, y, mask_shape)
     state = random_state(rng)
-    if draws_and_applies:
-        ops.dropout_forward(tag, kernel_x, kernel_y, words, state, threshold, coefficients)
+    if first is not None:
+        ops.dropout_forward(tag, kernel_x, kernel_y, words, state, threshold, coefficients, first)
     else:
         ops.draw_words(words, x, cells, state, threshold, None if parts is None else runs(parts, mask_shape))
         ops.apply_mask(tag, kernel_x, kernel_y, words, mask_shape, coefficients)
     y = copy_to_output(ops, kernel_y, y, out)
     if store == "seed":
         return y, seeded_mask(state, mask_shape, p, coefficients.scale, threshold, parts)
-    return y, packed_mask(words, mask_shape, p, coefficients.scale)
+    return y, packed_mask(words, mask_shape, p, coefficients.scale, parts)
 
 
 def masked(name: str, given: Any, mask: Mask | None, out: Array | None) -> Any:
@@ -102,11 +106,14 @@ def masked(name: str, given: Any, mask: Mask | None, out: Array | None) -> Any:
         ops.check_no_overlap(y, words, "mask")
     kernel_x, kernel_y = ops.kernel_arrays(x, y, mask_shape)
     if isinstance(mask, GaussianNoise):
-        ops.gaussian_multiply(tag, kernel_x, kernel_y, (mask.seed, mask.offset), variants.spread(mask.p))
-    elif isinstance(mask, SeededMask) and _is_drawn_at_once(mask, tuple(x.shape)):
-        if math.prod(mask_shape):
-            state, coefficients = (mask.seed, mask.offset), (mask.scale, 0.0, 0.0)
-            ops.dropout_forward(tag, kernel_x, kernel_y, None, state, mask.threshold, coefficients)
+        cells_of = None if mask.parts is None else runs(mask.parts, mask_shape)
+        ops.gaussian_multiply(tag, kernel_x, kernel_y, (mask.seed, mask.offset), variants.spread(mask.p), cells_of)
+    elif (
+        isinstance(mask, SeededMask)
+        and (first := _first_if_drawn_at_once(tuple(x.shape), mask_shape, mask.threshold, mask.parts)) is not None
+    ):
+        state, coefficients = (mask.seed, mask.offset), (mask.scale, 0.0, 0.0)
+        ops.dropout_forward(tag, kernel_x, kernel_y, None, state, mask.threshold, coefficients, first)
     else:
         words = mask_words(ops, mask, x) if words is None else words
         ops.apply_mask(tag, kernel_x, kernel_y, words, mask_shape, (mask.scale, 0.0, 0.0))
@@ -120,19 +127,21 @@ def mask_words(ops: ArrayOps, mask: BitMask, like: Any) -> Any:
     return _new_words(ops, like, mask.shape, (mask.seed, mask.offset), mask.threshold, mask.parts)
 
 
-def _is_drawn_at_once(mask: SeededMask, shape: Shape) -> bool:
-    """Whether the primitive that draws and applies can do it."""
-    return mask.shape == shape and 0 < mask.threshold < DROP_ALL and mask.parts is None
+def _first_if_drawn_at_once(shape: Shape, mask_shape: Shape, threshold: int, parts: Parts | None) -> int | None:
+    """The mask's first cell if one primitive can draw the mask and apply it, otherwise None."""
+    if mask_shape != shape or not 0 < threshold < DROP_ALL or 0 in shape:
+        return None
+    return 0 if parts is None else first_cell(parts, shape)
 
 
-def _parts_of_mask(part: Any, shape: Shape, mask_shape: Shape) -> Parts:
-    """The parts of x as parts of its mask, which has 1 on axes that share decisions."""
+def _parts_of_mask(part: Any, shape: Shape, mask_shape_of: Callable[[Shape], Shape] | None) -> tuple[Parts, Shape]:
+    """The parts of x as parts of its mask, which has 1 on axes that share decisions, and the mask's shape."""
     parts = parts_of(part, shape)
-    if mask_shape == shape:
-        return parts
-    if len(parts) > 1:
-        raise ValueError("part must be a single one where elements share decisions, but got a sequence")
-    return (parts[0].shared(mask_shape),)
+    if mask_shape_of is None:
+        return parts, shape
+    whole = parts[0].shape
+    shared = [cells != extent for cells, extent in zip(mask_shape_of(whole), whole, strict=True)]
+    return parts_of_mask(parts, shape, shared)
 
 
 def copy_to_output(ops: ArrayOps, result: Any, y: Any, out: Any) -> Any:

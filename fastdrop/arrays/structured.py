@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 from numpy.typing import ArrayLike
 
 from ..core import checks, variants
 from ..core.mask import PackedMask, packed_mask
-from ..core.random import check_random_state, random_state, threshold_and_scale
-from .array_ops import Array, BitMask, RandomState, Shape
+from ..core.part import Part, Parts, check_uncut, parts_of, runs
+from ..core.random import State, check_random_state, random_state, threshold_and_scale
+from .array_ops import Array, ArrayOps, BitMask, PartOfWhole, RandomState, Shape
 from .masking import array_ops, copy_to_output, drop, masked
 
 
@@ -28,6 +30,7 @@ def feature_dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, BitMask | None]:
     """Returns x with whole channels dropped, and the mask that backward needs: spatial dropout.
 
@@ -42,7 +45,7 @@ def feature_dropout(
         Drop probability of a channel, 0 to 1; 0.1 to 0.3 is usual in convolutional networks.
     channel_axis : int
         1 for channels first, -1 for channels last.
-    training, scaling, store, rng, out
+    training, scaling, store, rng, out, part
         As in `dropout`, with the same errors; TypeError or ValueError if x does not have the channel_axis.
 
     Kept for backward: a bit per channel and sample, or nothing. Source: Tompson et al., CVPR 2015.
@@ -53,7 +56,8 @@ def feature_dropout(
     (array([[0., 0.],
            [2., 2.]]), 4)
     """
-    return drop("x", x, p, _mask_shape_of_features(channel_axis), checks.scaling(scaling), (training, store, rng, out))
+    mask_shape_of = _mask_shape_of_features(channel_axis)
+    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out), part)
 
 
 def feature_alpha_dropout(
@@ -65,6 +69,7 @@ def feature_alpha_dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, BitMask | None]:
     """Returns `alpha_dropout` of x with whole channels dropped, as in `feature_dropout`.
 
@@ -76,7 +81,7 @@ def feature_alpha_dropout(
     array([[-0.7792, -0.7792],
            [ 0.7792,  0.7792]])
     """
-    return drop("x", x, p, _mask_shape_of_features(channel_axis), "alpha", (training, store, rng, out))
+    return drop("x", x, p, _mask_shape_of_features(channel_axis), "alpha", (training, store, rng, out), part)
 
 
 def variational_dropout(
@@ -89,6 +94,7 @@ def variational_dropout(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, BitMask | None]:
     """Returns x with the same units dropped at all time steps, and the mask: locked dropout.
 
@@ -101,7 +107,7 @@ def variational_dropout(
         Drop probability, 0 to 1; 0.2 to 0.5 is usual.
     time_axis : int
         The axis along which elements share a decision.
-    training, scaling, store, rng, out
+    training, scaling, store, rng, out, part
         As in `dropout`, with the same errors; TypeError or ValueError if x does not have the time_axis.
 
     Kept for backward: a bit per element of one step, or nothing. Source: Gal and Ghahramani, NeurIPS 2016.
@@ -117,7 +123,7 @@ def variational_dropout(
     def mask_shape_of(shape: Shape) -> Shape:
         return variants.shared_cells(shape, checks.axis("time_axis", time_axis, len(shape)))
 
-    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out))
+    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out), part)
 
 
 def stochastic_depth(
@@ -130,6 +136,7 @@ def stochastic_depth(
     store: str = "bits",
     rng: RandomState = None,
     out: Array | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, BitMask | None]:
     """Returns x, the output of a residual branch, with whole samples dropped: stochastic depth, also called DropPath.
 
@@ -142,7 +149,7 @@ def stochastic_depth(
         Drop probability of the branch, 0 to 1.
     mode : {"row", "batch"}
         "row" decides for each sample, "batch" once for all samples.
-    training, scaling, store, rng, out
+    training, scaling, store, rng, out, part
         As in `dropout`, with the same errors; ValueError for another mode, or if x has no axes.
 
     Kept for backward: a bit per sample, or nothing. Source: Huang et al., ECCV 2016, whose scaling is "standard".
@@ -158,7 +165,7 @@ def stochastic_depth(
         checks.at_least("x", len(shape), 1, "an axis of samples")
         return variants.sample_cells(shape, mode)
 
-    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out))
+    return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out), part)
 
 
 def drop_block(
@@ -169,6 +176,7 @@ def drop_block(
     training: bool = True,
     rng: RandomState = None,
     out: Array | None = None,
+    part: PartOfWhole = None,
 ) -> tuple[Array, PackedMask | None]:
     """Returns x with blocks of neighbouring cells dropped in each channel, scaled by cells / cells kept.
 
@@ -184,9 +192,10 @@ def drop_block(
     block_size : int or tuple of int
         The extent of a block on each spatial axis; a block longer than the axis is shortened to it. 1 is dropout of
         elements.
-    training, rng, out
+    training, rng, out, part
         As in `dropout`, with the same errors; TypeError or ValueError if block_size does not fit or x has another
-        number of axes.
+        number of axes. A part has the spatial axes whole. Its scale is the whole's, so the call also draws the whole's
+        mask, in memory too, to count its kept cells.
 
     Kept for backward: a bit per element. For an array on a GPU the call waits, to count the kept cells. Source: Ghiasi
     et al., NeurIPS 2018.
@@ -206,24 +215,49 @@ def drop_block(
     p = checks.probability(p)
     shape = tuple(source.shape)
     checks.check_spatial_axes("x", len(shape))
-    plan = variants.blocks(shape, p, checks.block_size(block_size, len(shape) - 2))
+    sizes = checks.block_size(block_size, len(shape) - 2)
+    plan = variants.blocks(shape, p, sizes)
+    parts = None if part is None else parts_of(part, shape)
+    check_uncut(parts, 2, "the spatial axes, along which blocks reach")
     threshold, _ = threshold_and_scale(plan.gamma)
     if not training or threshold == 0:
         check_random_state(rng)
         return masked("x", x, None, out), None
     y = ops.output_array(out, source, "x")
     kernel_x, kernel_y = ops.kernel_arrays(source, y, shape)
-    cells = math.prod(shape)
-    seeds = math.prod(plan.seeds) if cells else 0
-    words = ops.empty_words(source, seeds)
-    buffers = [ops.empty_words(source, outer * (n + b - 1) * inner) for outer, n, inner, b in plan.passes if cells]
-    ops.draw_words(words, source, seeds, random_state(rng), threshold)
-    if cells:
-        words = ops.widen_blocks(words, buffers, plan.passes)
-    kept = ops.kept_count(words) if cells else 0
-    mask = packed_mask(words, shape, p, cells / kept if kept else 0.0)
+    own = whole = _BlockMask(ops, source, shape, plan)
+    if parts is not None:
+        whole = _BlockMask(ops, source, parts[0].shape, variants.blocks(parts[0].shape, p, sizes))
+    state = random_state(rng)
+    words = own.draw(state, threshold, parts)
+    counted = words if whole is own else whole.draw(state, threshold)
+    kept = ops.kept_count(counted) if whole.cells else 0
+    mask = packed_mask(words, shape, p, whole.cells / kept if kept else 0.0, parts)
     ops.apply_mask(tag, kernel_x, kernel_y, words, shape, (mask.scale, 0.0, 0.0))
     return copy_to_output(ops, kernel_y, y, out), mask
+
+
+class _BlockMask:
+    """DropBlock's mask of an array of a shape. Its memory is allocated before a random state is taken."""
+
+    def __init__(self, ops: ArrayOps, like: Any, shape: Shape, plan: variants.Blocks) -> None:
+        self.ops, self.like, self.plan = ops, like, plan
+        self.cells = math.prod(shape)
+        self.seeds = math.prod(plan.seeds) if self.cells else 0
+        self.words = ops.empty_words(like, self.seeds)
+        widened = [outer * (n + block - 1) * inner for outer, n, inner, block in plan.passes if self.cells]
+        self.buffers = [ops.empty_words(like, cells) for cells in widened]
+
+    def draw(self, state: State, threshold: int, parts: Parts | None = None) -> Any:
+        """The words of the mask."""
+        cells_of = None if parts is None else runs(tuple(self.seeds_of(part) for part in parts), self.plan.seeds)
+        self.ops.draw_words(self.words, self.like, self.seeds, state, threshold, cells_of)
+        return self.ops.widen_blocks(self.words, self.buffers, self.plan.passes) if self.cells else self.words
+
+    def seeds_of(self, part: Part) -> Part:
+        """The part of the seeds of the whole."""
+        places = self.plan.seeds[2:]
+        return Part(part.shape[:2] + places, part.start, part.local[:2] + places)
 
 
 def _mask_shape_of_features(channel_axis: int) -> Callable[[Shape], Shape]:

@@ -18,6 +18,8 @@ from . import checks
 from .part import Part, Parts, parts_of
 from .random import DROP_ALL, State, keep_scale, threshold
 
+NOISE_END = 1 << 61  # the cells that Gaussian noise has numbers for
+
 
 def word_count(cells: int) -> int:
     """The number of words for so many cells."""
@@ -53,13 +55,22 @@ def to_host(words: Any) -> NDArray[np.uint32]:
     return copied
 
 
+def parts_of_noise(given: Any, shape: tuple[int, ...]) -> Parts:
+    """`parts_of`, of a whole that noise has numbers for."""
+    parts = parts_of(given, shape)
+    if math.prod(parts[0].shape) > NOISE_END:
+        raise ValueError(f"part must be of a whole of at most 2**61 elements for noise, but got {parts[0]}")
+    return parts
+
+
 class _Mask:
     """What all masks have."""
 
-    __slots__ = ("_p", "_shape")
+    __slots__ = ("_p", "_parts", "_shape")
 
     _shape: tuple[int, ...]
     _p: float
+    _parts: Parts | None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -68,6 +79,16 @@ class _Mask:
     @property
     def p(self) -> float:
         return self._p
+
+    @property
+    def parts(self) -> Parts | None:
+        """The parts of a whole that the mask is made of; None: it is a whole itself."""
+        return self._parts
+
+    def _described(self, **what: Any) -> str:
+        """The representation, with parts if there are any."""
+        shown = what if self._parts is None else {**what, "parts": self._parts}
+        return f"{type(self).__name__}({', '.join(f'{name}={value}' for name, value in shown.items())})"
 
 
 class PackedMask(_Mask):
@@ -87,6 +108,8 @@ class PackedMask(_Mask):
         Drop probability that the mask was drawn with.
     scale : float, optional
         The multiplier of kept elements; by default that of inverted dropout, ``1 / (1 - p)``.
+    part : Part or sequence of them, optional
+        Of which whole mask this one is a part, as in `dropout`.
 
     Raises
     ------
@@ -105,7 +128,14 @@ class PackedMask(_Mask):
     _words: NDArray[np.uint32]
     _scale: float
 
-    def __init__(self, words: NDArray[np.uint32], shape: tuple[int, ...], p: float, scale: float | None = None) -> None:
+    def __init__(
+        self,
+        words: NDArray[np.uint32],
+        shape: tuple[int, ...],
+        p: float,
+        scale: float | None = None,
+        part: Part | Sequence[Part] | None = None,
+    ) -> None:
         self._p = checks.probability(p)
         self._shape = checks.shape("shape", shape)
         self._words = checks.words(words, math.prod(self._shape), word_count(math.prod(self._shape)))
@@ -114,6 +144,7 @@ class PackedMask(_Mask):
             checks.check_nothing_kept("words", self._words, self._scale)
         else:
             self._scale = checks.finite("scale", scale)
+        self._parts = None if part is None else parts_of(part, self._shape)
 
     @classmethod
     def from_bool(cls, keep: ArrayLike, p: float) -> PackedMask:
@@ -156,14 +187,15 @@ class PackedMask(_Mask):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PackedMask):
             return NotImplemented
-        same = (self._shape, self._p, self._scale) == (other._shape, other._p, other._scale)
-        return same and np.array_equal(to_host(self._words), to_host(other._words))
+        own, its = ((mask._shape, mask._p, mask._scale, mask._parts) for mask in (self, other))
+        return own == its and np.array_equal(to_host(self._words), to_host(other._words))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PackedMask, (np.ascontiguousarray(to_host(self._words)), self._shape, self._p, self._scale)
+        words = np.ascontiguousarray(to_host(self._words))
+        return PackedMask, (words, self._shape, self._p, self._scale, self._parts)
 
     def __repr__(self) -> str:
-        return f"PackedMask(shape={self._shape}, p={self._p}, kept={self.kept}, nbytes={self.nbytes})"
+        return self._described(shape=self._shape, p=self._p, kept=self.kept, nbytes=self.nbytes)
 
 
 class _Drawn(_Mask):
@@ -193,7 +225,7 @@ class _Drawn(_Mask):
         return bool(self.__reduce__() == other.__reduce__())
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(seed={self._seed}, offset={self._offset}, shape={self._shape}, p={self._p})"
+        return self._described(seed=self._seed, offset=self._offset, shape=self._shape, p=self._p)
 
 
 class SeededMask(_Drawn):
@@ -208,7 +240,7 @@ class SeededMask(_Drawn):
     part : Part or sequence of them, optional
         Of which whole mask this one is a part, as in `dropout`.
 
-    ``draw_mask(mask.shape, mask.p, rng=Stream(mask.seed, mask.offset))`` gives the same mask, packed.
+    ``draw_mask(mask.shape, mask.p, rng=Stream(mask.seed, mask.offset), part=mask.parts)`` gives the same mask, packed.
 
     >>> import fastdrop as fd, numpy as np
     >>> x = np.ones(1000, np.float32)
@@ -219,11 +251,10 @@ class SeededMask(_Drawn):
     (0, True)
     """
 
-    __slots__ = ("_parts", "_scale", "_threshold")
+    __slots__ = ("_scale", "_threshold")
 
     _scale: float
     _threshold: int
-    _parts: Parts | None
 
     def __init__(
         self,
@@ -241,11 +272,6 @@ class SeededMask(_Drawn):
         self._threshold = threshold(self._p)
         self._scale = keep_scale(self._threshold) if scale is None else checks.finite("scale", scale)
         self._parts = None if part is None else parts_of(part, self._shape)
-
-    @property
-    def parts(self) -> Parts | None:
-        """The parts of a whole that the mask is made of; None: it is a whole itself."""
-        return self._parts
 
     @property
     def threshold(self) -> int:
@@ -270,6 +296,8 @@ class GaussianNoise(_Drawn):
         The data's shape: each element has a multiplier of its own.
     p : float
         From 0 to below 1: the multipliers have mean 1 and variance ``p / (1 - p)``, as dropout's have at this p.
+    part : Part or sequence of them, optional
+        Of which whole this is the noise of a part, as in `dropout`. The whole has at most 2**61 elements.
 
     Raises TypeError or ValueError for anything else.
 
@@ -283,26 +311,37 @@ class GaussianNoise(_Drawn):
 
     __slots__ = ()
 
-    def __init__(self, seed: int, offset: int, shape: tuple[int, ...], p: float) -> None:
+    def __init__(
+        self,
+        seed: int,
+        offset: int,
+        shape: tuple[int, ...],
+        p: float,
+        part: Part | Sequence[Part] | None = None,
+    ) -> None:
         self._seed = checks.uint64("seed", seed)
         self._offset = checks.uint64("offset", offset)
         self._shape = checks.shape("shape", shape)
         self._p = checks.gaussian_probability(p)
+        self._parts = None if part is None else parts_of_noise(part, self._shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return GaussianNoise, (self._seed, self._offset, self._shape, self._p)
+        return GaussianNoise, (self._seed, self._offset, self._shape, self._p, self._parts)
 
 
 # ---- masks made from checked parts: the ops use these, users the constructors ----
 
 
-def packed_mask(words: NDArray[np.uint32], shape: tuple[int, ...], p: float, scale: float) -> PackedMask:
+def packed_mask(
+    words: NDArray[np.uint32], shape: tuple[int, ...], p: float, scale: float, parts: Parts | None = None
+) -> PackedMask:
     """A `PackedMask` without the constructor's checks."""
     mask = object.__new__(PackedMask)
     mask._words = words
     mask._shape = shape
     mask._p = p
     mask._scale = scale
+    mask._parts = parts
     return mask
 
 
@@ -316,9 +355,9 @@ def seeded_mask(
     return mask
 
 
-def gaussian_noise(state: State, shape: tuple[int, ...], p: float) -> GaussianNoise:
+def gaussian_noise(state: State, shape: tuple[int, ...], p: float, parts: Parts | None = None) -> GaussianNoise:
     """`GaussianNoise` without the constructor's checks."""
     noise = object.__new__(GaussianNoise)
     noise._seed, noise._offset = state
-    noise._shape, noise._p = shape, p
+    noise._shape, noise._p, noise._parts = shape, p, parts
     return noise

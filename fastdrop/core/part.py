@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from . import checks
 from .grid import cell_axes, collapse
 
-__all__ = ["Part", "Parts", "Run", "parts_of", "parts_of_mask", "runs"]
+__all__ = ["Part", "Parts", "Run", "check_uncut", "first_cell", "parts_of", "parts_of_mask", "runs"]
 
 
 class Run(NamedTuple):
@@ -33,6 +33,17 @@ class Run(NamedTuple):
     @property
     def cells(self) -> int:
         return self.outer * self.rows * self.columns
+
+    @property
+    def is_one_row(self) -> bool:
+        """Whether its cells follow one another in the whole."""
+        return self.outer * self.rows == 1
+
+    def each_row(self) -> Iterator[tuple[int, int, int]]:
+        """(position, first cell, number of cells) of each row."""
+        for o, r in itertools.product(range(self.outer), range(self.rows)):
+            position = self.position + (o * self.rows + r) * self.columns
+            yield position, self.first + o * self.outer_pitch + r * self.pitch, self.columns
 
     def distance(self, steps: int) -> int:
         """How many cells the first is from the one ``steps`` bits on."""
@@ -84,14 +95,6 @@ class Part:
                     f"a part must lie in its whole, but goes from {start} to {end} of {whole} on axis {axis}"
                 )
 
-    def shared(self, mask_shape: tuple[int, ...]) -> Part:
-        """The part of a mask that has 1 on axes along which elements share a decision."""
-        if mask_shape == self.local:
-            return self
-        own = zip(self.shape, self.start, self.local, mask_shape, strict=True)
-        axes = [(1, 0, 1) if cells == 1 else (whole, start, local) for whole, start, local, cells in own]
-        return Part(*(tuple(entries) for entries in zip(*axes, strict=True)))
-
     def sharing(self, shared: Sequence[bool]) -> Part:
         """The part of a mask whose cells are shared along some axes."""
         own = zip(self.shape, self.start, self.local, shared, strict=True)
@@ -137,17 +140,33 @@ def parts_of(given: Any, shape: tuple[int, ...]) -> Parts:
 def parts_of_mask(parts: Parts, shape: tuple[int, ...], shared: Sequence[bool]) -> tuple[Parts, tuple[int, ...]]:
     """The parts of a mask whose cells are shared along some axes, and its shape. ``parts`` make up an array of a shape.
 
-    Whether an axis is shared can't be read from extents: the part of one process may have an extent of 1.
+    Whether an axis is shared can't be read from extents: the part of one process may have an extent of 1. Raises
+    ValueError for parts along a shared axis that do not have the same cells.
     """
     cells = tuple(1 if one else extent for one, extent in zip(shared, shape, strict=True))
-    if len(parts) > 1 and shared[_joined_axis(parts, shape)]:
-        parts = parts[:1]  # they differ along an axis whose cells are shared
-    return tuple(part.sharing(shared) for part in parts), cells
+    axis = _joined_axis(parts, shape)
+    own = tuple(part.sharing(shared) for part in parts)
+    if len(own) > 1 and shared[axis]:
+        if any(part != own[0] for part in own):
+            raise ValueError(
+                f"part must be parts that start alike on all other axes, because elements share decisions along axis "
+                f"{axis}, but got {parts}"
+            )
+        own = own[:1]
+    return own, cells
+
+
+def check_uncut(parts: Parts | None, first_axis: int, what: str) -> None:
+    """Raises ValueError for parts that do not have the whole of the axes from ``first_axis`` on."""
+    for part in parts or ():
+        if part.local[first_axis:] != part.shape[first_axis:]:
+            raise ValueError(f"part must not cut {what}, but got {part}")
 
 
 def _joined_axis(parts: Sequence[Part], shape: tuple[int, ...]) -> int:
     """The axis along which parts lie one after the other in an array of this shape."""
-    return next((i for i in range(len(shape)) if any(one.local[i] != shape[i] for one in parts)), 0)
+    differing = (i for i in range(len(shape)) if any(one.local[i] != shape[i] for one in parts))
+    return next(differing, shape.index(0) if 0 in shape else 0)  # all may have 0 there
 
 
 def runs(parts: Parts, shape: tuple[int, ...]) -> Iterator[Run]:
@@ -165,3 +184,9 @@ def runs(parts: Parts, shape: tuple[int, ...]) -> Iterator[Run]:
             position += math.prod(part.local)
         if len(parts) == 1:
             return
+
+
+def first_cell(parts: Parts, shape: tuple[int, ...]) -> int | None:
+    """The first of an array's cells if they follow one another in the whole, otherwise None."""
+    found = list(itertools.islice(runs(parts, shape), 2))
+    return found[0].first if len(found) == 1 and found[0].is_one_row else None

@@ -125,8 +125,9 @@ class Gpu(Memory):
     def _found(self, address):
         if address == 0:
             return None
-        own = next(array for array in self.arrays if array.ctypes.data == address and array.size)
-        return (own.view(np.uint16) if own.dtype.kind == "V" else own).reshape(-1)
+        own = next(array for array in self.arrays if 0 <= address - array.ctypes.data < array.nbytes)
+        first = (address - own.ctypes.data) // own.itemsize
+        return (own.view(np.uint16) if own.dtype.kind == "V" else own).reshape(-1)[first:]
 
     def device_of(self, address):
         return self.devices.get(address, 0)
@@ -171,11 +172,16 @@ X, OTHER, COLUMNS = numbers(6, 33), numbers(6, 33, seed=1), numbers(33, seed=2)
 HALF = numbers(6, 33, dtype="bfloat16")
 MASK = np.random.default_rng(0).random((1, 33)) < 0.8
 SEED, ALL, EVALUATION = {"store": "seed"}, {"p": 1.0}, {"training": False}
+ROWS, BOX = {"part": fd.Part((9, 33), (2, 0), X.shape)}, {"part": fd.Part((9, 50), (2, 7), X.shape)}
+PLANES = {"part": fd.Part((5, 4, 40), (1, 2, 0), (3, 2, 40))}
 PLAIN = {  # call, array, ways to call it
     "dropout": (
         fd.dropout,
         {"x": X},
-        ({}, SEED, ALL, {**ALL, **SEED}, {"noise_shape": (1, None)}, {"noise_shape": (6, 1), **SEED}),
+        (
+            *({}, SEED, ALL, {**ALL, **SEED}, {"noise_shape": (1, None)}, {"noise_shape": (6, 1), **SEED}),
+            *(ROWS, BOX, {**ROWS, **SEED}, {**BOX, **SEED}, {"noise_shape": (1, None), **BOX}),
+        ),
     ),
     "dropout, standard": (partial(fd.dropout, scaling="standard"), {"x": X}, ({}, EVALUATION, {**EVALUATION, **ALL})),
     "dropout, bfloat16": (fd.dropout, {"x": HALF}, ({}, SEED, ALL)),
@@ -183,13 +189,13 @@ PLAIN = {  # call, array, ways to call it
     "feature_dropout": (fd.feature_dropout, {"x": numbers(3, 5, 4, 6)}, ({}, SEED, {"channel_axis": -1})),
     "alpha_dropout": (fd.alpha_dropout, {"x": X}, ({}, SEED, ALL)),
     "stochastic_depth": (fd.stochastic_depth, {"x": numbers(40, 3, 2)}, ({"mode": "row"}, {"mode": "batch"})),
-    "drop_block, one axis": (partial(fd.drop_block, block_size=3), {"x": numbers(3, 2, 40)}, ({}, ALL)),
+    "drop_block, one axis": (partial(fd.drop_block, block_size=3), {"x": numbers(3, 2, 40)}, ({}, ALL, PLANES)),
     "drop_block": (partial(fd.drop_block, block_size=(1, 2, 9)), {"x": numbers(2, 2, 3, 4, 5)}, ({},)),
-    "gaussian_dropout": (fd.gaussian_dropout, {"x": numbers(5, 43)}, ({},)),
+    "gaussian_dropout": (fd.gaussian_dropout, {"x": X}, ({}, ROWS, BOX)),
 }
 MODES = ({}, SEED, ALL, EVALUATION)
 FUSED = {
-    "dropout_add": (fd.dropout_add, {"x": X, "residual": OTHER}, MODES),
+    "dropout_add": (fd.dropout_add, {"x": X, "residual": OTHER}, (*MODES, BOX, {**BOX, **SEED})),
     "dropout_add, mixed": (fd.dropout_add, {"x": HALF, "residual": OTHER}, MODES),
     "bias_dropout_add": (fd.bias_dropout_add, {"x": X, "bias": COLUMNS, "residual": OTHER}, MODES),
     "relu": (partial(fd.bias_act_dropout, activation="relu"), {"x": X, "bias": COLUMNS}, MODES),

@@ -206,9 +206,10 @@ def test_the_sweep_skips_a_size_that_does_not_fit(small, monkeypatch):
 
 
 @needs_c
-def test_a_case_runs_beside_the_limits_and_its_report_names_the_way(small, tmp_path):
+def test_a_case_runs_beside_the_limits_and_its_report_names_the_way(small, tmp_path, monkeypatch):
     dropout, _ = small
     request = SimpleNamespace(config=SimpleNamespace(getoption=lambda name: "quick"))
+    monkeypatch.setattr(dropout, "DRAW_SECONDS", 0.0)
     rows = []
     for case in (
         cases.Case("forward", cases.best(), "float32", 1 << 16, 0.1, 1),
@@ -220,10 +221,16 @@ def test_a_case_runs_beside_the_limits_and_its_report_names_the_way(small, tmp_p
             dropout.test_dropout(case, None, benchmark, request)
         rows.append(benchmark.extra_info)
     assert [LIMIT in row["peers"] for row in rows] == [True, True, False]
+    for layout in cases.ROWS:
+        benchmark = Benchmark()
+        dropout.test_draw_rows(layout, benchmark)
+        rows.append(benchmark.extra_info)
     way = rows[0]["peers"][LIMIT]["way"]
     text = rendered(report_dropout, [*rows, whole_call()], tmp_path)
     name = f"| forward {cases.best()} float32 64k p=0.1 |"
     assert [line.endswith(f"| {way} |") for line in text.splitlines() if line.startswith(name)] == [True]
+    for layout, limit in report_dropout.DRAW_ROWS.items():
+        assert f"| C {layout} of a shard of 8 | draw_bits | 1M | {limit}x | " in text
 
 
 def whole_call():

@@ -35,7 +35,7 @@ def test_a_part_has_the_cells_of_the_whole(part, backend):
     with activated(backend):
         mask = fd.draw_mask(part.local, P, rng=SEED, part=part)
     np.testing.assert_array_equal(mask.to_bool(), whole[box(part)])
-    assert mask == fd.PackedMask.from_bool(mask.to_bool(), P)  # unused bits are 0
+    assert mask == fd.PackedMask(mask.words, part.local, P, part=part)  # unused bits are 0
 
 
 @given(parts(), st.data())
@@ -50,7 +50,7 @@ def test_draws_are_few(part, data):
 @pytest.mark.parametrize("axis", [0, 1, 2])
 @pytest.mark.parametrize("store", ["bits", "seed"])
 def test_several_parts_along_an_axis(store, axis):
-    """Such as shuffled samples, or both ends of a sequence."""
+    """Such as shuffled samples, or both ends of a sequence. (tests/arrays/test_parts.py has all ops.)"""
     rng = np.random.default_rng(0)
     shape = (6, 5, 7)
     x = rng.normal(size=shape).astype(np.float32)
@@ -72,14 +72,22 @@ def _cut(shape: tuple[int, ...], axis: int, at: int) -> tuple[tuple[int, ...], t
     return tuple(start), tuple(local)
 
 
-@pytest.mark.parametrize("store", ["bits", "seed"])
-def test_parts_share_decisions_as_the_whole_does(store):
-    x = np.ones((4, 6, 5), np.float64)
-    y, _ = fd.dropout(x, P, noise_shape=(None, 1, None), rng=SEED, store=store)
-    part = fd.Part(x.shape, (1, 2, 0), (2, 3, 5))
-    mine, mask = fd.dropout(x[box(part)], P, noise_shape=(None, 1, None), rng=SEED, store=store, part=part)
-    np.testing.assert_array_equal(mine, y[box(part)])
-    np.testing.assert_array_equal(fd.dropout_backward(x[box(part)], mask), mine)
+def test_masks_know_their_parts():
+    x, own = np.ones((2, 3)), [fd.Part((9, 3), (at, 0), (1, 3)) for at in (4, 2)]
+    calls = {
+        "PackedMask(shape=(2, 3), p=0.3, kept=": lambda **more: fd.dropout(x, P, rng=SEED, **more)[1],
+        "SeededMask(seed=5, offset=0, ": lambda **more: fd.dropout(x, P, rng=SEED, store="seed", **more)[1],
+        "GaussianNoise(seed=5, offset=0, ": lambda **more: fd.gaussian_dropout(x, P, rng=SEED, **more)[1],
+    }
+    for start, call in calls.items():
+        whole, mask = call(), call(part=own)
+        assert (whole.parts, mask.parts) == (None, tuple(own))
+        assert mask == pickle.loads(pickle.dumps(mask)) != whole
+        assert repr(mask).startswith(start)
+        assert repr(mask).endswith(f", parts={tuple(own)})")
+        assert "parts" not in repr(whole)
+    packed, seeded, _ = (call(part=own) for call in calls.values())
+    assert fd.draw_mask((2, 3), P, rng=fd.Stream(seeded.seed), part=seeded.parts) == packed
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])

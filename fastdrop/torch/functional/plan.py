@@ -20,7 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ...core import checks
 from ..ops import mask as mask_ops
-from ..runtime import located, names, seeds, tracing
+from ..runtime import layouts, located, names, seeds, tracing
 from ..runtime.dispatch import is_eager_dense, is_transformed
 from ..runtime.dispatch.compilers import constant_in_graphs
 from ..runtime.dispatch.tensors import check_inplace, is_in_dispatch_mode, may_be_differentiated_forward
@@ -52,7 +52,9 @@ MASK_OPS = "mask ops"
 ONNX = "onnx"
 
 Seed = int | Tensor | None
-Whole = Any  # what a caller may give as ``part``: a `Part`, a sequence of them, or the cells as a tensor
+# What a caller may give as ``part``: a `Part`, a sequence of them, a device mesh with placements, a function of the
+# local shape that gives one of these, or the cells as a tensor.
+Whole = Any
 Source = tuple[torch.Generator | None, Seed, Whole]  # what a caller gives to draw from, and of which whole x is a part
 NO_SOURCE: Source = (None, None, None)  # torch's default generator
 Shape = tuple[int, ...]
@@ -120,35 +122,46 @@ def seed_for_kernel(
             return drawn
     if seed is not None:
         seed = seeds.from_caller(seed, generator, x)
-    if part is located.NO_SAMPLES:
-        part = None
+    if isinstance(part, located.Weights):
+        part = part.part
+    cells = None
     if part is not None:  # found good or bad before anything is drawn
-        part = located.runs_of(part, tuple(x.shape) if shape is None else shape, shared)
+        cells = located.runs_of(part, tuple(x.shape) if shape is None else shape, shared)
     if inplace:
         check_inplace(x)
     if seed is None:
+        if part is not None:
+            _compare_generators(part, x, generator)
         seed = seeds.next_cuda_seed(x.device, generator) if x.is_cuda else seeds.next_seed(generator)
-    return seed if part is None else located.locate(seed, part)
+    return seed if cells is None else located.locate(seed, cells)
 
 
 def seed_for_ops(x: Tensor, source: Source, shape: Shape | None = None, shared: Cells = None) -> Tensor:
     """The seed of a call that drops by an op: a tensor. Arguments are those of `seed_for_kernel`."""
     generator, seed, part = source
     if names.are_used and seed is None and generator is None and not _is_compiling():
-        extents = tuple(map(int, x.shape if shape is None else shape))
-        drawn = names.draw(extents, shared, part, shape is not None)
+        if names.are_in_force() and tracing.is_recorded():
+            raise RuntimeError(
+                "a model with named masks can't be traced in training, because each call of the trace would have the "
+                "masks of one step: call eval(), or masks.remove()"
+            )
+        drawn = names.draw(tuple(x.shape) if shape is None else shape, shared, part, shape is not None)
         if drawn is not None:
-            if tracing.is_recorded():
-                raise RuntimeError(
-                    "a model with named masks can't be traced in training, because each call of the trace would have "
-                    "the masks of one step: call eval(), or masks.remove()"
-                )
             return seeds.as_tensor(drawn)
-    if part is located.NO_SAMPLES:
-        part = None
+    if isinstance(part, located.Weights):
+        part = part.part
     cells = None if part is None else located.cells_of(part, tuple(x.shape) if shape is None else shape, shared)
+    if seed is None and part is not None and not _is_compiling():
+        _compare_generators(part, x, generator)
     number = _tensor_seed(x, generator, seed)
     return number if cells is None else seeds.with_cells(number, cells)
+
+
+def _compare_generators(part: Whole, x: Tensor, generator: torch.Generator | None) -> None:
+    """Has the processes of a layout's mesh compare their generators, if seeds come from those."""
+    layout = layouts.as_layout(part)
+    if layout is not None and seeds.sample_seeds() is None:
+        layouts.compare_generators(layout.mesh, x.device, generator)
 
 
 def _tensor_seed(x: Tensor, generator: torch.Generator | None, seed: Seed) -> Tensor:

@@ -20,7 +20,7 @@ from ..runtime.dispatch import can_call_kernel
 from ..runtime.dispatch.ops import fast_apply
 from ..runtime.dispatch.tensors import jit_trace
 from ..runtime.dtypes import DTYPES
-from . import onnx
+from . import onnx, sharded
 from .plan import (
     KERNEL,
     MASK_OPS,
@@ -53,6 +53,12 @@ def drop(
         check_unused_seed(source)
         return _evaluated(x, p, inplace) if scaling == "standard" and not training else x
     if way != KERNEL:
+        if sharded.is_dtensor(x):
+
+            def dropped(local: Tensor, part: Any) -> Tensor:
+                return drop(local, p, True, False, (*source[:2], part), shared, store, scaling)
+
+            return sharded.drop_shard(x, source[2], inplace, dropped)
         return _drop_by_ops(x, p, way, inplace, source, shared, store, scaling)
     if x.dtype not in DTYPES:
         dtypes.check_dtype(x)

@@ -73,7 +73,7 @@ def enable() -> None:
     `torch.nn.functional.scaled_dot_product_attention`, `torch.nn.LSTM` and `torch.nn.GRU` between layers, and any model
     built of these; of timm and torchvision, where they were imported before, the modules that `convert` knows. Values
     and gradients are those of the functions of `fastdrop.torch`; other operators and devices, integer, sparse and
-    nested tensors and DTensors stay as they are. So do, on a GPU, fused attention and cuDNN's recurrent layers, which
+    nested tensors stay as they are. So do, on a GPU, fused attention and cuDNN's recurrent layers, which
     drop inside of kernels of their own.
 
     Calling it again does nothing. It may be called while other threads work: what is switched is a flag that each call
@@ -318,8 +318,6 @@ def is_supported(x: Tensor, p: float) -> bool:
     """Whether fastdrop has kernels for a tensor. A p out of range is left to torch, which raises its own error."""
     if x.layout is not torch.strided or x.is_nested or x.dtype not in DTYPES or not 0.0 <= p <= 1.0:
         return False
-    if type(x) is not Tensor and _is_dtensor(x):
-        return False
     return x.is_cpu or (x.is_cuda and cuda.is_usable(x.get_device()))
 
 
@@ -327,12 +325,6 @@ def _is_known(x: Tensor) -> bool:
     """Whether x is dense, and a plain tensor or a compiler's."""
     known = type(x).__torch_dispatch__ is Tensor.__torch_dispatch__ or isinstance(x, (FakeTensor, FunctionalTensor))
     return known and x.layout is torch.strided and not x.is_nested
-
-
-def _is_dtensor(x: Tensor) -> bool:
-    """Other subclasses see each op that is called with them, ours too. DTensor has a rule for each op that it knows."""
-    package = sys.modules.get("torch.distributed.tensor")
-    return package is not None and isinstance(x, package.DTensor)
 
 
 def _is_called_from_python() -> bool:

@@ -8,13 +8,14 @@ tell fastdrop's modules from others.
 
 from __future__ import annotations
 
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, fx, nn
 
 from ...core import checks
-from ..runtime import names, seeds, tracing
+from ..functional.plan import Whole
+from ..runtime import layouts, names, seeds, tracing
 from ..runtime.dispatch import hide_from_dynamo
 
 __all__ = ["OWN_SOURCE", "RATE_TENSOR", "Rated", "Seeded", "SourceOptions", "is_traced", "trace_call"]
@@ -24,10 +25,19 @@ OWN_SOURCE = "own_source"
 
 
 class SourceOptions(TypedDict, total=False):
-    """The arguments of all modules that may draw from a source of their own."""
+    """The arguments of all modules that may draw from a source of their own, or a part of a whole's mask."""
 
     seed: int | None
     generator: torch.Generator | None
+    layout: Whole
+
+
+class CallOptions(TypedDict, total=False):
+    """What a module gives the function that drops."""
+
+    seed: int | None
+    generator: torch.Generator | None
+    part: Whole
 
 
 class OwnSource:
@@ -42,7 +52,7 @@ class OwnSource:
         self.seed = None if seed is None else checks.uint64("seed", seed)
         self.generator, self.calls = generator, 0
 
-    def next(self) -> SourceOptions:
+    def next(self) -> CallOptions:
         """The arguments of the function that drops, for the next call."""
         if torch.compiler.is_compiling():  # a number on the host that each call changes would be a constant there
             raise RuntimeError(
@@ -86,12 +96,13 @@ class Rated(nn.Module):
     p: float
     rate_tensor: Tensor | None = None  # float64 on the CPU, without axes; set by `drive`
     own_source: OwnSource | None = None  # None: torch's default generator; only `Seeded` modules have one
+    layout: Whole = None  # of which whole inputs are parts: what functions take as ``part``; only of `Seeded` modules
 
     # TorchScript knows neither properties that compute nor annotations that are strings.
     __jit_unused_properties__ = ("p", "rate", "seed", "generator")
     __jit_ignored_attributes__ = (
-        *(RATE_TENSOR, OWN_SOURCE, "couple_channels", "drop_prob", "gamma_scale", "generator", "noise_shape"),
-        *("p", "rate", "seed", "store"),
+        *(RATE_TENSOR, OWN_SOURCE, "couple_channels", "drop_prob", "gamma_scale", "generator", "layout"),
+        *("noise_shape", "p", "rate", "seed", "store"),
     )
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -124,7 +135,7 @@ class Rated(nn.Module):
                 return trace_call(self, input)  # type: ignore[no-any-return]
             if isinstance(input, Tensor) and input.is_quantized:
                 return input  # nn.Dropout in a quantised model of torch does the same
-            if self.own_source is None:
+            if self.own_source is None and self.layout is None:
                 return self.drop_input(input)
             return self._drop_from_own_source(input)
 
@@ -135,9 +146,15 @@ class Rated(nn.Module):
     def _drop_from_own_source(self, input: Tensor) -> Tensor:
         return self.drop_input(input, **self.source_options())
 
-    def source_options(self) -> SourceOptions:
-        """What the function that drops is to draw from in this call, where that is not torch's default generator."""
-        return {} if self.own_source is None or not self.training else self.own_source.next()
+    def source_options(self) -> CallOptions:
+        """What the function that drops is to draw from in this call, where that is not torch's default generator, and
+        its ``part`` if the module has a layout."""
+        if not self.training:
+            return {}
+        options: CallOptions = {} if self.own_source is None else self.own_source.next()
+        if self.layout is not None:
+            options["part"] = self.layout
+        return options
 
     def evaluate_input(self, input: Tensor) -> Tensor:
         """What the module does in evaluation when it is scripted. TorchScript compiles this."""
@@ -147,8 +164,10 @@ class Rated(nn.Module):
 class Seeded(Rated):
     """A module that may have a seed or a generator of its own. Setting either starts anew."""
 
-    def draw_from(self, **source: Unpack[SourceOptions]) -> None:
-        """What constructors call with their ``seed`` and ``generator``."""
+    def draw_from(self, layout: Whole = None, **source: Any) -> None:
+        """What constructors call with their ``seed``, ``generator`` and ``layout``."""
+        if layout is not None:
+            self.layout = layouts.as_layout(layout) or layout
         own = OwnSource(**source)
         self.own_source = None if own.seed is None and own.generator is None else own
 
@@ -169,7 +188,8 @@ class Seeded(Rated):
         self.draw_from(generator=generator)
 
     def source_repr(self) -> str:
-        return "" if self.own_source is None else f", {self.own_source}"
+        own = "" if self.own_source is None else f", {self.own_source}"
+        return own if self.layout is None else f"{own}, layout={layouts.describe(self.layout)}"
 
 
 def is_traced(module: nn.Module, input: Any) -> bool:

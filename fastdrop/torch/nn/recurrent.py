@@ -38,6 +38,8 @@ class _Variational(nn.RNNBase):
         shared: bool,
         source: SourceOptions,
     ) -> None:
+        if source.get("layout") is not None:
+            raise ValueError(f"{type(self).__name__} takes no layout, because it has whole sequences and states only")
         self.shared = shared
         self.dropout_input = VariationalDropout(dropout_input, 0, **source)
         self.dropout_recurrent = VariationalDropout(dropout_recurrent, 0)

@@ -135,6 +135,8 @@ class LayerDrop(Seeded, nn.ModuleList):
     ) -> None:
         super().__init__(layers)
         self.draw_from(**source)
+        if self.layout is not None:
+            raise ValueError("LayerDrop takes no layout, because it decides for layers and not for parts of tensors")
         self.p, self.static_parameters = checks.dropout_probability(p, what="drop probability"), static_parameters
 
     __repr__ = nn.Module.__repr__

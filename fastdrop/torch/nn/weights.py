@@ -31,7 +31,7 @@ from ..runtime.dispatch.modules import (
     run_on_flat_weights,
 )
 from ..runtime.dispatch.tensors import storage_id, version_of
-from ..runtime.located import NO_SAMPLES
+from ..runtime.located import Weights
 from .base import Seeded, SourceOptions, is_traced, trace_call
 
 __all__ = ["DropConnect", "EmbeddingDropout"]
@@ -82,7 +82,7 @@ class EmbeddingDropout(Seeded):
             return y
         if onnx.is_exported():
             onnx.refuse("words that are dropped")
-        rows = dropout(y.new_ones(self.embedding.num_embeddings), p, part=NO_SAMPLES, **source)
+        rows = dropout(y.new_ones(self.embedding.num_embeddings), p, **{**source, "part": Weights(source.get("part"))})
         return mask_ops.masked(y, _pack_bits(rows[input] != 0.0), p, [*input.shape, 1], True)
 
     def evaluate_input(self, input: Tensor) -> Tensor:
@@ -207,7 +207,8 @@ class DropConnect(Seeded):
                 dropped.append((name, weight, onnx.drop(weight, p, NO_SOURCE)))
                 continue
             options = self.source_options()
-            seed = seed_for_ops(weight, (options.get("generator"), options.get("seed"), NO_SAMPLES))
+            source = options.get("generator"), options.get("seed"), Weights(options.get("part"))
+            seed = seed_for_ops(weight, source)
             value, saved_mask = mask_ops.FORWARD(mask_ops.Forward(weight, seed, p, None, True))
             dropped.append((name, weight, value))
             if hooked and not weight.is_inference():

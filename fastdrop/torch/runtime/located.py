@@ -17,15 +17,20 @@ from torch import Tensor
 
 from ...core.part import Part, Parts, Run, parts_of, parts_of_mask
 from ...core.part import runs as runs_of_parts
+from . import layouts
 from .dispatch import hide_from_dynamo
 
 LOW_64_BITS = (1 << 64) - 1
 NUMBERS = len(Run._fields) - 1  # of each run, as ops have it
 
-NO_SAMPLES: Any = "no samples"  # in place of a part: none of the data's axes has samples, because it is weights
-
 Shape = tuple[int, ...]
 Shared = tuple[Any, ...] | None  # 1 on axes along which elements share cells
+
+
+class Weights(NamedTuple):
+    """In place of a part, for data that has no samples on any axis."""
+
+    part: Any = None
 
 
 class Located(NamedTuple):
@@ -58,11 +63,12 @@ def locate(seed: Any, runs: tuple[Run, ...]) -> Located:
 
 
 def runs_of(part: Any, shape: Shape, shared: Shared = None) -> tuple[Run, ...]:
-    """The cells of a mask for data of a shape that is a `Part`, several, or what `cells_of` gave."""
+    """The cells of a mask for data of a shape that is a `Part`, several, what tells them, or what `cells_of` gave."""
     if isinstance(part, Tensor):
         runs = _runs_in(_flat(part).tolist())
         Located(0, 0, runs).check(math.prod(shape if shared is None else _mask_shape(shape, shared)))
         return runs
+    part = layouts.resolve(part, shape)
     parts: Any = (part,) if isinstance(part, Part) else tuple(part) if isinstance(part, list) else part
     if torch.compiler.is_compiling():
         return _compute_runs(parts, shape, shared)

@@ -12,6 +12,7 @@ after the pass, they get the same again.
 from __future__ import annotations
 
 import hashlib
+import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ from torch import nn
 
 from ...core.part import Part, Parts, Run, parts_of
 from ...core.samples import sample_runs
-from . import context, located, seeds
+from . import context, layouts, located, seeds
 from .dispatch.checkpoints import checkpoints_around, is_computed_again, may_be_checkpointed
 from .dispatch.modules import MAY_BE_LEFT_OUT
 from .located import Located
@@ -34,7 +35,7 @@ _users = 0
 _lock = threading.Lock()
 
 Shape = tuple[int, ...]
-Layout = Callable[[Shape], Any]  # which part of the whole the data of a shape is
+Layout = Any  # which part of the whole the data of a shape is: what `layouts.resolve` knows
 
 CACHED = 64  # samples of batches, and for each of them as many shapes times 16
 LOG = "_fastdrop_names"  # on a checkpoint: what the dropouts in it drew from
@@ -95,7 +96,7 @@ class Names:
     """What the hooks of one model share."""
 
     def __init__(self, seed: int) -> None:
-        self.seed = seed
+        self.seed, self.warns = seed, True
         self.watch: Callable[[Draw], None] | None = None
         self._open = threading.local()
         self._runs: dict[Any, dict[Any, Any]] = {}
@@ -121,7 +122,7 @@ class Names:
 class NamedModule:
     """The hooks of one module. A copy of the module, or what is read from its pickle, gets some that do nothing."""
 
-    def __init__(self, names: Names | None, name: str, axis: int, layout: Layout | None, drops_torchs: bool) -> None:
+    def __init__(self, names: Names | None, name: str, axis: int, layout: Layout, drops_torchs: bool) -> None:
         self.names, self.name, self.axis, self.layout = names, name, axis, layout
         self.drops_torchs = drops_torchs
         self.hash = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
@@ -136,7 +137,7 @@ class NamedModule:
     def enter(self, module: nn.Module, args: Any) -> None:
         if torch.compiler.is_compiling() or self.names is None:
             return
-        if self.drops_torchs and module.training and not context.is_enabled():
+        if self.drops_torchs and self.names.warns and module.training and not context.is_enabled():
             self._warn(module)
         _thread.running.append(_Call(self))
 
@@ -153,8 +154,8 @@ class NamedModule:
 
     def _warn(self, module: Any) -> None:
         rate = getattr(module, "p", getattr(module, "dropout", 0.0))
-        if rate:
-            self.drops_torchs = False
+        if rate and self.names is not None:
+            self.names.warns = False
             warnings.warn(
                 f"{self} ({type(module).__name__}) drops by torch's generator, which knows no names: call "
                 "fastdrop.torch.enable() or convert(model)",
@@ -272,47 +273,38 @@ def _noted(drawn: Located | None, shape: Shape, logs: list[_Log]) -> Located | N
 def _runs(
     scope: Scope, module: NamedModule, shape: Shape, shared: Any, part: Any, starts_with_samples: bool
 ) -> tuple[Run, ...] | None:
-    axis = 0 if starts_with_samples else module.axis
+    axis: int | None = 0 if starts_with_samples else module.axis
+    if isinstance(part, located.Weights):
+        part, axis = part.part, None
+    if part is None:
+        part = module.layout
     if isinstance(part, torch.Tensor):
         return located.runs_of(part, shape, shared)
-    if isinstance(part, list):
-        part = tuple(part)
-    layout = module.layout if part is None or part is located.NO_SAMPLES else None
-    key = shape, shared, part, axis, layout
+    key = shape, shared, tuple(part) if isinstance(part, list) else part, axis
     try:
         return scope.runs[key]  # type: ignore[no-any-return]
     except KeyError:
         pass
     if len(scope.runs) > 16 * CACHED:
         scope.runs.clear()
-    runs = scope.runs[key] = _compute_runs(module, scope.samples, shape, shared, part, axis, layout)
+    runs = scope.runs[key] = _compute_runs(module, scope.samples, *key)
     return runs
 
 
 def _compute_runs(
-    module: NamedModule,
-    samples: Sequence[int] | None,
-    shape: Shape,
-    shared: Any,
-    part: Any,
-    axis: int,
-    layout: Layout | None,
+    module: NamedModule, samples: Sequence[int] | None, shape: Shape, shared: Any, part: Any, axis: int | None
 ) -> tuple[Run, ...] | None:
-    """The cells of a mask. None if they are all that it has."""
-    if part is located.NO_SAMPLES:
-        part, samples, axis = None, None, 0
-    if layout is not None:
-        part = layout(shape)
+    """The cells of a mask. None if they are all that it has. ``axis`` is that of samples, if there is one."""
     parts: Parts = ()
     if part is not None:
+        part = layouts.resolve(part, shape)
         if isinstance(part, Part) and shared is None and axis == 0 and _has_as_many(part, shape):
             shape = part.local
         parts = parts_of(part, shape)
     shares = (False,) * len(shape) if shared is None else tuple(extent == 1 for extent in shared)
-    if samples is None and axis >= len(shape):
-        axis = 0
-    if (axis == 0 and samples is None) or (axis < len(shape) and shares[axis]):  # C order of the whole
-        return located.runs_of(parts, shape, shared) if parts else None
+    has_axis = axis is not None and axis < len(shape)
+    if axis is None or (has_axis and shares[axis]) or (samples is None and (axis == 0 or not has_axis)):
+        return located.runs_of(parts, shape, shared) if parts else None  # in C order of the whole
     if samples is None:
         start = parts[0].start[axis] if parts else 0
         samples = range(start, start + shape[axis])
@@ -322,7 +314,7 @@ def _compute_runs(
 
 def _has_as_many(part: Part, shape: Shape) -> bool:
     """Whether a part has as many elements as data of another shape, such as one that takes batch and heads together."""
-    return len(part.local) != len(shape) and torch.Size(part.local).numel() == torch.Size(shape).numel()
+    return len(part.local) != len(shape) and math.prod(part.local) == math.prod(shape)
 
 
 def _check_samples(module: NamedModule, shape: Shape, axis: int, count: int) -> None:

@@ -16,6 +16,7 @@ from ..nn.base import Rated
 from ..nn.recurrent import VariationalGRU, VariationalLSTM
 from ..runtime import names as runtime
 from ..runtime.dispatch.modules import TorchDropout
+from ..runtime.layouts import as_layout
 from ..runtime.names import NamedModule, Names
 
 __all__ = ["NamedMasks", "name_masks"]
@@ -56,8 +57,9 @@ def name_masks(
     layouts : dict of str to layout, optional
         How plain tensors are sharded inside of modules, as in plans of tensor parallelism. A pattern (`fnmatch`) of
         names stands for all dropouts in the modules of these names; of several patterns the one of the innermost
-        module counts. A layout is a function that takes the shape of the data of a dropout, of attention's weights for
-        example, and returns the `Part` of the whole that it is. DTensors need none.
+        module counts. A layout is ``(mesh, placements)``, as in ``(mesh["tp"], [Shard(1)])`` for data of each dropout
+        that is sharded along axis 1 (the heads, if attention drops its weights), or a function that takes the shape of
+        the data and returns that or the `Part` of the whole that it is. DTensors need none.
     sample_axis : int, or dict of str to int
         The axis of the data along which samples lie: of all modules, or by patterns of names. Recurrent layers of
         torch and of fastdrop, attention, and functions that say in their description where samples are need none.
@@ -107,7 +109,8 @@ def name_masks(
     renamed.check()
     by_name = _by_pattern("layouts", {} if layouts is None else layouts, [name for name, _ in called])
     for pattern, layout in (layouts or {}).items():
-        checks.function(f"layouts[{pattern!r}]", layout)
+        if as_layout(layout) is None:
+            checks.function(f"layouts[{pattern!r}]", layout)
     if isinstance(sample_axis, Mapping):
         for axis in sample_axis.values():
             checks.number_from("sample_axis", checks.integer("sample_axis", axis), 0)

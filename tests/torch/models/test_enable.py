@@ -344,7 +344,8 @@ torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[-1
 x = DTensor.from_local(torch.ones(100), init_device_mesh("cpu", (1,)), [Shard(0)])
 y = dropped(x).to_local()
 with fdt.enabled():
-    assert torch.equal(dropped(x).to_local(), y), "DTensors are not torch's"
+    assert torch.equal(dropped(x).to_local(), dropped(torch.ones(100))), "DTensors are torch's"
+assert torch.equal(dropped(x).to_local(), y), "DTensors are not torch's any more"
 torch.distributed.destroy_process_group()
 """
 

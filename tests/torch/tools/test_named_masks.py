@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import fastdrop as fd
 import fastdrop.torch as fdt
 
 B = 8
@@ -159,7 +160,7 @@ def small():
 
         def forward(self, x):
             x = self.drop(torch.tanh(self.linear(x)))
-            return self.drop(self.theirs(x) + F.dropout(x, 0.3))
+            return self.drop(self.theirs(x) + F.dropout(x, 0.3, self.training))
 
     return nn.Sequential(Block(), Block()).double()
 
@@ -245,3 +246,127 @@ def test_checkpoints_draw_again_what_they_drew(reentrant, preserve):
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
     masks.remove()
+
+
+def halves(shape, axis, rank):
+    """The part of a whole that one of two processes has which share an axis."""
+    whole, start = list(shape), [0] * len(shape)
+    whole[axis], start[axis] = 2 * shape[axis], rank * shape[axis]
+    return fd.Part(whole, start, shape)
+
+
+@fdt.enabled()
+def test_layouts_place_tensors_within_modules():
+    class Feed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop, self.attend, self.wide = nn.Dropout(0.4), nn.Identity(), nn.Sequential(nn.Dropout(0.4))
+
+        def forward(self, x, heads):
+            y = F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.4)
+            y = y + F.dropout(heads.flatten(0, 1), 0.4).view_as(heads)
+            return self.drop(x), self.wide(x), y
+
+    def features(shape, rank):
+        return halves(shape, -1, rank)
+
+    def of_heads(shape, rank):
+        return halves(shape if len(shape) == 4 else (shape[0] // 2, 2, *shape[1:]), 1, rank)
+
+    x, heads = data()[:, 0], torch.randn(B, 4, 20, 12, dtype=torch.float64)
+    whole = Feed().double()
+    with fdt.name_masks(whole, 4) as masks, masks.at(2):
+        expected = whole(x, heads)
+    samples = [3, 1, 6]
+    for rank in range(2):
+        layouts = {
+            "": functools.partial(of_heads, rank=rank),
+            "w*": functools.partial(features, rank=rank),
+            "wide": lambda shape: fd.Part(shape, (0,) * len(shape), shape),
+            "wide.*": functools.partial(features, rank=rank),
+            "drop": functools.partial(features, rank=rank),
+        }
+        part = Feed().double()
+        with fdt.name_masks(part, 4, layouts=layouts) as masks, masks.at(2, samples):
+            actual = part(x[samples][:, rank * 6 :][:, :6], heads[samples][:, rank * 2 :][:, :2])
+        own = [y[samples] for y in expected]
+        for ours, theirs in zip(
+            actual,
+            (own[0][:, rank * 6 :][:, :6], own[1][:, rank * 6 :][:, :6], own[2][:, rank * 2 :][:, :2]),
+            strict=True,
+        ):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+def test_errors_name_what_is_wrong():
+    model, x = small(), torch.zeros(8, 12, dtype=torch.float64)
+    for options in ({"layouts": {"2*": len}}, {"sample_axis": {"x": 1}}, {"names": {"5": "1"}}):
+        with pytest.raises(ValueError, match="of the model"):
+            fdt.name_masks(model, **options)
+    for options in (
+        {"layouts": [len]},
+        {"layouts": {"0": 3}},
+        {"names": {0: "1"}},
+        {"sample_axis": 0.5},
+        {"seed": "a"},
+    ):
+        with pytest.raises(TypeError):
+            fdt.name_masks(model, **options)
+    with pytest.raises(TypeError, match="model must be"):
+        fdt.name_masks(len)
+    masks = fdt.name_masks(model)
+    with pytest.warns(UserWarning, match=r"0\.theirs \(Dropout\) drops by torch's generator"), masks.at(0):
+        model(x)
+    with fdt.enabled():
+        with pytest.raises(RuntimeError, match=r"0\.drop drops in a model with named masks, but outside"):
+            model(x)
+        with (
+            pytest.raises(ValueError, match=r"0\.drop drops data of shape \(8, 12\), whose axis 0 .* 3 samples"),
+            masks.at(0, range(3)),
+        ):
+            model(x)
+        for samples, error in (
+            ([1, 1], ValueError),
+            ([-1], ValueError),
+            ([0.5], TypeError),
+            (torch.zeros(2), TypeError),
+        ):
+            with pytest.raises(error), masks.at(0, samples):
+                model(x)
+        with pytest.raises(TypeError), masks.at("0"):
+            model(x)
+        with pytest.raises(ValueError, match="seed and step"):
+            masks.load_state_dict({"step": 0})
+        with pytest.raises(RuntimeError, match="can't be traced"), masks.at(0):
+            torch.jit.trace(model, x)
+        calls = 1
+
+        def more(x):
+            for _ in range(calls):
+                x = model[0](x)
+            return x
+
+        with masks.at(0):  # torch itself notices it in checkpoints that are not reentrant
+            y = checkpoint(more, x.requires_grad_(), use_reentrant=True)
+        calls = 2
+        with pytest.raises(RuntimeError, match=r"computes 0\.drop again, and it drops more often than in forward"):
+            y.sum().backward()
+        model.eval()(x)  # needs no block
+
+
+def test_what_wins_over_names():
+    x, layer = torch.ones(8, 64), fdt.Dropout(0.5)
+    model = nn.Sequential(layer, Calls(lambda x: fdt.dropout(x, 0.5, seed=7)))
+    plain = fdt.mc_predict(model, x, samples=3, seed=1).mean
+    masks = fdt.name_masks(model)
+    with masks.at(1):
+        assert torch.equal(model[1](x), fdt.dropout(x, 0.5, seed=7))
+        assert torch.equal(fdt.mc_predict(model, x, samples=3, seed=1).mean, plain)
+        torch.manual_seed(0)
+        outside = fdt.dropout(x, 0.5)  # not in the model
+        first = model(x)
+        generator = torch.Generator().manual_seed(0)
+        assert torch.equal(outside, fdt.dropout(x, 0.5, generator=generator))
+    layer.seed = 5  # of a module does not
+    with masks.at(1):
+        assert torch.equal(model(x), first)

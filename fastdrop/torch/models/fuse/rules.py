@@ -199,6 +199,8 @@ def call_obstacle(name: str, module: Any, shared: bool = False) -> str:
         return f"{name} has a noise_shape"
     if getattr(module, "own_source", None) is not None:
         return f"{name} has a seed or a generator of its own"
+    if getattr(module, "layout", None) is not None:
+        return f"{name} has a layout"
     return ""
 
 
