@@ -21,10 +21,11 @@ from ..ops.attention import ATTENTION, Attention, has_known_dtypes, has_strides,
 from ..runtime import dtypes, nested
 from ..runtime.dispatch import hide_from_dynamo, is_eager_dense
 from ..runtime.dispatch.ops import composed_attention
-from . import onnx
+from . import onnx, sharded
 from .fused import softmax_dropout
 from .plan import (
     FUSED_OP,
+    KEEPS_ALL,
     KERNEL,
     NO_SOURCE,
     Cells,
@@ -46,7 +47,51 @@ Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None]  # query, key, value an
 TorchOptions = tuple[bool, float | None, bool]  # causal, scale, and whether heads of key and value are shared
 
 
-@for_subclasses
+def _attend_to_shards(function: Callable[..., Any], arguments: sharded.Arguments) -> Any:
+    """Each process has some batches, heads or queries. It needs all keys of these, and the values."""
+    p = arguments.get("dropout_p", 0.0)
+    if not arguments.get("training", True) or not (isinstance(p, Tensor) or p > KEEPS_ALL):
+        return function(**arguments)  # torch's own knows more placements
+    query, gqa = sharded.data_of(arguments, "query"), arguments.get("enable_gqa", False)
+    for name, axis in (("query", -1), ("key", -2), ("value", -2), *[("query", -2)] * arguments.get("is_causal", False)):
+        sharded.check_whole(arguments[name], axis, name, function)
+    key, value = arguments["key"], arguments["value"]
+    weights = weights_shape(query, key, gqa)
+    if weights[:-1] != query.shape[:-1]:
+        raise ValueError(
+            f"query must have the result's batches and heads where it is a DTensor, {weights[:-2]}, but got shape "
+            f"{tuple(query.shape)}"
+        )
+    given: sharded.Arguments = {"part": sharded.layout_of(query, weights)}
+    for name, x in (("key", key), ("value", value)):
+        _check_heads(name, x, query)
+        given[name] = sharded.operand(name, x, query, tuple(query.shape), query.dim() - 2)
+    if (mask := arguments.get("attn_mask")) is not None:
+        given["attn_mask"] = sharded.operand("attn_mask", mask, query, weights)
+    if (noise_shape := arguments.get("noise_shape")) is not None:
+        checks.noise_shape(noise_shape, weights, "the weights")
+        given["noise_shape"] = tuple(1 if extent == 1 else None for extent in noise_shape)
+    local = sharded.local_tensor(query)
+    y = function(**{**arguments, **given, "query": local})
+    return sharded.to_dtensor(y, query, local, (*query.shape[:-1], value.shape[-1]))
+
+
+def _check_heads(name: str, x: Any, query: Any) -> None:
+    """Raises if heads of a key or a value serve queries of several processes."""
+    heads = query.dim() - 3
+    if heads < 0 or x.shape[-3] in (1, query.shape[-3]):
+        return
+    pieces = math.prod(
+        query.device_mesh.size(i) for i, each in enumerate(query.placements) if sharded.axis_of(each) == heads
+    )
+    if x.shape[-3] % pieces or query.shape[-3] % pieces:
+        raise ValueError(
+            f"{name} must have heads for each of the {pieces} shards of query's, but has {x.shape[-3]}: call "
+            f"query.redistribute with another placement first"
+        )
+
+
+@for_subclasses(_attend_to_shards)
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,

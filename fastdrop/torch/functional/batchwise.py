@@ -25,6 +25,7 @@ from ..ops import mask as mask_ops
 from ..runtime import cell_kernels
 from ..runtime.cell_kernels import Index
 from ..runtime.dispatch import is_eager_dense
+from . import sharded
 from .dropout import dropout
 from .plan import KERNEL, NO_SOURCE, Source, check_tensor, for_subclasses, plan_call, seed_for_kernel
 from .residual import draw_kept, move_index
@@ -49,7 +50,7 @@ class _Layer(NamedTuple):
     source: Source = NO_SOURCE
 
 
-@for_subclasses
+@for_subclasses(sharded.refuse("call it on local tensors, with one seed on all ranks"))
 def batchwise_linear(
     x: Tensor,
     weights: Sequence[Tensor],

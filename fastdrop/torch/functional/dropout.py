@@ -5,7 +5,6 @@ Each function works out its scaling. `routing` does the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ...core import checks
-from ...core.part import Part
+from . import sharded
 from .plan import Seed, Whole, check_tensor, for_subclasses
 from .routing import drop, gaussian
 
@@ -33,7 +32,7 @@ def dropout(
     *,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
-    part: Part | Sequence[Part] | Tensor | None = None,
+    part: Whole = None,
     noise_shape: Any = None,
     store: str = "bits",
     scaling: str = "inverted",
@@ -62,10 +61,12 @@ def dropout(
         Draws the mask from this number and nothing from any generator. Ints that vary in a compiled function must be
         below 2**63. A tensor on input's GPU is read there when the kernel runs. The second of two numbers, on the CPU,
         is the seed's offset, such as the number of a training step.
-    part : fastdrop.Part, sequence of them, or Tensor of int64, optional
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable, or Tensor of int64, optional
         Of which whole input is a part: its mask is that part of the whole's. Processes that hold parts and have one
-        seed drop together as one process would. A sequence has parts that lie one after the other along an axis. A
-        tensor has what `cells_of` gives.
+        seed drop together as one process would. A sequence has parts that lie one after the other along an axis.
+        Placements are torch's, ``Shard`` and ``Replicate``, for shards of one size; a callable is given input's shape
+        and returns one of the others, for shards of several. A tensor has what `cells_of` gives. A DTensor tells its
+        part itself.
     noise_shape : sequence of (int or None), optional
         1 on axes that share one decision, None or the full extent elsewhere, as in Keras.
     store : {"bits", "seed"}
@@ -116,7 +117,7 @@ def dropout(
     return drop(input, p, training, inplace, (generator, seed, part), noise_shape, store, scaling)
 
 
-@for_subclasses
+@for_subclasses()
 def alpha_dropout(
     input: Tensor,
     p: float | Tensor = 0.5,
@@ -149,7 +150,7 @@ def alpha_dropout(
     return drop(input, p, training, inplace, (generator, seed, part), None, store, "alpha")
 
 
-@for_subclasses
+@for_subclasses()
 def drop_connect(
     weight: Tensor,
     p: float | Tensor = 0.5,
@@ -177,7 +178,7 @@ def drop_connect(
     return drop(weight, p, training, False, (generator, seed, part), None, store, scaling)
 
 
-@for_subclasses
+@for_subclasses(sharded.rule("input", "p"))
 def gaussian_dropout(
     input: Tensor,
     p: float | Tensor = 0.5,

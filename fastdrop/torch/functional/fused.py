@@ -6,11 +6,15 @@ of `dropout` with the same seed, whichever way a call takes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...core import checks
 from . import fused_calls as calls
+from . import sharded
 from .fused_calls import Options
 from .plan import Seed, Whole, check_tensor, for_subclasses
 
@@ -26,7 +30,7 @@ __all__ = [
 ]
 
 
-@for_subclasses
+@for_subclasses(sharded.rule("input", "residual"))
 def dropout_add(
     input: Tensor,
     residual: Tensor,
@@ -82,7 +86,7 @@ def dropout_add(
     return calls.pointwise(input, Options(p, training, (generator, seed, part), store), residual=residual)
 
 
-@for_subclasses
+@for_subclasses(sharded.rule("input", "bias", "residual"))
 def bias_dropout_add(
     input: Tensor,
     bias: Tensor,
@@ -118,7 +122,7 @@ def bias_dropout_add(
     return calls.pointwise(input, Options(p, training, (generator, seed, part), store), bias, residual=residual)
 
 
-@for_subclasses
+@for_subclasses(sharded.rule("input", "bias"))
 def bias_act_dropout(
     input: Tensor,
     bias: Tensor | None,
@@ -156,7 +160,7 @@ def bias_act_dropout(
     return calls.pointwise(input, Options(p, training, (generator, seed, part), store), bias, activation=activation)
 
 
-@for_subclasses
+@for_subclasses(sharded.rule("gate", "up"))
 def swiglu_dropout(
     gate: Tensor,
     up: Tensor,
@@ -193,7 +197,7 @@ def swiglu_dropout(
     return calls.pointwise(gate, Options(p, training, (generator, seed, part), store), multiplier=up, activation="silu")
 
 
-@for_subclasses
+@for_subclasses(sharded.rule("gate", "up"))
 def geglu_dropout(
     gate: Tensor,
     up: Tensor,
@@ -236,7 +240,7 @@ def geglu_dropout(
     )
 
 
-@for_subclasses
+@for_subclasses(sharded.rule("input", "residual", "weight", "bias", "input_bias", whole=(-1,)))
 def dropout_add_layer_norm(
     input: Tensor,
     residual: Tensor | None,
@@ -291,7 +295,7 @@ def dropout_add_layer_norm(
     return calls.norm(tensors, Options(p, training, (generator, seed, part), store), eps, centred=True)
 
 
-@for_subclasses
+@for_subclasses(sharded.rule("input", "residual", "weight", "input_bias", whole=(-1,)))
 def dropout_add_rms_norm(
     input: Tensor,
     residual: Tensor | None,
@@ -327,7 +331,15 @@ def dropout_add_rms_norm(
     return calls.norm(tensors, Options(p, training, (generator, seed, part), store), eps, centred=False)
 
 
-@for_subclasses
+_softmax = sharded.rule("scores", "attn_mask", whole=(-1,))
+_causal_softmax = sharded.rule("scores", "attn_mask", whole=(-2, -1))
+
+
+def _softmax_of_shards(function: Callable[..., Any], arguments: sharded.Arguments) -> Any:
+    return (_causal_softmax if arguments.get("causal") else _softmax)(function, arguments)
+
+
+@for_subclasses(_softmax_of_shards)
 def softmax_dropout(
     scores: Tensor,
     p: float | Tensor = 0.5,

@@ -6,6 +6,7 @@ formula composed of torch's products and `dropout`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,10 +16,12 @@ from torch import Tensor
 from ...core import checks
 from ..ops.lora import LORA, Lora, check_arguments
 from ..runtime import dtypes, nested
+from . import sharded
 from .plan import (
     FUSED_OP,
     KERNEL,
     Source,
+    Whole,
     autocast_dtype,
     check_tensor,
     check_unused_seed,
@@ -36,7 +39,19 @@ Arguments = tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]  # x, weight, b
 NAMES = ("x", "weight", "bias", "lora_A", "lora_B")
 
 
-@for_subclasses
+def _add_lora_to_shards(function: Callable[..., Any], arguments: sharded.Arguments) -> Any:
+    """Each process has some rows of x, and the parameters whole."""
+    x = sharded.data_of(arguments, "x")
+    sharded.check_whole(x, -1, "x", function)
+    local = sharded.local_tensor(x)
+    own = {
+        name: sharded.of_whole(name, arguments[name], x) for name in NAMES[1:] if isinstance(arguments[name], Tensor)
+    }
+    y = function(**{**arguments, **own, "x": local, "part": sharded.layout_of(x)})
+    return sharded.to_dtensor(y, x, local, (*x.shape[:-1], y.shape[-1]))
+
+
+@for_subclasses(_add_lora_to_shards)
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -49,6 +64,7 @@ def lora_linear(
     *,
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
+    part: Whole = None,
 ) -> Tensor:
     """Returns ``F.linear(x, weight, bias) + F.linear(F.linear(dropout(x, p), lora_A), lora_B) * scaling``: a linear
     layer with a LoRA adapter, whose dropout keeps nothing.
@@ -65,7 +81,7 @@ def lora_linear(
         Drop probability of each element of x on its way to the adapter, 0 to 1.
     training : bool
         False drops nothing and draws nothing, and so does p = 0.
-    generator, seed
+    generator, seed, part
         As in `dropout`: the mask is that of `dropout` of x.
 
     Returns
@@ -110,7 +126,7 @@ def lora_linear(
     scaling = scaling + 0.0 if torch.compiler.is_compiling() else checks.finite("scaling", scaling)
     check_arguments(*arguments, dtype)
     way, p, drops = plan_call(x, p, training, arguments[1:])
-    source = generator, seed, None
+    source = generator, seed, part
     if not drops:
         check_unused_seed(source)
     elif way == KERNEL:

@@ -23,8 +23,9 @@ from ..ops import mask as mask_ops
 from ..runtime import layouts, located, names, seeds, tracing
 from ..runtime.dispatch import is_eager_dense, is_transformed
 from ..runtime.dispatch.compilers import constant_in_graphs
+from ..runtime.dispatch.dtensors import any_dtensor
 from ..runtime.dispatch.tensors import check_inplace, is_in_dispatch_mode, may_be_differentiated_forward
-from . import onnx
+from . import onnx, sharded
 
 __all__ = [
     "Plan",
@@ -226,17 +227,27 @@ def is_p_differentiated(p: Any) -> bool:
 # ---- x ----
 
 
-def for_subclasses(function: Function) -> Function:
-    """Lets tensor subclasses override a function, whichever argument they are, as they override torch's own."""
+def for_subclasses(shards: sharded.Rule | None = None) -> Callable[[Function], Function]:
+    """Lets tensor subclasses override a function, whichever argument they are, as they override torch's own.
 
-    @functools.wraps(function)
-    def called(*args: Any, **kwargs: Any) -> Any:
-        given = (*args, *kwargs.values()) if kwargs else args
-        if has_torch_function(given):
-            return handle_torch_function(called, given, *args, **kwargs)
-        return function(*args, **kwargs)
+    ``shards`` gives the result for DTensors. Without it the function takes them as they are.
+    """
 
-    return called  # type: ignore[return-value]
+    def decorate(function: Function) -> Function:
+        names = function.__code__.co_varnames[: function.__code__.co_argcount]
+
+        @functools.wraps(function)
+        def called(*args: Any, **kwargs: Any) -> Any:
+            given = (*args, *kwargs.values()) if kwargs else args
+            if has_torch_function(given):
+                return handle_torch_function(called, given, *args, **kwargs)
+            if shards is not None and any_dtensor(given):
+                return shards(function, {**dict(zip(names, args, strict=False)), **kwargs})
+            return function(*args, **kwargs)
+
+        return called  # type: ignore[return-value]
+
+    return decorate
 
 
 def check_tensor(x: Any, name: str = "input") -> None:

@@ -23,13 +23,14 @@ from ..runtime import dtypes, mask_kernels, nested
 from ..runtime.dispatch import is_eager_dense
 from ..runtime.dispatch.tensors import jit_trace
 from ..runtime.memory import mask_words
-from . import onnx
+from . import onnx, sharded
 from .plan import (
     KERNEL,
     ONNX,
     Plan,
     Seed,
     Source,
+    Whole,
     check_tensor,
     check_unused_seed,
     for_subclasses,
@@ -49,7 +50,7 @@ Along = Sequence[Tensor | None]
 Branch = Callable[..., Tensor]
 
 
-@for_subclasses
+@for_subclasses(sharded.refuse("call it on x.to_local() with part=(x.device_mesh, x.placements)"))
 def skip_residual(
     x: Tensor,
     branch: Branch,
@@ -59,6 +60,7 @@ def skip_residual(
     scale_by_keep: bool = True,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     min_p: float = MIN_P,
     along: Along = (),
     count: str = "random",
@@ -79,7 +81,7 @@ def skip_residual(
         False returns ``x + branch(x)``.
     scale_by_keep : bool
         Whether the branch's result is multiplied by ``1 / (1 - p)``.
-    generator, seed
+    generator, seed, part
         As in `dropout`. The seed is drawn before the branch runs.
     min_p : float
         For p below it all samples go through the branch, and the same ones are dropped: the same result up to rounding.
@@ -126,7 +128,7 @@ def skip_residual(
     """
     check_tensor(x, "x")
     _check_arguments(x, branch, min_p, along, count)
-    plan, source = plan_call(x, p, training, what="drop probability"), (generator, seed, None)
+    plan, source = plan_call(x, p, training, what="drop probability"), (generator, seed, part)
     way, p, drops = plan
     if not drops:
         check_unused_seed(source)
@@ -135,6 +137,8 @@ def skip_residual(
     known = not isinstance(p, Tensor)
     all_run = bool(known and p < min_p)
     if count == "fixed":
+        if part is not None:
+            raise ValueError("part must not be given with count='fixed', which chooses among all samples of the whole")
         if not known:
             raise TypeError("count='fixed' must have p as a number in compiled code, but got a Tensor")
         return _keep_fixed(x, branch, along, plan, source, (scale_by_keep, all_run))
@@ -144,7 +148,8 @@ def skip_residual(
         y = _run(branch, x, along)
         scaling = "inverted" if scale_by_keep else "standard"
         source = source if way == ONNX else (None, chosen, None)
-        return x + stochastic_depth(y, p, "row", generator=source[0], seed=source[1], scaling=scaling)
+        given: dict[str, Any] = {"generator": source[0], "seed": source[1], "part": source[2]}
+        return x + stochastic_depth(y, p, "row", scaling=scaling, **given)
     threshold = threshold_of(p)  # type: ignore[arg-type]
     index = torch.from_numpy(draw_kept(len(x), chosen, threshold))
     return _run_kept(x, branch, along, index, keep_scale(threshold) if scale_by_keep else 1.0)

@@ -1,4 +1,5 @@
-"""The three kinds of dropout that all functions and modules are made of: `drop`, `drop_block` and `gaussian`.
+"""Two of the three kinds of dropout that all functions and modules are made of: `drop` and `gaussian`. `blocks` has the
+third.
 
 Each takes its way from `plan_call`. Eager dense tensors go to the kernel, and if a gradient is wanted through an
 autograd function that calls the kernel at once. Everybody else gets the ops of `ops.mask`.
@@ -34,7 +35,7 @@ from .plan import (
     seed_for_ops,
 )
 
-__all__ = ["drop", "drop_block", "gaussian"]
+__all__ = ["drop", "gaussian"]
 
 _is_compiling = torch.compiler.is_compiling
 
@@ -172,47 +173,6 @@ def _evaluated(x: Tensor, p: Any, inplace: bool) -> Tensor:
         everywhere = x.new_ones((), dtype=torch.bool)
         return x.masked_fill_(everywhere, 0.0) if inplace else x.masked_fill(everywhere, 0.0)
     return x.mul_(scale) if inplace else (x * scale).to(x.dtype)  # a tensor scale gives x without axes its own dtype
-
-
-def drop_block(
-    x: Tensor,
-    p: float | Tensor,
-    sizes: tuple[Any, int],
-    inplace: bool,
-    training: bool,
-    couple_channels: bool,
-    source: Source,
-) -> Tensor:
-    """DropBlock. ``sizes`` is the block's size and the number of spatial axes."""
-    check_tensor(x)
-    way, p, drops = plan_call(x, p, training, what="drop probability")
-    block_size, axes = checks.block_size(*sizes), sizes[1]
-    if x.dim() != axes + 2:
-        raise ValueError(f"input should be {axes + 2} dimensional. Got {x.dim()} dimensions.")
-    if not drops:
-        check_unused_seed(source)
-        return x
-    nested.refuse(x, "DropBlock")
-    nested.check_dense(x)
-    if way == ONNX:
-        onnx.refuse("blocks")
-    shape = tuple(x.shape)
-    cells = (shape[0], 1, *shape[2:]) if couple_channels else shape
-    if way == KERNEL:
-        dtypes.check_dtype(x)
-        seed = seed_for_kernel(x, source, inplace, variants.block_seeds(cells, block_size))
-        draw = mask_ops.DrawBlocks(x, seed, p, cells, block_size)
-        words, count = mask_ops.DRAW_BLOCKS.launch(draw)
-        keep, wanted = mask_ops.KeepBlocks(x, words, count, cells), x.requires_grad and torch.is_grad_enabled()
-        y: Tensor = mask_ops.KEEP_BLOCKS.call_kernel(keep, wanted, inplace)
-        return y
-    cells = _numbers(cells)
-    draw = mask_ops.DrawBlocks(
-        x, seed_for_ops(x, source, variants.block_seeds(cells, block_size)), p, cells, block_size
-    )
-    words, count = mask_ops.DRAW_BLOCKS(draw)
-    y = mask_ops.KEEP_BLOCKS(mask_ops.KeepBlocks(x, words, count, cells))
-    return x.copy_(y) if inplace else y
 
 
 def gaussian(x: Tensor, p: float | Tensor, training: bool, inplace: bool, source: Source) -> Tensor:

@@ -7,14 +7,17 @@ does the rest.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import checks, variants
+from . import sharded
+from .blocks import drop_block
 from .plan import Cells, Seed, Whole, check_tensor, eager_probability, for_subclasses
-from .routing import drop, drop_block
+from .routing import drop
 
 __all__ = [
     "drop_block2d",
@@ -28,7 +31,7 @@ __all__ = [
 ]
 
 
-@for_subclasses
+@for_subclasses()
 def dropout1d(
     input: Tensor,
     p: float | Tensor = 0.5,
@@ -60,7 +63,7 @@ def dropout1d(
     return drop(input, p, training, inplace, (generator, seed, part), cells, store, "inverted")
 
 
-@for_subclasses
+@for_subclasses()
 def dropout2d(
     input: Tensor,
     p: float | Tensor = 0.5,
@@ -93,7 +96,7 @@ def dropout2d(
     return drop(input, p, training, inplace, (generator, seed, part), cells, store, "inverted")
 
 
-@for_subclasses
+@for_subclasses()
 def dropout3d(
     input: Tensor,
     p: float | Tensor = 0.5,
@@ -126,7 +129,7 @@ def dropout3d(
     return drop(input, p, training, inplace, (generator, seed, part), cells, store, "inverted")
 
 
-@for_subclasses
+@for_subclasses()
 def feature_alpha_dropout(
     input: Tensor,
     p: float | Tensor = 0.5,
@@ -151,7 +154,7 @@ def feature_alpha_dropout(
     return drop(input, p, training, inplace, (generator, seed, part), _channels(input, p, training), store, "alpha")
 
 
-@for_subclasses
+@for_subclasses()
 def variational_dropout(
     input: Tensor,
     p: float | Tensor,
@@ -191,7 +194,7 @@ def variational_dropout(
     return drop(input, p, training, inplace, (generator, seed, part), cells, store, scaling)
 
 
-@for_subclasses
+@for_subclasses()
 def stochastic_depth(
     input: Tensor,
     p: float | Tensor,
@@ -233,7 +236,15 @@ def stochastic_depth(
     return drop(input, p, training, inplace, (generator, seed, part), cells, store, scaling)
 
 
-@for_subclasses
+_blocks = {4: sharded.rule("input", whole=(-2, -1)), 5: sharded.rule("input", whole=(-3, -2, -1))}
+
+
+def _drop_blocks_of_shards(function: Callable[..., Any], arguments: sharded.Arguments) -> Any:
+    rule = _blocks.get(arguments["input"].dim())
+    return function(**arguments) if rule is None else rule(function, arguments)
+
+
+@for_subclasses(_drop_blocks_of_shards)
 def drop_block2d(
     input: Tensor,
     p: float | Tensor,
@@ -244,6 +255,7 @@ def drop_block2d(
     couple_channels: bool = False,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
 ) -> Tensor:
     """Returns input with blocks of neighbouring cells dropped, scaled by cells / cells kept: torchvision's, faster.
 
@@ -259,6 +271,9 @@ def drop_block2d(
         because nothing is divided if nothing is kept.
     couple_channels : bool
         True gives all channels of a sample one mask, as in timm. Otherwise each channel has its own.
+    part : (DeviceMesh, sequence of placements), optional
+        As in `dropout`, but of a mesh only, whose processes add up the cells that they keep. Blocks need their axes
+        whole.
 
     Kept for backward: a bit per cell and 8 bytes. A seed's mask is that of `fastdrop.drop_block`. Source: Ghiasi et
     al., NeurIPS 2018.
@@ -270,10 +285,10 @@ def drop_block2d(
             [1.2000, 0.0000, 0.0000, 1.2000, 1.2000, 1.2000],
             [1.2000, 1.2000, 1.2000, 1.2000, 1.2000, 1.2000]])
     """
-    return drop_block(input, p, (block_size, 2), inplace, training, couple_channels, (generator, seed, None))
+    return drop_block(input, p, (block_size, 2), inplace, training, couple_channels, (generator, seed, part))
 
 
-@for_subclasses
+@for_subclasses(_drop_blocks_of_shards)
 def drop_block3d(
     input: Tensor,
     p: float | Tensor,
@@ -284,6 +299,7 @@ def drop_block3d(
     couple_channels: bool = False,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
 ) -> Tensor:
     """Returns `drop_block2d` in three spatial axes, ``(N, C, D, H, W)``: torchvision's, faster.
 
@@ -292,7 +308,7 @@ def drop_block3d(
     >>> y.shape, bool((y == 0).any()), round(float(y.mean()), 4)
     (torch.Size([1, 2, 6, 6, 6]), True, 1.0)
     """
-    return drop_block(input, p, (block_size, 3), inplace, training, couple_channels, (generator, seed, None))
+    return drop_block(input, p, (block_size, 3), inplace, training, couple_channels, (generator, seed, part))
 
 
 def _feature_cells(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,14 +11,31 @@ from torch import Tensor
 from ...core import checks
 from ..runtime import nested
 from ..runtime.dispatch.tensors import jit_trace
-from . import onnx
-from .plan import ONNX, Seed, Source, check_tensor, check_unused_seed, for_subclasses, plan_call
+from . import onnx, sharded
+from .plan import ONNX, Seed, Source, Whole, check_tensor, check_unused_seed, for_subclasses, plan_call
 from .selection import select_fixed
 
 __all__ = ["token_dropout"]
 
 
-@for_subclasses
+def _drop_tokens_of_shards(function: Callable[..., Any], arguments: sharded.Arguments) -> Any:
+    """Each process has some samples, or some features of all samples, and chooses among all tokens of a sample."""
+    x = sharded.data_of(arguments, "x")
+    sharded.check_whole(x, 1 - x.dim(), "x", function)
+    local = sharded.local_tensor(x)
+    replicate = torch.distributed.tensor.Replicate()
+    placements = tuple(each if sharded.axis_of(each) in (None, 0) else replicate for each in x.placements)
+    samples = sharded.layout_of(x, (x.shape[0], x.shape[1] - arguments.get("keep_first", 1)))
+    if samples is not None:
+        samples = samples._replace(placements=placements)
+    y, index = function(**{**arguments, "x": local, "part": samples, "return_index": True})
+    y = x if y is local else sharded.to_dtensor(y, x, local, (x.shape[0], y.shape[1], *x.shape[2:]))
+    if not arguments.get("return_index"):
+        return y
+    return y, sharded.to_dtensor(index, x, local, (x.shape[0], index.shape[1]), placements)
+
+
+@for_subclasses(_drop_tokens_of_shards)
 def token_dropout(
     x: Tensor,
     p: float,
@@ -26,6 +44,7 @@ def token_dropout(
     training: bool = True,
     generator: torch.Generator | None = None,
     seed: Seed = None,
+    part: Whole = None,
     return_index: bool = False,
 ) -> Any:
     """Returns x without a share p of its tokens: each sample keeps the same number of them, chosen for itself.
@@ -44,8 +63,8 @@ def token_dropout(
         How many tokens at the beginning are always kept, such as that of the class.
     training : bool
         False returns x itself, and so does a p so small that all tokens are kept.
-    generator, seed
-        As in `dropout`, with the same errors.
+    generator, seed, part
+        As in `dropout`, with the same errors. A part is one of the tokens that may be dropped, ``(N, n)``.
     return_index : bool
         Whether to return the numbers of the kept tokens too, ``(N, keep_first + k)`` and int64, to take positions or
         masks along.
@@ -82,7 +101,7 @@ def token_dropout(
     n, length = x.shape[0], x.shape[1]
     if length < keep_first:
         raise ValueError(f"x must have at least keep_first={keep_first} tokens on axis 1, but got {length}")
-    source = generator, seed, None
+    source = generator, seed, part
     way, p, drops = plan_call(x, p, training, what="drop probability")
     if drops and jit_trace() is not None:
         raise RuntimeError(

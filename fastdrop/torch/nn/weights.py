@@ -18,9 +18,10 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 from ...core import checks
-from ..functional import onnx
+from ..functional import onnx, sharded
 from ..functional.dropout import dropout
 from ..functional.plan import NO_SOURCE, seed_for_ops
+from ..functional.routing import drop
 from ..ops import mask as mask_ops
 from ..runtime.dispatch import hide_from_dynamo, is_transformed
 from ..runtime.dispatch.modules import (
@@ -82,8 +83,20 @@ class EmbeddingDropout(Seeded):
             return y
         if onnx.is_exported():
             onnx.refuse("words that are dropped")
+        if sharded.is_dtensor(y):
+            return self._drop_shard(y, input, p, source)
         rows = dropout(y.new_ones(self.embedding.num_embeddings), p, **{**source, "part": Weights(source.get("part"))})
-        return mask_ops.masked(y, _pack_bits(rows[input] != 0.0), p, [*input.shape, 1], True)
+        return _dropped_words(y, input, rows, p)
+
+    def _drop_shard(self, y: Any, input: Tensor, p: Any, source: dict[str, Any]) -> Tensor:
+        """Each process draws the whole mask of the words, which is small, and drops those of its shard."""
+        y = sharded.data_of({"y": y, **source}, "y")
+        local = sharded.local_tensor(y)
+        words = sharded.operand("input", input.unsqueeze(-1), y, tuple(y.shape)).squeeze(-1)
+        ones = local.new_ones(self.embedding.num_embeddings)
+        rows = dropout(ones, p, **{**source, "part": Weights(sharded.whole_layout(y, tuple(ones.shape)))})
+        dropped: Tensor = sharded.to_dtensor(_dropped_words(local, words, rows, p), y, local)
+        return dropped
 
     def evaluate_input(self, input: Tensor) -> Tensor:
         y: Tensor = self.embedding(input)
@@ -91,6 +104,10 @@ class EmbeddingDropout(Seeded):
 
     def extra_repr(self) -> str:
         return f"p={self.p}{self.source_repr()}"
+
+
+def _dropped_words(y: Tensor, words: Tensor, rows: Tensor, p: Any) -> Tensor:
+    return mask_ops.masked(y, _pack_bits(rows[words] != 0.0), p, [*words.shape, 1], True)
 
 
 def _pack_bits(keep: Tensor) -> Tensor:
@@ -208,6 +225,9 @@ class DropConnect(Seeded):
                 continue
             options = self.source_options()
             source = options.get("generator"), options.get("seed"), Weights(options.get("part"))
+            if sharded.is_dtensor(weight):  # torch's ops keep what they need of its shards
+                dropped.append((name, weight, drop(weight, p, True, False, source, None, "bits", "inverted")))
+                continue
             seed = seed_for_ops(weight, source)
             value, saved_mask = mask_ops.FORWARD(mask_ops.Forward(weight, seed, p, None, True))
             dropped.append((name, weight, value))

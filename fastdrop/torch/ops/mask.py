@@ -296,6 +296,7 @@ class KeepBlocks(NamedTuple):
     saved_mask: Tensor
     kept_count: Tensor
     mask_shape: Sizes
+    whole_cells: float = 0.0  # of the mask of which this is a part; 0: it is none
 
 
 def _draw_blocks(call: DrawBlocks) -> Blocks:
@@ -324,7 +325,7 @@ def _draw_blocks_batched(around: Any, op: Any, axes: Any, call: DrawBlocks) -> A
 
 def _keep_blocks(call: KeepBlocks, inplace: bool = False) -> Tensor:
     words, cells = mask_kernels.read_words(call.saved_mask), mask_shape(call.mask_shape, call.x)
-    return mask_kernels.keep_blocks(call.x, words, call.kept_count, cells, inplace)
+    return mask_kernels.keep_blocks(call.x, words, call.kept_count, cells, call.whole_cells, inplace)
 
 
 def _keep_blocks_batched(around: Any, op: Any, axes: Any, call: KeepBlocks) -> Any:

@@ -149,6 +149,14 @@ def _chunk(own: list[Range], index: int, count: int) -> list[Range]:
     return found
 
 
+def add_up(layout: Layout, count: torch.Tensor, axes: tuple[int, ...], rank: int) -> torch.Tensor:
+    """The sum of a number over the processes that have different shards along some axes of a tensor."""
+    for mesh_axis, placement in enumerate(layout.placements):
+        if not placement.is_replicate() and placement.dim % rank in axes:
+            torch.distributed.all_reduce(count, group=layout.mesh.get_group(mesh_axis))
+    return count
+
+
 # ---- generators ----
 
 _compared: set[Any] = set()

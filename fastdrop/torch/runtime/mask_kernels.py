@@ -199,17 +199,22 @@ def draw_blocks(like: Tensor, seed: Any, threshold: int, plan: Blocks) -> tuple[
 
 
 def keep_blocks(
-    x: Tensor, words: Tensor, kept_count: Tensor, mask_shape: Shape | None, inplace: bool = False
+    x: Tensor,
+    words: Tensor,
+    kept_count: Tensor,
+    mask_shape: Shape | None,
+    whole_cells: float = 0.0,
+    inplace: bool = False,
 ) -> Tensor:
-    """x under DropBlock's mask. What is kept is multiplied by cells / cells kept."""
-    cells = x.numel() if mask_shape is None else math.prod(mask_shape)
+    """x under DropBlock's mask. What is kept is multiplied by cells / cells kept, both of the whole mask."""
+    cells = whole_cells or float(x.numel() if mask_shape is None else math.prod(mask_shape))
     if kept_count.dtype is not torch.int64 or kept_count.numel() != 1 or kept_count.device != x.device:
         raise ValueError(  # a GPU reads the number when the kernel runs, so it cannot be checked then
             f"kept_count must be one int64 on {x.device}, but got {kept_count.dtype} of shape "
             f"{tuple(kept_count.shape)} on {kept_count.device}"
         )
     if x.is_cuda:
-        return apply(x, words, (float(cells), 0.0, 0.0), mask_shape, inplace=inplace, kept_count=kept_count)
+        return apply(x, words, (cells, 0.0, 0.0), mask_shape, inplace=inplace, kept_count=kept_count)
     count = int(kept_count.item())
     return apply(x, words, (cells / count if count else 0.0, 0.0, 0.0), mask_shape, inplace=inplace)
 

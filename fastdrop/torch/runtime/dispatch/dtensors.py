@@ -7,6 +7,7 @@ torch imports ``torch.distributed.tensor`` only where somebody needs it, and tha
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,6 +17,16 @@ from torch import Tensor
 def is_dtensor(x: Any) -> bool:
     package = sys.modules.get("torch.distributed.tensor")
     return package is not None and isinstance(x, package.DTensor)
+
+
+def any_dtensor(values: Iterable[Any]) -> bool:
+    """Whether one of the arguments of a call is a DTensor."""
+    package = sys.modules.get("torch.distributed.tensor")
+    if package is not None:
+        for x in values:
+            if type(x) is not Tensor and isinstance(x, package.DTensor):
+                return True
+    return False
 
 
 def shard_order(x: Any) -> Any:
