@@ -17,7 +17,7 @@ from ..nn.recurrent import VariationalGRU, VariationalLSTM
 from ..runtime import names as runtime
 from ..runtime.dispatch.modules import TorchDropout
 from ..runtime.layouts import as_layout
-from ..runtime.names import NamedModule, Names
+from ..runtime.names import Draw, NamedModule, Names
 
 __all__ = ["NamedMasks", "name_masks"]
 
@@ -111,6 +111,7 @@ def name_masks(
     for pattern, layout in (layouts or {}).items():
         if as_layout(layout) is None:
             checks.function(f"layouts[{pattern!r}]", layout)
+    by_name = {name: as_layout(layout) or layout for name, layout in by_name.items()}
     if isinstance(sample_axis, Mapping):
         for axis in sample_axis.values():
             checks.number_from("sample_axis", checks.integer("sample_axis", axis), 0)
@@ -197,6 +198,16 @@ class NamedMasks:
             handle.remove()
         self._handles.clear()
         self._end()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[list[Draw]]:
+        """A block, for `check_masks`, that lists what each dropout draws from."""
+        draws: list[Draw] = []
+        before, self._names.watch = self._names.watch, draws.append
+        try:
+            yield draws
+        finally:
+            self._names.watch = before
 
     def __enter__(self) -> NamedMasks:
         return self
