@@ -62,6 +62,7 @@ try:
     )
     from .nn.weights import DropConnect, EmbeddingDropout
     from .tools.audit import AuditReport, audit
+    from .tools.check_masks import check_masks
     from .tools.monte_carlo import Prediction, mc_dropout, mc_predict
     from .tools.named_masks import NamedMasks, name_masks
     from .tools.same_masks import multi_sample, same_masks
@@ -107,6 +108,7 @@ __all__ = [
     "bias_act_dropout",
     "bias_dropout_add",
     "cells_of",
+    "check_masks",
     "convert",
     "disable",
     "drop_block2d",

@@ -16,7 +16,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from .dispatch.checkpoints import checkpoints_around, is_computed_again, may_be_
 from .dispatch.modules import MAY_BE_LEFT_OUT
 from .located import Located
 
-__all__ = ["Draw", "NamedModule", "Names", "Scope", "are_in_force", "are_used", "draw", "note_users"]
+__all__ = ["Cells", "Draw", "NamedModule", "Names", "Scope", "are_in_force", "are_used", "draw", "note_users"]
 
 are_used = False  # whether any model has names: most calls of dropout read this and look no further
 _users = 0
@@ -64,6 +64,12 @@ class _Call:
     def __init__(self, module: NamedModule) -> None:
         self.module, self.number, self.drops = module, -1, 0
 
+    @property
+    def name(self) -> str:
+        """That of its last dropout."""
+        call = f", call {self.number + 1}" if self.number else ""
+        return f"{self.module}{call}" + (f", dropout {self.drops}" if self.drops > 1 else "")
+
 
 _thread = _Thread()
 
@@ -71,25 +77,27 @@ _thread = _Thread()
 class Scope:
     """A pass: its step, the global numbers of its samples, and how often each module has dropped in it."""
 
-    def __init__(self, step: int, samples: Sequence[int] | None, runs: dict[Any, Any]) -> None:
-        self.step, self.samples, self.runs = step, samples, runs
+    def __init__(self, step: int, samples: Sequence[int] | None, cells: dict[Any, Any]) -> None:
+        self.step, self.samples, self.cells = step, samples, cells
         self.calls: dict[str, int] = {}
         self.depth = len(_thread.running)
 
 
-class Draw:
+class Cells(NamedTuple):
+    """The cells of a dropout's data. Without ``samples`` its mask is one for all of them."""
+
+    runs: tuple[Run, ...] | None  # None: all that the mask has
+    shape: Shape  # of the mask
+    samples: Sequence[int] | None
+    size: int  # of the whole: the number of cells of a sample, or of the mask for all
+
+
+class Draw(NamedTuple):
     """What one dropout drew from, for those who watch."""
 
-    __slots__ = ("located", "module", "number", "order", "samples", "shape")
-
-    def __init__(self, call: _Call, scope: Scope, drawn: Located, shape: Shape) -> None:
-        self.module, self.number, self.order = call.module, call.number, call.drops
-        self.located, self.samples, self.shape = drawn, scope.samples, shape
-
-    @property
-    def name(self) -> str:
-        call = f", call {self.number + 1}" if self.number else ""
-        return f"{self.module}{call}" + (f", dropout {self.order}" if self.order > 1 else "")
+    name: str
+    drawn: Located
+    cells: Cells
 
 
 class Names:
@@ -99,7 +107,7 @@ class Names:
         self.seed, self.warns = seed, True
         self.watch: Callable[[Draw], None] | None = None
         self._open = threading.local()
-        self._runs: dict[Any, dict[Any, Any]] = {}
+        self._cells: dict[Any, dict[Any, Any]] = {}
 
     def scope(self) -> Scope | None:
         """The innermost pass of this thread."""
@@ -107,9 +115,9 @@ class Names:
         return scopes[-1] if scopes else None
 
     def open(self, step: int, samples: Sequence[int] | None) -> Scope:
-        if len(self._runs) > CACHED:
-            self._runs.clear()
-        scope = Scope(step, samples, self._runs.setdefault(samples, {}))
+        if len(self._cells) > CACHED:
+            self._cells.clear()
+        scope = Scope(step, samples, self._cells.setdefault(samples, {}))
         self._open.__dict__.setdefault("scopes", []).append(scope)
         return scope
 
@@ -224,15 +232,15 @@ def _innermost() -> tuple[_Call | None, Scope | None]:
 
 def _fresh(call: _Call, scope: Scope, data: tuple[Shape, Any, Any, bool]) -> Located:
     module = call.module
-    runs = _runs(scope, module, *data)  # found good or bad before anything is counted
+    cells = _cells(scope, module, *data)  # found good or bad before anything is counted
     if call.number < 0:
         call.number = scope.calls.get(module.name, 0)
         scope.calls[module.name] = call.number + 1
     call.drops += 1
-    drawn = Located(module.seed(call.number, call.drops), scope.step, runs)
+    drawn = Located(module.seed(call.number, call.drops), scope.step, cells.runs)
     watch = module.names.watch  # type: ignore[union-attr]
     if watch is not None:
-        watch(Draw(call, scope, drawn, data[0]))
+        watch(Draw(call.name, drawn, cells))
     return drawn
 
 
@@ -270,31 +278,30 @@ def _noted(drawn: Located | None, shape: Shape, logs: list[_Log]) -> Located | N
 # ---- cells ----
 
 
-def _runs(
-    scope: Scope, module: NamedModule, shape: Shape, shared: Any, part: Any, starts_with_samples: bool
-) -> tuple[Run, ...] | None:
+def _cells(scope: Scope, module: NamedModule, shape: Shape, shared: Any, part: Any, starts_with_samples: bool) -> Cells:
     axis: int | None = 0 if starts_with_samples else module.axis
     if isinstance(part, located.Weights):
         part, axis = part.part, None
     if part is None:
         part = module.layout
     if isinstance(part, torch.Tensor):
-        return located.runs_of(part, shape, shared)
+        runs = located.runs_of(part, shape, shared)
+        return Cells(runs, shape, None, sum(run.cells for run in runs))
     key = shape, shared, tuple(part) if isinstance(part, list) else part, axis
     try:
-        return scope.runs[key]  # type: ignore[no-any-return]
+        return scope.cells[key]  # type: ignore[no-any-return]
     except KeyError:
         pass
-    if len(scope.runs) > 16 * CACHED:
-        scope.runs.clear()
-    runs = scope.runs[key] = _compute_runs(module, scope.samples, *key)
-    return runs
+    if len(scope.cells) > 16 * CACHED:
+        scope.cells.clear()
+    cells = scope.cells[key] = _compute_cells(module, scope.samples, *key)
+    return cells
 
 
-def _compute_runs(
+def _compute_cells(
     module: NamedModule, samples: Sequence[int] | None, shape: Shape, shared: Any, part: Any, axis: int | None
-) -> tuple[Run, ...] | None:
-    """The cells of a mask. None if they are all that it has. ``axis`` is that of samples, if there is one."""
+) -> Cells:
+    """``axis`` is that of samples, if there is one."""
     parts: Parts = ()
     if part is not None:
         part = layouts.resolve(part, shape)
@@ -302,14 +309,20 @@ def _compute_runs(
             shape = part.local
         parts = parts_of(part, shape)
     shares = (False,) * len(shape) if shared is None else tuple(extent == 1 for extent in shared)
+    own = tuple(1 if one else extent for one, extent in zip(shares, shape, strict=True))
+    whole = tuple(1 if one else extent for one, extent in zip(shares, parts[0].shape if parts else shape, strict=True))
     has_axis = axis is not None and axis < len(shape)
-    if axis is None or (has_axis and shares[axis]) or (samples is None and (axis == 0 or not has_axis)):
-        return located.runs_of(parts, shape, shared) if parts else None  # in C order of the whole
+    if axis is None or (has_axis and shares[axis]) or (samples is None and not has_axis):
+        runs = located.runs_of(parts, shape, shared) if parts else None
+        return Cells(runs, own, None, math.prod(whole))  # in C order of the whole
     if samples is None:
         start = parts[0].start[axis] if parts else 0
         samples = range(start, start + shape[axis])
     _check_samples(module, shape, axis, len(samples))
-    return tuple(sample_runs(samples, shape, axis, shares, parts))
+    of_sample = math.prod(whole[:axis] + whole[axis + 1 :]) * (shape[axis] // (len(samples) or 1))
+    if samples == range(len(samples)) and axis == 0 and not parts:
+        return Cells(None, own, samples, of_sample)
+    return Cells(tuple(sample_runs(samples, shape, axis, shares, parts)), own, samples, of_sample)
 
 
 def _has_as_many(part: Part, shape: Shape) -> bool:

@@ -17,7 +17,7 @@ from ..nn.recurrent import VariationalGRU, VariationalLSTM
 from ..runtime import names as runtime
 from ..runtime.dispatch.modules import TorchDropout
 from ..runtime.layouts import as_layout
-from ..runtime.names import NamedModule, Names
+from ..runtime.names import Draw, NamedModule, Names
 
 __all__ = ["NamedMasks", "name_masks"]
 
@@ -197,6 +197,16 @@ class NamedMasks:
             handle.remove()
         self._handles.clear()
         self._end()
+
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[list[Draw]]:
+        """A block, for `check_masks`, that lists what each dropout draws from."""
+        draws: list[Draw] = []
+        before, self._names.watch = self._names.watch, draws.append
+        try:
+            yield draws
+        finally:
+            self._names.watch = before
 
     def __enter__(self) -> NamedMasks:
         return self

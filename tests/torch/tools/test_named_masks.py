@@ -370,3 +370,63 @@ def test_what_wins_over_names():
     layer.seed = 5  # of a module does not
     with masks.at(1):
         assert torch.equal(model(x), first)
+
+
+@fdt.enabled()
+def test_check_masks_names_what_is_wrong(monkeypatch):
+    model, x = nn.ModuleList([fdt.Dropout(0.5), fdt.StochasticDepth(0.5, "batch"), nn.Dropout(0.5)]), torch.ones(6, 4)
+
+    def process(rank, batches, seed=1, steps=(0,), layout=True, layers=3):
+        """What a process with half of the columns in the last layer runs, and its masks."""
+        layouts = {"2": functools.partial(halves, axis=1, rank=rank)} if layout and rank is not None else {}
+        masks = fdt.name_masks(model, seed, layouts=layouts)
+
+        def run():
+            for step, samples in zip(steps * len(batches), batches, strict=False):
+                with masks.at(step, samples):
+                    y = x[list(samples)]
+                    for layer in model[:layers]:
+                        y = layer(y[:, :2] if layer is model[2] and rank is not None else y)
+
+        return masks, run
+
+    def together(*processes, expected=None):
+        """Runs processes one after the other: the last has what all of them sent."""
+        sent = []
+
+        def gather(everywhere, own, group):
+            sent.append(own)
+            everywhere[:] = [*sent, *[{}] * (len(everywhere) - len(sent))] if len(sent) < len(everywhere) else sent
+
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: len(processes))
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        for masks, run in processes:
+            found = error = None
+            try:
+                found = fdt.check_masks(masks, run, expected)
+            except RuntimeError as raised:
+                error = str(raised)
+            masks.remove()
+        return error or found
+
+    expected = together(process(None, [range(6)]))
+    assert list(expected) == ["0", "1", "2"]
+    batches = [range(3)], [[5], [4, 3]]
+    good = [process(rank, batch) for batch in batches for rank in range(2)]
+    assert together(*good, expected=expected) == expected
+    wrong = {
+        "0 has other cells, another seed": [process(0, [range(3)]), process(1, [[4, 5]])],
+        "0 has cells twice": [process(None, [range(4)]), process(None, [range(3, 6)])],
+        "0 has other seeds": [process(0, [range(6)]), process(1, [range(6)], seed=2)],
+        "0 has other steps": [process(0, [range(6)]), process(1, [range(6)], steps=(1,))],
+        "2 has other cells, another seed": [process(rank, [range(6)], layout=False) for rank in range(2)],
+        "2 lacks cells": [process(1, [range(6)]), process(1, [range(6)])],
+        "0 draws from several": [process(None, [range(6), range(6)], steps=(0, 1))],
+        "2 drops in one process, but not here": [process(None, [range(6)], layers=2)],
+        "0 has cells twice: processes have 28": [process(None, [range(3), range(2, 6)])],
+    }
+    for message, processes in wrong.items():
+        found = together(*processes, expected=expected)
+        assert message in found, found
+    assert "2 lacks cells" in together(*[process(1, [range(6)]), process(1, [range(6)])])  # also without expected
