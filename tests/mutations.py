@@ -678,8 +678,8 @@ MUTATIONS = (
     Mutation(
         "attention scales by the width of its values",
         "fastdrop/torch/functional/attention.py",
-        "scale = 1.0 / math.sqrt(arguments[0].shape[-1]) if scale is None else scale + 0.0",
-        "scale = 1.0 / arguments[0].shape[-1] if scale is None else scale + 0.0",
+        "scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale + 0.0",
+        "scale = 1.0 / query.shape[-1] if scale is None else scale + 0.0",
         "tests/torch/functional/test_attention.py",
     ),
     Mutation(
@@ -776,7 +776,7 @@ MUTATIONS = (
     Mutation(
         "a residual branch draws before its samples' seed",
         "fastdrop/torch/functional/residual.py",
-        "source = source if way == ONNX else (None, chosen)",
+        "source = source if way == ONNX else (None, chosen, None)",
         "",
         "tests/torch/functional/test_skip_residual.py",
     ),

@@ -111,6 +111,7 @@ def name_masks(
     for pattern, layout in (layouts or {}).items():
         if as_layout(layout) is None:
             checks.function(f"layouts[{pattern!r}]", layout)
+    by_name = {name: as_layout(layout) or layout for name, layout in by_name.items()}
     if isinstance(sample_axis, Mapping):
         for axis in sample_axis.values():
             checks.number_from("sample_axis", checks.integer("sample_axis", axis), 0)
