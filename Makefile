@@ -38,6 +38,10 @@ help:
 	@echo "make package      builds wheel and sdist, installs them in clean environments and tests them"
 	@echo "make clean        removes .venv and everything that was built"
 
+# Python writes the bytecode of what it imports, also where the environment forbids it: the suite starts dozens of
+# processes, and each would compile torch's sources, which takes five to fifteen seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 # The stamp stands for: the pinned packages are there, and fastdrop is built and installed in place.
 # Most modules of the packages are never imported, so their bytecode is not compiled here.
 $(VENV)/.packages: requirements-dev.txt

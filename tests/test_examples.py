@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -19,6 +20,8 @@ figures = pytest.importorskip("matplotlib.figure")
 
 EXAMPLES = ROOT / "examples"
 PICTURES = sorted(path.stem for path in EXAMPLES.glob("*.py") if "def picture(" in path.read_text())
+
+DROPOUTS = "torch's dropout", "fastdrop"  # of parallel.py
 
 
 @pytest.fixture
@@ -47,9 +50,16 @@ def test_tour_shows_every_example(beside_examples, monkeypatch, tmp_path, capsys
         printed = capsys.readouterr().out
         assert "nan" not in printed
         assert printed.count("\n") >= 1 or k == 0
+        if "parallel" in code[k]:
+            gaps = {
+                name: [float(gap) for gap in re.findall(rf"{name}, .* ([0-9.e+-]+)\n", printed)] for name in DROPOUTS
+            }
+            assert max(gaps["fastdrop"]) < 1e-13
+            assert min(gaps["torch's dropout"]) > 1e-3
+            assert [len(values) for values in gaps.values()] == [4, 4]
     assert "Dropout" in printed  # the audit's table
     assert all(f"show({name}.picture)" in "".join(code) for name in PICTURES)
-    assert len(drawn) == len(PICTURES) == 8
+    assert len(drawn) == len(PICTURES) == 9
     for axis in (axis for figure in drawn for axis in figure.axes):
         lines = [line.get_ydata() for line in axis.lines] + [[bar.get_height() for bar in axis.patches]]
         values = np.concatenate([np.asarray(values, float).reshape(-1) for values in lines])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.dispatch.dtensors import is_dtensor, like_dtensor, shard_order
+from ..runtime.dispatch.dtensors import is_dtensor, like_dtensor, local_of, shard_order
 from ..runtime.dispatch.tensors import check_inplace
 from ..runtime.layouts import Layout
 from ..runtime.located import Weights
@@ -146,7 +146,7 @@ def whole_layout(x: Any, shape: Shape) -> Layout | None:
 def local_tensor(x: Any) -> Tensor:
     """This process's shard. Outside of the mesh it is a tensor without samples, so that the process takes as many
     numbers from its generator as the others do."""
-    local: Tensor = x.to_local()
+    local = local_of(x)
     if x.device_mesh.get_coordinate() is not None:
         return local
     return local.new_zeros(x.shape if x.dim() < 2 else (0, *x.shape[1:]))

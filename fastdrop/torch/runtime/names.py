@@ -355,6 +355,11 @@ def _cells(scope: Scope, module: NamedModule, shape: Shape, shared: Any, part: A
     if part is None:
         part = module.layout
     if isinstance(part, torch.Tensor):
+        if axis is not None and scope.samples not in (None, range(len(scope.samples or ()))):
+            raise RuntimeError(
+                f"{module} drops a part whose cells are a tensor, as compiled code has those of DTensors: give "
+                "masks.at() no samples, or a layout to name_masks"
+            )
         runs = located.runs_of(part, shape, shared)
         return Cells(runs, shape, None, sum(run.cells for run in runs))
     key = shape, shared, tuple(part) if isinstance(part, list) else part, axis

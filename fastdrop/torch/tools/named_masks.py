@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import operator
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -115,6 +116,7 @@ def name_masks(
     for pattern, layout in (layouts or {}).items():
         if as_layout(layout) is None:
             checks.function(f"layouts[{pattern!r}]", layout)
+    by_name = {name: as_layout(layout) or layout for name, layout in by_name.items()}
     if isinstance(sample_axis, Mapping):
         for axis in sample_axis.values():
             checks.number_from("sample_axis", checks.integer("sample_axis", axis), 0)
@@ -230,23 +232,27 @@ class NamedMasks:
 
 
 def _numbers(samples: Any) -> Sequence[int] | None:
-    """Samples as a range or a tuple, of which the same ones are equal."""
+    """Samples as a range, if they are evenly spaced, or as a tuple: equal ones of the same samples."""
     if samples is None:
         return None
     if isinstance(samples, torch.Tensor):
         if samples.dim() != 1 or samples.is_floating_point() or samples.dtype is torch.bool:
             raise TypeError(f"samples must be ints along one axis, but got {samples.dtype} {tuple(samples.shape)}")
         samples = samples.tolist()
-    if isinstance(samples, range) and samples.step > 0:
-        numbers: Sequence[int] = samples
-    else:
-        numbers = tuple(checks.integer("samples", number) for number in samples)
-        if len(set(numbers)) < len(numbers):
-            twice = next(number for i, number in enumerate(numbers) if number in numbers[:i])
-            raise ValueError(f"samples must be given once each, but got {twice} twice")
-    if len(numbers) and min(numbers[0], numbers[-1], min(numbers) if isinstance(numbers, tuple) else 0) < 0:
-        raise ValueError(f"samples must be numbers from 0 on, but got {min(numbers)}")
-    return numbers
+    if not isinstance(samples, range):
+        samples = tuple(checks.integer("samples", number) for number in samples)
+    least = min(samples, default=0)
+    if least < 0:
+        raise ValueError(f"samples must be numbers from 0 on, but got {least}")
+    if isinstance(samples, tuple) and len(set(samples)) < len(samples):
+        twice = next(number for i, number in enumerate(samples) if number in samples[:i])
+        raise ValueError(f"samples must be given once each, but got {twice} twice")
+    apart = samples[1] - samples[0] if len(samples) > 1 else 1
+    if apart > 0 and len(samples) and samples[-1] - samples[0] == apart * (len(samples) - 1):
+        even = range(samples[0], samples[-1] + 1, apart)
+        if all(map(operator.eq, samples, even)):
+            return even
+    return tuple(samples)
 
 
 # ---- names ----
