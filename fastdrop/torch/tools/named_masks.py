@@ -18,14 +18,13 @@ from ..nn.recurrent import VariationalGRU, VariationalLSTM
 from ..runtime import names as runtime
 from ..runtime import traced_names
 from ..runtime.dispatch.compilers import is_dynamo_imported
-from ..runtime.dispatch.modules import TorchDropout
+from ..runtime.dispatch.modules import WRAPPED, TorchDropout
 from ..runtime.layouts import as_layout
 from ..runtime.names import Draw, NamedModule, Names
 
 __all__ = ["NamedMasks", "name_masks"]
 
-# What wrappers call the module that they wrap. DropConnect has a `module` too, so that counts at the beginning only.
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# What other wrappers call the module that they wrap. DropConnect has one too, so it counts at the beginning only.
 OUTER_WRAPPER = "module"
 VARIATIONAL = (VariationalLSTM, VariationalGRU)
 TORCHS = (TorchDropout, nn.RNNBase, nn.MultiheadAttention)  # torch's own modules that drop
@@ -260,7 +259,7 @@ def _numbers(samples: Any) -> Sequence[int] | None:
 
 def _unwrapped(name: str) -> str:
     """A name without what wrappers add."""
-    path = [part for part in name.split(".") if part not in WRAPPERS]
+    path = [part for part in name.split(".") if part not in WRAPPED]
     while path and path[0] == OUTER_WRAPPER:
         del path[0]
     return ".".join(path)
