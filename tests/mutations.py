@@ -844,7 +844,7 @@ MUTATIONS = (
         "tests/torch/tools/test_named_masks.py",
     ),
     Mutation(
-        "a compiled module's calls have one mask",
+        "dropouts of a compiled module are counted from 2",
         "fastdrop/torch/runtime/traced_names.py",
         "orders[key, call] = order = orders.get((key, call), 0) + 1",
         "orders[key, call] = order = orders.get((key, call), 1)",
