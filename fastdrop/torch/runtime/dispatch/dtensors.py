@@ -32,7 +32,10 @@ def any_dtensor(values: Iterable[Any]) -> bool:
 
 
 def shard_order(x: Any) -> Any:
-    """In which order mesh axes shard the axes of a DTensor, where torch tells. None: from the first mesh axis on."""
+    """In which order mesh axes shard the axes of a DTensor, where torch tells: compilers do not know it. None: from the
+    first mesh axis on."""
+    if torch.compiler.is_compiling():
+        return None
     try:
         order: Any = x._spec.shard_order
     except AttributeError:
