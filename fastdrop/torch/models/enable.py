@@ -83,9 +83,9 @@ def enable() -> None:
     their in-place forms, and with them torch's modules of these names, `torch.nn.MultiheadAttention`,
     `torch.nn.functional.scaled_dot_product_attention`, `torch.nn.LSTM` and `torch.nn.GRU` between layers, and any model
     built of these; of timm and torchvision, where they were imported before, the modules that `convert` knows. Values
-    and gradients are those of the functions of `fastdrop.torch`; other operators and devices, integer, sparse and
-    nested tensors stay as they are. So do, on a GPU, fused attention and cuDNN's recurrent layers, which
-    drop inside of kernels of their own.
+    and gradients are those of the functions of `fastdrop.torch`, also of DTensors; other operators and devices,
+    integer, sparse and nested tensors stay as they are. So do, on a GPU, fused attention and cuDNN's recurrent layers,
+    which drop inside of kernels of their own.
 
     Calling it again does nothing. It may be called while other threads work: what is switched is a flag that each call
     reads. The first call in a process also registers kernels with torch's dispatcher, which are never taken away, and
