@@ -141,9 +141,10 @@ class DropConnect(Seeded):
 
     Stored for backward: 1/8 byte per element of the weights in ``names``. Backward computes a dropped weight again from
     the weight and its mask, and raises RuntimeError if the weight was changed in place, as it does without DropConnect.
-    There are exceptions: of weights that are DTensors, the dropped ones are stored; transforms of `torch.func` allow no hooks on saved tensors, so they store the dropped weight;
-    the compiler decides what compiled code stores; copies in low precision that autocast makes, and the buffer for a
-    recurrent layer's weights in cuDNN, are stored as they are without DropConnect.
+    There are exceptions: transforms of `torch.func` allow no hooks on saved tensors, so they store the dropped weight;
+    a weight that is a DTensor is stored as dropped too; the compiler decides what compiled code stores; copies in low
+    precision that autocast makes, and the buffer for a recurrent layer's weights in cuDNN, are stored as they are
+    without DropConnect.
 
     Sources: Wan et al., "Regularization of neural networks using DropConnect", ICML 2013, here with one mask for the
     batch; Merity, Keskar, Socher 2017.
