@@ -76,6 +76,12 @@ def _attend_to_shards(function: Callable[..., Any], arguments: sharded.Arguments
     return sharded.to_dtensor(y, query, local, (*query.shape[:-1], value.shape[-1]))
 
 
+def takes_shards(query: Any, key: Any, value: Any, causal: bool) -> bool:
+    """Whether DTensors are sharded in a way that `scaled_dot_product_attention` takes."""
+    whole = (query, -1), (key, -2), (value, -2), *[(query, -2)] * causal
+    return sharded.is_dtensor(query) and all(sharded.is_whole(x, axis) for x, axis in whole)
+
+
 def _check_heads(name: str, x: Any, query: Any) -> None:
     """Raises if heads of a key or a value serve queries of several processes."""
     heads = query.dim() - 3

@@ -20,6 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ...core import checks
 from ..ops import mask as mask_ops
+from ..ops.layouts import cells_in_graph
 from ..runtime import layouts, located, names, seeds, tracing
 from ..runtime.dispatch import is_eager_dense, is_transformed
 from ..runtime.dispatch.compilers import constant_in_graphs
@@ -151,11 +152,17 @@ def seed_for_ops(x: Tensor, source: Source, shape: Shape | None = None, shared: 
             return seeds.as_tensor(drawn)
     if isinstance(part, located.Weights):
         part = part.part
-    cells = None if part is None else located.cells_of(part, tuple(x.shape) if shape is None else shape, shared)
+    cells = None if part is None else _cells_of(part, x, tuple(x.shape) if shape is None else shape, shared)
     if seed is None and part is not None and not _is_compiling():
         _compare_generators(part, x, generator)
     number = _tensor_seed(x, generator, seed)
     return number if cells is None else seeds.with_cells(number, cells)
+
+
+def _cells_of(part: Whole, x: Tensor, shape: Shape, shared: Cells) -> Tensor:
+    if (_is_compiling() or is_in_dispatch_mode()) and (layout := layouts.as_layout(part)) is not None:
+        return cells_in_graph(x, layout, shape, shared)
+    return located.cells_of(part, shape, shared)
 
 
 def _compare_generators(part: Whole, x: Tensor, generator: torch.Generator | None) -> None:

@@ -23,6 +23,7 @@ from ..runtime.dispatch.tensors import jit_trace
 from ..runtime.dtypes import DTYPES
 from . import onnx, sharded
 from .plan import (
+    KEEPS_ALL,
     KERNEL,
     MASK_OPS,
     ONNX,
@@ -47,6 +48,13 @@ def drop(
     axes elements share decisions; None: along none. ``scaling`` is one of `variants.affine`."""
     if type(x) is not Tensor:
         check_tensor(x)
+        if sharded.is_dtensor(x) and training and (isinstance(p, Tensor) or not p <= KEEPS_ALL):
+            own = None if shared is None else tuple(1 if extent == 1 else None for extent in shared)
+
+            def dropped(local: Tensor, part: Any) -> Tensor:
+                return drop(local, p, True, False, (*source[:2], part), own, store, scaling)
+
+            return sharded.drop_shard(x, source[2], inplace, dropped)
     way, p, drops = plan_call(x, p, training)
     if store != "bits":
         checks.choice("store", store, checks.STORES)
@@ -54,12 +62,6 @@ def drop(
         check_unused_seed(source)
         return _evaluated(x, p, inplace) if scaling == "standard" and not training else x
     if way != KERNEL:
-        if sharded.is_dtensor(x):
-
-            def dropped(local: Tensor, part: Any) -> Tensor:
-                return drop(local, p, True, False, (*source[:2], part), shared, store, scaling)
-
-            return sharded.drop_shard(x, source[2], inplace, dropped)
         return _drop_by_ops(x, p, way, inplace, source, shared, store, scaling)
     if x.dtype not in DTYPES:
         dtypes.check_dtype(x)
