@@ -49,9 +49,10 @@ def drop(
     if type(x) is not Tensor:
         check_tensor(x)
         if sharded.is_dtensor(x) and training and (isinstance(p, Tensor) or not p <= KEEPS_ALL):
+            own = None if shared is None else tuple(1 if extent == 1 else None for extent in shared)
 
             def dropped(local: Tensor, part: Any) -> Tensor:
-                return drop(local, p, True, False, (*source[:2], part), shared, store, scaling)
+                return drop(local, p, True, False, (*source[:2], part), own, store, scaling)
 
             return sharded.drop_shard(x, source[2], inplace, dropped)
     way, p, drops = plan_call(x, p, training)

@@ -26,6 +26,7 @@ __all__ = [
     "data_of",
     "drop_shard",
     "is_dtensor",
+    "is_whole",
     "layout_of",
     "local_tensor",
     "of_whole",
@@ -116,11 +117,15 @@ def reduced(x: Any) -> Any:
 
 def check_whole(x: Any, axis: int, name: str, function: Callable[..., Any]) -> None:
     """Raises if an axis is sharded that a function needs whole. ``axis`` is negative."""
-    if is_dtensor(x) and any(axis_of(placement) == x.dim() + axis for placement in x.placements):
+    if not is_whole(x, axis):
         raise ValueError(
             f"{function.__name__} needs axis {axis} of {name} whole, but it is sharded: call {name}.redistribute with "
             f"another placement first"
         )
+
+
+def is_whole(x: Any, axis: int) -> bool:
+    return not is_dtensor(x) or all(axis_of(placement) != x.dim() + axis for placement in x.placements)
 
 
 def axis_of(placement: Any) -> int | None:

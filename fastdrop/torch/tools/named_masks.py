@@ -82,6 +82,8 @@ def name_masks(
       same for all samples of a step.
     * DropBlock scales by the share that is kept of the samples of a call. A fixed number of kept samples is chosen
       among those of a call. Both depend on the batch.
+    * On a GPU torch's own attention and cuDNN's recurrent layers drop inside of kernels that know no names.
+      `fastdrop.torch.scaled_dot_product_attention` does.
     * A call that is given ``seed`` or ``generator`` draws from these. Modules with a seed or a generator of their own
       draw by name. `mc_predict` draws from its own seeds. `vmap` gives the same mask to all that it maps.
     * Checkpoints of both kinds draw again what they drew in forward, with any ``preserve_rng_state``, and also after

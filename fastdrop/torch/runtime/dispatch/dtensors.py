@@ -32,7 +32,10 @@ def any_dtensor(values: Iterable[Any]) -> bool:
 
 
 def shard_order(x: Any) -> Any:
-    """In which order mesh axes shard the axes of a DTensor, where torch tells. None: from the first mesh axis on."""
+    """In which order mesh axes shard the axes of a DTensor, where torch tells: compilers do not know it. None: from the
+    first mesh axis on."""
+    if torch.compiler.is_compiling():
+        return None
     try:
         order: Any = x._spec.shard_order
     except AttributeError:
@@ -50,14 +53,13 @@ def ranks_of(mesh: Any) -> tuple[int, ...]:
 
 
 def local_of(x: Any) -> Tensor:
-    """The local tensor, by ``to_local`` if it is differentiated."""
-    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+    """``x.to_local()``, in less time."""
+    spec = None if torch.compiler.is_compiling() else _spec_of(x)
+    if spec is None:
         return x.to_local()  # type: ignore[no-any-return]
-    try:
-        local: Tensor = x._local_tensor
-    except AttributeError:
-        local = x.to_local()
-    return local
+    if x.requires_grad and torch.is_grad_enabled():
+        return _ToLocal.apply(x, spec)  # type: ignore[no-any-return]
+    return x._local_tensor  # type: ignore[no-any-return]
 
 
 def like_dtensor(y: Tensor, x: Any) -> Any:
@@ -66,15 +68,42 @@ def like_dtensor(y: Tensor, x: Any) -> Any:
     ``DTensor.from_local`` makes a description of the result, and takes ten times as long. This one takes that of x.
     """
     kind = sys.modules["torch.distributed.tensor"].DTensor
-    try:
-        spec = None if torch.compiler.is_compiling() else x._spec
-    except AttributeError:
-        spec = None
+    spec = None if torch.compiler.is_compiling() else _spec_of(x)
     if spec is None:
         return kind.from_local(y, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
+    return _described(y, kind, spec)
+
+
+def _spec_of(x: Any) -> Any:
+    try:
+        return x._spec if x._local_tensor is not None else None
+    except AttributeError:
+        return None
+
+
+def _described(y: Tensor, kind: Any, spec: Any) -> Any:
     if y.requires_grad and torch.is_grad_enabled():
         return _FromLocal.apply(y, kind, spec)
     return kind.__new__(kind, y, spec, requires_grad=False)
+
+
+class _ToLocal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, spec: Any) -> Tensor:
+        local: Tensor = x._local_tensor
+        ctx.kind, ctx.spec, ctx.stride = type(x), spec, local.stride()
+        ctx.set_materialize_grads(False)
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Any, None]:
+        if dy is None:
+            return None, None
+        spec = ctx.spec
+        if dy.stride() == ctx.stride:
+            return _described(dy, ctx.kind, spec), None
+        given = {"shape": spec.shape, "stride": spec.stride}
+        return ctx.kind.from_local(dy, spec.mesh, spec.placements, run_check=False, **given), None
 
 
 class _FromLocal(torch.autograd.Function):
