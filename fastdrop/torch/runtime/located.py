@@ -139,7 +139,7 @@ def _runs_in(flat: Sequence[int]) -> tuple[Run, ...]:
         pitches = outer_pitch & LOW_64_BITS, pitch & LOW_64_BITS
         runs.append(Run(position, first & LOW_64_BITS, outer, pitches[0], rows, pitches[1], columns))
         position += runs[-1].cells
-    return tuple(runs)
+    return tuple(run for run in runs if run.cells) or tuple(runs[:1])  # compiled code has room for more
 
 
 def as_int64(number: int) -> int:

@@ -156,6 +156,7 @@ class NamedMasks:
         self.step = 0
         runtime.note_users(1)
         self._end = weakref.finalize(names, runtime.note_users, -1)
+        self._end.atexit = False
 
     @property
     def seed(self) -> int:
