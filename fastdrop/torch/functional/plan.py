@@ -20,6 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ...core import checks
 from ..ops import mask as mask_ops
+from ..ops import named
 from ..ops.layouts import cells_in_graph
 from ..runtime import layouts, located, names, seeds, tracing
 from ..runtime.dispatch import is_eager_dense, is_transformed
@@ -141,7 +142,9 @@ def seed_for_kernel(
 def seed_for_ops(x: Tensor, source: Source, shape: Shape | None = None, shared: Cells = None) -> Tensor:
     """The seed of a call that drops by an op: a tensor. Arguments are those of `seed_for_kernel`."""
     generator, seed, part = source
-    if names.are_used and seed is None and generator is None and not _is_compiling():
+    if names.are_used and seed is None and generator is None and _is_compiling():
+        return _traced_seed(x, part, shape, shared)
+    if names.are_used and seed is None and generator is None:
         if names.are_in_force() and tracing.is_recorded():
             raise RuntimeError(
                 "a model with named masks can't be traced in training, because each call of the trace would have the "
@@ -157,6 +160,16 @@ def seed_for_ops(x: Tensor, source: Source, shape: Shape | None = None, shared: 
         _compare_generators(part, x, generator)
     number = _tensor_seed(x, generator, seed)
     return number if cells is None else seeds.with_cells(number, cells)
+
+
+def _traced_seed(x: Tensor, part: Whole, shape: Shape | None, shared: Cells) -> Tensor:
+    """The seed of a dropout in compiled code, where models have names."""
+    place = named.BY_MODULE if shape is None else named.SAMPLES_FIRST
+    if isinstance(part, located.Weights):
+        part, place = part.part, named.WEIGHTS
+    shape = tuple(x.shape) if shape is None else shape
+    cells = None if part is None else _cells_of(part, x, shape, shared)
+    return named.draw_named(x, shape, shared, place, cells)
 
 
 def _cells_of(part: Whole, x: Tensor, shape: Shape, shared: Cells) -> Tensor:

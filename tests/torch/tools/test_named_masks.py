@@ -314,6 +314,9 @@ def test_errors_name_what_is_wrong():
             fdt.name_masks(model, **options)
     with pytest.raises(TypeError, match="model must be"):
         fdt.name_masks(len)
+    model.append(
+        Calls(lambda x: x if len(x) > 2 else fdt.dropout(x, 0.5, part=fdt.cells_of(fd.Part((9, 4), (1, 0), (2, 4)))))
+    )
     masks = fdt.name_masks(model)
     with pytest.warns(UserWarning, match=r"0\.theirs \(Dropout\) drops by torch's generator"), masks.at(0):
         model(x)
@@ -333,6 +336,8 @@ def test_errors_name_what_is_wrong():
         ):
             with pytest.raises(error), masks.at(0, samples):
                 model(x)
+        with pytest.raises(RuntimeError, match="whose cells are a tensor"), masks.at(0, [2, 3]):
+            model[2](x[:2, :4])
         with pytest.raises(TypeError), masks.at("0"):
             model(x)
         with pytest.raises(ValueError, match="seed and step"):
