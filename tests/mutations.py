@@ -825,7 +825,7 @@ MUTATIONS = (
     Mutation(
         "a residual branch draws before its samples' seed",
         "fastdrop/torch/functional/residual.py",
-        "source = source if way == ONNX else (None, chosen, None)",
+        "source = source if way == ONNX else (None, Drawn(chosen) if isinstance(chosen, Tensor) else chosen, None)",
         "",
         "tests/torch/functional/test_skip_residual.py",
     ),

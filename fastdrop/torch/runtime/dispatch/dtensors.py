@@ -6,6 +6,8 @@ torch imports ``torch.distributed.tensor`` only where somebody needs it, and tha
 
 from __future__ import annotations
 
+import itertools
+import operator
 import sys
 from collections.abc import Iterable
 from typing import Any
@@ -102,8 +104,10 @@ class _ToLocal(torch.autograd.Function):
         spec = ctx.spec
         if dy.stride() == ctx.stride:
             return _described(dy, ctx.kind, spec), None
-        given = {"shape": spec.shape, "stride": spec.stride}
-        return ctx.kind.from_local(dy, spec.mesh, spec.placements, run_check=False, **given), None
+        # Strides that are told must be those of the local tensor, or views of the gradient fail.
+        strides = itertools.accumulate(spec.shape[:0:-1], operator.mul, initial=1)
+        given = {"shape": spec.shape, "stride": tuple(strides)[::-1] if spec.shape else ()}
+        return ctx.kind.from_local(dy.contiguous(), spec.mesh, spec.placements, run_check=False, **given), None
 
 
 class _FromLocal(torch.autograd.Function):
