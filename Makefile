@@ -17,7 +17,7 @@ C_FLAGS := -std=c11 -O1 -g1 -Wall -Wextra -Werror -ffp-contract=off -fno-math-er
 C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST_DEPENDS))
 OUT := build/c
 
-.PHONY: help demo test check test-all test-torch-next bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving cuda-report fuzz report lint format sanitize test-c test-neon package clean
+.PHONY: help demo test check test-all test-torch-next bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving bench-parallel cuda-report fuzz report lint format sanitize test-c test-neon package clean
 
 help:
 	@echo "make demo         trains a network in NumPy and a transformer in torch, with fastdrop and with what is used today"
@@ -26,9 +26,9 @@ help:
 	@echo "make test-all     the test suite and its slow tests; FASTDROP_TEST_EVERYTHING=1 lifts the limits of all three"
 	@echo "make test-torch-next  the torch tests on torch $(NEXT_TORCH), in its own environment (several GB)"
 	@echo "make bench        benchmarks of plain dropout, every kernel (a quarter of an hour), and their report"
-	@echo "make bench-quick, bench-sweep, bench-torch, bench-family, bench-fused, bench-attention, bench-saving"
+	@echo "make bench-quick, -sweep, -torch, -family, -fused, -attention, -saving, -parallel"
 	@echo "                  its speed table alone; its speed over sizes; torch's function and training steps; other kinds;"
-	@echo "                  fused kernels; attention; what saves work"
+	@echo "                  fused kernels; attention; what saves work; masks for many processes"
 	@echo "make report       writes the reports again from the results that are there"
 	@echo "make cuda-report  compiles the CUDA kernels for three GPUs (none is needed): registers, widths, instructions"
 	@echo "make fuzz         calls the torch ops with arguments that don't fit, for SECONDS=60, from SEED"
@@ -37,6 +37,10 @@ help:
 	@echo "make test-neon    the Arm kernels, cross-compiled and emulated"
 	@echo "make package      builds wheel and sdist, installs them in clean environments and tests them"
 	@echo "make clean        removes .venv and everything that was built"
+
+# Python writes the bytecode of what it imports, also where the environment forbids it: the suite starts dozens of
+# processes, and each would compile torch's sources, which takes five to fifteen seconds.
+unexport PYTHONDONTWRITEBYTECODE
 
 # The stamp stands for: the pinned packages are there, and fastdrop is built and installed in place.
 # Most modules of the packages are never imported, so their bytecode is not compiled here.
@@ -101,6 +105,9 @@ bench-attention: $(VENV)/.built
 
 bench-saving: $(VENV)/.built
 	$(BIN)/python -m bench.run --saving
+
+bench-parallel: $(VENV)/.built
+	$(BIN)/python -m bench.run --parallel
 
 cuda-report: $(VENV)/.built
 	$(BIN)/python -m bench.gpu.machine_code

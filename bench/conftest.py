@@ -19,7 +19,7 @@ from fastdrop.cli import selftest
 from . import machine
 
 # What is collected: plain dropout in NumPy (all, or the speed table alone, or over sizes), in torch, other kinds, fused
-# kernels, attention, what saves work.
+# kernels, attention, what saves work, masks for many processes.
 SELECTIONS = {
     "all": "test_dropout.py",
     "quick": "test_dropout.py",
@@ -29,6 +29,7 @@ SELECTIONS = {
     "fused": "test_fused.py",
     "attention": "test_attention.py",
     "saving": "test_saving.py",
+    "parallel": "test_parallel.py",
 }
 
 

@@ -24,6 +24,7 @@ REPORTS = {
     "fused": "bench.torch.report_fused",
     "attention": "bench.torch.report_attention",
     "saving": "bench.torch.report_saving",
+    "parallel": "bench.torch.report_parallel",
     "all": "bench.cpu.report",
 }
 
@@ -37,6 +38,7 @@ def main() -> int:
     parser.add_argument("--fused", action="store_true", help="fused kernels: eight minutes")
     parser.add_argument("--attention", action="store_true", help="attention, its memory, transformers: ten minutes")
     parser.add_argument("--saving", action="store_true", help="dropout that saves work: twelve minutes")
+    parser.add_argument("--parallel", action="store_true", help="masks for many processes: three minutes")
     parser.add_argument("--report", action="store_true", help="only write the reports of the results that are there")
     parser.add_argument("--name", help="of the files (default: the set's name)")
     args = parser.parse_args()

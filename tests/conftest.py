@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, settings
 
 # Several processes of tests share the cores. A thread of torch's that waits by spinning takes one from another process.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # more are processes that import torch first
 
 import fastdrop as fd
 from fastdrop.backends import c as native

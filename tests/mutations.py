@@ -42,7 +42,7 @@ MASKS, PRIMITIVES, ROWS = (
 CELLS, BATCHWISE = "tests/backends/test_cells.py", "tests/torch/functional/test_batchwise.py"
 ATTENTION, MEMORY = "tests/backends/test_attention.py", "tests/backends/test_memory.py"
 FUSED, FAMILY = "tests/arrays/test_fused.py", "tests/arrays/test_variants.py"
-PARTS = "tests/arrays/test_parts.py"
+PARTS, SHARDS = "tests/arrays/test_parts.py", "tests/torch/distributed/test_dtensor.py"
 CUDA, CUDA_ROWS = "tests/backends/cuda/test_primitives.py", "tests/backends/cuda/test_fused.py"
 
 MUTATIONS = (
@@ -601,7 +601,7 @@ MUTATIONS = (
     Mutation(
         "a traced draw does not name the one before",
         "fastdrop/torch/runtime/tracing.py",
-        "after = given[0] if given else _last.get(mode.tracer)",
+        "after = _last.get(mode.tracer)",
         "after = None",
         "tests/torch/runtime/test_tracing.py",
     ),
@@ -646,6 +646,55 @@ MUTATIONS = (
         '    if scaling == "standard":\n        return Coefficients(1.0, 0.0, 0.0)\n',
         "",
         "tests/torch/functional/test_variants.py",
+    ),
+    Mutation(
+        "shards are of one size, and the last takes the rest",
+        "fastdrop/torch/runtime/layouts.py",
+        "    size = -(-total // count)\n",
+        "    size = total // count\n",
+        SHARDS,
+    ),
+    Mutation(
+        "a strided shard is one piece",
+        "fastdrop/torch/runtime/layouts.py",
+        "    earlier = [_chunk(own, i, before) for i in range(before)] if before > 1 else [own]\n",
+        "    earlier = [own]\n",
+        SHARDS,
+    ),
+    Mutation(
+        "one axis of a mesh compares its generators",
+        "fastdrop/torch/runtime/layouts.py",
+        "    for axis in range(mesh.ndim):\n",
+        "    for axis in range(1, mesh.ndim):\n",
+        SHARDS,
+    ),
+    Mutation(
+        "the gradient of a replicated operand is that of one shard",
+        "fastdrop/torch/functional/sharded.py",
+        "partial if own is None and axis is not None else placements[-1]",
+        "placements[-1]",
+        SHARDS,
+    ),
+    Mutation(
+        "DropBlock counts what one process keeps",
+        "fastdrop/torch/functional/blocks.py",
+        "    if shard.source[2] is not None:\n        count",
+        "    if False:\n        count",
+        SHARDS,
+    ),
+    Mutation(
+        "the gradient of a DTensor stays where it is",
+        "fastdrop/torch/runtime/dispatch/dtensors.py",
+        "if dy is not None and dy.placements != ctx.placements:",
+        "if False:",
+        SHARDS,
+    ),
+    Mutation(
+        "a process has the place of the first in compiled code",
+        "fastdrop/torch/ops/layouts.py",
+        "    index = ranks.index(torch.distributed.get_rank())\n",
+        "    index = 0\n",
+        SHARDS,
     ),
     Mutation(
         "LoRA's gradient of x is not dropped",
@@ -800,6 +849,62 @@ MUTATIONS = (
         "None if given is None else given.view_as(given) if wants else given.detach()",
         "None if given is None else given if wants else given.detach()",
         "tests/torch/nn/test_recurrent.py",
+    ),
+    Mutation(
+        "each call of a named module has one mask",
+        "fastdrop/torch/runtime/names.py",
+        "own = seeds.mix(seeds.mix(self.names.seed, self.hash), number)",
+        "own = seeds.mix(seeds.mix(self.names.seed, self.hash), 0)",
+        "tests/torch/tools/test_named_masks.py",
+    ),
+    Mutation(
+        "samples that lie apart have neighbours' cells",
+        "fastdrop/core/samples.py",
+        "first * of_sample, apart * of_sample",
+        "first * of_sample, of_sample",
+        "tests/torch/tools/test_named_masks.py",
+    ),
+    Mutation(
+        "a second backward goes on in what a checkpoint noted",
+        "fastdrop/torch/runtime/names.py",
+        "self.again, self.position = again, 0",
+        "self.again = again",
+        "tests/torch/tools/test_named_masks.py",
+    ),
+    Mutation(
+        "named recurrent layers have samples on their first axis",
+        "fastdrop/torch/tools/named_masks.py",
+        "axes.update(dict.fromkeys(module.children(), 1))",
+        "axes.update(dict.fromkeys(module.children(), 0))",
+        "tests/torch/tools/test_named_masks.py",
+    ),
+    Mutation(
+        "weights have samples",
+        "fastdrop/torch/runtime/names.py",
+        "part, axis = part.part, None",
+        "part = part.part",
+        "tests/torch/tools/test_named_masks.py",
+    ),
+    Mutation(
+        "processes that have the same cells count each",
+        "fastdrop/torch/tools/check_masks.py",
+        "parts = {(one.cells, one.total) for one in seen if one.cells}",
+        "parts = [(one.cells, one.total) for one in seen if one.cells]",
+        "tests/torch/tools/test_named_masks.py",
+    ),
+    Mutation(
+        "dropouts of a compiled module are counted from 2",
+        "fastdrop/torch/runtime/traced_names.py",
+        "orders[key, call] = order = orders.get((key, call), 0) + 1",
+        "orders[key, call] = order = orders.get((key, call), 1)",
+        "tests/torch/tools/test_named_masks_compiled.py",
+    ),
+    Mutation(
+        "a compiled checkpoint draws names again",
+        "fastdrop/torch/runtime/tracing.py",
+        'if key != "recompute":',
+        "if key:",
+        "tests/torch/tools/test_named_masks_compiled.py",
     ),
     Mutation(
         "a module's own seed gives one mask for ever",

@@ -7,17 +7,21 @@ checkout=$(pwd)
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 
+installer=$PYTHON  # `PYTHON` changes below
+
 step() { echo "== package: $*"; }
 
 environment() { # environment NAME PACKAGE...: a clean one at $work/NAME
     name=$1
     shift
-    "$PYTHON" -m venv "$work/$name"
-    "$work/$name/bin/pip" install --quiet --disable-pip-version-check "$@"
+    "$PYTHON" -m venv --without-pip "$work/$name"  # pip of PYTHON installs there: another takes seconds to unpack
+    "$installer" -m pip --python "$work/$name/bin/python" install --quiet --disable-pip-version-check --no-compile "$@"
 }
 
+# Built with setuptools and cffi of PYTHON. The install of the sdist, below, shows that pyproject.toml asks for them.
 step "building sdist and wheel"
-"$PYTHON" -m build --outdir "$work/dist" "$checkout" > "$work/build.log" 2>&1 || { tail -n 40 "$work/build.log"; exit 1; }
+"$PYTHON" -m build --no-isolation --outdir "$work/dist" "$checkout" > "$work/build.log" 2>&1 \
+    || { tail -n 40 "$work/build.log"; exit 1; }
 wheel=$(ls "$work"/dist/*.whl)
 sdist=$(ls "$work"/dist/*.tar.gz)
 case $wheel in

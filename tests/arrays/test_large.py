@@ -64,13 +64,14 @@ def repeating(n: int, repeat: int) -> Iterator[np.ndarray]:
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
     libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     access, fixed, period = mmap.PROT_READ | mmap.PROT_WRITE, 0x10, 2 * repeat
+    shared = mmap.MAP_SHARED | mmap.MAP_POPULATE  # all pages of a mapping at once: a fault for each takes seconds
     total = -(-2 * n // period) * period
     file = os.memfd_create("repeating")
     os.ftruncate(file, period)
     start = libc.mmap(None, total, 0, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
     try:
         for at in range(start, start + total, period):
-            assert libc.mmap(at, period, access, mmap.MAP_SHARED | fixed, file, 0) == at
+            assert libc.mmap(at, period, access, shared | fixed, file, 0) == at
         yield np.frombuffer((ctypes.c_uint8 * (2 * n)).from_address(start), np.float16)
     finally:
         libc.munmap(start, total)

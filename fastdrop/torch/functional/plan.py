@@ -20,6 +20,8 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from ...core import checks
 from ..ops import mask as mask_ops
+from ..ops import named
+from ..ops.layouts import cells_in_graph
 from ..runtime import layouts, located, names, seeds, tracing
 from ..runtime.dispatch import is_eager_dense, is_transformed
 from ..runtime.dispatch.compilers import constant_in_graphs
@@ -38,6 +40,7 @@ __all__ = [
     "for_subclasses",
     "is_p_differentiated",
     "plan_call",
+    "refuse_part_of_nested",
     "seed_for_kernel",
     "seed_for_ops",
     "wants_gradient",
@@ -56,7 +59,9 @@ Seed = int | Tensor | None
 # What a caller may give as ``part``: a `Part`, a sequence of them, a device mesh with placements, a function of the
 # local shape that gives one of these, or the cells as a tensor.
 Whole = Any
-Source = tuple[torch.Generator | None, Seed, Whole]  # what a caller gives to draw from, and of which whole x is a part
+# What a caller gives to draw from, and of which whole x is a part. A function that takes the seed for another one hands
+# it on as a `Located` or a `Drawn`.
+Source = tuple[torch.Generator | None, Any, Whole]
 NO_SOURCE: Source = (None, None, None)  # torch's default generator
 Shape = tuple[int, ...]
 # Which axes share decisions, as a noise_shape says it: 1, and None or the full extent where they don't. That x has an
@@ -120,6 +125,8 @@ def seed_for_kernel(
             check_inplace(x)
         drawn = names.draw(tuple(x.shape) if shape is None else shape, shared, part, shape is not None)
         if drawn is not None:
+            if x.is_cuda:
+                seeds.refuse_capture(x.device)
             return drawn
     if seed is not None:
         seed = seeds.from_caller(seed, generator, x)
@@ -140,7 +147,9 @@ def seed_for_kernel(
 def seed_for_ops(x: Tensor, source: Source, shape: Shape | None = None, shared: Cells = None) -> Tensor:
     """The seed of a call that drops by an op: a tensor. Arguments are those of `seed_for_kernel`."""
     generator, seed, part = source
-    if names.are_used and seed is None and generator is None and not _is_compiling():
+    if names.are_used and seed is None and generator is None and _is_compiling():
+        return _traced_seed(x, part, shape, shared)
+    if names.are_used and seed is None and generator is None:
         if names.are_in_force() and tracing.is_recorded():
             raise RuntimeError(
                 "a model with named masks can't be traced in training, because each call of the trace would have the "
@@ -151,11 +160,32 @@ def seed_for_ops(x: Tensor, source: Source, shape: Shape | None = None, shared: 
             return seeds.as_tensor(drawn)
     if isinstance(part, located.Weights):
         part = part.part
-    cells = None if part is None else located.cells_of(part, tuple(x.shape) if shape is None else shape, shared)
+    cells = None if part is None else _cells_of(part, x, tuple(x.shape) if shape is None else shape, shared)
     if seed is None and part is not None and not _is_compiling():
         _compare_generators(part, x, generator)
     number = _tensor_seed(x, generator, seed)
     return number if cells is None else seeds.with_cells(number, cells)
+
+
+def _traced_seed(x: Tensor, part: Whole, shape: Shape | None, shared: Cells) -> Tensor:
+    """The seed of a dropout in compiled code, where models have names."""
+    place = named.BY_MODULE if shape is None else named.SAMPLES_FIRST
+    if isinstance(part, located.Weights):
+        part, place = part.part, named.WEIGHTS
+    shape = tuple(x.shape) if shape is None else shape
+    cells = None if part is None else _cells_of(part, x, shape, shared)
+    return named.draw_named(x, shape, shared, place, cells)
+
+
+def _cells_of(part: Whole, x: Tensor, shape: Shape, shared: Cells) -> Tensor:
+    if (_is_compiling() or is_in_dispatch_mode()) and (layout := layouts.as_layout(part)) is not None:
+        return cells_in_graph(x, layout, shape, shared)
+    return located.cells_of(part, shape, shared)
+
+
+def refuse_part_of_nested(source: Source) -> None:
+    if source[2] is not None:
+        raise RuntimeError("part takes dense tensors, but got a nested one: call it on each of x.unbind()")
 
 
 def _compare_generators(part: Whole, x: Tensor, generator: torch.Generator | None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.dispatch.dtensors import is_dtensor, like_dtensor, shard_order
+from ..runtime.dispatch.dtensors import is_dtensor, like_dtensor, local_of, shard_order
 from ..runtime.dispatch.tensors import check_inplace
 from ..runtime.layouts import Layout
 from ..runtime.located import Weights
@@ -26,6 +26,7 @@ __all__ = [
     "data_of",
     "drop_shard",
     "is_dtensor",
+    "is_whole",
     "layout_of",
     "local_tensor",
     "of_whole",
@@ -116,11 +117,15 @@ def reduced(x: Any) -> Any:
 
 def check_whole(x: Any, axis: int, name: str, function: Callable[..., Any]) -> None:
     """Raises if an axis is sharded that a function needs whole. ``axis`` is negative."""
-    if is_dtensor(x) and any(axis_of(placement) == x.dim() + axis for placement in x.placements):
+    if not is_whole(x, axis):
         raise ValueError(
             f"{function.__name__} needs axis {axis} of {name} whole, but it is sharded: call {name}.redistribute with "
             f"another placement first"
         )
+
+
+def is_whole(x: Any, axis: int) -> bool:
+    return not is_dtensor(x) or all(axis_of(placement) != x.dim() + axis for placement in x.placements)
 
 
 def axis_of(placement: Any) -> int | None:
@@ -146,7 +151,7 @@ def whole_layout(x: Any, shape: Shape) -> Layout | None:
 def local_tensor(x: Any) -> Tensor:
     """This process's shard. Outside of the mesh it is a tensor without samples, so that the process takes as many
     numbers from its generator as the others do."""
-    local: Tensor = x.to_local()
+    local = local_of(x)
     if x.device_mesh.get_coordinate() is not None:
         return local
     return local.new_zeros(x.shape if x.dim() < 2 else (0, *x.shape[1:]))

@@ -25,7 +25,17 @@ from torch import Tensor
 
 from ... import backends
 from ...core import variants
-from ..functional.attention import attend, compose, drops_result, is_direct, refuse, trace, why_composed
+from ..functional.attention import (
+    attend,
+    compose,
+    drops_result,
+    is_direct,
+    refuse,
+    scaled_dot_product_attention,
+    takes_shards,
+    trace,
+    why_composed,
+)
 from ..functional.plan import KEEPS_ALL, NO_SOURCE, eager_probability
 from ..functional.routing import drop
 from ..nn.base import Rated
@@ -34,6 +44,7 @@ from ..runtime import context, cuda
 from ..runtime.context import drops_in_scripts, is_enabled, note_traced
 from ..runtime.dispatch import is_transformed
 from ..runtime.dispatch.compilers import FakeTensor, FunctionalTensor, is_dynamo_imported
+from ..runtime.dispatch.dtensors import any_dtensor
 from ..runtime.dispatch.modules import UNSCRIPTED
 from ..runtime.dispatch.ops import TRANSFORMS, call_as_torch, check_overridable, forget_kernels, kernel_in_transforms
 from ..runtime.dtypes import DTYPES
@@ -72,9 +83,9 @@ def enable() -> None:
     their in-place forms, and with them torch's modules of these names, `torch.nn.MultiheadAttention`,
     `torch.nn.functional.scaled_dot_product_attention`, `torch.nn.LSTM` and `torch.nn.GRU` between layers, and any model
     built of these; of timm and torchvision, where they were imported before, the modules that `convert` knows. Values
-    and gradients are those of the functions of `fastdrop.torch`; other operators and devices, integer, sparse and
-    nested tensors stay as they are. So do, on a GPU, fused attention and cuDNN's recurrent layers, which
-    drop inside of kernels of their own.
+    and gradients are those of the functions of `fastdrop.torch`, also of DTensors; other operators and devices,
+    integer, sparse and nested tensors stay as they are. So do, on a GPU, fused attention and cuDNN's recurrent layers,
+    which drop inside of kernels of their own.
 
     Calling it again does nothing. It may be called while other threads work: what is switched is a flag that each call
     reads. The first call in a process also registers kernels with torch's dispatcher, which are never taken away, and
@@ -212,9 +223,14 @@ def _attention(
     on = drops and is_enabled()
     if drops and (is_transformed() or isinstance(query, FakeTensor)):
         note_traced(on)
-    known = (
-        on and all(is_supported(x, dropout_p) for x in arguments[:3]) and (attn_mask is None or _is_known(attn_mask))
-    )
+    supported = on and all(is_supported(x, dropout_p) for x in arguments[:3])
+    if supported and any_dtensor(arguments):
+        if takes_shards(query, key, value, is_causal):
+            given: dict[str, Any] = {"scale": scale, "enable_gqa": enable_gqa}
+            y: Tensor = scaled_dot_product_attention(*arguments, dropout_p, is_causal, **given)
+            return y
+        supported = False  # torch's composition knows all placements
+    known = supported and (attn_mask is None or _is_known(attn_mask))
     if known and is_regular(*arguments, *options):
         if any(isinstance(x, (FakeTensor, FunctionalTensor)) for x in arguments):
             traced = compose if is_transformed() or not query.is_cpu else trace

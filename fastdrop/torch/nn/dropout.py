@@ -68,6 +68,9 @@ class Dropout(_Elementwise, nn.Dropout):
         a seed has the same mask at every call. ``module.seed = seed`` starts the stream again.
     generator : torch.Generator, optional
         Each call in training draws a number from it. It must be of the input's device. Modules may share one.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts, as inside of plans of tensor parallelism: ``part`` of
+        `fastdrop.torch.dropout`. DTensors need none.
 
     Raises ValueError for p or seed out of range, an unknown store or scaling, a negative extent in noise_shape, and
     both seed and generator; TypeError for a seed, a generator or a noise_shape of another type.
@@ -214,7 +217,7 @@ class GaussianDropout(Seeded):
         At least 0 and less than 1; ValueError otherwise. Assign a `torch.nn.Parameter` to ``p`` to learn it.
     inplace : bool
         Writes the result to the input.
-    seed, generator
+    seed, generator, layout
         As in `Dropout`.
 
     Source: Srivastava et al., JMLR 15, 2014, section 10. Keras has a layer of this name.

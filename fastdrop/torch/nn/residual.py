@@ -34,7 +34,7 @@ class SkipResidual(Seeded):
         Drop probability of a sample, 0 to 1.
     scale_by_keep, min_p, count
         As in `skip_residual`. With ``count="fixed"``, code that torch compiled is compiled again if p changes.
-    seed, generator
+    seed, generator, layout
         As in `Dropout`.
 
     Raises ValueError for p or min_p outside [0, 1] and an unknown count, TypeError for a branch that can't be called.

@@ -36,7 +36,7 @@ class VariationalDropout(Seeded):
         Drop probability, 0 to 1.
     time_axis : int
         The axis along which decisions are shared: 0 for ``(T, B, F)``, 1 for ``(B, T, F)``.
-    inplace, store, seed, generator
+    inplace, store, seed, generator, layout
         As in `Dropout`.
 
     Raises ValueError for p outside [0, 1] and an unknown store. Source: Gal and Ghahramani, NeurIPS 2016.
@@ -79,7 +79,7 @@ class BatchwiseDropout(Seeded):
     ----------
     p : float
         Drop probability of a unit, 0 to 1.
-    inplace, store, seed, generator
+    inplace, store, seed, generator, layout
         As in `Dropout`. With a seed or a generator of its own it is not fused.
 
     Raises ValueError for p outside [0, 1] and an unknown store.
@@ -124,7 +124,7 @@ class StochasticDepth(Seeded):
         Drop probability of the branch, 0 to 1.
     mode : {"batch", "row"}
         "row" decides for each sample, "batch" once for all.
-    store, seed, generator
+    store, seed, generator, layout
         As in `Dropout`.
 
     Raises ValueError for p outside [0, 1], another mode or store. Source: Huang et al., ECCV 2016.
@@ -173,7 +173,7 @@ class DropPath(_NamedDropProb):
         Drop probability of the branch, 0 to 1; ``p`` is the same number.
     scale_by_keep : bool
         Whether kept samples are multiplied by ``1 / (1 - p)``. Evaluation is the identity either way.
-    store, seed, generator
+    store, seed, generator, layout
         As in `Dropout`.
 
     Raises ValueError for p outside [0, 1] and an unknown store. Source: Huang et al., ECCV 2016.
@@ -253,8 +253,8 @@ class DropBlock2d(_DropBlock):
         Writes the result to the input.
     couple_channels : bool
         One mask for all channels of a sample, as in timm.
-    seed, generator
-        As in `Dropout`.
+    seed, generator, layout
+        As in `Dropout`, but a layout is a mesh with placements.
 
     Raises ValueError for p outside [0, 1]. Stored for backward: a bit per cell. Source: Ghiasi et al., NeurIPS 2018.
 
@@ -290,8 +290,8 @@ class TokenDropout(Seeded):
         Share of tokens to drop, 0 to 1.
     keep_first : int
         How many tokens at the beginning are always kept, such as that of the class.
-    seed, generator
-        As in `Dropout`.
+    seed, generator, layout
+        As in `Dropout`. A layout is that of the tokens that may be dropped, ``(N, n)``.
 
     Raises ValueError for p outside [0, 1] and keep_first below 0.
 

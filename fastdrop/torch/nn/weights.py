@@ -53,8 +53,8 @@ class EmbeddingDropout(Seeded):
         keep their meaning.
     p : float
         Drop probability, 0 to 1.
-    seed, generator
-        As in `Dropout`.
+    seed, generator, layout
+        As in `Dropout`. A layout is that of the words in the table, ``(num_embeddings,)``.
 
     Raises TypeError for an embedding of another type, ValueError for p out of range.
 
@@ -132,8 +132,9 @@ class DropConnect(Seeded):
         parameter with several names has one mask under all of them.
     p : float
         Drop probability, 0 to 1.
-    seed, generator
-        As in `Dropout`. A seed's stream has a number for each parameter of each call.
+    seed, generator, layout
+        As in `Dropout`. A seed's stream has a number for each parameter of each call. A layout is that of the weights,
+        if they are plain shards.
 
     Raises ValueError for p out of range, for names that are not parameters of the module, and for names inside a
     recurrent layer that is only a part of it.
@@ -141,8 +142,9 @@ class DropConnect(Seeded):
     Stored for backward: 1/8 byte per element of the weights in ``names``. Backward computes a dropped weight again from
     the weight and its mask, and raises RuntimeError if the weight was changed in place, as it does without DropConnect.
     There are exceptions: transforms of `torch.func` allow no hooks on saved tensors, so they store the dropped weight;
-    the compiler decides what compiled code stores; copies in low precision that autocast makes, and the buffer for a
-    recurrent layer's weights in cuDNN, are stored as they are without DropConnect.
+    a weight that is a DTensor is stored as dropped too; the compiler decides what compiled code stores; copies in low
+    precision that autocast makes, and the buffer for a recurrent layer's weights in cuDNN, are stored as they are
+    without DropConnect.
 
     Sources: Wan et al., "Regularization of neural networks using DropConnect", ICML 2013, here with one mask for the
     batch; Merity, Keskar, Socher 2017.

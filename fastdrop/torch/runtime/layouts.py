@@ -12,18 +12,18 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 from ...core.part import Part, Parts
+from .dispatch.compilers import constant_in_graphs
 from .dispatch.tensors import is_in_dispatch_mode
 
 Shape = tuple[int, ...]
 Range = tuple[int, int]  # where it begins, and its length
-Split = tuple[int, int, int]  # which piece of how many, and how many times the axis was split before
+Step = tuple[int, int, int]  # which axis of a mesh splits which of a tensor, and into how many that was split before
 
 __all__ = ["Layout", "as_layout", "compare_generators", "describe", "resolve"]
 
@@ -53,7 +53,7 @@ class Layout(NamedTuple):
 
 def as_layout(given: Any) -> Layout | None:
     """What a caller gave as ``(mesh, placements)``, or None if that is something else."""
-    if isinstance(given, Layout):
+    if type(given) is Layout:
         return given
     if not isinstance(given, tuple) or len(given) != 2 or not hasattr(given[0], "get_coordinate"):
         return None
@@ -78,6 +78,8 @@ def describe(given: Any) -> str:
 
 def resolve(given: Any, shape: Shape) -> Any:
     """``part`` as a caller may give it: a layout becomes parts, and a function is called with the local shape."""
+    if type(given) is Layout:
+        return given.parts(shape)
     if callable(given) and not isinstance(given, Part):
         given = given(shape)
     layout = as_layout(given)
@@ -88,22 +90,14 @@ def resolve(given: Any, shape: Shape) -> Any:
 def _parts(
     mesh: Shape, coordinate: Shape, placements: tuple[Any, ...], order: Any, shape: Shape | None, local: Shape
 ) -> Parts:
-    splits = _splits(mesh, coordinate, placements, order, len(local if shape is None else shape))
-    if shape is None:
-        counts = [math.prod(count for _, count, _ in own) for own in splits]
-        shape = tuple(extent * count for extent, count in zip(local, counts, strict=True))
-    ranges = [_ranges(extent, own) for extent, own in zip(shape, splits, strict=True)]
-    several = [axis for axis, own in enumerate(ranges) if len(own) > 1]
-    if len(several) > 1:
-        raise ValueError(f"a shard must be in one piece on all axes but one, but is in several on axes {several}")
-    boxes = zip(*(own if len(own) > 1 else itertools.repeat(own[0]) for own in ranges), strict=False)
-    parts = itertools.islice(boxes, len(ranges[several[0]]) if several else 1) if ranges else [()]
-    return tuple(Part(shape, tuple(start for start, _ in box), tuple(length for _, length in box)) for box in parts)
+    steps = steps_of(placements, order, len(local))
+    return parts_at(coordinate, mesh, steps, whole_shape(mesh, steps, local) if shape is None else shape)
 
 
-def _splits(mesh: Shape, coordinate: Shape, placements: tuple[Any, ...], order: Any, rank: int) -> list[list[Split]]:
-    """How each axis of a tensor is split, one split after the other."""
-    splits: list[list[Split]] = [[] for _ in range(rank)]
+@constant_in_graphs
+def steps_of(placements: tuple[Any, ...], order: Any, rank: int) -> tuple[Step, ...]:
+    """How a tensor is split, one step after the other."""
+    steps = []
     ordered = [] if order is None else [mesh_axis for _, mesh_axes in order for mesh_axis in mesh_axes]
     for mesh_axis in ordered or range(len(placements)):
         placement = placements[mesh_axis]
@@ -112,23 +106,40 @@ def _splits(mesh: Shape, coordinate: Shape, placements: tuple[Any, ...], order: 
         axis = placement.dim
         if not -rank <= axis < rank:
             raise ValueError(f"layout must have placements of {rank} axes, but got {placement}")
-        split = coordinate[mesh_axis], mesh[mesh_axis], getattr(placement, "split_factor", 1)
-        splits[axis].append(split)
-    return splits
+        steps.append((mesh_axis, axis % rank, getattr(placement, "split_factor", 1)))
+    return tuple(steps)
 
 
-def _ranges(extent: int, splits: Sequence[Split]) -> list[Range]:
-    """What is left of an axis after each split, as torch.chunk splits: pieces are of one size, as long as they last.
+def whole_shape(mesh: Shape, steps: tuple[Step, ...], local: Shape) -> Shape:
+    """The shape of a whole that is split into equal shards."""
+    shape = list(local)
+    for mesh_axis, axis, _ in steps:
+        shape[axis] *= mesh[mesh_axis]
+    return tuple(shape)
 
-    An axis may have been split before by mesh axes that come later (FSDP2's shards of tensor-parallel weights). A split
-    is then one of each of these earlier pieces.
+
+def parts_at(coordinate: Shape, mesh: Shape, steps: tuple[Step, ...], shape: Shape) -> Parts:
+    """The parts of a whole that the process at a coordinate of a mesh has."""
+    ranges: list[list[Range]] = [[(0, extent)] for extent in shape]
+    for mesh_axis, axis, before in steps:
+        ranges[axis] = _split(ranges[axis], coordinate[mesh_axis], mesh[mesh_axis], before)
+    several = [axis for axis, own in enumerate(ranges) if len(own) > 1]
+    if len(several) > 1:
+        raise ValueError(f"a shard must be in one piece on all axes but one, but is in several on axes {several}")
+    boxes = zip(*(own if len(own) > 1 else itertools.repeat(own[0]) for own in ranges), strict=False)
+    parts = itertools.islice(boxes, len(ranges[several[0]]) if several else 1) if ranges else [()]
+    return tuple(Part(shape, tuple(start for start, _ in box), tuple(length for _, length in box)) for box in parts)
+
+
+def _split(own: list[Range], index: int, count: int, before: int) -> list[Range]:
+    """One of the pieces of what is left of an axis, as torch.chunk splits: they are of one size, as long as they last.
+
+    An axis may have been split before by mesh axes that come later (FSDP2's shards of tensor-parallel weights). This is
+    then a split of each of these ``before`` pieces.
     """
-    own: list[Range] = [(0, extent)]
-    for index, count, before in splits:
-        earlier = [_chunk(own, i, before) for i in range(before)] if before > 1 else [own]
-        own = [piece for chunk in earlier for piece in _chunk(chunk, index, count)]
+    earlier = [_chunk(own, i, before) for i in range(before)] if before > 1 else [own]
     joined: list[Range] = []
-    for start, length in own:
+    for start, length in (piece for chunk in earlier for piece in _chunk(chunk, index, count)):
         if joined and sum(joined[-1]) == start:
             joined[-1] = joined[-1][0], joined[-1][1] + length
         elif length:

@@ -12,6 +12,7 @@ after the pass, they get the same again.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import threading
 import warnings
@@ -23,15 +24,32 @@ from torch import nn
 
 from ...core.part import Part, Parts, Run, parts_of
 from ...core.samples import sample_runs
-from . import context, layouts, located, seeds
+from . import context, layouts, located, seeds, traced_names
+from .dispatch import hide_from_dynamo
 from .dispatch.checkpoints import checkpoints_around, is_computed_again, may_be_checkpointed
+from .dispatch.compilers import cache_graphs
 from .dispatch.modules import MAY_BE_LEFT_OUT
 from .located import Located
 
-__all__ = ["Cells", "Draw", "NamedModule", "Names", "Scope", "are_in_force", "are_used", "draw", "note_users"]
+__all__ = [
+    "Cells",
+    "Draw",
+    "NamedModule",
+    "Names",
+    "Scope",
+    "are_in_force",
+    "are_used",
+    "draw",
+    "draw_traced",
+    "largest_axis",
+    "note_axis",
+    "note_users",
+]
 
 are_used = False  # whether any model has names: most calls of dropout read this and look no further
-_users = 0
+largest_axis = 0  # of samples, in any model
+_users, _cached = 0, True
+_numbers = itertools.count()
 _lock = threading.Lock()
 
 Shape = tuple[int, ...]
@@ -42,11 +60,22 @@ LOG = "_fastdrop_names"  # on a checkpoint: what the dropouts in it drew from
 
 
 def note_users(more: int) -> None:
-    """Counts the models that have names."""
-    global are_used, _users
+    """Counts the models that have names. Graphs of their code have the names of modules, so they are not cached."""
+    global are_used, _users, _cached
     with _lock:
         _users += more
-        are_used = _users > 0
+        if are_used != (_users > 0):
+            are_used = _users > 0
+            if are_used:
+                _cached = cache_graphs(False)
+            else:
+                cache_graphs(_cached)
+
+
+def note_axis(axis: int) -> None:
+    """Has compiled code have room for samples along an axis."""
+    global largest_axis
+    largest_axis = max(largest_axis, axis)
 
 
 class _Thread(threading.local):
@@ -54,6 +83,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.running: list[_Call] = []
+        self.passes = 0
 
 
 class _Call:
@@ -80,6 +110,7 @@ class Scope:
     def __init__(self, step: int, samples: Sequence[int] | None, cells: dict[Any, Any]) -> None:
         self.step, self.samples, self.cells = step, samples, cells
         self.calls: dict[str, int] = {}
+        self.numbers: dict[str, int] = {}  # of the last call of each module, by key
         self.depth = len(_thread.running)
 
 
@@ -105,6 +136,7 @@ class Names:
 
     def __init__(self, seed: int) -> None:
         self.seed, self.warns = seed, True
+        self.number = next(_numbers)  # of the model among those of the process
         self.watch: Callable[[Draw], None] | None = None
         self._open = threading.local()
         self._cells: dict[Any, dict[Any, Any]] = {}
@@ -119,11 +151,13 @@ class Names:
             self._cells.clear()
         scope = Scope(step, samples, self._cells.setdefault(samples, {}))
         self._open.__dict__.setdefault("scopes", []).append(scope)
+        _thread.passes += 1
         return scope
 
     def close(self, scope: Scope) -> None:
         """Also after an exception that kept hooks from being called."""
         self._open.scopes.remove(scope)
+        _thread.passes -= 1
         del _thread.running[scope.depth :]
 
 
@@ -133,6 +167,7 @@ class NamedModule:
     def __init__(self, names: Names | None, name: str, axis: int, layout: Layout, drops_torchs: bool) -> None:
         self.names, self.name, self.axis, self.layout = names, name, axis, layout
         self.drops_torchs = drops_torchs
+        self.key = "" if names is None else f"{names.number}: {name}"
         self.hash = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
         self._seeds: dict[tuple[int, int, int], int] = {}
 
@@ -143,7 +178,10 @@ class NamedModule:
         return NamedModule, (None, "", 0, None, False)
 
     def enter(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling() or self.names is None:
+        if torch.compiler.is_compiling():  # `traced_names` knows compiled calls
+            traced_names.guard_by(self.key)
+            return
+        if self.names is None:
             return
         if self.drops_torchs and self.names.warns and module.training and not context.is_enabled():
             self._warn(module)
@@ -191,28 +229,60 @@ def draw(shape: Shape, shared: Any, part: Any, starts_with_samples: bool) -> Loc
     """
     if seeds.sample_seeds() is not None:
         return None
+    return _drawn((shape, shared, part, starts_with_samples), _innermost)
+
+
+def draw_traced(
+    shape: Shape, shared: Any, part: Any, starts_with_samples: bool, key: str, order: int
+) -> Located | None:
+    """`draw` for the dropout of this order in a call of the module of a key, which is compiled."""
+    if seeds.sample_seeds() is not None:
+        return None
+
+    def call() -> tuple[_Call | None, Scope | None]:
+        module = traced_names.module_of(key)
+        if module is None:
+            return None, None
+        scope = module.names.scope()
+        traced = _Call(module)
+        if scope is not None and order > 1:
+            traced.number, traced.drops = scope.numbers.get(key, -1), order - 1
+        return traced, scope
+
+    if key != traced_names.OF_SOME_CALL:
+        return _drawn((shape, shared, part, starts_with_samples), call)
+    if not _thread.running and _thread.passes and not is_computed_again():
+        raise RuntimeError(
+            "a dropout of compiled code has no name, because it is in no module: compile with fullgraph=True, or give "
+            "it a seed"
+        )
+    return _drawn((shape, shared, part, starts_with_samples), _innermost)
+
+
+def _drawn(data: tuple[Shape, Any, Any, bool], find: Callable[[], tuple[_Call | None, Scope | None]]) -> Located | None:
+    """What a checkpoint in backward noted in forward, or else a new mask for the call that ``find`` gives."""
     logs: list[_Log] = []
     if may_be_checkpointed():
         for checkpoint, again in checkpoints_around():
             log: _Log | None = getattr(checkpoint, LOG, None)
             if again is not None:
                 if log is not None:
-                    return _noted(log.next(again, shape), shape, logs)
+                    return _noted(log.next(again, data[0]), data[0], logs)
                 break
             if log is None:
                 log = _Log()
                 setattr(checkpoint, LOG, log)
             logs.append(log)
-    call, scope = _innermost()
+    call, scope = find()
     if call is None:
-        return _noted(None, shape, logs)
+        return _noted(None, data[0], logs)
     if is_computed_again():
         raise RuntimeError(f"a checkpoint computes {call.module} again, but ran without it before")
     if scope is None:
         raise RuntimeError(
             f"{call.module} drops in a model with named masks, but outside of a block of masks.at(step, samples)"
         )
-    return _noted(_fresh(call, scope, (shape, shared, part, starts_with_samples)), shape, logs)
+    return _noted(_fresh(call, scope, data), data[0], logs)
 
 
 def are_in_force() -> bool:
@@ -234,7 +304,7 @@ def _fresh(call: _Call, scope: Scope, data: tuple[Shape, Any, Any, bool]) -> Loc
     module = call.module
     cells = _cells(scope, module, *data)  # found good or bad before anything is counted
     if call.number < 0:
-        call.number = scope.calls.get(module.name, 0)
+        call.number = scope.numbers[module.key] = scope.calls.get(module.name, 0)
         scope.calls[module.name] = call.number + 1
     call.drops += 1
     drawn = Located(module.seed(call.number, call.drops), scope.step, cells.runs)
@@ -285,6 +355,11 @@ def _cells(scope: Scope, module: NamedModule, shape: Shape, shared: Any, part: A
     if part is None:
         part = module.layout
     if isinstance(part, torch.Tensor):
+        if axis is not None and scope.samples not in (None, range(len(scope.samples or ()))):
+            raise RuntimeError(
+                f"{module} drops a part whose cells are a tensor, as compiled code has those of DTensors: give "
+                "masks.at() no samples, or a layout to name_masks"
+            )
         runs = located.runs_of(part, shape, shared)
         return Cells(runs, shape, None, sum(run.cells for run in runs))
     key = shape, shared, tuple(part) if isinstance(part, list) else part, axis
@@ -337,3 +412,7 @@ def _check_samples(module: NamedModule, shape: Shape, axis: int, count: int) -> 
             f"{module} drops data of shape {shape}, whose axis {axis} must have a multiple of the {count} samples: "
             "give name_masks a sample_axis, or at() the samples of this data"
         )
+
+
+# Where a module's forward alone is compiled, its hooks run as they are.
+hide_from_dynamo(NamedModule.enter, NamedModule.leave)

@@ -22,6 +22,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
 from torch.fx.traceback import MEMORY_BUDGET_ANNOTATION_KEY
 from torch.utils.checkpoint import CheckpointPolicy
 
+from . import traced_names
 from .dispatch.compilers import memory_budget, runs_again_in_backward
 from .dispatch.tensors import jit_trace
 
@@ -53,8 +54,10 @@ def is_recorded() -> bool:
 def in_order(mode: Any, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
     """Traces ``draw(like, size)`` as ``draw(like, size, after)``, whose result is kept for backward."""
     like, size, *given = args
-    after = given[0] if given else _last.get(mode.tracer)
-    seed = mode.__torch_dispatch__(op, types, (like, size, after), kwargs)
+    after = given[0] if given else None
+    if after is None:
+        after = _last.get(mode.tracer)
+    seed = mode.__torch_dispatch__(op, types, (like, size, after, *given[1:]), kwargs)
     traced = get_proxy_slot(seed, mode.tracer, None) if isinstance(seed, Tensor) else None
     if traced is not None:
         _last[mode.tracer] = seed
@@ -65,6 +68,30 @@ def in_order(mode: Any, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs:
                 "compiled once would be drawn anew in backward: give the dropout a seed"
             )
     return seed
+
+
+def named_in_order(mode: Any, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+    """`in_order` for ``draw_named``, which also gets the key of the module that it comes from."""
+    *options, key, order = args
+    if key == traced_names.NOT_TRACED:
+        key, order = traced_names.key_of_draw(mode.tracer)
+    seed = in_order(mode, op, types, (*options, key, order), kwargs)
+    traced = get_proxy_slot(seed, mode.tracer, None) if isinstance(seed, Tensor) else None
+    if traced is not None:
+        traced.proxy.node.meta = _Saved(traced.proxy.node.meta)
+    return seed
+
+
+class _Saved(dict[str, Any]):
+    """The meta of a node whose result backward must get from forward, also in a checkpoint.
+
+    A checkpoint marks all nodes in it as ones to compute again, after they were traced. Random operators are then run
+    again from the generator's state, but the pass that a name belongs to has ended in backward.
+    """
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key != "recompute":
+            super().__setitem__(key, value)
 
 
 def _keep(meta: dict[str, Any]) -> None:

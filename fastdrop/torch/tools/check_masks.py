@@ -100,6 +100,8 @@ def _by_name(draws: Iterable[Draw]) -> dict[str, _Seen | str]:
     seen: dict[str, _Seen | str] = {}
     for name, drawn, cells in draws:
         assert isinstance(drawn.seed, int)
+        if cells.samples is not None and not len(cells.samples):
+            continue  # has no cells, and can't tell how many a sample has
         count, total = _sum(drawn.seed, drawn.offset, _blocks_of(drawn.runs, math.prod(cells.shape)))
         samples = None if cells.samples is None else [*cells.samples]
         one = _Seen(drawn.seed, drawn.offset, cells.size, samples, count, total)

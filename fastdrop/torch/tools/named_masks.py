@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fnmatch
+import operator
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,14 +16,15 @@ from ...core import checks
 from ..nn.base import Rated
 from ..nn.recurrent import VariationalGRU, VariationalLSTM
 from ..runtime import names as runtime
-from ..runtime.dispatch.modules import TorchDropout
+from ..runtime import traced_names
+from ..runtime.dispatch.compilers import is_dynamo_imported
+from ..runtime.dispatch.modules import WRAPPED, TorchDropout
 from ..runtime.layouts import as_layout
 from ..runtime.names import Draw, NamedModule, Names
 
 __all__ = ["NamedMasks", "name_masks"]
 
-# What wrappers call the module that they wrap. DropConnect has a `module` too, so that counts at the beginning only.
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# What other wrappers call the module that they wrap. DropConnect has one too, so it counts at the beginning only.
 OUTER_WRAPPER = "module"
 VARIATIONAL = (VariationalLSTM, VariationalGRU)
 TORCHS = (TorchDropout, nn.RNNBase, nn.MultiheadAttention)  # torch's own modules that drop
@@ -80,10 +82,14 @@ def name_masks(
       same for all samples of a step.
     * DropBlock scales by the share that is kept of the samples of a call. A fixed number of kept samples is chosen
       among those of a call. Both depend on the batch.
+    * On a GPU torch's own attention and cuDNN's recurrent layers drop inside of kernels that know no names.
+      `fastdrop.torch.scaled_dot_product_attention` does.
     * A call that is given ``seed`` or ``generator`` draws from these. Modules with a seed or a generator of their own
       draw by name. `mc_predict` draws from its own seeds. `vmap` gives the same mask to all that it maps.
     * Checkpoints of both kinds draw again what they drew in forward, with any ``preserve_rng_state``, and also after
       the block.
+    * `torch.compile` makes one graph for all steps and samples, with eager code's masks. A module that is compiled by
+      itself has a graph of its own, so a model of many such layers needs a higher ``recompile_limit`` of Dynamo.
     * A module that `fuse` has changed has one name for all dropouts in it. Give all processes a model that is fused, or
       none.
 
@@ -127,6 +133,8 @@ def name_masks(
         axis = fixed.get(module, axes.get(name, 0))
         named = NamedModule(own, name, axis, by_name.get(name), _is_torchs(module))
         masks.add(module, named)
+    if is_dynamo_imported():
+        torch.compiler.reset()  # what was compiled before has no names
     return masks
 
 
@@ -148,12 +156,15 @@ class NamedMasks:
         self.step = 0
         runtime.note_users(1)
         self._end = weakref.finalize(names, runtime.note_users, -1)
+        self._end.atexit = False
 
     @property
     def seed(self) -> int:
         return self._names.seed
 
     def add(self, module: nn.Module, named: NamedModule) -> None:
+        traced_names.register(named.key, named, module)
+        runtime.note_axis(named.axis)
         self._handles.append(module.register_forward_pre_hook(named.enter))
         self._handles.append(module.register_forward_hook(named.leave, prepend=True, always_call=True))
 
@@ -197,7 +208,10 @@ class NamedMasks:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        traced_names.forget(self._names.number)
         self._end()
+        if is_dynamo_imported():
+            torch.compiler.reset()
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[Draw]]:
@@ -220,23 +234,27 @@ class NamedMasks:
 
 
 def _numbers(samples: Any) -> Sequence[int] | None:
-    """Samples as a range or a tuple, of which the same ones are equal."""
+    """Samples as a range, if they are evenly spaced, or as a tuple: equal ones of the same samples."""
     if samples is None:
         return None
     if isinstance(samples, torch.Tensor):
         if samples.dim() != 1 or samples.is_floating_point() or samples.dtype is torch.bool:
             raise TypeError(f"samples must be ints along one axis, but got {samples.dtype} {tuple(samples.shape)}")
         samples = samples.tolist()
-    if isinstance(samples, range) and samples.step > 0:
-        numbers: Sequence[int] = samples
-    else:
-        numbers = tuple(checks.integer("samples", number) for number in samples)
-        if len(set(numbers)) < len(numbers):
-            twice = next(number for i, number in enumerate(numbers) if number in numbers[:i])
-            raise ValueError(f"samples must be given once each, but got {twice} twice")
-    if len(numbers) and min(numbers[0], numbers[-1], min(numbers) if isinstance(numbers, tuple) else 0) < 0:
-        raise ValueError(f"samples must be numbers from 0 on, but got {min(numbers)}")
-    return numbers
+    if not isinstance(samples, range):
+        samples = tuple(checks.integer("samples", number) for number in samples)
+    least = min(samples, default=0)
+    if least < 0:
+        raise ValueError(f"samples must be numbers from 0 on, but got {least}")
+    if isinstance(samples, tuple) and len(set(samples)) < len(samples):
+        twice = next(number for i, number in enumerate(samples) if number in samples[:i])
+        raise ValueError(f"samples must be given once each, but got {twice} twice")
+    apart = samples[1] - samples[0] if len(samples) > 1 else 1
+    if apart > 0 and len(samples) and samples[-1] - samples[0] == apart * (len(samples) - 1):
+        even = range(samples[0], samples[-1] + 1, apart)
+        if all(map(operator.eq, samples, even)):
+            return even
+    return tuple(samples)
 
 
 # ---- names ----
@@ -244,7 +262,7 @@ def _numbers(samples: Any) -> Sequence[int] | None:
 
 def _unwrapped(name: str) -> str:
     """A name without what wrappers add."""
-    path = [part for part in name.split(".") if part not in WRAPPERS]
+    path = [part for part in name.split(".") if part not in WRAPPED]
     while path and path[0] == OUTER_WRAPPER:
         del path[0]
     return ".".join(path)

@@ -144,12 +144,14 @@ def perform(task: bytes, rank: int) -> Any:
     """Calls the function within a world of processes, with torch as it is in a fresh interpreter."""
     import torch
     from torch import distributed as dist
+    from torch.distributed.tensor import debug
 
     import fastdrop.torch as fdt
 
     function, arguments, size, rendezvous = pickle.loads(task)
     if dist.is_initialized():  # not at the end of a task, because others may still need the connections then
         dist.destroy_process_group()
+        debug._clear_sharding_prop_cache()  # has meshes of the old world, which are equal to those of the new one
     fdt.disable()
     limit = timedelta(minutes=10)  # the parent sees a hang earlier
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=size, timeout=limit)

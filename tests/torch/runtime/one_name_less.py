@@ -8,6 +8,7 @@ name takes nothing away: its results are those that the others must equal.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.abc
 import importlib.util
 import json
@@ -226,6 +227,8 @@ def main() -> None:
     if any(map(COMPILERS.search, sys.argv[1:])):
         torch.compile(torch.sin, backend="eager")(torch.ones(2))
         torch.compiler.reset()
+    gc.collect()
+    gc.freeze()  # else each child's collections look through all of torch, and copy its pages
     for name in sys.argv[1:]:
         sys.stdout.flush()
         child = os.fork()

@@ -94,7 +94,7 @@ def test_switching_beside_a_thread_that_drops():
 @pytest.mark.slow("test_switching_beside_a_thread_that_drops")
 def test_stress():
     """Switching, Monte Carlo, compiled calls and forks at once: see `stress`."""
-    command = [sys.executable, "-m", "tests.stress", "--seconds", "20"]
+    command = [sys.executable, "-m", "tests.stress", "--seconds", "8"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert ended.returncode == 0, ended.stdout + ended.stderr
 

@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, TypeVar
 
+from torch.fx import traceback
+
 from .names import has, named, require
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -71,6 +73,25 @@ def add_guard(create: Callable[[Any, Any], None]) -> bool:
 
 def guard_by(builder: Any, guard: Any, holds: Callable[[Any], bool], reason: str) -> None:
     builder.guard_manager.root.add_lambda_guard(holds, [reason], guard.user_stack)
+
+
+# ---- modules that code comes from ----
+
+
+def modules_being_traced() -> list[str]:
+    """The ids of the modules that a call of a graph came from, outermost first, while AOTAutograd traces it. Those of
+    later calls of a module end in "@1", "@2" and so on."""
+    return list(traceback.get_current_meta().get("nn_module_stack") or ())
+
+
+def cache_graphs(on: bool) -> bool:
+    """Whether AOTAutograd may take a graph from its cache from now on. Returns whether it was so before.
+
+    The cache does not know which modules a graph comes from."""
+    before: bool = getattr(_functorch_config, "enable_autograd_cache", False)
+    if before != on:
+        _functorch_config.enable_autograd_cache = on
+    return before
 
 
 # ---- tensors of tracers ----
