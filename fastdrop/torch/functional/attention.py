@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...core import checks
 from ..ops.attention import ATTENTION, Attention, has_known_dtypes, has_strides, is_regular, repeat_heads
-from ..runtime import dtypes, nested
+from ..runtime import dtypes, names, nested
 from ..runtime.dispatch import hide_from_dynamo, is_eager_dense
 from ..runtime.dispatch.ops import composed_attention
 from ..runtime.located import Drawn
@@ -190,7 +190,7 @@ def scaled_dot_product_attention(
         if noise_shape is not None and not query.is_nested:
             mask_shape(noise_shape, query, key, enable_gqa)
         return y
-    if query.is_cuda and all(given is None for given in (*source, noise_shape)):
+    if query.is_cuda and not names.are_used and all(given is None for given in (*source, noise_shape)):
         return _torchs(query, key, value, attn_mask, p, *options)
     if (dtype := autocast_dtype(query)) is not None:
         query, key, value, attn_mask = (_autocast(x, dtype) for x in (query, key, value, attn_mask))

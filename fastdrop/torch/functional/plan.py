@@ -125,6 +125,8 @@ def seed_for_kernel(
             check_inplace(x)
         drawn = names.draw(tuple(x.shape) if shape is None else shape, shared, part, shape is not None)
         if drawn is not None:
+            if x.is_cuda:
+                seeds.refuse_capture(x.device)
             return drawn
     if seed is not None:
         seed = seeds.from_caller(seed, generator, x)

@@ -49,7 +49,7 @@ def drop(
     axes elements share decisions; None: along none. ``scaling`` is one of `variants.affine`."""
     if type(x) is not Tensor:
         check_tensor(x)
-        if sharded.is_dtensor(x) and training and (isinstance(p, Tensor) or not p <= KEEPS_ALL):
+        if sharded.is_dtensor(x) and training and not (type(p) in (float, int) and p <= KEEPS_ALL):
             own = None if shared is None else tuple(1 if extent == 1 else None for extent in shared)
 
             def dropped(local: Tensor, part: Any) -> Tensor:

@@ -155,6 +155,14 @@ def next_cuda_seed(device: torch.device, generator: torch.Generator | None) -> i
     return number
 
 
+def refuse_capture(device: torch.device) -> None:
+    """Raises while a CUDA graph is captured, for seeds that are numbers of the host: each replay would use them."""
+    if _is_capturing(device):
+        raise RuntimeError(
+            "a CUDA graph would replay the masks of one step: capture the model without named masks, or not in training"
+        )
+
+
 def _is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream is being captured. torch tells this of the current device alone."""
     if torch.cuda.current_device() == device.index:
