@@ -32,6 +32,7 @@ from .plan import (
     check_unused_seed,
     is_p_differentiated,
     plan_call,
+    refuse_part_of_nested,
     seed_for_kernel,
     seed_for_ops,
 )
@@ -127,8 +128,7 @@ def _drop_by_ops(
         def dropped(values: Tensor, cells: Any) -> Tensor:
             return drop(values, p, True, False, source, cells, store, scaling)
 
-        if source[2] is not None:
-            raise RuntimeError("part takes dense tensors, but got a nested one: call dropout on each of x.unbind()")
+        refuse_part_of_nested(source)
         y = nested.drop(x, shared, scaling, dropped)
         return nested.write(x, y) if inplace else y
     nested.check_dense(x)
@@ -192,6 +192,7 @@ def gaussian(x: Tensor, p: float | Tensor, training: bool, inplace: bool, source
         dtypes.check_real(x, "Gaussian dropout")
     y: Tensor
     if x.is_nested:
+        refuse_part_of_nested(source)
         y = nested.on_values(lambda values: gaussian(values, p, True, False, source), x)
         return nested.write(x, y) if inplace else y
     if way == KERNEL:
