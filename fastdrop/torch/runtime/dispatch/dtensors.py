@@ -115,7 +115,7 @@ class _FromLocal(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, kind: Any, spec: Any) -> Any:
         ctx.placements = spec.placements
         ctx.set_materialize_grads(False)
-        return kind(y.view_as(y), spec, requires_grad=y.requires_grad)
+        return kind.__new__(kind, y.view_as(y), spec, requires_grad=y.requires_grad)
 
     @staticmethod
     def backward(ctx: Any, dy: Any) -> tuple[Tensor | None, None, None]:
