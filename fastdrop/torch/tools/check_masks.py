@@ -86,10 +86,8 @@ def check_masks(
     for name in dict.fromkeys(name for one in everywhere for name in one):
         found[name] = _fingerprint(name, [one[name] for one in everywhere if name in one])
         if expected is not None and expected.get(name) != found[name]:
-            what = "does not drop" if name not in expected else "has other cells, another seed or another step"
-            raise RuntimeError(
-                f"{name} {what} in one process: look at layouts and samples, and at what is called there"
-            )
+            what = "which does not drop there" if name not in expected else "in its cells, its seed or its step"
+            raise RuntimeError(f"{name} differs from one process's, {what}: look at layouts, samples and what is called")
     if missing := [name for name in expected or () if name not in found]:
         raise RuntimeError(f"{missing[0]} drops in one process, but not here")
     return found

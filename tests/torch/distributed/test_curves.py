@@ -440,9 +440,9 @@ def test_first_dropout_that_is_wrong_is_named(processes, curves):
     assert all(other == said for other in others)
     assert said.pop("nothing") == expected
     for name, start in {
-        "a layout": "0.hidden_drop has other cells",
-        "samples": "0.attention has other cells",
-        "samples of two": "0.attention has other cells",
+        "a layout": "0.hidden_drop differs from one process",
+        "samples": "0.attention differs from one process",
+        "samples of two": "0.attention differs from one process",
         "a sample twice": "0.attention has cells twice",
     }.items():
         assert said[name].startswith(start), said
