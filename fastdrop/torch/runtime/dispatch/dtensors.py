@@ -7,7 +7,7 @@ torch imports ``torch.distributed.tensor`` only where somebody needs it, and tha
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -74,6 +74,14 @@ def like_dtensor(y: Tensor, x: Any) -> Any:
     return _described(y, kind, spec)
 
 
+def strides_in_order(order: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a whole without gaps, whose axes follow one another as those of a shard with the strides ``order``."""
+    strides, size = [0] * len(shape), 1
+    for axis in sorted(range(len(shape)), key=lambda axis: (order[axis], -axis)):
+        strides[axis], size = size, size * max(shape[axis], 1)
+    return tuple(strides)
+
+
 def _spec_of(x: Any) -> Any:
     try:
         return x._spec if x._local_tensor is not None else None
@@ -102,7 +110,9 @@ class _ToLocal(torch.autograd.Function):
         spec = ctx.spec
         if dy.stride() == ctx.stride:
             return _described(dy, ctx.kind, spec), None
-        given = {"shape": spec.shape, "stride": spec.stride}
+        if 0 in dy.stride():
+            dy = dy.contiguous()
+        given = {"shape": spec.shape, "stride": strides_in_order(dy.stride(), spec.shape)}
         return ctx.kind.from_local(dy, spec.mesh, spec.placements, run_check=False, **given), None
 
 
