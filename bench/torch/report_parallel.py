@@ -13,8 +13,8 @@ from ..report import Row, Suite
 TORCH_MUL, UNNAMED = "torch's mul of it by a number", "the same without names"
 LIMITS = {TORCH_MUL: 1.3, UNNAMED: 1.03}
 INTRO = (
-    "Medians of alternating samples, every ratio the median of those taken round by round, p = 0.1. A DTensor lies on a "
-    "mesh of one process: what is timed is one process's call, not what processes send. Recorded means that autograd "
+    "Medians of alternating samples, every ratio the median of those taken round by round, p = 0.1. A DTensor lies on "
+    "a mesh of one process: what is timed is one process's call, not what processes send. Recorded means that autograd "
     "records the call. The step is forward, backward and SGD of `nn.TransformerEncoder` (4 layers, 256 wide) inside of "
     "`fdt.enabled()`, with and without `fdt.name_masks`. `make bench-quick` times `draw_rows`, which draws a shard's "
     "part of a mask."

@@ -35,6 +35,11 @@ class Run(NamedTuple):
         return self.outer * self.rows * self.columns
 
     @property
+    def end(self) -> int:
+        """One more than its last cell. The run has cells."""
+        return self.first + (self.outer - 1) * self.outer_pitch + (self.rows - 1) * self.pitch + self.columns
+
+    @property
     def is_one_row(self) -> bool:
         """Whether its cells follow one another in the whole."""
         return self.outer * self.rows == 1

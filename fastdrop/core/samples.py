@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from . import checks
 from .grid import collapse
 from .part import Part, Run
 
@@ -60,6 +61,8 @@ def sample_runs(
         else:
             starts = dict.fromkeys((part.local[i], part.start[i]) for part in parts) or {(shape[i], 0): None}
             axes.append([_Piece(extent, start * step, step) for extent, start in starts])
+    if samples and (max(samples) + 1) * several * size > checks.UINT64_END:
+        raise ValueError(f"samples must have cells below 2**64, but got {max(samples)}, with {several * size} each")
     if all(axes):
         yield from _runs(axes, 0, 0)
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import fastdrop as fd
 from fastdrop.core.part import runs
+from fastdrop.core.samples import sample_runs
 
 from ..cases import activated
 
@@ -105,6 +106,13 @@ def test_far_cells():
     for (i, j, k), kept in np.ndenumerate(drawn):
         first = (whole[0] - 2 + i) * 15 + (1 + j) * 5 + 2 + k
         assert fd.draw_mask(1, P, rng=SEED, first_cell=first).to_bool()[0] == kept
+
+
+def test_samples_have_cells_up_to_the_last():
+    (run,) = sample_runs([(1 << 61) - 1], (1, 8), 0, (False, False))
+    assert run.end == 1 << 64
+    with pytest.raises(ValueError, match="samples must have cells below"):
+        list(sample_runs([0, 1 << 61], (2, 8), 0, (False, False)))
 
 
 def test_bad_parts():

@@ -18,11 +18,12 @@ from torch import Tensor
 
 from ...core import checks
 from ..ops.attention import ATTENTION, Attention, has_known_dtypes, has_strides, is_regular, repeat_heads
-from ..runtime import dtypes, nested
+from ..runtime import dtypes, names, nested
 from ..runtime.dispatch import hide_from_dynamo, is_eager_dense
 from ..runtime.dispatch.ops import composed_attention
+from ..runtime.located import Drawn
 from . import onnx, sharded
-from .fused import softmax_dropout
+from .fused_calls import Options, softmax
 from .plan import (
     FUSED_OP,
     KEEPS_ALL,
@@ -136,7 +137,8 @@ def scaled_dot_product_attention(
     training : bool
         False drops nothing. torch's function has no such argument, and always drops.
     generator, seed, part
-        As in `dropout`: the mask is that of `dropout` of the weights, and of those a part.
+        As in `dropout`: the mask is that of `dropout` of the weights, and of those a part. The softmax is of the keys
+        that are given, and ``is_causal`` counts the queries and keys that are given.
     noise_shape : sequence of (int or None), optional
         An entry for each axis of the weights: 1 if it shares one decision, None or the full extent if it doesn't.
         ``(1, 1, None, None)`` is Flax's default, one mask for all batches and heads; ``(None, None, 1, 1)`` drops
@@ -188,7 +190,7 @@ def scaled_dot_product_attention(
         if noise_shape is not None and not query.is_nested:
             mask_shape(noise_shape, query, key, enable_gqa)
         return y
-    if query.is_cuda and all(given is None for given in (*source, noise_shape)):
+    if query.is_cuda and not names.are_used and all(given is None for given in (*source, noise_shape)):
         return _torchs(query, key, value, attn_mask, p, *options)
     if (dtype := autocast_dtype(query)) is not None:
         query, key, value, attn_mask = (_autocast(x, dtype) for x in (query, key, value, attn_mask))
@@ -233,9 +235,8 @@ def _under_shared_mask(
     y = call(arguments, 0.0, options, (None, 0, None))
     of_value = y.dim() - len(shared)  # leading axes that value alone has
     if source[2] is not None:  # which is a part of weights
-        take_seed = seed_for_kernel if is_direct(*arguments) else seed_for_ops
-        seed = take_seed(query, source, shape=weights_shape(query, key, options[2]), shared=shared)
-        source = None, seed, None
+        seed = seed_for_ops(query, source, weights_shape(query, key, options[2]), shared)
+        source = None, Drawn(seed), None
     return drop(y, p, True, False, source, (1,) * of_value + shared, store, "inverted")
 
 
@@ -320,11 +321,10 @@ def compose(
     scale = 1.0 / math.sqrt(query.shape[-1] or 1) if scale is None else scale
     scores = query @ key.transpose(-2, -1)
     if shared is None:
-        generator, seed, part = source
-        given: dict[str, Any] = {"generator": generator, "seed": seed, "part": part}
-        weights = softmax_dropout(scores, p, scale, mask, causal, store=store, **given)
+        # A part may have some of the keys, of which the public function wants all.
+        weights = softmax(scores, Options(p, True, source, store), mask, scale, causal)
     else:
-        weights = softmax_dropout(scores, 0.0, scale, mask, causal)
+        weights = softmax(scores, Options(0.0, True, NO_SOURCE, store), mask, scale, causal)
         weights = drop(weights, p, True, False, source, shared, store, "inverted")
     y: Tensor = (weights @ value).to(dtype)
     return y

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ...core import checks
+from ..runtime.located import check_uncut_part
 from . import fused_calls as calls
 from . import sharded
 from .fused_calls import Options
@@ -271,7 +272,8 @@ def dropout_add_layer_norm(
     eps : float
         Added to the variance.
     p, training, generator, seed, part, store
-        As in `dropout_add`, with the same errors. ValueError for other shapes or input without axes.
+        As in `dropout_add`, with the same errors. ValueError for other shapes, input without axes, or a part that cuts
+        the last one.
 
     Returns
     -------
@@ -365,7 +367,8 @@ def softmax_dropout(
         A query sees the keys up to its own number. With an attn_mask too, it sees the keys that both allow.
     p, training, generator, seed, part, store
         As in `dropout_add`, with the same errors. ValueError for an attn_mask that does not broadcast, for a scale
-        that is not finite, and for scores without axes, or with one under ``causal``.
+        that is not finite, for scores without axes, or with one under ``causal``, and for a part that cuts the keys or,
+        under ``causal``, the queries.
 
     Returns
     -------
@@ -379,4 +382,10 @@ def softmax_dropout(
     tensor([[0., 0., 0., 0.],
             [0., 1., 0., 0.]])
     """
+    check_tensor(scores, "scores")
+    if part is not None and not scores.is_nested:
+        shape = tuple(scores.shape)
+        check_uncut_part(part, shape, -1, "the last axis, whose softmax is of all keys")
+        if causal:
+            check_uncut_part(part, shape, -2, "the axis of queries, which causal counts: give an attn_mask instead")
     return calls.softmax(scores, Options(p, training, (generator, seed, part), store), attn_mask, scale, causal)

@@ -18,6 +18,7 @@ from ..ops import pointwise as pointwise_ops
 from ..ops import softmax as softmax_ops
 from ..runtime import dtypes, fused_kernels, nested
 from ..runtime.dtypes import HALVES, computed, wide
+from ..runtime.located import check_uncut_part
 from . import onnx
 from .plan import (
     FUSED_OP,
@@ -28,6 +29,7 @@ from .plan import (
     check_tensor,
     check_unused_seed,
     plan_call,
+    refuse_part_of_nested,
     seed_for_kernel,
     seed_for_ops,
     wants_gradient,
@@ -110,6 +112,7 @@ def pointwise(
     checks.choice("activation", activation, tuple(ACTIVATIONS))
     _check_data(name, x, activation)
     if x.is_nested:
+        refuse_part_of_nested(options.source)
         y: Tensor = nested.on_values(
             lambda x, b, m, r: pointwise(x, options, b, m, r, activation),
             *(x, input_bias, multiplier, residual),
@@ -152,10 +155,13 @@ def norm(tensors: tuple[Any, ...], options: Options, eps: Any, centred: bool) ->
     _check_data("input", x, "a norm")
     checks.at_least("input", x.dim(), 1, "an axis of columns")
     if x.is_nested:
+        refuse_part_of_nested(options.source)
         results: tuple[Tensor, Tensor] = nested.on_values(
             lambda *values: norm(values, options, eps, centred), *tensors, columns=True
         )
         return results
+    if options.source[2] is not None:
+        check_uncut_part(options.source[2], tuple(x.shape), -1, "the last axis, which is normalised as a whole")
     for name, vector in (("weight", weight), ("bias", norm_bias), ("input_bias", input_bias)):
         _check_vector(name, vector, "input", x)
     if residual is not None:
@@ -180,6 +186,7 @@ def softmax(scores: Tensor, options: Options, attn_mask: Maybe, scale: Any, caus
     scale = scale + 0.0 if _is_compiling() else checks.finite("scale", scale)
     y: Tensor
     if scores.is_nested:
+        refuse_part_of_nested(options.source)
         if causal or attn_mask is not None:
             raise RuntimeError("softmax_dropout of nested tensors takes no attn_mask, and causal=False alone")
         y = nested.on_values(lambda values: softmax(values, options, None, scale, False), scores, columns=True)

@@ -40,6 +40,7 @@ __all__ = [
     "for_subclasses",
     "is_p_differentiated",
     "plan_call",
+    "refuse_part_of_nested",
     "seed_for_kernel",
     "seed_for_ops",
     "wants_gradient",
@@ -58,7 +59,9 @@ Seed = int | Tensor | None
 # What a caller may give as ``part``: a `Part`, a sequence of them, a device mesh with placements, a function of the
 # local shape that gives one of these, or the cells as a tensor.
 Whole = Any
-Source = tuple[torch.Generator | None, Seed, Whole]  # what a caller gives to draw from, and of which whole x is a part
+# What a caller gives to draw from, and of which whole x is a part. A function that takes the seed for another one hands
+# it on as a `Located` or a `Drawn`.
+Source = tuple[torch.Generator | None, Any, Whole]
 NO_SOURCE: Source = (None, None, None)  # torch's default generator
 Shape = tuple[int, ...]
 # Which axes share decisions, as a noise_shape says it: 1, and None or the full extent where they don't. That x has an
@@ -122,6 +125,8 @@ def seed_for_kernel(
             check_inplace(x)
         drawn = names.draw(tuple(x.shape) if shape is None else shape, shared, part, shape is not None)
         if drawn is not None:
+            if x.is_cuda:
+                seeds.refuse_capture(x.device)
             return drawn
     if seed is not None:
         seed = seeds.from_caller(seed, generator, x)
@@ -176,6 +181,11 @@ def _cells_of(part: Whole, x: Tensor, shape: Shape, shared: Cells) -> Tensor:
     if (_is_compiling() or is_in_dispatch_mode()) and (layout := layouts.as_layout(part)) is not None:
         return cells_in_graph(x, layout, shape, shared)
     return located.cells_of(part, shape, shared)
+
+
+def refuse_part_of_nested(source: Source) -> None:
+    if source[2] is not None:
+        raise RuntimeError("part takes dense tensors, but got a nested one: call it on each of x.unbind()")
 
 
 def _compare_generators(part: Whole, x: Tensor, generator: torch.Generator | None) -> None:

@@ -22,6 +22,7 @@ from ...core.random import threshold as threshold_of
 from ..runtime import dtypes, mask_kernels, nested
 from ..runtime.dispatch import is_eager_dense
 from ..runtime.dispatch.tensors import jit_trace
+from ..runtime.located import Drawn
 from ..runtime.memory import mask_words
 from . import onnx, sharded
 from .plan import (
@@ -128,8 +129,8 @@ def skip_residual(
     """
     check_tensor(x, "x")
     _check_arguments(x, branch, min_p, along, count)
-    plan, source = plan_call(x, p, training, what="drop probability"), (generator, seed, part)
-    way, p, drops = plan
+    source: Source = generator, seed, part
+    plan = way, p, drops = plan_call(x, p, training, what="drop probability")
     if not drops:
         check_unused_seed(source)
         return x + _run(branch, x, along, may_write=True)
@@ -147,7 +148,7 @@ def skip_residual(
     if way != KERNEL or all_run or isinstance(chosen, Tensor):
         y = _run(branch, x, along)
         scaling = "inverted" if scale_by_keep else "standard"
-        source = source if way == ONNX else (None, chosen, None)
+        source = source if way == ONNX else (None, Drawn(chosen) if isinstance(chosen, Tensor) else chosen, None)
         given: dict[str, Any] = {"generator": source[0], "seed": source[1], "part": source[2]}
         return x + stochastic_depth(y, p, "row", scaling=scaling, **given)
     threshold = threshold_of(p)  # type: ignore[arg-type]

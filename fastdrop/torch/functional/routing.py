@@ -32,6 +32,7 @@ from .plan import (
     check_unused_seed,
     is_p_differentiated,
     plan_call,
+    refuse_part_of_nested,
     seed_for_kernel,
     seed_for_ops,
 )
@@ -48,7 +49,7 @@ def drop(
     axes elements share decisions; None: along none. ``scaling`` is one of `variants.affine`."""
     if type(x) is not Tensor:
         check_tensor(x)
-        if sharded.is_dtensor(x) and training and (isinstance(p, Tensor) or not p <= KEEPS_ALL):
+        if sharded.is_dtensor(x) and training and not (type(p) in (float, int) and p <= KEEPS_ALL):
             own = None if shared is None else tuple(1 if extent == 1 else None for extent in shared)
 
             def dropped(local: Tensor, part: Any) -> Tensor:
@@ -127,8 +128,7 @@ def _drop_by_ops(
         def dropped(values: Tensor, cells: Any) -> Tensor:
             return drop(values, p, True, False, source, cells, store, scaling)
 
-        if source[2] is not None:
-            raise RuntimeError("part takes dense tensors, but got a nested one: call dropout on each of x.unbind()")
+        refuse_part_of_nested(source)
         y = nested.drop(x, shared, scaling, dropped)
         return nested.write(x, y) if inplace else y
     nested.check_dense(x)
@@ -192,6 +192,7 @@ def gaussian(x: Tensor, p: float | Tensor, training: bool, inplace: bool, source
         dtypes.check_real(x, "Gaussian dropout")
     y: Tensor
     if x.is_nested:
+        refuse_part_of_nested(source)
         y = nested.on_values(lambda values: gaussian(values, p, True, False, source), x)
         return nested.write(x, y) if inplace else y
     if way == KERNEL:

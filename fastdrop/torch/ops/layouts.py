@@ -6,6 +6,7 @@ The process finds its place in the mesh when the op runs. So the processes of a 
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import torch
@@ -29,10 +30,24 @@ def cells_in_graph(x: Tensor, layout: Layout, local: Shape, shared: Any) -> Tens
     steps = layouts.steps_of(layout.placements, layout.order, len(local))
     shape = layouts.whole_shape(mesh, steps, local) if layout.shape is None else layout.shape
     flags = [] if shared is None else [int(own == 1) for own in shared]
-    count = _most_runs(mesh, steps, shape, tuple(flags))
+    count = _runs_of_any_shape(steps, len(shape), tuple(flags))
+    if not count:
+        count = _most_runs(mesh, steps, tuple(int(extent) for extent in shape), tuple(flags))
     flat = [number for step in steps for number in step]
     cells: Tensor = torch.ops.fastdrop.layout_cells(x, shape, mesh, ranks, flat, flags, count)
     return cells
+
+
+@constant_in_graphs
+def _runs_of_any_shape(steps: tuple[Step, ...], rank: int, flags: Shape) -> int:
+    """How many runs of cells a process has at most, whatever the extents are. 0 if they decide: a run has two pitches,
+    and an axis that is sharded needs one unless it is the first. Shards in several pieces need the first axis."""
+    axes = [axis for axis in range(rank) if not flags or not flags[axis]]
+    own = [step for step in steps if step[1] in axes]
+    pitches = {axis for _, axis, _ in own if axis != axes[0]}
+    if len(pitches) > 2 or any(before > 1 and axis in pitches for _, axis, before in own):
+        return 0
+    return math.prod(before for _, _, before in own)
 
 
 @constant_in_graphs
@@ -62,6 +77,8 @@ def _layout_cells(
         coordinate.append(own)
     triples = tuple(zip(steps[::3], steps[1::3], steps[2::3], strict=True))
     found = _runs_at(tuple(reversed(coordinate)), tuple(mesh), triples, tuple(shape), tuple(shared))
+    if len(found) > runs:
+        raise ValueError(f"layout_cells must have room for {len(found)} runs of cells, but got runs={runs}")
     numbers = located.numbers_of(found)
     numbers += [0] * (located.NUMBERS * runs - len(numbers))
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")

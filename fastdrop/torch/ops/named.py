@@ -47,17 +47,8 @@ def _size(shape: list[Any], axes: int, place: int, cells: Tensor | None) -> Any:
     return 1 if place == WEIGHTS else math.prod(shape[:axes])
 
 
-def _draw_named(
-    like: Tensor,
-    shape: list[int],
-    after: Tensor | None,
-    shared: list[bool],
-    axes: int,
-    place: int,
-    cells: Tensor | None,
-    key: str,
-    order: int,
-) -> Tensor:
+def _draw_named(like: Tensor, shape: list[int], after: Tensor | None, shared: list[bool], *options: Any) -> Tensor:
+    axes, place, cells, key, order = options
     whole: tuple[int, ...] = tuple(shape)
     shares = tuple(1 if one else None for one in shared) if shared else None
     part = located.Weights(cells) if place == WEIGHTS else cells
@@ -79,10 +70,8 @@ def _draw_named(
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
-def _fake(
-    like: Tensor, shape: Any, after: Any, shared: Any, axes: int, place: int, cells: Any, key: str, order: int
-) -> Tensor:
-    return torch.empty(2 + located.NUMBERS * _size(shape, axes, place, cells), dtype=torch.int64, device="cpu")
+def _fake(like: Tensor, shape: Any, after: Any, shared: Any, *options: Any) -> Tensor:
+    return torch.empty(2 + located.NUMBERS * _size(shape, *options[:3]), dtype=torch.int64, device="cpu")
 
 
 def _batched(like: Tensor, shape: Any, after: Tensor | None, *options: Any) -> Tensor:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...core.part import Part, Parts
+from .dispatch.compilers import constant_in_graphs
 from .dispatch.tensors import is_in_dispatch_mode
 
 Shape = tuple[int, ...]
@@ -93,6 +94,7 @@ def _parts(
     return parts_at(coordinate, mesh, steps, whole_shape(mesh, steps, local) if shape is None else shape)
 
 
+@constant_in_graphs
 def steps_of(placements: tuple[Any, ...], order: Any, rank: int) -> tuple[Step, ...]:
     """How a tensor is split, one step after the other."""
     steps = []

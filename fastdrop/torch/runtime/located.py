@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...core.part import Part, Parts, Run, parts_of, parts_of_mask
+from ...core import checks
+from ...core.part import Part, Parts, Run, check_uncut, parts_of, parts_of_mask
 from ...core.part import runs as runs_of_parts
 from . import layouts
 from .dispatch import hide_from_dynamo
+from .dispatch.tensors import jit_trace
 
 LOW_64_BITS = (1 << 64) - 1
 NUMBERS = 6  # of each run, as ops have it
@@ -45,16 +47,20 @@ class Located(NamedTuple):
         """The first cell if the others follow it one by one, otherwise None."""
         if self.runs is None:
             return 0
-        if len(self.runs) == 1 and self.runs[0].outer * self.runs[0].rows == 1:
+        if len(self.runs) == 1 and self.runs[0].is_one_row:
             return self.runs[0].first
         return None
 
     def check(self, cells: int) -> None:
         """Raises unless it has as many cells as a mask: the ops may be called by hand."""
-        if self.runs is not None and sum(run.cells for run in self.runs) != cells:
-            raise ValueError(
-                f"part must have a cell for each of the mask's {cells}, but has {sum(run.cells for run in self.runs)}"
-            )
+        if self.runs is not None and (own := sum(run.cells for run in self.runs)) != cells:
+            raise ValueError(f"part must have a cell for each of the mask's {cells}, but has {own}")
+
+
+class Drawn(NamedTuple):
+    """In place of a caller's seed, the tensor that a function took for an op and hands on to another function."""
+
+    seed: Tensor
 
 
 def locate(seed: Any, runs: tuple[Run, ...]) -> Located:
@@ -68,8 +74,7 @@ def runs_of(part: Any, shape: Shape, shared: Shared = None) -> tuple[Run, ...]:
         runs = _runs_in(_flat(part).tolist())
         Located(0, 0, runs).check(math.prod(shape if shared is None else _mask_shape(shape, shared)))
         return runs
-    part = layouts.resolve(part, shape)
-    parts: Any = (part,) if isinstance(part, Part) else tuple(part) if isinstance(part, list) else part
+    parts, shape = _resolved(part, shape)
     if torch.compiler.is_compiling():
         return _compute_runs(parts, shape, shared)
     try:
@@ -77,6 +82,23 @@ def runs_of(part: Any, shape: Shape, shared: Shared = None) -> tuple[Run, ...]:
     except TypeError:  # what is no part can't be hashed, perhaps
         parts_of(part, shape)
         raise
+
+
+def _resolved(part: Any, shape: Shape) -> tuple[Any, Shape]:
+    """What a caller gave as ``part`` for data of a shape, a tuple of parts if it is good, and the shape."""
+    if jit_trace() is not None:  # extents are tensors there
+        shape = tuple(int(extent) for extent in shape)
+    part = layouts.resolve(part, shape)
+    return (part,) if isinstance(part, Part) else tuple(part) if isinstance(part, list) else part, shape
+
+
+def check_uncut_part(part: Any, shape: Shape, first_axis: int, what: str) -> None:
+    """Raises ValueError for a ``part`` that does not have the whole of the axes from ``first_axis`` on. A tensor of
+    cells does not tell."""
+    if isinstance(part, Weights):
+        part = part.part
+    if part is not None and not isinstance(part, Tensor):
+        check_uncut(parts_of(*_resolved(part, shape)), first_axis, what)
 
 
 def _compute_runs(parts: Parts, shape: Shape, shared: Shared) -> tuple[Run, ...]:
@@ -137,9 +159,12 @@ def _runs_in(flat: Sequence[int]) -> tuple[Run, ...]:
         if min(outer, rows, columns) < 0:
             raise ValueError(f"part must have runs of 0 cells or more, but got {flat[at : at + NUMBERS]}")
         pitches = outer_pitch & LOW_64_BITS, pitch & LOW_64_BITS
-        runs.append(Run(position, first & LOW_64_BITS, outer, pitches[0], rows, pitches[1], columns))
-        position += runs[-1].cells
-    return tuple(runs)
+        run = Run(position, first & LOW_64_BITS, outer, pitches[0], rows, pitches[1], columns)
+        if run.cells and run.end > checks.UINT64_END:
+            raise ValueError(f"part must have cells below 2**64, but got {flat[at : at + NUMBERS]}")
+        runs.append(run)
+        position += run.cells
+    return tuple(run for run in runs if run.cells) or tuple(runs[:1])  # compiled code has room for more
 
 
 def as_int64(number: int) -> int:

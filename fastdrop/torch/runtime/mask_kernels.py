@@ -16,13 +16,13 @@ from torch import Tensor
 from ... import backends
 from ...backends import c as native
 from ...core.grid import Grid, memory_order
-from ...core.mask import popcount, word_count
+from ...core.mask import NOISE_END, popcount, word_count
 from ...core.random import DROP_ALL
 from ...core.variants import Blocks
 from . import cuda, memory
 from .dispatch import hide_from_dynamo, is_lazy, read_address
 from .dtypes import TAGS, check_dtype, check_real
-from .located import LOW_64_BITS, Located
+from .located import Located
 from .memory import HUGE_PAGES_FROM, call_with_threads, kernel_error, like_elementwise, mask_words, new_like, new_words
 
 Shape = tuple[int, ...]
@@ -140,7 +140,7 @@ def draw_mask(like: Tensor, cells: int, seed: Any, threshold: int) -> Tensor:
         _draw("draw_bits", words, 0, 0, cells, *seed[:2], threshold)
     else:
         for run in seed.runs:
-            if run.outer * run.rows == 1:
+            if run.is_one_row:
                 _draw("draw_bits", words, run.position, run.first, run.columns, *seed[:2], threshold)
             elif run.cells:
                 _draw("draw_rows", words, *run, *seed[:2], threshold)
@@ -225,16 +225,18 @@ def gaussian(x: Tensor, seed: Any, sigma: float, inplace: bool = False) -> Tenso
     n = x.numel()
     drawn = seed if type(seed) is Located else Located(seed)
     drawn.check(n)
+    runs = [run for run in drawn.runs or () if run.cells]
+    if any(run.end > NOISE_END for run in runs):
+        raise ValueError(f"part must have cells below 2**61 for noise, but has some up to {max(r.end for r in runs)}")
     if not n:
         return x if inplace else torch.empty_like(x)
     source, y = _source_and_target(x, n, inplace)
     if drawn.runs is None:
         _multiply(source, y, 0, 0, n, drawn, sigma)
     else:
-        for run in drawn.runs:
-            for row in range(run.outer * run.rows):  # the primitive knows consecutive cells
-                first = run.first + row // run.rows * run.outer_pitch + row % run.rows * run.pitch & LOW_64_BITS
-                _multiply(source, y, run.position + row * run.columns, first, run.columns, drawn, sigma)
+        for run in runs:
+            for start, first, columns in run.each_row():  # the primitive knows consecutive cells
+                _multiply(source, y, start, first, columns, drawn, sigma)
     return _delivered(y, x, source, inplace)
 
 

@@ -30,7 +30,7 @@ from .dispatch import hide_from_dynamo, is_transformed
 from .dispatch.compilers import is_recomputed
 from .dispatch.modes import without_dispatch_modes
 from .dispatch.ops import count_drawing_maps
-from .located import LOW_64_BITS, Located, as_int64
+from .located import LOW_64_BITS, Drawn, Located, as_int64
 
 SEED_BITS = 63
 
@@ -155,6 +155,14 @@ def next_cuda_seed(device: torch.device, generator: torch.Generator | None) -> i
     return number
 
 
+def refuse_capture(device: torch.device) -> None:
+    """Raises while a CUDA graph is captured, for seeds that are numbers of the host: each replay would use them."""
+    if _is_capturing(device):
+        raise RuntimeError(
+            "a CUDA graph would replay the masks of one step: capture the model without named masks, or not in training"
+        )
+
+
 def _is_capturing(device: torch.device) -> bool:
     """Whether the device's current stream is being captured. torch tells this of the current device alone."""
     if torch.cuda.current_device() == device.index:
@@ -210,16 +218,18 @@ def check(seed: Any, generator: torch.Generator | None) -> None:
     """Raises the errors of drawing from this seed, without reading it, because it may be on a GPU."""
     _only_one(generator)
     if isinstance(seed, Tensor):
-        _checked(seed)
+        _of_caller(seed)
     else:
         checks.uint64("seed", seed)
 
 
 def from_caller(seed: Any, generator: torch.Generator | None, x: Tensor) -> Any:
-    """The caller's seed, an int or an int64 tensor, as the kernels for x take it."""
+    """The caller's seed, an int or an int64 tensor, or what another function took, as the kernels for x take it."""
     _only_one(generator)
     if isinstance(seed, Tensor):
-        return for_kernel(seed, x)
+        return for_kernel(_of_caller(seed), x)
+    if isinstance(seed, Drawn):
+        return for_kernel(seed.seed, x)
     return seed if isinstance(seed, Located) else checks.uint64("seed", seed)
 
 
@@ -227,7 +237,9 @@ def as_tensor(seed: Any, generator: torch.Generator | None = None, *, like: Tens
     """A seed as ops take it: an int64 tensor, without axes if it is one number, of the kind of ``like``."""
     _only_one(generator)
     if isinstance(seed, Tensor):
-        return _checked(seed)
+        return _of_caller(seed)
+    if isinstance(seed, Drawn):
+        return seed.seed
     if isinstance(seed, Located):
         return torch.tensor(located.as_numbers(seed), dtype=torch.int64, device="cpu")
     number = as_int64(checks.uint64("seed", seed))
@@ -242,13 +254,18 @@ def with_cells(seed: Tensor, cells: Tensor) -> Tensor:
     return torch.cat([numbers, numbers.new_zeros(2 - numbers.numel()), cells.to(numbers.device)])
 
 
-def _checked(seed: Tensor) -> Tensor:
+def _of_caller(seed: Tensor) -> Tensor:
+    """A caller's tensor, which has no cells."""
+    return _checked(seed, 2)
+
+
+def _checked(seed: Tensor, most: float = math.inf) -> Tensor:
     if seed.dtype != torch.int64:
         raise TypeError(f"seed must be an int or a tensor of int64, but got a tensor of {seed.dtype}")
     count = seed.numel()
     if count == 1:
         return seed.reshape(())
-    if count < 2 or (count - 2) % located.NUMBERS:
+    if count < 2 or count > most or (count - 2) % located.NUMBERS:
         raise ValueError(
             f"seed must be one number, or two, a seed and its offset, but got a tensor of shape {tuple(seed.shape)}"
         )

@@ -18,14 +18,13 @@ from ..nn.recurrent import VariationalGRU, VariationalLSTM
 from ..runtime import names as runtime
 from ..runtime import traced_names
 from ..runtime.dispatch.compilers import is_dynamo_imported
-from ..runtime.dispatch.modules import TorchDropout
+from ..runtime.dispatch.modules import WRAPPED, TorchDropout
 from ..runtime.layouts import as_layout
 from ..runtime.names import Draw, NamedModule, Names
 
 __all__ = ["NamedMasks", "name_masks"]
 
-# What wrappers call the module that they wrap. DropConnect has a `module` too, so that counts at the beginning only.
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+# What other wrappers call the module that they wrap. DropConnect has one too, so it counts at the beginning only.
 OUTER_WRAPPER = "module"
 VARIATIONAL = (VariationalLSTM, VariationalGRU)
 TORCHS = (TorchDropout, nn.RNNBase, nn.MultiheadAttention)  # torch's own modules that drop
@@ -83,6 +82,8 @@ def name_masks(
       same for all samples of a step.
     * DropBlock scales by the share that is kept of the samples of a call. A fixed number of kept samples is chosen
       among those of a call. Both depend on the batch.
+    * On a GPU torch's own attention and cuDNN's recurrent layers drop inside of kernels that know no names.
+      `fastdrop.torch.scaled_dot_product_attention` does.
     * A call that is given ``seed`` or ``generator`` draws from these. Modules with a seed or a generator of their own
       draw by name. `mc_predict` draws from its own seeds. `vmap` gives the same mask to all that it maps.
     * Checkpoints of both kinds draw again what they drew in forward, with any ``preserve_rng_state``, and also after
@@ -155,6 +156,7 @@ class NamedMasks:
         self.step = 0
         runtime.note_users(1)
         self._end = weakref.finalize(names, runtime.note_users, -1)
+        self._end.atexit = False
 
     @property
     def seed(self) -> int:
@@ -260,7 +262,7 @@ def _numbers(samples: Any) -> Sequence[int] | None:
 
 def _unwrapped(name: str) -> str:
     """A name without what wrappers add."""
-    path = [part for part in name.split(".") if part not in WRAPPERS]
+    path = [part for part in name.split(".") if part not in WRAPPED]
     while path and path[0] == OUTER_WRAPPER:
         del path[0]
     return ".".join(path)

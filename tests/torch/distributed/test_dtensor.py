@@ -406,8 +406,7 @@ def compiled():
     """The graphs, and what is wrong."""
     graphs, wrong = [], []
     mesh = init_device_mesh("cpu", (2,), mesh_dim_names=("tp",))
-    x, bias = torch.randn(8, 4, 6), torch.randn(6)
-    own = split(x, mesh, [Shard(1)])
+    bias = torch.randn(6)
     drop = fdt.Dropout(0.4, layout=(mesh, [Shard(1)]))
 
     def network(x):
@@ -420,7 +419,7 @@ def compiled():
 
     with fdt.enabled():
         torch.compiler.reset()
-        ours = torch.compile(network, backend=note, fullgraph=True)
+        ours, own = torch.compile(network, backend=note, fullgraph=True), split(torch.randn(8, 4, 6), mesh, [Shard(1)])
         for seed in (1, 2):
             results = []
             for call in (network, ours):
@@ -429,6 +428,14 @@ def compiled():
                 results.append((y, dx.to_local()))
             if not all(map(torch.equal, *results)):
                 wrong.append(seed)
+    ours = torch.compile(drop, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (3, 5):
+        x, results = torch.randn(rows, 2, 6), []
+        for call in (drop, ours):
+            torch.manual_seed(rows)
+            results.append(call(x))
+        if not torch.equal(*results):
+            wrong.append(f"{rows} rows")
     return graphs, wrong
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 
 import numpy as np
@@ -175,6 +176,7 @@ BAD = {
     "cells of a float dtype": (torch.ones(1, 6), TypeError, "int64"),
     "cells of no runs": (torch.ones(5, dtype=torch.int64), ValueError, "6 numbers"),
     "too few cells": (torch.tensor([[0, 1, 0, 1, 0, 8]]), ValueError, "a cell for each of the mask's 9"),
+    "cells past the last": (torch.tensor([[-1, 1, 0, 3, 3, 3]]), ValueError, "below 2\\*\\*64"),
     "cells without number": (torch.tensor([[0, 1, 0, 1, 0, -9]]), ValueError, "0 cells or more"),
 }
 
@@ -199,11 +201,64 @@ def test_seed_tensors_are_one_number_or_two():
     assert not torch.equal(y, fdt.dropout(x, P, seed=torch.tensor([5, 1])))
     mask = fd.draw_mask((64,), P, rng=fd.Stream(5, 1)).to_bool()
     np.testing.assert_array_equal(fdt.dropout(x, P, seed=torch.tensor([5, 1])).numpy() != 0, mask)
-    with pytest.raises(ValueError, match="one number, or two"):
-        fdt.dropout(x, P, seed=torch.tensor([1, 2, 3]))
+    for seed in (torch.tensor([1, 2, 3]), torch.tensor([1, 0, 0, 1, 0, 1, 0, 64])):  # ops have the latter
+        for part in (None, fd.Part((65,), (1,), (64,))):
+            drop = partial(fdt.dropout, p=P, seed=seed, part=part)
+            for call in (lambda: drop(x), lambda: torch.func.vmap(drop)(x[None])):  # noqa: B023
+                with pytest.raises(ValueError, match="one number, or two"):
+                    call()
 
 
 def test_nested_tensors_have_no_parts():
     x = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
-    with pytest.raises(RuntimeError, match="dense tensors"):
-        fdt.dropout(x, P, part=fd.Part((4, 3), (0, 0), (3, 3)))
+    for name in ("dropout", GAUSSIAN, "relu", "norm", "softmax"):
+        with pytest.raises(RuntimeError, match="dense tensors"):
+            CALLS[name][1](x, part=fd.Part((4, 3), (0, 0), (3, 3)))
+
+
+def test_axes_that_a_function_needs_whole():
+    x = torch.randn(3, 4, 4)
+    columns, rows, tokens = (fd.Part(whole, (0, 0, 0), (3, 4, 4)) for whole in ((3, 4, 8), (3, 8, 4), (3, 8, 8)))
+    for call, words in (
+        (lambda: fdt.dropout_add_layer_norm(x, None, part=columns), "cut the last axis"),
+        (lambda: fdt.dropout_add_rms_norm(x, None, part=[columns]), "cut the last axis"),
+        (lambda: fdt.softmax_dropout(x, part=columns), "cut the last axis"),
+        (lambda: fdt.softmax_dropout(x, causal=True, part=rows), "cut the axis of queries"),
+        (lambda: fdt.token_dropout(x[0], part=fd.Part((4, 8), (0, 0), (4, 3)), p=0.5), "cut the tokens"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            call()
+    fdt.softmax_dropout(x, part=rows)
+    weights = torch.softmax(x @ x.mT / 2, -1)
+    attend = partial(fdt.scaled_dot_product_attention, dropout_p=P, seed=SEED, part=tokens)  # a block of a ring
+    wanted = fdt.dropout(weights, P, seed=SEED, part=tokens) @ x
+    for y in (attend(x, x, x), torch.func.vmap(lambda x: attend(x, x, x), randomness="same")(x[None])[0]):
+        torch.testing.assert_close(y, wanted)
+
+
+def test_noise_far_away():
+    """Noise has no numbers for the last cells, and a run without cells costs nothing."""
+    x = torch.ones(9)
+    with pytest.raises(ValueError, match="2\\*\\*61"):
+        fdt.gaussian_dropout(x, P, part=fd.Part((1 << 62,), (1 << 61,), (9,)))
+    last = fd.Part((1 << 61,), ((1 << 61) - 9,), (9,))
+    noise, _ = fd.gaussian_dropout(x.numpy(), P, rng=SEED, part=last)
+    assert_equal(fdt.gaussian_dropout(x, P, seed=SEED, part=last), torch.from_numpy(noise))
+    cells = torch.tensor([[0, 1 << 31, 0, 1 << 31, 0, 0], [0, 1, 0, 1, 0, 9]])
+    assert_equal(fdt.gaussian_dropout(x, P, seed=SEED, part=cells), fdt.gaussian_dropout(x, P, seed=SEED))
+
+
+def test_attention_of_parts_in_traced_and_compiled_code():
+    """Extents are tensors in a trace. A compiler can't ask whether tensors are eager."""
+    order, shape = [4, 0, 3], (2, 3, 5, 6)
+    parts = [fd.Part((2, 6, 5, 6), (0, at, 0, 0), (2, 1, 5, 6)) for at in order]
+    arguments = tuple(torch.randn(*shape[:2], length, 8) for length in (5, 6, 6))
+    for noise_shape in (None, (None, None, None, 1)):
+        attend = partial(fdt.scaled_dot_product_attention, dropout_p=P, seed=SEED, part=parts, noise_shape=noise_shape)
+        wanted = attend(*arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            traced = torch.jit.trace(lambda *given: attend(*given), arguments, check_trace=False)  # noqa: B023
+        torch.testing.assert_close(traced(*arguments), wanted)
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*arguments), wanted)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import pickle
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastdrop as fd
 import fastdrop.torch as fdt
+from fastdrop.torch.runtime import seeds
 
 B = 8
 SPLITS = {
@@ -359,7 +361,7 @@ def test_errors_name_what_is_wrong():
         model.eval()(x)  # needs no block
 
 
-def test_what_wins_over_names():
+def test_what_wins_over_names(monkeypatch):
     x, layer = torch.ones(8, 64), fdt.Dropout(0.5)
     model = nn.Sequential(layer, Calls(lambda x: fdt.dropout(x, 0.5, seed=7)))
     plain = fdt.mc_predict(model, x, samples=3, seed=1).mean
@@ -375,6 +377,11 @@ def test_what_wins_over_names():
     layer.seed = 5  # of a module does not
     with masks.at(1):
         assert torch.equal(model(x), first)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for capturing in False, True:
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)  # noqa: B023
+        with pytest.raises(RuntimeError, match="would replay") if capturing else contextlib.nullcontext():
+            seeds.refuse_capture(torch.device("cuda", 0))
 
 
 @fdt.enabled()

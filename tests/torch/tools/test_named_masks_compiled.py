@@ -34,7 +34,7 @@ class Block(nn.Module):
 
 def whole():
     torch.manual_seed(0)
-    return nn.Sequential(Block(), Block(again=True)).double()
+    return nn.Sequential(nn.Dropout(0.3), Block(again=True), fdt.Dropout(0.3)).double()
 
 
 def parts():

@@ -35,6 +35,7 @@ ENCODER_BLOCKS = tuple(name for name in _BLOCKS if hasattr(nn.TransformerEncoder
 DECODER_BLOCKS = tuple(name for name in _BLOCKS if hasattr(nn.TransformerDecoderLayer, name))
 
 UNSCRIPTED = "__jit_unused_properties__"  # where TorchScript looks for a class's properties to leave out
+WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # what wrappers call a module
 CHILDREN = "_modules"  # where code may look for a module's children, beside children()
 
 # ---- contents ----
