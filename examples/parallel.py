@@ -57,7 +57,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         projections = (linear(x) for linear in (self.query, self.key, self.value))
         query, key, value = (y.unflatten(-1, (-1, WIDTH // HEADS)).transpose(1, 2) for y in projections)
-        y = F.scaled_dot_product_attention(query, key, value, dropout_p=P, is_causal=True)
+        p = P if self.training else 0.0
+        y = F.scaled_dot_product_attention(query, key, value, dropout_p=p, is_causal=True)
         return self.output(y.transpose(1, 2).flatten(2))
 
 

@@ -43,6 +43,7 @@ CELLS, BATCHWISE = "tests/backends/test_cells.py", "tests/torch/functional/test_
 ATTENTION, MEMORY = "tests/backends/test_attention.py", "tests/backends/test_memory.py"
 FUSED, FAMILY = "tests/arrays/test_fused.py", "tests/arrays/test_variants.py"
 PARTS, SHARDS = "tests/arrays/test_parts.py", "tests/torch/distributed/test_dtensor.py"
+CURVES = "tests/torch/distributed/test_curves.py"
 CUDA, CUDA_ROWS = "tests/backends/cuda/test_primitives.py", "tests/backends/cuda/test_fused.py"
 
 MUTATIONS = (
@@ -690,6 +691,20 @@ MUTATIONS = (
         SHARDS,
     ),
     Mutation(
+        "the gradient of transposed DTensors has the data's strides",
+        "fastdrop/torch/runtime/dispatch/dtensors.py",
+        "tuple(strides)[::-1] if spec.shape else ()",
+        "spec.stride",
+        CURVES,
+    ),
+    Mutation(
+        "a process without samples tells how large one is",
+        "fastdrop/torch/tools/check_masks.py",
+        "if cells.samples is not None and not len(cells.samples):",
+        "if False:",
+        CURVES,
+    ),
+    Mutation(
         "a process has the place of the first in compiled code",
         "fastdrop/torch/ops/layouts.py",
         "    index = ranks.index(torch.distributed.get_rank())\n",
@@ -825,7 +840,7 @@ MUTATIONS = (
     Mutation(
         "a residual branch draws before its samples' seed",
         "fastdrop/torch/functional/residual.py",
-        "source = source if way == ONNX else (None, chosen, None)",
+        "source = source if way == ONNX else (None, Drawn(chosen) if isinstance(chosen, Tensor) else chosen, None)",
         "",
         "tests/torch/functional/test_skip_residual.py",
     ),

@@ -45,7 +45,9 @@ class Run(NamedTuple):
         return self.outer * self.rows == 1
 
     def each_row(self) -> Iterator[tuple[int, int, int]]:
-        """(position, first cell, number of cells) of each row."""
+        """(position, first cell, number of cells) of each row. Rows without cells are left out."""
+        if not self.columns:
+            return
         for o, r in itertools.product(range(self.outer), range(self.rows)):
             position = self.position + (o * self.rows + r) * self.columns
             yield position, self.first + o * self.outer_pitch + r * self.pitch, self.columns

@@ -130,15 +130,16 @@ def seed_for_kernel(
             return drawn
     if seed is not None:
         seed = seeds.from_caller(seed, generator, x)
-    if isinstance(part, located.Weights):
-        part = part.part
     cells = None
     if part is not None:  # found good or bad before anything is drawn
-        cells = located.runs_of(part, tuple(x.shape) if shape is None else shape, shared)
+        if isinstance(part, located.Weights):
+            part = part.part
+        if part is not None:
+            cells = located.runs_of(part, tuple(x.shape) if shape is None else shape, shared)
     if inplace:
         check_inplace(x)
     if seed is None:
-        if part is not None:
+        if cells is not None:
             _compare_generators(part, x, generator)
         seed = seeds.next_cuda_seed(x.device, generator) if x.is_cuda else seeds.next_seed(generator)
     return seed if cells is None else located.locate(seed, cells)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..runtime.dispatch.dtensors import is_dtensor, like_dtensor, local_of, shard_order, strides_in_order
+from ..runtime.dispatch.dtensors import is_dtensor, like_dtensor, local_of, shard_order
 from ..runtime.dispatch.tensors import check_inplace
 from ..runtime.layouts import Layout
 from ..runtime.located import Weights
@@ -224,8 +224,10 @@ def to_dtensor(
         return like_dtensor(y, x)
     else:
         shape, order = tuple(x.shape) if shape is None else shape, list(y.stride())
-    strides = strides_in_order(order, shape)
+    strides, size = [0] * len(shape), 1
+    for axis in sorted(range(len(shape)), key=lambda axis: (order[axis], -axis)):
+        strides[axis], size = size, size * max(shape[axis], 1)
     placements = x.placements if placements is None else placements
     return torch.distributed.tensor.DTensor.from_local(
-        y, x.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=strides
+        y, x.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides)
     )

@@ -224,17 +224,17 @@ def gaussian(x: Tensor, seed: Any, sigma: float, inplace: bool = False) -> Tenso
     check_real(x, "Gaussian dropout")
     n = x.numel()
     drawn = seed if type(seed) is Located else Located(seed)
-    drawn.check(n)
-    runs = [run for run in drawn.runs or () if run.cells]
-    if any(run.end > NOISE_END for run in runs):
-        raise ValueError(f"part must have cells below 2**61 for noise, but has some up to {max(r.end for r in runs)}")
+    if drawn.runs is not None:
+        drawn.check(n)
+        if (end := max((run.end for run in drawn.runs if run.cells), default=0)) > NOISE_END:
+            raise ValueError(f"part must have cells below 2**61 for noise, but has some up to {end}")
     if not n:
         return x if inplace else torch.empty_like(x)
     source, y = _source_and_target(x, n, inplace)
     if drawn.runs is None:
         _multiply(source, y, 0, 0, n, drawn, sigma)
     else:
-        for run in runs:
+        for run in drawn.runs:
             for start, first, columns in run.each_row():  # the primitive knows consecutive cells
                 _multiply(source, y, start, first, columns, drawn, sigma)
     return _delivered(y, x, source, inplace)

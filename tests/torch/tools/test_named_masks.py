@@ -374,6 +374,10 @@ def test_what_wins_over_names(monkeypatch):
         first = model(x)
         generator = torch.Generator().manual_seed(0)
         assert torch.equal(outside, fdt.dropout(x, 0.5, generator=generator))
+        assert not torch.equal(model(x), first)  # another call of the layer
+    twice = Calls(lambda x: torch.equal(fdt.dropout(x, 0.5), fdt.dropout(x, 0.5)))
+    with fdt.name_masks(twice) as own, own.at(1):
+        assert not twice(x)
     layer.seed = 5  # of a module does not
     with masks.at(1):
         assert torch.equal(model(x), first)

@@ -6,8 +6,10 @@ torch imports ``torch.distributed.tensor`` only where somebody needs it, and tha
 
 from __future__ import annotations
 
+import itertools
+import operator
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -74,14 +76,6 @@ def like_dtensor(y: Tensor, x: Any) -> Any:
     return _described(y, kind, spec)
 
 
-def strides_in_order(order: Sequence[int], shape: Sequence[int]) -> tuple[int, ...]:
-    """Strides of a whole without gaps, whose axes follow one another as those of a shard with the strides ``order``."""
-    strides, size = [0] * len(shape), 1
-    for axis in sorted(range(len(shape)), key=lambda axis: (order[axis], -axis)):
-        strides[axis], size = size, size * max(shape[axis], 1)
-    return tuple(strides)
-
-
 def _spec_of(x: Any) -> Any:
     try:
         return x._spec if x._local_tensor is not None else None
@@ -110,10 +104,10 @@ class _ToLocal(torch.autograd.Function):
         spec = ctx.spec
         if dy.stride() == ctx.stride:
             return _described(dy, ctx.kind, spec), None
-        if 0 in dy.stride():
-            dy = dy.contiguous()
-        given = {"shape": spec.shape, "stride": strides_in_order(dy.stride(), spec.shape)}
-        return ctx.kind.from_local(dy, spec.mesh, spec.placements, run_check=False, **given), None
+        # Strides that are told must be those of the local tensor, or views of the gradient fail.
+        strides = itertools.accumulate(spec.shape[:0:-1], operator.mul, initial=1)
+        given = {"shape": spec.shape, "stride": tuple(strides)[::-1] if spec.shape else ()}
+        return ctx.kind.from_local(dy.contiguous(), spec.mesh, spec.placements, run_check=False, **given), None
 
 
 class _FromLocal(torch.autograd.Function):
@@ -121,7 +115,7 @@ class _FromLocal(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, kind: Any, spec: Any) -> Any:
         ctx.placements = spec.placements
         ctx.set_materialize_grads(False)
-        return kind(y.view_as(y), spec, requires_grad=y.requires_grad)
+        return kind.__new__(kind, y.view_as(y), spec, requires_grad=y.requires_grad)
 
     @staticmethod
     def backward(ctx: Any, dy: Any) -> tuple[Tensor | None, None, None]:
