@@ -47,7 +47,8 @@ def check_masks(
     masks : NamedMasks
     run : callable
         Runs a forward, in one or several blocks of ``masks.at``: the whole batch in one process, or what this process
-        has of it.
+        has of it. Of a schedule of `torch.distributed.pipelining` it is not the first step, in which stages run once
+        more to find out shapes.
     expected : dict of str to int, optional
         What `check_masks` returned for the same batch in one process. Without it a layout that is missing on all
         processes can't be seen: each of them then takes what it has for the whole.

@@ -296,7 +296,7 @@ def pipeline(build, numbers, count):
         loss = run(step)
         optimizer.step()
         losses.append(everywhere(loss, RANKS))
-    return losses, fdt.check_masks(masks, lambda: run(step))  # the first run draws more, to find shapes
+    return losses, fdt.check_masks(masks, lambda: run(step))
 
 
 def one_stage(schedule):
