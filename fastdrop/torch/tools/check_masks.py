@@ -88,7 +88,9 @@ def check_masks(
         found[name] = _fingerprint(name, [one[name] for one in everywhere if name in one])
         if expected is not None and expected.get(name) != found[name]:
             what = "which does not drop there" if name not in expected else "in its cells, its seed or its step"
-            raise RuntimeError(f"{name} differs from one process's, {what}: look at layouts, samples and what is called")
+            raise RuntimeError(
+                f"{name} differs from one process's, {what}: look at layouts, samples and what is called"
+            )
     if missing := [name for name in expected or () if name not in found]:
         raise RuntimeError(f"{missing[0]} drops in one process, but not here")
     return found
