@@ -5,6 +5,7 @@ Each function works out its scaling. `routing` does the rest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from ...core import checks
 from . import sharded
-from .plan import Seed, Whole, check_tensor, for_subclasses
+from .plan import Seed, Whole, check_one, check_tensor, for_subclasses
 from .routing import drop, gaussian
 
 __all__ = [
@@ -178,7 +179,12 @@ def drop_connect(
     return drop(weight, p, training, False, (generator, seed, part), None, store, scaling)
 
 
-@for_subclasses(sharded.rule("input", "p"))
+def _gaussian_rule(function: Callable[..., Any], arguments: sharded.Arguments) -> Any:
+    check_one(arguments.get("p"))  # on all processes, before any of them has a shard of it
+    return sharded.rule("input", "p")(function, arguments)
+
+
+@for_subclasses(_gaussian_rule)
 def gaussian_dropout(
     input: Tensor,
     p: float | Tensor = 0.5,

@@ -34,6 +34,7 @@ __all__ = [
     "Seed",
     "Source",
     "autocast_dtype",
+    "check_one",
     "check_tensor",
     "check_unused_seed",
     "eager_probability",
@@ -226,8 +227,7 @@ def eager_probability(p: Any, what: str = "dropout probability") -> Any:
         return checks.dropout_probability(number, p, what)
     if is_in_dispatch_mode() or type(p).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return traced_probability(p)
-    if p.numel() != 1:
-        raise TypeError(f"p must be a number or a tensor of one, but got shape {tuple(p.shape)}")
+    check_one(p)
     _check_constant(p)
     return checks.dropout_probability(mask_ops.value_of(p), p, what)
 
@@ -236,8 +236,15 @@ def traced_probability(p: Any) -> Any:
     """p as a compiler may see it: a number, perhaps a symbolic one, or a tensor that is not read yet."""
     if not isinstance(p, Tensor):
         return checks.dropout_probability(p + 0.0)
+    check_one(p)
     _check_constant(p)
     return p
+
+
+def check_one(p: Any) -> None:
+    """Refuses a tensor p of several numbers. It does not read p."""
+    if isinstance(p, Tensor) and p.numel() != 1:
+        raise TypeError(f"p must be a number or a tensor of one, but got shape {tuple(p.shape)}")
 
 
 def _check_constant(p: Tensor) -> None:

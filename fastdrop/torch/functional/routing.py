@@ -28,6 +28,7 @@ from .plan import (
     MASK_OPS,
     ONNX,
     Source,
+    check_one,
     check_tensor,
     check_unused_seed,
     is_p_differentiated,
@@ -51,6 +52,7 @@ def drop(
         check_tensor(x)
         if sharded.is_dtensor(x) and training and not (type(p) in (float, int) and p <= KEEPS_ALL):
             own = None if shared is None else tuple(1 if extent == 1 else None for extent in shared)
+            p = sharded.number(p)
 
             def dropped(local: Tensor, part: Any) -> Tensor:
                 return drop(local, p, True, False, (*source[:2], part), own, store, scaling)
@@ -180,6 +182,7 @@ def _evaluated(x: Tensor, p: Any, inplace: bool) -> Tensor:
 def gaussian(x: Tensor, p: float | Tensor, training: bool, inplace: bool, source: Source) -> Tensor:
     check_tensor(x)
     if is_p_differentiated(p):
+        check_one(p)
         way, drops = MASK_OPS, training
     else:
         way, p, drops = plan_call(x, p, training, least=0.0)

@@ -29,6 +29,7 @@ __all__ = [
     "is_whole",
     "layout_of",
     "local_tensor",
+    "number",
     "of_whole",
     "operand",
     "refuse",
@@ -100,6 +101,15 @@ def data_of(arguments: Arguments, name: str) -> Any:
         raise TypeError(f"{name} must be a DTensor, as another argument is, but got {type(x).__name__}")
     refuse_part(arguments.get("part"), name)
     return reduced(x)
+
+
+def number(p: Any) -> Any:
+    """p, of which a DTensor has to be the same on all processes."""
+    if not is_dtensor(p):
+        return p
+    if not all(placement.is_replicate() for placement in p.placements):
+        raise TypeError(f"p must be a number, a tensor of one or a replicated DTensor of one, but got {p.placements}")
+    return p.to_local()
 
 
 def refuse_part(part: Any, name: str) -> None:

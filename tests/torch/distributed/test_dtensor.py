@@ -344,6 +344,8 @@ def errors():
         lambda: fdt.batchwise_linear(rows, (wide, wide), (None, None)),
         lambda: fdt.lora_linear(*some),
         lambda: fdt.dropout_add(x, own),
+        lambda: fdt.gaussian_dropout(own, torch.full((1, 1, 1, own.shape[-1]), 0.3, requires_grad=True)),
+        lambda: fdt.dropout(own, split(torch.full((2,), 0.3), mesh, [Shard(0), Replicate()])),
         lambda: fdt.dropout(own, 0.3, part=fd.Part((4,), (0,), (4,))),
         lambda: fdt.dropout(x, 0.3, part=(mesh, [Shard(0)])),
         lambda: fdt.dropout(x, 0.3, part=(mesh, [Shard(0), Partial()])),
@@ -362,10 +364,11 @@ def errors():
     fdt.dropout(own, 0.3, seed=1)
     with pytest.raises(RuntimeError, match="generators differ: call torch"):
         fdt.dropout(own, 0.3)
-    torch.manual_seed(7)
-    y = fdt.dropout(own, 0.3).full_tensor()
-    torch.manual_seed(7)
-    assert torch.equal(y, fdt.dropout(x, 0.3))
+    for p in (0.3, split(torch.tensor(0.3), mesh, [Replicate()] * 2)):
+        torch.manual_seed(7)
+        y = fdt.dropout(own, p).full_tensor()
+        torch.manual_seed(7)
+        assert torch.equal(y, fdt.dropout(x, whole(p)))
     generator = torch.Generator().manual_seed(dist.get_rank())
     with pytest.raises(RuntimeError, match="generators differ"):
         fdt.dropout(own, 0.3, generator=generator)
@@ -383,6 +386,8 @@ skip_residual takes no DTensor: call it on x.to_local() with part=(x.device_mesh
 batchwise_linear takes no DTensor
 lora_linear needs axis -1 of x whole
 input must be a DTensor, as another argument is, but got Tensor
+p must be a number or a tensor of one, but got shape
+p must be a number, a tensor of one or a replicated DTensor of one
 part must not be given where input is a DTensor
 layout must have a placement for each of the mesh's 2 axes
 layout must have placements Shard or Replicate, but got P(sum)
