@@ -43,6 +43,7 @@ CELLS, BATCHWISE = "tests/backends/test_cells.py", "tests/torch/functional/test_
 ATTENTION, MEMORY = "tests/backends/test_attention.py", "tests/backends/test_memory.py"
 FUSED, FAMILY = "tests/arrays/test_fused.py", "tests/arrays/test_variants.py"
 PARTS, SHARDS = "tests/arrays/test_parts.py", "tests/torch/distributed/test_dtensor.py"
+CURVES = "tests/torch/distributed/test_curves.py"
 CUDA, CUDA_ROWS = "tests/backends/cuda/test_primitives.py", "tests/backends/cuda/test_fused.py"
 
 MUTATIONS = (
@@ -688,6 +689,20 @@ MUTATIONS = (
         "if dy is not None and dy.placements != ctx.placements:",
         "if False:",
         SHARDS,
+    ),
+    Mutation(
+        "the gradient of transposed DTensors has the data's strides",
+        "fastdrop/torch/runtime/dispatch/dtensors.py",
+        "tuple(strides)[::-1] if spec.shape else ()",
+        "spec.stride",
+        CURVES,
+    ),
+    Mutation(
+        "a process without samples tells how large one is",
+        "fastdrop/torch/tools/check_masks.py",
+        "if cells.samples is not None and not len(cells.samples):",
+        "if False:",
+        CURVES,
     ),
     Mutation(
         "a process has the place of the first in compiled code",

@@ -47,7 +47,8 @@ def check_masks(
     masks : NamedMasks
     run : callable
         Runs a forward, in one or several blocks of ``masks.at``: the whole batch in one process, or what this process
-        has of it.
+        has of it. Of a schedule of `torch.distributed.pipelining` it is not the first step, in which stages run once
+        more to find out shapes.
     expected : dict of str to int, optional
         What `check_masks` returned for the same batch in one process. Without it a layout that is missing on all
         processes can't be seen: each of them then takes what it has for the whole.
@@ -86,9 +87,9 @@ def check_masks(
     for name in dict.fromkeys(name for one in everywhere for name in one):
         found[name] = _fingerprint(name, [one[name] for one in everywhere if name in one])
         if expected is not None and expected.get(name) != found[name]:
-            what = "does not drop" if name not in expected else "has other cells, another seed or another step"
+            what = "which does not drop there" if name not in expected else "in its cells, its seed or its step"
             raise RuntimeError(
-                f"{name} {what} in one process: look at layouts and samples, and at what is called there"
+                f"{name} differs from one process's, {what}: look at layouts, samples and what is called"
             )
     if missing := [name for name in expected or () if name not in found]:
         raise RuntimeError(f"{missing[0]} drops in one process, but not here")

@@ -296,7 +296,7 @@ def pipeline(build, numbers, count):
         loss = run(step)
         optimizer.step()
         losses.append(everywhere(loss, RANKS))
-    return losses, fdt.check_masks(masks, lambda: run(step))  # the first run draws more, to find shapes
+    return losses, fdt.check_masks(masks, lambda: run(step))
 
 
 def one_stage(schedule):
@@ -440,9 +440,9 @@ def test_first_dropout_that_is_wrong_is_named(processes, curves):
     assert all(other == said for other in others)
     assert said.pop("nothing") == expected
     for name, start in {
-        "a layout": "0.hidden_drop has other cells",
-        "samples": "0.attention has other cells",
-        "samples of two": "0.attention has other cells",
+        "a layout": "0.hidden_drop differs from one process",
+        "samples": "0.attention differs from one process",
+        "samples of two": "0.attention differs from one process",
         "a sample twice": "0.attention has cells twice",
     }.items():
         assert said[name].startswith(start), said

@@ -436,11 +436,11 @@ def test_check_masks_names_what_is_wrong(monkeypatch):
     good = [process(rank, batch) for batch in batches for rank in range(2)]
     assert together(*good, expected=expected) == expected
     wrong = {
-        "0 has other cells, another seed": [process(0, [range(3)]), process(1, [[4, 5]])],
+        "0 differs from one process's": [process(0, [range(3)]), process(1, [[4, 5]])],
         "0 has cells twice": [process(None, [range(4)]), process(None, [range(3, 6)])],
         "0 has other seeds": [process(0, [range(6)]), process(1, [range(6)], seed=2)],
         "0 has other steps": [process(0, [range(6)]), process(1, [range(6)], steps=(1,))],
-        "2 has other cells, another seed": [process(rank, [range(6)], layout=False) for rank in range(2)],
+        "2 differs from one process's": [process(rank, [range(6)], layout=False) for rank in range(2)],
         "2 lacks cells": [process(1, [range(6)]), process(1, [range(6)])],
         "0 draws from several": [process(None, [range(6), range(6)], steps=(0, 1))],
         "2 drops in one process, but not here": [process(None, [range(6)], layers=2)],
