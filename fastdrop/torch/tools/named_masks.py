@@ -181,10 +181,13 @@ class NamedMasks:
             batch is all there is.
 
         Raises TypeError and ValueError for arguments that are not as above, and for a sample that is given twice.
+        Raises RuntimeError after `remove`.
 
         Calls of a module are counted anew in each block: a second call in a block has other masks than the first, and
         micro-batches that have a block each have the masks of one batch. Blocks may be nested; the inner one counts.
         """
+        if not self._end.alive:
+            raise RuntimeError("these masks were removed: call name_masks again, or leave out at()")
         self.step = checks.uint64("step", step)
         scope = self._names.open(self.step, _numbers(samples))
         try:
@@ -241,6 +244,8 @@ def _numbers(samples: Any) -> Sequence[int] | None:
         if samples.dim() != 1 or samples.is_floating_point() or samples.dtype is torch.bool:
             raise TypeError(f"samples must be ints along one axis, but got {samples.dtype} {tuple(samples.shape)}")
         samples = samples.tolist()
+    if not hasattr(samples, "__getitem__"):  # such as a set, which has no order
+        raise TypeError(f"samples must be a sequence of ints, but got {type(samples).__name__}")
     if not isinstance(samples, range):
         samples = tuple(checks.integer("samples", number) for number in samples)
     least = min(samples, default=0)

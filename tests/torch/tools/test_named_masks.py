@@ -203,6 +203,8 @@ def test_accumulation_restarts_wrappers_and_stages():
         hidden = model[0](x)
         assert torch.equal(model[1](hidden)[4:], stage(hidden[4:]))
     masks.remove()
+    with pytest.raises(RuntimeError, match="were removed"), masks.at(1):
+        pass
     torch.manual_seed(3)
     before = model(x)
     torch.manual_seed(3)
@@ -335,6 +337,8 @@ def test_errors_name_what_is_wrong():
             ([-1], ValueError),
             ([0.5], TypeError),
             (torch.zeros(2), TypeError),
+            ({1, 2}, TypeError),
+            (8, TypeError),
         ):
             with pytest.raises(error), masks.at(0, samples):
                 model(x)
