@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ...core import checks
-from ..runtime.located import check_uncut_part
 from . import fused_calls as calls
 from . import sharded
 from .fused_calls import Options
-from .plan import Seed, Whole, check_tensor, for_subclasses
+from .plan import Seed, Whole, check_tensor, check_uncut, for_subclasses
 
 __all__ = [
     "bias_act_dropout",
@@ -383,9 +382,9 @@ def softmax_dropout(
             [0., 1., 0., 0.]])
     """
     check_tensor(scores, "scores")
-    if part is not None and not scores.is_nested:
+    if not scores.is_nested:
         shape = tuple(scores.shape)
-        check_uncut_part(part, shape, -1, "the last axis, whose softmax is of all keys")
+        check_uncut(part, shape, -1, "the last axis, whose softmax is of all keys")
         if causal:
-            check_uncut_part(part, shape, -2, "the axis of queries, which causal counts: give an attn_mask instead")
+            check_uncut(part, shape, -2, "the axis of queries, which causal counts: give an attn_mask instead")
     return calls.softmax(scores, Options(p, training, (generator, seed, part), store), attn_mask, scale, causal)

@@ -18,7 +18,6 @@ from ..ops import pointwise as pointwise_ops
 from ..ops import softmax as softmax_ops
 from ..runtime import dtypes, fused_kernels, nested
 from ..runtime.dtypes import HALVES, computed, wide
-from ..runtime.located import check_uncut_part
 from . import onnx
 from .plan import (
     FUSED_OP,
@@ -27,6 +26,7 @@ from .plan import (
     Source,
     autocast_dtype,
     check_tensor,
+    check_uncut,
     check_unused_seed,
     plan_call,
     refuse_part_of_nested,
@@ -160,8 +160,7 @@ def norm(tensors: tuple[Any, ...], options: Options, eps: Any, centred: bool) ->
             lambda *values: norm(values, options, eps, centred), *tensors, columns=True
         )
         return results
-    if options.source[2] is not None:
-        check_uncut_part(options.source[2], tuple(x.shape), -1, "the last axis, which is normalised as a whole")
+    check_uncut(options.source[2], tuple(x.shape), -1, "the last axis, which is normalised as a whole")
     for name, vector in (("weight", weight), ("bias", norm_bias), ("input_bias", input_bias)):
         _check_vector(name, vector, "input", x)
     if residual is not None:

@@ -36,6 +36,7 @@ __all__ = [
     "autocast_dtype",
     "check_one",
     "check_tensor",
+    "check_uncut",
     "check_unused_seed",
     "eager_probability",
     "for_subclasses",
@@ -205,6 +206,14 @@ def _tensor_seed(x: Tensor, generator: torch.Generator | None, seed: Seed) -> Te
     if _is_compiling():
         raise RuntimeError("generator can't be compiled: give seed, an int or a tensor, in its place")
     return seeds.draw_tensor(generator, x)
+
+
+def check_uncut(part: Whole, shape: Shape, first_axis: int, what: str) -> None:
+    """Raises for a part, the caller's or a named module's, without the whole of the axes from ``first_axis`` on."""
+    if part is None and names.are_used and not _is_compiling():
+        part = names.layout()
+    if part is not None:
+        located.check_uncut_part(part, shape, first_axis, what)
 
 
 def check_unused_seed(source: Source) -> None:

@@ -11,9 +11,8 @@ from torch import Tensor
 from ...core import checks
 from ..runtime import nested
 from ..runtime.dispatch.tensors import jit_trace
-from ..runtime.located import check_uncut_part
 from . import onnx, sharded
-from .plan import ONNX, Seed, Source, Whole, check_tensor, check_unused_seed, for_subclasses, plan_call
+from .plan import ONNX, Seed, Source, Whole, check_tensor, check_uncut, check_unused_seed, for_subclasses, plan_call
 from .selection import select_fixed
 
 __all__ = ["token_dropout"]
@@ -117,7 +116,7 @@ def token_dropout(
         return (x, torch.arange(length, device=x.device).expand(n, length)) if return_index else x
     if way == ONNX:
         onnx.refuse("a fixed number of kept tokens")
-    check_uncut_part(part, (n, count), 1, "the tokens of a sample, among all of which a fixed number is chosen")
+    check_uncut(part, (n, count), 1, "the tokens of a sample, among all of which a fixed number is chosen")
     index = _index(x, (keep_first, count, kept), way, source)
     y = x.flatten(0, 1).index_select(0, (index + _first_rows(x)).flatten()).unflatten(0, (n, keep_first + kept))
     return (y, index) if return_index else y

@@ -290,6 +290,12 @@ def are_in_force() -> bool:
     return bool(_thread.running)
 
 
+def layout() -> Layout:
+    """That of the module that runs, if its model has names."""
+    call, _ = _innermost()
+    return None if call is None else call.module.layout
+
+
 def _innermost() -> tuple[_Call | None, Scope | None]:
     """The innermost call of a module whose model is in a pass, or else of any."""
     running = _thread.running

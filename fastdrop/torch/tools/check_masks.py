@@ -92,7 +92,7 @@ def check_masks(
                 f"{name} differs from one process's, {what}: look at layouts, samples and what is called"
             )
     if missing := [name for name in expected or () if name not in found]:
-        raise RuntimeError(f"{missing[0]} drops in one process, but not here")
+        raise RuntimeError(f"{missing[0]} drops in one process, but not here: look at eval() and enable()")
     return found
 
 

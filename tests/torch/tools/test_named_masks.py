@@ -302,6 +302,17 @@ def test_layouts_place_tensors_within_modules():
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
+def test_layouts_of_modules_are_refused_where_an_axis_must_be_whole():
+    whole = (4, 24)
+    for function in (lambda x: fdt.dropout_add_layer_norm(x, x, p=0.5), lambda x: fdt.softmax_dropout(x, 0.5)):
+        model = nn.Sequential(Calls(function))
+        layout = {"0": lambda shape: fd.Part(whole, (0, 0), shape)}
+        with fdt.name_masks(model, layouts=layout) as masks, masks.at(0):
+            with pytest.raises(ValueError, match="must not cut the last axis"):
+                model(torch.zeros(4, 12))
+            model(torch.zeros(whole))
+
+
 def test_errors_name_what_is_wrong():
     model, x = small(), torch.zeros(8, 12, dtype=torch.float64)
     for options in ({"layouts": {"2*": len}}, {"sample_axis": {"x": 1}}, {"names": {"5": "1"}}):
