@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from . import checks
 from .grid import cell_axes, collapse
 
-__all__ = ["Part", "Parts", "Run", "check_uncut", "first_cell", "parts_of", "parts_of_mask", "runs"]
+__all__ = ["Part", "Parts", "Run", "check_uncut", "first_cell", "parts_of", "parts_of_mask", "runs", "runs_of_box"]
 
 
 class Run(NamedTuple):
@@ -114,14 +114,19 @@ class Part:
             return
         strides = [stride for _, stride in cell_axes(self.shape, self.shape)]
         first = sum(start * stride for start, stride in zip(self.start, strides, strict=True))
-        axes = collapse(zip(self.local, strides, strict=True))
-        columns = axes.pop()[0] if axes and axes[-1][1] == 1 else 1
-        rows, pitch = axes.pop() if axes else (1, 0)
-        outer, outer_pitch = axes.pop() if axes else (1, 0)
-        size = outer * rows * columns
-        for i, index in enumerate(itertools.product(*(range(extent) for extent, _ in axes))):
-            cell = first + sum(at * step for at, (_, step) in zip(index, axes, strict=True))
-            yield Run(position + i * size, cell, outer, outer_pitch, rows, pitch, columns)
+        yield from runs_of_box(zip(self.local, strides, strict=True), first, position)
+
+
+def runs_of_box(axes: Iterable[tuple[int, int]], first: int, position: int) -> Iterator[Run]:
+    """The cells of a box in its C order. ``axes`` are (extent, distance of neighbours in cells), no extent 0."""
+    own = collapse(axes)
+    columns = own.pop()[0] if own and own[-1][1] == 1 else 1
+    rows, pitch = own.pop() if own else (1, 0)
+    outer, outer_pitch = own.pop() if own else (1, 0)
+    size = outer * rows * columns
+    for i, index in enumerate(itertools.product(*(range(extent) for extent, _ in own))):
+        cell = first + sum(at * step for at, (_, step) in zip(index, own, strict=True))
+        yield Run(position + i * size, cell, outer, outer_pitch, rows, pitch, columns)
 
 
 Parts = tuple[Part, ...]

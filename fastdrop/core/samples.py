@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from . import checks
-from .grid import collapse
-from .part import Part, Run
+from .part import Part, Run, runs_of_box
 
 __all__ = ["sample_runs"]
 
@@ -98,11 +97,4 @@ def _box(pieces: list[_Piece], position: int, first: int) -> Iterator[Run]:
     if not all(piece.extent for piece in pieces):
         return
     first += sum(piece.first for piece in pieces)
-    axes = collapse((piece.extent, piece.step) for piece in pieces)
-    columns = axes.pop()[0] if axes and axes[-1][1] == 1 else 1
-    rows, pitch = axes.pop() if axes else (1, 0)
-    outer, outer_pitch = axes.pop() if axes else (1, 0)
-    size = outer * rows * columns
-    for i, index in enumerate(itertools.product(*(range(extent) for extent, _ in axes))):
-        cell = first + sum(at * step for at, (_, step) in zip(index, axes, strict=True))
-        yield Run(position + i * size, cell, outer, outer_pitch, rows, pitch, columns)
+    yield from runs_of_box(((piece.extent, piece.step) for piece in pieces), first, position)
