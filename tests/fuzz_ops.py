@@ -232,9 +232,13 @@ RECIPES: dict[str, Callable[[Plan], Any]] = {
 Plan.dy = lambda plan: plan.residual() if plan.op == "pointwise_backward" else plan.data()  # type: ignore[attr-defined]
 
 
+WITHOUT_KERNELS = ("fastdrop::draw_named", "fastdrop::layout_cells")  # they read no tensor
+
+
 @functools.cache
 def _schemas() -> list[Any]:
     found = [schema for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("fastdrop::")]
+    found = [schema for schema in found if schema.name not in WITHOUT_KERNELS]
     return sorted(found, key=lambda schema: (schema.name, schema.overload_name))
 
 
