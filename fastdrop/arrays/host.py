@@ -79,10 +79,8 @@ class HostOps:
             backends.active().draw_bits(words, 0, 0, cells, *state, threshold)
         else:
             for run in runs:
-                if run.is_one_row:
-                    backends.active().draw_bits(words, run.position, run.first, run.columns, *state, threshold)
-                else:
-                    backends.active().draw_rows(words, *run, *state, threshold)
+                primitive, numbers = run.draw
+                getattr(backends.active(), primitive)(words, *numbers, *state, threshold)
 
     def draw_or_defer(
         self, words: Words, like: Array, cells: int, state: State, threshold: int, runs: Iterable[Run] | None = None

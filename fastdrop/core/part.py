@@ -44,6 +44,11 @@ class Run(NamedTuple):
         """Whether its cells follow one another in the whole."""
         return self.outer * self.rows == 1
 
+    @property
+    def draw(self) -> tuple[str, tuple[int, ...]]:
+        """The primitive that draws it, and its arguments from the position on."""
+        return ("draw_bits", (self.position, self.first, self.columns)) if self.is_one_row else ("draw_rows", self)
+
     def each_row(self) -> Iterator[tuple[int, int, int]]:
         """(position, first cell, number of cells) of each row. Rows without cells are left out."""
         if not self.columns:

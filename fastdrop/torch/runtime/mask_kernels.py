@@ -140,10 +140,9 @@ def draw_mask(like: Tensor, cells: int, seed: Any, threshold: int) -> Tensor:
         _draw("draw_bits", words, 0, 0, cells, *seed[:2], threshold)
     else:
         for run in seed.runs:
-            if run.is_one_row:
-                _draw("draw_bits", words, run.position, run.first, run.columns, *seed[:2], threshold)
-            elif run.cells:
-                _draw("draw_rows", words, *run, *seed[:2], threshold)
+            if run.cells:
+                primitive, numbers = run.draw
+                _draw(primitive, words, *numbers, *seed[:2], threshold)
     return words
 
 
