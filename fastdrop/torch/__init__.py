@@ -67,6 +67,8 @@ try:
     from .tools.named_masks import NamedMasks, name_masks
     from .tools.same_masks import multi_sample, same_masks
     from .tools.scheduler import DropoutScheduler
+    from .tools.step_report import report
+    from .tools.step_table import DropoutRow, StepReport
 except ImportError as error:
     from importlib.util import find_spec
 
@@ -88,6 +90,7 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "DropoutRow",
     "DropoutScheduler",
     "EmbeddingDropout",
     "FeatureAlphaDropout",
@@ -97,6 +100,7 @@ __all__ = [
     "Prediction",
     "Report",
     "SkipResidual",
+    "StepReport",
     "StochasticDepth",
     "TokenDropout",
     "VariationalDropout",
@@ -134,6 +138,7 @@ __all__ = [
     "mc_predict",
     "multi_sample",
     "name_masks",
+    "report",
     "revert",
     "same_masks",
     "scaled_dot_product_attention",

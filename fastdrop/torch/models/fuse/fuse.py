@@ -26,7 +26,7 @@ from .torch_layers import (
     find_runs,
 )
 
-__all__ = ["fuse", "unfuse"]
+__all__ = ["fuse", "unfuse", "would_fuse"]
 
 UNKNOWN = "not in a part that is known"
 
@@ -121,6 +121,20 @@ def _fused_class(module: nn.Module) -> Any:
             return known
     theirs = transformers_layers.fused_class(original) or peft_layers.fused_class(original)
     return theirs or residual_layers.fused_class(original, module)
+
+
+def would_fuse(owner: Any, inner: nn.Module | None = None) -> bool:
+    """Whether `fuse` has a module drop by fastdrop: itself, or the module ``inner`` in it."""
+    known = _fused_class(owner)
+    if known is None or isinstance(owner, Fused) or changed_code(owner, known):
+        return False
+    if known is FusedSequential:
+        children = [*children_of(owner).values()]
+        runs = find_runs(owner, range(len(children)))
+        return any(child is inner and not isinstance(run, str) for child, run in zip(children, runs, strict=True))
+    if known.obstacle(owner) or known.batch_norm_obstacle(owner):
+        return False
+    return inner is None or any(part is inner for part in known.parts(owner))
 
 
 def _fuse_sequence(path: str, sequence: Any) -> list[Row]:
