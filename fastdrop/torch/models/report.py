@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Report", "Row", "class_name", "describe", "fold", "fold_and_count", "fold_members", "table"]
+__all__ = ["MODEL", "Report", "Row", "class_name", "describe", "fold", "fold_and_count", "fold_members", "table"]
 
 NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
 MODEL = "(the model)"  # the path of the model itself, in print

@@ -39,7 +39,7 @@ from ..runtime.context import overriding
 from ..runtime.dispatch.modules import MAY_BE_LEFT_OUT, is_compiled, uncompiled
 from ..runtime.dispatch.tensors import storage_id
 
-__all__ = ["Call", "is_dropout_module", "record"]
+__all__ = ["Call", "is_dropout_module", "modules_in_compiled", "record"]
 
 PREFIX = "fastdrop.report"
 MODULE, KERNEL, LINE, KEPT = (f"{PREFIX}/{kind}/" for kind in ("module", "kernel", "line", "kept"))
@@ -95,7 +95,7 @@ def record(model: nn.Module, step: Callable[[], Any], *, closely: bool = False) 
     compiled anew for it.
     """
     modules = [*model.named_modules()]
-    hidden = _compiled_inside(model)
+    hidden = modules_in_compiled(model)
     with contextlib.ExitStack() as stack:
         for i, (_, module) in enumerate(modules):
             if id(module) not in hidden and not isinstance(module, torch.jit.ScriptModule):
@@ -113,8 +113,8 @@ def record(model: nn.Module, step: Callable[[], Any], *, closely: bool = False) 
 # ---- what is recorded beside torch's own events ----
 
 
-def _compiled_inside(model: nn.Module) -> set[int]:
-    """Ids of modules inside of compiled code. It would be compiled anew if they got hooks."""
+def modules_in_compiled(model: nn.Module) -> set[int]:
+    """Ids of the modules that run in compiled code. It would be compiled anew if they got hooks."""
     hidden: set[int] = set()
     for module in model.modules():
         if is_compiled(module):

@@ -30,6 +30,7 @@ from ..models.fuse.fuse import would_fuse
 from ..models.fuse.rules import Fused
 from ..models.rates import number, rate_name
 from ..models.reasons import why_left, why_lent
+from ..models.report import MODEL
 from ..models.source.owners import Owners
 from ..nn.base import Rated
 from ..runtime.context import is_enabled
@@ -37,13 +38,13 @@ from ..runtime.dispatch.modules import buffers_of, is_compiled
 from ..runtime.dispatch.ops import tree_leaves, tree_map_only
 from ..runtime.dispatch.tensors import has_hook_after_gradient
 from .monte_carlo import inputs_of
-from .step_events import Call, is_dropout_module, record
+from .step_events import Call, is_dropout_module, modules_in_compiled, record
 from .step_table import DropoutRow, StepReport
 
 __all__ = ["report"]
 
 HIDDEN = (
-    "{} is compiled: calls in it are listed with the module that calls it; what torch's compiler drops in kernels of "
+    "Compiled: {}. Calls in it are listed with the module that calls it; what torch's compiler drops in kernels of "
     "its own, and what compiled code keeps and takes in backward, can't be seen. Run the model before torch.compile to "
     "see it."
 )
@@ -124,7 +125,7 @@ def report(
         enabled = bool(is_enabled())
         rows = _rows(model, first, timed, step_ms, enabled, bool(compiled))
         silent = _silent(model, first)
-    notes = [HIDDEN.format(", ".join(path or "the model" for path in compiled))] if compiled else []
+    notes = [HIDDEN.format(", ".join(path or MODEL for path in compiled))] if compiled else []
     return StepReport(_header(model, enabled), step_ms, rows, silent, notes)
 
 
@@ -233,7 +234,9 @@ def _rows(
         for key, call in zip(_keys(calls), calls, strict=True):
             times[key].append(call)
     groups: dict[Key, list[tuple[Key, Call]]] = defaultdict(list)
+    lines = _lines_of(first)
     for key, call in zip(_keys(first), first, strict=True):
+        call.line = lines.get((call.path, call.name), call.line)
         what = call.path, call.name, call.line, call.p, call.shape, (*call.kernels,), (*call.operators,)
         groups[what].append((key, call))
     rows = []
@@ -261,11 +264,20 @@ def _rows(
                 backward_ms=backward,
                 share=None if backward is None else (forward + backward) / step_ms,
                 kept_bytes=None if compiled else sum(one.kept for _, one in members),
-                reached_by=() if enabled and reached == ("enable",) else reached,
+                reached_by=tuple(name for name in reached if not (enabled and name == "enable")),
                 why="" if fastdrops else _why(reached, enabled, call),
             )
         )
     return rows
+
+
+def _lines_of(calls: list[Call]) -> dict[Key, str]:
+    """The line of all such calls of a module, where only one is known: those of a checkpoint in backward have none."""
+    lines: dict[Key, set[str]] = defaultdict(set)
+    for call in calls:
+        lines[call.path, call.name].add(call.line)
+    known = {what: found - {""} for what, found in lines.items()}
+    return {what: found.pop() for what, found in known.items() if len(found) == 1}
 
 
 def _reached_by(model: nn.Module, call: Call) -> tuple[str, ...]:
@@ -291,20 +303,21 @@ def _why(reached: tuple[str, ...], enabled: bool, call: Call) -> str:
         return "fdt.enable() is on, but has no kernel for these tensors"
     if not reached:
         return "nothing of fastdrop reaches it"
-    names = " and ".join(f"fdt.{name}()" for name in reached)
-    says = f"{names} {'reach' if len(reached) > 1 else 'reaches'} it"
+    *names, last = (f"fdt.{name}()" for name in reached)
+    says = f"{', '.join(names)} and {last} reach it" if names else f"{last} reaches it"
     return says if "convert" in reached else f"{says}, fdt.convert() does not"
 
 
 def _silent(model: nn.Module, calls: list[Call]) -> list[tuple[str, str]]:
     """Dropout modules that dropped nothing, with the reason. Those in fused layers drop in the layer's own calls."""
     called = {id(call.module) for call in calls}
+    hidden = modules_in_compiled(model)
     owners, silent = Owners(model), []
     fused = [path for path, module in model.named_modules() if isinstance(module, Fused)]
     for path, module in model.named_modules():
         name = rate_name(module)
         in_fused = any(path.startswith(f"{layer}." if layer else "") for layer in fused)
-        if name is None or id(module) in called or in_fused:
+        if name is None or id(module) in called or id(module) in hidden or in_fused:
             continue
         if not number(module, name):
             reason = "p is 0"

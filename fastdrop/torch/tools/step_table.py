@@ -116,13 +116,11 @@ class StepReport:
         for row in self.rows:
             calls[row.by] += row.runs
         times = [(row.forward_ms, row.backward_ms or 0.0) for row in self.rows]
-        kept = sum(row.kept_bytes or 0 for row in self.rows)
+        known = all(row.kept_bytes is not None for row in self.rows)
+        kept = f" and keep {_bytes(sum(row.kept_bytes or 0 for row in self.rows))} for backward" if known else ""
         spent = sum(map(sum, times))
         by = f"fastdrop drops in {calls['fastdrop']} of {sum(calls.values())} calls, torch in {calls['torch']}."
-        return (
-            f"A step takes {_digits(self.step_ms)} ms; the calls below take {_digits(spent)} ms of it and keep "
-            f"{_bytes(kept)} for backward. {by}"
-        )
+        return f"A step takes {_digits(self.step_ms)} ms; the calls below take {_digits(spent)} ms of it{kept}. {by}"
 
     def _footnotes(self) -> list[str]:
         torchs = [row for row in self.rows if row.by == "torch"]
