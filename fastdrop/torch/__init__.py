@@ -64,7 +64,9 @@ except ImportError as error:
     from importlib.util import find_spec
 
     if find_spec("torch") is None:
-        raise ImportError('fastdrop.torch needs torch 2.11 or later: pip install "fastdrop[torch]"') from error
+        from ..core.installing import how_to_install
+
+        raise ImportError(f"fastdrop.torch needs torch 2.11 or later: {how_to_install('torch')}") from error
     import torch
 
     raise ImportError(f"fastdrop.torch does not work with torch {torch.__version__}: {error}") from error
