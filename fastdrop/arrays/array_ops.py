@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,8 @@ Array = NDArray[Any]
 Shape = tuple[int, ...]
 BitMask = PackedMask | SeededMask
 Mask = BitMask | GaussianNoise
-RandomState = None | int | Stream | np.random.Generator  # the values of ``rng``
+# The values of ``rng``. A string, because NumPy loads `numpy.random` when asked, which takes as long as our own import.
+RandomState: TypeAlias = "int | Stream | np.random.Generator | None"
 PartOfWhole = None | Part | Sequence[Part]  # the values of ``part``
 DeferredDraw = tuple[Any, State, int]  # the backend's function that draws and runs a primitive; state, threshold
 BlockPasses = tuple[tuple[int, int, int, int], ...]
