@@ -120,7 +120,8 @@ lint: $(VENV)/.packages
 	@echo "== ruff, mypy, clang-format"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m tests.snippets build/snippets
+	$(BIN)/mypy fastdrop tests/torch/public_types.py build/snippets
 	$(BIN)/clang-format --dry-run --Werror $(C_FORMATTED)
 
 format: $(VENV)/.packages
