@@ -1,8 +1,8 @@
 """A loop with Accelerate: the losses of a big batch, whatever the size of its micro-batches.
 
 You want this if you write your own loop with `accelerate.Accelerator`. Two lines are fastdrop's: `fdt.enabled` around
-the loop, in which torch's dropout runs on fastdrop, and `fdt.name_masks`, which makes the mask of a sample depend on the
-step and the sample alone. So a batch may be cut into micro-batches, or shared among processes, and still have the
+the loop, in which torch's dropout runs on fastdrop, and `fdt.name_masks`, which makes the mask of a sample depend on
+the step and the sample alone. So a batch may be cut into micro-batches, or shared among processes, and still have the
 losses of one process with the whole batch. With torch's dropout each way of cutting gives other masks.
 
     python examples/recipes/accelerate_loop.py --quick

@@ -64,12 +64,14 @@ def main():
     distinct = len(drawn[2].unique(dim=0))
     print(f"{distinct} distinct masks for {count} samples with 2 workers, the same as with 0 and 1")
     assert distinct == count
-    assert torch.equal(drawn[0], drawn[1]) and torch.equal(drawn[0], drawn[2])
+    assert torch.equal(drawn[0], drawn[1])
+    assert torch.equal(drawn[0], drawn[2])
     assert not (later == drawn[2]).all(1).any()
 
     streams = epoch_with(2, DroppedByStream(samples, 0.5))
-    print(f"{len(streams.unique(dim=0))} distinct masks with a stream for each worker; they depend on the number of workers")
-    assert len(streams.unique(dim=0)) == count
+    distinct = len(streams.unique(dim=0))
+    print(f"{distinct} distinct masks with a stream for each worker; others if the number of workers is another")
+    assert distinct == count
     assert not torch.equal(streams, epoch_with(1, DroppedByStream(samples, 0.5)))
 
 

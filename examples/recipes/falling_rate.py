@@ -44,7 +44,9 @@ def train(convert, steps, backend):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few steps, and graphs that run without code of Inductor's")
+    parser.add_argument(
+        "--quick", action="store_true", help="few steps, and graphs that run without code of Inductor's"
+    )
     quick = parser.parse_args().quick
     if quick:
         steps, backend = 5, lambda graph, inputs: graph

@@ -1,8 +1,8 @@
 """Serve predictions with their uncertainty from several threads.
 
-You want this if a server answers with Monte Carlo predictions. One model may serve all threads at once: `fdt.mc_predict`
-writes no module's mode and no global random state, and with a seed for each request the answer is the same whichever
-thread gives it, beside whatever other requests. So an answer can be computed again, from the request and its seed.
+You want this if a server answers with Monte Carlo predictions. One model may serve all threads at once, because
+`fdt.mc_predict` writes no module's mode and no global random state. With a seed for each request the answer is the same
+whichever thread gives it, beside whatever other requests. So it can be computed again, from the request and its seed.
 
     python examples/recipes/served_uncertainty.py --quick
 """

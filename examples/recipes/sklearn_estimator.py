@@ -1,8 +1,8 @@
 """An estimator for scikit-learn in plain NumPy, with the uncertainty of its predictions.
 
 You want this if torch is more than you need: `fd.dropout` and `fd.dropout_backward` are all that a network in NumPy
-takes. The estimator has scikit-learn's interface, so `clone`, `cross_val_score` and pipelines work, and one method more:
-`predict_uncertainty` predicts many times with dropout on and returns the mean and the standard deviation.
+takes. The estimator has scikit-learn's interface, so `clone`, `cross_val_score` and pipelines work. It has one method
+more: `predict_uncertainty` predicts many times with dropout on and returns the mean and the standard deviation.
 
     python examples/recipes/sklearn_estimator.py --quick
 """

@@ -1,9 +1,9 @@
 """A ConvNeXt of torchvision: stochastic depth that skips what it drops.
 
-You want this if you train torchvision's models with StochasticDepth (ConvNeXt, Swin, EfficientNet). torchvision computes
-each branch for all samples and then multiplies some of them by 0. `fdt.convert` makes that one pass of one-bit masks,
-and `fdt.fuse` computes the branch for the kept samples only. `fdt.DropoutScheduler` drives the rates, which rise from
-block to block, by one number, and keeps their proportions.
+You want this if you train torchvision's models with StochasticDepth (ConvNeXt, Swin, EfficientNet). torchvision
+computes each branch for all samples and then multiplies some of them by 0. `fdt.convert` makes that one pass of one-bit
+masks, and `fdt.fuse` computes the branch for the kept samples only. The rates rise from block to block.
+`fdt.DropoutScheduler` drives them by one number and keeps their proportions.
 
     python examples/recipes/vision/torchvision_convnext.py --quick
 """
