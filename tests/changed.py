@@ -37,6 +37,7 @@ TABLE = {  # tests of a folder's modules that have no test file of their name; t
     "fastdrop/vectors/": KERNELS,
     "bench/": ["tests/bench"],
     "docs/": ["tests/test_docs.py"],
+    "docs/recipes.md": ["tests/test_recipes.py"],
     "README.md": ["tests/test_docs.py"],
     "examples/": ["tests/test_examples.py"],
     "examples/recipes/": ["tests/test_recipes.py"],
