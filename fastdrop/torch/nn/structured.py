@@ -207,7 +207,8 @@ class DropPath(_NamedDropProb):
 
     def extra_repr(self) -> str:
         options = f"scale_by_keep={self.scale_by_keep}, store={self.store!r}{self.source_repr()}"
-        return f"drop_prob={self.p}, {options}"
+        # timm computes rates in float32: 0.4000000059604645
+        return f"drop_prob={round(self.p, 6)}, {options}"
 
 
 class _DropBlock(Seeded):
