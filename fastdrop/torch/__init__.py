@@ -10,6 +10,7 @@
 try:
     from .functional.attention import scaled_dot_product_attention
     from .functional.batchwise import batchwise_linear
+    from .functional.blocks import drop_block2d, drop_block3d
     from .functional.dropout import alpha_dropout, drop_connect, dropout, gaussian_dropout
     from .functional.fused import (
         bias_act_dropout,
@@ -17,16 +18,13 @@ try:
         dropout_add,
         dropout_add_layer_norm,
         dropout_add_rms_norm,
-        geglu_dropout,
         softmax_dropout,
-        swiglu_dropout,
     )
+    from .functional.gated import geglu_dropout, swiglu_dropout
     from .functional.lora import lora_linear
     from .functional.parts import cells_of
     from .functional.residual import skip_residual
     from .functional.structured import (
-        drop_block2d,
-        drop_block3d,
         dropout1d,
         dropout2d,
         dropout3d,
@@ -57,9 +55,9 @@ try:
         DropBlock3d,
         DropPath,
         StochasticDepth,
-        TokenDropout,
         VariationalDropout,
     )
+    from .nn.tokens import TokenDropout
     from .nn.weights import DropConnect, EmbeddingDropout
     from .tools.audit import AuditReport, audit
     from .tools.check_masks import check_masks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from ..runtime.dispatch.tensors import jit_trace
 from . import onnx, sharded
 from .plan import ONNX, Seed, Source, Whole, check_tensor, check_uncut, check_unused_seed, for_subclasses, plan_call
 from .selection import select_fixed
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 __all__ = ["token_dropout"]
 
@@ -87,9 +84,12 @@ def token_dropout(
         How many tokens at the beginning are always kept, such as that of the class.
     training : bool
         False returns x itself, and so does a p so small that all tokens are kept.
-    generator, seed, part
-        As in `dropout`, with the same errors. A part is one of the tokens that may be dropped, ``(N, n)``,
-        and has all of a sample's.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
     return_index : bool
         Whether to return the numbers of the kept tokens too, ``(N, keep_first + k)`` and int64, to take positions or
         masks along.
@@ -106,11 +106,23 @@ def token_dropout(
         x that is no Tensor, p that is a Tensor.
     RuntimeError
         Nested tensors, ``torch.jit.trace`` of a call that drops, and what `dropout` refuses.
+    TypeError, ValueError, RuntimeError
+        As in `dropout`.
+
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
+    A part is one of the tokens that may be dropped, ``(N, n)``, and has all of a sample's.
 
     Add positions before you drop, or take their rows by the index. Kept for backward: the index, 8 bytes per kept
     token. Shapes do not depend on what is drawn, so `torch.compile` makes one graph. Sources: Liu, Matsoukas et al.,
     "PatchDropout", WACV 2023; Yao et al., "Random-LTD", 2022.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> x = torch.arange(18.0).reshape(2, 9, 1)
     >>> fdt.token_dropout(x, 0.5, seed=0)[..., 0]
