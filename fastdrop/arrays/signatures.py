@@ -7,7 +7,7 @@ decide a type are written once here, as TypedDicts, so that overloads need not r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, Protocol, TypedDict, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,7 +30,8 @@ ArrayArgument = ArrayLike | DeviceArray
 SameArray = TypeVar("SameArray", bound=Array | DeviceArray)  # the result is an array of the argument's type
 BitMask = PackedMask | SeededMask
 Mask = BitMask | GaussianNoise
-RandomState = None | int | np.integer[Any] | Stream | np.random.Generator  # the values of ``rng``
+# The values of ``rng``. A string, because NumPy loads `numpy.random` when asked, which takes as long as our own import.
+RandomState: TypeAlias = "int | np.integer[Any] | Stream | np.random.Generator | None"
 PartOfWhole = None | Part | Sequence[Part]  # the values of ``part``
 
 # A mask is None if nothing was dropped: at p = 0 and when not training. Most code only hands it on to

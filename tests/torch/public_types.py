@@ -1,11 +1,10 @@
 """What type checkers say of the public API. `make lint` checks this file with strict mypy; it is not run."""
 
-from typing import Any
+from typing import Any, assert_type
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from typing_extensions import assert_type
 
 import fastdrop as fd
 import fastdrop.torch as fdt
