@@ -97,11 +97,13 @@ _AT_FIRST_USE = {
 _MODULE_OF = {name: module for module, names in _AT_FIRST_USE.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    return value
+if not TYPE_CHECKING:  # or to a type checker the module would have any name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+        return value
 
 
 def __dir__() -> list[str]:

@@ -60,6 +60,7 @@ def tensors(x: torch.Tensor) -> None:
     assert_type(fdt.token_dropout(x, 0.5), torch.Tensor)
     assert_type(fdt.token_dropout(x, 0.5, return_index=True), tuple[torch.Tensor, torch.Tensor])
     assert_type(fdt.scaled_dot_product_attention(x, x, x, dropout_p=0.1), torch.Tensor)
+    fdt.no_such_name(x)  # type: ignore[attr-defined]
     fdt.dropout(x, inplce=True)  # type: ignore[call-arg]
     fdt.geglu_dropout(x)  # type: ignore[call-arg]
 
