@@ -67,9 +67,7 @@ def drop_block(
     Raises
     ------
     TypeError, ValueError
-        As in `dropout`. TypeError or ValueError if block_size does not fit or x has another number of axes. A part has
-        the spatial axes whole. Its scale is the whole's, so the call also draws the whole's mask, in memory too, to
-        count its kept cells.
+        As in `dropout`, and if block_size does not fit or x has another number of axes.
 
     See Also
     --------
@@ -77,6 +75,9 @@ def drop_block(
 
     Notes
     -----
+    A part has the spatial axes whole. Its scale is the whole's, so the call also draws the whole's mask, in memory too,
+    to count its kept cells.
+
     Kept for backward: a bit per element. For an array on a GPU the call waits, to count the kept cells. Source: Ghiasi
     et al., NeurIPS 2018.
 

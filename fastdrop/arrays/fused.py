@@ -190,7 +190,7 @@ def bias_act_dropout(
     rng : None, int, Stream or numpy.random.Generator
         What the mask is drawn from: the process-wide stream, a seed, or the given source.
     out : ndarray, optional
-        Receives the result.
+        Receives the result. It is like x and may be x itself.
     part : Part or sequence of them, optional
         Of which whole array the data is a part.
 
@@ -204,7 +204,6 @@ def bias_act_dropout(
     ------
     TypeError, ValueError
         As in `dropout_add`. ValueError for another activation, a bias of another shape, or a bias and x without axes.
-        out is like x and may be x itself.
 
     See Also
     --------
@@ -265,7 +264,7 @@ def swiglu_dropout(
     rng : None, int, Stream or numpy.random.Generator
         What the mask is drawn from: the process-wide stream, a seed, or the given source.
     out : ndarray, optional
-        Receives the result.
+        Receives the result. It is like gate and may be gate or up itself.
     part : Part or sequence of them, optional
         Of which whole array the data is a part.
 
@@ -286,8 +285,6 @@ def swiglu_dropout(
 
     Notes
     -----
-    Out is like gate and may be gate or up itself.
-
     Kept for backward: gate and up, each itself if it is C-contiguous and the result is not written over it, otherwise a
     copy; and a bit per element, or no bits. Source: Shazeer, arXiv 2002.05202, 2020.
 

@@ -120,20 +120,46 @@ def dropout_add_rms_norm(
 
     Parameters
     ----------
+    x : array_like of a float dtype, ``(*, columns)``
+    residual : array_like of x's shape, or None
+        It has x's dtype, or float32 if x has 16 bits. None adds nothing.
+    weight : array_like of any float dtype, ``(columns,)``, or None
+        The weight of the norm.
+    p : float
+        Drop probability, 0 to 1.
     eps : float, optional
         At least 0. None means ``numpy.finfo(numpy.float32).eps``, or float64's for float64 data, as in torch.
-    x, residual, weight, p, x_bias, training, store, rng, part
-        As in `dropout_add_layer_norm`, with the same results, memory kept and errors.
+    x_bias : array_like of any float dtype, ``(columns,)``, or None
+        Added to x before dropout.
+    training : bool
+        False drops nothing.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or the random state, from which they are drawn again.
+    rng : None, int, Stream or numpy.random.Generator
+        What the mask is drawn from: the process-wide stream, a seed, or the given source.
+    part : Part or sequence of them, optional
+        Of which whole array the data is a part.
 
     Returns
     -------
-    y, residual_out : ndarray
+    y : ndarray of x's shape and dtype
+    residual_out : ndarray of x's shape, and of the residual's dtype
+        Backward reads it, so do not pass it to a later op as out.
     saved : Saved
         ``saved.backward(dy, dresidual=None)`` is ``(x, residual, weight, x_bias)``.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout_add_layer_norm`.
+
+    See Also
+    --------
+    dropout_add_layer_norm, dropout_add : say more about these parameters.
+
     Notes
     -----
-    Source: Zhang and Sennrich, NeurIPS 2019.
+    Kept for backward: what `dropout_add_layer_norm` keeps. Source: Zhang and Sennrich, NeurIPS 2019.
 
     Examples
     --------
@@ -183,7 +209,7 @@ def softmax_dropout(
     rng : None, int, Stream or numpy.random.Generator
         What the mask is drawn from: the process-wide stream, a seed, or the given source.
     out : ndarray, optional
-        Receives the result.
+        Receives the result. It is like scores and may be scores itself.
     part : Part or sequence of them, optional
         Of which whole array the data is a part.
 
@@ -198,7 +224,7 @@ def softmax_dropout(
     ------
     TypeError, ValueError
         As in `dropout_add`. ValueError if scale is not finite, attn_mask does not broadcast, scores has no axes, or a
-        part cuts the keys or, if causal, the queries. out is like scores or scores itself.
+        part cuts the keys or, if causal, the queries.
 
     See Also
     --------

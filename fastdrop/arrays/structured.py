@@ -73,7 +73,7 @@ def feature_dropout(
     training : bool
         False drops nothing.
     scaling : {"inverted", "standard"}
-        When elements are scaled: in training, or else when not training.
+        "inverted" scales what is kept in training, "standard" everything when not training.
     store : {"bits", "seed"}
         What is kept for backward: bits, or the random state, from which they are drawn again.
     rng : None, int, Stream or numpy.random.Generator
@@ -233,7 +233,7 @@ def variational_dropout(
     training : bool
         False drops nothing.
     scaling : {"inverted", "standard"}
-        When elements are scaled: in training, or else when not training.
+        "inverted" scales what is kept in training, "standard" everything when not training.
     store : {"bits", "seed"}
         What is kept for backward: bits, or the random state, from which they are drawn again.
     rng : None, int, Stream or numpy.random.Generator
@@ -322,7 +322,7 @@ def stochastic_depth(
     training : bool
         False drops nothing.
     scaling : {"inverted", "standard"}
-        When elements are scaled: in training, or else when not training.
+        "inverted" scales what is kept in training, "standard" everything when not training.
     store : {"bits", "seed"}
         What is kept for backward: bits, or the random state, from which they are drawn again.
     rng : None, int, Stream or numpy.random.Generator

@@ -264,8 +264,12 @@ class SeededMask(_Drawn):
     ----------
     seed, offset : int
         Random state, from 0 to 2**64 - 1.
-    shape, p, scale
-        As for `PackedMask`.
+    shape : tuple of int
+        The mask's own shape: 1 on axes along which elements share a decision.
+    p : float
+        Drop probability.
+    scale : float, optional
+        The multiplier of kept elements; by default that of inverted dropout, ``1 / (1 - p)``.
     part : Part or sequence of them, optional
         Of which whole mask this one is a part, as in `dropout`.
 

@@ -160,8 +160,6 @@ def scaled_dot_product_attention(
         What torch refuses, in its words: other dtypes, shapes that don't fit, attn_mask together with is_causal.
     ValueError, TypeError
         A bad dropout_p, seed, generator, noise_shape or store, as in `dropout`.
-    TypeError, ValueError, RuntimeError
-        As in `dropout`.
 
     See Also
     --------
@@ -169,7 +167,7 @@ def scaled_dot_product_attention(
 
     Notes
     -----
-    the mask is that of `dropout` of the weights, and of those a part. The softmax is of the keys that are given, and
+    The mask is that of `dropout` of the weights, and of those a part. The softmax is of the keys that are given, and
     ``is_causal`` counts the queries and keys that are given.
 
     Kept for backward: the arguments, the result, two numbers of float32 (float64 for float64) for each query, 8 bytes.

@@ -109,8 +109,6 @@ def batchwise_linear(
         What is no Tensor, an activation that can't be called.
     RuntimeError
         What `dropout` and `torch.nn.functional.linear` refuse.
-    TypeError, ValueError, RuntimeError
-        As in `dropout`.
 
     See Also
     --------

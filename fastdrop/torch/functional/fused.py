@@ -74,8 +74,6 @@ def dropout_add(
         input or residual that is no Tensor; residual's dtype; p or seed of another type.
     RuntimeError
         input of an integer dtype; what `dropout` refuses under ``torch.compile`` and ``vmap``.
-    TypeError, ValueError, RuntimeError
-        As in `dropout`.
 
     See Also
     --------
@@ -83,7 +81,7 @@ def dropout_add(
 
     Notes
     -----
-    of a call of this shape with the same seed.
+    The mask is that of `dropout` of this shape with the same seed.
 
     The residual's gradient is that of the result itself, and not a copy. Like the other fused functions it has a
     gradient of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``, autocast and
@@ -116,14 +114,34 @@ def bias_dropout_add(
 
     Parameters
     ----------
-    input : Tensor, ``(*, columns)``, of the dtypes of `dropout_add`
-    bias : Tensor of any float dtype, ``(columns,)``
-    residual, p, training, generator, seed, part, store
-        As in `dropout_add`, with the same result and errors. ValueError for a bias of another shape.
+    input : Tensor of a float dtype, ``(*, columns)``
+    bias : Tensor of a float dtype, ``(columns,)``
+    residual : Tensor of input's shape and dtype, or float32 beside 16-bit input
+    p : float or Tensor of one number
+        Drop probability, 0 to 1.
+    training : bool
+        False drops nothing.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
 
     Returns
     -------
     Tensor with residual's dtype and strides, as of ``residual + input``
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout_add`. ValueError for a bias of another shape.
+
+    See Also
+    --------
+    dropout_add : says more about these parameters.
 
     Notes
     -----
@@ -301,20 +319,43 @@ def dropout_add_rms_norm(
 
     Parameters
     ----------
+    input : Tensor of a float dtype, ``(*, columns)``
+    residual : Tensor of input's shape and dtype, or float32 beside 16-bit input, or None
+    weight : Tensor of a float dtype, ``(columns,)``, optional
+    p : float or Tensor of one number
+        Drop probability, 0 to 1.
     eps : float, optional
         Added to the mean square. None is float32's eps, or float64's for float64, as in ``F.rms_norm``.
-    input, residual, weight, p, training, input_bias, generator, seed, part, store
-        As in `dropout_add_layer_norm`, with the same results, errors and memory for backward.
+    training : bool
+        False drops nothing.
+    input_bias : Tensor of a float dtype, ``(columns,)``, optional
+        Added to input before dropout.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
 
     Returns
     -------
     y : Tensor with input's shape and dtype
-    residual_out : Tensor with input's shape and residual's dtype
-        What the norm is of: ``residual + dropout(input + input_bias, p)``.
+    sum : Tensor with input's shape and residual's dtype
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout_add_layer_norm`.
+
+    See Also
+    --------
+    dropout_add_layer_norm, dropout_add : say more about these parameters.
 
     Notes
     -----
-    Source: Zhang and Sennrich, "Root mean square layer normalization", NeurIPS 2019.
+    Kept for backward: as in `dropout_add_layer_norm`. Source: Zhang and Sennrich, NeurIPS 2019.
 
     Examples
     --------

@@ -101,8 +101,6 @@ def lora_linear(
         A tensor of another dtype than x, unless autocast is on; an argument that is no Tensor.
     RuntimeError
         x of an integer or a complex dtype, or nested; what `dropout` refuses under ``torch.compile`` and ``vmap``.
-    TypeError, ValueError, RuntimeError
-        As in `dropout`.
 
     See Also
     --------
@@ -110,7 +108,7 @@ def lora_linear(
 
     Notes
     -----
-    the mask is that of `dropout` of x.
+    The mask is that of `dropout` of x.
 
     Kept for backward: x, the parameters and the seed, 8 bytes. Calls on one x keep it once, under autocast too, which
     casts the arguments as it does for `F.linear`. Backward computes dropped x again, and its product with lora_A.

@@ -113,8 +113,6 @@ def skip_residual(
     RuntimeError
         A branch that writes to its input where samples may be dropped, nested tensors, "fixed" under
         `torch.jit.trace`, and what `dropout` refuses.
-    TypeError, ValueError, RuntimeError
-        As in `dropout`.
 
     See Also
     --------

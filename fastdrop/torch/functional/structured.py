@@ -309,7 +309,7 @@ def variational_dropout(
     store : {"bits", "seed"}
         What is kept for backward: bits, or a seed, from which they are drawn again.
     scaling : {"inverted", "standard"}
-        When elements are scaled: in training, or else in evaluation.
+        "inverted" scales what is kept in training, "standard" everything in evaluation.
 
     Returns
     -------
@@ -378,7 +378,7 @@ def stochastic_depth(
     store : {"bits", "seed"}
         What is kept for backward: bits, or a seed, from which they are drawn again.
     scaling : {"inverted", "standard"}
-        When elements are scaled: in training, or else in evaluation.
+        "inverted" scales what is kept in training, "standard" everything in evaluation.
 
     Returns
     -------
@@ -395,7 +395,7 @@ def stochastic_depth(
 
     Notes
     -----
-    (``scaling="standard"`` is that of the paper.).
+    ``scaling="standard"`` is that of the paper.
 
     Kept for backward: a bit per sample, or a seed. Source: Huang et al., ECCV 2016.
 

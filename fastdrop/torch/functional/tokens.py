@@ -106,8 +106,6 @@ def token_dropout(
         x that is no Tensor, p that is a Tensor.
     RuntimeError
         Nested tensors, ``torch.jit.trace`` of a call that drops, and what `dropout` refuses.
-    TypeError, ValueError, RuntimeError
-        As in `dropout`.
 
     See Also
     --------

@@ -183,7 +183,7 @@ class VariationalLSTM(_Variational, nn.LSTM):
 
     Parameters
     ----------
-    input_size, hidden_size, num_layers, bias, batch_first, bidirectional, proj_size, device, dtype
+    input_size, hidden_size, num_layers, bias, batch_first, bidirectional, proj_size, device, dtype : as in torch
         As in `torch.nn.LSTM`, the last four by name only. ``dropout_input`` takes the place of its ``dropout``.
     dropout_input, dropout_recurrent, dropout_output : float
         Drop probabilities, 0 to 1. Each is the p of a submodule of the same name, a `VariationalDropout`. Change
@@ -196,7 +196,7 @@ class VariationalLSTM(_Variational, nn.LSTM):
         Starts a stream of the module's own, from which each call in training takes its mask.
     generator : torch.Generator, optional
         Each call in training draws from it; by default from torch's own.
-    layout
+    layout : None
         Must be None, because the layer has whole sequences and states only.
 
     Raises
@@ -281,7 +281,7 @@ class VariationalGRU(_Variational, nn.GRU):
 
     Parameters
     ----------
-    input_size, hidden_size, num_layers, bias, batch_first, bidirectional, device, dtype
+    input_size, hidden_size, num_layers, bias, batch_first, bidirectional, device, dtype : as in torch
         As in `torch.nn.GRU`, the last three by name only.
     dropout_input, dropout_recurrent, dropout_output : float
         Drop probabilities, 0 to 1: of each layer's input, of the hidden state before its product, of the last output.
@@ -291,7 +291,7 @@ class VariationalGRU(_Variational, nn.GRU):
         Starts a stream of the module's own, from which each call in training takes its masks.
     generator : torch.Generator, optional
         Each call in training draws from it; by default from torch's own.
-    layout
+    layout : None
         Must be None, because the layer has whole sequences and states only.
 
     Raises

@@ -32,8 +32,13 @@ class SkipResidual(Seeded):
         Called as ``branch(x, *along)``. It becomes the submodule ``branch``.
     p : float
         Drop probability of a sample, 0 to 1.
-    scale_by_keep, min_p, count
-        As in `skip_residual`. With ``count="fixed"``, code that torch compiled is compiled again if p changes.
+    scale_by_keep : bool
+        Whether the branch's result is multiplied by ``1 / (1 - p)``.
+    min_p : float
+        For p below it all samples go through the branch.
+    count : {"random", "fixed"}
+        Whether each sample is kept with probability ``1 - p``, or the same number of them in each call. With "fixed"
+        compiled code is compiled again if p changes.
     seed : int, optional
         Starts a stream of the module's own, from which each call in training takes its mask.
     generator : torch.Generator, optional
@@ -124,7 +129,7 @@ class LayerDrop(Seeded, nn.ModuleList):
         Starts a stream of the module's own, from which each call in training takes its mask.
     generator : torch.Generator, optional
         Each call in training draws from it; by default from torch's own.
-    layout
+    layout : None
         Must be None: a layer is dropped as a whole.
 
     Raises
@@ -140,7 +145,7 @@ class LayerDrop(Seeded, nn.ModuleList):
 
     Notes
     -----
-    But for a generator of the CPU.
+    A generator is one of the CPU.
 
     Its forward is ``x = layer(x, *args, **kwargs)`` for each layer. Nothing is scaled, as in the paper. One number
     decides for all layers of a call. It is drawn on the CPU, also for layers on a GPU. Ranks of a job skip the same

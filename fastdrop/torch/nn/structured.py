@@ -349,7 +349,7 @@ class DropBlock2d(_DropBlock):
 
     Notes
     -----
-    But a layout is a mesh with placements.
+    A layout is a mesh with placements.
 
     Stored for backward: a bit per cell. Source: Ghiasi et al., NeurIPS 2018.
 

@@ -204,7 +204,7 @@ def mc_predict(
     ----------
     model : Module
         Returns a Tensor of real numbers, or something that has one as ``logits``.
-    x
+    x : Tensor or whatever the model accepts
         The model's argument, a Tensor or anything else. A tuple has several arguments, a dict has arguments with names.
         (Put an argument that is itself a tuple or a dict into a tuple.)
     samples : int
