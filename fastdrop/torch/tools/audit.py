@@ -49,9 +49,9 @@ class AuditReport:
     """
 
     def __init__(self, findings: list[Finding], limit: str = "", functional: list[Row] | None = None) -> None:
-        self.findings = sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
+        self.findings: list[Finding] = sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
         self.limit = limit
-        self.functional = functional or []
+        self.functional: list[Row] = functional or []
 
     def at_least(self, severity: str) -> list[Finding]:
         """The findings of a severity and the worse ones.
