@@ -112,7 +112,8 @@ def dropout(
 
     Notes
     -----
-    Sources: Hinton et al. 2012; Srivastava et al., JMLR 15, 2014.
+    Kept for backward: 1/8 byte per cell, or nothing with ``store="seed"``. Sources: Hinton et al. 2012; Srivastava et
+    al., JMLR 15, 2014.
 
     Examples
     --------

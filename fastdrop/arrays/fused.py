@@ -71,7 +71,7 @@ def dropout_add(
 
     Notes
     -----
-    Source: Vaswani et al., NeurIPS 2017, section 5.4.
+    Kept for backward: a bit per element, or nothing. Source: Vaswani et al., NeurIPS 2017, section 5.4.
 
     Examples
     --------

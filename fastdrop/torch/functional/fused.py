@@ -146,7 +146,7 @@ def bias_dropout_add(
     Notes
     -----
     Kept for backward: a bit per element, or a seed. The bias's gradient is summed in float32 (float64 for float64) in
-    an order that input's shape decides.
+    an order that input's shape decides. Source: Vaswani et al., NeurIPS 2017.
 
     Examples
     --------
@@ -211,7 +211,7 @@ def bias_act_dropout(
     Notes
     -----
     Kept for backward: with "relu" one bit per element and nothing else, whatever ``store`` is. With None that bit or a
-    seed. With the other activations input too.
+    seed. With the other activations input too. Source: Vaswani et al., NeurIPS 2017.
 
     Examples
     --------

@@ -91,6 +91,7 @@ class Dropout(_Elementwise, nn.Dropout):
     stream stays where it is.
 
     The input may have any shape, and the output has the same. Errors and details as in `fastdrop.torch.dropout`.
+    Sources: Hinton et al. 2012; Srivastava et al., JMLR 15, 2014.
 
     Examples
     --------
@@ -171,6 +172,10 @@ class Dropout1d(_Elementwise, nn.Dropout1d):
     Dropout : says more about these parameters.
     dropout1d : the function, with shapes, errors and memory kept.
 
+    Notes
+    -----
+    Kept for backward: a bit per channel and sample, or a seed. Source: Tompson et al., CVPR 2015.
+
     Examples
     --------
     >>> import fastdrop.torch as fdt
@@ -210,6 +215,10 @@ class Dropout2d(_Elementwise, nn.Dropout2d):
     Dropout : says more about these parameters.
     dropout2d : the function, with shapes, errors and memory kept.
 
+    Notes
+    -----
+    Kept for backward: a bit per channel and sample, or a seed. Source: Tompson et al., CVPR 2015.
+
     Examples
     --------
     >>> import fastdrop.torch as fdt
@@ -248,6 +257,10 @@ class Dropout3d(_Elementwise, nn.Dropout3d):
     --------
     Dropout : says more about these parameters.
     dropout3d : the function, with shapes, errors and memory kept.
+
+    Notes
+    -----
+    Kept for backward: a bit per channel and sample, or a seed. Source: Tompson et al., CVPR 2015.
 
     Examples
     --------
@@ -290,6 +303,10 @@ class AlphaDropout(_Elementwise, nn.AlphaDropout):
     Dropout : says more about these parameters.
     alpha_dropout : the function, with shapes, errors and memory kept.
 
+    Notes
+    -----
+    Kept for backward: a bit per element, or a seed. Source: Klambauer et al., NeurIPS 2017.
+
     Examples
     --------
     >>> import fastdrop.torch as fdt
@@ -330,6 +347,10 @@ class FeatureAlphaDropout(_Elementwise, nn.FeatureAlphaDropout):
     --------
     Dropout : says more about these parameters.
     feature_alpha_dropout : the function, with shapes, errors and memory kept.
+
+    Notes
+    -----
+    Kept for backward: a bit per channel and sample, or a seed. Source: Klambauer et al., NeurIPS 2017.
 
     Examples
     --------
@@ -372,6 +393,7 @@ class GaussianDropout(Seeded):
     Notes
     -----
     Source: Srivastava et al., JMLR 15, 2014, section 10. Keras has a layer of this name.
+    Kept for backward: 8 bytes, and the input if p requires grad.
 
     Examples
     --------

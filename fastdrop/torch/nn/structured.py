@@ -395,6 +395,10 @@ class DropBlock3d(_DropBlock):
     DropBlock2d, Dropout : say more about these parameters.
     drop_block3d : the function.
 
+    Notes
+    -----
+    Kept for backward: a bit per cell and 8 bytes. Source: Ghiasi et al., NeurIPS 2018.
+
     Examples
     --------
     >>> import torch, fastdrop.torch as fdt
