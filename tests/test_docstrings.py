@@ -97,6 +97,14 @@ def complaints(path: str, item: Any, owner: Any) -> Iterator[str]:
         yield "has no Examples"
 
 
+def test_overloads_have_the_parameters_of_their_function():
+    overloaded = [item for _, item, _ in public() if inspect.isfunction(item) and typing.get_overloads(item)]
+    assert len(overloaded) > 10
+    for function in map(inspect.unwrap, overloaded):
+        for overload in typing.get_overloads(function):
+            assert sorted(parameters(overload)) == sorted(parameters(function))
+
+
 def test_public_docstrings_are_complete():
     found = {path: said for path, *item in public() if (said := list(complaints(path, *item)))}
     assert found == {}
