@@ -194,6 +194,7 @@ $(VENV)/.docs: requirements-docs.txt $(VENV)/.built
 # The source folder is the repository's root, so that links to reports, examples and source files lead there.
 docs: $(VENV)/.docs
 	@echo "== documentation"
+	rm -rf build/docs build/doctrees
 	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/docs
 	$(BIN)/python docs/check_links.py build/docs
 	@echo "build/docs/index.html"
