@@ -212,7 +212,7 @@ test-neon: $(OUT)/golden.txt
 
 $(VENV)/.docs: requirements-docs.txt $(VENV)/.ready
 	@echo "== installing what the documentation is built with"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c requirements-dev.txt -r requirements-docs.txt
+	$(PIP_INSTALL) --no-compile -r requirements-docs.txt
 	@touch $@
 
 # The source folder is the repository's root, so that links to reports, examples and source files lead there.

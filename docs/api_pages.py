@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent / "api"
 GROUPS = {
     "fastdrop": [
         ("numpy_dropout", "NumPy: dropout", ["arrays.dropout", "arrays.structured"]),
-        ("numpy_fused", "NumPy: fused functions", ["arrays.fused", "arrays.saved"]),
+        ("numpy_fused", "NumPy: fused functions", ["arrays.fused", "arrays.fused_rows", "arrays.saved"]),
         ("numpy_masks", "NumPy: masks, random state, parts", ["core"]),
         ("backends", "Backends and threads", ["backends"]),
     ],
