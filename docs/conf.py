@@ -47,7 +47,6 @@ html_copy_source = False
 html_show_sourcelink = False
 
 nitpicky = True
-suppress_warnings = ["toc.empty_glob"]  # pages that are not written yet
 pygments_style = "friendly"
 pygments_dark_style = "monokai"
 
