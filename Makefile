@@ -219,7 +219,7 @@ $(VENV)/.docs: requirements-docs.txt $(VENV)/.ready
 docs: $(VENV)/.docs
 	@echo "== documentation"
 	rm -rf build/docs build/doctrees
-	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/docs
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
 	$(BIN)/python docs/check_links.py build/docs
 	@echo "build/docs/index.html"
 
