@@ -1,6 +1,7 @@
 """The code in README and in the pages of the documentation runs, and prints what its comments say."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,11 @@ def test_code_in_documentation_runs_as_shown(block, capsys):
     promised = re.findall(r"print\(.*\)  # (.*)", block)
     assert promised
     assert capsys.readouterr().out.splitlines() == promised
+
+
+def test_picture_of_the_kinds_is_what_its_script_draws():
+    script = runpy.run_path(str(ROOT / "docs/kinds_picture.py"))
+    assert script["PICTURE"].read_text() == script["picture"]()
 
 
 def anchors(page):
