@@ -84,6 +84,8 @@ def lies_in(home: str, module: str, room: str) -> bool:
 def page(title: str, module: str, names: list[str]) -> str:
     public = importlib.import_module(module)
     blocks = [f"# {title}", ""]
+    if module == "fastdrop.schedules":  # the only module that is public itself
+        blocks += rst(f".. automodule:: {module}")
     for full in names:
         name = full.rsplit(".", 1)[1]
         if isinstance(getattr(public, name), type):
