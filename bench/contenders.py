@@ -109,6 +109,16 @@ def threads(n: int, torch: Any) -> Iterator[None]:
             torch.set_num_threads(before[1])
 
 
+def threads_id(n: int) -> str:
+    """As names of cases have it."""
+    return f"{n}thread{'s' * (n > 1)}"
+
+
+def p_id(value: object) -> str | None:
+    """p as names of cases have it; other parameters get what pytest calls them."""
+    return f"p{value}" if isinstance(value, float) else None
+
+
 def _give_threads(n: int) -> None:
     backends.set_num_threads(n)
     if native.unavailable() is None:

@@ -25,7 +25,7 @@ def write(arguments: list[str], usage: str, report: Callable[..., str], plot: Ca
         return 2
     source = Path(arguments[0])
     run = json.loads(source.read_text())
-    rows = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
+    rows = [benchmark["extra_info"] for benchmark in run["benchmarks"] if "peers" in benchmark["extra_info"]]
     text = report(run, rows)
     source.with_suffix(".md").write_text(text)
     plot(run, rows, source.with_suffix(".png"))

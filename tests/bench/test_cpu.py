@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import json
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from pytest_benchmark.stats import Metadata
 
 import fastdrop as fd
 from bench import contenders, machine, pairing, run
@@ -20,7 +23,7 @@ from bench.cpu import report as report_dropout
 from fastdrop.backends import c as native
 from fastdrop.backends import memory
 
-from ..cases import DTYPES
+from ..cases import DTYPES, ROOT
 
 needs_c = pytest.mark.skipif(native.unavailable() is not None, reason="the C extension is not built")
 
@@ -28,17 +31,27 @@ needs_c = pytest.mark.skipif(native.unavailable() is not None, reason="the C ext
 class Benchmark:
     """As much of pytest-benchmark's fixture as `alternate` uses."""
 
-    def __init__(self):
-        self.extra_info = {}
+    def __init__(self, name="test_case[2threads-forward-1M]", disabled=False):
+        self.extra_info, self.disabled, self.rows, self.has_error, self.cprofile_stats = {}, disabled, [], False, None
+        self.name, self.fullname, self.group, self.param, self.params = (
+            name,
+            f"bench/{name}",
+            None,
+            None,
+            {"size": "1M"},
+        )
+        self._add_stats = self.rows.append
 
-    def pedantic(self, function, setup, rounds, iterations):
-        taken = []
+    def pedantic(self, function, setup=None, rounds=1, iterations=1):
+        if self.disabled:
+            return function()
+        self.stats = Metadata(self, iterations, {})
+        self._add_stats(self.stats)
         for _ in range(rounds):
             setup()
             start = time.perf_counter()
             function()
-            taken.append(time.perf_counter() - start)
-        self.stats = SimpleNamespace(stats=SimpleNamespace(data=taken))
+            self.stats.update(time.perf_counter() - start)
 
 
 # ---- what is timed ----
@@ -112,6 +125,66 @@ def test_each_call_meets_its_own_context_outside_of_the_time_taken(monkeypatch):
         assert timed["seconds"] == pytest.approx(1e-4)
 
 
+def test_the_table_has_fastdrop_and_its_peers_by_the_call(monkeypatch):
+    """Whatever number of calls a round has: `short` and `long` differ in it."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def lasting(seconds):
+        return lambda: clock.__setitem__(0, clock[0] + seconds)
+
+    benchmark = Benchmark()
+    benchmark.extra_info.update(operation="forward", threads=2)
+    peers = {"short": lasting(1e-6), "long": lasting(3e-4), "memcpy": lasting(1e-5)}
+    pairing.alternate(benchmark, lasting(1e-5), peers, 0.01, hidden={"memcpy"})
+    rows = {row.name: row.as_dict() for row in benchmark.rows}
+    name = "case[forward-1M-2threads] "
+    assert [*rows] == [name + contender for contender in ("fastdrop", "short", "long")]
+    calls = {"fastdrop": (1e-5, 20), "short": (1e-6, 200), "long": (3e-4, 1)}
+    for contender, (seconds, iterations) in calls.items():
+        row = rows[name + contender]
+        assert row["stats"]["median"] == pytest.approx(seconds)
+        assert row["stats"]["ops"] == pytest.approx(1 / seconds)
+        assert row["stats"]["iterations"] == iterations
+        assert row["group"] == "case: forward, 1M, 2threads"
+        assert row["params"] == {"size": "1M", "operation": "forward", "threads": 2, "contender": contender}
+    assert benchmark.extra_info["peers"]["short"]["ratio"] == pytest.approx(10)
+    made = []
+    pairing.alternate(Benchmark(disabled=True), lambda: made.append(""), {"a": lambda: made.append("a")}, 1.0)
+    assert made == ["", "a"]
+
+
+# What a run meets where fastdrop's extra `bench` is installed and nothing else.
+NUMPY_ONLY = """
+import sys
+for name in ("torch", "ml_dtypes", "numba", "matplotlib", "transformers"):
+    sys.modules[name] = None
+from fastdrop.cli import selftest
+selftest.run = lambda **options: True
+import pytest
+sys.exit(pytest.main(sys.argv[1:]))
+"""
+
+
+@needs_c
+def test_pytest_runs_the_benchmarks_of_numpy_without_torch(tmp_path):
+    """Of all files: it finds the sweep, skips torch's, has no doctests, and its JSON keeps rows of peers."""
+    saved = tmp_path / "saved.json"
+    command = [
+        sys.executable, "-c", NUMPY_ONLY, "bench", "--benchmark-only", "-k", "draw_rows or (sweep and 64k) or torch",
+        "--benchmark-max-time", "0", "--benchmark-json", str(saved), "-p", "no:cacheprovider", "-q",
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "6 passed, 6 skipped" in done.stdout
+    assert "benchmark 'sweep: 64k, forward, 2threads': 3 tests" in done.stdout
+    found = {row["name"]: row for row in json.loads(saved.read_text())["benchmarks"]}
+    own = found["draw_rows[125 columns] fastdrop"]
+    assert own["stats"]["median"] == pytest.approx(own["extra_info"]["seconds"])
+    assert own["stats"]["iterations"] == own["extra_info"]["repeats"]
+    assert "draw_rows[125 columns] draw_bits" in found
+
+
 def test_threads_are_woken_before_calls_of_any_length(monkeypatch):
     monkeypatch.setattr(pairing, "UNCACHED_SECONDS", 0.0)  # all calls are too long for caches
     calls = {0.0: [], 1e-9: []}
@@ -141,11 +214,12 @@ def rendered(module, rows, tmp_path):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, pytestconfig):
     """The benchmarks of NumPy's functions, with few rounds."""
+    pytestconfig.addinivalue_line("markers", "quick: bench/conftest.py has it")
     pytest.importorskip("ml_dtypes")
     modules = [importlib.import_module(f"bench.cpu.{name}") for name in ("test_dropout", "test_sweep")]
-    monkeypatch.setattr(modules[0], "CASE_SECONDS", {"quick": 0.0})
+    monkeypatch.setattr(modules[0], "CASE_SECONDS", 0.0)
     monkeypatch.setattr(modules[1], "SECONDS", 0.0)
     monkeypatch.setattr(modules[1], "APART_SECONDS", 0.0)
     yield modules
@@ -208,7 +282,6 @@ def test_the_sweep_skips_a_size_that_does_not_fit(small, monkeypatch):
 @needs_c
 def test_a_case_runs_beside_the_limits_and_its_report_names_the_way(small, tmp_path, monkeypatch):
     dropout, _ = small
-    request = SimpleNamespace(config=SimpleNamespace(getoption=lambda name: "quick"))
     monkeypatch.setattr(dropout, "DRAW_SECONDS", 0.0)
     rows = []
     for case in (
@@ -218,7 +291,7 @@ def test_a_case_runs_beside_the_limits_and_its_report_names_the_way(small, tmp_p
     ):
         benchmark = Benchmark()
         with contenders.threads(case.threads, dropout.torch):
-            dropout.test_dropout(case, None, benchmark, request)
+            dropout.test_dropout(case, None, benchmark)
         rows.append(benchmark.extra_info)
     assert [LIMIT in row["peers"] for row in rows] == [True, True, False]
     for layout in cases.ROWS:
@@ -243,6 +316,7 @@ def test_quick_measures_every_target_of_its_report():
     """Each target finds exactly one of the cases of the quick set, as a kernel; all of them are missed here."""
     wanted = [row for row in report_dropout.TARGETS if row[3][1] in ("best", "seed", *cases.variants())]
     rows = [whole_call()]
+    assert {*cases.quick_cases()} <= {*cases.every_case()}
     for case in cases.quick_cases():
         peers = {peer: {"seconds": 1.0, "ratio": 100.0} for peer in report_dropout.PEER_COLUMNS}
         rows.append({**case.as_dict(), "bytes_per_element": 8, "seconds": 1.0, "peers": peers})
@@ -378,7 +452,7 @@ def test_results_go_to_the_folder_of_the_machine(tmp_path, monkeypatch):
     results = tmp_path / "some-cpu-1-2/sweep.json"
     assert results.parent.is_dir()
     assert commands[0][commands[0].index("--benchmark-json") + 1] == str(results)
-    assert commands[0][commands[0].index("--cases") + 1] == "sweep"
+    assert commands[0][3] == "bench/cpu/test_sweep.py"
     assert commands[1][1:] == ["-m", "bench.cpu.report_sweep", str(results)]
     monkeypatch.setattr(sys, "argv", ["run", "--report"])
     assert run.main() == 1  # there is nothing
