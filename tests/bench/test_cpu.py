@@ -16,7 +16,7 @@ import pytest
 from pytest_benchmark.stats import Metadata
 
 import fastdrop as fd
-from bench import contenders, machine, pairing, run
+from bench import contenders, machine, pairing, pictures, report, run
 from bench.contenders import LIMIT, TORCH_MUL, WAYS, Buffers
 from bench.cpu import cases, report_sweep
 from bench.cpu import report as report_dropout
@@ -389,14 +389,39 @@ def test_reports_of_torch_render_and_judge_single_cases(tmp_path):
     ]
     asked = [fused.limits(row, peer) for row in rows for peer in row["peers"]]
     assert asked == [(1.2,), (0.75,), (1.2,), (), (1.2,), (), (0.8, 0.9), (0.8,)]
-    suite = fused.Suite("fused kernels", fused.INTRO, fused.limits, "Fused kernels")
-    text = rendered(suite, rows, tmp_path)
+    text = rendered(fused.SUITE, rows, tmp_path)
     assert f"8192 x 1024, 1 thread | {fused.ADD_AND_NORM} | at most 0.75 | 0.80 | **missed** |" in text
     assert "2048 x 2048, 2 threads | F.gelu | at most 0.9 | 0.85 | met |" in text
-    suite = family.Suite("the family", family.INTRO, family.limits, "The family")
     rows = [torch_row("alpha", "forward", "1M", 1, 1.2, "fd.dropout", "other")]
-    text = rendered(suite, rows, tmp_path).split("## Every case")[0]
+    text = rendered(family.SUITE, rows, tmp_path).split("## Every case")[0]
     assert text.count("**missed**") == 1
+
+
+def test_a_picture_has_the_worst_layout_of_a_line_and_1_in_view(monkeypatch, tmp_path):
+    fused, drawn = importlib.import_module("bench.torch.report_fused"), []
+    monkeypatch.setattr(report, "draw_ratios", lambda *arguments: drawn.append(arguments))
+    kind = "bias_act_dropout gelu"
+    rows = [
+        torch_row(kind, "forward", "2048 x 2048", 1, 0.7, fused.GELU),
+        torch_row(kind, "forward", "2048 x 2048", 2, 0.95, fused.GELU),
+        torch_row(kind, "forward", "8192 x 1024", 1, 0.9, fused.GELU),
+    ]
+    fused.SUITE.plot(RUN, rows, tmp_path / "fused.png")
+    (groups, *_rest) = drawn[0]
+    assert [heading for heading, _ in groups] == ["forward"]
+    ((label, points),) = groups[0][1]
+    assert label == f"{kind}  /  {fused.GELU}"
+    assert {n: (point.ratio, point.verdict) for n, point in points.items()} == {
+        1: (0.7, "target met"),
+        2: (0.95, "target missed"),
+    }
+    _, axis = pictures.pyplot().subplots()
+    for ratios in ([0.02, 0.1], [3.0, 9.0]):
+        pictures.ratio_axis(axis, ratios)
+        low, high = axis.get_xlim()
+        assert low < min(*ratios, 1) <= max(*ratios, 1) < high
+        assert {1.0} <= {*axis.get_xticks()}
+    pictures.pyplot().close()
 
 
 # ---- machines ----
