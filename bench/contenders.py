@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fastdrop import Stream, backends, draw_mask, dropout, dropout_backward
 from fastdrop.backends import c as native
 from fastdrop.backends.memory import Policy, policy, use_policy
+from fastdrop.cli.bench import numpy_dropout, numpy_dropout_backward
 from fastdrop.core import checks
 from fastdrop.core.random import keep_scale
 from fastdrop.core.random import threshold as threshold_of
@@ -69,17 +70,6 @@ class Buffers:
         arrays[1][...] = rng.standard_normal(shape, np.float32)
         arrays[2][...] = arrays[3][...] = 0  # touched, so that no page is new to the first contender
         return cls(*arrays)
-
-
-def numpy_dropout(x: Array, p: float, rng: np.random.Generator) -> tuple[Array, NDArray[np.bool_]]:
-    """Dropout as people write it in NumPy, with the mask to keep for backward."""
-    keep = rng.random(x.shape) >= p
-    return numpy_dropout_backward(x, keep, p), keep
-
-
-def numpy_dropout_backward(dy: Array, keep: NDArray[np.bool_], p: float) -> Array:
-    dx: Array = dy * keep * dy.dtype.type(1.0 / (1.0 - p))
-    return dx
 
 
 def import_torch() -> Any:

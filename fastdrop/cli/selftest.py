@@ -50,7 +50,7 @@ DESCRIPTION = (
 )
 EPILOG = """examples:
   fastdrop selftest          after an installation, or on a new machine
-  fastdrop selftest --all    Numba too, which compiles for minutes the first time
+  fastdrop selftest --all    Numba too, which compiles for minutes
 
 exit codes: 0 all checks pass, 1 one fails, 2 wrong usage, 130 interrupted
 """
