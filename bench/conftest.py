@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
@@ -80,9 +81,9 @@ def pytest_benchmark_compare_machine_info(
     benchmarksession: Any, machine_info: dict[str, Any], compared_benchmark: dict[str, Any]
 ) -> None:
     """Says what differs. pytest-benchmark, which comes next, would print all that it knows of both machines."""
-    saved = compared_benchmark["machine_info"]
-    names = [name for name in machine_info if name != "node" and machine_info[name] != saved.get(name)]
-    differ = [f"{name}: {saved.get(name)} there, {machine_info[name]} here" for name in names]
+    saved, here = compared_benchmark["machine_info"], json.loads(json.dumps(machine_info, default=str))
+    names = [name for name in here if name != "node" and here[name] != saved.get(name)]
+    differ = [f"{name}: {saved.get(name)} there, {here[name]} here" for name in names]
     if differ:
         benchmarksession.logger.warning("the run to compare with is of something else: " + "; ".join(differ))
     compared_benchmark["machine_info"] = machine_info

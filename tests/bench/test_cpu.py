@@ -16,7 +16,7 @@ import pytest
 from pytest_benchmark.stats import Metadata
 
 import fastdrop as fd
-from bench import contenders, machine, pairing, pictures, report, run
+from bench import conftest, contenders, machine, pairing, pictures, report, run
 from bench.contenders import LIMIT, TORCH_MUL, WAYS, Buffers
 from bench.cpu import cases, report_sweep
 from bench.cpu import report as report_dropout
@@ -152,6 +152,15 @@ def test_the_table_has_fastdrop_and_its_peers_by_the_call(monkeypatch):
     made = []
     pairing.alternate(Benchmark(disabled=True), lambda: made.append(""), {"a": lambda: made.append("a")}, 1.0)
     assert made == ["", "a"]
+
+
+def test_a_comparison_says_in_short_what_differs():
+    said, compared = [], {"machine_info": {"fastdrop": "0.0.9", "python_build": ["main"], "cpu": {"count": 2}}}
+    session = SimpleNamespace(logger=SimpleNamespace(warning=said.append))
+    here = {"fastdrop": "0.1.0", "python_build": ("main",), "cpu": {"count": 2}, "node": "some host"}
+    conftest.pytest_benchmark_compare_machine_info(session, here, compared)
+    assert said == ["the run to compare with is of something else: fastdrop: 0.0.9 there, 0.1.0 here"]
+    assert compared["machine_info"] is here  # so that pytest-benchmark's own check finds no difference
 
 
 # What a run meets where fastdrop's extra `bench` is installed and nothing else.
