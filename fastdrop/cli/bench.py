@@ -123,6 +123,8 @@ def _measure_and_show(run: dict[str, Any], quick: bool, torch: Any, file: Any) -
     show(f"fastdrop {run['fastdrop']}, backend {run['backend']}")
     show(f"NumPy {run['numpy']}, torch {run['torch'] or 'not installed'}")
     show(f"dropout of float32, p = {run['p']}, threads: {run['threads']}; microseconds per call")
+    if backends.active_name() == "numba":
+        show("Numba compiles first, which can take a minute")
     show("")
     header = f"{'API':6} {'operation':9} {'elements':>8} {'fastdrop':>11} {'peer':>11}  {'':11} {'faster':>8}"
     show(header.rstrip())
