@@ -225,13 +225,14 @@ test-neon: $(OUT)/golden.txt
 
 $(VENV)/.docs: requirements-docs.txt $(VENV)/.ready
 	@echo "== installing what the documentation is built with"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c requirements-dev.txt -r requirements-docs.txt
+	$(PIP_INSTALL) --no-compile -r requirements-docs.txt
 	@touch $@
 
 # The source folder is the repository's root, so that links to reports, examples and source files lead there.
 docs: $(VENV)/.docs
 	@echo "== documentation"
-	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/docs
+	rm -rf build/docs build/doctrees
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
 	$(BIN)/python docs/check_links.py build/docs
 	@echo "build/docs/index.html"
 

@@ -15,15 +15,19 @@ FOLDER = Path(__file__).parent / "api"
 # public module -> groups: file name, title, and the modules below it that define the names of the group
 GROUPS = {
     "fastdrop": [
-        ("numpy_dropout", "NumPy: dropout", ["arrays.dropout", "arrays.structured"]),
-        ("numpy_fused", "NumPy: fused functions", ["arrays.fused", "arrays.saved"]),
+        ("numpy_dropout", "NumPy: dropout", ["arrays.dropout", "arrays.structured", "arrays.blocks", "arrays.noise"]),
+        ("numpy_fused", "NumPy: fused functions", ["arrays.fused", "arrays.fused_rows", "arrays.saved"]),
         ("numpy_masks", "NumPy: masks, random state, parts", ["core"]),
         ("backends", "Backends and threads", ["backends"]),
     ],
     "fastdrop.torch": [
         ("torch_models", "torch: whole models", ["models"]),
         ("torch_modules", "torch: modules", ["nn"]),
-        ("torch_fused", "torch: fused functions", ["functional.fused", "functional.attention", "functional.lora"]),
+        (
+            "torch_fused",
+            "torch: fused functions",
+            ["functional.fused", "functional.gated", "functional.attention", "functional.lora"],
+        ),
         ("torch_functions", "torch: functions", ["functional"]),
         ("torch_tools", "torch: uncertainty, seeds, rates, checks", ["tools"]),
     ],
@@ -85,6 +89,8 @@ def lies_in(home: str, module: str, room: str) -> bool:
 def page(title: str, module: str, names: list[str]) -> str:
     public = importlib.import_module(module)
     blocks = [f"# {title}", ""]
+    if module == "fastdrop.schedules":  # the only module that is public itself
+        blocks += rst(f".. automodule:: {module}")
     for full in names:
         name = full.rsplit(".", 1)[1]
         if isinstance(getattr(public, name), type):
