@@ -53,14 +53,19 @@ class FastDropout(Session, _Callback):  # type: ignore[misc]
     filter, mode
         As in `fastdrop.torch.DropoutScheduler`.
 
-    Raises TypeError and ValueError for a schedule, filter or mode that `fastdrop.torch.DropoutScheduler` refuses.
-
     Attributes
     ----------
     reports : dict of str to Report
         What "convert" and "fuse" did, and what the "schedule" drives. They are logged once, at level info.
     scheduler : DropoutScheduler or None
 
+    Raises
+    ------
+    TypeError, ValueError
+        For a schedule, filter or mode that `fastdrop.torch.DropoutScheduler` refuses.
+
+    Examples
+    --------
     >>> from fastdrop import schedules
     >>> from fastdrop.integrations.lightning import FastDropout
     >>> callback = FastDropout(convert=True, schedule=schedules.cosine(0.3, 0.0, 1000))

@@ -48,14 +48,19 @@ class FastDropout(Session, TrainerCallback):  # type: ignore[misc]
     filter, mode
         As in `fastdrop.torch.DropoutScheduler`.
 
-    Raises TypeError and ValueError for a schedule, filter or mode that `fastdrop.torch.DropoutScheduler` refuses.
-
     Attributes
     ----------
     reports : dict of str to Report
         What "convert" and "fuse" did, and what the "schedule" drives. They are logged once, at level info.
     scheduler : DropoutScheduler or None
 
+    Raises
+    ------
+    TypeError, ValueError
+        For a schedule, filter or mode that `fastdrop.torch.DropoutScheduler` refuses.
+
+    Examples
+    --------
     >>> from fastdrop import schedules
     >>> from fastdrop.integrations.transformers import FastDropout
     >>> callback = FastDropout(fuse=True, schedule=schedules.early(0.1, 1000))
