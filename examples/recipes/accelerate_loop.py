@@ -33,7 +33,9 @@ def train(micro_batch, steps, use_names):
     model, optimizer, loader = accelerator.prepare(
         model, torch.optim.AdamW(model.parameters(), 1e-3), DataLoader(data, batch_size=micro_batch)
     )
-    masks = fdt.name_masks(model, seed=1) if use_names else None
+    masks = None
+    if use_names:
+        masks = fdt.name_masks(model, seed=1)
     losses = torch.zeros(steps, dtype=torch.float64)
     with fdt.enabled():  # backward is in the block, too
         for i, (numbers, x, target) in enumerate(loader):

@@ -31,7 +31,7 @@ def make_model():
     return transformers.BertForSequenceClassification(config)
 
 
-def train(model, data, steps, callbacks):
+def train(model, data, steps, callback):
     """Trains the model and returns the logs, and how often torch's own dropout drew a mask."""
     with tempfile.TemporaryDirectory() as folder, profiler(use_kineto=False) as profile:
         arguments = transformers.TrainingArguments(
@@ -44,7 +44,7 @@ def train(model, data, steps, callbacks):
             disable_tqdm=True,
             use_cpu=True,
         )
-        trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=callbacks)
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[callback])
         trainer.train()
     drawn = sum(event.count for event in profile.key_averages() if event.key == "aten::bernoulli_")
     return trainer.state.log_history, drawn
@@ -56,12 +56,12 @@ def main():
     steps = 4 if parser.parse_args().quick else 40
 
     data = [{"input_ids": torch.randint(100, (16,)), "labels": torch.tensor(i % 2)} for i in range(64)]
-    _, before = train(make_model(), data, steps, [])
+    _, before = train(make_model(), data, steps, transformers.TrainerCallback())
 
     model = make_model()
     falling = schedules.linear(0.1, 0.0, steps)
     callback = FastDropout(fuse=True, schedule=falling)
-    logs, after = train(model, data, steps, [callback])
+    logs, after = train(model, data, steps, callback)
 
     print(callback.reports["fuse"])
     print(f"masks drawn by torch's own dropout: {before} without the callback, {after} with it")

@@ -23,11 +23,11 @@ def make_model():
     return timm.models.VisionTransformer(**sizes, **rates).train()
 
 
-def calls(model, images, name="aten::bernoulli_"):
-    """Runs a step and counts the calls of an operator: torch draws all of its masks by bernoulli_."""
+def masks_drawn_in_a_step(model, images):
+    """Runs a step and counts the masks that torch's dropout draws, all by one operator."""
     with profile(use_kineto=False) as profiled:
         model(images).square().mean().backward()
-    return sum(event.count for event in profiled.key_averages() if event.key == name)
+    return sum(event.count for event in profiled.key_averages() if event.key == "aten::bernoulli_")
 
 
 def main():
@@ -36,12 +36,12 @@ def main():
     images = torch.randn(8 if parser.parse_args().quick else 256, 3, 32, 32)
 
     model = make_model()
-    plain = calls(model, images)
+    plain = masks_drawn_in_a_step(model, images)
     report = fdt.convert(model)
     print(report)
-    converted = calls(model, images)
+    converted = masks_drawn_in_a_step(model, images)
     with fdt.enabled():
-        both = calls(model, images)
+        both = masks_drawn_in_a_step(model, images)
     print(f"masks drawn by torch: {plain} as it was, {converted} converted, {both} converted and enabled")
     assert plain == 4 * (1 + 3) + 3 * 2  # in each block attention and three others; drop path, but for the first block
     assert (converted, both) == (4, 0)
