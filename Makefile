@@ -19,7 +19,7 @@ OUT := build/c
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: help demo test check test-all test-torch-next bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving bench-parallel cuda-report fuzz report lint format sanitize test-c test-neon package docs clean
+.PHONY: help demo test check test-all test-torch-next test-vision bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving bench-parallel cuda-report fuzz report lint format sanitize test-c test-neon package docs clean
 
 help:
 	@echo "make demo         trains a network in NumPy and a transformer in torch, with fastdrop and with what is used today"
@@ -27,6 +27,7 @@ help:
 	@echo "make check        lint, and a few cases of the tests of what you changed: about a minute"
 	@echo "make test-all     the test suite and its slow tests; FASTDROP_TEST_EVERYTHING=1 lifts the limits of all three"
 	@echo "make test-torch-next  the torch tests on torch $(NEXT_TORCH), in its own environment (several GB)"
+	@echo "make test-vision  the recipes for timm and torchvision, on the two packages in build/vision"
 	@echo "make bench        benchmarks of plain dropout, every kernel (a quarter of an hour), and their report"
 	@echo "make bench-quick, -sweep, -torch, -family, -fused, -attention, -saving, -parallel"
 	@echo "                  its speed table alone; its speed over sizes; torch's function and training steps; other kinds;"
@@ -189,6 +190,18 @@ test-torch-next: $(NEXT)/.packages
 	$(NEXT)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	$(NEXT)/bin/python -m pytest -q -n 2 --dist worksteal tests/torch
 
+# For the recipes that need them. torchvision's binary is made for torch with CUDA; tests/vision.py says how it is done.
+VISION := build/vision
+
+$(VISION)/.packages: $(VENV)/.packages
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade --target $(VISION) \
+	    torchvision==0.28.0 timm==1.0.31
+	@touch $@
+
+test-vision: $(VENV)/.built $(VISION)/.packages
+	@echo "== recipes for timm and torchvision"
+	$(BIN)/python -m tests.vision $(VISION)
+
 test-c: $(OUT)/kernels-plain $(OUT)/golden.txt
 	@echo "== C kernels"
 	$< $(OUT)/golden.txt 1009
@@ -212,13 +225,14 @@ test-neon: $(OUT)/golden.txt
 
 $(VENV)/.docs: requirements-docs.txt $(VENV)/.ready
 	@echo "== installing what the documentation is built with"
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c requirements-dev.txt -r requirements-docs.txt
+	$(PIP_INSTALL) --no-compile -r requirements-docs.txt
 	@touch $@
 
 # The source folder is the repository's root, so that links to reports, examples and source files lead there.
 docs: $(VENV)/.docs
 	@echo "== documentation"
-	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/docs
+	rm -rf build/docs build/doctrees
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
 	$(BIN)/python docs/check_links.py build/docs
 	@echo "build/docs/index.html"
 

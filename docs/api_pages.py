@@ -32,9 +32,14 @@ GROUPS = {
         ("torch_tools", "torch: uncertainty, seeds, rates, checks", ["tools"]),
     ],
     "fastdrop.schedules": [("schedules", "Schedules", [""])],
+    "fastdrop.integrations.transformers": [("transformers", "Callback for transformers", [""])],
+    "fastdrop.integrations.lightning": [("lightning", "Callback for Lightning", [""])],
 }
-# what a module has for torch, and no user calls
+# what a module has for torch, or a callback for its trainer, and no user calls
 HIDDEN = "forward, drop_input, evaluate_input, extra_repr"
+HIDDEN += (
+    ", on_train_begin, on_step_end, on_log, on_train_end, on_fit_start, on_train_batch_start, on_exception, teardown"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +89,8 @@ def lies_in(home: str, module: str, room: str) -> bool:
 def page(title: str, module: str, names: list[str]) -> str:
     public = importlib.import_module(module)
     blocks = [f"# {title}", ""]
+    if module == "fastdrop.schedules":  # the only module that is public itself
+        blocks += rst(f".. automodule:: {module}")
     for full in names:
         name = full.rsplit(".", 1)[1]
         if isinstance(getattr(public, name), type):

@@ -55,10 +55,10 @@ myst_enable_extensions = ["colon_fence", "dollarmath"]
 nb_execution_mode = "off"
 
 autodoc_typehints = "none"
+autodoc_preserve_defaults = True
 autodoc_member_order = "bysource"
 autosummary_generate = False
 default_role = "literal"
-python_maximum_signature_line_length = 88
 
 
 def setup(app):

@@ -4,6 +4,7 @@ napoleon does the work. To napoleon a section ends at the next heading only, but
 and examples after a section. And napoleon makes links of all types and errors, also of those that are told in words.
 """
 
+import importlib
 import re
 from typing import Any
 
@@ -12,6 +13,7 @@ from sphinx.ext.napoleon import Config, NumpyDocstring
 SECTIONS = {"Parameters", "Attributes", "Returns", "Yields", "Raises", "Warns"}
 
 
+PUBLIC = ("fastdrop.torch", "fastdrop.schedules", "fastdrop")
 CONFIG = Config(
     napoleon_use_param=False,
     napoleon_use_rtype=False,
@@ -21,8 +23,24 @@ CONFIG = Config(
 
 def process(app: Any, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Rewrites a docstring in place, as the event "autodoc-process-docstring" asks for."""
+    lines[:] = [linked(line, name) for line in lines]
     if what not in {"property", "attribute"}:  # these have no sections, and napoleon takes a colon for a type's end
         lines[:] = str(NumpyDocstring(end_sections(lines), CONFIG, app, what, name, obj, options)).splitlines()
+
+
+def linked(line: str, name: str) -> str:
+    """Makes links of the names in single backticks that are fastdrop's public ones, and code of the others."""
+
+    def role(match: re.Match[str]) -> str:
+        word = match[1]
+        for full in (word, f"{home}.{word}"):
+            module, _, attribute = full.rpartition(".")
+            if module in PUBLIC and attribute in importlib.import_module(module).__all__:
+                return f":py:obj:`{word} <{full}>`"
+        return f"``{word}``"
+
+    home = next((module for module in PUBLIC if name.startswith(f"{module}.")), "fastdrop")
+    return re.sub(r"(?<![`:\w])`([^`]+)`(?!`)", role, line)
 
 
 def end_sections(lines: list[str]) -> list[str]:
