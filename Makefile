@@ -17,7 +17,7 @@ C_FLAGS := -std=c11 -O1 -g1 -Wall -Wextra -Werror -ffp-contract=off -fno-math-er
 C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST_DEPENDS))
 OUT := build/c
 
-.PHONY: help demo test check test-all test-torch-next bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving bench-parallel cuda-report fuzz report lint format sanitize test-c test-neon package clean
+.PHONY: help demo test check test-all test-torch-next bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving bench-parallel cuda-report fuzz report lint format sanitize test-c test-neon package docs clean
 
 help:
 	@echo "make demo         trains a network in NumPy and a transformer in torch, with fastdrop and with what is used today"
@@ -36,6 +36,7 @@ help:
 	@echo "make test-c       the C kernels; make sanitize: under the address, undefined-behaviour and thread sanitizers"
 	@echo "make test-neon    the Arm kernels, cross-compiled and emulated"
 	@echo "make package      builds wheel and sdist, installs them in clean environments and tests them"
+	@echo "make docs         builds the documentation in build/docs/index.html, and checks its links; warnings are errors"
 	@echo "make clean        removes .venv and everything that was built"
 
 # Python writes the bytecode of what it imports, also where the environment forbids it: the suite starts dozens of
@@ -119,7 +120,8 @@ lint: $(VENV)/.packages
 	@echo "== ruff, mypy, clang-format"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m tests.snippets build/snippets
+	$(BIN)/mypy fastdrop tests/torch/public_types.py build/snippets
 	$(BIN)/clang-format --dry-run --Werror $(C_FORMATTED)
 
 format: $(VENV)/.packages
@@ -185,9 +187,21 @@ test-neon: $(OUT)/golden.txt
 	         "libc6-dev-arm64-cross qemu-user)"; \
 	fi
 
+$(VENV)/.docs: requirements-docs.txt $(VENV)/.built
+	@echo "== installing what the documentation is built with"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -c requirements-dev.txt -r requirements-docs.txt
+	@touch $@
+
+# The source folder is the repository's root, so that links to reports, examples and source files lead there.
+docs: $(VENV)/.docs
+	@echo "== documentation"
+	$(BIN)/sphinx-build -q -W --keep-going -c docs -d build/doctrees . build/docs
+	$(BIN)/python docs/check_links.py build/docs
+	@echo "build/docs/index.html"
+
 package: $(VENV)/.packages
 	PYTHON="$(abspath $(BIN))/python" sh tests/package.sh
 
 clean:
-	rm -rf build dist $(VENV) fastdrop/_native*.so fastdrop.egg-info
+	rm -rf build dist docs/api $(VENV) fastdrop/_native*.so fastdrop.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
