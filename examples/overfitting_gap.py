@@ -41,7 +41,7 @@ def picture(quick: bool) -> Figure:
         axis.plot(range(1, epochs + 1), seen, "--", color=BLUE, label="training digits, with their wrong labels")
         axis.plot(range(1, epochs + 1), unseen, color=VERMILLION, label="new digits")
         axis.fill_between(range(1, epochs + 1), unseen, seen, color=GREY, alpha=0.15, linewidth=0)
-        axis.set(title=f"{name}: {at_end(unseen):.1f} % of new digits at the end", xlabel="epoch")
+        axis.set(title=f"{name}: {at_end(unseen):.1f} % at the end", xlabel="epoch")
         print(
             f"p = {p:g}, mean of the last epochs: {at_end(seen):.1f} % of the training digits, "
             f"{at_end(unseen):.1f} % of new ones ({max(unseen):.1f} % in their best epoch)"

@@ -193,10 +193,8 @@ def report(console: Console, contenders: dict[str, Contender]) -> None:
     for name, contender in contenders.items():
         table.add_row(name, *(cell(contender) for cell in columns.values()))
     console.print(table)
-    console.print(
-        "Ratios and costs compare the steps of one round, and are medians over the rounds. So they can differ"
-    )
-    console.print("from quotients of the first column, if the machine was slower in some of the rounds.")
+    console.print("Ratios and costs are medians over rounds of what is compared within a round, so they")
+    console.print("differ from quotients of the first column if the machine's speed changes.")
     ratio, saved = torchs.paired(truediv, ours), torchs.mebibytes - ours.mebibytes
     console.print(f"A step with F.dropout takes {ratio:.2f} times as long as one with fastdrop, and its")
     console.print(f"masks take {saved:.1f} MiB more. The rest above no dropout is what only dropout makes")
@@ -211,7 +209,8 @@ def draw(contenders: dict[str, Contender], p: float) -> Figure:
     looks = ("-", 7), ("--", 4), ("-", 4)  # so that two curves that coincide both show
     for (name, contender), (line, size) in zip(contenders.items(), looks, strict=True):
         label, colour = name if contender is floor else f"{name}, p = {p:g}", COLOURS[name]
-        losses.plot(smoothed(contender.losses), line, color=colour, label=label)
+        steps = range(1, len(contender.losses) + 1)
+        losses.plot(steps, smoothed(contender.losses), line, color=colour, label=label)
         losses.plot(*zip(*contender.validation.items(), strict=True), "o", color=colour, markersize=size)
     losses.plot([], [], "-", color=BLACK, label="training, smoothed")
     losses.plot([], [], "o", color=BLACK, markersize=4, label="validation")

@@ -65,7 +65,7 @@ def picture(quick: bool) -> Figure:
     axis.axvspan(gap_start, gap_end, color=BLACK, alpha=0.06, linewidth=0)
     worst = (off / std)[gap].max()
     axis.text((gap_start + gap_end) / 2, -3.3, f"gap: the truth is up to\n{worst:.0f} deviations away", ha="center")
-    axis.set(title="Unsure beyond the data, but sure and wrong in the gap", xlabel="x", ylabel="y", ylim=(-3.5, 3.5))
+    axis.set(title="The band widens beyond the data, but hardly in the gap", xlabel="x", ylabel="y", ylim=(-3.5, 3.5))
     axis.legend(loc="upper left", fontsize=9)
     return figure
 
