@@ -26,9 +26,8 @@ def picture(quick: bool) -> Figure:
     lines = ("o--", BLUE, "training digits, with their wrong labels"), ("o-", VERMILLION, "new digits")
     for (line, colour, name), values in zip(lines, zip(*ends, strict=True), strict=True):
         right.plot(RATES, values, line, color=colour, label=name)
-        above = colour == BLUE
-        for p, value in zip(RATES, values, strict=True):
-            away = (0, 7) if above else (0, -16)
+        for p, value, end in zip(RATES, values, ends, strict=True):
+            away = (0, 7) if value == max(end) else (0, -16)
             right.annotate(f"{value:.1f}", (p, value), away, textcoords="offset points", ha="center", color=colour)
     right.set(title="Mean of the last epochs", xlabel="drop probability p", ylabel="accuracy, %")
     right.set_xticks(RATES)

@@ -76,7 +76,7 @@ def check_axis(axis):
     assert axis.get_title(loc="left")
     assert axis.get_xlabel() or len(axis.get_xticklabels()) > 1
     box, paper = axis.get_tightbbox(), axis.figure.bbox
-    assert box.x0 > -1 and box.x1 < paper.x1 + 1  # no title is cut off
+    assert -1 < box.x0 < box.x1 < paper.x1 + 1  # no title is cut off
     if axis.images:
         return
     histograms = [patch for patch in axis.patches if isinstance(patch, Polygon)]
