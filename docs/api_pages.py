@@ -51,9 +51,9 @@ def write(app: Any = None) -> None:
     for stale in set(FOLDER.glob("*.md")) - {FOLDER / name for name in pages}:
         stale.unlink()
     for name, text in pages.items():
-        file = FOLDER / name
-        if not file.exists() or file.read_text() != text:
-            file.write_text(text)
+        target = FOLDER / name
+        if not target.exists() or target.read_text() != text:
+            target.write_text(text)
 
 
 def by_group(module: str, groups: list[tuple[str, str, list[str]]]) -> dict[str, list[str]]:
