@@ -15,7 +15,11 @@ FOLDER = Path(__file__).parent / "api"
 # public module -> groups: file name, title, and the modules below it that define the names of the group
 GROUPS = {
     "fastdrop": [
+<<<<<<< HEAD
         ("numpy_dropout", "NumPy: dropout", ["arrays.dropout", "arrays.structured"]),
+=======
+        ("numpy_dropout", "NumPy: dropout", ["arrays.dropout", "arrays.structured", "arrays.blocks", "arrays.noise"]),
+>>>>>>> 69896ddb22f97b9971c3ff55a25e331cfb161170
         ("numpy_fused", "NumPy: fused functions", ["arrays.fused", "arrays.fused_rows", "arrays.saved"]),
         ("numpy_masks", "NumPy: masks, random state, parts", ["core"]),
         ("backends", "Backends and threads", ["backends"]),
@@ -23,7 +27,11 @@ GROUPS = {
     "fastdrop.torch": [
         ("torch_models", "torch: whole models", ["models"]),
         ("torch_modules", "torch: modules", ["nn"]),
-        ("torch_fused", "torch: fused functions", ["functional.fused", "functional.attention", "functional.lora"]),
+        (
+            "torch_fused",
+            "torch: fused functions",
+            ["functional.fused", "functional.gated", "functional.attention", "functional.lora"],
+        ),
         ("torch_functions", "torch: functions", ["functional"]),
         ("torch_tools", "torch: uncertainty, seeds, rates, checks", ["tools"]),
     ],

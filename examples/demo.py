@@ -45,8 +45,8 @@ from pictures import check_picture
 
 from bench import contenders
 from bench.contenders import F_DROPOUT, FASTDROP, NUMPY, TORCH_MUL, Buffers
-from bench.timing import Timing, alternate
 from fastdrop import Stream, __version__, backends
+from fastdrop.cli.timing import Timing, alternate
 
 Array = NDArray[Any]
 

@@ -12,7 +12,12 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SMOKE = ["tests/test_mutations.py", "tests/core/test_grid.py", "tests/backends/test_registry.py"]
+SMOKE = [
+    "tests/test_mutations.py",
+    "tests/test_docstrings.py",
+    "tests/core/test_grid.py",
+    "tests/backends/test_registry.py",
+]
 TORCH = "tests/torch"
 KERNELS = [f"tests/backends/test_{name}.py" for name in ("mask", "fused", "attention", "mask_spec")]
 TABLE = {  # tests of a folder's modules that have no test file of their name; the longest start of a path counts

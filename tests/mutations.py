@@ -479,7 +479,7 @@ MUTATIONS = (
     ),
     Mutation(
         "DropBlock of a part is scaled by the part's own count",
-        "fastdrop/arrays/structured.py",
+        "fastdrop/arrays/blocks.py",
         "counted = words if whole is own else whole.draw(state, threshold)",
         "counted, whole = words, own",
         PARTS,

@@ -69,8 +69,12 @@ def dropout_add(
         If residual has another shape than x; p, store or part does not fit; or out has another shape, is read-only, or
         overlaps an argument in part. Nothing is written to out then, and no random number is taken.
 
-    Source: Vaswani et al., NeurIPS 2017, section 5.4.
+    Notes
+    -----
+    Kept for backward: a bit per element, or nothing. Source: Vaswani et al., NeurIPS 2017, section 5.4.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> x, residual = np.ones(6, np.float32), np.arange(6, dtype=np.float32)
     >>> y, saved = fd.dropout_add(x, residual, 0.5, rng=4)
@@ -104,8 +108,18 @@ def bias_dropout_add(
         A Numba array on a GPU must be float32 (float64 if x is), here and in the ops below.
     residual : array_like of x's shape
         It has x's dtype, or float32 if x has 16 bits. The result has its dtype.
-    p, training, store, rng, out, part
-        As in `dropout_add`, with the same errors; ValueError if bias has another shape or x has no axes.
+    p : float
+        Drop probability, 0 to 1.
+    training : bool
+        False drops nothing.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or the random state, from which they are drawn again.
+    rng : None, int, Stream or numpy.random.Generator
+        What the mask is drawn from: the process-wide stream, a seed, or the given source.
+    out : ndarray, optional
+        Receives the result.
+    part : Part or sequence of them, optional
+        Of which whole array the data is a part.
 
     Returns
     -------
@@ -114,8 +128,21 @@ def bias_dropout_add(
         ``saved.backward(dy)`` is ``(x, bias, residual)``. The gradient of the bias has the bias's dtype; it is summed
         in float32 (float64 for float64), in an order that depends on x's shape only.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout_add`. ValueError if bias has another shape or x has no axes.
+
+    See Also
+    --------
+    dropout_add : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: a bit per element, or nothing. Source: Vaswani et al., NeurIPS 2017, section 5.4.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> x, bias, residual = np.ones((2, 3)), np.array([0.0, 1.0, 2.0]), np.zeros((2, 3))
     >>> y, saved = fd.bias_dropout_add(x, bias, residual, 0.5, rng=4)
@@ -156,9 +183,16 @@ def bias_act_dropout(
     p : float
         Drop probability, 0 to 1.
     activation : {"relu", "gelu", "gelu_tanh", "silu", None}
-    training, store, rng, out, part
-        As in `dropout_add`, with the same errors; ValueError for another activation, a bias of another shape, or a
-        bias and x without axes. out is like x and may be x itself.
+    training : bool
+        False drops nothing.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or the random state, from which they are drawn again.
+    rng : None, int, Stream or numpy.random.Generator
+        What the mask is drawn from: the process-wide stream, a seed, or the given source.
+    out : ndarray, optional
+        Receives the result. It is like x and may be x itself.
+    part : Part or sequence of them, optional
+        Of which whole array the data is a part.
 
     Returns
     -------
@@ -166,12 +200,25 @@ def bias_act_dropout(
     saved : Saved
         ``saved.backward(dy)`` is ``(x, bias)``.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout_add`. ValueError for another activation, a bias of another shape, or a bias and x without axes.
+
+    See Also
+    --------
+    dropout_add : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: with "relu" **only bits**, 1/8 byte per element, with either store and also when not training;
     ``saved.mask`` has a 1 for each element that was kept and is positive or NaN. With None the mask, as in
     `dropout_add`. With the others the mask, a copy of bias, and x: x itself if it is C-contiguous and the result is not
     written over it, otherwise a copy. Sources: Hendrycks and Gimpel, arXiv 1606.08415, 2016 (GELU, and SiLU); Vaswani
     et al., NeurIPS 2017.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> x = np.array([[-2.0, 1.0, 2.0], [3.0, -1.0, -3.0]], np.float32)
     >>> y, saved = fd.bias_act_dropout(x, None, 0.5, "relu", rng=4)
@@ -208,8 +255,18 @@ def swiglu_dropout(
     ----------
     gate : array_like of a float dtype, any shape ``(*)``
     up : array_like of gate's shape and dtype
-    p, training, store, rng, out, part
-        As in `dropout_add`, with the same errors. out is like gate and may be gate or up itself.
+    p : float
+        Drop probability, 0 to 1.
+    training : bool
+        False drops nothing.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or the random state, from which they are drawn again.
+    rng : None, int, Stream or numpy.random.Generator
+        What the mask is drawn from: the process-wide stream, a seed, or the given source.
+    out : ndarray, optional
+        Receives the result. It is like gate and may be gate or up itself.
+    part : Part or sequence of them, optional
+        Of which whole array the data is a part.
 
     Returns
     -------
@@ -217,9 +274,22 @@ def swiglu_dropout(
     saved : Saved
         ``saved.backward(dy)`` is ``(gate, up)``.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout_add`.
+
+    See Also
+    --------
+    dropout_add : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: gate and up, each itself if it is C-contiguous and the result is not written over it, otherwise a
     copy; and a bit per element, or no bits. Source: Shazeer, arXiv 2002.05202, 2020.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> gate, up = np.array([1.0, -1.0, 2.0, 0.0]), np.ones(4)
     >>> y, saved = fd.swiglu_dropout(gate, up, 0.5, rng=4)
@@ -248,13 +318,46 @@ def geglu_dropout(
 
     Parameters
     ----------
+    gate : array_like of a float dtype, any shape ``(*)``
+    up : array_like of gate's shape and dtype
+    p : float
+        Drop probability, 0 to 1.
     approximate : {"none", "tanh"}
-        The exact gelu, or its approximation by tanh, which T5 v1.1 and Gemma use ("gelu_new"). ValueError for another.
-    gate, up, p, training, store, rng, out, part
-        As in `swiglu_dropout`, with the same results, memory kept and errors.
+        The exact gelu, or its approximation by tanh, which T5 v1.1 and Gemma use ("gelu_new").
+    training : bool
+        False drops nothing.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or the random state, from which they are drawn again.
+    rng : None, int, Stream or numpy.random.Generator
+        What the mask is drawn from: the process-wide stream, a seed, or the given source.
+    out : ndarray, optional
+        Receives the result. It is like gate and may be gate or up itself.
+    part : Part or sequence of them, optional
+        Of which whole array the data is a part.
 
-    Source: Shazeer, arXiv 2002.05202, 2020.
+    Returns
+    -------
+    y : ndarray of gate's shape and dtype
+    saved : Saved
+        ``saved.backward(dy)`` is ``(gate, up)``.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout_add`. ValueError for another approximate.
+
+    See Also
+    --------
+    swiglu_dropout : the same with silu; keeps the same for backward.
+    dropout_add : says more about these parameters.
+
+    Notes
+    -----
+    Kept for backward: gate and up, as in `swiglu_dropout`, and a bit per element, or no bits. Source: Shazeer, arXiv
+    2002.05202, 2020.
+
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> gate, up = np.array([1.0, -1.0, 2.0, 0.0]), np.ones(4)
     >>> y, saved = fd.geglu_dropout(gate, up, 0.5, rng=4)

@@ -45,9 +45,14 @@ def dropout_add_layer_norm(
         At least 0.
     x_bias : array_like of any float dtype, ``(columns,)``, or None
         Added to x before dropout.
-    training, store, rng, part
-        As in `dropout_add`, with the same errors; ValueError if weight or a bias has another shape, eps is below 0, or
-        x has no axes or a part cuts the last one.
+    training : bool
+        False drops nothing.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or the random state, from which they are drawn again.
+    rng : None, int, Stream or numpy.random.Generator
+        What the mask is drawn from: the process-wide stream, a seed, or the given source.
+    part : Part or sequence of them, optional
+        Of which whole array the data is a part.
 
     Returns
     -------
@@ -59,9 +64,23 @@ def dropout_add_layer_norm(
         ``saved.backward(dy, dresidual=None)`` accepts the gradients of y and of residual_out and is ``(x, residual,
         weight, bias, x_bias)``; the gradient of an argument that was not given is None.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout_add`. ValueError if weight or a bias has another shape, eps is below 0, or x has no axes or a
+        part cuts the last one.
+
+    See Also
+    --------
+    dropout_add : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: residual_out itself, two numbers per row, a copy of weight, and a bit per element, or nothing.
     Sources: Ba et al., arXiv 1607.06450, 2016; Vaswani et al., NeurIPS 2017.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> x, residual = np.ones((2, 4)), np.arange(8.0).reshape(2, 4)
     >>> y, residual_out, saved = fd.dropout_add_layer_norm(x, residual, p=0.5, rng=4)
@@ -101,19 +120,49 @@ def dropout_add_rms_norm(
 
     Parameters
     ----------
+    x : array_like of a float dtype, ``(*, columns)``
+    residual : array_like of x's shape, or None
+        It has x's dtype, or float32 if x has 16 bits. None adds nothing.
+    weight : array_like of any float dtype, ``(columns,)``, or None
+        The weight of the norm.
+    p : float
+        Drop probability, 0 to 1.
     eps : float, optional
         At least 0. None means ``numpy.finfo(numpy.float32).eps``, or float64's for float64 data, as in torch.
-    x, residual, weight, p, x_bias, training, store, rng, part
-        As in `dropout_add_layer_norm`, with the same results, memory kept and errors.
+    x_bias : array_like of any float dtype, ``(columns,)``, or None
+        Added to x before dropout.
+    training : bool
+        False drops nothing.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or the random state, from which they are drawn again.
+    rng : None, int, Stream or numpy.random.Generator
+        What the mask is drawn from: the process-wide stream, a seed, or the given source.
+    part : Part or sequence of them, optional
+        Of which whole array the data is a part.
 
     Returns
     -------
-    y, residual_out : ndarray
+    y : ndarray of x's shape and dtype
+    residual_out : ndarray of x's shape, and of the residual's dtype
+        Backward reads it, so do not pass it to a later op as out.
     saved : Saved
         ``saved.backward(dy, dresidual=None)`` is ``(x, residual, weight, x_bias)``.
 
-    Source: Zhang and Sennrich, NeurIPS 2019.
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout_add_layer_norm`.
 
+    See Also
+    --------
+    dropout_add_layer_norm, dropout_add : say more about these parameters.
+
+    Notes
+    -----
+    Kept for backward: what `dropout_add_layer_norm` keeps. Source: Zhang and Sennrich, NeurIPS 2019.
+
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> y, residual_out, saved = fd.dropout_add_rms_norm(np.ones((1, 4)), np.ones((1, 4)), p=0.5, rng=4)
     >>> residual_out, y.round(3)
@@ -153,9 +202,16 @@ def softmax_dropout(
         GPU must be float32 (float64 for float64 scores) and have an element for each key.
     causal : bool
         True lets key j take part for query i if ``j <= i``: aligned at the upper left, as torch's ``is_causal``.
-    training, store, rng, out, part
-        As in `dropout_add`, with the same errors; ValueError if scale is not finite, attn_mask does not broadcast,
-        scores has no axes, or a part cuts the keys or, if causal, the queries. out is like scores or scores itself.
+    training : bool
+        False drops nothing.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or the random state, from which they are drawn again.
+    rng : None, int, Stream or numpy.random.Generator
+        What the mask is drawn from: the process-wide stream, a seed, or the given source.
+    out : ndarray, optional
+        Receives the result. It is like scores and may be scores itself.
+    part : Part or sequence of them, optional
+        Of which whole array the data is a part.
 
     Returns
     -------
@@ -164,9 +220,23 @@ def softmax_dropout(
     saved : Saved
         ``saved.backward(dy)`` is ``(scores,)``.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout_add`. ValueError if scale is not finite, attn_mask does not broadcast, scores has no axes, or a
+        part cuts the keys or, if causal, the queries.
+
+    See Also
+    --------
+    dropout_add : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: the probabilities in scores' dtype and a bit per element, or no bits. If nothing was dropped, y
     itself is kept: do not change it then. Source: Vaswani et al., NeurIPS 2017, sections 3.2.1 and 5.4.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> scores = np.log([[1.0, 1.0, 2.0], [1.0, 3.0, 4.0]])
     >>> y, saved = fd.softmax_dropout(scores, 0.5, rng=1)

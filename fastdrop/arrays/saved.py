@@ -66,18 +66,25 @@ Gradients = TypeVar("Gradients")
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Saved(Generic[Gradients]):
-    """What a fused op keeps for its backward pass.
+    """What a fused op keeps for its backward pass. Fused ops return it; it is not made directly.
 
-    ``mask`` is a `PackedMask`, a `SeededMask`, or None if nothing was dropped. ``nbytes`` is the number of bytes kept.
+    Attributes
+    ----------
+    op : str
+        The name of the op.
+    mask : PackedMask, SeededMask or None
+        None if nothing was dropped.
+    nbytes : int
+        The number of bytes kept.
+
+    Notes
+    -----
     Data arrays are kept without a copy where that is possible. Do not change those that the op's documentation names
     until the last call of ``backward``; it may be called more than once. Weights and biases are copied, so they may
     change.
 
-    ``backward(dy)`` returns a named tuple with the gradient of each array argument, under the argument's name; it is
-    None for an argument that was not given. A norm has ``backward(dy, dresidual=None)``: dresidual is the gradient of
-    residual_out, or None if only the norm was used. TypeError or ValueError is raised if a gradient does not have the
-    dtype and shape of its result.
-
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> y, saved = fd.dropout_add(np.ones((2, 3)), np.zeros((2, 3)), 0.5, rng=4)
     >>> saved
@@ -91,6 +98,24 @@ class Saved(Generic[Gradients]):
     _dtype: np.dtype[Any]  # of x
 
     def backward(self, dy: ArrayArgument) -> Gradients:
+        """Returns the gradients of the op's array arguments.
+
+        Parameters
+        ----------
+        dy : array_like of the shape and dtype of the op's result
+            The gradient of the result. A norm also takes ``dresidual``, the gradient of residual_out, or None if only
+            the norm was used.
+
+        Returns
+        -------
+        NamedTuple of ndarray
+            The gradient of each array argument, under the argument's name; None for an argument that was not given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a gradient does not have the dtype and shape of its result.
+        """
         raise NotImplementedError
 
     @property

@@ -128,11 +128,18 @@ class Stream:
     spawned : int
         The number of children that the stream has already made; see `spawn`.
 
+    Raises
+    ------
+    TypeError, ValueError
+        For anything else.
+
+    Notes
+    -----
     Drawing is thread-safe. Streams compare by value and can be pickled. A copy, or a stream in a forked process, draws
     the same as the original draws next. Use `spawn` to give each worker a stream of its own.
 
-    Raises TypeError or ValueError for anything else.
-
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> s = fd.Stream(7)
     >>> first, second = fd.draw_mask(1000, 0.5, rng=s), fd.draw_mask(1000, 0.5, rng=s)
@@ -153,6 +160,7 @@ class Stream:
 
     @property
     def seed(self) -> int:
+        """The seed of all draws."""
         return self._seed
 
     @property
@@ -166,7 +174,12 @@ class Stream:
         return self._spawned
 
     def take(self) -> State:
-        """``(seed, offset)`` for one draw. The next call gives the next offset."""
+        """Takes the random state of one draw. The next call gives the next offset.
+
+        Returns
+        -------
+        seed, offset : int
+        """
         with self._lock:
             offset = self._offset
             self._offset = offset + 1 if offset < checks.UINT64_END - 1 else 0
@@ -184,11 +197,17 @@ class Stream:
         n_children : int
             At least 0.
 
+        Returns
+        -------
+        list of Stream
+
         Raises
         ------
         TypeError, ValueError
             n_children is not an int, is below 0, or would make more than 2**59 children in all.
 
+        Examples
+        --------
         >>> import fastdrop as fd
         >>> stream = fd.Stream(7)
         >>> workers = stream.spawn(3)
@@ -264,6 +283,23 @@ def manual_seed(seed: int) -> Stream:
     parent and the other children; `Stream.spawn` gives each a stream of its own. Without a call of this function each
     child gets a random seed of its own.
 
+    Parameters
+    ----------
+    seed : int
+        From 0 to 2**64 - 1.
+
+    Returns
+    -------
+    Stream
+        The process-wide stream, from which calls draw if their rng is None.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If seed is not an int or out of range.
+
+    Examples
+    --------
     >>> import fastdrop as fd
     >>> fd.manual_seed(0)
     Stream(seed=0, offset=0)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 try:
     from .functional.attention import scaled_dot_product_attention
     from .functional.batchwise import batchwise_linear
+    from .functional.blocks import drop_block2d, drop_block3d
     from .functional.dropout import alpha_dropout, drop_connect, dropout, gaussian_dropout
     from .functional.fused import (
         bias_act_dropout,
@@ -20,16 +21,13 @@ try:
         dropout_add,
         dropout_add_layer_norm,
         dropout_add_rms_norm,
-        geglu_dropout,
         softmax_dropout,
-        swiglu_dropout,
     )
+    from .functional.gated import geglu_dropout, swiglu_dropout
     from .functional.lora import lora_linear
     from .functional.parts import cells_of
     from .functional.residual import skip_residual
     from .functional.structured import (
-        drop_block2d,
-        drop_block3d,
         dropout1d,
         dropout2d,
         dropout3d,
@@ -55,9 +53,9 @@ try:
         DropBlock3d,
         DropPath,
         StochasticDepth,
-        TokenDropout,
         VariationalDropout,
     )
+    from .nn.tokens import TokenDropout
     from .nn.weights import DropConnect, EmbeddingDropout
     from .tools.same_masks import multi_sample, same_masks
 except ImportError as error:
@@ -99,11 +97,13 @@ _AT_FIRST_USE = {
 _MODULE_OF = {name: module for module, names in _AT_FIRST_USE.items() for name in names}
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
-    return value
+if not TYPE_CHECKING:  # or to a type checker the module would have any name
+
+    def __getattr__(name: str) -> Any:
+        if name not in _MODULE_OF:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = globals()[name] = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+        return value
 
 
 def __dir__() -> list[str]:

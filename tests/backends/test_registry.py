@@ -215,7 +215,7 @@ MAY_IMPORT = {  # top-level package: where in fastdrop it may be imported
     "cffi": (),
     "ml_dtypes": ("cli/", "torch/"),
     "sklearn": (),
-    "matplotlib": (),
+    "matplotlib": ("cli/",),
     "rich": (),
 }
 SOURCES = [path.relative_to(PACKAGE) for path in sorted(PACKAGE.rglob("*.py"))]

@@ -1,6 +1,8 @@
 """What type checkers say of the public API. `make lint` checks this file with strict mypy; it is not run."""
 
-from typing import Any, assert_type
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, assert_type
 
 import numpy as np
 import torch
@@ -8,6 +10,10 @@ from numpy.typing import NDArray
 
 import fastdrop as fd
 import fastdrop.torch as fdt
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Shard
 
 Floats = NDArray[np.float32]
 
@@ -50,7 +56,7 @@ def on_a_gpu(x: Any) -> None:
     fd.dropout_add(x, x)
 
 
-def tensors(x: torch.Tensor) -> None:
+def tensors(x: torch.Tensor, mesh: DeviceMesh) -> None:
     assert_type(fdt.dropout(x, 0.5, seed=0, noise_shape=(None, 1)), torch.Tensor)
     assert_type(fdt.drop_block3d(x, 0.5, 3), torch.Tensor)
     assert_type(fdt.softmax_dropout(x, 0.5), torch.Tensor)
@@ -60,6 +66,12 @@ def tensors(x: torch.Tensor) -> None:
     assert_type(fdt.token_dropout(x, 0.5), torch.Tensor)
     assert_type(fdt.token_dropout(x, 0.5, return_index=True), tuple[torch.Tensor, torch.Tensor])
     assert_type(fdt.scaled_dot_product_attention(x, x, x, dropout_p=0.1), torch.Tensor)
+    fdt.dropout(x, part=fd.Part((2,), (0,), (2,)))
+    fdt.dropout_add(x, x, part=lambda shape: fd.Part(shape, (0,) * len(shape), shape))
+    fdt.dropout(x, part=3)  # type: ignore[arg-type]
+    fdt.Dropout(0.5, layout=(mesh, [Shard(0)]), seed=1)
+    fdt.Dropout(0.5, sed=1)  # type: ignore[call-arg]
+    fdt.no_such_name(x)  # type: ignore[attr-defined]
     fdt.dropout(x, inplce=True)  # type: ignore[call-arg]
     fdt.geglu_dropout(x)  # type: ignore[call-arg]
 

@@ -36,8 +36,15 @@ def cells_of(
         A row for each of k runs of cells: ``first, outer, outer_pitch, rows, pitch, columns`` stand for the cells
         ``first + o outer_pitch + r pitch + c``. A part that is cut along three axes or fewer has one run.
 
-    Raises TypeError for what is no part, ValueError for a shape or a noise_shape that does not fit.
+    Raises
+    ------
+    TypeError
+        For what is no part.
+    ValueError
+        For a shape or a noise_shape that does not fit.
 
+    Examples
+    --------
     >>> import torch, fastdrop as fd, fastdrop.torch as fdt
     >>> fdt.cells_of(fd.Part((4, 6), start=(1, 2), local=(2, 3)))
     tensor([[8, 1, 0, 2, 6, 3]])
