@@ -19,7 +19,7 @@ OUT := build/c
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: help demo test check test-all test-torch-next bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving bench-parallel cuda-report fuzz report lint format sanitize test-c test-neon package docs clean
+.PHONY: help demo test check test-all test-torch-next test-vision bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving bench-parallel cuda-report fuzz report lint format sanitize test-c test-neon package docs clean
 
 help:
 	@echo "make demo         trains a network in NumPy and a transformer in torch, with fastdrop and with what is used today"
@@ -27,6 +27,7 @@ help:
 	@echo "make check        lint, and a few cases of the tests of what you changed: about a minute"
 	@echo "make test-all     the test suite and its slow tests; FASTDROP_TEST_EVERYTHING=1 lifts the limits of all three"
 	@echo "make test-torch-next  the torch tests on torch $(NEXT_TORCH), in its own environment (several GB)"
+	@echo "make test-vision  the recipes for timm and torchvision, on the two packages in build/vision"
 	@echo "make bench        benchmarks of plain dropout, every kernel (a quarter of an hour), and their report"
 	@echo "make bench-quick, -sweep, -torch, -family, -fused, -attention, -saving, -parallel"
 	@echo "                  its speed table alone; its speed over sizes; torch's function and training steps; other kinds;"
@@ -188,6 +189,18 @@ test-torch-next: $(NEXT)/.packages
 	@echo "== torch tests on torch $(NEXT_TORCH)"
 	$(NEXT)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	$(NEXT)/bin/python -m pytest -q -n 2 --dist worksteal tests/torch
+
+# For the recipes that need them. torchvision's binary is made for torch with CUDA; tests/vision.py says how it is done.
+VISION := build/vision
+
+$(VISION)/.packages: $(VENV)/.packages
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade --target $(VISION) \
+	    torchvision==0.28.0 timm==1.0.31
+	@touch $@
+
+test-vision: $(VENV)/.built $(VISION)/.packages
+	@echo "== recipes for timm and torchvision"
+	$(BIN)/python -m tests.vision $(VISION)
 
 test-c: $(OUT)/kernels-plain $(OUT)/golden.txt
 	@echo "== C kernels"

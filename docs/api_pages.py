@@ -36,9 +36,14 @@ GROUPS = {
         ("torch_tools", "torch: uncertainty, seeds, rates, checks", ["tools"]),
     ],
     "fastdrop.schedules": [("schedules", "Schedules", [""])],
+    "fastdrop.integrations.transformers": [("transformers", "Callback for transformers", [""])],
+    "fastdrop.integrations.lightning": [("lightning", "Callback for Lightning", [""])],
 }
-# what a module has for torch, and no user calls
+# what a module has for torch, or a callback for its trainer, and no user calls
 HIDDEN = "forward, drop_input, evaluate_input, extra_repr"
+HIDDEN += (
+    ", on_train_begin, on_step_end, on_log, on_train_end, on_fit_start, on_train_batch_start, on_exception, teardown"
+)
 
 logger = logging.getLogger(__name__)
 

@@ -28,6 +28,7 @@ TABLE = {  # tests of a folder's modules that have no test file of their name; t
     "fastdrop/backends/cuda/": ["tests/backends/cuda/test_primitives.py", "tests/backends/cuda/test_fused.py"],
     "fastdrop/cli/": ["tests/cli"],
     "fastdrop/core/": ["tests/core"],
+    "fastdrop/integrations/": ["tests/integrations"],
     "fastdrop/torch/": [f"{TORCH}/functional/test_dropout.py", f"{TORCH}/functional/test_fused.py"],
     "fastdrop/torch/functional/": [f"{TORCH}/functional/test_{name}.py" for name in ("dropout", "variants", "fused")],
     "fastdrop/torch/models/": [f"{TORCH}/models"],
@@ -43,6 +44,7 @@ TABLE = {  # tests of a folder's modules that have no test file of their name; t
     "docs/": ["tests/test_docs.py"],
     "README.md": ["tests/test_docs.py"],
     "examples/": ["tests/test_examples.py"],
+    "examples/recipes/": ["tests/test_recipes.py"],
 }
 
 

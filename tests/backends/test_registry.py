@@ -203,12 +203,15 @@ ROOMS = [
     "torch/models",
     "torch/tools",
     "torch",  # itself: the public names
+    "integrations",
     "cli",
     "__main__",
 ]
 NUMBA = ("backends/numba/", "backends/cuda/")
 MAY_IMPORT = {  # top-level package: where in fastdrop it may be imported
-    "torch": ("torch/", "cli/"),
+    "torch": ("torch/", "cli/", "integrations/"),
+    "transformers": ("integrations/transformers.py",),
+    "lightning": (),  # by name
     "numba": NUMBA,
     "llvmlite": NUMBA,
     "cuda": ("backends/cuda/",),
