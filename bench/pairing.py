@@ -48,16 +48,7 @@ def alternate(
     contexts.update(around or {})
     if benchmark.disabled:
         return _run_once(benchmark, {"": measured, **peers}, contexts)
-    repeats, seconds_once = {}, {}
-    for name, call in {"": measured, **peers}.items():
-        with contexts[name]():
-            call()
-            once = seconds_once[name] = min(sample(call, 1) for _ in range(3))
-        repeats[name] = max(1, round(SAMPLE_SECONDS / once))
-    # Of all or of none: none is to be the only one prepared.
-    prepared = settle > 0 or min(seconds_once.values()) < UNCACHED_SECONDS
-    cost = sum(once * repeats[name] + prepared * max(once, settle) for name, once in seconds_once.items())
-    rounds = min(max(int(share_of_seconds * seconds / cost), MIN_ROUNDS), MAX_ROUNDS)
+    repeats, prepared, rounds = _plan({"": measured, **peers}, contexts, share_of_seconds * seconds, settle)
     samples: dict[str, list[float]] = {name: [] for name in peers}
     order = list(peers)
     shuffle = random.Random(0).shuffle
@@ -95,6 +86,22 @@ def alternate(
     for name, taken in samples.items():
         if name not in hidden:
             _add_row(benchmark, name, taken, repeats[name])
+
+
+def _plan(
+    calls: Mapping[str, Callable[[], object]], contexts: Mapping[str, Around], seconds: float, settle: float
+) -> tuple[dict[str, int], bool, int]:
+    """The calls that a sample of each has, whether each is prepared by calls that are not timed, and the rounds."""
+    repeats, seconds_once = {}, {}
+    for name, call in calls.items():
+        with contexts[name]():
+            call()
+            once = seconds_once[name] = min(sample(call, 1) for _ in range(3))
+        repeats[name] = max(1, round(SAMPLE_SECONDS / once))
+    # Of all or of none: none is to be the only one prepared.
+    prepared = settle > 0 or min(seconds_once.values()) < UNCACHED_SECONDS
+    cost = sum(once * repeats[name] + prepared * max(once, settle) for name, once in seconds_once.items())
+    return repeats, prepared, min(max(int(seconds / cost), MIN_ROUNDS), MAX_ROUNDS)
 
 
 def _run_once(benchmark: Any, calls: dict[str, Callable[[], object]], contexts: Mapping[str, Around]) -> None:
