@@ -1,7 +1,7 @@
 """Writes the pages of the API reference from the public names, before Sphinx reads the pages.
 
-A name belongs to the first group whose modules define it. A name that no group has is a warning, which `make docs`
-takes for an error. The pages are in `docs/api`, which git ignores.
+A name belongs to the group that names its module, or the nearest package above it. A name that no group has is a
+warning, which `make docs` takes for an error. The pages are in `docs/api`, which git ignores.
 """
 
 import importlib
@@ -15,7 +15,7 @@ FOLDER = Path(__file__).parent / "api"
 # public module -> groups: file name, title, and the modules below it that define the names of the group
 GROUPS = {
     "fastdrop": [
-        ("numpy_dropout", "NumPy: dropout", ["arrays.dropout", "arrays.structured", "arrays.blocks", "arrays.noise"]),
+        ("numpy_dropout", "NumPy: dropout", ["arrays"]),
         ("numpy_fused", "NumPy: fused functions", ["arrays.fused", "arrays.fused_rows", "arrays.saved"]),
         ("numpy_masks", "NumPy: masks, random state, parts", ["core"]),
         ("backends", "Backends and threads", ["backends"]),
@@ -36,9 +36,9 @@ GROUPS = {
     "fastdrop.integrations.lightning": [("lightning", "Callback for Lightning", [""])],
 }
 # what a module has for torch, or a callback for its trainer, and no user calls
-HIDDEN = "forward, drop_input, evaluate_input, extra_repr"
-HIDDEN += (
-    ", on_train_begin, on_step_end, on_log, on_train_end, on_fit_start, on_train_batch_start, on_exception, teardown"
+HIDDEN = (
+    "forward, drop_input, evaluate_input, extra_repr, on_train_begin, on_step_end, on_log, on_train_end, on_fit_start, "
+    "on_train_batch_start, on_exception, teardown"
 )
 
 logger = logging.getLogger(__name__)
@@ -60,9 +60,9 @@ def write(app: Any = None) -> None:
     for stale in set(FOLDER.glob("*.md")) - {FOLDER / name for name in pages}:
         stale.unlink()
     for name, text in pages.items():
-        file = FOLDER / name
-        if not file.exists() or file.read_text() != text:
-            file.write_text(text)
+        target = FOLDER / name
+        if not target.exists() or target.read_text() != text:
+            target.write_text(text)
 
 
 def by_group(module: str, groups: list[tuple[str, str, list[str]]]) -> dict[str, list[str]]:
@@ -73,9 +73,9 @@ def by_group(module: str, groups: list[tuple[str, str, list[str]]]) -> dict[str,
         home = getattr(getattr(public, name), "__module__", None)
         if home is None:  # a module, which has a page of its own
             continue
-        fitting = [file for file, _, rooms in groups if any(lies_in(home, module, room) for room in rooms)]
+        fitting = [(len(room), file) for file, _, rooms in groups for room in rooms if lies_in(home, module, room)]
         if fitting:
-            members[fitting[0]].append(f"{module}.{name}")
+            members[max(fitting)[1]].append(f"{module}.{name}")
         else:
             logger.warning("%s.%s (of %s) is in no group of docs/api_pages.py", module, name, home)
     return members
@@ -89,7 +89,7 @@ def lies_in(home: str, module: str, room: str) -> bool:
 def page(title: str, module: str, names: list[str]) -> str:
     public = importlib.import_module(module)
     blocks = [f"# {title}", ""]
-    if module == "fastdrop.schedules":  # the only module that is public itself
+    if module == "fastdrop.schedules":  # the only module whose own docstring is for users
         blocks += rst(f".. automodule:: {module}")
     for full in names:
         name = full.rsplit(".", 1)[1]

@@ -6,6 +6,7 @@ here and on a code host. `include_patterns` says which files are pages.
 
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -61,6 +62,6 @@ autosummary_generate = False
 default_role = "literal"
 
 
-def setup(app):
+def setup(app: Any) -> None:
     app.connect("builder-inited", api_pages.write)
     app.connect("autodoc-process-docstring", docstrings.process)

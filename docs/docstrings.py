@@ -8,20 +8,21 @@ import importlib
 import re
 from typing import Any
 
-from sphinx.ext.napoleon import Config, NumpyDocstring
+from sphinx.ext.napoleon import Config
+from sphinx.ext.napoleon.docstring import NumpyDocstring
 
 SECTIONS = {"Parameters", "Attributes", "Returns", "Yields", "Raises", "Warns"}
 
 
 PUBLIC = ("fastdrop.torch", "fastdrop.schedules", "fastdrop")
-CONFIG = Config(
+CONFIG: Any = Config(
     napoleon_use_param=False,
     napoleon_use_rtype=False,
     napoleon_custom_sections=[("Raises", "returns_style"), ("Attributes", "params_style")],
 )
 
 
-def process(app: Any, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
+def process(app: Any, what: Any, name: str, obj: object, options: object, lines: list[str]) -> None:
     """Rewrites a docstring in place, as the event "autodoc-process-docstring" asks for."""
     lines[:] = [linked(line, name) for line in lines]
     if what not in {"property", "attribute"}:  # these have no sections, and napoleon takes a colon for a type's end
