@@ -107,13 +107,14 @@ def philox4x32_10(
     >>> [hex(int(word)) for word in philox4x32_10((0, 0, 0, 0), (0, 0))]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    c0, c1, c2, c3 = (np.asarray(c).astype(np.uint64) for c in np.broadcast_arrays(*counter))
+    c0, c1, c2, c3 = (np.asarray(c).astype(np.uint64) for c in counter)
+    m0, m1 = (np.uint64(multiplier) for multiplier in MULTIPLIERS)
     k0, k1 = key
     low, shift = np.uint64(LOW), np.uint64(32)
-    for _ in range(ROUNDS):
-        p0, p1 = np.uint64(MULTIPLIERS[0]) * c0, np.uint64(MULTIPLIERS[1]) * c2
-        c0, c1 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low
-        c2, c3 = (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
+    for _ in range(ROUNDS):  # parts of the counter broadcast late: the first rounds work on small arrays
+        p0, p1 = m0 * c0, m1 * c2
+        c0, c1 = (p1 >> shift) ^ (c1 ^ np.uint64(k0)), p1 & low
+        c2, c3 = (p0 >> shift) ^ (c3 ^ np.uint64(k1)), p0 & low
         k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
     return c0.astype(np.uint32), c1.astype(np.uint32), c2.astype(np.uint32), c3.astype(np.uint32)
 
