@@ -4,5 +4,5 @@ from setuptools import setup
 
 setup(
     cffi_modules=["csrc/ffi_build.py:ffibuilder"],
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -18,7 +18,9 @@ try:
     from torch.nn import functional as F
     from tqdm.auto import tqdm
 except ImportError as error:
-    sys.exit(f'{error}. The examples need torch and more: pip install "fastdrop[torch,demo]"')
+    from fastdrop.core.installing import how_to_install
+
+    sys.exit(f"{error}. The examples need torch and more: {how_to_install('torch,demo')}")
 
 TRAINING = 600  # digits to learn from; the other 1,197 validate
 WRONG_LABELS = 0.1  # of the training digits: something to overfit to

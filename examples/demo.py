@@ -34,7 +34,9 @@ try:
     from sklearn.datasets import load_digits
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 except ImportError as error:
-    sys.exit(f"{error}. The demo needs scikit-learn, matplotlib and rich: pip install 'fastdrop[demo]'")
+    from fastdrop.core.installing import how_to_install
+
+    sys.exit(f"{error}. The demo needs scikit-learn, matplotlib and rich: {how_to_install('demo')}")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where bench/ is
 

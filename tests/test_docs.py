@@ -1,4 +1,4 @@
-"""The code in README and the guide runs, and prints what its comments say."""
+"""The code in README and in the pages of the documentation runs, and prints what its comments say."""
 
 import re
 from pathlib import Path

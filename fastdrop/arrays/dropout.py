@@ -7,32 +7,56 @@ whole are in `structured.py`, ops that fuse dropout with other layers in `fused.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any, Literal, Unpack, overload
 
 from numpy.typing import ArrayLike
 
 from ..core import checks, variants
-from ..core.mask import GaussianNoise, PackedMask, gaussian_noise, packed_mask, parts_of_noise
+from ..core.mask import GaussianNoise, PackedMask, SeededMask, gaussian_noise, packed_mask, parts_of_noise
 from ..core.part import Run, parts_of, runs
 from ..core.random import check_random_state, random_state, threshold_and_scale
-from .array_ops import Array, BitMask, Mask, PartOfWhole, RandomState, Shape
+from .array_ops import Shape
 from .host import HOST
 from .masking import array_ops, copy_to_output, drop, masked
+from .signatures import (
+    AnyArray,
+    Array,
+    BitMask,
+    CommonOptions,
+    GridOptions,
+    Mask,
+    MaybeNone,
+    PartOfWhole,
+    RandomState,
+    SameArray,
+    ScaledOptions,
+)
 
 
+@overload
 def dropout(
-    x: ArrayLike,
+    x: SameArray, p: float = ..., *, store: Literal["bits"] = ..., **options: Unpack[GridOptions]
+) -> tuple[SameArray, PackedMask | MaybeNone]: ...
+@overload
+def dropout(
+    x: SameArray, p: float = ..., *, store: Literal["seed"], **options: Unpack[GridOptions]
+) -> tuple[SameArray, SeededMask | MaybeNone]: ...
+@overload
+def dropout(x: ArrayLike, p: float = ..., *, store: str = ..., **options: Unpack[GridOptions]) -> tuple[Array, Any]: ...
+def dropout(
+    x: Any,
     p: float = 0.5,
     *,
     training: bool = True,
-    noise_shape: tuple[int | None, ...] | None = None,
+    noise_shape: Sequence[int | None] | None = None,
     scaling: str = "inverted",
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
-) -> tuple[Array, BitMask | None]:
+) -> tuple[Any, BitMask | None]:
     """Returns x with each element dropped with probability p, and the mask that backward needs.
 
     ``y = x / (1 - p)`` where an element is kept and exactly +0 where it is dropped, even if it is inf or NaN. The mask
@@ -105,7 +129,11 @@ def dropout(
     return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out), part)
 
 
-def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> Array:
+@overload
+def dropout_backward(dy: SameArray, mask: Mask | None, *, out: AnyArray | None = ...) -> SameArray: ...
+@overload
+def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: AnyArray | None = ...) -> Array: ...
+def dropout_backward(dy: Any, mask: Mask | None, *, out: AnyArray | None = None) -> Any:
     """Returns the gradient of dropout's input: dy times the mask's scale where kept, exactly 0 where dropped.
 
     Parameters
@@ -128,11 +156,14 @@ def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: Array | None = No
     >>> fd.dropout_backward(np.array([0.3, -0.1, 0.2, -0.05]), mask)
     array([0.6, 0. , 0.4, 0. ])
     """
-    dx: Array = masked("dy", dy, mask, out)
-    return dx
+    return masked("dy", dy, mask, out)
 
 
-def apply_mask(x: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> Array:
+@overload
+def apply_mask(x: SameArray, mask: Mask | None, *, out: AnyArray | None = ...) -> SameArray: ...
+@overload
+def apply_mask(x: ArrayLike, mask: Mask | None, *, out: AnyArray | None = ...) -> Array: ...
+def apply_mask(x: Any, mask: Mask | None, *, out: AnyArray | None = None) -> Any:
     """Returns x under an existing mask: kept elements times its scale, dropped ones exactly 0.
 
     Use it to share a mask between layers or steps, or to apply a mask of your own (`PackedMask.from_bool`). Parameters
@@ -144,8 +175,7 @@ def apply_mask(x: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> 
     array([[0., 0., 2., 0.],
            [0., 0., 2., 0.]], dtype=float32)
     """
-    y: Array = masked("x", x, mask, out)
-    return y
+    return masked("x", x, mask, out)
 
 
 def draw_mask(
@@ -199,16 +229,28 @@ def draw_mask(
     return packed_mask(words, extents, p, scale, parts)
 
 
+@overload
 def alpha_dropout(
-    x: ArrayLike,
+    x: SameArray, p: float = ..., *, store: Literal["bits"] = ..., **options: Unpack[CommonOptions]
+) -> tuple[SameArray, PackedMask | MaybeNone]: ...
+@overload
+def alpha_dropout(
+    x: SameArray, p: float = ..., *, store: Literal["seed"], **options: Unpack[CommonOptions]
+) -> tuple[SameArray, SeededMask | MaybeNone]: ...
+@overload
+def alpha_dropout(
+    x: ArrayLike, p: float = ..., *, store: str = ..., **options: Unpack[CommonOptions]
+) -> tuple[Array, Any]: ...
+def alpha_dropout(
+    x: Any,
     p: float = 0.5,
     *,
     training: bool = True,
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
-) -> tuple[Array, BitMask | None]:
+) -> tuple[Any, BitMask | None]:
     """Returns x with dropped elements set to SELU's floor, and everything scaled so that mean and variance stay.
 
     Kept elements become ``a x + b``, dropped ones ``a f + b`` with ``f = -1.758...``, ``a = ((1 - p) (1 + p f**2)) **
@@ -233,17 +275,29 @@ def alpha_dropout(
     return drop("x", x, p, None, "alpha", (training, store, rng, out), part)
 
 
+@overload
 def drop_connect(
-    w: ArrayLike,
+    w: SameArray, p: float = ..., *, store: Literal["bits"] = ..., **options: Unpack[ScaledOptions]
+) -> tuple[SameArray, PackedMask | MaybeNone]: ...
+@overload
+def drop_connect(
+    w: SameArray, p: float = ..., *, store: Literal["seed"], **options: Unpack[ScaledOptions]
+) -> tuple[SameArray, SeededMask | MaybeNone]: ...
+@overload
+def drop_connect(
+    w: ArrayLike, p: float = ..., *, store: str = ..., **options: Unpack[ScaledOptions]
+) -> tuple[Array, Any]: ...
+def drop_connect(
+    w: Any,
     p: float = 0.5,
     *,
     training: bool = True,
     scaling: str = "inverted",
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
-) -> tuple[Array, BitMask | None]:
+) -> tuple[Any, BitMask | None]:
     """Returns weights w with connections dropped, one mask for the whole batch: DropConnect.
 
     It is `dropout` of a weight, with the same parameters and errors. The gradient of w is `dropout_backward` of the
@@ -260,15 +314,23 @@ def drop_connect(
     return drop("w", w, p, None, checks.scaling(scaling), (training, store, rng, out), part)
 
 
+@overload
 def gaussian_dropout(
-    x: ArrayLike,
+    x: SameArray, p: float = ..., **options: Unpack[CommonOptions]
+) -> tuple[SameArray, GaussianNoise | MaybeNone]: ...
+@overload
+def gaussian_dropout(
+    x: ArrayLike, p: float = ..., **options: Unpack[CommonOptions]
+) -> tuple[Array, GaussianNoise | MaybeNone]: ...
+def gaussian_dropout(
+    x: Any,
     p: float = 0.5,
     *,
     training: bool = True,
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
-) -> tuple[Array, GaussianNoise | None]:
+) -> tuple[Any, GaussianNoise | None]:
     """Returns x times Gaussian noise of mean 1 and variance ``p / (1 - p)``, and the noise.
 
     Nothing is dropped: each element is multiplied by ``1 + sigma z``, which has the mean and the variance of dropout's

@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ..core import checks, variants
 from ..core.mask import PackedMask
-from .array_ops import Array, ArrayOps, BitMask, Shape, compute_dtype, dtype_tags, rows_and_columns
+from .array_ops import ArrayOps, Shape, compute_dtype, dtype_tags, rows_and_columns
 from .masking import array_ops, mask_words, masked
+from .signatures import Array, ArrayArgument, BitMask, MaybeNone
+
+# A gradient that may be None is None if its argument was not given.
 
 
 class DropoutAddGradients(NamedTuple):
@@ -32,7 +34,7 @@ class BiasDropoutAddGradients(NamedTuple):
 
 class BiasActGradients(NamedTuple):
     x: Array
-    bias: Array | None
+    bias: Array | MaybeNone
 
 
 class GatedGradients(NamedTuple):
@@ -42,17 +44,17 @@ class GatedGradients(NamedTuple):
 
 class LayerNormGradients(NamedTuple):
     x: Array
-    residual: Array | None
-    weight: Array | None
-    bias: Array | None
-    x_bias: Array | None
+    residual: Array | MaybeNone
+    weight: Array | MaybeNone
+    bias: Array | MaybeNone
+    x_bias: Array | MaybeNone
 
 
 class RmsNormGradients(NamedTuple):
     x: Array
-    residual: Array | None
-    weight: Array | None
-    x_bias: Array | None
+    residual: Array | MaybeNone
+    weight: Array | MaybeNone
+    x_bias: Array | MaybeNone
 
 
 class SoftmaxGradients(NamedTuple):
@@ -88,7 +90,7 @@ class Saved(Generic[Gradients]):
     _shape: Shape
     _dtype: np.dtype[Any]  # of x
 
-    def backward(self, dy: ArrayLike) -> Gradients:
+    def backward(self, dy: ArrayArgument) -> Gradients:
         raise NotImplementedError
 
     @property
@@ -140,7 +142,7 @@ class SavedPointwise(Saved[Gradients]):
     _bias: Any
     _bias_dtype: np.dtype[Any] | None  # None if the op had no bias
 
-    def backward(self, dy: ArrayLike) -> Gradients:
+    def backward(self, dy: ArrayArgument) -> Gradients:
         ops, given = self._check_gradient("dy", dy, "the result", self._residual_dtype)
         if self._x is None and self._bias_dtype is None and self._dtype == self._residual_dtype:  # as plain dropout
             dx = given if self.mask is None else masked("dy", ops.as_contiguous(given), self.mask, None)
@@ -174,7 +176,7 @@ class SavedNorm(Saved[Gradients]):
     _vector_dtypes: dict[str, np.dtype[Any]]  # of those of weight, bias and x_bias that were given
     _has_residual: bool
 
-    def backward(self, dy: ArrayLike, dresidual: ArrayLike | None = None) -> Gradients:
+    def backward(self, dy: ArrayArgument, dresidual: ArrayArgument | None = None) -> Gradients:
         """The gradients, given those of y and, unless it is None, of residual_out."""
         ops, g = self._check_gradient("dy", dy, "y", self._dtype)
         residual_dtype, dresidual_out = self._residual_out.dtype, None
@@ -209,7 +211,7 @@ class SavedSoftmax(Saved[SoftmaxGradients]):
     _probabilities: Any
     _softmax_scale: float
 
-    def backward(self, dy: ArrayLike) -> SoftmaxGradients:
+    def backward(self, dy: ArrayArgument) -> SoftmaxGradients:
         ops, g = self._check_gradient("dy", dy, "the result", self._dtype)
         rows, columns = rows_and_columns(self._shape)
         dscores = ops.empty(g, self._shape, self._dtype)

@@ -8,20 +8,48 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 from numpy.typing import ArrayLike
 
 from ..core import checks, variants
-from ..core.mask import PackedMask, packed_mask
+from ..core.mask import PackedMask, SeededMask, packed_mask
 from ..core.part import Part, Parts, check_uncut, parts_of, runs
 from ..core.random import State, check_random_state, random_state, threshold_and_scale
-from .array_ops import Array, ArrayOps, BitMask, PartOfWhole, RandomState, Shape
+from .array_ops import ArrayOps, Shape
 from .masking import array_ops, copy_to_output, drop, masked
+from .signatures import (
+    AnyArray,
+    Array,
+    BitMask,
+    CommonOptions,
+    MaybeNone,
+    PartOfWhole,
+    RandomState,
+    SameArray,
+    ScaledOptions,
+)
 
 
+@overload
 def feature_dropout(
-    x: ArrayLike,
+    x: SameArray,
+    p: float = ...,
+    channel_axis: int = ...,
+    *,
+    store: Literal["bits"] = ...,
+    **options: Unpack[ScaledOptions],
+) -> tuple[SameArray, PackedMask | MaybeNone]: ...
+@overload
+def feature_dropout(
+    x: SameArray, p: float = ..., channel_axis: int = ..., *, store: Literal["seed"], **options: Unpack[ScaledOptions]
+) -> tuple[SameArray, SeededMask | MaybeNone]: ...
+@overload
+def feature_dropout(
+    x: ArrayLike, p: float = ..., channel_axis: int = ..., *, store: str = ..., **options: Unpack[ScaledOptions]
+) -> tuple[Array, Any]: ...
+def feature_dropout(
+    x: Any,
     p: float = 0.5,
     channel_axis: int = 1,
     *,
@@ -29,9 +57,9 @@ def feature_dropout(
     scaling: str = "inverted",
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
-) -> tuple[Array, BitMask | None]:
+) -> tuple[Any, BitMask | None]:
     """Returns x with whole channels dropped, and the mask that backward needs: spatial dropout.
 
     Neighbouring pixels of a feature map carry similar information, so dropping single pixels drops little. Here each
@@ -60,17 +88,34 @@ def feature_dropout(
     return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out), part)
 
 
+@overload
 def feature_alpha_dropout(
-    x: ArrayLike,
+    x: SameArray,
+    p: float = ...,
+    channel_axis: int = ...,
+    *,
+    store: Literal["bits"] = ...,
+    **options: Unpack[CommonOptions],
+) -> tuple[SameArray, PackedMask | MaybeNone]: ...
+@overload
+def feature_alpha_dropout(
+    x: SameArray, p: float = ..., channel_axis: int = ..., *, store: Literal["seed"], **options: Unpack[CommonOptions]
+) -> tuple[SameArray, SeededMask | MaybeNone]: ...
+@overload
+def feature_alpha_dropout(
+    x: ArrayLike, p: float = ..., channel_axis: int = ..., *, store: str = ..., **options: Unpack[CommonOptions]
+) -> tuple[Array, Any]: ...
+def feature_alpha_dropout(
+    x: Any,
     p: float = 0.5,
     channel_axis: int = 1,
     *,
     training: bool = True,
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
-) -> tuple[Array, BitMask | None]:
+) -> tuple[Any, BitMask | None]:
     """Returns `alpha_dropout` of x with whole channels dropped, as in `feature_dropout`.
 
     Parameters, errors and memory kept are those of these two functions. Source: Klambauer et al., NeurIPS 2017.
@@ -84,8 +129,20 @@ def feature_alpha_dropout(
     return drop("x", x, p, _mask_shape_of_features(channel_axis), "alpha", (training, store, rng, out), part)
 
 
+@overload
 def variational_dropout(
-    x: ArrayLike,
+    x: SameArray, p: float, time_axis: int, *, store: Literal["bits"] = ..., **options: Unpack[ScaledOptions]
+) -> tuple[SameArray, PackedMask | MaybeNone]: ...
+@overload
+def variational_dropout(
+    x: SameArray, p: float, time_axis: int, *, store: Literal["seed"], **options: Unpack[ScaledOptions]
+) -> tuple[SameArray, SeededMask | MaybeNone]: ...
+@overload
+def variational_dropout(
+    x: ArrayLike, p: float, time_axis: int, *, store: str = ..., **options: Unpack[ScaledOptions]
+) -> tuple[Array, Any]: ...
+def variational_dropout(
+    x: Any,
     p: float,
     time_axis: int,
     *,
@@ -93,9 +150,9 @@ def variational_dropout(
     scaling: str = "inverted",
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
-) -> tuple[Array, BitMask | None]:
+) -> tuple[Any, BitMask | None]:
     """Returns x with the same units dropped at all time steps, and the mask: locked dropout.
 
     A new mask at each step of a recurrent network would disturb its memory. `dropout_backward` is the gradient.
@@ -126,8 +183,25 @@ def variational_dropout(
     return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out), part)
 
 
+@overload
 def stochastic_depth(
-    x: ArrayLike,
+    x: SameArray,
+    p: float,
+    mode: Literal["row", "batch"],
+    *,
+    store: Literal["bits"] = ...,
+    **options: Unpack[ScaledOptions],
+) -> tuple[SameArray, PackedMask | MaybeNone]: ...
+@overload
+def stochastic_depth(
+    x: SameArray, p: float, mode: Literal["row", "batch"], *, store: Literal["seed"], **options: Unpack[ScaledOptions]
+) -> tuple[SameArray, SeededMask | MaybeNone]: ...
+@overload
+def stochastic_depth(
+    x: ArrayLike, p: float, mode: Literal["row", "batch"], *, store: str = ..., **options: Unpack[ScaledOptions]
+) -> tuple[Array, Any]: ...
+def stochastic_depth(
+    x: Any,
     p: float,
     mode: str,
     *,
@@ -135,9 +209,9 @@ def stochastic_depth(
     scaling: str = "inverted",
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
-) -> tuple[Array, BitMask | None]:
+) -> tuple[Any, BitMask | None]:
     """Returns x, the output of a residual branch, with whole samples dropped: stochastic depth, also called DropPath.
 
     `dropout_backward` is the gradient.
@@ -168,16 +242,24 @@ def stochastic_depth(
     return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out), part)
 
 
+@overload
 def drop_block(
-    x: ArrayLike,
+    x: SameArray, p: float, block_size: int | tuple[int, ...], **options: Unpack[CommonOptions]
+) -> tuple[SameArray, PackedMask | MaybeNone]: ...
+@overload
+def drop_block(
+    x: ArrayLike, p: float, block_size: int | tuple[int, ...], **options: Unpack[CommonOptions]
+) -> tuple[Array, PackedMask | MaybeNone]: ...
+def drop_block(
+    x: Any,
     p: float,
     block_size: int | tuple[int, ...],
     *,
     training: bool = True,
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
-) -> tuple[Array, PackedMask | None]:
+) -> tuple[Any, PackedMask | None]:
     """Returns x with blocks of neighbouring cells dropped in each channel, scaled by cells / cells kept.
 
     A block is drawn at each place where it fits, with the probability that would drop a share p of the cells if blocks

@@ -13,6 +13,7 @@ from importlib import metadata
 
 from .. import __version__, backends
 from ..backends import memory
+from ..core.installing import how_to_install
 
 HELP = "versions, backends and why each is or isn't used, instruction set, threads, memory policy"
 DESCRIPTION = (
@@ -21,9 +22,9 @@ DESCRIPTION = (
 
 PACKAGES = {  # distribution: what it is good for
     "numpy": "",
-    "numba": "Numba backend: pip install 'fastdrop[numba]'",
-    "numba-cuda": "arrays on a GPU: pip install 'fastdrop[cuda]'",
-    "torch": "fastdrop.torch: pip install 'fastdrop[torch]'",
+    "numba": f"Numba backend: {how_to_install('numba')}",
+    "numba-cuda": f"arrays on a GPU: {how_to_install('cuda')}",
+    "torch": f"fastdrop.torch: {how_to_install('torch')}",
     "ml_dtypes": "bfloat16 arrays: pip install ml_dtypes",
 }
 VARIABLES = ("FASTDROP_BACKEND", "FASTDROP_ISA", "FASTDROP_NUM_THREADS", memory.VARIABLE)

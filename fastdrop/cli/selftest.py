@@ -30,12 +30,10 @@ from ..arrays.fused import (
     bias_act_dropout,
     bias_dropout_add,
     dropout_add,
-    dropout_add_layer_norm,
-    dropout_add_rms_norm,
     geglu_dropout,
-    softmax_dropout,
     swiglu_dropout,
 )
+from ..arrays.fused_rows import dropout_add_layer_norm, dropout_add_rms_norm, softmax_dropout
 from ..backends import reference
 from ..backends.memory import NEVER, Policy, use_policy
 from ..backends.reference.storage import float32_to_bfloat16

@@ -239,7 +239,7 @@ _seeded_by_user = False
 
 def check_random_state(rng: Any) -> None:
     """Raises the errors of `random_state`, but draws nothing."""
-    if not (rng is None or isinstance(rng, (Stream, np.random.Generator))):
+    if not (rng is None or type(rng) is Stream or isinstance(rng, (Stream, np.random.Generator))):
         random_state(rng)
 
 

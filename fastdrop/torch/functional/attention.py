@@ -9,7 +9,7 @@ attention without dropout goes one of these ways, and its result is dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ def scaled_dot_product_attention(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     part: Whole = None,
-    noise_shape: Any = None,
+    noise_shape: Sequence[int | None] | None = None,
     store: str = "seed",
 ) -> Tensor:
     """Returns ``dropout(softmax(scale * query @ key.T + attn_mask)) @ value``:

@@ -5,7 +5,7 @@ Each function works out its scaling. `routing` does the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def dropout(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     part: Whole = None,
-    noise_shape: Any = None,
+    noise_shape: Sequence[int | None] | None = None,
     store: str = "bits",
     scaling: str = "inverted",
 ) -> Tensor:
@@ -106,8 +106,8 @@ def dropout(
     tensor([0., 0., 2., 2., 0., 2.])
     """
     if has_torch_function_unary(input):
-        options = {"generator": generator, "seed": seed, "noise_shape": noise_shape, "store": store, "scaling": scaling}
-        options["part"] = part
+        options: dict[str, Any] = {"generator": generator, "seed": seed, "part": part}
+        options |= {"noise_shape": noise_shape, "store": store, "scaling": scaling}
         return handle_torch_function(dropout, (input,), input, p=p, training=training, inplace=inplace, **options)
     if scaling != "inverted":
         checks.scaling(scaling)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +13,9 @@ from ..runtime import located
 __all__ = ["cells_of"]
 
 
-def cells_of(part: Part | Sequence[Part], shape: tuple[int, ...] | None = None, noise_shape: Any = None) -> Tensor:
+def cells_of(
+    part: Part | Sequence[Part], shape: tuple[int, ...] | None = None, noise_shape: Sequence[int | None] | None = None
+) -> Tensor:
     """Returns the cells of a part as a tensor, which functions take as ``part`` too.
 
     Compiled code with a `fastdrop.Part` in it is compiled for this part. With a tensor the code is the same for all

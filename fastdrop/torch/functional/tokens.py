@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,27 @@ def _drop_tokens_of_shards(function: Callable[..., Any], arguments: sharded.Argu
     return y, sharded.to_dtensor(index, x, local, (x.shape[0], index.shape[1]), placements)
 
 
+class _Options(TypedDict, total=False):
+    """The keyword arguments that do not decide the type of the result."""
+
+    training: bool
+    generator: torch.Generator | None
+    seed: Seed
+    part: Whole
+
+
+@overload
+def token_dropout(
+    x: Tensor, p: float, keep_first: int = ..., *, return_index: Literal[False] = ..., **options: Unpack[_Options]
+) -> Tensor: ...
+@overload
+def token_dropout(
+    x: Tensor, p: float, keep_first: int = ..., *, return_index: Literal[True], **options: Unpack[_Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_dropout(
+    x: Tensor, p: float, keep_first: int = ..., *, return_index: bool, **options: Unpack[_Options]
+) -> Any: ...
 @for_subclasses(_drop_tokens_of_shards)
 def token_dropout(
     x: Tensor,

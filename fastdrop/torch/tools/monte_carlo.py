@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...arrays.signatures import MaybeNone
 from ...core import checks
 from ..models.enable import register
 from ..models.rates import rate_name
@@ -150,9 +151,9 @@ class Prediction:
 
     mean: Tensor
     std: Tensor
-    entropy: Tensor | None = None
-    mutual_information: Tensor | None = None
-    samples: Tensor | None = None
+    entropy: Tensor | MaybeNone = None  # the caller's arguments decide
+    mutual_information: Tensor | MaybeNone = None
+    samples: Tensor | MaybeNone = None
 
 
 def mc_predict(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 
 import pytest
@@ -29,6 +30,27 @@ def call(function, *arguments):
     """Has a function of this module called in a fresh interpreter."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom {__name__} import {function.__name__} as function\n"
     assert output_of(f"{code}function(*{arguments!r})\nprint('done')") == "done"
+
+
+def public_names():
+    """What works on whole models is imported at its first use, and all other names with the package."""
+    here = "fastdrop.torch."
+    later = {here + "models", here + "tools.audit", here + "tools.monte_carlo", here + "tools.named_masks"}
+    assert not later & {*sys.modules}
+    assert {*fdt.__all__} <= {*dir(fdt)}
+    assert sorted(fdt.__all__) == fdt.__all__
+    values = {name: getattr(fdt, name) for name in fdt.__all__}
+    assert later <= {*sys.modules}
+    for name, value in values.items():
+        assert vars(fdt)[name] is value
+        assert value.__name__ == name
+        assert value.__doc__, name
+    with pytest.raises(AttributeError, match="has no attribute 'dropuot'"):
+        fdt.dropuot  # noqa: B018
+
+
+def test_models_and_tools_are_imported_at_first_use():
+    call(public_names)
 
 
 def fingerprint(*tensors):
