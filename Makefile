@@ -16,8 +16,10 @@ C_TEST_DEPENDS := $(C_SOURCES) $(C_HEADERS) $(wildcard tests/c/*.[ch])
 C_FLAGS := -std=c11 -O1 -g1 -Wall -Wextra -Werror -ffp-contract=off -fno-math-errno -Icsrc -pthread
 C_FORMATTED := $(filter-out csrc/ops.def,$(C_TEST_DEPENDS))
 OUT := build/c
+empty :=
+space := $(empty) $(empty)
 
-.PHONY: help demo test check test-all test-torch-next bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving bench-parallel cuda-report fuzz report lint format sanitize test-c test-neon package clean
+.PHONY: help demo test check test-all test-torch-next test-vision bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving bench-parallel cuda-report fuzz report lint format sanitize test-c test-neon package docs clean
 
 help:
 	@echo "make demo         trains a network in NumPy and a transformer in torch, with fastdrop and with what is used today"
@@ -25,6 +27,7 @@ help:
 	@echo "make check        lint, and a few cases of the tests of what you changed: about a minute"
 	@echo "make test-all     the test suite and its slow tests; FASTDROP_TEST_EVERYTHING=1 lifts the limits of all three"
 	@echo "make test-torch-next  the torch tests on torch $(NEXT_TORCH), in its own environment (several GB)"
+	@echo "make test-vision  the recipes for timm and torchvision, on the two packages in build/vision"
 	@echo "make bench        benchmarks of plain dropout, every kernel (a quarter of an hour), and their report"
 	@echo "make bench-quick, -sweep, -torch, -family, -fused, -attention, -saving, -parallel"
 	@echo "                  its speed table alone; its speed over sizes; torch's function and training steps; other kinds;"
@@ -36,90 +39,112 @@ help:
 	@echo "make test-c       the C kernels; make sanitize: under the address, undefined-behaviour and thread sanitizers"
 	@echo "make test-neon    the Arm kernels, cross-compiled and emulated"
 	@echo "make package      builds wheel and sdist, installs them in clean environments and tests them"
+	@echo "make docs         builds the documentation in build/docs/index.html, and checks its links; warnings are errors"
 	@echo "make clean        removes .venv and everything that was built"
 
 # Python writes the bytecode of what it imports, also where the environment forbids it: the suite starts dozens of
 # processes, and each would compile torch's sources, which takes five to fifteen seconds.
 unexport PYTHONDONTWRITEBYTECODE
 
-# The stamp stands for: the pinned packages are there, and fastdrop is built and installed in place.
+# What C is built with is installed first, so that it can be built while torch is still on its way.
 # Most modules of the packages are never imported, so their bytecode is not compiled here.
-$(VENV)/.packages: requirements-dev.txt
-	@echo "== creating $(VENV) and installing the pinned packages (a minute or two, once)"
+PIP_INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check
+TOOLS := numpy cffi pycparser setuptools
+
+$(VENV)/.tools: requirements-demo.txt
+	@echo "== creating $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile -r requirements-dev.txt
+	$(PIP_INSTALL) --no-compile $$(grep -E '^($(subst $(space),|,$(TOOLS)))==' $<)
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.packages $(C_SOURCES) $(C_HEADERS) csrc/ffi_build.py fastdrop/backends/primitives.py setup.py pyproject.toml
+# fastdrop is built, and installed in place.
+$(VENV)/.built: $(VENV)/.tools $(C_SOURCES) $(C_HEADERS) csrc/ffi_build.py fastdrop/backends/primitives.py setup.py pyproject.toml
 	@echo "== building the C extension"
-	FASTDROP_CFLAGS="-Wall -Wextra" $(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	FASTDROP_CFLAGS="-Wall -Wextra" $(PIP_INSTALL) --no-build-isolation --no-deps -e .
 	@touch $@
 
-demo: $(VENV)/.built
+# The pinned packages of the demo are there; and those of development.
+$(VENV)/.demo: $(VENV)/.tools
+	@echo "== installing torch and what the demo draws with (about a minute, once)"
+	$(PIP_INSTALL) --no-compile -r requirements-demo.txt
+	@touch $@
+
+$(VENV)/.packages: requirements-dev.txt $(VENV)/.demo
+	@echo "== installing the pinned packages of development (a minute, once)"
+	$(PIP_INSTALL) --no-compile -r requirements-dev.txt
+	@touch $@
+
+demo:
+	@$(MAKE) --no-print-directory -j 2 $(VENV)/.built $(VENV)/.demo
 	@echo "== demo"
 	$(BIN)/python examples/demo.py
 	@echo "== the same for torch: a small transformer, with torch's dropout and with fastdrop's"
 	$(BIN)/python examples/transformer.py --quick --output fastdrop-transformer.png
 
+# What everything but the demo needs.
+$(VENV)/.ready: $(VENV)/.built $(VENV)/.packages
+	@touch $@
+
 PYTEST := $(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-test: $(VENV)/.built
+test: $(VENV)/.ready
 	@echo "== test suite and doctests"
 	$(PYTEST)
 
-test-all: $(VENV)/.built
+test-all: $(VENV)/.ready
 	@echo "== test suite and doctests, slow tests too"
 	$(PYTEST) --tier all --durations 30
 
-check: $(VENV)/.built lint
+check: $(VENV)/.ready lint
 	@echo "== a few cases of the tests of what has changed"
 	$(PYTEST) --tier check $$($(BIN)/python -m tests.changed)
 
 SECONDS := 60
 
-fuzz: $(VENV)/.built
+fuzz: $(VENV)/.ready
 	@echo "== random calls of the raw ops"
 	$(BIN)/python -m tests.fuzz_ops --seconds $(SECONDS) $(if $(SEED),--seed $(SEED))
 
-bench: $(VENV)/.built
+bench: $(VENV)/.ready
 	@echo "== benchmarks"
 	$(BIN)/python -m bench.run
 
-bench-quick: $(VENV)/.built
+bench-quick: $(VENV)/.ready
 	$(BIN)/python -m bench.run --quick
 
-bench-sweep: $(VENV)/.built
+bench-sweep: $(VENV)/.ready
 	$(BIN)/python -m bench.run --sweep
 
-bench-torch: $(VENV)/.built
+bench-torch: $(VENV)/.ready
 	$(BIN)/python -m bench.run --torch
 
-bench-family: $(VENV)/.built
+bench-family: $(VENV)/.ready
 	$(BIN)/python -m bench.run --family
 
-bench-fused: $(VENV)/.built
+bench-fused: $(VENV)/.ready
 	$(BIN)/python -m bench.run --fused
 
-bench-attention: $(VENV)/.built
+bench-attention: $(VENV)/.ready
 	$(BIN)/python -m bench.run --attention
 
-bench-saving: $(VENV)/.built
+bench-saving: $(VENV)/.ready
 	$(BIN)/python -m bench.run --saving
 
-bench-parallel: $(VENV)/.built
+bench-parallel: $(VENV)/.ready
 	$(BIN)/python -m bench.run --parallel
 
-cuda-report: $(VENV)/.built
+cuda-report: $(VENV)/.ready
 	$(BIN)/python -m bench.gpu.machine_code
 
-report: $(VENV)/.built
+report: $(VENV)/.ready
 	$(BIN)/python -m bench.run --report
 
 lint: $(VENV)/.packages
 	@echo "== ruff, mypy, clang-format"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/python -m tests.snippets build/snippets
+	$(BIN)/mypy fastdrop tests/torch/public_types.py build/snippets
 	$(BIN)/clang-format --dry-run --Werror $(C_FORMATTED)
 
 format: $(VENV)/.packages
@@ -152,17 +177,30 @@ $(OUT)/kernels-%: $(C_TEST_DEPENDS)
 NEXT := .venv-next
 NEXT_TORCH := 2.14.1
 
-$(NEXT)/.packages: requirements-dev.txt
+$(NEXT)/.packages: requirements-demo.txt requirements-dev.txt
 	@echo "== creating $(NEXT) with torch $(NEXT_TORCH) and its packages for CUDA (several GB, once)"
 	$(PYTHON) -m venv $(NEXT)
-	sed 's/^torch==.*/torch==$(NEXT_TORCH)/' requirements-dev.txt > $(NEXT)/requirements.txt
-	$(NEXT)/bin/pip install --quiet --disable-pip-version-check -r $(NEXT)/requirements.txt
+	sed 's/^torch==.*/torch==$(NEXT_TORCH)/' requirements-demo.txt > $(NEXT)/requirements-demo.txt
+	cp requirements-dev.txt $(NEXT)
+	$(NEXT)/bin/pip install --quiet --disable-pip-version-check -r $(NEXT)/requirements-dev.txt
 	@touch $@
 
 test-torch-next: $(NEXT)/.packages
 	@echo "== torch tests on torch $(NEXT_TORCH)"
 	$(NEXT)/bin/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	$(NEXT)/bin/python -m pytest -q -n 2 --dist worksteal tests/torch
+
+# For the recipes that need them. torchvision's binary is made for torch with CUDA; tests/vision.py says how it is done.
+VISION := build/vision
+
+$(VISION)/.packages: $(VENV)/.packages
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade --target $(VISION) \
+	    torchvision==0.28.0 timm==1.0.31
+	@touch $@
+
+test-vision: $(VENV)/.built $(VISION)/.packages
+	@echo "== recipes for timm and torchvision"
+	$(BIN)/python -m tests.vision $(VISION)
 
 test-c: $(OUT)/kernels-plain $(OUT)/golden.txt
 	@echo "== C kernels"
@@ -185,9 +223,22 @@ test-neon: $(OUT)/golden.txt
 	         "libc6-dev-arm64-cross qemu-user)"; \
 	fi
 
+$(VENV)/.docs: requirements-docs.txt $(VENV)/.ready
+	@echo "== installing what the documentation is built with"
+	$(PIP_INSTALL) --no-compile -r requirements-docs.txt
+	@touch $@
+
+# The source folder is the repository's root, so that links to reports, examples and source files lead there.
+docs: $(VENV)/.docs
+	@echo "== documentation"
+	rm -rf build/docs build/doctrees
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs -d build/doctrees . build/docs
+	$(BIN)/python docs/check_links.py build/docs
+	@echo "build/docs/index.html"
+
 package: $(VENV)/.packages
 	PYTHON="$(abspath $(BIN))/python" sh tests/package.sh
 
 clean:
-	rm -rf build dist $(VENV) fastdrop/_native*.so fastdrop.egg-info
+	rm -rf build dist docs/api $(VENV) fastdrop/_native*.so fastdrop.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

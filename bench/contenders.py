@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fastdrop import Stream, backends, draw_mask, dropout, dropout_backward
 from fastdrop.backends import c as native
 from fastdrop.backends.memory import Policy, policy, use_policy
+from fastdrop.cli.bench import numpy_dropout, numpy_dropout_backward
 from fastdrop.core import checks
 from fastdrop.core.random import keep_scale
 from fastdrop.core.random import threshold as threshold_of
@@ -71,17 +72,6 @@ class Buffers:
         return cls(*arrays)
 
 
-def numpy_dropout(x: Array, p: float, rng: np.random.Generator) -> tuple[Array, NDArray[np.bool_]]:
-    """Dropout as people write it in NumPy, with the mask to keep for backward."""
-    keep = rng.random(x.shape) >= p
-    return numpy_dropout_backward(x, keep, p), keep
-
-
-def numpy_dropout_backward(dy: Array, keep: NDArray[np.bool_], p: float) -> Array:
-    dx: Array = dy * keep * dy.dtype.type(1.0 / (1.0 - p))
-    return dx
-
-
 def import_torch() -> Any:
     """torch, or None where it is not installed."""
     try:
@@ -107,6 +97,16 @@ def threads(n: int, torch: Any) -> Iterator[None]:
         _give_threads(before[0])
         if torch is not None:
             torch.set_num_threads(before[1])
+
+
+def threads_id(n: int) -> str:
+    """As names of cases have it."""
+    return f"{n}thread{'s' * (n > 1)}"
+
+
+def p_id(value: object) -> str | None:
+    """p as names of cases have it; other parameters get what pytest calls them."""
+    return f"p{value}" if isinstance(value, float) else None
 
 
 def _give_threads(n: int) -> None:

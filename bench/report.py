@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .pictures import Point, draw_ratios
+
 Row = dict[str, Any]
 ALL_CASES = "## Every case"
-LONGEST_BAR = 2.0
-COLORS = {"met": "#0072B2", "missed": "#D55E00", "no target": "#bbbbbb"}  # told apart by the colour-blind too
 
 
 def write(arguments: list[str], usage: str, report: Callable[..., str], plot: Callable[..., None], details: str) -> int:
@@ -25,7 +25,7 @@ def write(arguments: list[str], usage: str, report: Callable[..., str], plot: Ca
         return 2
     source = Path(arguments[0])
     run = json.loads(source.read_text())
-    rows = [benchmark["extra_info"] for benchmark in run["benchmarks"]]
+    rows = [benchmark["extra_info"] for benchmark in run["benchmarks"] if "peers" in benchmark["extra_info"]]
     text = report(run, rows)
     source.with_suffix(".md").write_text(text)
     plot(run, rows, source.with_suffix(".png"))
@@ -48,12 +48,19 @@ def machine_line(run: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Suite:
-    """``limits(row, peer)``: at most these shares of the peer's value (time, or bytes); none where nothing is asked."""
+    """``limits(row, peer)``: at most these shares of the peer's value (time, or bytes); none where nothing is asked.
+
+    The picture has about 25 lines at most: ``line(row, peer)`` gives the heading and the label of each, and of several
+    layouts with the same one the worst is shown. ``left_out`` leaves lines out. ``note`` says so below the title.
+    """
 
     title: str
     intro: str
     limits: Callable[[Row, str], tuple[float, ...]]
     picture: str
+    line: Callable[[Row, str], tuple[str, str]] = lambda row, peer: by_layout(row, peer)
+    left_out: Callable[[Row, str], bool] = lambda row, peer: False
+    note: str = ""
 
     def main(self, arguments: list[str], usage: str) -> int:
         return write(arguments, usage, self.report, self.plot, ALL_CASES)
@@ -81,53 +88,33 @@ class Suite:
         return "\n".join(lines) + "\n"
 
     def plot(self, run: dict[str, Any], rows: list[Row], path: Path) -> None:
-        """Each case's value as a share of its peer's, beside its limit; a panel for each number of threads."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        labels = list(dict.fromkeys(label(row, peer) for row, peer in pairs(rows)))[::-1]
-        threads = sorted({row["threads"] for row in rows})
-        size = (6.0 + 3.5 * len(threads), 0.26 * len(labels) + 1.6)
-        figure, panels = plt.subplots(1, len(threads), figsize=size, sharey=True, squeeze=False, layout="constrained")
-        for axis, count in zip(panels[0], threads, strict=True):
-            shown = [one for one in pairs(rows) if one[0]["threads"] == count]
-            end = 1.15 * min(max(ratio(*one) for one in shown), LONGEST_BAR)
-            for row, peer in shown:
-                self._bar(axis, labels.index(label(row, peer)), ratio(row, peer), self.limits(row, peer), end)
-            axis.axvline(1.0, color="black", linewidth=0.8, linestyle=":")
-            axis.set(xlim=(0.0, end), xlabel="share of the peer's")
-            axis.set_title(f"{count} thread{'s' * (count > 1)}", loc="left", fontsize=10)
-            axis.set_yticks(range(len(labels)), labels, fontsize=8)
-            axis.grid(axis="x", alpha=0.3)
-        panels[0][0].set_ylim(-0.7, len(labels) - 0.3)
-        for name, color in COLORS.items():
-            panels[0][0].barh(0, 0, color=color, label=name)
-        panels[0][0].plot([], [], color="black", linewidth=2, label="at most this")
-        figure.legend(loc="outside lower right", ncols=4, fontsize=8, frameon=False)
-        figure.suptitle(f"{self.picture}, float32 ({run['machine_info']['cpu_name']})")
-        figure.savefig(path, dpi=110)
-        plt.close(figure)
-
-    @staticmethod
-    def _bar(axis: Any, place: int, value: float, asked: tuple[float, ...], end: float) -> None:
-        """A bar that is too long ends at the panel's end; its number tells."""
-        judged = "no target" if not asked else "met" if value <= min(asked) else "missed"
-        axis.barh(place, min(value, end), color=COLORS[judged])
-        for limit in asked:
-            axis.plot([limit, limit], [place - 0.45, place + 0.45], color="black", linewidth=2)
-        after = max(value, *asked, 0.0) if asked else value
-        inside = after > 0.9 * end
-        axis.text(
-            min(after, end) + (-0.02 if inside else 0.02) * end, place, f"{value:.2f}", fontsize=8,
-            horizontalalignment="right" if inside else "left", verticalalignment="center",
-            color="white" if inside else "black",
-        )  # fmt: skip
+        """The cases that matter most; see `Suite`."""
+        lines: dict[tuple[str, str], dict[str, dict[int, Point]]] = {}
+        for row, peer in pairs(rows):
+            if not self.left_out(row, peer):
+                found = lines.setdefault(self.line(row, peer), {}).setdefault(row["layout"], {})
+                found[row["threads"]] = Point(ratio(row, peer), self.limits(row, peer))
+        groups: dict[str, list[tuple[str, dict[int, Point]]]] = {}
+        for (heading, text), layouts in lines.items():
+            groups.setdefault(heading, []).append((text, max(layouts.values(), key=_distance)))
+        title = f"{self.picture}, float32 ({run['machine_info']['cpu_name']})"
+        draw_ratios([*groups.items()], title, self.note, path)
 
 
-def label(row: Row, peer: str) -> str:
-    return f"{row['kind']}: {row['operation']}, {row['layout']}  /  {peer}"
+def by_layout(row: Row, peer: str) -> tuple[str, str]:
+    """A group for each kind, a line for each operation and layout."""
+    operation = "" if row["operation"] == "step" else f"{row['operation']}, "
+    return row["kind"], f"{operation}{row['layout']}  /  {peer}"
+
+
+def by_operation(row: Row, peer: str) -> tuple[str, str]:
+    """A group for each operation, a line for each kind, whatever the layout."""
+    return row["operation"], f"{row['kind']}  /  {peer}"
+
+
+def _distance(points: dict[int, Point]) -> float:
+    """How far the worst point is from its target, or from 1."""
+    return max(point.ratio / min(point.targets, default=1.0) for point in points.values())
 
 
 def pairs(rows: list[Row]) -> list[tuple[Row, str]]:

@@ -1,6 +1,6 @@
 """Runs a set of CPU benchmarks, then writes its report: `python -m bench.run [--quick | --sweep | --torch | ...]`.
 
-The sets are the keys of `REPORTS`; without an option all of plain dropout runs. Results go to a folder of bench/results
+The sets are the keys of `SETS`; without an option all of plain dropout runs. Results go to a folder of bench/results
 that is named after the kind of machine: NAME.json (not under version control), NAME.md and NAME.png. `--report` runs
 nothing and writes the reports of the JSON files that are there.
 """
@@ -11,21 +11,33 @@ import argparse
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 from .machine import kind
 
 BENCH = Path(__file__).resolve().parent
 RESULTS = BENCH / "results"
-REPORTS = {
-    "quick": "bench.cpu.report",
-    "sweep": "bench.cpu.report_sweep",
-    "torch": "bench.torch.report_torch",
-    "family": "bench.torch.report_family",
-    "fused": "bench.torch.report_fused",
-    "attention": "bench.torch.report_attention",
-    "saving": "bench.torch.report_saving",
-    "parallel": "bench.torch.report_parallel",
-    "all": "bench.cpu.report",
+
+
+class Set(NamedTuple):
+    """Its tests, what pytest is told beside them, the module that writes its report."""
+
+    tests: str
+    report: str
+    options: tuple[str, ...] = ()
+
+
+SETS = {
+    # Five times as long for each case as when all cases run.
+    "quick": Set("cpu/test_dropout.py", "bench.cpu.report", ("-m", "quick", "--benchmark-max-time", "5")),
+    "sweep": Set("cpu/test_sweep.py", "bench.cpu.report_sweep"),
+    "torch": Set("torch/test_torch.py", "bench.torch.report_torch"),
+    "family": Set("torch/test_family.py", "bench.torch.report_family"),
+    "fused": Set("torch/test_fused.py", "bench.torch.report_fused"),
+    "attention": Set("torch/test_attention.py", "bench.torch.report_attention"),
+    "saving": Set("torch/test_saving.py", "bench.torch.report_saving"),
+    "parallel": Set("torch/test_parallel.py", "bench.torch.report_parallel"),
+    "all": Set("cpu/test_dropout.py", "bench.cpu.report"),
 }
 
 
@@ -43,20 +55,20 @@ def main() -> int:
     parser.add_argument("--name", help="of the files (default: the set's name)")
     args = parser.parse_args()
     if args.report:
-        found = [(module, path) for name, module in REPORTS.items() for path in sorted(RESULTS.glob(f"*/{name}.json"))]
+        found = [(name, path) for name in SETS for path in sorted(RESULTS.glob(f"*/{name}.json"))]
         if not found:
             print(f"there are no results in {RESULTS}: run make bench first")
-        return max((report(module, path) for module, path in found), default=1)
-    cases = next((name for name in REPORTS if getattr(args, name, False)), "all")
-    results = RESULTS / kind() / f"{args.name or cases}.json"
+        return max((report(SETS[name].report, path) for name, path in found), default=1)
+    name = next((name for name in SETS if getattr(args, name, False)), "all")
+    results = RESULTS / kind() / f"{args.name or name}.json"
     results.parent.mkdir(parents=True, exist_ok=True)
     command = [
-        sys.executable, "-m", "pytest", "bench/cpu", "bench/torch", "-q", "--cases", cases, "-p", "no:cacheprovider",
-        "--benchmark-json", str(results), "--benchmark-disable-gc", "--benchmark-columns", "median,iqr,rounds",
-        "--benchmark-sort", "name", "--no-header",
+        sys.executable, "-m", "pytest", f"bench/{SETS[name].tests}", *SETS[name].options, "-v", "--no-header",
+        "-p", "no:cacheprovider", "--benchmark-json", str(results), "--benchmark-disable-gc",
+        "--benchmark-columns", "median,iqr,rounds", "--benchmark-sort", "name",
     ]  # fmt: skip
     status = subprocess.run(command, cwd=BENCH.parent, check=False).returncode
-    return status or report(REPORTS[cases], results)
+    return status or report(SETS[name].report, results)
 
 
 def report(module: str, results: Path) -> int:

@@ -8,6 +8,7 @@ are about equally good from 50 samples on.
 
 from common import Figure, accuracy, digits, run, torch, train
 from overfitting_gap import mlp
+from pictures import BLUE, VERMILLION, WIDE
 
 import fastdrop.torch as fdt
 
@@ -31,13 +32,16 @@ def picture(quick: bool) -> Figure:
         print(f"{k:3} samples: {mean[k - 1]:.2f} % wrong")
     print(f"weight scaling: {whole:.2f} % wrong")
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(WIDE, 4), layout="constrained")
     axis = figure.subplots()
     counts = range(1, SAMPLES + 1)
-    axis.plot(counts, mean, color="#0b7a75", label="mean of k thinned networks, and how it spreads")
-    axis.fill_between(counts, mean - spread, mean + spread, color="#0b7a75", alpha=0.2, linewidth=0)
-    axis.axhline(whole, color="#d9822b", linestyle="--", label="weight scaling: the whole network, once")
-    axis.set(title="New digits", xlabel="samples k", ylabel="wrong, %", xscale="log")
+    axis.plot(counts, mean, color=VERMILLION, label=f"mean of k thinned networks; band: spread of {len(errors)} draws")
+    axis.fill_between(counts, mean - spread, mean + spread, color=VERMILLION, alpha=0.2, linewidth=0)
+    axis.axhline(whole, color=BLUE, linestyle="--", label="weight scaling: the whole network, once")
+    axis.set(title="New digits that are not recognised", xlabel="thinned networks k", ylabel="wrong, %", xscale="log")
+    ticks = (1, 2, 5, 10, 20, 50, 100)
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.minorticks_off()
     axis.legend()
     return figure
 

@@ -1,6 +1,6 @@
 """Dropout of elements and of whole units: accuracy against time, at several learning rates.
 
-python examples/batchwise.py
+    python examples/batchwise.py
 
 Batchwise dropout has one mask for the batch and computes kept units only, so a step costs less. But its gradients are
 noisier, and high learning rates diverge. Each point of a curve is an epoch; times are those of the CPU, on one thread.
@@ -8,7 +8,8 @@ noisier, and high learning rates diverge. Each point of a curve is an epoch; tim
 
 import time
 
-from common import BATCH, COLOURS, F, Figure, Pair, accuracy, digits, nn, run, torch
+from common import BATCH, F, Figure, Pair, accuracy, digits, nn, run, torch
+from pictures import BLUE, VERMILLION, WIDE
 
 import fastdrop.torch as fdt
 
@@ -51,17 +52,19 @@ def picture(quick: bool) -> Figure:
     data = digits(wrong=0.0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # the CPU's time would include that of threads that wait
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(WIDE, 3.8), layout="constrained")
     for axis, rate in zip(figure.subplots(1, len(RATES), sharey=True), RATES, strict=True):
-        for kind, colour in zip(KINDS, COLOURS[1:], strict=False):
+        for kind, colour in zip(KINDS, (BLUE, VERMILLION), strict=True):
             seconds, reached = curve(kind, rate, epochs, width, data)
             axis.plot(seconds, reached, ".-", color=colour, label=kind)
             last = sum(reached[-5:]) / len(reached[-5:])
             print(f"learning rate {rate:g}, {kind}: {last:.1f} % in the last epochs, {seconds[-1]:.1f} s in all")
-        axis.set(title=f"Learning rate {rate:g}", xlabel="seconds of training on one thread")
-        axis.legend(loc="center right", title="dropped")
+        axis.set(
+            title=f"Learning rate {rate:g}", xlabel="seconds of the CPU, one thread", xlim=(0, None), ylim=(0, 100)
+        )
     torch.set_num_threads(threads)
     figure.axes[0].set_ylabel("accuracy on new digits, %")
+    figure.axes[-1].legend(loc="lower right", title="dropped")
     return figure
 
 

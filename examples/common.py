@@ -1,12 +1,12 @@
-"""What the examples share: handwritten digits, a training loop, the command line and the look of the pictures.
+"""What the examples share: handwritten digits, a training loop and the command line.
 
-An example is a module with ``picture(quick)``, which runs its experiment and returns a figure.
+An example is a module with ``picture(quick)``, which runs its experiment and returns a figure. `pictures.py` has the
+look of all pictures.
 """
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 try:
     import matplotlib
@@ -18,24 +18,16 @@ try:
     from torch.nn import functional as F
     from tqdm.auto import tqdm
 except ImportError as error:
-    sys.exit(f'{error}. The examples need torch and more: pip install "fastdrop[torch,demo]"')
+    from fastdrop.core.installing import how_to_install
+
+    sys.exit(f"{error}. The examples need torch and more: {how_to_install('torch,demo')}")
+
+from pictures import DPI, STYLE, mark_smoke_test
 
 TRAINING = 600  # digits to learn from; the other 1,197 validate
 WRONG_LABELS = 0.1  # of the training digits: something to overfit to
 BATCH = 60
-COLOURS = ["#8c8c8c", "#0b7a75", "#d9822b", "#7a3b69"]
-STYLE: Any = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
-    "font.size": 10.5,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-}
+LAST = 5  # epochs that are averaged at the end: one alone is luck
 
 Pair = tuple[Tensor, Tensor]  # inputs and labels
 
@@ -76,12 +68,26 @@ def accuracy(model: nn.Module, data: Pair) -> float:
     return 100 * (model(x).argmax(-1) == labels).float().mean().item()
 
 
+def at_end(accuracies: Sequence[float]) -> float:
+    """Mean of the last epochs."""
+    last = accuracies[-LAST:]
+    return sum(last) / len(last)
+
+
+def draw(picture: Callable[[bool], Figure], quick: bool) -> Figure:
+    """The figure in the style of all pictures; that of a quick form says so."""
+    with matplotlib.rc_context(STYLE):
+        figure = picture(quick)
+        if quick:
+            mark_smoke_test(figure)
+    return figure
+
+
 def run(picture: Callable[[bool], Figure], description: str, output: str) -> None:
     """The command line of an example."""
     parser = argparse.ArgumentParser(description=description.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small form, to see that it runs")
     parser.add_argument("--output", default=output, help="the picture (default: %(default)s)")
     args = parser.parse_args()
-    with matplotlib.rc_context(STYLE):
-        picture(args.quick).savefig(args.output, dpi=150)
+    draw(picture, args.quick).savefig(args.output, dpi=DPI)
     print(f"Picture: {args.output}")

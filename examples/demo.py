@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 try:
     from matplotlib import rc_context
+    from matplotlib.colors import to_hex, to_rgba_array
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from rich import box
@@ -34,17 +35,19 @@ try:
     from sklearn.datasets import load_digits
     from threadpoolctl import threadpool_limits  # comes with scikit-learn
 except ImportError as error:
-    sys.exit(f"{error}. The demo needs scikit-learn, matplotlib and rich: pip install 'fastdrop[demo]'")
+    from fastdrop.core.installing import how_to_install
+
+    sys.exit(f"{error}. The demo needs scikit-learn, matplotlib and rich: {how_to_install('demo')}")
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where bench/ is
 
 from mlp import MLP, Dropout, FastDropout, NumpyDropout
-from pictures import check_picture
+from pictures import BLUE, DPI, GREEN, GREY, STYLE, VERMILLION, check_picture, mark_smoke_test
 
 from bench import contenders
 from bench.contenders import F_DROPOUT, FASTDROP, NUMPY, TORCH_MUL, Buffers
-from bench.timing import Timing, alternate
 from fastdrop import Stream, __version__, backends
+from fastdrop.cli.timing import Timing, alternate
 
 Array = NDArray[Any]
 
@@ -60,9 +63,11 @@ CURVES = ("training loss", "training accuracy", "validation loss", "validation a
 
 NO_DROPOUT = "no dropout"
 LABELS = {F_DROPOUT: "torch F.dropout", NUMPY: "plain NumPy", TORCH_MUL: "two torch.mul"}
-COLOURS = {FASTDROP: "#0b7a75", F_DROPOUT: "#d9822b", NUMPY: "#5b6c9e", TORCH_MUL: "#8c8c8c"}
-LIGHT = {FASTDROP: "#7fbfbb", F_DROPOUT: "#efc18f", NUMPY: "#aeb7d2", TORCH_MUL: "#c9c9c9"}  # for the smaller p
-WITH, WITHOUT = "#0b7a75", "#c0392b"
+COLOURS = {FASTDROP: VERMILLION, F_DROPOUT: BLUE, NUMPY: GREEN, TORCH_MUL: GREY}
+LIGHT = {
+    name: to_hex(0.5 + 0.5 * to_rgba_array(colour)[0, :3]) for name, colour in COLOURS.items()
+}  # for the smaller p
+WITH, WITHOUT = VERMILLION, GREY
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,11 @@ def main() -> None:
     layer = _time_layer(console, args.quick)
     _print_layer(console, layer)
     _print_steps(console, steps)
-    _draw(args.output, curves, layer)
+    with rc_context(STYLE | {"axes.grid": False}):
+        figure = _draw(curves, layer)
+        if args.quick:
+            mark_smoke_test(figure)
+        figure.savefig(args.output, dpi=DPI)
     console.print(f"Picture: {args.output} ({time.perf_counter() - start:.0f} s in all)")
 
 
@@ -245,26 +254,14 @@ def _print_steps(console: Console, steps: dict[str, Timing]) -> None:
 # ---- picture ----
 
 
-def _draw(path: str, curves: dict[float, Array], layer: Layer) -> None:
-    style: Any = {
-        "font.size": 10.5,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "axes.titlesize": 11.5,
-        "axes.titlepad": 10,
-        "axes.axisbelow": True,
-        "grid.alpha": 0.3,
-    }
-    with rc_context(style):
-        figure: Any = Figure(figsize=(12.5, 6.4), layout="constrained")
-        left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1), wspace=0.05)
-        _draw_curves(left.subplots(), curves)
-        top, bottom = right.subplots(2, 1, height_ratios=(1.8, 1), gridspec_kw={"hspace": 0.1})
-        _draw_speed(top, layer)
-        _draw_memory(bottom, layer)
-        figure.savefig(path, dpi=160)
+def _draw(curves: dict[float, Array], layer: Layer) -> Figure:
+    figure = Figure(figsize=(12.5, 6.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1), wspace=0.05)
+    _draw_curves(left.subplots(), curves)
+    top, bottom = right.subplots(2, 1, height_ratios=(1.8, 1), gridspec_kw={"hspace": 0.1})
+    _draw_speed(top, layer)
+    _draw_memory(bottom, layer)
+    return figure
 
 
 def _draw_curves(axes: Any, curves: dict[float, Array]) -> None:
@@ -289,7 +286,7 @@ def _draw_curves(axes: Any, curves: dict[float, Array]) -> None:
     axes.set(xlabel="epoch", ylabel="loss (cross-entropy, nats)", xlim=(1, epochs[-1]), ylim=(0, 0.5))
     axes.set_title(f"Digits: {SAMPLES} training samples, network {_sizes()}")
     axes.grid(axis="y")
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(loc="upper right")
 
 
 def _draw_speed(axes: Any, layer: Layer) -> None:
@@ -310,7 +307,7 @@ def _draw_speed(axes: Any, layer: Layer) -> None:
     keys = [
         Patch(color=colours[TORCH_MUL], label=f"p = {p}") for p, colours in zip(LAYER_P, (LIGHT, COLOURS), strict=True)
     ]
-    axes.legend(handles=keys, frameon=False, loc="upper right")
+    axes.legend(handles=keys, loc="upper right")
 
 
 def _draw_memory(axes: Any, layer: Layer) -> None:

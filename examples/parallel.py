@@ -23,6 +23,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 from common import F, Figure, Tensor, nn, run, torch
+from pictures import BLACK, COLOURS, WIDE
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -37,7 +38,7 @@ PROCESSES = 4
 BATCH, LENGTH, WIDTH, HEADS, P = 8, 8, 32, 4, 0.4
 LEARNING_RATE, MOMENTUM, SEED = 0.2, 0.9, 0
 STEPS, QUICK_STEPS = 40, 3
-COLOURS = ["#c8c8c8", "#0b7a75", "#d9822b", "#7a3b69", "#3b6fb6"]
+NOTHING = 1e-16  # a logarithmic axis has no 0
 SLOW_IMPORTS = [
     "torch.distributed.pipelining",
     "torch.distributed.tensor.parallel",
@@ -254,7 +255,7 @@ def picture(quick: bool) -> Figure:
     steps = QUICK_STEPS if quick else STEPS
     multiprocessing.set_forkserver_preload(SLOW_IMPORTS)  # once, not in each process
     losses = {name: curves for processes in WAYS for name, curves in train_in_processes(processes, steps).items()}
-    figure = Figure(figsize=(12.5, 4.2), layout="constrained")
+    figure = Figure(figsize=(WIDE, 4.4), layout="constrained")
     *curves, gaps = figure.subplots(1, 3)
     curves[1].sharey(curves[0])
     for axis, dropout, line in zip(curves, DROPOUTS, ("--", "-"), strict=True):
@@ -264,12 +265,15 @@ def picture(quick: bool) -> Figure:
             axis.plot(actual, color=colour, label=name, **look(turn, dropout == "fastdrop"))
             if turn:
                 gap = (actual - expected).abs()
-                gaps.plot(gap.clamp(min=1e-16), line, color=colour)
+                gaps.plot(gap.clamp(min=NOTHING), line, color=colour)
                 print(f"{dropout}, {name}: losses differ from those of one process by at most {gap.max():.1e}")
-        axis.set(title=f"With {dropout}", xlabel="step", ylabel="cross-entropy, nats per character")
-        axis.legend()
-        gaps.plot([], [], line, color="black", label=dropout)
-    gaps.set(title="Difference from one process", xlabel="step", ylabel="nats per character", yscale="log")
+        axis.set(title=f"Loss with {dropout}", xlabel="step")
+        gaps.plot([], [], line, color=BLACK, label=dropout)
+    curves[0].set_ylabel("cross-entropy, nats per character")
+    curves[0].legend()
+    gaps.set(
+        title="Difference of the losses", xlabel="step", ylabel="from one process; 0 is drawn as 1e-16", yscale="log"
+    )
     gaps.legend(loc="center right")
     return figure
 
@@ -277,7 +281,7 @@ def picture(quick: bool) -> Figure:
 def look(turn: int, coincide: bool) -> dict[str, Any]:
     """Of a curve. Those that coincide are dashes side by side, on one that is wide."""
     if turn == 0:
-        return {"linewidth": 6}
+        return {"linewidth": 6, "alpha": 0.4}
     return {"linewidth": 2, "linestyle": (2 * turn, (2, 6))} if coincide else {"linewidth": 1.5}
 
 

@@ -3,31 +3,36 @@
 python examples/rate_sweep.py
 """
 
-from common import Figure, run
+from common import Figure, at_end, run
 from overfitting_gap import curves
+from pictures import BLUE, VERMILLION, WIDE
 
 RATES = (0.0, 0.3, 0.5, 0.7)
 
 
 def picture(quick: bool) -> Figure:
     epochs = 5 if quick else 100
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(WIDE, 4), layout="constrained")
     left, right = figure.subplots(1, 2)
     ends = []
     for p in RATES:
         seen, unseen = curves(p, epochs)
-        left.plot(unseen, label=f"p = {p:g}")
-        ends.append((sum(seen[-5:]) / 5, sum(unseen[-5:]) / 5))  # of the last epochs: one is luck
+        left.plot(range(1, epochs + 1), unseen, label=f"p = {p:g}")
+        ends.append((at_end(seen), at_end(unseen)))
         print(f"p = {p:g}: {ends[-1][0]:.1f} % of the training digits, {ends[-1][1]:.1f} % of new ones")
     left.set(title="New digits", xlabel="epoch", ylabel="accuracy, %")
     left.set_ylim(bottom=min(80, left.get_ylim()[0]) if quick else 80)
     left.legend(loc="lower right")
-    for shift, name, values in ((-0.2, "training digits", 0), (0.2, "new digits", 1)):
-        bars = right.bar([i + shift for i in range(len(RATES))], [end[values] for end in ends], 0.38, label=name)
-        right.bar_label(bars, fmt="%.1f", fontsize=8)
-    right.set_xticks(range(len(RATES)), [f"p = {p:g}" for p in RATES])
-    right.set(title="At the end", ylabel="accuracy, %", ylim=(min(min(end) for end in ends) - 5, 106))
-    right.legend(loc="upper center", ncols=2)
+    lines = ("o--", BLUE, "training digits, with their wrong labels"), ("o-", VERMILLION, "new digits")
+    for (line, colour, name), values in zip(lines, zip(*ends, strict=True), strict=True):
+        right.plot(RATES, values, line, color=colour, label=name)
+        for p, value, end in zip(RATES, values, ends, strict=True):
+            away = (0, 7) if value == max(end) else (0, -16)
+            right.annotate(f"{value:.1f}", (p, value), away, textcoords="offset points", ha="center", color=colour)
+    right.set(title="Mean of the last epochs", xlabel="drop probability p", ylabel="accuracy, %")
+    right.set_xticks(RATES)
+    right.margins(x=0.1, y=0.2)
+    right.legend(loc="lower center" if quick else "upper right", fontsize=9)
     return figure
 
 

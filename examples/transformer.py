@@ -22,8 +22,8 @@ from operator import sub, truediv
 from pydoc_data.topics import topics
 from typing import Any
 
-from common import STYLE, Console, F, Figure, Tensor, matplotlib, nn, torch
-from pictures import check_picture
+from common import Console, F, Figure, Tensor, matplotlib, nn, torch
+from pictures import BLACK, BLUE, DPI, GREY, STYLE, VERMILLION, check_picture, mark_smoke_test
 from rich import box
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -42,7 +42,7 @@ SMOOTHING = 0.05  # of all steps: training losses shown are means over so many
 Context = Callable[[], AbstractContextManager[object]]
 
 F_DROPOUT, FASTDROP, NO_DROPOUT = "F.dropout", "fastdrop", "no dropout"
-COLOURS = {F_DROPOUT: "#d9822b", FASTDROP: "#0b7a75", NO_DROPOUT: "#8c8c8c"}
+COLOURS = {F_DROPOUT: BLUE, FASTDROP: VERMILLION, NO_DROPOUT: GREY}
 
 
 class CharacterModel(nn.Module):
@@ -193,13 +193,15 @@ def report(console: Console, contenders: dict[str, Contender]) -> None:
     for name, contender in contenders.items():
         table.add_row(name, *(cell(contender) for cell in columns.values()))
     console.print(table)
+    console.print("Ratios and costs are medians over rounds of what is compared within a round, so they")
+    console.print("differ from quotients of the first column if the machine's speed changes.")
     ratio, saved = torchs.paired(truediv, ours), torchs.mebibytes - ours.mebibytes
     console.print(f"A step with F.dropout takes {ratio:.2f} times as long as one with fastdrop, and its")
     console.print(f"masks take {saved:.1f} MiB more. The rest above no dropout is what only dropout makes")
     console.print("torch keep: activations before and after it, and attention weights.")
 
 
-def draw(path: str, contenders: dict[str, Contender], p: float) -> None:
+def draw(contenders: dict[str, Contender], p: float) -> Figure:
     floor = contenders[NO_DROPOUT]
     figure: Any = Figure(figsize=(12.5, 4.2), layout="constrained")
     losses, times, memory = figure.subplots(1, 3, width_ratios=(1.5, 1, 1))
@@ -207,24 +209,31 @@ def draw(path: str, contenders: dict[str, Contender], p: float) -> None:
     looks = ("-", 7), ("--", 4), ("-", 4)  # so that two curves that coincide both show
     for (name, contender), (line, size) in zip(contenders.items(), looks, strict=True):
         label, colour = name if contender is floor else f"{name}, p = {p:g}", COLOURS[name]
-        losses.plot(smoothed(contender.losses), line, color=colour, label=label)
+        steps = range(1, len(contender.losses) + 1)
+        losses.plot(steps, smoothed(contender.losses), line, color=colour, label=label)
         losses.plot(*zip(*contender.validation.items(), strict=True), "o", color=colour, markersize=size)
-    losses.plot([], [], "-", color="black", label="training, smoothed")
-    losses.plot([], [], "o", color="black", markersize=4, label="validation")
+    losses.plot([], [], "-", color=BLACK, label="training, smoothed")
+    losses.plot([], [], "o", color=BLACK, markersize=4, label="validation")
     losses.set(xlabel="step", ylabel="cross-entropy, nats per character", title="Loss")
     losses.legend(edgecolor="none", framealpha=1)
 
-    for axes, title, unit, value, ratio in (
-        (times, "Time per training step", "ms", lambda c: c.milliseconds, lambda c: c.paired(truediv, floor)),
-        (memory, "Kept for the backward pass", "MiB", lambda c: c.mebibytes, lambda c: c.mebibytes / floor.mebibytes),
-    ):
-        bars = axes.bar(list(contenders), list(map(value, contenders.values())), 0.62, color=list(COLOURS.values()))
-        axes.bar_label(bars, [f"{value(c):.0f} {unit}\n{ratio(c):.2f} x" for c in contenders.values()], padding=3)
-        axes.axhline(value(floor), color=COLOURS[NO_DROPOUT], linestyle=":")
-        axes.set(ylabel=unit, title=title)
-        axes.margins(y=0.17)
-        axes.tick_params(axis="x", length=0)
-    figure.savefig(path, dpi=160)
+    ratios = [contender.paired(truediv, floor) for contender in contenders.values()]
+    draw_bars(times, ratios, [*(f"{ratio:.2f} x" for ratio in ratios[:-1]), f"{floor.milliseconds:.0f} ms"])
+    times.set(title="Time per training step", ylabel="times no dropout's, median of rounds")
+    sizes = [contender.mebibytes for contender in contenders.values()]
+    draw_bars(memory, sizes, [f"{size:.0f} MiB\n{size / floor.mebibytes:.2f} x" for size in sizes])
+    memory.set(title="Kept for the backward pass", ylabel="MiB")
+    return figure
+
+
+def draw_bars(axes: Any, heights: list[float], labels: list[str]) -> None:
+    """A bar of each contender, from 0, with its label; a line at the height of the last one."""
+    bars = axes.bar(list(COLOURS), heights, 0.62, color=list(COLOURS.values()))
+    axes.bar_label(bars, labels, padding=3)
+    axes.axhline(heights[-1], color=COLOURS[NO_DROPOUT], linestyle=":")
+    axes.margins(y=0.17)
+    axes.tick_params(axis="x", length=0)
+    axes.grid(visible=False, axis="x")
 
 
 def main() -> None:
@@ -246,8 +255,11 @@ def main() -> None:
     console = Console(highlight=False)
     contenders = train(console, args.p, steps)
     report(console, contenders)
-    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "y"}):
-        draw(args.output, contenders, args.p)
+    with matplotlib.rc_context(STYLE):
+        figure = draw(contenders, args.p)
+        if args.quick and args.steps is None:
+            mark_smoke_test(figure)
+        figure.savefig(args.output, dpi=DPI)
     console.print(f"Picture: {args.output} ({time.perf_counter() - start:.0f} s in all)")
 
 

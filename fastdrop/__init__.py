@@ -9,28 +9,19 @@ PackedMask(shape=(4, 8), p=0.25, kept=24, nbytes=4)
 """
 
 from . import schedules
-from .arrays.dropout import (
-    alpha_dropout,
-    apply_mask,
-    draw_mask,
-    drop_connect,
-    dropout,
-    dropout_backward,
-    gaussian_dropout,
-)
+from .arrays.blocks import drop_block
+from .arrays.dropout import alpha_dropout, apply_mask, draw_mask, drop_connect, dropout, dropout_backward
 from .arrays.fused import (
     bias_act_dropout,
     bias_dropout_add,
     dropout_add,
-    dropout_add_layer_norm,
-    dropout_add_rms_norm,
     geglu_dropout,
-    softmax_dropout,
     swiglu_dropout,
 )
+from .arrays.fused_rows import dropout_add_layer_norm, dropout_add_rms_norm, softmax_dropout
+from .arrays.noise import gaussian_dropout
 from .arrays.saved import Saved
 from .arrays.structured import (
-    drop_block,
     feature_alpha_dropout,
     feature_dropout,
     stochastic_depth,

@@ -43,6 +43,18 @@ class Schedule:
 class constant(Schedule):
     """The same p at every step.
 
+    Parameters
+    ----------
+    p : float
+        From 0 to 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a p that is not a number from 0 to 1.
+
+    Examples
+    --------
     >>> from fastdrop.schedules import constant
     >>> constant(0.1)(1000)
     0.1
@@ -81,8 +93,15 @@ class linear(_Ramp):
     steps : float
         At least 1.
 
-    Raises ValueError for a value out of range, TypeError for a value that is not a number.
+    Raises
+    ------
+    ValueError
+        For a value out of range.
+    TypeError
+        For a value that is not a number.
 
+    Examples
+    --------
     >>> from fastdrop.schedules import linear
     >>> [linear(0.5, 0.1, 4)(step) for step in (0, 1, 2, 4, 9)]
     [0.5, 0.4, 0.3, 0.1, 0.1]
@@ -95,11 +114,28 @@ class linear(_Ramp):
 class cosine(_Ramp):
     """From start to end along half a cosine wave, slow at both ends, over the first ``steps`` steps, then end.
 
-    ``end + (start - end) * (1 + cos(pi * step / steps)) / 2``. Source: Loshchilov & Hutter 2017, who use it for
-    the learning rate.
+    ``end + (start - end) * (1 + cos(pi * step / steps)) / 2``.
 
-    Parameters and errors are those of `linear`.
+    Parameters
+    ----------
+    start, end : float
+        p at step 0, and p from step ``steps`` on; each from 0 to 1.
+    steps : float
+        At least 1.
 
+    Raises
+    ------
+    ValueError
+        For a value out of range.
+    TypeError
+        For a value that is not a number.
+
+    Notes
+    -----
+    Source: Loshchilov and Hutter, ICLR 2017, who use it for the learning rate.
+
+    Examples
+    --------
     >>> from fastdrop.schedules import cosine
     >>> [round(cosine(0.5, 0.1, 4)(step), 4) for step in (0, 1, 2, 4, 9)]
     [0.5, 0.4414, 0.3, 0.1, 0.1]
@@ -123,8 +159,15 @@ class exponential(Schedule):
     floor : float
         The lowest p, from 0 to start.
 
-    Raises ValueError for a value out of range, TypeError for a value that is not a number.
+    Raises
+    ------
+    ValueError
+        For a value out of range.
+    TypeError
+        For a value that is not a number.
 
+    Examples
+    --------
     >>> from fastdrop.schedules import exponential
     >>> [round(exponential(0.5, 0.9, floor=0.1)(epoch), 4) for epoch in (0, 1, 2, 30)]
     [0.5, 0.45, 0.405, 0.1]
@@ -157,8 +200,15 @@ class piecewise(Schedule):
     values : sequence of float
         The values of p, from 0 to 1; one more than there are boundaries.
 
-    Raises ValueError for values out of range or order, or of the wrong number; TypeError for one that is not a number.
+    Raises
+    ------
+    ValueError
+        For values out of range or order, or of the wrong number.
+    TypeError
+        For one that is not a number.
 
+    Examples
+    --------
     >>> from fastdrop.schedules import piecewise
     >>> [piecewise([10, 20], [0.5, 0.3, 0.1])(step) for step in (0, 9, 10, 19, 20)]
     [0.5, 0.5, 0.3, 0.3, 0.1]
@@ -190,8 +240,15 @@ class warmup(Schedule):
     start : float
         p at step 0, from 0 to 1.
 
-    Raises ValueError for a value out of range, TypeError for one that is not a number or, for schedule, not callable.
+    Raises
+    ------
+    ValueError
+        For a value out of range.
+    TypeError
+        For one that is not a number or, for schedule, not callable.
 
+    Examples
+    --------
     >>> from fastdrop.schedules import linear, warmup
     >>> schedule = warmup(linear(0.4, 0.2, 2), 2)
     >>> [round(schedule(step), 3) for step in range(6)]
@@ -224,9 +281,23 @@ def early(p: float, steps: float, *, falls: bool = True) -> Schedule:
     falls : bool
         Whether p falls in equal increments, as the source found best, or stays until then.
 
-    Raises ValueError for a value out of range, TypeError for a value that is not a number. Source: Liu et al., "Dropout
-    reduces underfitting", ICML 2023.
+    Returns
+    -------
+    Schedule
 
+    Raises
+    ------
+    ValueError
+        For a value out of range.
+    TypeError
+        For a value that is not a number.
+
+    Notes
+    -----
+    Source: Liu et al., "Dropout reduces underfitting", ICML 2023.
+
+    Examples
+    --------
     >>> from fastdrop.schedules import early
     >>> [round(early(0.1, 4)(step), 3) for step in range(6)]
     [0.1, 0.075, 0.05, 0.025, 0.0, 0.0]
@@ -238,8 +309,30 @@ def early(p: float, steps: float, *, falls: bool = True) -> Schedule:
 def late(p: float, steps: float) -> Schedule:
     """Late dropout: drops from step ``steps`` on, for a model that overfits.
 
-    Parameters, errors and source are those of `early`; p is that of all later steps.
+    Parameters
+    ----------
+    p : float
+        At all later steps, from 0 to 1.
+    steps : float
+        At least 1.
 
+    Returns
+    -------
+    Schedule
+
+    Raises
+    ------
+    ValueError
+        For a value out of range.
+    TypeError
+        For a value that is not a number.
+
+    Notes
+    -----
+    Source: Liu et al., "Dropout reduces underfitting", ICML 2023.
+
+    Examples
+    --------
     >>> from fastdrop.schedules import late
     >>> [late(0.4, 4)(step) for step in range(6)]
     [0.0, 0.0, 0.0, 0.0, 0.4, 0.4]

@@ -12,7 +12,12 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SMOKE = ["tests/test_mutations.py", "tests/core/test_grid.py", "tests/backends/test_registry.py"]
+SMOKE = [
+    "tests/test_mutations.py",
+    "tests/test_docstrings.py",
+    "tests/core/test_grid.py",
+    "tests/backends/test_registry.py",
+]
 TORCH = "tests/torch"
 KERNELS = [f"tests/backends/test_{name}.py" for name in ("mask", "fused", "attention", "mask_spec")]
 TABLE = {  # tests of a folder's modules that have no test file of their name; the longest start of a path counts
@@ -23,6 +28,7 @@ TABLE = {  # tests of a folder's modules that have no test file of their name; t
     "fastdrop/backends/cuda/": ["tests/backends/cuda/test_primitives.py", "tests/backends/cuda/test_fused.py"],
     "fastdrop/cli/": ["tests/cli"],
     "fastdrop/core/": ["tests/core"],
+    "fastdrop/integrations/": ["tests/integrations"],
     "fastdrop/torch/": [f"{TORCH}/functional/test_dropout.py", f"{TORCH}/functional/test_fused.py"],
     "fastdrop/torch/functional/": [f"{TORCH}/functional/test_{name}.py" for name in ("dropout", "variants", "fused")],
     "fastdrop/torch/models/": [f"{TORCH}/models"],
@@ -36,8 +42,10 @@ TABLE = {  # tests of a folder's modules that have no test file of their name; t
     "fastdrop/vectors/": KERNELS,
     "bench/": ["tests/bench"],
     "docs/": ["tests/test_docs.py"],
+    "docs/recipes.md": ["tests/test_recipes.py"],
     "README.md": ["tests/test_docs.py"],
     "examples/": ["tests/test_examples.py"],
+    "examples/recipes/": ["tests/test_recipes.py"],
 }
 
 

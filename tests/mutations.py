@@ -479,7 +479,7 @@ MUTATIONS = (
     ),
     Mutation(
         "DropBlock of a part is scaled by the part's own count",
-        "fastdrop/arrays/structured.py",
+        "fastdrop/arrays/blocks.py",
         "counted = words if whole is own else whole.draw(state, threshold)",
         "counted, whole = words, own",
         PARTS,
@@ -962,6 +962,34 @@ MUTATIONS = (
         "prepend=True, always_call=True",
         "always_call=True",
         "tests/torch/tools/test_same_masks.py",
+    ),
+    Mutation(
+        "the first of two trainings to end switches off both",
+        "fastdrop/integrations/session.py",
+        "if not self.users and not self.was_on:",
+        "if not self.was_on:",
+        "tests/integrations/test_session.py",
+    ),
+    Mutation(
+        "the end of a training switches off what the user switched on",
+        "fastdrop/integrations/session.py",
+        "self.was_on = context.is_enabled_everywhere()",
+        "self.was_on = False",
+        "tests/integrations/test_session.py",
+    ),
+    Mutation(
+        "the end of a training unfuses what the user fused",
+        "fastdrop/integrations/session.py",
+        "if type(module) is not its_class:",
+        "if True:",
+        "tests/integrations/test_session.py",
+    ),
+    Mutation(
+        "a training that begins again never ends the first time",
+        "fastdrop/integrations/session.py",
+        "        self.end()\n        self.reports",
+        "        self.reports",
+        "tests/integrations/test_session.py",
     ),
     Mutation(
         "fuse leaves out hooks",

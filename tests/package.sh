@@ -25,8 +25,8 @@ step "building sdist and wheel"
 wheel=$(ls "$work"/dist/*.whl)
 sdist=$(ls "$work"/dist/*.tar.gz)
 case $wheel in
-*-cp310-abi3-*) echo "built $(basename "$wheel") and $(basename "$sdist")" ;;
-*) echo "the wheel's tag should be cp310-abi3, but is $(basename "$wheel")" && exit 1 ;;
+*-cp311-abi3-*) echo "built $(basename "$wheel") and $(basename "$sdist")" ;;
+*) echo "the wheel's tag should be cp311-abi3, but is $(basename "$wheel")" && exit 1 ;;
 esac
 "$PYTHON" -m zipfile -l "$wheel" > "$work/contents"
 grep -q '_native.abi3.so' "$work/contents" || { echo "the wheel lacks the C extension" && exit 1; }
@@ -49,7 +49,7 @@ if "$work/nocompiler/bin/python" -c 'import fastdrop._native' 2> "$work/import.l
     echo "an install without a compiler should have no C extension" && exit 1
 fi
 
-for version in 3.10 3.12 3.13; do
+for version in 3.12 3.13 3.14; do
     if interpreter=$(command -v "python$version") && "$interpreter" -c '' 2> "$work/import.log"; then
         step "the same wheel on Python $version"
         PYTHON=$interpreter environment "python$version" "$wheel"

@@ -7,11 +7,14 @@ variant also meet the dropouts that people use today, up to 16M, and Numba meets
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 from fastdrop import backends
 from fastdrop.backends import c as native
+
+from .. import contenders
 
 SIZES = {"64k": 1 << 16, "1M": 1 << 20, "16M": 1 << 24, "64M": 1 << 26}
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -39,9 +42,16 @@ class Case:
 
     @property
     def id(self) -> str:
+        """What it computes, then who: a comparison of two runs goes by it."""
         size = next(name for name, n in SIZES.items() if n == self.size)
         extra = "" if self.store == "bits" else f"-{self.store}"
-        return f"{self.operation}-{self.variant}-{self.dtype}-{size}-p{self.p}-t{self.threads}-{self.level}{extra}"
+        threads = contenders.threads_id(self.threads)
+        return f"{self.operation}-{self.level}{extra}-{self.dtype}-{size}-p{self.p}-{threads}-{self.contender}"
+
+    @property
+    def contender(self) -> str:
+        """The variant that ``auto`` takes is plainly fastdrop, so that its case has one name on all machines."""
+        return contenders.FASTDROP if self.variant == best() else self.variant
 
     @property
     def has_limits(self) -> bool:
@@ -64,8 +74,9 @@ def variants() -> list[str]:
     return isas + [name for name in here if name != "c"]
 
 
+@functools.cache
 def best() -> str:
-    """The variant that ``auto`` takes."""
+    """The variant that ``auto`` takes; as it was when cases were collected, because they run under other variants."""
     name = backends.active_name()
     return f"c-{native.usable_isas()[-1]}" if name == "c" else name
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .. import pictures
 from ..contenders import LIMIT, WAYS
 from ..report import machine_line, write
 
@@ -112,30 +113,25 @@ def targets(rows: list[dict[str, Any]], level: str) -> list[Target]:
     return found
 
 
-STYLES: dict[str, dict[str, Any]] = {
-    "fastdrop, c-avx512": {"color": "#d62728"},
-    "fastdrop, c-neon": {"color": "#d62728"},
-    "fastdrop, c-avx2": {"color": "#ff7f0e"},
-    "fastdrop, numba": {"color": "#e377c2"},
-    "fastdrop, c-scalar": {"color": "#bc8a5f"},
-    "fastdrop, numpy": {"color": "#d9c27a"},
-    "F.dropout": {"color": "#1f77b4", "linestyle": ":", "linewidth": 2.2},
-    "compiled F.dropout": {"color": "#17becf", "linestyle": ":", "linewidth": 2.2},
-    "NumPy": {"color": "#2ca02c", "linestyle": ":", "linewidth": 2.2},
-    "torch.mul": {"color": "#555555", "linestyle": "--"},
-    LIMIT: {"color": "#aaaaaa", "linestyle": "--"},
+STYLES: dict[str, dict[str, Any]] = {  # fastdrop's lines are whole, the peers' are broken
+    "fastdrop, c-avx512": {"color": pictures.ORANGE},
+    "fastdrop, c-neon": {"color": pictures.ORANGE},
+    "fastdrop, c-avx2": {"color": pictures.YELLOW, "marker": "v"},
+    "fastdrop, numba": {"color": pictures.PURPLE, "marker": "P"},
+    "fastdrop, c-scalar": {"color": pictures.SKY, "marker": "<"},
+    "fastdrop, numpy": {"color": pictures.GREY, "marker": ">"},
+    "F.dropout": {"color": pictures.GREEN, "linestyle": "-.", "marker": "s"},
+    "compiled F.dropout": {"color": pictures.GREEN, "linestyle": ":", "marker": "D"},
+    "NumPy": {"color": pictures.BLACK, "linestyle": "-.", "marker": "x"},
+    "torch.mul": {"color": pictures.BLUE, "linestyle": "--", "marker": "^"},
+    LIMIT: {"color": pictures.BLACK, "linestyle": ":", "marker": "."},
 }
 
 
 def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     """ns per element over size, forward and backward: fastdrop, the peers, the limit."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     best = next((row["variant"] for row in rows if row["operation"] == "whole call"), None)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.4), sharey=True, layout="constrained")
+    figure, axes = pictures.pyplot().subplots(1, 2, figsize=(pictures.WIDTH, 4.8), sharey=True, layout="constrained")
     for axis, operation in zip(axes, ("forward", "backward"), strict=True):
         curves: dict[str, dict[int, float]] = {}
         for row in rows:
@@ -153,20 +149,18 @@ def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
             label = f"fastdrop, {row['variant']}"
             curves.setdefault(label, {})[row["size"]] = 1e9 * row["seconds"] / row["size"]
         for label, points in sorted(curves.items(), key=lambda item: -max(item[1].values())):
-            style = {"linewidth": 1.4, **STYLES.get(label, {})}
+            style = {"linewidth": 1.4, "marker": "o", **STYLES.get(label, {})}
             if label == f"fastdrop, {best}":
-                style.update(linewidth=3.0, zorder=5)
+                style.update(linewidth=3.0, zorder=1.5, color=pictures.ORANGE, marker="o")
             sizes = sorted(points)
-            axis.plot(sizes, [points[size] for size in sizes], marker="o", markersize=4, label=label, **style)
-        axis.set(xscale="log", yscale="log", title=operation, xlabel="elements")
-        axis.set_xticks(list(SIZE_NAMES)[:4], [SIZE_NAMES[size] for size in list(SIZE_NAMES)[:4]])
-        axis.minorticks_off()
-        axis.grid(alpha=0.3)
+            axis.plot(sizes, [points[size] for size in sizes], markersize=5, label=label, **style)
+        axis.set(title=operation, xlabel="elements")
+        pictures.time_axes(axis, {SIZE_NAMES[size]: size for size in (K64, M1, M16, M64)})
     axes[0].set_ylabel("ns per element")
     handles, labels = axes[0].get_legend_handles_labels()  # forward has every curve
-    axes[1].legend(handles, labels, loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"Dropout of float32, p = 0.1, one thread ({run['machine_info']['cpu_name']})")
-    figure.savefig(path, dpi=130)
+    pictures.save(figure, path)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .. import pictures
 from ..contenders import F_DROPOUT, FASTDROP, LIMIT, TORCH_MUL, WAYS
 from ..report import Row, machine_line, write
 
@@ -91,26 +92,21 @@ def nanoseconds(row: Row, peer: str = "") -> float:
     return float(1e9 * (row["peers"][peer] if peer else row)["seconds"] / row["elements"])
 
 
-# By Okabe and Ito, who chose colours that colour-blind people tell apart.
 STYLES: dict[str, dict[str, Any]] = {
-    F_DROPOUT: {"color": "#009E73", "linestyle": "-.", "marker": "s"},
-    TORCH_MUL: {"color": "#0072B2", "linestyle": "--", "marker": "^"},
-    ALWAYS: {"color": "#E69F00", "linestyle": "-", "marker": "x"},
-    NEVER: {"color": "#CC79A7", "linestyle": "-", "marker": "+"},
-    FASTDROP: {"color": "#D55E00", "linewidth": 3.0, "marker": "o", "zorder": 1.5},
-    LIMIT: {"color": "#000000", "linestyle": ":", "marker": "."},
+    F_DROPOUT: {"color": pictures.GREEN, "linestyle": "-.", "marker": "s"},
+    TORCH_MUL: {"color": pictures.BLUE, "linestyle": "--", "marker": "^"},
+    ALWAYS: {"color": pictures.YELLOW, "linestyle": "-", "marker": "x"},
+    NEVER: {"color": pictures.PURPLE, "linestyle": "-", "marker": "+"},
+    FASTDROP: {"color": pictures.ORANGE, "linewidth": 3.0, "marker": "o", "zorder": 1.5},
+    LIMIT: {"color": pictures.BLACK, "linestyle": ":", "marker": "."},
 }
-NANOSECONDS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 3, 5, 10, 20, 50, 100)
 
 
 def plot(run: dict[str, Any], rows: list[Row], path: Path) -> None:
     """ns per element over size; a panel for each operation and number of threads."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(11, 8), sharex=True, sharey="row", layout="constrained")
+    figure, axes = pictures.pyplot().subplots(
+        2, 2, figsize=(pictures.WIDTH, 7.2), sharex=True, sharey="row", layout="constrained"
+    )
     for line, operation in zip(axes, OPERATIONS, strict=True):
         for axis, threads in zip(line, THREADS, strict=True):
             panel(axis, [row for row in rows if (row["operation"], row["threads"]) == (operation, threads)])
@@ -122,25 +118,17 @@ def plot(run: dict[str, Any], rows: list[Row], path: Path) -> None:
     handles, labels = axes[0, 0].get_legend_handles_labels()  # forward has every curve
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"Dropout over sizes, p = {P} ({run['machine_info']['cpu_name']})")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    pictures.save(figure, path)
 
 
 def panel(axis: Any, rows: list[Row]) -> None:
-    from matplotlib.ticker import FixedLocator
-
     for peer, style in STYLES.items():
         name = "" if peer == FASTDROP else peer
         points = [(row["elements"], nanoseconds(row, name)) for row in rows if not name or name in row["peers"]]
         if points:
             label = f"{FASTDROP}, {peer}" if peer in (ALWAYS, NEVER) else peer
             axis.plot(*zip(*points, strict=True), label=label, **{"linewidth": 1.5, "markersize": 6, **style})
-    axis.set(xscale="log", yscale="log")
-    axis.set_xticks(SIZES[::2], [size_name(size) for size in SIZES[::2]])
-    axis.yaxis.set_major_locator(FixedLocator(NANOSECONDS))  # set_yticks would make room for all of them
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.minorticks_off()
-    axis.grid(alpha=0.3)
+    pictures.time_axes(axis, {size_name(size): size for size in SIZES[::2]})
     for start in {row["streams_from"] for row in rows if row["streams_from"] <= SIZES[-1]}:
         axis.axvline(start, color="#777777", linestyle=(0, (1, 2)), label="policy: streams from here on")
 

@@ -22,19 +22,18 @@ from .. import contenders
 from ..pairing import SETTLE_SECONDS, alternate
 from . import cases
 
-CASE_SECONDS = {"all": 0.5, "quick": 2.5}
-DRAW_SECONDS = 1.0
+CASE_SECONDS, DRAW_SECONDS = 0.5, 1.0
 COMPILED = "compiled F.dropout"
 C, BITS, DRAW_BITS = "C", "bits", "draw_bits"
 
 torch = contenders.import_torch()
-ml_dtypes = pytest.importorskip("ml_dtypes")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        chosen = {"all": cases.every_case, "quick": cases.quick_cases}[metafunc.config.getoption("--cases")]()
-        metafunc.parametrize("case", [*chosen], ids=lambda case: case.id)
+        quick = {*cases.quick_cases()}
+        marks = {case: [pytest.mark.quick] * (case in quick) for case in cases.every_case()}
+        metafunc.parametrize("case", [pytest.param(case, id=case.id, marks=marks[case]) for case in marks])
 
 
 @pytest.fixture
@@ -53,21 +52,27 @@ def running(case: cases.Case) -> Iterator[None]:
 
 @lru_cache(maxsize=1)
 def buffers(size: int, dtype: str) -> contenders.Buffers:
-    return contenders.Buffers.of((size,), np.dtype(getattr(ml_dtypes, dtype, dtype)))
+    if dtype == "bfloat16":
+        return contenders.Buffers.of((size,), np.dtype(pytest.importorskip("ml_dtypes").bfloat16))
+    return contenders.Buffers.of((size,), np.dtype(dtype))
 
 
-def test_dropout(case: cases.Case, running: None, benchmark: Any, request: pytest.FixtureRequest) -> None:
+def test_dropout(case: cases.Case, running: None, benchmark: Any) -> None:
     data = buffers(case.size, case.dtype)
     measured = fastdrop_contender(case, data).call(case.operation)
     limits = contenders.scale_limits(data, case.p) if case.has_limits else {}
     peers = dict(peers_of(case, data)) | {way: limit.call(case.operation) for way, limit in limits.items()}
     benchmark.extra_info.update(case.as_dict(), bytes_per_element=traffic(case, data))
-    seconds = CASE_SECONDS[request.config.getoption("--cases")]
+    benchmark.extra_info["contender"] = case.contender
     around = {way: limit.around for way, limit in limits.items()}
-    alternate(benchmark, measured, peers, seconds, SETTLE_SECONDS if case.threads > 1 else 0.0, around)
+    settle = SETTLE_SECONDS if case.threads > 1 else 0.0
+    # The table has each peer once, beside fastdrop itself.
+    hidden = {*limits} if case.contender == contenders.FASTDROP else {*peers}
+    alternate(benchmark, measured, peers, CASE_SECONDS, settle, around, hidden)
     benchmark.extra_info["peers"] = contenders.with_limit(benchmark.extra_info["peers"])
 
 
+@pytest.mark.quick
 def test_whole_call_of_1000_elements(benchmark: Any) -> None:
     """What Python costs: fd.dropout on an array so small that the kernel hardly counts."""
     x = np.ones(1000, np.float32)
@@ -83,7 +88,8 @@ def test_whole_call_of_1000_elements(benchmark: Any) -> None:
         alternate(benchmark, lambda: fd.dropout(x, 0.1, rng=stream, out=y), peers, 1.0)
 
 
-@pytest.mark.parametrize("layout", cases.ROWS)
+@pytest.mark.quick
+@pytest.mark.parametrize("layout", cases.ROWS, ids=lambda layout: layout.removeprefix("draw_rows, "))
 def test_draw_rows(layout: str, benchmark: Any) -> None:
     """What a shard of 8 draws of the whole's mask, beside as many cells in a row."""
     if backends.reasons()["c"] is not None:

@@ -20,10 +20,11 @@ import pytest
 
 from fastdrop import backends
 from fastdrop.backends import memory
+from fastdrop.cli.timing import SAMPLE_SECONDS, sample
 
 from .. import contenders, machine
+from ..contenders import WAYS
 from ..pairing import SETTLE_SECONDS, alternate
-from ..timing import SAMPLE_SECONDS, sample
 from .report_sweep import ALWAYS, NEVER, OPERATIONS, SIZES, THREADS, P, size_name
 
 SECONDS = 4.0
@@ -31,13 +32,15 @@ SECONDS = 4.0
 APART_SECONDS, APART_ROUNDS = 0.5, (2, 31)
 THRESHOLDS = {ALWAYS: 0, NEVER: memory.NEVER}
 
+NAMES = {size: size_name(size) for size in SIZES} | {n: contenders.threads_id(n) for n in THREADS}
+
 torch = contenders.import_torch()
 
 
 @pytest.mark.parametrize(
     ("size", "operation", "threads"),
     [*itertools.product(SIZES, OPERATIONS, THREADS)],
-    ids=lambda value: size_name(value) if value in SIZES else str(value),
+    ids=lambda value: NAMES.get(value, value),
 )
 def test_sweep(size: int, operation: str, threads: int, benchmark: Any) -> None:
     free = machine.free_memory()
@@ -52,7 +55,7 @@ def test_sweep(size: int, operation: str, threads: int, benchmark: Any) -> None:
         benchmark.extra_info.update(
             operation=operation, elements=size, threads=threads, streams_from=memory.policy().stream // 4
         )
-        alternate(benchmark, ours.call(operation), calls, SECONDS, SETTLE_SECONDS if threads > 1 else 0.0, around)
+        alternate(benchmark, ours.call(operation), calls, SECONDS, SETTLE_SECONDS if threads > 1 else 0.0, around, WAYS)
         timed = benchmark.extra_info["peers"] = contenders.with_limit(benchmark.extra_info["peers"])
         if torch is not None and operation == "forward":
             x = torch.from_numpy(data.x)

@@ -27,6 +27,7 @@ from fastdrop.backends.cuda import compile
 from fastdrop.backends.cuda.compile import Capability, Variant
 from fastdrop.core.activations import ACTIVATIONS, GELU, NONE, RELU, SILU
 from fastdrop.core.checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from fastdrop.core.installing import how_to_install
 
 CAPABILITIES: tuple[Capability, ...] = ((8, 0), (9, 0), (10, 0))
 DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -89,9 +90,9 @@ def missing() -> str | None:
     for package in ("numba_cuda", "cuda.bindings.nvjitlink"):
         try:
             if importlib.util.find_spec(package) is None:
-                return f"{package} is not installed: pip install 'fastdrop[cuda]'"
+                return f"{package} is not installed: {how_to_install('cuda')}"
         except ModuleNotFoundError as error:
-            return f"{error.name} is not installed: pip install 'fastdrop[cuda]'"
+            return f"{error.name} is not installed: {how_to_install('cuda')}"
     if not disassembler():
         return "neither nvdisasm nor cuobjdump is at hand: pip install nvidia-cuda-nvdisasm"
     return None

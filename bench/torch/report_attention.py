@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .. import pictures
 from ..report import ALL_CASES, Row, Suite, write
 
 P_ZERO, DROPPED = "torch's at p = 0", "torch's at p = 0.1"
@@ -51,14 +52,12 @@ SUITE = Suite("attention", INTRO, limits, "Attention")
 
 def plot(run: dict[str, Any], rows: list[Row], path: Path) -> None:
     """Time over length, as a share of torch's without dropout; a panel for each operation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True, layout="constrained")
+    figure, axes = pictures.pyplot().subplots(
+        1, 2, figsize=(pictures.WIDTH, 4.2), sharex=True, sharey=True, layout="constrained"
+    )
+    ratios = []
     for axis, operation in zip(axes, ("forward", "forward+backward"), strict=True):
-        for masked, color in (("", "#D55E00"), ("causal", "#0072B2")):
+        for masked, color in (("", pictures.ORANGE), ("causal", pictures.BLUE)):
             for threads, style in ((1, "-"), (2, "--")):
                 points = sorted(
                     (row["length"], row["peers"][P_ZERO]["ratio"])
@@ -67,19 +66,23 @@ def plot(run: dict[str, Any], rows: list[Row], path: Path) -> None:
                     and (row["masked"], row["dtype"]) == (masked, "")
                 )
                 if points:
+                    ratios += [ratio for _, ratio in points]
                     label = f"{masked or 'every key'}, {threads} thread{'s' * (threads > 1)}"
-                    axis.plot(*zip(*points, strict=True), style, color=color, marker="o", label=label)
-        axis.axhline(1.0, color="black", linewidth=1)
+                    axis.plot(
+                        *zip(*points, strict=True), style, color=color, label=label, markersize=6,
+                        marker=pictures.MARKERS[threads], markerfacecolor=color if threads == 1 else "white",
+                    )  # fmt: skip
         lengths = sorted({row["length"] for row in rows if row["kind"] == "attention"})
-        axis.set(title=operation, xscale="log", xlabel="queries and keys", ylim=(0, None))
+        axis.set(title=operation, xscale="log", xlabel="queries and keys")
         axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
+    for axis in axes:
+        pictures.ratio_axis(axis, ratios, "y")
     axes[0].set(ylabel="fastdrop at p = 0.1 / torch at p = 0")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.suptitle(f"Attention with dropout beside torch's without, float32 ({run['machine_info']['cpu_name']})")
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    pictures.save(figure, path)
 
 
 if __name__ == "__main__":

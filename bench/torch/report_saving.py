@@ -38,7 +38,12 @@ def limits(row: Row, peer: str) -> tuple[float, ...]:
     return (found[peer],) if peer in found else ()
 
 
-SUITE = Suite("dropout that saves work", INTRO, limits, "Dropout that saves work")
+def left_out(row: Row, peer: str) -> bool:
+    """What the table has beside the main comparison of a kind."""
+    return peer in (MASKED, TORCH_DROPPED) or (peer == KEPT and not limits(row, peer))
+
+
+SUITE = Suite("dropout that saves work", INTRO, limits, "Dropout that saves work", left_out=left_out)
 
 if __name__ == "__main__":
     sys.exit(SUITE.main(sys.argv[1:], __doc__ or ""))

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .. import pictures
 from ..contenders import F_DROPOUT
 from ..report import machine_line, write
 
@@ -119,15 +120,12 @@ def label(row: dict[str, Any]) -> str:
 
 def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     """Left: what dropout adds to a training step. Right: ns per element of the function."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(3, 2))
+    figure, (left, right) = pictures.pyplot().subplots(
+        1, 2, figsize=(11, 4.2), layout="constrained", width_ratios=(3, 2)
+    )
     shown = steps(rows)
     width = 0.38
-    for shift, name, color in ((-width / 2, F_DROPOUT, "#1f77b4"), (width / 2, "fastdrop", "#d62728")):
+    for shift, name, color in ((-width / 2, F_DROPOUT, pictures.BLUE), (width / 2, "fastdrop", pictures.ORANGE)):
         added = [
             100 * (row["peers"][P_ZERO]["ratio"] / (row["peers"][F_DROPOUT]["ratio"] if name == F_DROPOUT else 1.0) - 1)
             for row in shown
@@ -142,7 +140,7 @@ def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     left.set(title="Time that dropout adds\nto a training step", ylabel="% of the step at p = 0")
     left.legend(frameon=False)
     left.margins(y=0.12)
-    for name, color in ((F_DROPOUT, "#1f77b4"), ("fastdrop", "#d62728")):
+    for name, color in ((F_DROPOUT, pictures.BLUE), ("fastdrop", pictures.ORANGE)):
         points = {
             ELEMENTS[row["size"]]: 1e9 * (row["peers"][name]["seconds"] if name == F_DROPOUT else row["seconds"])
             / ELEMENTS[row["size"]]
@@ -164,7 +162,7 @@ def plot(run: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     right.grid(alpha=0.3)
     right.legend(frameon=False)
     figure.suptitle(f"torch with fastdrop ({run['machine_info']['cpu_name']})")
-    figure.savefig(path, dpi=130)
+    pictures.save(figure, path)
 
 
 if __name__ == "__main__":

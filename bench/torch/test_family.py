@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +15,7 @@ import fastdrop as fd
 from .. import contenders
 from ..pairing import SETTLE_SECONDS, alternate
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 fdt = pytest.importorskip("fastdrop.torch")
 
 SECONDS = 3.0
@@ -38,12 +38,6 @@ TORCH_PEERS = {
     "variational": lambda x, p: x * torch.empty(x.shape[0], 1, *x.shape[2:]).bernoulli_(1 - p).div_(1 - p),
     "stochastic depth": lambda x, p: x * torch.empty(len(x), 1, 1, 1).bernoulli_(1 - p).div_(1 - p),
 }
-
-
-@pytest.fixture(params=(1, 2), ids=lambda n: f"t{n}")
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    with contenders.threads(request.param, torch):
-        yield request.param
 
 
 def compare(benchmark: Any, threads: int, ours: Any, peers: dict[str, Any], **case: Any) -> None:
@@ -98,7 +92,7 @@ def test_drop_block(operation: str, threads: int, benchmark: Any) -> None:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("p", [0.1, 0.5])
+@pytest.mark.parametrize("p", [0.1, 0.5], ids=contenders.p_id)
 def test_drop_connect(p: float, threads: int, benchmark: Any) -> None:
     w = np.random.default_rng(0).standard_normal((4096, 4096), np.float32)
     out = np.empty_like(w)
@@ -133,7 +127,9 @@ def test_gaussian(size: str, operation: str, threads: int, benchmark: Any) -> No
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("sizes", "batch"), [((16, 64, 64, 1), 32), ((64, 256, 256, 10), 32)])
+@pytest.mark.parametrize(
+    ("sizes", "batch"), [((16, 64, 64, 1), 32), ((64, 256, 256, 10), 32)], ids=["MLP 64 wide", "MLP 256 wide"]
+)
 def test_mc_predict(sizes: tuple[int, ...], batch: int, threads: int, benchmark: Any) -> None:
     """50 samples of an MLP, mean and standard deviation, against loops of as many forward passes: as torch's users
     write it, and with fastdrop's modules in their place."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import pytest
 
-from .. import contenders, memory
+from .. import memory
 from ..pairing import SETTLE_SECONDS, alternate
 from .report_fused import ADD, ADD_AND_NORM, COMPILED, GELU, KEPT, LAYER_NORM, MUL, P_ZERO, SOFTMAX
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 fdt = pytest.importorskip("fastdrop.torch")
 models = pytest.importorskip("bench.torch.models")
 cases = pytest.importorskip("bench.torch.fused_cases")
@@ -23,12 +23,6 @@ SECONDS, STEP_SECONDS = 3.0, 15.0
 P = 0.1
 SCALE = 1.25
 SHAPES = {"2048 x 2048": (2048, 2048), "8192 x 1024": (8192, 1024)}
-
-
-@pytest.fixture(params=(1, 2), ids=lambda n: f"t{n}")
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    with contenders.threads(request.param, torch):
-        yield request.param
 
 
 shapes = pytest.mark.parametrize("shape", SHAPES)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from .. import contenders, memory
+from .. import memory
 from ..pairing import SETTLE_SECONDS, alternate
 from .report_parallel import TORCH_MUL, UNNAMED
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 fdt = pytest.importorskip("fastdrop.torch")
 models = pytest.importorskip("bench.torch.models")
 dist = torch.distributed
@@ -20,12 +20,6 @@ tensors = pytest.importorskip("torch.distributed.tensor")
 
 CALL_SECONDS, STEP_SECONDS = 5.0, 60.0  # names cost less than a step varies
 ELEMENTS, P = 1 << 16, 0.1
-
-
-@pytest.fixture(params=(1, 2), ids=lambda n: f"t{n}")
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    with contenders.threads(request.param, torch):
-        yield request.param
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,7 @@ from .. import contenders, memory
 from ..pairing import SETTLE_SECONDS, alternate
 from .report_saving import FUSED, INPUT, KEPT, MASKED, P_ZERO, TORCH_DROPPED
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 fdt = pytest.importorskip("fastdrop.torch")
 models = pytest.importorskip("bench.torch.models")
 networks = pytest.importorskip("bench.torch.saving_models")
@@ -21,12 +21,6 @@ nn = torch.nn
 SECONDS, ENCODER_SECONDS = 8.0, 28.0  # a step of the encoder takes most of a second, and varies with what is kept
 P = 0.1
 LINEAR_RATES = tuple(0.4 * i / (networks.BLOCKS - 1) for i in range(networks.BLOCKS))
-
-
-@pytest.fixture(params=(1, 2), ids=lambda n: f"t{n}")
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    with contenders.threads(request.param, torch):
-        yield request.param
 
 
 def compare(
@@ -89,7 +83,9 @@ def test_recurrent(layer: str, hidden: int, shared: bool, threads: int, benchmar
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("batch", "p"), [(256, 0.5), (256, 0.3), (256, 0.2), (256, 0.1), (64, 0.5)])
+@pytest.mark.parametrize(
+    ("batch", "p"), [(256, 0.5), (256, 0.3), (256, 0.2), (256, 0.1), (64, 0.5)], ids=contenders.p_id
+)
 def test_batchwise(batch: int, p: float, threads: int, benchmark: Any) -> None:
     def ours() -> Any:
         model, loss = networks.perceptron(batch, partial(fdt.BatchwiseDropout, p))

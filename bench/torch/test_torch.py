@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from .. import contenders
 from ..pairing import SETTLE_SECONDS, alternate
 from .report_torch import ELEMENTS, P_ZERO, SEED
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch is not installed")
 fdt = pytest.importorskip("fastdrop.torch")
 models = pytest.importorskip("bench.torch.models")
 
@@ -21,13 +21,11 @@ OPERATIONS = ("no grad", "forward+backward")
 FUNCTION_SECONDS, STEP_SECONDS = 3.0, 15.0
 
 
-@pytest.fixture(params=(1, 2), ids=lambda n: f"t{n}")
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    with contenders.threads(request.param, torch):
-        yield request.param
-
-
-@pytest.mark.parametrize(("size", "dtype", "p"), [*itertools.product(ELEMENTS, ("float32", "bfloat16"), (0.1, 0.5))])
+@pytest.mark.parametrize(
+    ("size", "dtype", "p"),
+    [*itertools.product(ELEMENTS, ("float32", "bfloat16"), (0.1, 0.5))],
+    ids=contenders.p_id,
+)
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_function(operation: str, size: str, dtype: str, p: float, threads: int, benchmark: Any) -> None:
     x, dy = tensors(ELEMENTS[size], dtype)

@@ -8,23 +8,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..core import checks
-from ..core.mask import GaussianNoise, PackedMask, SeededMask
-from ..core.part import Part, Run
-from ..core.random import State, Stream
+from ..core.part import Run
+from ..core.random import State
 
-Array = NDArray[Any]
 Shape = tuple[int, ...]
-BitMask = PackedMask | SeededMask
-Mask = BitMask | GaussianNoise
-RandomState = None | int | Stream | np.random.Generator  # the values of ``rng``
-PartOfWhole = None | Part | Sequence[Part]  # the values of ``part``
 DeferredDraw = tuple[Any, State, int]  # the backend's function that draws and runs a primitive; state, threshold
 BlockPasses = tuple[tuple[int, int, int, int], ...]
 Scaling = tuple[float, float, float]  # scale, shift, dropped: a `core.variants.Coefficients`, or as much as one

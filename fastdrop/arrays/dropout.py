@@ -7,32 +7,56 @@ whole are in `structured.py`, ops that fuse dropout with other layers in `fused.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any, Literal, Unpack, overload
 
 from numpy.typing import ArrayLike
 
-from ..core import checks, variants
-from ..core.mask import GaussianNoise, PackedMask, gaussian_noise, packed_mask, parts_of_noise
+from ..core import checks
+from ..core.mask import PackedMask, SeededMask, packed_mask
 from ..core.part import Run, parts_of, runs
-from ..core.random import check_random_state, random_state, threshold_and_scale
-from .array_ops import Array, BitMask, Mask, PartOfWhole, RandomState, Shape
+from ..core.random import random_state, threshold_and_scale
+from .array_ops import Shape
 from .host import HOST
-from .masking import array_ops, copy_to_output, drop, masked
+from .masking import array_ops, drop, masked
+from .signatures import (
+    AnyArray,
+    Array,
+    BitMask,
+    CommonOptions,
+    GridOptions,
+    Mask,
+    MaybeNone,
+    PartOfWhole,
+    RandomState,
+    SameArray,
+    ScaledOptions,
+)
 
 
+@overload
 def dropout(
-    x: ArrayLike,
+    x: SameArray, p: float = ..., *, store: Literal["bits"] = ..., **options: Unpack[GridOptions]
+) -> tuple[SameArray, PackedMask | MaybeNone]: ...
+@overload
+def dropout(
+    x: SameArray, p: float = ..., *, store: Literal["seed"], **options: Unpack[GridOptions]
+) -> tuple[SameArray, SeededMask | MaybeNone]: ...
+@overload
+def dropout(x: ArrayLike, p: float = ..., *, store: str = ..., **options: Unpack[GridOptions]) -> tuple[Array, Any]: ...
+def dropout(
+    x: Any,
     p: float = 0.5,
     *,
     training: bool = True,
-    noise_shape: tuple[int | None, ...] | None = None,
+    noise_shape: Sequence[int | None] | None = None,
     scaling: str = "inverted",
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
-) -> tuple[Array, BitMask | None]:
+) -> tuple[Any, BitMask | None]:
     """Returns x with each element dropped with probability p, and the mask that backward needs.
 
     ``y = x / (1 - p)`` where an element is kept and exactly +0 where it is dropped, even if it is inf or NaN. The mask
@@ -86,8 +110,13 @@ def dropout(
     MemoryError
         If the result or the mask cannot be allocated. No random number is taken then.
 
-    Sources: Hinton et al. 2012; Srivastava et al., JMLR 15, 2014.
+    Notes
+    -----
+    Kept for backward: 1/8 byte per cell, or nothing with ``store="seed"``. Sources: Hinton et al. 2012; Srivastava et
+    al., JMLR 15, 2014.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> x = np.arange(1, 7, dtype=np.float32)
     >>> y, mask = fd.dropout(x, 0.5, rng=4)
@@ -105,7 +134,11 @@ def dropout(
     return drop("x", x, p, mask_shape_of, checks.scaling(scaling), (training, store, rng, out), part)
 
 
-def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> Array:
+@overload
+def dropout_backward(dy: SameArray, mask: Mask | None, *, out: AnyArray | None = ...) -> SameArray: ...
+@overload
+def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: AnyArray | None = ...) -> Array: ...
+def dropout_backward(dy: Any, mask: Mask | None, *, out: AnyArray | None = None) -> Any:
     """Returns the gradient of dropout's input: dy times the mask's scale where kept, exactly 0 where dropped.
 
     Parameters
@@ -116,36 +149,66 @@ def dropout_backward(dy: ArrayLike, mask: Mask | None, *, out: Array | None = No
     out : ndarray, optional
         Receives the result. It has the shape and dtype of dy; dy itself works in place.
 
-    Besides dy it reads 1/8 byte per cell, or nothing with ``store="seed"``.
+    Returns
+    -------
+    ndarray like dy
+        out if it is given.
 
     Raises
     ------
     TypeError, ValueError
         If dtype, mask or out do not fit, as in `dropout`.
 
+    Notes
+    -----
+    Besides dy it reads 1/8 byte per cell, or nothing with ``store="seed"``.
+
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> mask = fd.PackedMask.from_bool([True, False, True, False], 0.5)
     >>> fd.dropout_backward(np.array([0.3, -0.1, 0.2, -0.05]), mask)
     array([0.6, 0. , 0.4, 0. ])
     """
-    dx: Array = masked("dy", dy, mask, out)
-    return dx
+    return masked("dy", dy, mask, out)
 
 
-def apply_mask(x: ArrayLike, mask: Mask | None, *, out: Array | None = None) -> Array:
+@overload
+def apply_mask(x: SameArray, mask: Mask | None, *, out: AnyArray | None = ...) -> SameArray: ...
+@overload
+def apply_mask(x: ArrayLike, mask: Mask | None, *, out: AnyArray | None = ...) -> Array: ...
+def apply_mask(x: Any, mask: Mask | None, *, out: AnyArray | None = None) -> Any:
     """Returns x under an existing mask: kept elements times its scale, dropped ones exactly 0.
 
-    Use it to share a mask between layers or steps, or to apply a mask of your own (`PackedMask.from_bool`). Parameters
-    and errors are those of `dropout_backward`.
+    Use it to share a mask between layers or steps, or to apply a mask of your own (`PackedMask.from_bool`).
 
+    Parameters
+    ----------
+    x : array_like of float32, float64, float16 or bfloat16, of the shape that the mask is for
+    mask : PackedMask, SeededMask, GaussianNoise or None
+        None returns x itself.
+    out : ndarray, optional
+        Receives the result. It has the shape and dtype of x; x itself works in place.
+
+    Returns
+    -------
+    ndarray like x
+        out if it is given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If dtype, mask or out do not fit, as in `dropout`.
+
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> mask = fd.draw_mask((1, 4), 0.5, rng=5)  # one decision per column
     >>> fd.apply_mask(np.ones((2, 4), np.float32), mask)
     array([[0., 0., 2., 0.],
            [0., 0., 2., 0.]], dtype=float32)
     """
-    y: Array = masked("x", x, mask, out)
-    return y
+    return masked("x", x, mask, out)
 
 
 def draw_mask(
@@ -171,11 +234,17 @@ def draw_mask(
     part : Part or sequence of them, optional
         Of which whole mask this one is a part, as in `dropout`, in place of first_cell.
 
+    Returns
+    -------
+    PackedMask
+
     Raises
     ------
     TypeError, ValueError
         As in `dropout`, and if first_cell is out of range or given beside part.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> whole = fd.draw_mask(100, 0.3, rng=1).to_bool()
     >>> shard = fd.draw_mask(60, 0.3, rng=1, first_cell=40).to_bool()
@@ -199,16 +268,28 @@ def draw_mask(
     return packed_mask(words, extents, p, scale, parts)
 
 
+@overload
 def alpha_dropout(
-    x: ArrayLike,
+    x: SameArray, p: float = ..., *, store: Literal["bits"] = ..., **options: Unpack[CommonOptions]
+) -> tuple[SameArray, PackedMask | MaybeNone]: ...
+@overload
+def alpha_dropout(
+    x: SameArray, p: float = ..., *, store: Literal["seed"], **options: Unpack[CommonOptions]
+) -> tuple[SameArray, SeededMask | MaybeNone]: ...
+@overload
+def alpha_dropout(
+    x: ArrayLike, p: float = ..., *, store: str = ..., **options: Unpack[CommonOptions]
+) -> tuple[Array, Any]: ...
+def alpha_dropout(
+    x: Any,
     p: float = 0.5,
     *,
     training: bool = True,
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
-) -> tuple[Array, BitMask | None]:
+) -> tuple[Any, BitMask | None]:
     """Returns x with dropped elements set to SELU's floor, and everything scaled so that mean and variance stay.
 
     Kept elements become ``a x + b``, dropped ones ``a f + b`` with ``f = -1.758...``, ``a = ((1 - p) (1 + p f**2)) **
@@ -220,11 +301,39 @@ def alpha_dropout(
     x : array_like of a float dtype, any shape ``(*)``
     p : float
         Drop probability, 0 to 1; p = 1 gives zeros.
-    training, store, rng, out, part
-        As in `dropout`, with the same errors.
+    training : bool
+        False drops nothing.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or the random state, from which they are drawn again.
+    rng : None, int, Stream or numpy.random.Generator
+        What the mask is drawn from: the process-wide stream, a seed, or the given source.
+    out : ndarray, optional
+        Receives the result.
+    part : Part or sequence of them, optional
+        Of which whole array the data is a part.
 
+    Returns
+    -------
+    y : ndarray like x
+        out if it is given.
+    mask : PackedMask, SeededMask or None
+        What `dropout_backward` needs; None if nothing was dropped.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout`.
+
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: a bit per element, or nothing. Source: Klambauer et al., NeurIPS 2017.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> y, mask = fd.alpha_dropout(np.zeros(4), 0.5, rng=4)
     >>> y.round(4), round(mask.scale, 4)
@@ -233,24 +342,75 @@ def alpha_dropout(
     return drop("x", x, p, None, "alpha", (training, store, rng, out), part)
 
 
+@overload
 def drop_connect(
-    w: ArrayLike,
+    w: SameArray, p: float = ..., *, store: Literal["bits"] = ..., **options: Unpack[ScaledOptions]
+) -> tuple[SameArray, PackedMask | MaybeNone]: ...
+@overload
+def drop_connect(
+    w: SameArray, p: float = ..., *, store: Literal["seed"], **options: Unpack[ScaledOptions]
+) -> tuple[SameArray, SeededMask | MaybeNone]: ...
+@overload
+def drop_connect(
+    w: ArrayLike, p: float = ..., *, store: str = ..., **options: Unpack[ScaledOptions]
+) -> tuple[Array, Any]: ...
+def drop_connect(
+    w: Any,
     p: float = 0.5,
     *,
     training: bool = True,
     scaling: str = "inverted",
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
-) -> tuple[Array, BitMask | None]:
+) -> tuple[Any, BitMask | None]:
     """Returns weights w with connections dropped, one mask for the whole batch: DropConnect.
 
-    It is `dropout` of a weight, with the same parameters and errors. The gradient of w is `dropout_backward` of the
-    gradient of the dropped weight. Kept for backward: a bit per weight, or nothing.
+    It is `dropout` of a weight. The gradient of w is `dropout_backward` of the gradient of the dropped weight.
 
-    Source: Wan et al., ICML 2013 (who draw a mask for each example); Merity et al., ICLR 2018, for recurrent weights.
+    Parameters
+    ----------
+    w : array_like of a float dtype, any shape ``(*)``
+        The weights.
+    p : float
+        Drop probability of a connection, 0 to 1.
+    training : bool
+        False drops nothing.
+    scaling : {"inverted", "standard"}
+        "inverted" scales what is kept in training, "standard" everything when not training.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or the random state, from which they are drawn again.
+    rng : None, int, Stream or numpy.random.Generator
+        What the mask is drawn from: the process-wide stream, a seed, or the given source.
+    out : ndarray, optional
+        Receives the result.
+    part : Part or sequence of them, optional
+        Of which whole array the data is a part.
 
+    Returns
+    -------
+    y : ndarray like w
+        out if it is given.
+    mask : PackedMask, SeededMask or None
+        What `dropout_backward` needs; None if nothing was dropped.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout`.
+
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
+    Kept for backward: a bit per weight, or nothing. Sources: Wan et al., ICML 2013 (who draw a mask for each example);
+    Merity et al., ICLR 2018, for recurrent weights.
+
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> w, mask = fd.drop_connect(np.ones((2, 3), np.float32), 0.5, rng=4)
     >>> w
@@ -258,50 +418,3 @@ def drop_connect(
            [2., 0., 2.]], dtype=float32)
     """
     return drop("w", w, p, None, checks.scaling(scaling), (training, store, rng, out), part)
-
-
-def gaussian_dropout(
-    x: ArrayLike,
-    p: float = 0.5,
-    *,
-    training: bool = True,
-    rng: RandomState = None,
-    out: Array | None = None,
-    part: PartOfWhole = None,
-) -> tuple[Array, GaussianNoise | None]:
-    """Returns x times Gaussian noise of mean 1 and variance ``p / (1 - p)``, and the noise.
-
-    Nothing is dropped: each element is multiplied by ``1 + sigma z``, which has the mean and the variance of dropout's
-    multiplier. The noise is float32 for every dtype and the same bit for bit on every backend. `dropout_backward` is
-    the gradient.
-
-    Parameters
-    ----------
-    x : array_like of a float dtype, any shape ``(*)``
-    p : float
-        From 0 to below 1.
-    training, rng, out, part
-        As in `dropout`, with the same errors; ValueError for p = 1, whose variance is infinite.
-
-    Kept for backward: nothing, because the noise is drawn again. Source: Srivastava et al., JMLR 15, 2014, section 10.
-
-    >>> import fastdrop as fd, numpy as np
-    >>> y, noise = fd.gaussian_dropout(np.ones(3, np.float32), 0.5, rng=4)
-    >>> y.round(4)
-    array([-0.4915,  1.1203,  1.2279], dtype=float32)
-    """
-    ops = array_ops(x)
-    source, tag = ops.as_array("x", x)
-    p = checks.gaussian_probability(p)
-    shape = tuple(source.shape)
-    parts = None if part is None else parts_of_noise(part, shape)
-    if not training or p == 0.0:
-        check_random_state(rng)
-        return masked("x", x, None, out), None
-    y = ops.output_array(out, source, "x")
-    kernel_x, kernel_y = ops.kernel_arrays(source, y, shape)
-    state = random_state(rng)
-    ops.gaussian_multiply(
-        tag, kernel_x, kernel_y, state, variants.spread(p), None if parts is None else runs(parts, shape)
-    )
-    return copy_to_output(ops, kernel_y, y, out), gaussian_noise(state, shape, p, parts)

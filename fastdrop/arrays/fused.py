@@ -1,44 +1,31 @@
-"""The NumPy API of the fused ops: dropout together with the layers before and after it, in one pass over memory.
+"""The NumPy API of the elementwise fused ops: dropout together with the layers before and after it, in one pass.
 
 The functions here are public: each checks its own arguments and calls `FusedCall`, which does the work, and returns a
 `Saved`, whose ``backward`` computes the gradients. The mask of a fused op is the mask of plain `dropout` with the same
-random state.
+random state. Ops that need a whole row, norms and softmax, are in `fused_rows.py`.
 
 Data is ``(*, columns)``: any axes before the last, any strides. Results are C-contiguous. Gradients are too, unless a
-gradient is dy itself. (This module is long because its docstrings are: they document what users call.)
+gradient is dy itself.
 """
 
 from __future__ import annotations
 
-import numpy as np
-from numpy.typing import ArrayLike
-
 from ..core import checks
 from ..core.activations import ACTIVATIONS, GELU, GELU_TANH, SILU, keeps_input
-from .array_ops import Array, PartOfWhole, RandomState, compute_dtype
 from .fused_call import NO_VECTOR, FusedCall
-from .saved import (
-    BiasActGradients,
-    BiasDropoutAddGradients,
-    DropoutAddGradients,
-    GatedGradients,
-    LayerNormGradients,
-    RmsNormGradients,
-    SavedNorm,
-    SavedPointwise,
-    SavedSoftmax,
-)
+from .saved import BiasActGradients, BiasDropoutAddGradients, DropoutAddGradients, GatedGradients, SavedPointwise
+from .signatures import AnyArray, Array, ArrayArgument, PartOfWhole, RandomState
 
 
 def dropout_add(
-    x: ArrayLike,
-    residual: ArrayLike,
+    x: ArrayArgument,
+    residual: ArrayArgument,
     p: float = 0.5,
     *,
     training: bool = True,
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
 ) -> tuple[Array, SavedPointwise[DropoutAddGradients]]:
     """Returns ``residual + dropout(x, p)``, and what backward needs: the end of a residual branch.
@@ -82,8 +69,12 @@ def dropout_add(
         If residual has another shape than x; p, store or part does not fit; or out has another shape, is read-only, or
         overlaps an argument in part. Nothing is written to out then, and no random number is taken.
 
-    Source: Vaswani et al., NeurIPS 2017, section 5.4.
+    Notes
+    -----
+    Kept for backward: a bit per element, or nothing. Source: Vaswani et al., NeurIPS 2017, section 5.4.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> x, residual = np.ones(6, np.float32), np.arange(6, dtype=np.float32)
     >>> y, saved = fd.dropout_add(x, residual, 0.5, rng=4)
@@ -97,15 +88,15 @@ def dropout_add(
 
 
 def bias_dropout_add(
-    x: ArrayLike,
-    bias: ArrayLike,
-    residual: ArrayLike,
+    x: ArrayArgument,
+    bias: ArrayArgument,
+    residual: ArrayArgument,
     p: float = 0.5,
     *,
     training: bool = True,
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
 ) -> tuple[Array, SavedPointwise[BiasDropoutAddGradients]]:
     """Returns ``residual + dropout(x + bias, p)``, and what backward needs: `dropout_add` with a linear layer's bias.
@@ -117,8 +108,18 @@ def bias_dropout_add(
         A Numba array on a GPU must be float32 (float64 if x is), here and in the ops below.
     residual : array_like of x's shape
         It has x's dtype, or float32 if x has 16 bits. The result has its dtype.
-    p, training, store, rng, out, part
-        As in `dropout_add`, with the same errors; ValueError if bias has another shape or x has no axes.
+    p : float
+        Drop probability, 0 to 1.
+    training : bool
+        False drops nothing.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or the random state, from which they are drawn again.
+    rng : None, int, Stream or numpy.random.Generator
+        What the mask is drawn from: the process-wide stream, a seed, or the given source.
+    out : ndarray, optional
+        Receives the result.
+    part : Part or sequence of them, optional
+        Of which whole array the data is a part.
 
     Returns
     -------
@@ -127,8 +128,21 @@ def bias_dropout_add(
         ``saved.backward(dy)`` is ``(x, bias, residual)``. The gradient of the bias has the bias's dtype; it is summed
         in float32 (float64 for float64), in an order that depends on x's shape only.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout_add`. ValueError if bias has another shape or x has no axes.
+
+    See Also
+    --------
+    dropout_add : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: a bit per element, or nothing. Source: Vaswani et al., NeurIPS 2017, section 5.4.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> x, bias, residual = np.ones((2, 3)), np.array([0.0, 1.0, 2.0]), np.zeros((2, 3))
     >>> y, saved = fd.bias_dropout_add(x, bias, residual, 0.5, rng=4)
@@ -146,15 +160,15 @@ def bias_dropout_add(
 
 
 def bias_act_dropout(
-    x: ArrayLike,
-    bias: ArrayLike | None,
+    x: ArrayArgument,
+    bias: ArrayArgument | None,
     p: float = 0.5,
     activation: str | None = "gelu",
     *,
     training: bool = True,
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
 ) -> tuple[Array, SavedPointwise[BiasActGradients]]:
     """Returns ``dropout(act(x + bias), p)``, and what backward needs: the middle of a feed-forward block.
@@ -169,9 +183,16 @@ def bias_act_dropout(
     p : float
         Drop probability, 0 to 1.
     activation : {"relu", "gelu", "gelu_tanh", "silu", None}
-    training, store, rng, out, part
-        As in `dropout_add`, with the same errors; ValueError for another activation, a bias of another shape, or a
-        bias and x without axes. out is like x and may be x itself.
+    training : bool
+        False drops nothing.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or the random state, from which they are drawn again.
+    rng : None, int, Stream or numpy.random.Generator
+        What the mask is drawn from: the process-wide stream, a seed, or the given source.
+    out : ndarray, optional
+        Receives the result. It is like x and may be x itself.
+    part : Part or sequence of them, optional
+        Of which whole array the data is a part.
 
     Returns
     -------
@@ -179,12 +200,25 @@ def bias_act_dropout(
     saved : Saved
         ``saved.backward(dy)`` is ``(x, bias)``.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout_add`. ValueError for another activation, a bias of another shape, or a bias and x without axes.
+
+    See Also
+    --------
+    dropout_add : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: with "relu" **only bits**, 1/8 byte per element, with either store and also when not training;
     ``saved.mask`` has a 1 for each element that was kept and is positive or NaN. With None the mask, as in
     `dropout_add`. With the others the mask, a copy of bias, and x: x itself if it is C-contiguous and the result is not
     written over it, otherwise a copy. Sources: Hendrycks and Gimpel, arXiv 1606.08415, 2016 (GELU, and SiLU); Vaswani
     et al., NeurIPS 2017.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> x = np.array([[-2.0, 1.0, 2.0], [3.0, -1.0, -3.0]], np.float32)
     >>> y, saved = fd.bias_act_dropout(x, None, 0.5, "relu", rng=4)
@@ -203,14 +237,14 @@ def bias_act_dropout(
 
 
 def swiglu_dropout(
-    gate: ArrayLike,
-    up: ArrayLike,
+    gate: ArrayArgument,
+    up: ArrayArgument,
     p: float = 0.5,
     *,
     training: bool = True,
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
 ) -> tuple[Array, SavedPointwise[GatedGradients]]:
     """Returns ``dropout(silu(gate) * up, p)``, and what backward needs: the middle of a gated feed-forward block.
@@ -221,8 +255,18 @@ def swiglu_dropout(
     ----------
     gate : array_like of a float dtype, any shape ``(*)``
     up : array_like of gate's shape and dtype
-    p, training, store, rng, out, part
-        As in `dropout_add`, with the same errors. out is like gate and may be gate or up itself.
+    p : float
+        Drop probability, 0 to 1.
+    training : bool
+        False drops nothing.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or the random state, from which they are drawn again.
+    rng : None, int, Stream or numpy.random.Generator
+        What the mask is drawn from: the process-wide stream, a seed, or the given source.
+    out : ndarray, optional
+        Receives the result. It is like gate and may be gate or up itself.
+    part : Part or sequence of them, optional
+        Of which whole array the data is a part.
 
     Returns
     -------
@@ -230,9 +274,22 @@ def swiglu_dropout(
     saved : Saved
         ``saved.backward(dy)`` is ``(gate, up)``.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout_add`.
+
+    See Also
+    --------
+    dropout_add : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: gate and up, each itself if it is C-contiguous and the result is not written over it, otherwise a
     copy; and a bit per element, or no bits. Source: Shazeer, arXiv 2002.05202, 2020.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> gate, up = np.array([1.0, -1.0, 2.0, 0.0]), np.ones(4)
     >>> y, saved = fd.swiglu_dropout(gate, up, 0.5, rng=4)
@@ -246,28 +303,61 @@ def swiglu_dropout(
 
 
 def geglu_dropout(
-    gate: ArrayLike,
-    up: ArrayLike,
+    gate: ArrayArgument,
+    up: ArrayArgument,
     p: float = 0.5,
     *,
     approximate: str = "none",
     training: bool = True,
     store: str = "bits",
     rng: RandomState = None,
-    out: Array | None = None,
+    out: AnyArray | None = None,
     part: PartOfWhole = None,
 ) -> tuple[Array, SavedPointwise[GatedGradients]]:
     """Returns ``dropout(gelu(gate) * up, p)``, and what backward needs: the gated feed-forward block of T5 v1.1.
 
     Parameters
     ----------
+    gate : array_like of a float dtype, any shape ``(*)``
+    up : array_like of gate's shape and dtype
+    p : float
+        Drop probability, 0 to 1.
     approximate : {"none", "tanh"}
-        The exact gelu, or its approximation by tanh, which T5 v1.1 and Gemma use ("gelu_new"). ValueError for another.
-    gate, up, p, training, store, rng, out, part
-        As in `swiglu_dropout`, with the same results, memory kept and errors.
+        The exact gelu, or its approximation by tanh, which T5 v1.1 and Gemma use ("gelu_new").
+    training : bool
+        False drops nothing.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or the random state, from which they are drawn again.
+    rng : None, int, Stream or numpy.random.Generator
+        What the mask is drawn from: the process-wide stream, a seed, or the given source.
+    out : ndarray, optional
+        Receives the result. It is like gate and may be gate or up itself.
+    part : Part or sequence of them, optional
+        Of which whole array the data is a part.
 
-    Source: Shazeer, arXiv 2002.05202, 2020.
+    Returns
+    -------
+    y : ndarray of gate's shape and dtype
+    saved : Saved
+        ``saved.backward(dy)`` is ``(gate, up)``.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As in `dropout_add`. ValueError for another approximate.
+
+    See Also
+    --------
+    swiglu_dropout : the same with silu; keeps the same for backward.
+    dropout_add : says more about these parameters.
+
+    Notes
+    -----
+    Kept for backward: gate and up, as in `swiglu_dropout`, and a bit per element, or no bits. Source: Shazeer, arXiv
+    2002.05202, 2020.
+
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> gate, up = np.array([1.0, -1.0, 2.0, 0.0]), np.ones(4)
     >>> y, saved = fd.geglu_dropout(gate, up, 0.5, rng=4)
@@ -280,171 +370,3 @@ def geglu_dropout(
     checks.choice("approximate", approximate, ("none", "tanh"))
     activation = GELU if approximate == "none" else GELU_TANH
     return call.pointwise(GatedGradients, out, multiplier=call.like_x("up", up), activation=activation)
-
-
-def dropout_add_layer_norm(
-    x: ArrayLike,
-    residual: ArrayLike | None,
-    weight: ArrayLike | None = None,
-    bias: ArrayLike | None = None,
-    p: float = 0.5,
-    eps: float = 1e-5,
-    *,
-    x_bias: ArrayLike | None = None,
-    training: bool = True,
-    store: str = "bits",
-    rng: RandomState = None,
-    part: PartOfWhole = None,
-) -> tuple[Array, Array, SavedNorm[LayerNormGradients]]:
-    """Returns the layer norm of a residual sum after dropout, that sum, and what backward needs.
-
-    ``residual_out = residual + dropout(x + x_bias, p)`` and, over the last axis, ``y = (residual_out - mean) /
-    sqrt(variance + eps) * weight + bias``. A post-norm block uses y, a pre-norm block uses both.
-
-    Parameters
-    ----------
-    x : array_like of a float dtype, ``(*, columns)``
-    residual : array_like of x's shape, or None
-        It has x's dtype, or float32 if x has 16 bits. None adds nothing.
-    weight, bias : array_like of any float dtype, ``(columns,)``, or None
-        The weight and the bias of the norm.
-    p : float
-        Drop probability, 0 to 1.
-    eps : float
-        At least 0.
-    x_bias : array_like of any float dtype, ``(columns,)``, or None
-        Added to x before dropout.
-    training, store, rng, part
-        As in `dropout_add`, with the same errors; ValueError if weight or a bias has another shape, eps is below 0, or
-        x has no axes or a part cuts the last one.
-
-    Returns
-    -------
-    y : ndarray of x's shape and dtype
-    residual_out : ndarray of x's shape, and of the residual's dtype
-        The norm is computed from its rounded values, with statistics in float32 (float64 for float64). Backward reads
-        it, so do not pass it to a later op as out.
-    saved : Saved
-        ``saved.backward(dy, dresidual=None)`` accepts the gradients of y and of residual_out and is ``(x, residual,
-        weight, bias, x_bias)``; the gradient of an argument that was not given is None.
-
-    Kept for backward: residual_out itself, two numbers per row, a copy of weight, and a bit per element, or nothing.
-    Sources: Ba et al., arXiv 1607.06450, 2016; Vaswani et al., NeurIPS 2017.
-
-    >>> import fastdrop as fd, numpy as np
-    >>> x, residual = np.ones((2, 4)), np.arange(8.0).reshape(2, 4)
-    >>> y, residual_out, saved = fd.dropout_add_layer_norm(x, residual, p=0.5, rng=4)
-    >>> residual_out
-    array([[0., 1., 4., 5.],
-           [4., 7., 6., 7.]])
-    >>> y.round(3)
-    array([[-1.213, -0.728,  0.728,  1.213],
-           [-1.633,  0.816,  0.   ,  0.816]])
-    >>> gradients = saved.backward(np.eye(2, 4), dresidual=np.ones((2, 4)))
-    >>> gradients.x.round(3), gradients.weight is None
-    (array([[0.   , 0.   , 1.971, 2.114],
-           [0.   , 2.953, 0.   , 0.   ]]), True)
-    """
-    call = FusedCall("dropout_add_layer_norm", x, "x", p, (training, store, rng, part))
-    vectors = {"weight": weight, "bias": bias, "x_bias": x_bias}
-    return call.norm(LayerNormGradients, residual, vectors, eps, centred=True)
-
-
-def dropout_add_rms_norm(
-    x: ArrayLike,
-    residual: ArrayLike | None,
-    weight: ArrayLike | None = None,
-    p: float = 0.5,
-    eps: float | None = None,
-    *,
-    x_bias: ArrayLike | None = None,
-    training: bool = True,
-    store: str = "bits",
-    rng: RandomState = None,
-    part: PartOfWhole = None,
-) -> tuple[Array, Array, SavedNorm[RmsNormGradients]]:
-    """Returns the RMS norm of a residual sum after dropout, that sum, and what backward needs.
-
-    ``residual_out = residual + dropout(x + x_bias, p)`` and, over the last axis, ``y = residual_out /
-    sqrt(mean(residual_out**2) + eps) * weight``.
-
-    Parameters
-    ----------
-    eps : float, optional
-        At least 0. None means ``numpy.finfo(numpy.float32).eps``, or float64's for float64 data, as in torch.
-    x, residual, weight, p, x_bias, training, store, rng, part
-        As in `dropout_add_layer_norm`, with the same results, memory kept and errors.
-
-    Returns
-    -------
-    y, residual_out : ndarray
-    saved : Saved
-        ``saved.backward(dy, dresidual=None)`` is ``(x, residual, weight, x_bias)``.
-
-    Source: Zhang and Sennrich, NeurIPS 2019.
-
-    >>> import fastdrop as fd, numpy as np
-    >>> y, residual_out, saved = fd.dropout_add_rms_norm(np.ones((1, 4)), np.ones((1, 4)), p=0.5, rng=4)
-    >>> residual_out, y.round(3)
-    (array([[1., 1., 3., 3.]]), array([[0.447, 0.447, 1.342, 1.342]]))
-    """
-    call = FusedCall("dropout_add_rms_norm", x, "x", p, (training, store, rng, part))
-    vectors = {"weight": weight, "x_bias": x_bias}
-    eps = np.finfo(compute_dtype(call.dtype)).eps if eps is None else eps
-    return call.norm(RmsNormGradients, residual, vectors, eps, centred=False)
-
-
-def softmax_dropout(
-    scores: ArrayLike,
-    p: float = 0.5,
-    scale: float = 1.0,
-    attn_mask: ArrayLike | None = None,
-    causal: bool = False,
-    *,
-    training: bool = True,
-    store: str = "bits",
-    rng: RandomState = None,
-    out: Array | None = None,
-    part: PartOfWhole = None,
-) -> tuple[Array, SavedSoftmax]:
-    """Returns ``dropout(softmax(scale * scores + attn_mask), p)`` over the last axis, and what backward needs.
-
-    Parameters
-    ----------
-    scores : array_like of a float dtype, ``(*, queries, keys)``, or ``(keys,)`` unless causal
-    p : float
-        Drop probability, 0 to 1.
-    scale : float
-        Finite; ``1 / sqrt(width)`` in attention.
-    attn_mask : array_like that broadcasts to scores' shape, or None
-        Booleans, where True means that the key takes part, or floats of any dtype, which are added to the scores. It
-        gets no gradient. An axis of queries or heads along which it is broadcast takes no memory. A Numba array on a
-        GPU must be float32 (float64 for float64 scores) and have an element for each key.
-    causal : bool
-        True lets key j take part for query i if ``j <= i``: aligned at the upper left, as torch's ``is_causal``.
-    training, store, rng, out, part
-        As in `dropout_add`, with the same errors; ValueError if scale is not finite, attn_mask does not broadcast,
-        scores has no axes, or a part cuts the keys or, if causal, the queries. out is like scores or scores itself.
-
-    Returns
-    -------
-    y : ndarray of scores' shape and dtype
-        A row in which no key takes part is 0.
-    saved : Saved
-        ``saved.backward(dy)`` is ``(scores,)``.
-
-    Kept for backward: the probabilities in scores' dtype and a bit per element, or no bits. If nothing was dropped, y
-    itself is kept: do not change it then. Source: Vaswani et al., NeurIPS 2017, sections 3.2.1 and 5.4.
-
-    >>> import fastdrop as fd, numpy as np
-    >>> scores = np.log([[1.0, 1.0, 2.0], [1.0, 3.0, 4.0]])
-    >>> y, saved = fd.softmax_dropout(scores, 0.5, rng=1)
-    >>> y.round(3)
-    array([[0.5 , 0.  , 1.  ],
-           [0.  , 0.75, 0.  ]])
-    >>> saved.backward(np.eye(2, 3)).scores.round(3)
-    array([[ 0.375, -0.125, -0.25 ],
-           [-0.094,  0.469, -0.375]])
-    """
-    call = FusedCall("softmax_dropout", scores, "scores", p, (training, store, rng, part))
-    return call.softmax(scale, attn_mask, causal, out)

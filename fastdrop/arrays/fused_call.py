@@ -20,11 +20,7 @@ from ..core.part import check_uncut, parts_of, runs
 from ..core.random import check_random_state, random_state, threshold_and_scale
 from .array_ops import (
     FLOAT32,
-    Array,
-    BitMask,
     DeferredDraw,
-    PartOfWhole,
-    RandomState,
     Shape,
     compute_dtype,
     dtype_tags,
@@ -32,6 +28,7 @@ from .array_ops import (
 )
 from .masking import array_ops, copy_to_output
 from .saved import Gradients, SavedNorm, SavedPointwise, SavedSoftmax, SoftmaxGradients
+from .signatures import Array, BitMask, PartOfWhole, RandomState
 
 Vector = tuple[Any, Any]  # an element for each column, and the dtype that it was given in
 NO_VECTOR: Vector = (None, None)

@@ -20,7 +20,8 @@ from ..core.grid import Grid
 from ..core.mask import fill_words, popcount
 from ..core.part import Run
 from ..core.random import DROP_ALL, State
-from .array_ops import Array, BlockPasses, DeferredDraw, Scaling, Shape
+from .array_ops import BlockPasses, DeferredDraw, Scaling, Shape
+from .signatures import Array
 
 Words = NDArray[np.uint32]
 

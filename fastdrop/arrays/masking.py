@@ -17,11 +17,12 @@ from ..core import checks, variants
 from ..core.mask import GaussianNoise, PackedMask, SeededMask, packed_mask, seeded_mask
 from ..core.part import Parts, first_cell, parts_of, parts_of_mask, runs
 from ..core.random import DROP_ALL, State, check_random_state, random_state, threshold_and_scale
-from .array_ops import Array, ArrayOps, BitMask, Mask, RandomState, Shape
+from .array_ops import ArrayOps, Shape
 from .device import DEVICE, is_on_device
 from .host import HOST
+from .signatures import AnyArray, BitMask, Mask, RandomState
 
-Options = tuple[bool, str, RandomState, Array | None]  # training, store, rng, out
+Options = tuple[bool, str, RandomState, AnyArray | None]  # training, store, rng, out
 
 
 def array_ops(x: Any) -> ArrayOps:
@@ -82,7 +83,7 @@ def drop(
     return y, packed_mask(words, mask_shape, p, coefficients.scale, parts)
 
 
-def masked(name: str, given: Any, mask: Mask | None, out: Array | None) -> Any:
+def masked(name: str, given: Any, mask: Mask | None, out: AnyArray | None) -> Any:
     """x under an existing mask: times the mask's scale where kept, 0 where dropped. None changes nothing."""
     ops = array_ops(given)
     x, tag = ops.as_array(name, given)

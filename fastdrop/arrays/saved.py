@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import ArrayLike
 
 from ..core import checks, variants
 from ..core.mask import PackedMask
-from .array_ops import Array, ArrayOps, BitMask, Shape, compute_dtype, dtype_tags, rows_and_columns
+from .array_ops import ArrayOps, Shape, compute_dtype, dtype_tags, rows_and_columns
 from .masking import array_ops, mask_words, masked
+from .signatures import Array, ArrayArgument, BitMask, MaybeNone
+
+# A gradient that may be None is None if its argument was not given.
 
 
 class DropoutAddGradients(NamedTuple):
@@ -32,7 +34,7 @@ class BiasDropoutAddGradients(NamedTuple):
 
 class BiasActGradients(NamedTuple):
     x: Array
-    bias: Array | None
+    bias: Array | MaybeNone
 
 
 class GatedGradients(NamedTuple):
@@ -42,17 +44,17 @@ class GatedGradients(NamedTuple):
 
 class LayerNormGradients(NamedTuple):
     x: Array
-    residual: Array | None
-    weight: Array | None
-    bias: Array | None
-    x_bias: Array | None
+    residual: Array | MaybeNone
+    weight: Array | MaybeNone
+    bias: Array | MaybeNone
+    x_bias: Array | MaybeNone
 
 
 class RmsNormGradients(NamedTuple):
     x: Array
-    residual: Array | None
-    weight: Array | None
-    x_bias: Array | None
+    residual: Array | MaybeNone
+    weight: Array | MaybeNone
+    x_bias: Array | MaybeNone
 
 
 class SoftmaxGradients(NamedTuple):
@@ -64,18 +66,25 @@ Gradients = TypeVar("Gradients")
 
 @dataclass(frozen=True, repr=False, eq=False)
 class Saved(Generic[Gradients]):
-    """What a fused op keeps for its backward pass.
+    """What a fused op keeps for its backward pass. Fused ops return it; it is not made directly.
 
-    ``mask`` is a `PackedMask`, a `SeededMask`, or None if nothing was dropped. ``nbytes`` is the number of bytes kept.
+    Attributes
+    ----------
+    op : str
+        The name of the op.
+    mask : PackedMask, SeededMask or None
+        None if nothing was dropped.
+    nbytes : int
+        The number of bytes kept.
+
+    Notes
+    -----
     Data arrays are kept without a copy where that is possible. Do not change those that the op's documentation names
     until the last call of ``backward``; it may be called more than once. Weights and biases are copied, so they may
     change.
 
-    ``backward(dy)`` returns a named tuple with the gradient of each array argument, under the argument's name; it is
-    None for an argument that was not given. A norm has ``backward(dy, dresidual=None)``: dresidual is the gradient of
-    residual_out, or None if only the norm was used. TypeError or ValueError is raised if a gradient does not have the
-    dtype and shape of its result.
-
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> y, saved = fd.dropout_add(np.ones((2, 3)), np.zeros((2, 3)), 0.5, rng=4)
     >>> saved
@@ -88,7 +97,25 @@ class Saved(Generic[Gradients]):
     _shape: Shape
     _dtype: np.dtype[Any]  # of x
 
-    def backward(self, dy: ArrayLike) -> Gradients:
+    def backward(self, dy: ArrayArgument) -> Gradients:
+        """Returns the gradients of the op's array arguments.
+
+        Parameters
+        ----------
+        dy : array_like of the shape and dtype of the op's result
+            The gradient of the result. A norm also takes ``dresidual``, the gradient of residual_out, or None if only
+            the norm was used.
+
+        Returns
+        -------
+        NamedTuple of ndarray
+            The gradient of each array argument, under the argument's name; None for an argument that was not given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            If a gradient does not have the dtype and shape of its result.
+        """
         raise NotImplementedError
 
     @property
@@ -140,7 +167,7 @@ class SavedPointwise(Saved[Gradients]):
     _bias: Any
     _bias_dtype: np.dtype[Any] | None  # None if the op had no bias
 
-    def backward(self, dy: ArrayLike) -> Gradients:
+    def backward(self, dy: ArrayArgument) -> Gradients:
         ops, given = self._check_gradient("dy", dy, "the result", self._residual_dtype)
         if self._x is None and self._bias_dtype is None and self._dtype == self._residual_dtype:  # as plain dropout
             dx = given if self.mask is None else masked("dy", ops.as_contiguous(given), self.mask, None)
@@ -174,7 +201,7 @@ class SavedNorm(Saved[Gradients]):
     _vector_dtypes: dict[str, np.dtype[Any]]  # of those of weight, bias and x_bias that were given
     _has_residual: bool
 
-    def backward(self, dy: ArrayLike, dresidual: ArrayLike | None = None) -> Gradients:
+    def backward(self, dy: ArrayArgument, dresidual: ArrayArgument | None = None) -> Gradients:
         """The gradients, given those of y and, unless it is None, of residual_out."""
         ops, g = self._check_gradient("dy", dy, "y", self._dtype)
         residual_dtype, dresidual_out = self._residual_out.dtype, None
@@ -209,7 +236,7 @@ class SavedSoftmax(Saved[SoftmaxGradients]):
     _probabilities: Any
     _softmax_scale: float
 
-    def backward(self, dy: ArrayLike) -> SoftmaxGradients:
+    def backward(self, dy: ArrayArgument) -> SoftmaxGradients:
         ops, g = self._check_gradient("dy", dy, "the result", self._dtype)
         rows, columns = rows_and_columns(self._shape)
         dscores = ops.empty(g, self._shape, self._dtype)

@@ -134,6 +134,8 @@ class use_backend:
         The backend can't run here; the message says why and how to get it. Also for "cuda", which can't be chosen: it
         takes arrays on a GPU, and those alone.
 
+    Examples
+    --------
     >>> import fastdrop as fd
     >>> with fd.use_backend("numpy"):
     ...     mask = fd.draw_mask(8, 0.5, rng=0)
@@ -166,6 +168,13 @@ class use_backend:
 def explain() -> str:
     """Which backend runs and, for each, why it was or was not taken.
 
+    Returns
+    -------
+    str
+        A line for each backend.
+
+    Examples
+    --------
     >>> import fastdrop as fd
     >>> with fd.use_backend("numpy"):
     ...     print(fd.explain().splitlines()[2])
@@ -187,9 +196,26 @@ def explain() -> str:
 
 
 def set_num_threads(n: int) -> None:
-    """Sets how many threads a call may use (1 to 256); never changes a bit of any mask.
+    """Sets how many threads a call may use; never changes a bit of any mask.
 
-    Raises TypeError or ValueError for anything else.
+    Parameters
+    ----------
+    n : int
+        1 to 256. The environment variable ``FASTDROP_NUM_THREADS`` sets the same at start.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything else.
+
+    Examples
+    --------
+    >>> import fastdrop as fd
+    >>> before = fd.get_num_threads()
+    >>> fd.set_num_threads(2)
+    >>> fd.get_num_threads()
+    2
+    >>> fd.set_num_threads(before)
     """
     global _num_threads
     if isinstance(n, (bool, np.bool_)) or not isinstance(n, (int, np.integer)):
@@ -202,7 +228,24 @@ def set_num_threads(n: int) -> None:
 
 
 def get_num_threads() -> int:
-    """How many threads a call may use: by default ``FASTDROP_NUM_THREADS``, or the CPUs this process may run on."""
+    """How many threads a call may use.
+
+    Returns
+    -------
+    int
+        What was set; by default ``FASTDROP_NUM_THREADS``, or the CPUs that this process may run on.
+
+    Raises
+    ------
+    ValueError
+        If ``FASTDROP_NUM_THREADS`` is not a number from 1 to 256.
+
+    Examples
+    --------
+    >>> import fastdrop as fd
+    >>> fd.get_num_threads() >= 1
+    True
+    """
     global _num_threads
     if _num_threads is None:
         from_environment = os.environ.get("FASTDROP_NUM_THREADS")
@@ -218,7 +261,14 @@ def get_num_threads() -> int:
 
 
 def show_config() -> None:
-    """Prints versions, backends, instruction set, threads and the memory policy."""
+    """Prints versions, backends, instruction set, threads and the memory policy.
+
+    Examples
+    --------
+    >>> import fastdrop as fd
+    >>> fd.show_config()  # doctest: +ELLIPSIS
+    fastdrop ...
+    """
     print(f"fastdrop {_package.__version__}, Python {platform.python_version()}, NumPy {np.__version__}")
     print(f"{platform.system()} {platform.machine()}, {get_num_threads()} threads")
     for name, reason in reasons().items():

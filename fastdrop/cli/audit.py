@@ -12,12 +12,23 @@ import sys
 from operator import attrgetter
 from typing import Any
 
-HELP = "look for pitfalls of dropout in a torch model"
+HELP = "look for common mistakes with dropout in a torch model"
 DESCRIPTION = (
-    "Looks for pitfalls of dropout in a torch model and prints a table: where, why, what to do. Exit code 0: nothing "
-    "found that is a warning or worse; 1: something was; 2: the model could not be made or run. Functions that drop in "
-    "the forward of a module are listed below the findings; they don't count."
+    "Looks for common mistakes with dropout in a torch model and prints a table: where, why, what to do. Functions "
+    "that drop in the forward of a module are listed below the findings; they don't count."
 )
+EPILOG = """examples:
+  fastdrop audit train:make_model            make_model() in ./train.py
+  fastdrop audit train:make_model --input 8,3,32,32
+                                             runs it, to see the layers' order
+  fastdrop audit train:make_model --strict   notes count as findings
+
+exit codes:
+  0  nothing found that is a warning or worse
+  1  something was found
+  2  wrong usage, or the model could not be made or run
+  130  interrupted
+"""
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int64", "int32", "bool")
 
 

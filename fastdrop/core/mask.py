@@ -74,10 +74,12 @@ class _Mask:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The mask's own shape: 1 on axes along which elements share a decision."""
         return self._shape
 
     @property
     def p(self) -> float:
+        """Drop probability that the mask was drawn with."""
         return self._p
 
     @property
@@ -116,6 +118,8 @@ class PackedMask(_Mask):
     TypeError, ValueError
         Words of another dtype, size or layout, or with bits set past the last cell; p outside [0, 1].
 
+    Examples
+    --------
     >>> mask = PackedMask.from_bool([True, False, True, True], 0.25)
     >>> mask
     PackedMask(shape=(4,), p=0.25, kept=3, nbytes=4)
@@ -148,9 +152,25 @@ class PackedMask(_Mask):
 
     @classmethod
     def from_bool(cls, keep: ArrayLike, p: float) -> PackedMask:
-        """Packs a boolean array, True = keep.
+        """Packs a boolean array.
 
-        Raises TypeError if ``keep`` is not boolean, ValueError if ``p`` is 1 and anything is kept.
+        Parameters
+        ----------
+        keep : array_like of bool, any shape
+            True keeps the element.
+        p : float
+            Drop probability, 0 to 1. Kept elements are multiplied by ``1 / (1 - p)``.
+
+        Returns
+        -------
+        PackedMask
+
+        Raises
+        ------
+        TypeError
+            If ``keep`` is not boolean.
+        ValueError
+            If ``p`` is 1 and anything is kept.
         """
         flags, p = checks.keep_flags(keep), checks.probability(p)
         scale = keep_scale(threshold(p))
@@ -163,6 +183,7 @@ class PackedMask(_Mask):
 
     @property
     def words(self) -> NDArray[np.uint32]:
+        """The bits, 32 cells in each uint32."""
         return self._words
 
     @property
@@ -181,7 +202,13 @@ class PackedMask(_Mask):
         return popcount(to_host(self._words))
 
     def to_bool(self) -> NDArray[np.bool_]:
-        """The mask as booleans of ``shape``, True = keep (1 byte per cell)."""
+        """Unpacks the mask, to 1 byte per cell.
+
+        Returns
+        -------
+        ndarray of bool, of the mask's shape
+            True where kept.
+        """
         return unpack_words(to_host(self._words), math.prod(self._shape)).reshape(self._shape)
 
     def __eq__(self, other: object) -> bool:
@@ -208,10 +235,12 @@ class _Drawn(_Mask):
 
     @property
     def seed(self) -> int:
+        """The seed of the random state."""
         return self._seed
 
     @property
     def offset(self) -> int:
+        """The offset of the random state."""
         return self._offset
 
     @property
@@ -235,13 +264,21 @@ class SeededMask(_Drawn):
     ----------
     seed, offset : int
         Random state, from 0 to 2**64 - 1.
-    shape, p, scale
-        As for `PackedMask`.
+    shape : tuple of int
+        The mask's own shape: 1 on axes along which elements share a decision.
+    p : float
+        Drop probability.
+    scale : float, optional
+        The multiplier of kept elements; by default that of inverted dropout, ``1 / (1 - p)``.
     part : Part or sequence of them, optional
         Of which whole mask this one is a part, as in `dropout`.
 
+    Notes
+    -----
     ``draw_mask(mask.shape, mask.p, rng=Stream(mask.seed, mask.offset), part=mask.parts)`` gives the same mask, packed.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> x = np.ones(1000, np.float32)
     >>> y, mask = fd.dropout(x, 0.1, store="seed", rng=3)
@@ -275,10 +312,12 @@ class SeededMask(_Drawn):
 
     @property
     def threshold(self) -> int:
+        """A cell is dropped if its 32-bit random number is below this: p, rounded to ``threshold / 2**32``."""
         return self._threshold
 
     @property
     def scale(self) -> float:
+        """Multiplier of kept elements, as for `PackedMask`."""
         return self._scale
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -299,8 +338,13 @@ class GaussianNoise(_Drawn):
     part : Part or sequence of them, optional
         Of which whole this is the noise of a part, as in `dropout`. The whole has at most 2**61 elements.
 
-    Raises TypeError or ValueError for anything else.
+    Raises
+    ------
+    TypeError, ValueError
+        For anything else.
 
+    Examples
+    --------
     >>> import fastdrop as fd, numpy as np
     >>> y, noise = fd.gaussian_dropout(np.ones(4), 0.2, rng=3)
     >>> noise, noise.nbytes

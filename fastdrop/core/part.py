@@ -77,9 +77,15 @@ class Part:
     local : tuple of int
         The part's own shape.
 
-    Raises TypeError for what is no tuple of ints, ValueError for tuples of several lengths and for a part that reaches
-    out of the whole.
+    Raises
+    ------
+    TypeError
+        For what is no tuple of ints.
+    ValueError
+        For tuples of several lengths and for a part that reaches out of the whole.
 
+    Examples
+    --------
     >>> import fastdrop as fd
     >>> whole = fd.draw_mask((4, 6), 0.5, rng=1).to_bool()
     >>> part = fd.Part((4, 6), start=(1, 2), local=(2, 3))
@@ -108,13 +114,33 @@ class Part:
                 )
 
     def sharing(self, shared: Sequence[bool]) -> Part:
-        """The part of a mask whose cells are shared along some axes."""
+        """The part of a mask whose cells are shared along some axes.
+
+        Parameters
+        ----------
+        shared : sequence of bool
+            For each axis, whether all elements along it share one decision.
+
+        Returns
+        -------
+        Part
+        """
         own = zip(self.shape, self.start, self.local, shared, strict=True)
         axes = [(1, 0, 1) if one else (whole, start, local) for whole, start, local, one in own]
         return Part(*(tuple(entries) for entries in zip(*axes, strict=True)))
 
     def runs(self, position: int = 0) -> Iterator[Run]:
-        """The part's cells in its own C order, from bit ``position`` on."""
+        """The part's cells in its own C order, as runs of cells with regular distances.
+
+        Parameters
+        ----------
+        position : int
+            The bit of the mask at which the first cell lies.
+
+        Yields
+        ------
+        Run
+        """
         if 0 in self.local:
             return
         strides = [stride for _, stride in cell_axes(self.shape, self.shape)]

@@ -8,7 +8,6 @@ multiplies what is kept by 2. This module knows shapes and numbers only, no arra
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple, TypeVar
 
@@ -51,6 +50,8 @@ def affine(scaling: str, threshold: int) -> Coefficients:
         return Coefficients(1.0, 0.0, 0.0)
     if scaling == "inverted" or threshold == DROP_ALL:  # where everything is dropped all are 0
         return Coefficients(keep_scale(threshold), 0.0, 0.0)
+    from fractions import Fraction  # takes as long to import as all of `core`
+
     q, f = Fraction(threshold, DROP_ALL), Fraction(SELU_FLOOR)
     square = 1 / ((1 - q) * (1 + q * f**2))
     # Integer arithmetic, because the cached result must not depend on the rounding mode of the first caller.

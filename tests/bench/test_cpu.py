@@ -1,19 +1,17 @@
-"""The CPU benchmarks: the limit, which call meets which context, names of machines, reports from rows."""
+"""The CPU benchmarks: the limit, what is timed, names of machines, reports and pictures from rows."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import fastdrop as fd
-from bench import contenders, machine, pairing, run
+from bench import contenders, machine, pictures, report, run
 from bench.contenders import LIMIT, TORCH_MUL, WAYS, Buffers
 from bench.cpu import cases, report_sweep
 from bench.cpu import report as report_dropout
@@ -21,24 +19,9 @@ from fastdrop.backends import c as native
 from fastdrop.backends import memory
 
 from ..cases import DTYPES
+from .benchmark import Benchmark
 
 needs_c = pytest.mark.skipif(native.unavailable() is not None, reason="the C extension is not built")
-
-
-class Benchmark:
-    """As much of pytest-benchmark's fixture as `alternate` uses."""
-
-    def __init__(self):
-        self.extra_info = {}
-
-    def pedantic(self, function, setup, rounds, iterations):
-        taken = []
-        for _ in range(rounds):
-            setup()
-            start = time.perf_counter()
-            function()
-            taken.append(time.perf_counter() - start)
-        self.stats = SimpleNamespace(stats=SimpleNamespace(data=taken))
 
 
 # ---- what is timed ----
@@ -86,41 +69,6 @@ def test_c_has_as_many_threads_as_a_case_wherever_it_is_a_peer(monkeypatch):
     assert given[-1] == before
 
 
-def test_each_call_meets_its_own_context_outside_of_the_time_taken(monkeypatch):
-    inside, met, clock = [], {"": set(), "a": set(), "b": set()}, [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
-
-    @contextlib.contextmanager
-    def around(name):
-        inside.append(name)
-        clock[0] += 1.0
-        yield
-        clock[0] += 1.0
-        inside.remove(name)
-
-    def call(name):
-        met[name].add(tuple(inside))
-        clock[0] += 1e-4
-
-    benchmark = Benchmark()
-    contexts = {name: lambda name=name: around(name) for name in ("", "a")}
-    peers = {name: lambda name=name: call(name) for name in ("a", "b")}
-    pairing.alternate(benchmark, lambda: call(""), peers, 0.01, around=contexts)
-    assert met == {"": {("",)}, "a": {("a",)}, "b": {()}}
-    assert not inside
-    for timed in (benchmark.extra_info, *benchmark.extra_info["peers"].values()):
-        assert timed["seconds"] == pytest.approx(1e-4)
-
-
-def test_threads_are_woken_before_calls_of_any_length(monkeypatch):
-    monkeypatch.setattr(pairing, "UNCACHED_SECONDS", 0.0)  # all calls are too long for caches
-    calls = {0.0: [], 1e-9: []}
-    for settle, made in calls.items():
-        monkeypatch.setattr(pairing, "SAMPLE_SECONDS", 0.0)  # a call is a sample
-        pairing.alternate(Benchmark(), lambda made=made: made.append(1), {}, 0.0, settle)
-    assert [len(made) for made in calls.values()] == [4 + pairing.MIN_ROUNDS, 4 + 2 * pairing.MIN_ROUNDS]
-
-
 # ---- rows and reports, from cases of few elements ----
 
 MACHINE = {
@@ -141,11 +89,12 @@ def rendered(module, rows, tmp_path):
 
 
 @pytest.fixture
-def small(monkeypatch):
+def small(monkeypatch, pytestconfig):
     """The benchmarks of NumPy's functions, with few rounds."""
+    pytestconfig.addinivalue_line("markers", "quick: bench/conftest.py has it")
     pytest.importorskip("ml_dtypes")
     modules = [importlib.import_module(f"bench.cpu.{name}") for name in ("test_dropout", "test_sweep")]
-    monkeypatch.setattr(modules[0], "CASE_SECONDS", {"quick": 0.0})
+    monkeypatch.setattr(modules[0], "CASE_SECONDS", 0.0)
     monkeypatch.setattr(modules[1], "SECONDS", 0.0)
     monkeypatch.setattr(modules[1], "APART_SECONDS", 0.0)
     yield modules
@@ -208,7 +157,6 @@ def test_the_sweep_skips_a_size_that_does_not_fit(small, monkeypatch):
 @needs_c
 def test_a_case_runs_beside_the_limits_and_its_report_names_the_way(small, tmp_path, monkeypatch):
     dropout, _ = small
-    request = SimpleNamespace(config=SimpleNamespace(getoption=lambda name: "quick"))
     monkeypatch.setattr(dropout, "DRAW_SECONDS", 0.0)
     rows = []
     for case in (
@@ -218,7 +166,7 @@ def test_a_case_runs_beside_the_limits_and_its_report_names_the_way(small, tmp_p
     ):
         benchmark = Benchmark()
         with contenders.threads(case.threads, dropout.torch):
-            dropout.test_dropout(case, None, benchmark, request)
+            dropout.test_dropout(case, None, benchmark)
         rows.append(benchmark.extra_info)
     assert [LIMIT in row["peers"] for row in rows] == [True, True, False]
     for layout in cases.ROWS:
@@ -243,6 +191,7 @@ def test_quick_measures_every_target_of_its_report():
     """Each target finds exactly one of the cases of the quick set, as a kernel; all of them are missed here."""
     wanted = [row for row in report_dropout.TARGETS if row[3][1] in ("best", "seed", *cases.variants())]
     rows = [whole_call()]
+    assert {*cases.quick_cases()} <= {*cases.every_case()}
     for case in cases.quick_cases():
         peers = {peer: {"seconds": 1.0, "ratio": 100.0} for peer in report_dropout.PEER_COLUMNS}
         rows.append({**case.as_dict(), "bytes_per_element": 8, "seconds": 1.0, "peers": peers})
@@ -315,14 +264,39 @@ def test_reports_of_torch_render_and_judge_single_cases(tmp_path):
     ]
     asked = [fused.limits(row, peer) for row in rows for peer in row["peers"]]
     assert asked == [(1.2,), (0.75,), (1.2,), (), (1.2,), (), (0.8, 0.9), (0.8,)]
-    suite = fused.Suite("fused kernels", fused.INTRO, fused.limits, "Fused kernels")
-    text = rendered(suite, rows, tmp_path)
+    text = rendered(fused.SUITE, rows, tmp_path)
     assert f"8192 x 1024, 1 thread | {fused.ADD_AND_NORM} | at most 0.75 | 0.80 | **missed** |" in text
     assert "2048 x 2048, 2 threads | F.gelu | at most 0.9 | 0.85 | met |" in text
-    suite = family.Suite("the family", family.INTRO, family.limits, "The family")
     rows = [torch_row("alpha", "forward", "1M", 1, 1.2, "fd.dropout", "other")]
-    text = rendered(suite, rows, tmp_path).split("## Every case")[0]
+    text = rendered(family.SUITE, rows, tmp_path).split("## Every case")[0]
     assert text.count("**missed**") == 1
+
+
+def test_a_picture_has_the_worst_layout_of_a_line_and_1_in_view(monkeypatch, tmp_path):
+    fused, drawn = importlib.import_module("bench.torch.report_fused"), []
+    monkeypatch.setattr(report, "draw_ratios", lambda *arguments: drawn.append(arguments))
+    kind = "bias_act_dropout gelu"
+    rows = [
+        torch_row(kind, "forward", "2048 x 2048", 1, 0.7, fused.GELU),
+        torch_row(kind, "forward", "2048 x 2048", 2, 0.95, fused.GELU),
+        torch_row(kind, "forward", "8192 x 1024", 1, 0.9, fused.GELU),
+    ]
+    fused.SUITE.plot(RUN, rows, tmp_path / "fused.png")
+    (groups, *_rest) = drawn[0]
+    assert [heading for heading, _ in groups] == ["forward"]
+    ((label, points),) = groups[0][1]
+    assert label == f"{kind}  /  {fused.GELU}"
+    assert {n: (point.ratio, point.verdict) for n, point in points.items()} == {
+        1: (0.7, "target met"),
+        2: (0.95, "target missed"),
+    }
+    _, axis = pictures.pyplot().subplots()
+    for ratios in ([0.02, 0.1], [3.0, 9.0]):
+        pictures.ratio_axis(axis, ratios)
+        low, high = axis.get_xlim()
+        assert low < min(*ratios, 1) <= max(*ratios, 1) < high
+        assert {1.0} <= {*axis.get_xticks()}
+    pictures.pyplot().close()
 
 
 # ---- machines ----
@@ -378,7 +352,7 @@ def test_results_go_to_the_folder_of_the_machine(tmp_path, monkeypatch):
     results = tmp_path / "some-cpu-1-2/sweep.json"
     assert results.parent.is_dir()
     assert commands[0][commands[0].index("--benchmark-json") + 1] == str(results)
-    assert commands[0][commands[0].index("--cases") + 1] == "sweep"
+    assert commands[0][3] == "bench/cpu/test_sweep.py"
     assert commands[1][1:] == ["-m", "bench.cpu.report_sweep", str(results)]
     monkeypatch.setattr(sys, "argv", ["run", "--report"])
     assert run.main() == 1  # there is nothing

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
 import fastdrop as fd
 from fastdrop import backends
-from fastdrop.__main__ import main
+from fastdrop.__main__ import COMMANDS, main
 from fastdrop.backends import reference
-from fastdrop.cli import selftest
+from fastdrop.cli import bench, selftest
+from fastdrop.cli.timing import Timing
+
+from ..cases import ROOT
 
 
 def test_info_names_versions_backends_and_threads(capsys):
@@ -19,13 +28,36 @@ def test_info_names_versions_backends_and_threads(capsys):
         assert name in out
 
 
+def test_info_in_json_has_keys_that_stay(capsys, monkeypatch):
+    """The keys are those that the manual lists."""
+    known = {"there": "numpy", "missing": "no-such-distribution"}
+    monkeypatch.setitem(sys.modules, "fastdrop.integrations", SimpleNamespace(INTEGRATIONS=known))
+    monkeypatch.setenv("FASTDROP_NUM_THREADS", "3")
+    assert main(["info", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    manual = (ROOT / "docs" / "command_line.md").read_text()
+    assert [*found] == re.findall(r"^\| `([a-z_]+)` \|", manual, re.M)
+    assert found["packages"]["numpy"] == np.__version__
+    assert found["environment"]["FASTDROP_NUM_THREADS"] == "3"
+    assert found["integrations"]["there"] == {"distribution": "numpy", "version": np.__version__}
+    assert found["integrations"]["missing"]["version"] is None
+    assert [name for name, backend in found["backends"].items() if backend["used"]] == [backends.active_name()]
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"numpy {np.__version__}" in text
+    assert "pip install no-such-distribution" in text
+
+
 def test_info_reports_a_wrong_variable(capsys, monkeypatch):
     monkeypatch.setenv("FASTDROP_BACKEND", "cobol")
     monkeypatch.setattr(backends, "_chosen", None)
     monkeypatch.setattr(backends, "_module", None)
     assert main(["info"]) == 1
     captured = capsys.readouterr()
-    assert "FASTDROP_BACKEND must be one of auto, c, numba, numpy, but got 'cobol'" in captured.out + captured.err
+    said = "FASTDROP_BACKEND must be one of auto, c, numba, numpy, but got 'cobol'"
+    assert said in captured.out + captured.err
+    assert main(["info", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["error"].startswith(said)
 
 
 def test_unknown_command_exits_with_2(capsys):
@@ -96,6 +128,91 @@ def test_selftest_of_a_backend_that_raises_goes_on(quick, capsys, monkeypatch):
     assert results["numpy"] == "PASS"
 
 
+def test_selftest_leaves_numba_out_unless_it_is_asked_for_or_in_use(quick, capsys, monkeypatch):
+    checked = []
+    monkeypatch.setattr(backends, "reasons", lambda: {"numba": None, "numpy": None})
+    monkeypatch.setattr(selftest, "_check", lambda module, *_: checked.append(module.__name__) or [None])
+    for arguments, active, expected in (([], "c", "skip"), (["--all"], "c", "PASS"), ([], "numba", "PASS")):
+        monkeypatch.setattr(backends, "active_name", lambda active=active: active)
+        assert main(["selftest", *arguments]) == 0
+        assert outcomes(capsys)[0] == {"numba": expected, "numpy": "PASS"}
+    assert len(checked) == 5
+
+
 @pytest.mark.slow("test_selftest_passes_and_restores")
 def test_selftest_of_all_backends_passes(capsys):
-    assert main(["selftest"]) == 0
+    assert main(["selftest", "--all"]) == 0
+
+
+# ---- help, exit codes ----
+
+
+def test_every_help_has_examples_and_exit_codes_in_80_columns(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    manual = (ROOT / "docs" / "command_line.md").read_text()
+    for command in ([], *([name] for name in COMMANDS)):
+        assert main([*command, "--help"]) == 0
+        text = capsys.readouterr().out
+        assert all(part in text for part in ("examples:", "exit codes:", "130"))
+        assert max(map(len, text.splitlines())) <= 80
+        assert all(option in manual for option in re.findall(r"--[a-z]+", text))
+    assert all(f"## fastdrop {name}" in manual for name in COMMANDS)
+
+
+def test_a_command_that_is_interrupted_exits_with_130(capsys, monkeypatch):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(selftest, "main", interrupted)
+    assert main(["selftest"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+# ---- bench ----
+
+
+@pytest.fixture
+def twice_as_slow(monkeypatch):
+    """`fastdrop bench` in which fastdrop takes two seconds and each peer one; what was called and with which result."""
+    results = []
+
+    def alternate(calls, seconds):
+        results.append({name: call() for name, call in calls.items()})
+        return {name: Timing((1.0 + (name == ""),) * 5) for name in calls}
+
+    monkeypatch.setattr(bench, "alternate", alternate)
+    monkeypatch.setattr(bench, "SIZES", dict.fromkeys(bench.SIZES, 1000))
+    return results
+
+
+def test_bench_compares_like_with_like_and_says_who_is_faster(twice_as_slow, capsys):
+    threads = fd.get_num_threads()
+    assert main(["bench", "--quick", "--json", "--p", "0.5"]) == 0
+    assert fd.get_num_threads() == threads
+    captured = capsys.readouterr()
+    run = json.loads(captured.out)
+    faces = ["NumPy", "torch"] if run["torch"] else ["NumPy"]
+    expected = itertools.product(faces, bench.QUICK_SIZES, ("forward", "backward"))
+    assert [(row["face"], row["size"], row["operation"]) for row in run["rows"]] == [*expected]
+    assert {(row["seconds"], row["peer_seconds"], row["ratio"]) for row in run["rows"]} == {(2.0, 1.0, 2.0)}
+    assert captured.err.count(" 0.50x") == len(run["rows"])  # fastdrop is half as fast
+    for result in twice_as_slow:
+        for y in result.values():
+            y = y[0] if isinstance(y, tuple) else y
+            dropped = float((np.asarray(y.detach() if hasattr(y, "detach") else y) == 0).mean())
+            assert 0.4 < dropped < 0.6
+
+
+def test_bench_draws_a_picture_or_says_what_it_needs(twice_as_slow, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "speed.png"
+    assert main(["bench", "--quick", "--output", str(path)]) == 0
+    assert path.stat().st_size > 10_000
+    for wrong in (["--output", "speed.doc"], ["--output", "no/folder/speed.png"], ["--p", "1.5"], ["--threads", "0"]):
+        assert main(["bench", *wrong]) == 2
+    capsys.readouterr()
+    measured = len(twice_as_slow)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["bench", "--quick", "--output", str(path)]) == 1
+    assert "pip install matplotlib" in capsys.readouterr().err
+    assert len(twice_as_slow) == measured  # it says so before it measures

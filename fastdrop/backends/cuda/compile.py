@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...core.checks import FLOAT64
+from ...core.installing import how_to_install
 
 Capability = tuple[int, int]
 
@@ -34,7 +35,6 @@ OLDEST: Capability = (7, 5)
 SOURCES = ("core/*.py", "backends/numba/math.py", "backends/numba/scalars.py", "backends/cuda/*.py")
 LINKERS = ("nvidia-nvvm", "nvidia-nvjitlink", "nvidia-cuda-nvcc-cu12", "nvidia-nvjitlink-cu12")
 PACKAGES = ("numba", "numba-cuda", "llvmlite", *LINKERS)
-INSTALL = "pip install 'fastdrop[cuda]'"
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -186,7 +186,9 @@ def image(variant: Variant, cc: Capability) -> tuple[bytes, bytes]:
             try:
                 code = ptx(variant, cc).encode() + b"\0"
             except Exception as error:
-                raise RuntimeError(f"the CUDA kernels can't be compiled here ({error}): {INSTALL}") from error
+                raise RuntimeError(
+                    f"the CUDA kernels can't be compiled here ({error}): {how_to_install('cuda')}"
+                ) from error
     return entry(code), code
 
 

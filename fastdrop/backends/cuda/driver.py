@@ -14,8 +14,9 @@ import sys
 import threading
 from typing import Any
 
+from ...core.installing import how_to_install
 from . import compile
-from .compile import INSTALL, OLDEST, Capability, Variant
+from .compile import OLDEST, Capability, Variant
 from .tile import LANES, TEAM_WARPS
 
 THREADS = LANES * TEAM_WARPS  # per block
@@ -43,11 +44,11 @@ def api() -> Any:
 def unavailable() -> str | None:
     """Why there is no device to launch on, and what to install; None if there is one."""
     if not all(importlib.util.find_spec(package) for package in ("numba", "numba_cuda")):
-        return f"numba-cuda is not installed: {INSTALL}"
+        return f"numba-cuda is not installed: {how_to_install('cuda')}"
     try:
         driver = api()
     except ImportError as error:
-        return f"cuda.bindings is not installed ({error}): {INSTALL}"
+        return f"cuda.bindings is not installed ({error}): {how_to_install('cuda')}"
     try:
         status = driver.cuInit(0)[0]
     except RuntimeError:

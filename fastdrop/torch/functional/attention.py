@@ -9,7 +9,7 @@ attention without dropout goes one of these ways, and its result is dropped.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,7 +113,7 @@ def scaled_dot_product_attention(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     part: Whole = None,
-    noise_shape: Any = None,
+    noise_shape: Sequence[int | None] | None = None,
     store: str = "seed",
 ) -> Tensor:
     """Returns ``dropout(softmax(scale * query @ key.T + attn_mask)) @ value``:
@@ -136,9 +136,12 @@ def scaled_dot_product_attention(
         Lets key and value have fewer heads, each of which serves as many neighbouring ones of query.
     training : bool
         False drops nothing. torch's function has no such argument, and always drops.
-    generator, seed, part
-        As in `dropout`: the mask is that of `dropout` of the weights, and of those a part. The softmax is of the keys
-        that are given, and ``is_causal`` counts the queries and keys that are given.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
     noise_shape : sequence of (int or None), optional
         An entry for each axis of the weights: 1 if it shares one decision, None or the full extent if it doesn't.
         ``(1, 1, None, None)`` is Flax's default, one mask for all batches and heads; ``(None, None, 1, 1)`` drops
@@ -158,11 +161,20 @@ def scaled_dot_product_attention(
     ValueError, TypeError
         A bad dropout_p, seed, generator, noise_shape or store, as in `dropout`.
 
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
+    The mask is that of `dropout` of the weights, and of those a part. The softmax is of the keys that are given, and
+    ``is_causal`` counts the queries and keys that are given.
+
     Kept for backward: the arguments, the result, two numbers of float32 (float64 for float64) for each query, 8 bytes.
     The mask and the weights are computed again. Under a noise_shape that ends in 1, the result before dropout and 8
     more bytes are kept beside it. attn_mask must not be written to before that, and neither must the result. If nothing
-    is dropped, and on a GPU without a seed, generator or noise_shape, torch's own function is called. It has a
-    gradient of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``, autocast and
+    is dropped, and on a GPU without a seed, generator or noise_shape, torch's own function is called. It has a gradient
+    of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``, autocast and
     checkpointing. Gradients of higher order are composed of torch's ops around `dropout`, under the same mask. So is
     all of it under a transform, on a GPU, where heads or batches broadcast, and where noise_shape is 1 on some, but not
     all, of several axes before the heads; it then keeps 8 bytes for a weight (16 for float64), 1/8 more with "bits",
@@ -171,6 +183,8 @@ def scaled_dot_product_attention(
     2014; Milakov and Gimelshein, 2018; Dao et al., NeurIPS 2022. Of shared masks: ``broadcast_dropout`` of Flax's
     ``MultiHeadDotProductAttention``; Zhou et al., EMNLP Findings 2020 (DropHead).
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> query = torch.ones(1, 2, 3)
     >>> value = torch.eye(4)[None]

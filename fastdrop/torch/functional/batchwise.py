@@ -88,8 +88,10 @@ def batchwise_linear(
         the identity.
     training : bool
         False drops nothing.
-    generator, seed
-        As in `dropout`. Each hidden layer takes a number. A seed for more than one hidden layer is a sequence.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
     min_p : float, optional
         A layer with p below it computes all units, and drops the same ones: the same result up to rounding. None is
         ``0.1 + 5 / rows`` for x of so many rows, below which nothing is gained.
@@ -108,11 +110,21 @@ def batchwise_linear(
     RuntimeError
         What `dropout` and `torch.nn.functional.linear` refuse.
 
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
+    Each hidden layer takes a number. A seed for more than one hidden layer is a sequence.
+
     If nothing is kept the result is the last bias. Weights get dense gradients, which are 0 where nothing was computed.
     Kept for backward: what torch keeps for a network of the kept units, whose weights are copies, and 8 bytes for each
     unit. Has gradients of any order. Compiled code and code under transforms of `torch.func` computes all units.
     Source: Graham, Reizenstein, Robinson, "Efficient batchwise dropout training using submatrices", 2015.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> x, w1, w2 = torch.ones(64, 3), torch.ones(8, 3), torch.ones(1, 8)
     >>> fdt.batchwise_linear(x, (w1, w2), (None, None), 0.5, seed=4).unique()

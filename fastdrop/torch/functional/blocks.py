@@ -1,4 +1,4 @@
-"""DropBlock: `drop_block`, of which `structured` makes the public functions.
+"""DropBlock as functions.
 
 Its mask is drawn on a smaller grid, a cell for each place of a block. What is kept is scaled by the number of kept
 cells of the whole mask, so the processes that hold parts of it add up theirs.
@@ -7,6 +7,7 @@ cells of the whole mask, so the processes that hold parts of it add up theirs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,15 +17,165 @@ from ...core import checks, variants
 from ..ops import mask as mask_ops
 from ..runtime import dtypes, layouts, nested
 from ..runtime.dispatch.tensors import jit_trace
-from . import onnx
-from .plan import KERNEL, ONNX, Cells, Source, check_tensor, check_unused_seed, plan_call, seed_for_kernel, seed_for_ops
+from . import onnx, sharded
+from .plan import (
+    KERNEL,
+    ONNX,
+    Cells,
+    Seed,
+    Source,
+    Whole,
+    check_tensor,
+    check_unused_seed,
+    for_subclasses,
+    plan_call,
+    seed_for_kernel,
+    seed_for_ops,
+)
 
-__all__ = ["drop_block"]
+__all__ = ["drop_block2d", "drop_block3d"]
 
 Shape = tuple[int, ...]
 
 
-def drop_block(
+_blocks = {4: sharded.rule("input", whole=(-2, -1)), 5: sharded.rule("input", whole=(-3, -2, -1))}
+
+
+def _drop_blocks_of_shards(function: Callable[..., Any], arguments: sharded.Arguments) -> Any:
+    rule = _blocks.get(arguments["input"].dim())
+    return function(**arguments) if rule is None else rule(function, arguments)
+
+
+@for_subclasses(_drop_blocks_of_shards)
+def drop_block2d(
+    input: Tensor,
+    p: float | Tensor,
+    block_size: int | tuple[int, int],
+    inplace: bool = False,
+    *,
+    training: bool = True,
+    couple_channels: bool = False,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    part: Whole = None,
+) -> Tensor:
+    """Returns input with blocks of neighbouring cells dropped, scaled by cells / cells kept: torchvision's, faster.
+
+    Parameters
+    ----------
+    input : Tensor of a float dtype, ``(N, C, H, W)``
+    p : float or Tensor of one number
+        Share of cells to drop, 0 to 1. p = 1 gives zeros.
+    block_size : int or tuple of int
+        Extent of a block on each spatial axis, odd or even. It is cut to input's extent on each axis, as in timm.
+    inplace : bool
+        Writes the result to the input.
+    training : bool
+        False drops nothing.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    couple_channels : bool
+        True gives all channels of a sample one mask, as in timm. Otherwise each channel has its own.
+    part : (DeviceMesh, sequence of placements), optional
+        As in `dropout`, but of a mesh only, whose processes add up the cells that they keep. Blocks need their axes
+        whole.
+
+    Returns
+    -------
+    Tensor with input's shape, dtype and strides
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout`. ValueError for other ranks, as torchvision's. There is no ``eps``, because nothing is divided
+        if nothing is kept.
+
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
+    Kept for backward: a bit per cell and 8 bytes. A seed's mask is that of `fastdrop.drop_block`. Source: Ghiasi et
+    al., NeurIPS 2018.
+
+    Examples
+    --------
+    >>> import torch, fastdrop.torch as fdt
+    >>> fdt.drop_block2d(torch.ones(1, 1, 4, 6), 0.3, 2, seed=3)[0, 0]
+    tensor([[1.2000, 1.2000, 1.2000, 1.2000, 1.2000, 1.2000],
+            [1.2000, 0.0000, 0.0000, 1.2000, 1.2000, 1.2000],
+            [1.2000, 0.0000, 0.0000, 1.2000, 1.2000, 1.2000],
+            [1.2000, 1.2000, 1.2000, 1.2000, 1.2000, 1.2000]])
+    """
+    return _drop_block(input, p, (block_size, 2), inplace, training, couple_channels, (generator, seed, part))
+
+
+@for_subclasses(_drop_blocks_of_shards)
+def drop_block3d(
+    input: Tensor,
+    p: float | Tensor,
+    block_size: int | tuple[int, int, int],
+    inplace: bool = False,
+    *,
+    training: bool = True,
+    couple_channels: bool = False,
+    generator: torch.Generator | None = None,
+    seed: Seed = None,
+    part: Whole = None,
+) -> Tensor:
+    """Returns `drop_block2d` in three spatial axes, ``(N, C, D, H, W)``: torchvision's, faster.
+
+    Parameters
+    ----------
+    input : Tensor of a float dtype, ``(N, C, D, H, W)``
+    p : float or Tensor of one number
+        Share of cells to drop, 0 to 1. p = 1 gives zeros.
+    block_size : int or tuple of int
+        Extent of a block on each spatial axis, cut to input's.
+    inplace : bool
+        Writes the result to the input.
+    training : bool
+        False drops nothing.
+    couple_channels : bool
+        True gives all channels of a sample one mask.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : (DeviceMesh, sequence of placements), optional
+        Of which whole the data is a part.
+
+    Returns
+    -------
+    Tensor with input's shape, dtype and strides
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `drop_block2d`.
+
+    See Also
+    --------
+    drop_block2d : says more about these parameters.
+
+    Notes
+    -----
+    Kept for backward: a bit per cell and 8 bytes. Source: Ghiasi et al., NeurIPS 2018.
+
+    Examples
+    --------
+    >>> import torch, fastdrop.torch as fdt
+    >>> y = fdt.drop_block3d(torch.ones(1, 2, 6, 6, 6), 0.1, 3, seed=3)
+    >>> y.shape, bool((y == 0).any()), round(float(y.mean()), 4)
+    (torch.Size([1, 2, 6, 6, 6]), True, 1.0)
+    """
+    return _drop_block(input, p, (block_size, 3), inplace, training, couple_channels, (generator, seed, part))
+
+
+def _drop_block(
     x: Tensor,
     p: float | Tensor,
     sizes: tuple[Any, int],

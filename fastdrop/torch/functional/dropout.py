@@ -5,7 +5,7 @@ Each function works out its scaling. `routing` does the rest.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ def dropout(
     generator: torch.Generator | None = None,
     seed: int | Tensor | None = None,
     part: Whole = None,
-    noise_shape: Any = None,
+    noise_shape: Sequence[int | None] | None = None,
     store: str = "bits",
     scaling: str = "inverted",
 ) -> Tensor:
@@ -93,9 +93,13 @@ def dropout(
     NotImplementedError
         input that is neither on the CPU nor on an NVIDIA GPU (nor "meta").
 
+    Notes
+    -----
     Has a gradient of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``,
     autocast and checkpointing. Sources: Hinton et al. 2012; Srivastava et al., JMLR 15, 2014.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> x = torch.arange(1.0, 7.0, requires_grad=True)
     >>> y = fdt.dropout(x, 0.5, seed=4)
@@ -106,8 +110,8 @@ def dropout(
     tensor([0., 0., 2., 2., 0., 2.])
     """
     if has_torch_function_unary(input):
-        options = {"generator": generator, "seed": seed, "noise_shape": noise_shape, "store": store, "scaling": scaling}
-        options["part"] = part
+        options: dict[str, Any] = {"generator": generator, "seed": seed, "part": part}
+        options |= {"noise_shape": noise_shape, "store": store, "scaling": scaling}
         return handle_torch_function(dropout, (input,), input, p=p, training=training, inplace=inplace, **options)
     if scaling != "inverted":
         checks.scaling(scaling)
@@ -136,14 +140,41 @@ def alpha_dropout(
     Parameters
     ----------
     input : Tensor of a float dtype, any shape ``(*)``
-    p, inplace, generator, seed, part, store
-        As in `dropout`, with the same errors. RuntimeError for complex input.
+    p : float or Tensor of one number
+        Drop probability, 0 to 1.
+    inplace : bool
+        Writes the result to the input.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
     training : bool
         False, torch's default here, returns input itself.
 
+    Returns
+    -------
+    Tensor with input's shape, dtype and strides
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout`. RuntimeError for complex input.
+
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: a bit per element, or a seed. Formula: `fastdrop.alpha_dropout`. Source: Klambauer et al.,
     NeurIPS 2017.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.alpha_dropout(torch.zeros(4), 0.5, True, seed=4)
     tensor([-0.7792, -0.7792,  0.7792,  0.7792])
@@ -165,11 +196,48 @@ def drop_connect(
 ) -> Tensor:
     """Returns a weight with connections dropped, one mask for the whole batch: DropConnect.
 
-    It is `dropout` of a weight, whose parameters and errors these are. Kept for backward by this function: a bit per
-    weight, or a seed; the op that uses the dropped weight keeps that weight too, unless it runs inside `DropConnect`.
+    It is `dropout` of a weight.
 
-    Source: Wan et al., ICML 2013 (a mask for each example); Merity et al., ICLR 2018, for recurrent weights.
+    Parameters
+    ----------
+    weight : Tensor of a float or complex dtype, any shape
+    p : float or Tensor of one number
+        Drop probability of a connection, 0 to 1.
+    training : bool
+        False drops nothing.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
+    scaling : {"inverted", "standard"}
+        When elements are scaled: in training, or else when in evaluation.
 
+    Returns
+    -------
+    Tensor with weight's shape, dtype and strides
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout`.
+
+    See Also
+    --------
+    dropout : says more about these parameters.
+    DropConnect : the module.
+
+    Notes
+    -----
+    Kept for backward by this function: a bit per weight, or a seed; the op that uses the dropped weight keeps that
+    weight too, unless it runs inside `DropConnect`. Sources: Wan et al., ICML 2013 (a mask for each example); Merity et
+    al., ICLR 2018, for recurrent weights.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.drop_connect(torch.ones(2, 3), 0.5, seed=4)
     tensor([[0., 0., 2.],
@@ -202,12 +270,37 @@ def gaussian_dropout(
     input : Tensor of a float dtype, any shape ``(*)``
     p : float or Tensor of one number
         From 0 to below 1, otherwise ValueError. Only here may a tensor require grad.
-    training, inplace, generator, seed, part
-        As in `dropout`, with the same errors. RuntimeError for complex input.
+    training : bool
+        False drops nothing.
+    inplace : bool
+        Writes the result to the input.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
 
-    Kept for backward: 8 bytes, from which the noise is drawn again, and input if p requires grad. The noise of a
-    seed is that of `fastdrop.gaussian_dropout`. Source: Srivastava et al., JMLR 15, 2014, section 10.
+    Returns
+    -------
+    Tensor with input's shape, dtype and strides
 
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout`. RuntimeError for complex input.
+
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
+    Kept for backward: 8 bytes, from which the noise is drawn again, and input if p requires grad. The noise of a seed
+    is that of `fastdrop.gaussian_dropout`. Source: Srivastava et al., JMLR 15, 2014, section 10.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.gaussian_dropout(torch.ones(3), 0.5, seed=4)
     tensor([-0.4915,  1.1203,  1.2279])

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core import checks
 from . import fused_calls as calls
 from . import sharded
 from .fused_calls import Options
@@ -24,9 +23,7 @@ __all__ = [
     "dropout_add",
     "dropout_add_layer_norm",
     "dropout_add_rms_norm",
-    "geglu_dropout",
     "softmax_dropout",
-    "swiglu_dropout",
 ]
 
 
@@ -54,8 +51,12 @@ def dropout_add(
         without compiling anew.
     training : bool
         False drops nothing and draws nothing, and so does p = 0.
-    generator, seed, part
-        As in `dropout`, whose mask it is: of a call of this shape with the same seed.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
     store : {"bits", "seed"}
         What is kept for backward: 1/8 byte per element, or 8 bytes in all, from which backward draws the mask again.
 
@@ -74,10 +75,20 @@ def dropout_add(
     RuntimeError
         input of an integer dtype; what `dropout` refuses under ``torch.compile`` and ``vmap``.
 
-    The residual's gradient is that of the result itself, and not a copy. Like the other fused functions it has a
-    gradient of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``, autocast
-    and checkpointing. Sources: Srivastava et al., JMLR 15, 2014; Vaswani et al., NeurIPS 2017, section 5.4.
+    See Also
+    --------
+    dropout : says more about these parameters.
 
+    Notes
+    -----
+    The mask is that of `dropout` of this shape with the same seed.
+
+    The residual's gradient is that of the result itself, and not a copy. Like the other fused functions it has a
+    gradient of any order and a forward-mode derivative, and works under ``torch.compile``, ``torch.func``, autocast and
+    checkpointing. Sources: Srivastava et al., JMLR 15, 2014; Vaswani et al., NeurIPS 2017, section 5.4.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.dropout_add(torch.ones(6), torch.arange(6.0), 0.5, seed=4)
     tensor([0., 1., 4., 5., 4., 7.])
@@ -103,14 +114,42 @@ def bias_dropout_add(
 
     Parameters
     ----------
-    input : Tensor, ``(*, columns)``, of the dtypes of `dropout_add`
-    bias : Tensor of any float dtype, ``(columns,)``
-    residual, p, training, generator, seed, part, store
-        As in `dropout_add`, with the same result and errors. ValueError for a bias of another shape.
+    input : Tensor of a float dtype, ``(*, columns)``
+    bias : Tensor of a float dtype, ``(columns,)``
+    residual : Tensor of input's shape and dtype, or float32 beside 16-bit input
+    p : float or Tensor of one number
+        Drop probability, 0 to 1.
+    training : bool
+        False drops nothing.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
 
+    Returns
+    -------
+    Tensor with residual's dtype and strides, as of ``residual + input``
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout_add`. ValueError for a bias of another shape.
+
+    See Also
+    --------
+    dropout_add : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: a bit per element, or a seed. The bias's gradient is summed in float32 (float64 for float64) in
-    an order that input's shape decides.
+    an order that input's shape decides. Source: Vaswani et al., NeurIPS 2017.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> input, bias, residual = torch.ones(2, 3), torch.tensor([0.0, 1.0, 2.0]), torch.zeros(2, 3)
     >>> fdt.bias_dropout_add(input, bias, residual, 0.5, seed=4)
@@ -143,101 +182,44 @@ def bias_act_dropout(
     bias : Tensor of any float dtype, ``(columns,)``, or None
     activation : {"relu", "gelu", "gelu_tanh", "silu", None}
         "gelu_tanh" is ``F.gelu(x, approximate="tanh")``. ValueError for another name.
-    p, training, generator, seed, part, store
-        As in `dropout_add`, with the same errors. ValueError for a bias of another shape.
+    p : float or Tensor of one number
+        Drop probability, 0 to 1.
+    training : bool
+        False drops nothing.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
 
     Returns
     -------
     Tensor with input's dtype and strides
 
-    Kept for backward: with "relu" one bit per element and nothing else, whatever ``store`` is. With None that bit or
-    a seed. With the other activations input too.
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout_add`. ValueError for a bias of another shape.
 
+    See Also
+    --------
+    dropout_add : says more about these parameters.
+
+    Notes
+    -----
+    Kept for backward: with "relu" one bit per element and nothing else, whatever ``store`` is. With None that bit or a
+    seed. With the other activations input too. Source: Vaswani et al., NeurIPS 2017.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.bias_act_dropout(torch.arange(-2.0, 4.0), None, 0.5, "relu", seed=4)
     tensor([0., 0., 0., 2., 0., 6.])
     """
     return calls.pointwise(input, Options(p, training, (generator, seed, part), store), bias, activation=activation)
-
-
-@for_subclasses(sharded.rule("gate", "up"))
-def swiglu_dropout(
-    gate: Tensor,
-    up: Tensor,
-    p: float | Tensor = 0.5,
-    training: bool = True,
-    *,
-    generator: torch.Generator | None = None,
-    seed: Seed = None,
-    part: Whole = None,
-    store: str = "bits",
-) -> Tensor:
-    """Returns ``dropout(silu(gate) * up, p)``: the middle of a gated feed-forward block.
-
-    Parameters
-    ----------
-    gate : Tensor of float32, float64, float16 or bfloat16, any shape ``(*)``
-    up : Tensor of gate's shape and dtype
-        Autocast promotes other dtypes.
-    p, training, generator, seed, part, store
-        As in `dropout_add`, with the same errors.
-
-    Returns
-    -------
-    Tensor with gate's dtype and strides
-
-    Kept for backward: gate, up and a bit per element, or a seed. Source: Shazeer, "GLU variants improve Transformer",
-    2020.
-
-    >>> import torch, fastdrop.torch as fdt
-    >>> fdt.swiglu_dropout(torch.arange(4.0), torch.ones(4), 0.5, seed=4)
-    tensor([0.0000, 0.0000, 3.5232, 5.7154])
-    """
-    check_tensor(up, "up")
-    return calls.pointwise(gate, Options(p, training, (generator, seed, part), store), multiplier=up, activation="silu")
-
-
-@for_subclasses(sharded.rule("gate", "up"))
-def geglu_dropout(
-    gate: Tensor,
-    up: Tensor,
-    p: float | Tensor = 0.5,
-    training: bool = True,
-    *,
-    approximate: str = "none",
-    generator: torch.Generator | None = None,
-    seed: Seed = None,
-    part: Whole = None,
-    store: str = "bits",
-) -> Tensor:
-    """Returns ``dropout(F.gelu(gate, approximate=approximate) * up, p)``: the gated feed-forward block of T5 v1.1.
-
-    Parameters
-    ----------
-    gate : Tensor of float32, float64, float16 or bfloat16, any shape ``(*)``
-    up : Tensor of gate's shape and dtype
-        Autocast promotes other dtypes.
-    approximate : {"none", "tanh"}
-        The exact gelu, or its approximation by tanh, which T5 v1.1 and Gemma use ("gelu_new"). ValueError for another.
-    p, training, generator, seed, part, store
-        As in `dropout_add`, with the same errors.
-
-    Returns
-    -------
-    Tensor with gate's dtype and strides
-
-    Kept for backward: as in `swiglu_dropout`. Source: Shazeer, "GLU variants improve Transformer", 2020.
-
-    >>> import torch, fastdrop.torch as fdt
-    >>> fdt.geglu_dropout(torch.arange(4.0), torch.ones(4), 0.5, seed=4)
-    tensor([0.0000, 0.0000, 3.9090, 5.9919])
-    """
-    checks.choice("approximate", approximate, ("none", "tanh"))
-    check_tensor(up, "up")
-    activation = "gelu" if approximate == "none" else "gelu_tanh"
-    return calls.pointwise(
-        gate, Options(p, training, (generator, seed, part), store), multiplier=up, activation=activation
-    )
 
 
 @for_subclasses(sharded.rule("input", "residual", "weight", "bias", "input_bias", whole=(-1,)))
@@ -270,9 +252,18 @@ def dropout_add_layer_norm(
         weight and bias belong to the norm, and input_bias is added to input.
     eps : float
         Added to the variance.
-    p, training, generator, seed, part, store
-        As in `dropout_add`, with the same errors. ValueError for other shapes, input without axes, or a part that cuts
-        the last one.
+    p : float or Tensor of one number
+        Drop probability, 0 to 1.
+    training : bool
+        False drops nothing.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
 
     Returns
     -------
@@ -280,9 +271,22 @@ def dropout_add_layer_norm(
     sum : Tensor with residual's dtype, contiguous
         Kept for backward, as results of torch's own ops are: it must not be written to before that.
 
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout_add`. ValueError for other shapes, input without axes, or a part that cuts the last one.
+
+    See Also
+    --------
+    dropout_add : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: sum, a bit per element or a seed, and mean and deviation of each row in float32 (float64 for
     float64). Sources: Ba, Kiros, Hinton, "Layer normalization", 2016; Xiong et al., ICML 2020, of pre-norm.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> normed, sum = fdt.dropout_add_layer_norm(torch.ones(2, 3), torch.zeros(2, 3), p=0.5, seed=4)
     >>> sum
@@ -315,13 +319,46 @@ def dropout_add_rms_norm(
 
     Parameters
     ----------
+    input : Tensor of a float dtype, ``(*, columns)``
+    residual : Tensor of input's shape and dtype, or float32 beside 16-bit input, or None
+    weight : Tensor of a float dtype, ``(columns,)``, optional
+    p : float or Tensor of one number
+        Drop probability, 0 to 1.
     eps : float, optional
         Added to the mean square. None is float32's eps, or float64's for float64, as in ``F.rms_norm``.
-    input, residual, weight, p, training, input_bias, generator, seed, part, store
-        As in `dropout_add_layer_norm`, with the same results, errors and memory for backward.
+    training : bool
+        False drops nothing.
+    input_bias : Tensor of a float dtype, ``(columns,)``, optional
+        Added to input before dropout.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
 
-    Source: Zhang and Sennrich, "Root mean square layer normalization", NeurIPS 2019.
+    Returns
+    -------
+    y : Tensor with input's shape and dtype
+    sum : Tensor with input's shape and residual's dtype
 
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout_add_layer_norm`.
+
+    See Also
+    --------
+    dropout_add_layer_norm, dropout_add : say more about these parameters.
+
+    Notes
+    -----
+    Kept for backward: as in `dropout_add_layer_norm`. Source: Zhang and Sennrich, NeurIPS 2019.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> normed, sum = fdt.dropout_add_rms_norm(torch.ones(2, 3), torch.zeros(2, 3), p=0.5, seed=4)
     >>> normed
@@ -364,18 +401,41 @@ def softmax_dropout(
         Added to the scores. In a mask of bool, False excludes a key. A row in which no key is left is 0.
     causal : bool
         A query sees the keys up to its own number. With an attn_mask too, it sees the keys that both allow.
-    p, training, generator, seed, part, store
-        As in `dropout_add`, with the same errors. ValueError for an attn_mask that does not broadcast, for a scale
-        that is not finite, for scores without axes, or with one under ``causal``, and for a part that cuts the keys or,
-        under ``causal``, the queries.
+    p : float or Tensor of one number
+        Drop probability, 0 to 1.
+    training : bool
+        False drops nothing.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
 
     Returns
     -------
     Tensor with scores' shape, dtype and strides
 
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout_add`. ValueError for an attn_mask that does not broadcast, for a scale that is not finite, for
+        scores without axes, or with one under ``causal``, and for a part that cuts the keys or, under ``causal``, the
+        queries.
+
+    See Also
+    --------
+    dropout_add : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: the softmax in scores' dtype, and a bit per element or a seed. attn_mask has a gradient if it
     requires one. Source: Vaswani et al., NeurIPS 2017.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.softmax_dropout(torch.zeros(2, 4), 0.5, causal=True, seed=4)
     tensor([[0., 0., 0., 0.],

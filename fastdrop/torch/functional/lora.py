@@ -81,8 +81,12 @@ def lora_linear(
         Drop probability of each element of x on its way to the adapter, 0 to 1.
     training : bool
         False drops nothing and draws nothing, and so does p = 0.
-    generator, seed, part
-        As in `dropout`: the mask is that of `dropout` of x.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
 
     Returns
     -------
@@ -98,6 +102,14 @@ def lora_linear(
     RuntimeError
         x of an integer or a complex dtype, or nested; what `dropout` refuses under ``torch.compile`` and ``vmap``.
 
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
+    The mask is that of `dropout` of x.
+
     Kept for backward: x, the parameters and the seed, 8 bytes. Calls on one x keep it once, under autocast too, which
     casts the arguments as it does for `F.linear`. Backward computes dropped x again, and its product with lora_A.
     Gradients that nobody needs are not computed. If nothing is dropped, torch's own functions compute it, and keep x
@@ -106,6 +118,8 @@ def lora_linear(
     under the same mask. So is all of it under a transform; dropped x is then kept too. Sources: Hu et al., "LoRA:
     Low-Rank Adaptation of Large Language Models", ICLR 2022 (arXiv 2021); Srivastava et al., JMLR 15, 2014.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> x, weight = torch.ones(2, 3), torch.eye(3)
     >>> lora_A, lora_B = torch.ones(1, 3), torch.tensor([[1.0], [0.0], [2.0]])

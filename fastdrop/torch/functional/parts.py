@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor
 
@@ -14,7 +13,9 @@ from ..runtime import located
 __all__ = ["cells_of"]
 
 
-def cells_of(part: Part | Sequence[Part], shape: tuple[int, ...] | None = None, noise_shape: Any = None) -> Tensor:
+def cells_of(
+    part: Part | Sequence[Part], shape: tuple[int, ...] | None = None, noise_shape: Sequence[int | None] | None = None
+) -> Tensor:
     """Returns the cells of a part as a tensor, which functions take as ``part`` too.
 
     Compiled code with a `fastdrop.Part` in it is compiled for this part. With a tensor the code is the same for all
@@ -35,8 +36,15 @@ def cells_of(part: Part | Sequence[Part], shape: tuple[int, ...] | None = None, 
         A row for each of k runs of cells: ``first, outer, outer_pitch, rows, pitch, columns`` stand for the cells
         ``first + o outer_pitch + r pitch + c``. A part that is cut along three axes or fewer has one run.
 
-    Raises TypeError for what is no part, ValueError for a shape or a noise_shape that does not fit.
+    Raises
+    ------
+    TypeError
+        For what is no part.
+    ValueError
+        For a shape or a noise_shape that does not fit.
 
+    Examples
+    --------
     >>> import torch, fastdrop as fd, fastdrop.torch as fdt
     >>> fdt.cells_of(fd.Part((4, 6), start=(1, 2), local=(2, 3)))
     tensor([[8, 1, 0, 2, 6, 3]])

@@ -11,14 +11,15 @@ all calls, and cost three times as much as a kernel.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from ...core import checks
+from ...core.part import Part
 from ..ops import mask as mask_ops
 from ..ops import named
 from ..ops.layouts import cells_in_graph
@@ -60,10 +61,17 @@ ONNX = "onnx"
 Seed = int | Tensor | None
 # What a caller may give as ``part``: a `Part`, a sequence of them, a device mesh with placements, a function of the
 # local shape that gives one of these, or the cells as a tensor.
-Whole = Any
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import Placement
+
+    Place = Part | Sequence[Part] | tuple[DeviceMesh, Placement | Sequence[Placement]] | Tensor
+    Whole = Place | Callable[[tuple[int, ...]], Place] | None
+else:
+    Whole = Any  # without an import of torch.distributed
 # What a caller gives to draw from, and of which whole x is a part. A function that takes the seed for another one hands
 # it on as a `Located` or a `Drawn`.
-Source = tuple[torch.Generator | None, Any, Whole]
+Source = tuple[torch.Generator | None, Any, Any]
 NO_SOURCE: Source = (None, None, None)  # torch's default generator
 Shape = tuple[int, ...]
 # Which axes share decisions, as a noise_shape says it: 1, and None or the full extent where they don't. That x has an
@@ -170,7 +178,7 @@ def seed_for_ops(x: Tensor, source: Source, shape: Shape | None = None, shared: 
     return number if cells is None else seeds.with_cells(number, cells)
 
 
-def _traced_seed(x: Tensor, part: Whole, shape: Shape | None, shared: Cells) -> Tensor:
+def _traced_seed(x: Tensor, part: Any, shape: Shape | None, shared: Cells) -> Tensor:
     """The seed of a dropout in compiled code, where models have names."""
     place = named.BY_MODULE if shape is None else named.SAMPLES_FIRST
     if isinstance(part, located.Weights):
@@ -180,7 +188,7 @@ def _traced_seed(x: Tensor, part: Whole, shape: Shape | None, shared: Cells) -> 
     return named.draw_named(x, shape, shared, place, cells)
 
 
-def _cells_of(part: Whole, x: Tensor, shape: Shape, shared: Cells) -> Tensor:
+def _cells_of(part: Any, x: Tensor, shape: Shape, shared: Cells) -> Tensor:
     if (_is_compiling() or is_in_dispatch_mode()) and (layout := layouts.as_layout(part)) is not None:
         return cells_in_graph(x, layout, shape, shared)
     return located.cells_of(part, shape, shared)
@@ -191,7 +199,7 @@ def refuse_part_of_nested(source: Source) -> None:
         raise RuntimeError("part takes dense tensors, but got a nested one: call it on each of x.unbind()")
 
 
-def _compare_generators(part: Whole, x: Tensor, generator: torch.Generator | None) -> None:
+def _compare_generators(part: Any, x: Tensor, generator: torch.Generator | None) -> None:
     """Has the processes of a layout's mesh compare their generators, if seeds come from those."""
     layout = layouts.as_layout(part)
     if layout is not None and seeds.sample_seeds() is None:
@@ -208,7 +216,7 @@ def _tensor_seed(x: Tensor, generator: torch.Generator | None, seed: Seed) -> Te
     return seeds.draw_tensor(generator, x)
 
 
-def check_uncut(part: Whole, shape: Shape, first_axis: int, what: str) -> None:
+def check_uncut(part: Any, shape: Shape, first_axis: int, what: str) -> None:
     """Raises for a part, the caller's or a named module's, without the whole of the axes from ``first_axis`` on."""
     if part is None and names.are_used and not _is_compiling():
         part = names.layout()

@@ -82,8 +82,12 @@ def skip_residual(
         False returns ``x + branch(x)``.
     scale_by_keep : bool
         Whether the branch's result is multiplied by ``1 / (1 - p)``.
-    generator, seed, part
-        As in `dropout`. The seed is drawn before the branch runs.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
     min_p : float
         For p below it all samples go through the branch, and the same ones are dropped: the same result up to rounding.
     along : sequence of Tensor or None, ``(N, *)`` each
@@ -110,6 +114,14 @@ def skip_residual(
         A branch that writes to its input where samples may be dropped, nested tensors, "fixed" under
         `torch.jit.trace`, and what `dropout` refuses.
 
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
+    The seed is drawn before the branch runs.
+
     If no sample is kept, the branch runs on an empty batch, so its parameters get gradients of 0. If all are kept,
     nothing is gathered.
 
@@ -119,6 +131,8 @@ def skip_residual(
     normalisation or dropout in the branch the result differs then.) Sources: Huang et al., ECCV 2016; Oquab et al.,
     "DINOv2", 2023, section 5, for "fixed".
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> def branch(x):
     ...     print(len(x), "samples")

@@ -1,4 +1,4 @@
-"""The kinds of dropout in which elements share decisions, as functions: channels, time steps, samples and blocks.
+"""The kinds of dropout in which elements share decisions, as functions: channels, time steps and samples.
 
 Each function works out the shape of its mask, which has 1 on the axes along which elements share a decision. `routing`
 does the rest.
@@ -7,21 +7,16 @@ does the rest.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import checks, variants
-from . import sharded
-from .blocks import drop_block
 from .plan import Cells, Seed, Whole, check_tensor, eager_probability, for_subclasses
 from .routing import drop
 
 __all__ = [
-    "drop_block2d",
-    "drop_block3d",
     "dropout1d",
     "dropout2d",
     "dropout3d",
@@ -48,12 +43,41 @@ def dropout1d(
     Parameters
     ----------
     input : Tensor, ``(N, C, L)`` or ``(C, L)``
-    p, training, inplace, generator, seed, part, store
-        As in `dropout`, with the same errors. RuntimeError for input of other ranks, as torch's.
+    p : float or Tensor of one number
+        Drop probability, 0 to 1.
+    training : bool
+        False drops nothing.
+    inplace : bool
+        Writes the result to the input.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
 
+    Returns
+    -------
+    Tensor with input's shape, dtype and strides
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout`. RuntimeError for input of other ranks, as torch's.
+
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
     Source: Tompson et al., CVPR 2015.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.dropout1d(torch.ones(2, 2, 3), 0.5, seed=4)[..., 0]
     tensor([[0., 0.],
@@ -81,12 +105,43 @@ def dropout2d(
     ----------
     input : Tensor, ``(N, C, H, W)``
         Input of three axes is taken for ``(N, C, L)``, with torch's warning. Other ranks are deprecated, as in torch.
-    p, training, inplace, generator, seed, part, store
-        As in `dropout`, with the same errors. Channels-last tensors stay channels-last.
+    p : float or Tensor of one number
+        Drop probability, 0 to 1.
+    training : bool
+        False drops nothing.
+    inplace : bool
+        Writes the result to the input.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
+
+    Returns
+    -------
+    Tensor with input's shape, dtype and strides
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout`.
+
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
+    Channels-last tensors stay channels-last.
 
     Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
     Source: Tompson et al., CVPR 2015.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.dropout2d(torch.ones(2, 2, 3, 3), 0.5, seed=4)[..., 0, 0]
     tensor([[0., 0.],
@@ -114,12 +169,41 @@ def dropout3d(
     ----------
     input : Tensor, ``(N, C, D, H, W)`` or ``(C, D, H, W)``
         Other ranks are deprecated, with torch's warning.
-    p, training, inplace, generator, seed, part, store
-        As in `dropout`, with the same errors.
+    p : float or Tensor of one number
+        Drop probability, 0 to 1.
+    training : bool
+        False drops nothing.
+    inplace : bool
+        Writes the result to the input.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
 
+    Returns
+    -------
+    Tensor with input's shape, dtype and strides
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout`.
+
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: a bit per channel and sample, or a seed. A seed's mask is that of `fastdrop.feature_dropout`.
     Source: Tompson et al., CVPR 2015.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.dropout3d(torch.ones(2, 2, 3, 3, 3), 0.5, seed=4)[..., 0, 0, 0]
     tensor([[0., 0.],
@@ -143,9 +227,44 @@ def feature_alpha_dropout(
 ) -> Tensor:
     """Returns `alpha_dropout` of input, whole channels dropped: `torch.nn.functional.feature_alpha_dropout`, faster.
 
-    Parameters, errors and memory are those of `alpha_dropout`, but one bit stands for a channel of a sample. input is
-    ``(N, C, *)``, RuntimeError if it has fewer axes.
+    Parameters
+    ----------
+    input : Tensor of a float dtype, ``(N, C, *)``
+    p : float or Tensor of one number
+        Drop probability of a channel, 0 to 1.
+    training : bool
+        False, torch's default here, returns input itself.
+    inplace : bool
+        Writes the result to the input.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
 
+    Returns
+    -------
+    Tensor with input's shape, dtype and strides
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `alpha_dropout`. RuntimeError if input has fewer than two axes.
+
+    See Also
+    --------
+    alpha_dropout : what kept and dropped elements become.
+    dropout : says more about these parameters.
+
+    Notes
+    -----
+    Kept for backward: a bit per channel and sample, or a seed. Source: Klambauer et al., NeurIPS 2017.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.feature_alpha_dropout(torch.zeros(2, 2, 3), 0.5, True, seed=4)[..., 0]
     tensor([[-0.7792, -0.7792],
@@ -177,11 +296,40 @@ def variational_dropout(
         Drop probability, 0 to 1.
     time_axis : int
         The axis along which decisions are shared; ValueError or TypeError if input does not have it.
-    training, inplace, generator, seed, part, store, scaling
-        As in `dropout`, with the same errors.
+    training : bool
+        False drops nothing.
+    inplace : bool
+        Writes the result to the input.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
+    scaling : {"inverted", "standard"}
+        "inverted" scales what is kept in training, "standard" everything in evaluation.
 
+    Returns
+    -------
+    Tensor with input's shape, dtype and strides
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout`.
+
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
     Kept for backward: a bit per element of one step, or a seed. Source: Gal and Ghahramani, NeurIPS 2016.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.variational_dropout(torch.ones(3, 1, 4), 0.5, 0, seed=4)[:, 0]
     tensor([[0., 0., 2., 2.],
@@ -217,11 +365,42 @@ def stochastic_depth(
         Drop probability of the branch, 0 to 1.
     mode : {"batch", "row"}
         "row" decides for each sample, "batch" once for all samples. ValueError for another.
-    training, inplace, generator, seed, part, store, scaling
-        As in `dropout`, with the same errors. (``scaling="standard"`` is that of the paper.)
+    training : bool
+        False drops nothing.
+    inplace : bool
+        Writes the result to the input.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
+    scaling : {"inverted", "standard"}
+        "inverted" scales what is kept in training, "standard" everything in evaluation.
+
+    Returns
+    -------
+    Tensor with input's shape, dtype and strides
+
+    Raises
+    ------
+    TypeError, ValueError, RuntimeError
+        As in `dropout`.
+
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
+    ``scaling="standard"`` is that of the paper.
 
     Kept for backward: a bit per sample, or a seed. Source: Huang et al., ECCV 2016.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.stochastic_depth(torch.ones(4, 2), 0.5, "row", seed=4)[:, 0]
     tensor([0., 0., 2., 2.])
@@ -234,81 +413,6 @@ def stochastic_depth(
         p = eager_probability(p, "drop probability")
     cells = variants.sample_cells(_unknown(input), mode)
     return drop(input, p, training, inplace, (generator, seed, part), cells, store, scaling)
-
-
-_blocks = {4: sharded.rule("input", whole=(-2, -1)), 5: sharded.rule("input", whole=(-3, -2, -1))}
-
-
-def _drop_blocks_of_shards(function: Callable[..., Any], arguments: sharded.Arguments) -> Any:
-    rule = _blocks.get(arguments["input"].dim())
-    return function(**arguments) if rule is None else rule(function, arguments)
-
-
-@for_subclasses(_drop_blocks_of_shards)
-def drop_block2d(
-    input: Tensor,
-    p: float | Tensor,
-    block_size: int | tuple[int, int],
-    inplace: bool = False,
-    *,
-    training: bool = True,
-    couple_channels: bool = False,
-    generator: torch.Generator | None = None,
-    seed: Seed = None,
-    part: Whole = None,
-) -> Tensor:
-    """Returns input with blocks of neighbouring cells dropped, scaled by cells / cells kept: torchvision's, faster.
-
-    Parameters
-    ----------
-    input : Tensor of a float dtype, ``(N, C, H, W)``
-    p : float or Tensor of one number
-        Share of cells to drop, 0 to 1. p = 1 gives zeros.
-    block_size : int or tuple of int
-        Extent of a block on each spatial axis, odd or even. It is cut to input's extent on each axis, as in timm.
-    inplace, training, generator, seed
-        As in `dropout`, with the same errors. ValueError for other ranks, as torchvision's. There is no ``eps``,
-        because nothing is divided if nothing is kept.
-    couple_channels : bool
-        True gives all channels of a sample one mask, as in timm. Otherwise each channel has its own.
-    part : (DeviceMesh, sequence of placements), optional
-        As in `dropout`, but of a mesh only, whose processes add up the cells that they keep. Blocks need their axes
-        whole.
-
-    Kept for backward: a bit per cell and 8 bytes. A seed's mask is that of `fastdrop.drop_block`. Source: Ghiasi et
-    al., NeurIPS 2018.
-
-    >>> import torch, fastdrop.torch as fdt
-    >>> fdt.drop_block2d(torch.ones(1, 1, 4, 6), 0.3, 2, seed=3)[0, 0]
-    tensor([[1.2000, 1.2000, 1.2000, 1.2000, 1.2000, 1.2000],
-            [1.2000, 0.0000, 0.0000, 1.2000, 1.2000, 1.2000],
-            [1.2000, 0.0000, 0.0000, 1.2000, 1.2000, 1.2000],
-            [1.2000, 1.2000, 1.2000, 1.2000, 1.2000, 1.2000]])
-    """
-    return drop_block(input, p, (block_size, 2), inplace, training, couple_channels, (generator, seed, part))
-
-
-@for_subclasses(_drop_blocks_of_shards)
-def drop_block3d(
-    input: Tensor,
-    p: float | Tensor,
-    block_size: int | tuple[int, int, int],
-    inplace: bool = False,
-    *,
-    training: bool = True,
-    couple_channels: bool = False,
-    generator: torch.Generator | None = None,
-    seed: Seed = None,
-    part: Whole = None,
-) -> Tensor:
-    """Returns `drop_block2d` in three spatial axes, ``(N, C, D, H, W)``: torchvision's, faster.
-
-    >>> import torch, fastdrop.torch as fdt
-    >>> y = fdt.drop_block3d(torch.ones(1, 2, 6, 6, 6), 0.1, 3, seed=3)
-    >>> y.shape, bool((y == 0).any()), round(float(y.mean()), 4)
-    (torch.Size([1, 2, 6, 6, 6]), True, 1.0)
-    """
-    return drop_block(input, p, (block_size, 3), inplace, training, couple_channels, (generator, seed, part))
 
 
 def _feature_cells(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -35,6 +35,27 @@ def _drop_tokens_of_shards(function: Callable[..., Any], arguments: sharded.Argu
     return y, sharded.to_dtensor(index, x, local, (x.shape[0], index.shape[1]), placements)
 
 
+class _Options(TypedDict, total=False):
+    """The keyword arguments that do not decide the type of the result."""
+
+    training: bool
+    generator: torch.Generator | None
+    seed: Seed
+    part: Whole
+
+
+@overload
+def token_dropout(
+    x: Tensor, p: float, keep_first: int = ..., *, return_index: Literal[False] = ..., **options: Unpack[_Options]
+) -> Tensor: ...
+@overload
+def token_dropout(
+    x: Tensor, p: float, keep_first: int = ..., *, return_index: Literal[True], **options: Unpack[_Options]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_dropout(
+    x: Tensor, p: float, keep_first: int = ..., *, return_index: bool, **options: Unpack[_Options]
+) -> Any: ...
 @for_subclasses(_drop_tokens_of_shards)
 def token_dropout(
     x: Tensor,
@@ -63,9 +84,12 @@ def token_dropout(
         How many tokens at the beginning are always kept, such as that of the class.
     training : bool
         False returns x itself, and so does a p so small that all tokens are kept.
-    generator, seed, part
-        As in `dropout`, with the same errors. A part is one of the tokens that may be dropped, ``(N, n)``,
-        and has all of a sample's.
+    generator : torch.Generator, optional
+        Draws the seed; None is torch's default generator.
+    seed : int or Tensor of int, optional
+        Decides the mask, in place of a generator.
+    part : fastdrop.Part, sequence of them, (DeviceMesh, placements), callable or Tensor, optional
+        Of which whole the data is a part.
     return_index : bool
         Whether to return the numbers of the kept tokens too, ``(N, keep_first + k)`` and int64, to take positions or
         masks along.
@@ -83,10 +107,20 @@ def token_dropout(
     RuntimeError
         Nested tensors, ``torch.jit.trace`` of a call that drops, and what `dropout` refuses.
 
+    See Also
+    --------
+    dropout : says more about these parameters.
+
+    Notes
+    -----
+    A part is one of the tokens that may be dropped, ``(N, n)``, and has all of a sample's.
+
     Add positions before you drop, or take their rows by the index. Kept for backward: the index, 8 bytes per kept
     token. Shapes do not depend on what is drawn, so `torch.compile` makes one graph. Sources: Liu, Matsoukas et al.,
     "PatchDropout", WACV 2023; Yao et al., "Random-LTD", 2022.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> x = torch.arange(18.0).reshape(2, 9, 1)
     >>> fdt.token_dropout(x, 0.5, seed=0)[..., 0]

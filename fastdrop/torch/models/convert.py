@@ -44,7 +44,7 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
     ----------
     model : Module
     store : {"bits", "seed"}
-        As in `fastdrop.torch.dropout`; ValueError for any other.
+        As in `fastdrop.torch.dropout`.
 
     Returns
     -------
@@ -52,6 +52,13 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
         Prints as a table: the path of each module, what it was, and what it is now or why it was left. Equal rows of
         numbered modules are one line.
 
+    Raises
+    ------
+    ValueError
+        For another store.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.1))
     >>> print(fdt.convert(model))
@@ -85,6 +92,17 @@ def convert(model: nn.Module, *, store: str = "bits") -> Report:
 def revert(model: nn.Module) -> Report:
     """Undoes `convert`: every module it changed has its old class again. Modules built as ours stay ours.
 
+    Parameters
+    ----------
+    model : Module
+
+    Returns
+    -------
+    Report
+        Prints as a table: the path of each module, what it was, and what it is now.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> model = torch.nn.Sequential(torch.nn.Dropout(0.1))
     >>> _ = fdt.convert(model)

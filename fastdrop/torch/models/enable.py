@@ -93,6 +93,8 @@ def enable() -> None:
     while another thread calls the same operator. Code compiled from then on follows the state by itself, each state
     with its own code.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> x = torch.tensor([1.0, float("nan"), 3.0])
     >>> fdt.enable()
@@ -112,6 +114,8 @@ def disable() -> None:
     Once `enable` or `enabled` was used, calls of torch's dropout pass through Python on their way to torch, which costs
     a few microseconds each. Blocks of `enabled` that are being run go on as they began.
 
+    Examples
+    --------
     >>> import fastdrop.torch as fdt
     >>> fdt.disable()
     """
@@ -125,6 +129,12 @@ def enabled() -> Iterator[None]:
     Threads that are started in the block are not in it, other than those of torch's autograd. A forward with
     checkpoints runs a second time in ``backward``: call ``backward`` inside of the block too, or the masks differ.
 
+    Returns
+    -------
+    context manager, and decorator
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> with fdt.enabled():
     ...     torch.nn.functional.dropout(torch.tensor([float("inf")]), 1.0)
@@ -261,13 +271,36 @@ def explain_attention(
     training: bool = True,
     noise_shape: Any = None,
 ) -> str:
-    """Which code computes attention of these arguments here and now: a line for
-    `fastdrop.torch.scaled_dot_product_attention`, and one for torch's function and all that calls it.
+    """Tells which code computes attention of these arguments here and now.
 
-    Arguments are those of the two functions. ``training`` and ``noise_shape`` concern the first line only, because
-    torch's function has neither. Nothing is computed, and no random number is drawn. Raises what the functions raise
-    for arguments that they refuse.
+    Nothing is computed, and no random number is drawn.
 
+    Parameters
+    ----------
+    query, key, value : Tensor
+    attn_mask : Tensor, optional
+    dropout_p : float
+    is_causal : bool
+    scale : float, optional
+    enable_gqa : bool
+        As in `scaled_dot_product_attention`, of fastdrop and of torch.
+    training : bool
+    noise_shape : sequence of (int or None), optional
+        As in `fastdrop.torch.scaled_dot_product_attention`. torch's function has neither, so they concern the first
+        line only.
+
+    Returns
+    -------
+    str
+        A line for `fastdrop.torch.scaled_dot_product_attention`, and one for torch's function and all that calls it.
+
+    Raises
+    ------
+    RuntimeError, TypeError, ValueError
+        What the functions raise for arguments that they refuse.
+
+    Examples
+    --------
     >>> import torch, fastdrop as fd, fastdrop.torch as fdt
     >>> x = torch.ones(2, 4, 128, 64)
     >>> print(fdt.explain_attention(x, x, x))

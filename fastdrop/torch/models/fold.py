@@ -61,9 +61,13 @@ def fold_scaling(model: nn.Module) -> Report:
     Report
         Prints as a table: each dropout module, and which weights have its factor or why it was left.
 
-    The model's output in evaluation stays the same up to rounding. Raises ValueError if it is in training mode.
-    Source: Srivastava et al., JMLR 15, 2014, section 4.
+    Notes
+    -----
+    The model's output in evaluation stays the same up to rounding. Raises ValueError if it is in training mode. Source:
+    Srivastava et al., JMLR 15, 2014, section 4.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> model = torch.nn.Sequential(fdt.Dropout(0.5, scaling="standard"), torch.nn.ReLU(), torch.nn.Linear(8, 2))
     >>> fdt.fold_scaling(model.eval()).changed[0].after

@@ -37,9 +37,14 @@ class Row:
 class Report:
     """What `convert`, `revert`, `fuse`, `unfuse` or `fold_scaling` did to a model, or what a `DropoutScheduler` drives.
 
-    ``rows`` has one `Row` for each module that drops and for each dropout function that a module calls. ``changed`` has
-    those that were changed, ``left`` the others. A report prints as a table. Rows that differ only in the numbers in
-    their paths are one line with their count.
+    A report prints as a table. Rows that differ only in the numbers in their paths are one line with their count.
+
+    Attributes
+    ----------
+    rows : list of Row
+        One for each module that drops and for each dropout function that a module calls.
+    changed, left : list of Row
+        Those that were changed, and the others.
     """
 
     def __init__(self, rows: list[Row]) -> None:
@@ -47,10 +52,12 @@ class Report:
 
     @property
     def changed(self) -> list[Row]:
+        """The rows of what was changed."""
         return [row for row in self.rows if row.after is not None]
 
     @property
     def left(self) -> list[Row]:
+        """The rows of what was left as it was."""
         return [row for row in self.rows if row.after is None]
 
     def __len__(self) -> int:

@@ -96,7 +96,7 @@ class Rated(nn.Module):
     p: float
     rate_tensor: Tensor | None = None  # float64 on the CPU, without axes; set by `drive`
     own_source: OwnSource | None = None  # None: torch's default generator; only `Seeded` modules have one
-    layout: Whole = None  # of which whole inputs are parts: what functions take as ``part``; only of `Seeded` modules
+    layout: Any = None  # of which whole inputs are parts: what functions take as ``part``; only of `Seeded` modules
 
     # TorchScript knows neither properties that compute nor annotations that are strings.
     __jit_unused_properties__ = ("p", "rate", "seed", "generator")

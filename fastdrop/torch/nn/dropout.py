@@ -72,9 +72,16 @@ class Dropout(_Elementwise, nn.Dropout):
         Of which whole plain inputs are parts, as inside of plans of tensor parallelism: ``part`` of
         `fastdrop.torch.dropout`. DTensors need none.
 
-    Raises ValueError for p or seed out of range, an unknown store or scaling, a negative extent in noise_shape, and
-    both seed and generator; TypeError for a seed, a generator or a noise_shape of another type.
+    Raises
+    ------
+    ValueError
+        For p or seed out of range, an unknown store or scaling, a negative extent in noise_shape, and both seed and
+        generator.
+    TypeError
+        For a seed, a generator or a noise_shape of another type.
 
+    Notes
+    -----
     With neither seed nor generator, masks come from torch's default generator. It has the advantage that checkpoints
     restore it: a checkpoint that computes a module with a seed or a generator again raises RuntimeError, as the mask
     would be another one. Such a module can't be compiled with ``fullgraph=True`` either; without that it runs between
@@ -84,7 +91,10 @@ class Dropout(_Elementwise, nn.Dropout):
     stream stays where it is.
 
     The input may have any shape, and the output has the same. Errors and details as in `fastdrop.torch.dropout`.
+    Sources: Hinton et al. 2012; Srivastava et al., JMLR 15, 2014.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> drop = fdt.Dropout(0.1, store="seed")
     >>> drop, isinstance(drop, torch.nn.Dropout)
@@ -137,8 +147,37 @@ class Dropout(_Elementwise, nn.Dropout):
 class Dropout1d(_Elementwise, nn.Dropout1d):
     """`torch.nn.Dropout1d` on fastdrop: drops whole channels of ``(N, C, L)`` or ``(C, L)``.
 
-    Parameters and errors as in `Dropout`, details as in `fastdrop.torch.dropout1d`.
+    Parameters
+    ----------
+    p : float
+        Drop probability, 0 to 1.
+    inplace : bool
+        Writes the result to the input.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As in `Dropout`.
+
+    See Also
+    --------
+    Dropout : says more about these parameters.
+    dropout1d : the function, with shapes, errors and memory kept.
+
+    Notes
+    -----
+    Kept for backward: a bit per channel and sample, or a seed. Source: Tompson et al., CVPR 2015.
+
+    Examples
+    --------
     >>> import fastdrop.torch as fdt
     >>> fdt.Dropout1d(0.2)
     Dropout1d(p=0.2, inplace=False, store='bits')
@@ -151,8 +190,37 @@ class Dropout1d(_Elementwise, nn.Dropout1d):
 class Dropout2d(_Elementwise, nn.Dropout2d):
     """`torch.nn.Dropout2d` on fastdrop: drops whole channels of ``(N, C, H, W)``, in either memory format.
 
-    Parameters and errors as in `Dropout`, details as in `fastdrop.torch.dropout2d`.
+    Parameters
+    ----------
+    p : float
+        Drop probability, 0 to 1.
+    inplace : bool
+        Writes the result to the input.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As in `Dropout`.
+
+    See Also
+    --------
+    Dropout : says more about these parameters.
+    dropout2d : the function, with shapes, errors and memory kept.
+
+    Notes
+    -----
+    Kept for backward: a bit per channel and sample, or a seed. Source: Tompson et al., CVPR 2015.
+
+    Examples
+    --------
     >>> import fastdrop.torch as fdt
     >>> fdt.Dropout2d(0.2)
     Dropout2d(p=0.2, inplace=False, store='bits')
@@ -165,8 +233,37 @@ class Dropout2d(_Elementwise, nn.Dropout2d):
 class Dropout3d(_Elementwise, nn.Dropout3d):
     """`torch.nn.Dropout3d` on fastdrop: drops whole channels of ``(N, C, D, H, W)`` or ``(C, D, H, W)``.
 
-    Parameters and errors as in `Dropout`, details as in `fastdrop.torch.dropout3d`.
+    Parameters
+    ----------
+    p : float
+        Drop probability, 0 to 1.
+    inplace : bool
+        Writes the result to the input.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
 
+    Raises
+    ------
+    TypeError, ValueError
+        As in `Dropout`.
+
+    See Also
+    --------
+    Dropout : says more about these parameters.
+    dropout3d : the function, with shapes, errors and memory kept.
+
+    Notes
+    -----
+    Kept for backward: a bit per channel and sample, or a seed. Source: Tompson et al., CVPR 2015.
+
+    Examples
+    --------
     >>> import fastdrop.torch as fdt
     >>> fdt.Dropout3d(0.2)
     Dropout3d(p=0.2, inplace=False, store='bits')
@@ -179,9 +276,39 @@ class Dropout3d(_Elementwise, nn.Dropout3d):
 class AlphaDropout(_Elementwise, nn.AlphaDropout):
     """`torch.nn.AlphaDropout` on fastdrop, for networks of SELUs: keeps mean 0 and variance 1.
 
-    Parameters and errors as in `Dropout`, details as in `fastdrop.torch.alpha_dropout`. torch's own
-    ignores its ``inplace``; this one does not.
+    torch's own ignores its ``inplace``; this one does not.
 
+    Parameters
+    ----------
+    p : float
+        Drop probability, 0 to 1.
+    inplace : bool
+        Writes the result to the input.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `Dropout`.
+
+    See Also
+    --------
+    Dropout : says more about these parameters.
+    alpha_dropout : the function, with shapes, errors and memory kept.
+
+    Notes
+    -----
+    Kept for backward: a bit per element, or a seed. Source: Klambauer et al., NeurIPS 2017.
+
+    Examples
+    --------
     >>> import fastdrop.torch as fdt
     >>> fdt.AlphaDropout(0.1)
     AlphaDropout(p=0.1, inplace=False, store='bits')
@@ -192,11 +319,41 @@ class AlphaDropout(_Elementwise, nn.AlphaDropout):
 
 
 class FeatureAlphaDropout(_Elementwise, nn.FeatureAlphaDropout):
-    """`torch.nn.FeatureAlphaDropout` on fastdrop: alpha dropout of drops whole channels of ``(N, C, *)``.
+    """`torch.nn.FeatureAlphaDropout` on fastdrop: alpha dropout of whole channels of ``(N, C, *)``.
 
-    Parameters and errors as in `Dropout`, details as in `fastdrop.torch.feature_alpha_dropout`. torch's
-    own ignores its ``inplace``; this one does not.
+    torch's own ignores its ``inplace``; this one does not.
 
+    Parameters
+    ----------
+    p : float
+        Drop probability, 0 to 1.
+    inplace : bool
+        Writes the result to the input.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As in `Dropout`.
+
+    See Also
+    --------
+    Dropout : says more about these parameters.
+    feature_alpha_dropout : the function, with shapes, errors and memory kept.
+
+    Notes
+    -----
+    Kept for backward: a bit per channel and sample, or a seed. Source: Klambauer et al., NeurIPS 2017.
+
+    Examples
+    --------
     >>> import fastdrop.torch as fdt
     >>> fdt.FeatureAlphaDropout(0.1)
     FeatureAlphaDropout(p=0.1, inplace=False, store='bits')
@@ -217,11 +374,29 @@ class GaussianDropout(Seeded):
         At least 0 and less than 1; ValueError otherwise. Assign a `torch.nn.Parameter` to ``p`` to learn it.
     inplace : bool
         Writes the result to the input.
-    seed, generator, layout
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
+
+    Raises
+    ------
+    TypeError, ValueError
         As in `Dropout`.
 
-    Source: Srivastava et al., JMLR 15, 2014, section 10. Keras has a layer of this name.
+    See Also
+    --------
+    Dropout : says more about these parameters.
 
+    Notes
+    -----
+    Source: Srivastava et al., JMLR 15, 2014, section 10. Keras has a layer of this name.
+    Kept for backward: 8 bytes, and the input if p requires grad.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> drop = fdt.GaussianDropout(0.2)
     >>> round(float(drop(torch.ones(100_000)).var()), 2)

@@ -183,7 +183,7 @@ class VariationalLSTM(_Variational, nn.LSTM):
 
     Parameters
     ----------
-    input_size, hidden_size, num_layers, bias, batch_first, bidirectional, proj_size, device, dtype
+    input_size, hidden_size, num_layers, bias, batch_first, bidirectional, proj_size, device, dtype : as in torch
         As in `torch.nn.LSTM`, the last four by name only. ``dropout_input`` takes the place of its ``dropout``.
     dropout_input, dropout_recurrent, dropout_output : float
         Drop probabilities, 0 to 1. Each is the p of a submodule of the same name, a `VariationalDropout`. Change
@@ -192,10 +192,25 @@ class VariationalLSTM(_Variational, nn.LSTM):
         Makes the same decisions for all sequences of the batch. torch's fused layers then run, because the mask of the
         hidden state can be applied to the columns of its weights. Gradients are noisier: a batch of B sequences
         averages over B masks otherwise, and over one mask here. A dropped state that is infinite becomes NaN.
-    seed, generator
-        As in `Dropout`. The three submodules draw from one stream.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : None
+        Must be None, because the layer has whole sequences and states only.
 
-    Raises ValueError for a probability out of range, and what `torch.nn.LSTM` raises.
+    Raises
+    ------
+    ValueError
+        For a probability out of range, and what `torch.nn.LSTM` raises.
+
+    See Also
+    --------
+    Dropout : says more about these parameters.
+
+    Notes
+    -----
+    The three submodules draw from one stream.
 
     Shapes, initial states, unbatched and packed sequences, parameters and ``state_dict`` are those of `torch.nn.LSTM`.
     torch's forward runs in evaluation and if all rates are 0. A mask belongs to a sequence, whatever its place in a
@@ -210,13 +225,14 @@ class VariationalLSTM(_Variational, nn.LSTM):
     Python, and so do those of backward, but each direction of a layer is one autograd function, which computes all that
     it can for all steps at once. It keeps 7 numbers per step, sequence and hidden feature, and a GRU's 6. Under
     autocast, transforms and tracers, and in gradients of gradients, the steps are composed of torch's ops, which takes
-    longer. `DropConnect` drops recurrent connections and uses the fused layers.
-    ``torch.compile`` doesn't compile the function that calls the layer, but the other functions that it calls, as with
-    torch's layers.
+    longer. `DropConnect` drops recurrent connections and uses the fused layers. ``torch.compile`` doesn't compile the
+    function that calls the layer, but the other functions that it calls, as with torch's layers.
 
     Sources: Gal, Ghahramani, "A theoretically grounded application of dropout in recurrent neural networks", 2016;
     Merity, Keskar, Socher, "Regularizing and optimizing LSTM language models", 2017.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> lstm = fdt.VariationalLSTM(4, 8, dropout_input=0.3, dropout_output=0.5)
     >>> y, (h, c) = lstm(torch.ones(10, 2, 4))
@@ -260,9 +276,35 @@ class VariationalLSTM(_Variational, nn.LSTM):
 class VariationalGRU(_Variational, nn.GRU):
     """`torch.nn.GRU` with variational dropout: each mask stays the same for the whole sequence.
 
-    The arguments are those of `VariationalLSTM` without ``proj_size``. The recurrent mask is on the hidden state where
-    it is multiplied by weights. The hidden state that the update gate carries over is not dropped.
+    The recurrent mask is on the hidden state where it is multiplied by weights. The hidden state that the update gate
+    carries over is not dropped.
 
+    Parameters
+    ----------
+    input_size, hidden_size, num_layers, bias, batch_first, bidirectional, device, dtype : as in torch
+        As in `torch.nn.GRU`, the last three by name only.
+    dropout_input, dropout_recurrent, dropout_output : float
+        Drop probabilities, 0 to 1: of each layer's input, of the hidden state before its product, of the last output.
+    shared : bool
+        Makes the same decisions for all sequences of the batch, so that torch's fused layers can run.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its masks.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : None
+        Must be None, because the layer has whole sequences and states only.
+
+    Raises
+    ------
+    ValueError
+        For a probability out of range, and what `torch.nn.GRU` raises.
+
+    See Also
+    --------
+    VariationalLSTM : says more about these parameters, about memory and sources.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> gru = fdt.VariationalGRU(4, 8, dropout_recurrent=0.3)
     >>> gru

@@ -32,16 +32,38 @@ class SkipResidual(Seeded):
         Called as ``branch(x, *along)``. It becomes the submodule ``branch``.
     p : float
         Drop probability of a sample, 0 to 1.
-    scale_by_keep, min_p, count
-        As in `skip_residual`. With ``count="fixed"``, code that torch compiled is compiled again if p changes.
-    seed, generator, layout
-        As in `Dropout`.
+    scale_by_keep : bool
+        Whether the branch's result is multiplied by ``1 / (1 - p)``.
+    min_p : float
+        For p below it all samples go through the branch.
+    count : {"random", "fixed"}
+        Whether each sample is kept with probability ``1 - p``, or the same number of them in each call. With "fixed"
+        compiled code is compiled again if p changes.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
 
-    Raises ValueError for p or min_p outside [0, 1] and an unknown count, TypeError for a branch that can't be called.
+    Raises
+    ------
+    ValueError
+        For p or min_p outside [0, 1] and an unknown count.
+    TypeError
+        For a branch that can't be called.
 
+    See Also
+    --------
+    Dropout : says more about these parameters.
+
+    Notes
+    -----
     Its forward takes ``x``, ``(N, *)``, and further arguments of the branch with the same N samples. Errors, memory and
     compiled code as in `fastdrop.torch.skip_residual`. Sources: Huang et al., ECCV 2016; Oquab et al., "DINOv2", 2023.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> block = fdt.SkipResidual(torch.nn.Sequential(torch.nn.LayerNorm(8), torch.nn.Linear(8, 8)), 0.2)
     >>> block(torch.randn(32, 5, 8)).shape
@@ -103,11 +125,27 @@ class LayerDrop(Seeded, nn.ModuleList):
         Whether parameters of skipped layers get gradients of 0. Otherwise they get none, and optimizers leave them as
         they are. DDP without ``find_unused_parameters`` and with ``static_graph`` needs gradients for all; FSDP2 needs
         none.
-    seed, generator
-        As in `Dropout`, but for a generator of the CPU.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : None
+        Must be None: a layer is dropped as a whole.
 
-    Raises ValueError for p outside [0, 1], TypeError for layers that are no modules and, in training with
-    ``static_parameters``, for an input that is no Tensor.
+    Raises
+    ------
+    ValueError
+        For p outside [0, 1].
+    TypeError
+        For layers that are no modules and, in training with ``static_parameters``, for an input that is no Tensor.
+
+    See Also
+    --------
+    Dropout : says more about these parameters.
+
+    Notes
+    -----
+    A generator is one of the CPU.
 
     Its forward is ``x = layer(x, *args, **kwargs)`` for each layer. Nothing is scaled, as in the paper. One number
     decides for all layers of a call. It is drawn on the CPU, also for layers on a GPU. Ranks of a job skip the same
@@ -115,10 +153,12 @@ class LayerDrop(Seeded, nn.ModuleList):
     rank skips its own. Nothing is kept for a skipped layer.
 
     Code that `torch.compile` made of it, and code under a transform of `torch.func`, has to run all layers, and then
-    takes the results of those that are kept: the same values, without the savings, and for a Tensor alone as x.
-    Compile each layer instead. Source: Fan, Grave, Joulin, "Reducing transformer depth on demand with structured
-    dropout", ICLR 2020.
+    takes the results of those that are kept: the same values, without the savings, and for a Tensor alone as x. Compile
+    each layer instead. Source: Fan, Grave, Joulin, "Reducing transformer depth on demand with structured dropout", ICLR
+    2020.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> layers = fdt.LayerDrop([torch.nn.Linear(8, 8) for _ in range(6)], 0.2)
     >>> layers(torch.randn(3, 8)).shape, len(layers)

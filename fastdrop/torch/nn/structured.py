@@ -10,9 +10,8 @@ from typing import Any, Unpack
 from torch import Tensor
 
 from ...core import checks
-from ..functional import structured
+from ..functional import blocks, structured
 from ..functional.batchwise import shared_by_batch
-from ..functional.tokens import token_dropout
 from .base import Seeded, SourceOptions
 
 __all__ = [
@@ -22,7 +21,6 @@ __all__ = [
     "DropPath",
     "StochasticDepth",
     "TimmDropBlock2d",
-    "TokenDropout",
     "VariationalDropout",
 ]
 
@@ -36,11 +34,32 @@ class VariationalDropout(Seeded):
         Drop probability, 0 to 1.
     time_axis : int
         The axis along which decisions are shared: 0 for ``(T, B, F)``, 1 for ``(B, T, F)``.
-    inplace, store, seed, generator, layout
-        As in `Dropout`.
+    inplace : bool
+        Writes the result to the input.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
 
-    Raises ValueError for p outside [0, 1] and an unknown store. Source: Gal and Ghahramani, NeurIPS 2016.
+    Raises
+    ------
+    ValueError
+        For p outside [0, 1] and an unknown store.
 
+    See Also
+    --------
+    Dropout : says more about these parameters.
+
+    Notes
+    -----
+    Source: Gal and Ghahramani, NeurIPS 2016.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> y = fdt.VariationalDropout(0.5, time_axis=0)(torch.ones(3, 2, 4))
     >>> bool((y == y[0]).all())
@@ -79,16 +98,37 @@ class BatchwiseDropout(Seeded):
     ----------
     p : float
         Drop probability of a unit, 0 to 1.
-    inplace, store, seed, generator, layout
-        As in `Dropout`. With a seed or a generator of its own it is not fused.
+    inplace : bool
+        Writes the result to the input.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
 
-    Raises ValueError for p outside [0, 1] and an unknown store.
+    Raises
+    ------
+    ValueError
+        For p outside [0, 1] and an unknown store.
+
+    See Also
+    --------
+    Dropout : says more about these parameters.
+
+    Notes
+    -----
+    With a seed or a generator of its own it is not fused.
 
     By itself it is `Dropout` with ``noise_shape=(1, ..., 1, None)``. After `fuse`, a run of linear layers, activations
     and BatchwiseDropouts is `fastdrop.torch.batchwise_linear`, which says what is computed when. The price is noisier
     gradients: an MLP on handwritten digits diverged at a learning rate of 0.1 with momentum 0.9, where `Dropout`
     trained. Lower rates train, at up to the same accuracy. Source: Graham, Reizenstein, Robinson, 2015.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> from torch import nn
     >>> y = fdt.BatchwiseDropout(0.5)(torch.ones(3, 8))
@@ -124,11 +164,30 @@ class StochasticDepth(Seeded):
         Drop probability of the branch, 0 to 1.
     mode : {"batch", "row"}
         "row" decides for each sample, "batch" once for all.
-    store, seed, generator, layout
-        As in `Dropout`.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
 
-    Raises ValueError for p outside [0, 1], another mode or store. Source: Huang et al., ECCV 2016.
+    Raises
+    ------
+    ValueError
+        For p outside [0, 1], another mode or store.
 
+    See Also
+    --------
+    Dropout : says more about these parameters.
+
+    Notes
+    -----
+    Source: Huang et al., ECCV 2016.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.StochasticDepth(0.5, "row")(torch.ones(100, 2)).unique()
     tensor([0., 2.])
@@ -173,11 +232,30 @@ class DropPath(_NamedDropProb):
         Drop probability of the branch, 0 to 1; ``p`` is the same number.
     scale_by_keep : bool
         Whether kept samples are multiplied by ``1 / (1 - p)``. Evaluation is the identity either way.
-    store, seed, generator, layout
-        As in `Dropout`.
+    store : {"bits", "seed"}
+        What is kept for backward: bits, or a seed, from which they are drawn again.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
 
-    Raises ValueError for p outside [0, 1] and an unknown store. Source: Huang et al., ECCV 2016.
+    Raises
+    ------
+    ValueError
+        For p outside [0, 1] and an unknown store.
 
+    See Also
+    --------
+    Dropout : says more about these parameters.
+
+    Notes
+    -----
+    Source: Huang et al., ECCV 2016.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> fdt.DropPath(0.5)(torch.ones(100, 2)).unique()
     tensor([0., 2.])
@@ -207,7 +285,8 @@ class DropPath(_NamedDropProb):
 
     def extra_repr(self) -> str:
         options = f"scale_by_keep={self.scale_by_keep}, store={self.store!r}{self.source_repr()}"
-        return f"drop_prob={self.p}, {options}"
+        # timm computes rates in float32: 0.4000000059604645
+        return f"drop_prob={round(self.p, 6)}, {options}"
 
 
 class _DropBlock(Seeded):
@@ -253,11 +332,30 @@ class DropBlock2d(_DropBlock):
         Writes the result to the input.
     couple_channels : bool
         One mask for all channels of a sample, as in timm.
-    seed, generator, layout
-        As in `Dropout`, but a layout is a mesh with placements.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
 
-    Raises ValueError for p outside [0, 1]. Stored for backward: a bit per cell. Source: Ghiasi et al., NeurIPS 2018.
+    Raises
+    ------
+    ValueError
+        For p outside [0, 1].
 
+    See Also
+    --------
+    Dropout : says more about these parameters.
+
+    Notes
+    -----
+    A layout is a mesh with placements.
+
+    Stored for backward: a bit per cell. Source: Ghiasi et al., NeurIPS 2018.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> y = fdt.DropBlock2d(0.1, block_size=3)(torch.ones(2, 3, 16, 16))
     >>> round(float(y.mean()), 4)
@@ -265,12 +363,45 @@ class DropBlock2d(_DropBlock):
     """
 
     def drop_input(self, input: Tensor, **source: Any) -> Tensor:
-        return _drop_blocks(structured.drop_block2d, self, input, self.rate, source)
+        return _drop_blocks(blocks.drop_block2d, self, input, self.rate, source)
 
 
 class DropBlock3d(_DropBlock):
     """torchvision's module of this name on fastdrop: `DropBlock2d` for ``(N, C, D, H, W)``.
 
+    Parameters
+    ----------
+    p : float
+        Share of cells to drop, 0 to 1.
+    block_size : int or tuple of int
+        Extent of a block on each spatial axis, cut to the input's.
+    inplace : bool
+        Writes the result to the input.
+    couple_channels : bool
+        One mask for all channels of a sample.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
+
+    Raises
+    ------
+    ValueError
+        For p outside [0, 1].
+
+    See Also
+    --------
+    DropBlock2d, Dropout : say more about these parameters.
+    drop_block3d : the function.
+
+    Notes
+    -----
+    Kept for backward: a bit per cell and 8 bytes. Source: Ghiasi et al., NeurIPS 2018.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> y = fdt.DropBlock3d(0.1, block_size=3)(torch.ones(2, 3, 8, 8, 8))
     >>> round(float(y.mean()), 4)
@@ -278,45 +409,7 @@ class DropBlock3d(_DropBlock):
     """
 
     def drop_input(self, input: Tensor, **source: Any) -> Tensor:
-        return _drop_blocks(structured.drop_block3d, self, input, self.rate, source)
-
-
-class TokenDropout(Seeded):
-    """Takes a share p of the tokens of each sample out of the sequence, so that later layers have less to compute.
-
-    Parameters
-    ----------
-    p : float
-        Share of tokens to drop, 0 to 1.
-    keep_first : int
-        How many tokens at the beginning are always kept, such as that of the class.
-    seed, generator, layout
-        As in `Dropout`. A layout is that of the tokens that may be dropped, ``(N, n)``.
-
-    Raises ValueError for p outside [0, 1] and keep_first below 0.
-
-    Its forward takes ``(N, L, *)`` and returns ``(N, keep_first + k, *)`` in training, its input itself in evaluation.
-    Details as in `fastdrop.torch.token_dropout`. Code that torch compiled is compiled again if p changes.
-
-    >>> import torch, fastdrop.torch as fdt
-    >>> drop = fdt.TokenDropout(0.5)
-    >>> drop(torch.ones(8, 197, 64)).shape, drop.eval()(torch.ones(8, 197, 64)).shape
-    (torch.Size([8, 99, 64]), torch.Size([8, 197, 64]))
-    """
-
-    def __init__(self, p: float = 0.5, keep_first: int = 1, **source: Unpack[SourceOptions]) -> None:
-        super().__init__()
-        self.draw_from(**source)
-        self.p = checks.dropout_probability(p, what="drop probability")
-        self.keep_first = checks.integer("keep_first", keep_first)
-        checks.number_from("keep_first", self.keep_first, 0)
-
-    def drop_input(self, input: Tensor, **source: Any) -> Tensor:
-        y: Tensor = token_dropout(input, self.p, self.keep_first, training=self.training, **source)
-        return y
-
-    def extra_repr(self) -> str:
-        return f"p={self.p}, keep_first={self.keep_first}{self.source_repr()}"
+        return _drop_blocks(blocks.drop_block3d, self, input, self.rate, source)
 
 
 class TimmDropBlock2d(_NamedDropProb, DropBlock2d):
@@ -325,7 +418,7 @@ class TimmDropBlock2d(_NamedDropProb, DropBlock2d):
     gamma_scale: float
 
     def drop_input(self, input: Tensor, **source: Any) -> Tensor:
-        return _drop_blocks(structured.drop_block2d, self, input, self.rate * self.gamma_scale, source)
+        return _drop_blocks(blocks.drop_block2d, self, input, self.rate * self.gamma_scale, source)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, gamma_scale={self.gamma_scale}"

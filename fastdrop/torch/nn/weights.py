@@ -53,14 +53,33 @@ class EmbeddingDropout(Seeded):
         keep their meaning.
     p : float
         Drop probability, 0 to 1.
-    seed, generator, layout
-        As in `Dropout`. A layout is that of the words in the table, ``(num_embeddings,)``.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
 
-    Raises TypeError for an embedding of another type, ValueError for p out of range.
+    Raises
+    ------
+    TypeError
+        For an embedding of another type.
+    ValueError
+        For p out of range.
+
+    See Also
+    --------
+    Dropout : says more about these parameters.
+
+    Notes
+    -----
+    A layout is that of the words in the table, ``(num_embeddings,)``.
 
     The input has shape ``(*)`` and integers, the output ``(*, embedding_dim)``. Stored for backward: 1/8 byte per word
     of the input. Sources: Gal, Ghahramani 2016, section 4.2; Merity, Keskar, Socher 2017.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> words = fdt.EmbeddingDropout(torch.nn.Embedding.from_pretrained(torch.ones(5, 2)), 0.5)
     >>> _ = torch.manual_seed(0)
@@ -132,12 +151,27 @@ class DropConnect(Seeded):
         parameter with several names has one mask under all of them.
     p : float
         Drop probability, 0 to 1.
-    seed, generator, layout
-        As in `Dropout`. A seed's stream has a number for each parameter of each call. A layout is that of the weights,
-        if they are plain shards.
+    seed : int, optional
+        Starts a stream of the module's own, from which each call in training takes its mask.
+    generator : torch.Generator, optional
+        Each call in training draws from it; by default from torch's own.
+    layout : (DeviceMesh, placements), fastdrop.Part or callable, optional
+        Of which whole plain inputs are parts.
 
-    Raises ValueError for p out of range, for names that are not parameters of the module, and for names inside a
-    recurrent layer that is only a part of it.
+    Raises
+    ------
+    ValueError
+        For p out of range, for names that are not parameters of the module, and for names inside a recurrent layer that
+        is only a part of it.
+
+    See Also
+    --------
+    Dropout : says more about these parameters.
+
+    Notes
+    -----
+    A seed's stream has a number for each parameter of each call. A layout is that of the weights, if they are plain
+    shards.
 
     Stored for backward: 1/8 byte per element of the weights in ``names``. Backward computes a dropped weight again from
     the weight and its mask, and raises RuntimeError if the weight was changed in place, as it does without DropConnect.
@@ -149,6 +183,8 @@ class DropConnect(Seeded):
     Sources: Wan et al., "Regularization of neural networks using DropConnect", ICML 2013, here with one mask for the
     batch; Merity, Keskar, Socher 2017.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> layer = fdt.DropConnect(torch.nn.Linear(1000, 1, bias=False), p=0.25)
     >>> _ = torch.nn.init.ones_(layer.module.weight)

@@ -173,6 +173,11 @@ def set_everywhere(on: bool) -> None:
     _everywhere = on
 
 
+def is_enabled_everywhere() -> bool:
+    """Whether `set_everywhere` has switched it on. Blocks of a context do not count."""
+    return _everywhere
+
+
 def enabled_here() -> contextlib.AbstractContextManager[None]:
     """A block in which fastdrop is on for this context."""
     return _set(_here, _Entry(_enabled_somewhere))

@@ -37,18 +37,38 @@ class Finding:
 class AuditReport:
     """What `audit` found; a sequence of `Finding`, the worst first, that prints as a table.
 
-    ``functional`` has a row for each function that drops in the forward of a module, which says where it is and which
-    function of fastdrop reaches it. Those are no findings. ``limit`` says why the audit could not see the order of all
-    layers; it is "" if it could.
+    Attributes
+    ----------
+    findings : list of Finding
+        The worst first.
+    limit : str
+        Why the audit could not see the order of all layers; "" if it could.
+    functional : list of Row
+        A row for each function that drops in the forward of a module, which says where it is and which function of
+        fastdrop reaches it. Those are no findings.
     """
 
     def __init__(self, findings: list[Finding], limit: str = "", functional: list[Row] | None = None) -> None:
-        self.findings = sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
+        self.findings: list[Finding] = sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
         self.limit = limit
-        self.functional = functional or []
+        self.functional: list[Row] = functional or []
 
     def at_least(self, severity: str) -> list[Finding]:
-        """The findings of a severity, "error", "warning" or "note", and the worse ones."""
+        """The findings of a severity and the worse ones.
+
+        Parameters
+        ----------
+        severity : {"error", "warning", "note"}
+
+        Returns
+        -------
+        list of Finding
+
+        Raises
+        ------
+        ValueError
+            For another severity.
+        """
         checks.choice("severity", severity, SEVERITIES)
         return [f for f in self.findings if SEVERITIES.index(f.severity) <= SEVERITIES.index(severity)]
 
@@ -119,6 +139,8 @@ def audit(model: nn.Module, example_input: Any = None, *, samples: int | None = 
     ------
     Whatever the model raises on example_input; TypeError and ValueError if samples is not a number that is at least 0.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Conv2d(3, 64, 3), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(57_600, 10))

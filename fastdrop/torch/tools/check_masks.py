@@ -56,12 +56,24 @@ def check_masks(
         The processes that have the whole together: by default all, if `torch.distributed` is initialised. All of them
         must call this function.
 
-    Raises RuntimeError on all processes, which names the first dropout in the order of the model that is wrong: its
-    seeds or steps differ; cells are missing, or several processes have them, or one has them twice; or its fingerprint
-    is another than expected.
+    Returns
+    -------
+    dict of str to int
+        The fingerprint of each dropout, by its name.
 
+    Raises
+    ------
+    RuntimeError
+        On all processes, which names the first dropout in the order of the model that is wrong: its seeds or steps
+        differ; cells are missing, or several processes have them, or one has them twice; or its fingerprint is another
+        than expected.
+
+    Notes
+    -----
     Nothing else is drawn than by ``run``. It takes about 30 ns for each cell of the whole.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> model, x = torch.nn.Sequential(torch.nn.Linear(4, 8), fdt.Dropout(0.5)), torch.randn(6, 4)
     >>> masks = fdt.name_masks(model)

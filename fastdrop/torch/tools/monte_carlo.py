@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...arrays.signatures import MaybeNone
 from ...core import checks
 from ..models.enable import register
 from ..models.rates import rate_name
@@ -63,10 +64,19 @@ def mc_dropout(model: nn.Module, filter: Filter | None = None) -> Iterator[None]
         Picks the modules in place of the list above, from all modules of the model. Batch and instance normalisation
         are never turned on.
 
-    Raises TypeError for a filter that can't be called. Warns of modules that read ``training`` for dropout and for
-    something else, and of modules that call dropout if their source doesn't tell what they read ``training`` for. These
-    stay as they are unless a filter picks them.
+    Returns
+    -------
+    context manager, and decorator
 
+    Raises
+    ------
+    TypeError
+        For a filter that can't be called. Warns of modules that read ``training`` for dropout and for something else,
+        and of modules that call dropout if their source doesn't tell what they read ``training`` for. These stay as
+        they are unless a filter picks them.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), fdt.Dropout(0.5)).eval()
     >>> with fdt.mc_dropout(model):
@@ -150,9 +160,9 @@ class Prediction:
 
     mean: Tensor
     std: Tensor
-    entropy: Tensor | None = None
-    mutual_information: Tensor | None = None
-    samples: Tensor | None = None
+    entropy: Tensor | MaybeNone = None  # the caller's arguments decide
+    mutual_information: Tensor | MaybeNone = None
+    samples: Tensor | MaybeNone = None
 
 
 def mc_predict(
@@ -194,7 +204,7 @@ def mc_predict(
     ----------
     model : Module
         Returns a Tensor of real numbers, or something that has one as ``logits``.
-    x
+    x : Tensor or whatever the model accepts
         The model's argument, a Tensor or anything else. A tuple has several arguments, a dict has arguments with names.
         (Put an argument that is itself a tuple or a dict into a tuple.)
     samples : int
@@ -224,12 +234,23 @@ def mc_predict(
         Raises RuntimeError if the model drew no random number, because the standard deviation is 0 everywhere then.
         Otherwise a warning says so.
 
-    Raises TypeError and ValueError for arguments and for outputs of the model that are not as above, and IndexError for
-    a ``class_axis`` that the output lacks.
+    Returns
+    -------
+    Prediction
 
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments and for outputs of the model that are not as above, and IndexError for a ``class_axis`` that the
+        output lacks.
+
+    Notes
+    -----
     Sources: Gal, Ghahramani, "Dropout as a Bayesian approximation", ICML 2016; for mutual information Gal, Islam,
     Ghahramani, "Deep Bayesian active learning with image data", ICML 2017.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> model = torch.nn.Sequential(fdt.Dropout(0.5), torch.nn.Linear(100, 1, bias=False))
     >>> _ = torch.nn.init.ones_(model[1].weight)

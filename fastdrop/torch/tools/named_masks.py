@@ -74,8 +74,13 @@ def name_masks(
     NamedMasks
         `NamedMasks.at` opens a block for a pass. Outside of such blocks the model can't drop.
 
-    Raises TypeError and ValueError for arguments that are not as above, and for patterns and names that no module has.
+    Raises
+    ------
+    TypeError, ValueError
+        For arguments that are not as above, and for patterns and names that no module has.
 
+    Notes
+    -----
     * Along axis 0 or ``sample_axis`` the data must have as many entries as ``at`` is given samples, or a multiple, such
       as tokens or heads: then the entries of a sample must be neighbours.
     * A mask that samples share (stochastic depth by batch, a noise_shape with 1 there, `LayerDrop`, weights) is the
@@ -95,6 +100,8 @@ def name_masks(
 
     Kept for backward: as without names, and about 100 bytes for each dropout in a checkpoint.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 64), fdt.Dropout(0.5))
     >>> masks, x = fdt.name_masks(model, seed=1), torch.randn(8, 4)
@@ -160,9 +167,18 @@ class NamedMasks:
 
     @property
     def seed(self) -> int:
+        """The seed of all masks."""
         return self._names.seed
 
     def add(self, module: nn.Module, named: NamedModule) -> None:
+        """Gives a module of the model a name; `name_masks` does it for all.
+
+        Parameters
+        ----------
+        module : Module
+        named : NamedModule
+            Its name and layout.
+        """
         traced_names.register(named.key, named, module)
         runtime.note_axis(named.axis)
         self._handles.append(module.register_forward_pre_hook(named.enter))
@@ -180,9 +196,19 @@ class NamedMasks:
             The numbers, among all samples of the step, of those in the batch, in their order. None: 0, 1, 2, ..., the
             batch is all there is.
 
-        Raises TypeError and ValueError for arguments that are not as above, and for a sample that is given twice.
-        Raises RuntimeError after `remove`.
+        Returns
+        -------
+        context manager
 
+        Raises
+        ------
+        TypeError, ValueError
+            For arguments that are not as above, and for a sample that is given twice.
+        RuntimeError
+            After `remove`.
+
+        Notes
+        -----
         Calls of a module are counted anew in each block: a second call in a block has other masks than the first, and
         micro-batches that have a block each have the masks of one batch. Blocks may be nested; the inner one counts.
         """
@@ -196,11 +222,26 @@ class NamedMasks:
             self._names.close(scope)
 
     def state_dict(self) -> dict[str, int]:
-        """The seed and the step, two ints. They say nothing of processes."""
+        """The seed and the step, two ints. They say nothing of processes.
+
+        Returns
+        -------
+        dict of str to int
+        """
         return {"seed": self.seed, "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Takes the seed and the step of a `state_dict`."""
+        """Takes the seed and the step of a `state_dict`.
+
+        Parameters
+        ----------
+        state : dict of str to int
+
+        Raises
+        ------
+        TypeError, ValueError
+            For anything else than such a dict.
+        """
         if not isinstance(state, Mapping) or set(state) != {"seed", "step"}:
             raise ValueError(f"state must be a dict of seed and step, but got {state!r}")
         seed, step = (checks.uint64(name, state[name]) for name in ("seed", "step"))
@@ -218,7 +259,12 @@ class NamedMasks:
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[list[Draw]]:
-        """A block, for `check_masks`, that lists what each dropout draws from."""
+        """A block, for `check_masks`, that lists what each dropout draws from.
+
+        Returns
+        -------
+        context manager of a list
+        """
         draws: list[Draw] = []
         before, self._names.watch = self._names.watch, draws.append
         try:

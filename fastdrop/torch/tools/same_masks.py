@@ -41,6 +41,12 @@ def same_masks(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     seed : int from 0 to 2**64 - 1, optional
         Decides all masks. By default a number from torch's generator, so that each block has other masks.
 
+    Returns
+    -------
+    context manager, and decorator
+
+    Notes
+    -----
     Warns if the model was not called in the block. Raises TypeError for a model that is no Module and a seed that is no
     int, ValueError for a seed out of range.
 
@@ -52,6 +58,8 @@ def same_masks(model: nn.Module, seed: int | None = None) -> Iterator[None]:
     * A function called with ``generator=`` goes on drawing from that generator: it is not the model's.
     * Hooks of the model itself run before and after a pass, hooks of modules inside it during the pass.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> model, x = torch.nn.Sequential(torch.nn.Linear(4, 64), fdt.Dropout(0.5)), torch.randn(2, 4)
     >>> with fdt.same_masks(model):
@@ -147,10 +155,19 @@ def multi_sample(head: Callable[[Tensor], Tensor], x: Tensor, samples: int) -> T
     -------
     Tensor ``(samples, N, *)``
 
-    Raises ValueError for samples below 1, x without axes, and a head that returns another number of samples; TypeError
-    for arguments of another type. Source: Inoue, "Multi-sample dropout for accelerated training and better
-    generalization", 2019.
+    Raises
+    ------
+    ValueError
+        For samples below 1, x without axes, and a head that returns another number of samples.
+    TypeError
+        For arguments of another type.
 
+    Notes
+    -----
+    Source: Inoue, "Multi-sample dropout for accelerated training and better generalization", 2019.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> head = torch.nn.Sequential(fdt.Dropout(0.5), torch.nn.Linear(8, 2))
     >>> fdt.multi_sample(head, torch.randn(16, 8), 4).shape

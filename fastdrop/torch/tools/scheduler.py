@@ -96,6 +96,12 @@ class DropoutScheduler:
     TypeError
         If schedule or filter can't be called, or the schedule returns no number.
 
+    Notes
+    -----
+    Rates that differ keep their proportion, and modules that are off stay off:
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> from fastdrop.schedules import exponential
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), fdt.Dropout())
@@ -108,8 +114,6 @@ class DropoutScheduler:
     0.365
     >>> model[1].p == scheduler.last_p
     True
-
-    Rates that differ keep their proportion, and modules that are off stay off:
 
     >>> model = torch.nn.Sequential(fdt.DropPath(0.1), fdt.DropPath(0.2), fdt.Dropout(0.0))
     >>> print(fdt.DropoutScheduler(model, lambda step: 0.4).report)
@@ -162,16 +166,32 @@ class DropoutScheduler:
 
     @property
     def paths(self) -> tuple[str, ...]:
+        """The paths of the modules whose p it sets."""
         return tuple(entry.path for entry in self._driven)
 
     @property
     def report(self) -> Report:
+        """Which modules are driven, and why others are not: prints as a table."""
         return Report([line if isinstance(line, Row) else line.row() for line in self._listed])
 
     def step(self, step: float | None = None) -> float:
         """Goes to the next step, or to the one given, and returns p. Call it after training the step before.
 
-        Raises the ValueError and TypeError above; the model and the scheduler stay as they are then.
+        Parameters
+        ----------
+        step : float, optional
+            At least 0; by default the one after the last.
+
+        Returns
+        -------
+        float
+            The new p.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For a step, or a result of the schedule, that is no number or out of range. The model and the scheduler stay
+            as they are then.
         """
         if step is None:
             step = self.last_step + 1
@@ -180,14 +200,30 @@ class DropoutScheduler:
         return self._set(step, checks.between(f"schedule({step})", self.schedule(step), 0, 1))
 
     def get_last_p(self) -> float:
+        """The p that was set last.
+
+        Returns
+        -------
+        float
+        """
         return self.last_p
 
     def state_dict(self) -> dict[str, float]:
-        """The step and p, but not the schedule. The model's own ``state_dict`` doesn't have p."""
+        """The step and p, but not the schedule. The model's own ``state_dict`` doesn't have p.
+
+        Returns
+        -------
+        dict of str to float
+        """
         return {"last_step": self.last_step, "last_p": self.last_p}
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
-        """Goes to the saved step and sets the saved p. The schedule is called again at the next step."""
+        """Goes to the saved step and sets the saved p. The schedule is called again at the next step.
+
+        Parameters
+        ----------
+        state_dict : dict of str to float
+        """
         step, p = state_dict["last_step"], state_dict["last_p"]
         checks.number_from("last_step", step, 0)
         self._set(step, checks.between("last_p", p, 0, 1))

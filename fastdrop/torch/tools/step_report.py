@@ -60,20 +60,12 @@ def report(
 ) -> StepReport:
     """Runs training steps of a model, and tells which code dropped where, how long it took and what it kept.
 
-    The model stays as it is: its mode, gradients and buffers are put back, and so are the states of random generators.
-    If the model is in evaluation mode, it is put in training mode for the steps; otherwise each module keeps its mode.
-    A step is a forward and a backward pass, from the sum of the means of all floating outputs unless ``loss`` is given.
-    No optimizer runs. Each step gets copies of the tensors in the arguments.
-
-    Times of calls are measured by torch's profiler in steps in which hooks and the profiler are on, which adds some
-    microseconds to each call. On a GPU they are of the host, which does not wait for the device.
-
     Parameters
     ----------
     model : Module
         It may be converted, fused, compiled, or run under `enable`, or nothing of it: the report then says what
         fastdrop would reach.
-    example_input
+    example_input : Tensor, tuple, dict or anything else
         The model's argument, a Tensor or anything else. A tuple has several arguments, a dict has arguments with names.
     kwargs : dict, optional
         Arguments with names, in addition to those of example_input.
@@ -97,8 +89,20 @@ def report(
     RuntimeError
         Parameters whose hooks step an optimizer; another profiler that is on.
 
-    And whatever the model raises.
+    Notes
+    -----
+    The model stays as it is: its mode, gradients and buffers are put back, and so are the states of random generators.
+    If the model is in evaluation mode, it is put in training mode for the steps; otherwise each module keeps its mode.
+    A step is a forward and a backward pass, from the sum of the means of all floating outputs unless ``loss`` is given.
+    No optimizer runs. Each step gets copies of the tensors in the arguments.
 
+    Times of calls are measured by torch's profiler in steps in which hooks and the profiler are on, which adds some
+    microseconds to each call. On a GPU they are of the host, which does not wait for the device.
+
+    What the model raises is raised.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.25), fdt.Dropout(0.5))
     >>> [(row.path, row.by, row.p, row.kept_bytes) for row in fdt.report(model, torch.ones(4, 8)).rows]

@@ -93,7 +93,13 @@ class StepReport:
     notes: list[str]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as dicts, lists, texts and numbers, for `json.dumps`."""
+        """The same for `json.dumps`.
+
+        Returns
+        -------
+        dict
+            The attributes, in dicts, lists, texts and numbers.
+        """
         return dataclasses.asdict(self)
 
     def __repr__(self) -> str:

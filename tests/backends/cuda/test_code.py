@@ -20,6 +20,7 @@ from fastdrop.backends.cuda.compile import Capability, Variant
 from fastdrop.backends.cuda.tile import ITEM_BYTES
 from fastdrop.core.activations import NONE, RELU, SILU
 from fastdrop.core.checks import BFLOAT16, FLOAT16, FLOAT32, FLOAT64
+from fastdrop.core.installing import how_to_install
 
 from ...cases import ROOT
 
@@ -52,7 +53,7 @@ CALLED = r"sqrt_rn_f32_slowpath|__cuda_sm\d+x?_(?:d?sqrt|(?:dbl)?rcp|div)_rn_|__
 @pytest.fixture
 def linker() -> None:
     for package in ("numba_cuda", "cuda.bindings.nvjitlink"):
-        pytest.importorskip(package, reason=f"compiling needs {package}: pip install 'fastdrop[cuda]'")
+        pytest.importorskip(package, reason=f"compiling needs {package}: {how_to_install('cuda')}")
 
 
 @pytest.fixture
@@ -301,6 +302,6 @@ def test_listings_are_read() -> None:
 
 
 def test_report_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine_code, "missing", lambda: "numba_cuda is not installed: pip install 'fastdrop[cuda]'")
+    monkeypatch.setattr(machine_code, "missing", lambda: "numba_cuda is not installed: get it")
     assert machine_code.main([]) == 1
     assert "numba_cuda is not installed" in capsys.readouterr().out

@@ -15,6 +15,7 @@ import pytest
 from fastdrop.backends.cuda import compile, driver
 from fastdrop.backends.cuda import launch as numba_cuda
 from fastdrop.backends.cuda.compile import Variant
+from fastdrop.core.installing import how_to_install
 
 from ...cases import TENTH, run_python
 from .launching import AFFINE, KEPT, OFFSET, SEED, STREAM, WORDS, X, Y, draw, forward, parameters
@@ -218,9 +219,9 @@ def test_unavailable_without_packages(gpu, monkeypatch):
     with monkeypatch.context() as patch:
         find_spec = importlib.util.find_spec
         patch.setattr(importlib.util, "find_spec", lambda name: None if name == "numba_cuda" else find_spec(name))
-        assert driver.unavailable() == "numba-cuda is not installed: pip install 'fastdrop[cuda]'"
+        assert driver.unavailable() == f"numba-cuda is not installed: {how_to_install('cuda')}"
     monkeypatch.setitem(sys.modules, "cuda.bindings.driver", None)
-    wanted = r"cuda\.bindings is not installed \(.+\): pip install 'fastdrop\[cuda\]'"
+    wanted = rf"cuda\.bindings is not installed \(.+\): {re.escape(how_to_install('cuda'))}"
     assert re.fullmatch(wanted, str(driver.unavailable()))
 
 

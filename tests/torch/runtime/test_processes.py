@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import threading
 
 import pytest
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+import fastdrop as fd
 import fastdrop.torch as fdt
 
 from ...cases import ROOT, output_of
@@ -29,6 +31,27 @@ def call(function, *arguments):
     """Has a function of this module called in a fresh interpreter."""
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom {__name__} import {function.__name__} as function\n"
     assert output_of(f"{code}function(*{arguments!r})\nprint('done')") == "done"
+
+
+def public_names():
+    """What works on whole models is imported at its first use, and all other names with the package."""
+    here = "fastdrop.torch."
+    later = {here + "models", here + "tools.audit", here + "tools.monte_carlo", here + "tools.named_masks"}
+    assert not later & {*sys.modules}
+    assert {*fdt.__all__} <= {*dir(fdt)}
+    assert sorted(fdt.__all__) == fdt.__all__
+    values = {name: getattr(fdt, name) for name in fdt.__all__}
+    assert later <= {*sys.modules}
+    for name, value in values.items():
+        assert vars(fdt)[name] is value
+        assert value.__name__ == name
+        assert value.__doc__, name
+    with pytest.raises(AttributeError, match="has no attribute 'dropuot'"):
+        fdt.dropuot  # noqa: B018
+
+
+def test_models_and_tools_are_imported_at_first_use():
+    call(public_names)
 
 
 def fingerprint(*tensors):
@@ -86,6 +109,29 @@ def load_in_workers():
     assert len(set(masks)) == 16
     assert masks_of(load(1)) == masks
     assert not set(masks) & set(masks_of(load(2)))
+
+
+class NumPyMasks(Dataset):
+    """Item i: a mask of the NumPy API, from the process-wide stream."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        return str(fd.draw_mask(256, 0.5).words.tolist())
+
+
+def draw_in_workers():
+    """`fd.manual_seed` gives each worker other masks, and those of the next epoch others again."""
+    options = {"batch_size": None, "num_workers": 4, "multiprocessing_context": "fork", "timeout": 60}
+    runs = []
+    for persistent in (False, False, True):
+        fd.manual_seed(0)
+        loader = DataLoader(NumPyMasks(), persistent_workers=persistent, **options)
+        runs.append([mask for _ in range(2) for mask in loader])
+    assert [len({*masks}) for masks in runs] == [32, 32, 32]
+    assert runs[0] == runs[1]
+    assert runs[2][:16] == runs[0][:16]
 
 
 def in_a_fork(function):
@@ -172,6 +218,7 @@ def fork():
     fork_while_enabled()
     fork_while_others_compute()
     load_in_workers()
+    draw_in_workers()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")

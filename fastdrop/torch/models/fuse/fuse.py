@@ -79,6 +79,8 @@ def fuse(model: nn.Module, *, batch_norm_on_kept: bool = False) -> Report:
     Report
         Prints as a table: the path of each module, what it was, and what it is now or why it was left.
 
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> from torch import nn
     >>> model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Dropout(0.1), nn.Linear(32, 8), nn.Dropout(0.1))
@@ -164,6 +166,17 @@ def _row_left(path: str, module: nn.Module, reason: str) -> Row:
 def unfuse(model: nn.Module) -> Report:
     """Undoes `fuse`: every module it changed has its old class again.
 
+    Parameters
+    ----------
+    model : Module
+
+    Returns
+    -------
+    Report
+        Prints as a table: the path of each module, what it was, and what it is now.
+
+    Examples
+    --------
     >>> import torch, fastdrop.torch as fdt
     >>> model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Dropout(0.1))
     >>> _ = fdt.fuse(model)

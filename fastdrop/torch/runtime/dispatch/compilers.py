@@ -6,6 +6,7 @@ Modules of the compilers are large, so those that torch itself has not imported 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -84,13 +85,19 @@ def modules_being_traced() -> list[str]:
     return list(traceback.get_current_meta().get("nn_module_stack") or ())
 
 
+@functools.cache
+def _functorch_config() -> Any:
+    """Settings of AOTAutograd, which take a while to import and which only traced calls need."""
+    return named("torch._functorch.config")
+
+
 def cache_graphs(on: bool) -> bool:
     """Whether AOTAutograd may take a graph from its cache from now on. Returns whether it was so before.
 
     The cache does not know which modules a graph comes from."""
-    before: bool = getattr(_functorch_config, "enable_autograd_cache", False)
+    before: bool = getattr(_functorch_config(), "enable_autograd_cache", False)
     if before != on:
-        _functorch_config.enable_autograd_cache = on
+        _functorch_config().enable_autograd_cache = on
     return before
 
 
@@ -107,12 +114,10 @@ FunctionalTensor: Any = named("torch._subclasses.functional_tensor.FunctionalTen
 
 # ---- what backward computes again ----
 
-_functorch_config = named("torch._functorch.config")
-
 
 def memory_budget() -> float:
     """The share of activations that AOTAutograd may keep for backward: 1 if nothing limits it."""
-    budget: float = getattr(_functorch_config, "activation_memory_budget", 1.0)
+    budget: float = getattr(_functorch_config(), "activation_memory_budget", 1.0)
     return budget
 
 

@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
-import pkgutil
+import functools
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -20,11 +22,21 @@ absent: list[str] = []
 def named(path: str, instead: Any = None) -> Any:
     """What torch has under a private name. If torch lacks it: ``instead``, and `absent` lists the name."""
     try:
-        return pkgutil.resolve_name(path)
+        return functools.reduce(_member, path.split(".")[1:], torch)
     except (ImportError, AttributeError):
         if path not in absent:
             absent.append(path)
         return instead
+
+
+def _member(owner: Any, name: str) -> Any:
+    """What a module or a class has under this name, which may be a module that nobody has imported yet."""
+    try:
+        return getattr(owner, name)
+    except AttributeError:
+        if not isinstance(owner, ModuleType):
+            raise
+        return importlib.import_module(f"{owner.__name__}.{name}")
 
 
 def has(*values: Any) -> bool:
