@@ -42,8 +42,8 @@ if _native is not None:
 def unavailable() -> str | None:
     if _native is None and (folder := installed_elsewhere()):
         return (
-            f"the C extension is in {folder}, but fastdrop is imported from {os.path.dirname(FOLDER)}; leave that folder, or run pip "
-            "install -e . in it"
+            f"the C extension is in {folder}, but fastdrop is imported from {os.path.dirname(FOLDER)}; leave that "
+            "folder, or run pip install -e . in it"
         )
     if _native is None:
         return (
