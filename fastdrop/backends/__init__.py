@@ -24,6 +24,7 @@ __all__ = ["active", "explain", "get_num_threads", "reasons", "set_num_threads",
 MODULES = {"c": "c", "numba": "numba.launch", "numpy": "reference"}  # best first
 CUDA = "cuda"
 FILES = {**MODULES, CUDA: "cuda.launch"}
+MAX_THREADS = 256
 AUTO = "auto"
 
 _package = sys.modules[__name__.partition(".")[0]]  # held, because nothing can be imported at the interpreter's exit
@@ -220,8 +221,8 @@ def set_num_threads(n: int) -> None:
     global _num_threads
     if isinstance(n, (bool, np.bool_)) or not isinstance(n, (int, np.integer)):
         raise TypeError(f"n must be an int, but got {type(n).__name__}")
-    if not 1 <= n <= 256:
-        raise ValueError(f"n, the number of threads, must be from 1 to 256, but got {n}")
+    if not 1 <= n <= MAX_THREADS:
+        raise ValueError(f"n, the number of threads, must be from 1 to {MAX_THREADS}, but got {n}")
     _num_threads = int(n)
     if _module is not None:
         _module.set_num_threads(_num_threads)
@@ -250,13 +251,13 @@ def get_num_threads() -> int:
     if _num_threads is None:
         from_environment = os.environ.get("FASTDROP_NUM_THREADS")
         if from_environment is not None:
-            if not (from_environment.isdecimal() and 1 <= int(from_environment) <= 256):
-                raise ValueError(f"FASTDROP_NUM_THREADS must be from 1 to 256, but got {from_environment!r}")
+            if not (from_environment.isdecimal() and 1 <= int(from_environment) <= MAX_THREADS):
+                raise ValueError(f"FASTDROP_NUM_THREADS must be from 1 to {MAX_THREADS}, but got {from_environment!r}")
             _num_threads = int(from_environment)
         elif hasattr(os, "sched_getaffinity"):
-            _num_threads = min(256, len(os.sched_getaffinity(0)))
+            _num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
         else:
-            _num_threads = min(256, os.cpu_count() or 1)
+            _num_threads = min(MAX_THREADS, os.cpu_count() or 1)
     return _num_threads
 
 

@@ -100,6 +100,21 @@ def test_missing_extension_says_how_to_get_it(monkeypatch):
     assert "compiler" in native.unavailable()
 
 
+def test_missing_extension_that_is_installed_elsewhere(monkeypatch, tmp_path):
+    """As in the source folder after an install that isn't editable."""
+    native, folders = primitive_modules()["c"], [tmp_path / name / "fastdrop" for name in ("source", "site-packages")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    (folders[1] / "_native.abi3.so").touch()
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(native, "_import_error", "undefined symbol", raising=False)
+    monkeypatch.setattr(native.sys, "path", [str(folder.parent) for folder in folders])
+    monkeypatch.setattr(native, "FOLDER", str(folders[0]))
+    assert f"is in {folders[1]}, but fastdrop is imported from {folders[0].parent}; leave that" in native.unavailable()
+    (folders[0] / "_native.abi3.so").touch()
+    assert "undefined symbol" in native.unavailable()
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_show_config_names_what_runs(name, capsys):
     with activated(name):

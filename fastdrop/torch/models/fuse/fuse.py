@@ -18,7 +18,7 @@ from ..reasons import functional_rows, reach, why_left, why_lent
 from ..report import Report, Row, describe
 from ..source.owners import Owners
 from . import peft_layers, residual_layers, transformers_layers
-from .rules import Fused, change_class, changed_code, original_class
+from .rules import Fused, change_class, changed_code, original_class, restore_class
 from .torch_layers import (
     FusedSequential,
     FusedTransformerDecoderLayer,
@@ -188,9 +188,8 @@ def unfuse(model: nn.Module) -> Report:
     for path, module in model.named_modules():
         before = type(module)
         if isinstance(module, Fused):
-            if "original" in vars(before):
-                module.__class__ = before.original
-                rows.append(Row(path, before.__name__, before.original.__name__))
-            else:
-                rows.append(Row(path, before.__name__, None, "its class was changed since"))
+            after, reason = (
+                (type(module).__name__, "") if restore_class(module) else (None, "its class was changed since")
+            )
+            rows.append(Row(path, before.__name__, after, reason))
     return Report(rows)
