@@ -12,6 +12,7 @@ import importlib
 import os
 import platform
 import sys
+import warnings
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -26,12 +27,15 @@ CUDA = "cuda"
 FILES = {**MODULES, CUDA: "cuda.launch"}
 MAX_THREADS = 256
 AUTO = "auto"
+NO_COMPILER = ("emscripten", "wasi")  # systems for which C is not built
 
 _package = sys.modules[__name__.partition(".")[0]]  # held, because nothing can be imported at the interpreter's exit
 
 _chosen: str | None = None  # by name; None until FASTDROP_BACKEND or use_backend has said which
-_module: Any = None  # the module of _chosen, once it is loaded
+_module: Any = None  # the module of _chosen, once it is used
+_found: Any = None  # the module that the environment or "auto" led to
 _num_threads: int | None = None
+_has_warned = False
 
 
 def active() -> Any:
@@ -51,15 +55,20 @@ def draws() -> bool:
 
 def active_name() -> str:
     """The name of the backend that runs now."""
-    module = active()
+    module = _running()
     return next(name for name, file in MODULES.items() if module.__name__.endswith("." + file))
+
+
+def why_numpy() -> str | None:
+    """Why NumPy runs though nobody has asked for it by name. None if something else runs, or if somebody has."""
+    return reason("c") if active_name() == "numpy" and _chosen == AUTO else None
 
 
 def is_vectorized() -> bool:
     """Whether the running backend computes with the CPU's vectors. NumPy's kernels and C's scalar ones run anywhere,
     but may be slower than what they replace."""
     name = active_name()
-    return name == "numba" or (name == "c" and active().isa() != "scalar")
+    return name == "numba" or (name == "c" and _running().isa() != "scalar")
 
 
 def load(name: str) -> ModuleType:
@@ -93,11 +102,48 @@ def _module_of(file: str) -> ModuleType:
 
 
 def _resolve() -> Any:
-    global _chosen, _module
+    global _module
+    module = _running()
+    if _chosen == AUTO:
+        _warn_of_fallback()
+    module.set_num_threads(get_num_threads())  # may have changed since the module was found
+    _module = module
+    return module
+
+
+def _running() -> Any:
+    """The module that runs, or would if something was to be computed now."""
+    global _chosen, _found
+    if _module is not None:
+        return _module
     if _chosen is None:
-        _chosen = _checked(os.environ.get("FASTDROP_BACKEND", AUTO), "FASTDROP_BACKEND")
-    _module = _loaded(_chosen)
-    return _module
+        _chosen, _found = _checked(os.environ.get("FASTDROP_BACKEND", AUTO), "FASTDROP_BACKEND"), None
+    if _found is None:
+        _found = _loaded(_chosen)
+    return _found
+
+
+def _warn_of_fallback() -> None:
+    """Says once, at the first use, that C does not run where it could."""
+    global _has_warned
+    why, name = reason("c"), active_name()
+    if why is None or _has_warned or sys.platform in NO_COMPILER:
+        return
+    _has_warned = True
+    warnings.warn(
+        f"fastdrop computes with the backend {name!r}, which is slower than 'c': {why}. If it is what you want, choose "
+        f"it by fastdrop.use_backend({name!r}) or FASTDROP_BACKEND={name}; then there is no warning",
+        RuntimeWarning,
+        stacklevel=user_level(),
+    )
+
+
+def user_level() -> int:
+    """The ``stacklevel`` with which the caller's warning names the user's line: that outside of fastdrop and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastdrop", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _loaded(name: str) -> Any:

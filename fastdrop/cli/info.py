@@ -106,7 +106,7 @@ def _running() -> dict[str, Any]:
     native = backends.load("c") if backends.reasons()["c"] is None else None
     return {
         "backends": {name: {"used": name == active, "why": why[name]} for name in backends.FILES},
-        "backend": backends.active().describe(),
+        "backend": backends.load(active).describe(),
         "instruction_set": native and native.isa(),
         "instruction_sets": list(native.usable_isas()) if native else [],
         "memory_policy": memory.describe(),

@@ -165,6 +165,35 @@ def test_backends_without_numba_and_c():
     assert lines[2] == "numpy: taken, the best that can run here"
 
 
+FALLS_BACK = """
+import sys, warnings
+sys.modules["numba"] = sys.modules["fastdrop._native"] = None  # as if there was neither
+import fastdrop as fd
+from fastdrop.cli import info
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    fd.explain(), fd.show_config(), info.collect()
+    if CHOICE:
+        fd.use_backend(CHOICE)
+    asked = len(seen)
+    fd.draw_mask(5, 0.5)  # the user's line
+    fd.draw_mask(5, 0.5)
+print(asked, *[w.category.__name__ + str(w.lineno) + w.filename + " " + str(w.message) for w in seen], sep="|")
+"""
+
+
+def test_auto_says_once_that_it_falls_back_and_why():
+    """At the first use, at the user's line, and only if nobody has chosen."""
+    ending = output_of(f"CHOICE = None{FALLS_BACK}").splitlines()[-1]
+    asked, warning = ending.split("|")
+    assert asked == "0"
+    assert warning.startswith("RuntimeWarning12<string> fastdrop computes with the backend 'numpy', which is slower")
+    assert "the C extension is not built (" in warning
+    assert "install a C compiler" in warning
+    assert output_of(f"CHOICE = 'numpy'{FALLS_BACK}").splitlines()[-1] == "0"
+    assert output_of(f"CHOICE = None{FALLS_BACK}", FASTDROP_BACKEND="numpy").splitlines()[-1] == "0"
+
+
 def test_threads_may_resolve_the_backend_at_once():
     code = """
 import threading
