@@ -131,7 +131,7 @@ def _warn_of_fallback() -> None:
         return
     _has_warned = True
     warnings.warn(
-        f"fastdrop computes with the backend {name!r}, which is slower than 'c': {why}. If it is what you want, choose "
+        f"fastdrop computes with the backend {name!r}, which is slower than 'c': {why}\nIf it is what you want, choose "
         f"it by fastdrop.use_backend({name!r}) or FASTDROP_BACKEND={name}; then there is no warning",
         RuntimeWarning,
         stacklevel=user_level(),

@@ -178,7 +178,8 @@ with warnings.catch_warnings(record=True) as seen:
     asked = len(seen)
     fd.draw_mask(5, 0.5)  # the user's line
     fd.draw_mask(5, 0.5)
-print(asked, *[w.category.__name__ + str(w.lineno) + w.filename + " " + str(w.message) for w in seen], sep="|")
+texts = [" ".join(str(w.message).split()) for w in seen]
+print(asked, *[f"{w.category.__name__}{w.lineno}{w.filename} {text}" for w, text in zip(seen, texts)], sep="|")
 """
 
 

@@ -122,7 +122,7 @@ def enable(*, even_if_slower: bool = False) -> None:
     if why is not None:
         warnings.warn(
             "torch's own dropout goes on, because fastdrop would compute with NumPy here, which is slower for most "
-            f"models: {why}. To enable fastdrop anyway: fastdrop.torch.enable(even_if_slower=True)",
+            f"models: {why}\nTo enable fastdrop anyway: fastdrop.torch.enable(even_if_slower=True)",
             RuntimeWarning,
             stacklevel=backends.user_level(),
         )

@@ -317,7 +317,7 @@ def test_enable_declines_where_numpy_runs_and_nobody_has_chosen_it(monkeypatch):
         monkeypatch.setattr(primitive_modules()[name], "unavailable", lambda: "there is no compiler")
     try:
         with fd.use_backend("auto"):
-            with pytest.warns(RuntimeWarning, match="there is no compiler.*even_if_slower=True") as seen:
+            with pytest.warns(RuntimeWarning, match=r"there is no compiler\n.*even_if_slower=True") as seen:
                 fdt.enable()
             assert seen[0].filename == __file__
             assert not context.is_enabled_everywhere()
