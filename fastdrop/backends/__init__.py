@@ -232,6 +232,7 @@ def explain() -> str:
     for name, reason in reasons().items():
         if name == taken:
             why = "taken, the best that can run here" if _chosen == AUTO else "taken, asked for by name"
+            why += f"; instruction set {load(name).isa()}" if name == "c" else ""
         elif reason:
             why = f"can't run: {reason}"
         elif name == CUDA:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -104,7 +105,8 @@ def test_pytest_runs_the_benchmarks_of_numpy_without_torch(tmp_path):
         sys.executable, "-c", NUMPY_ONLY, "bench", "--benchmark-only", "-k", "draw_rows or (sweep and 64k) or torch",
         "--benchmark-max-time", "0", "--benchmark-json", str(saved), "-p", "no:cacheprovider", "-q",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # xdist's
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 passed, 6 skipped" in done.stdout
     assert "benchmark 'sweep: 64k, forward, 2threads': 3 tests" in done.stdout

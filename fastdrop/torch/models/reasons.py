@@ -30,6 +30,8 @@ from .source.forward import (
 )
 from .source.owners import Owners
 
+UNREACHED = "nothing of fastdrop reaches it; use a function or module of fastdrop.torch in its place"
+
 __all__ = ["functional_rows", "reach", "why_left", "why_lent"]
 
 
@@ -53,7 +55,7 @@ def why_left(module: nn.Module) -> str:
         return ""
     if isinstance(module, torch.jit.ScriptModule):
         return "scripted; fdt.enable() reaches it"
-    return f"its forward {_drops_by(module)}; nothing of fastdrop reaches it"
+    return f"its forward {_drops_by(module)}; {UNREACHED}"
 
 
 def _drops_by(module: nn.Module) -> str:
@@ -111,7 +113,7 @@ def functional_rows(path: str, module: nn.Module, owners: Owners | None = None) 
         rows.append(Row(path, type(module).__name__, None, f"scripted, calls {name}; {ENABLE}"))
     if not rows and not known and (name := own_random(module)):
         before = class_name(type(module), "Dropout", *(cls.__name__ for cls in TORCH_CLASSES))
-        rows.append(Row(path, before, None, f"its forward drops by {name}; nothing of fastdrop reaches it"))
+        rows.append(Row(path, before, None, f"its forward drops by {name}; {UNREACHED}"))
     if not rows and not known and is_unreadable(module):
         reason = "its forward can't be read, it has no source; fdt.enable() reaches it if it calls torch's dropout"
         rows.append(Row(path, class_name(type(module)), None, reason))

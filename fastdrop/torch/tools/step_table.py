@@ -131,10 +131,11 @@ class StepReport:
     def _footnotes(self) -> list[str]:
         torchs = [row for row in self.rows if row.by == "torch"]
         lines = [f"[{i}] {why}" for why, i in _numbers(self.rows).items()]
+        calls = sum(row.runs for row in torchs)
         reached = [
-            f"fdt.{name}() would reach {count} of {len(torchs)}"
+            f"fdt.{name}() would reach {count} of {calls} calls"
             for name in REACHING
-            if (count := sum(name in row.reached_by for row in torchs))
+            if (count := sum(row.runs for row in torchs if name in row.reached_by))
         ]
         return (
             ["\n".join([*lines, "Of what torch drops: " + ", ".join(reached)] if reached else lines)] if lines else []

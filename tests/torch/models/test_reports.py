@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 import fastdrop.torch as fdt
 from fastdrop.torch.models.rates import rate_name
+from fastdrop.torch.models.reasons import UNREACHED
 
 from ..cases import assert_equal, gradient, under
 
@@ -492,7 +493,7 @@ def test_stochastic_depth_is_recognised_by_its_forward(kind):
 def test_what_is_nearly_stochastic_depth_is_left_and_listed(kind):
     model = nn.Sequential(kind())
     ((path, _, reason),) = functional(fdt.convert(model))
-    assert (path, reason) == ("0", "its forward drops by torch.rand; nothing of fastdrop reaches it")
+    assert (path, reason) == ("0", f"its forward drops by torch.rand; {UNREACHED}")
     assert type(model[0]) is kind
 
 

@@ -83,7 +83,7 @@ def test_report_prints_a_table_in_markdown_and_is_json(model):
     text = str(report)
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert len({line.count("|") for line in table}) == 1
-    assert "fdt.enable() would reach 9 of 9, fdt.convert() would reach 3 of 9" in text
+    assert "fdt.enable() would reach 9 of 9 calls, fdt.convert() would reach 3 of 9 calls" in text
     assert "Dropped nothing, because p is 0: 1,3-4.off (3x)" in text
     found = json.loads(json.dumps(report.to_dict()))
     assert len(found["rows"]) == len(report.rows) == 10
