@@ -40,7 +40,8 @@ mkdir sdist
 tar -xzf "$sdist" -C sdist --strip-components 1
 "$PYTHON" -m zipfile -e "$wheel" unpacked
 cp unpacked/fastdrop/_native.abi3.so sdist/fastdrop
-(cd sdist && PYTHONPATH=$PWD "$PYTHON" -m pytest -q -W ignore -p no:cacheprovider tests -k "test_random.py or test_grid.py")
+(cd sdist && PYTHONPATH=$PWD "$PYTHON" -m pytest -q -W ignore -p no:cacheprovider tests \
+    -k "test_random.py or test_grid.py")
 
 step "wheel, newest NumPy"
 environment wheel "$wheel"
