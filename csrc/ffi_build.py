@@ -9,6 +9,8 @@ memory and threads belong to another library.
 import os
 import re
 import runpy
+import sys
+import sysconfig
 from pathlib import Path
 
 from cffi import FFI
@@ -20,6 +22,9 @@ HEADERS = sorted(path.name for pattern in ("*.h", "*.def") for path in HERE.glob
 # Wider instructions appear only inside the isa_ files' own target regions. No contraction: a x + b must round twice on
 # every instruction set, as NumPy does. No errno from sqrtf, which would make it a call into libm.
 COMPILE_ARGS = ["-std=c11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread", "-g0"]
+
+# MinGW's linker takes names from this library before those of one version of Python.
+STABLE_ABI = ["python3"] if sys.platform == "win32" and not sysconfig.get_config_var("Py_GIL_DISABLED") else []
 
 COMMENT = re.compile(r"/\*.*?\*/", re.S)
 TABLE = runpy.run_path(str(HERE.parent / "fastdrop" / "backends" / "primitives.py"))
@@ -65,9 +70,10 @@ def builder() -> FFI:
         include_dirs=[str(HERE.relative_to(root))],
         depends=[str((HERE / name).relative_to(root)) for name in HEADERS],
         extra_compile_args=[*COMPILE_ARGS, *debug],
-        libraries=["m"],
+        libraries=["m", *STABLE_ABI],
         extra_link_args=["-pthread", *debug],
-        optional=True,  # no compiler: the install goes through and fastdrop runs on Numba or NumPy
+        # No compiler: the install goes through and fastdrop runs on Numba or NumPy. A wheel for others must have it.
+        optional=not os.environ.get("FASTDROP_REQUIRE_EXTENSION"),
     )
     return ffi
 

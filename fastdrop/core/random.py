@@ -8,6 +8,7 @@ bit planes, and group ``g`` is one Philox4x32-10 block with the key ``seed`` and
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import weakref
@@ -28,6 +29,7 @@ WEYL = (0x9E3779B9, 0xBB67AE85)  # key increments: golden ratio, sqrt(3) - 1
 MASK_DOMAIN = 1 << 27  # bits 27-28 of counter word 1: 1 = mask bits; 0 is free for torch and cuRAND
 NOISE_DOMAIN = 2 << 27  # Gaussian noise
 CHILD_DOMAIN = 3 << 27  # seed and offset of a child stream
+SPAWNED, FORKED = 0, 1  # third counter word: a child of `Stream.spawn`, or the process-wide stream of a forked process
 GROUP_SHIFT = 29
 PLANES_PER_GROUP = 4
 GROUPS = 8
@@ -107,13 +109,14 @@ def philox4x32_10(
     >>> [hex(int(word)) for word in philox4x32_10((0, 0, 0, 0), (0, 0))]
     ['0x6627e8d5', '0xe169c58d', '0xbc57ac4c', '0x9b00dbd8']
     """
-    c0, c1, c2, c3 = (np.asarray(c).astype(np.uint64) for c in np.broadcast_arrays(*counter))
+    c0, c1, c2, c3 = (np.asarray(c).astype(np.uint64) for c in counter)
+    m0, m1 = (np.uint64(multiplier) for multiplier in MULTIPLIERS)
     k0, k1 = key
     low, shift = np.uint64(LOW), np.uint64(32)
-    for _ in range(ROUNDS):
-        p0, p1 = np.uint64(MULTIPLIERS[0]) * c0, np.uint64(MULTIPLIERS[1]) * c2
-        c0, c1 = (p1 >> shift) ^ c1 ^ np.uint64(k0), p1 & low
-        c2, c3 = (p0 >> shift) ^ c3 ^ np.uint64(k1), p0 & low
+    for _ in range(ROUNDS):  # parts of the counter broadcast late: the first rounds work on small arrays
+        p0, p1 = m0 * c0, m1 * c2
+        c0, c1 = (p1 >> shift) ^ (c1 ^ np.uint64(k0)), p1 & low
+        c2, c3 = (p0 >> shift) ^ (c3 ^ np.uint64(k1)), p0 & low
         k0, k1 = (k0 + WEYL[0]) & LOW, (k1 + WEYL[1]) & LOW
     return c0.astype(np.uint32), c1.astype(np.uint32), c2.astype(np.uint32), c3.astype(np.uint32)
 
@@ -135,8 +138,8 @@ class Stream:
 
     Notes
     -----
-    Drawing is thread-safe. Streams compare by value and can be pickled. A copy, or a stream in a forked process, draws
-    the same as the original draws next. Use `spawn` to give each worker a stream of its own.
+    Drawing is thread-safe. Streams compare by value and can be pickled. A copy, or a stream that a forked process
+    inherits, draws the same as the original draws next. Use `spawn` to give each worker a stream of its own.
 
     Examples
     --------
@@ -224,8 +227,8 @@ class Stream:
             self._spawned = end
         return children
 
-    def _child(self, number: int) -> Stream:
-        counter = number & LOW, number >> 32 | CHILD_DOMAIN, 0, 0
+    def _child(self, number: int, kind: int = SPAWNED) -> Stream:
+        counter = number & LOW, number >> 32 | CHILD_DOMAIN, kind, 0
         block = philox4x32_10(counter, (self._seed & LOW, self._seed >> 32))
         a, b, c, d = (int(word) for word in block)
         return Stream(a | b << 32, c | d << 32)
@@ -253,6 +256,8 @@ def _entropy() -> int:
 
 _default = Stream(_entropy())
 _seeded_by_user = False
+_forks = itertools.count()  # numbers the forks of this process since it was seeded
+_this_thread = threading.local()
 
 
 def check_random_state(rng: Any) -> None:
@@ -279,10 +284,6 @@ def random_state(rng: Any) -> State:
 def manual_seed(seed: int) -> Stream:
     """Restarts the process-wide stream at ``seed`` and returns it.
 
-    A forked child continues its parent's seeded stream, as with `numpy.random.seed`, and so draws the same as the
-    parent and the other children; `Stream.spawn` gives each a stream of its own. Without a call of this function each
-    child gets a random seed of its own.
-
     Parameters
     ----------
     seed : int
@@ -298,25 +299,39 @@ def manual_seed(seed: int) -> Stream:
     TypeError, ValueError
         If seed is not an int or out of range.
 
+    Notes
+    -----
+    A forked process gets a stream of its own, which depends on ``seed`` and on the number of forks since this call: the
+    workers of a DataLoader differ, in each epoch, and a program that is run again draws the same masks. The parent's
+    stream does not change. Processes that are forked in turn follow the same rule. Without a call of this function
+    each process gets a random seed, and so does one that is started by "spawn" or "forkserver"; call it there too.
+
+    All calls of `os.fork` count, also those of other code. `subprocess` calls it only for ``preexec_fn``.
+
     Examples
     --------
     >>> import fastdrop as fd
     >>> fd.manual_seed(0)
     Stream(seed=0, offset=0)
     """
-    global _default, _seeded_by_user
-    _default = Stream(seed)
+    global _default, _seeded_by_user, _forks
+    _default, _forks = Stream(seed), itertools.count()
     _seeded_by_user = True
     return _default
 
 
+def _before_fork() -> None:
+    # The child has this thread alone, so it finds its own number, though other threads may be forking.
+    _this_thread.fork = next(_forks)
+
+
 def _after_fork_in_child() -> None:
-    global _default
+    global _default, _forks
     for stream in list(_streams.values()):
         stream._lock = threading.Lock()
-    if not _seeded_by_user:
-        _default = Stream(_entropy())
+    _default = _default._child(_this_thread.fork, FORKED) if _seeded_by_user else Stream(_entropy())
+    _forks = itertools.count()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork_in_child)
+    os.register_at_fork(before=_before_fork, after_in_child=_after_fork_in_child)

@@ -128,34 +128,52 @@ def test_manual_seed_restarts_the_process_wide_stream():
 
 
 FORK = """
-import os
+import os, subprocess, sys, threading
 import fastdrop as fd
-def child():
+def draw(**options):
+    return str(fd.draw_mask(256, 0.5, **options).words.tolist())
+def in_child(function):
     read, write = os.pipe()
     pid = os.fork()
     if not pid:
-        os.write(write, str(fd.draw_mask(256, 0.5).words.tolist()).encode())
+        os.write(write, function().encode())
         os._exit(0)
     os.waitpid(pid, 0)
     return os.read(read, 1 << 16).decode()
-for prepare in (lambda: None, lambda: fd.manual_seed(5)):
-    prepare()
-    fd.draw_mask(100, 0.5)
-    print(child(), child(), fd.draw_mask(256, 0.5).words.tolist(), sep=";")
+def children_of_a_child():
+    return ";".join([in_child(draw), draw(), in_child(draw)])
+def line(*masks):
+    print(*masks, sep=";")
+line(in_child(draw), in_child(draw), draw())  # nobody has seeded
+for _ in range(2):
+    stream = fd.manual_seed(5)
+    first = in_child(draw)
+    subprocess.run([sys.executable, "-c", ""], check=True)  # does not count
+    line(first, in_child(children_of_a_child), draw(), in_child(draw), draw())
+line(*[draw(rng=s) for s in (fd.Stream(5), *fd.Stream(5).spawn(4))])
+line(in_child(lambda: draw(rng=stream)), draw(rng=stream))
+fd.manual_seed(5)
+threads, seen = [threading.Thread(target=lambda: seen.append(in_child(draw))) for _ in range(8)], []
+for t in threads: t.start()
+for t in threads: t.join()
+line(*seen)
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
-def test_forked_children_share_a_seeded_stream_only():
-    """As with numpy.random.seed, a child continues a seeded parent's stream. Without a seed it gets a seed of its own.
-
-    Processes that are left unseeded draw different masks.
-    """
-    unseeded, seeded = (line.split(";") for line in output_of(FORK).splitlines())
-    again, _ = (line.split(";") for line in output_of(FORK).splitlines())
-    assert len(seeded) == 3
-    assert len(set(seeded)) == 1
-    assert len({*unseeded, *again}) == 6
+def test_forked_processes_draw_different_masks_and_the_same_ones_again():
+    """The process-wide stream of a child depends on the seed and on the number of forks since it was set. An explicit
+    stream is a value: a child draws from its copy what the parent draws next."""
+    unseeded, seeded, reseeded, explicit, value, threads = (line.split(";") for line in output_of(FORK).splitlines())
+    others, again, *_ = (line.split(";") for line in output_of(FORK).splitlines())
+    assert len({*unseeded, *others}) == 6
+    assert seeded == reseeded == again
+    assert len({*seeded}) == len(seeded) == 7  # two children and the next one's three, and the parent's own two
+    assert len({*seeded, *explicit}) == len(seeded) + len(explicit) - 1  # the parent's first is that of Stream(5)
+    assert seeded[4] == explicit[0]
+    assert value[0] == value[1]
+    assert len({*threads}) == 8
+    assert {*seeded[:1], seeded[2], seeded[5]} <= {*threads}
 
 
 FORK_WITHIN_TAKE = """

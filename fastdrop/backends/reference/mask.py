@@ -6,6 +6,7 @@ The package's docstring has the contract that all primitives share; what a mask'
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,12 +32,18 @@ from ...core.random import (
     philox4x32_10,
 )
 from ..generate import primitive
-from .storage import as_computed, store, unpack_bits, write_bits
+from .storage import align_rows, as_computed, copy_bits, select, store, unpack_bits, write_bits
 
 Array = NDArray[Any]
 Words = NDArray[np.uint32]
 
-CHUNK_WORDS = 1 << 14  # drawn at a time; bounds the temporaries at a few MB
+# Temporaries of the draw stay in a core's second cache. Smaller pieces would leave more to NumPy's own costs.
+PHILOX_BLOCKS = 1 << 14
+FEW_BLOCKS = 1 << 11  # take no longer than one
+DRAWN_WORDS = 1 << 18  # drawn at a time; bounds the temporaries at a few MB
+APPLIED_CELLS = 1 << 18  # elements at a time that a mask is applied to
+FEWEST_COLUMNS = 1 << 10
+FEWEST_GROUPS = 2  # drawn together: after them one word in eight has a cell that is not decided
 
 
 @primitive
@@ -45,13 +52,13 @@ def draw_bits(p: Any) -> None:
 
     Bits below ``position`` in its word stay, bits above the last one written in its word are cleared.
     """
-    for at in range(0, p.n, 32 * CHUNK_WORDS):
-        count = min(p.n - at, 32 * CHUNK_WORDS)
+    for at in range(0, p.n, 32 * DRAWN_WORDS):
+        count = min(p.n - at, 32 * DRAWN_WORDS)
         cell = p.first + at
         lead = cell & 31
         index = np.arange(word_count(lead + count), dtype=np.uint64) + np.uint64(cell >> 5)
         drawn = _keep_words(index, p.seed, p.offset, p.threshold)
-        write_bits(p.words, p.position + at, unpack_bits(drawn, lead, count))
+        copy_bits(p.words, p.position + at, drawn, lead, count)
 
 
 @primitive
@@ -62,7 +69,7 @@ def draw_rows(p: Any) -> None:
     Words are left as by `draw_bits`.
     """
     rows, width = p.outer * p.rows if p.columns else 0, word_count(31 + p.columns)
-    together = CHUNK_WORDS // width
+    together = DRAWN_WORDS // width
     for at in range(0, rows, max(together, 1)):
         position = p.position + at * p.columns
         if together < 2:
@@ -74,10 +81,10 @@ def draw_rows(p: Any) -> None:
         r = row - o * np.uint64(p.rows)
         cells = np.uint64(p.first) + o * np.uint64(p.outer_pitch) + r * np.uint64(p.pitch)
         index = (cells >> np.uint64(5))[:, None] + np.arange(width, dtype=np.uint64)
-        drawn = _keep_words(index.reshape(-1), p.seed, p.offset, p.threshold)
-        bits = unpack_bits(drawn, 0, 32 * drawn.size).reshape(row.size, 32 * width)
-        columns = (cells & np.uint64(31))[:, None] + np.arange(p.columns, dtype=np.uint64)
-        write_bits(p.words, position, np.take_along_axis(bits, columns.astype(np.intp), 1).reshape(-1))
+        drawn = _keep_words(index.reshape(-1), p.seed, p.offset, p.threshold).reshape(index.shape)
+        aligned = align_rows(drawn, cells & np.uint64(31))
+        bits = unpack_bits(aligned.reshape(-1), 0, 32 * aligned.size).reshape(row.size, -1)
+        write_bits(p.words, position, bits[:, : p.columns].reshape(-1))
 
 
 @primitive
@@ -91,14 +98,29 @@ def dropout_forward(p: Any) -> None:
 @primitive
 def masked_affine(p: Any) -> None:
     """Data ``[outer, repeat, inner]`` under stored bits: element (o, r, i) by bit ``position + o * inner + i``."""
-    keep = unpack_bits(p.words, p.position, p.outer * p.inner).reshape(p.outer, 1, p.inner)
-    source = as_computed(p.dtype, p.x).reshape(p.outer, p.repeat, p.inner)
-    kind = source.dtype.type
+    outer, repeat, inner = (1, 1, p.outer * p.inner) if p.repeat == 1 else (p.outer, p.repeat, p.inner)
+    columns = max(FEWEST_COLUMNS, APPLIED_CELLS // max(1, repeat))
+    rows = max(1, APPLIED_CELLS // max(1, repeat * inner))
+    x, y = p.x.reshape(outer, repeat, inner), p.y.reshape(outer, repeat, inner)
     with np.errstate(all="ignore"):  # inf and NaN in data are data
-        kept = source * kind(p.a)
-        if p.b != 0.0 or p.c != 0.0:
-            kept += kind(p.b)
-        store(p.dtype, p.y.reshape(p.outer, p.repeat, p.inner), np.where(keep, kept, kind(p.c)))
+        for o in range(0, outer, rows):
+            for i in range(0, inner, columns):
+                part = slice(o, o + rows), slice(None), slice(i, i + columns)
+                _apply(p, p.position + o * inner + i, x[part], y[part])
+
+
+def _apply(p: Any, position: int, x: Array, y: Array) -> None:
+    """`masked_affine` of a block ``[outer, repeat, inner]``, whose bits are side by side."""
+    keep = unpack_bits(p.words, position, x.shape[0] * x.shape[2])
+    source = as_computed(p.dtype, x)
+    kind = source.dtype.type
+    in_place = source.dtype == y.dtype
+    kept = np.multiply(source, kind(p.a), out=y if in_place else None)
+    if p.b != 0.0 or p.c != 0.0:
+        kept += kind(p.b)
+    select(keep.reshape(x.shape[0], 1, x.shape[2]), kept, p.c)
+    if not in_place:
+        store(p.dtype, y, kept)
 
 
 @primitive
@@ -111,8 +133,8 @@ def gaussian_multiply(p: Any) -> None:
     """
     source, target = p.x.reshape(-1), p.y.reshape(-1)
     one, spread = np.float32(1), np.float32(p.sigma)
-    for at in range(0, p.n, 32 * CHUNK_WORDS):
-        part = slice(at, min(p.n, at + 32 * CHUNK_WORDS))
+    for at in range(0, p.n, 4 * PHILOX_BLOCKS):
+        part = slice(at, min(p.n, at + 4 * PHILOX_BLOCKS))
         factor = one + spread * _normals(p.first + at, part.stop - at, p.seed, p.offset)
         with np.errstate(all="ignore"):
             store(p.dtype, target[part], as_computed(p.dtype, source[part]) * factor)
@@ -182,26 +204,49 @@ def _polynomial(coefficients: tuple[float, ...], x: NDArray[np.float32]) -> NDAr
 
 def _keep_words(index: NDArray[np.uint64], seed: int, offset: int, threshold: int) -> Words:
     """Mask words of these indices, drawn lazily: words leave the draw when all their cells are decided."""
-    drop = np.zeros(index.size, np.uint32)
-    undecided = np.full(index.size, LOW, np.uint32)
-    open_words = np.arange(index.size)
-    key = (seed & LOW, seed >> 32)
-    for group in range(GROUPS):
-        if not (threshold << (PLANES_PER_GROUP * group)) & LOW or not open_words.size:
-            break  # the rest of the threshold is 0, no draw can be below it
-        w = index[open_words]
-        counter = (
-            w & np.uint64(LOW),
-            (w >> np.uint64(32)) | np.uint64(MASK_DOMAIN | group << GROUP_SHIFT),
-            offset & LOW,
-            offset >> 32,
-        )
-        for k, plane in enumerate(philox4x32_10(counter, key)):
-            at = undecided[open_words]
-            if threshold >> (31 - PLANES_PER_GROUP * group - k) & 1:
-                drop[open_words] |= at & ~plane
-                undecided[open_words] = at & plane
-            else:
-                undecided[open_words] = at & ~plane
-        open_words = open_words[undecided[open_words] != 0]
-    return ~drop
+    drop, undecided = np.zeros(index.size, np.uint32), np.full(index.size, LOW, np.uint32)
+    _decide(index, drop, undecided, 0, (seed, offset), threshold)
+    return np.invert(drop, out=drop)
+
+
+def _decide(
+    index: NDArray[np.uint64], drop: Words, undecided: Words, first: int, state: tuple[int, int], threshold: int
+) -> None:
+    """Compares the undecided cells of these words with the threshold, by groups from ``first`` on."""
+    # Once the rest of the threshold is 0, no draw can be below it.
+    needed = next(g for g in range(GROUPS + 1) if not threshold << PLANES_PER_GROUP * g & LOW)
+    if first >= needed or not index.size:
+        return
+    groups = range(first, min(needed, first + max(FEWEST_GROUPS, FEW_BLOCKS // index.size)))
+    together = PHILOX_BLOCKS // len(groups)
+    for at in range(0, index.size, together):
+        part = slice(at, at + together)
+        _compare(drop[part], undecided[part], _planes(index[part], groups, *state), first, threshold)
+    open_words = np.flatnonzero(undecided)
+    dropped = drop[open_words]
+    _decide(index[open_words], dropped, undecided[open_words], groups.stop, state, threshold)
+    drop[open_words] = dropped
+
+
+def _compare(drop: Words, undecided: Words, planes: Iterator[Words], first: int, threshold: int) -> None:
+    """The first plane in which draw and threshold differ decides a cell: it is dropped if the draw's bit is the 0."""
+    for k, plane in enumerate(planes, PLANES_PER_GROUP * first):
+        if k % PLANES_PER_GROUP == 0 and not undecided.any():
+            break
+        if threshold >> (31 - k) & 1:
+            drop ^= undecided
+            undecided &= plane
+            drop ^= undecided
+        else:
+            undecided &= ~plane
+
+
+def _planes(index: NDArray[np.uint64], groups: range, seed: int, offset: int) -> Iterator[Words]:
+    """The bit planes of these groups of words, from the top."""
+    high = index >> np.uint64(32)
+    if high[0] == high[-1] and (high == high[0]).all():
+        high = high[:1]  # Philox then has less to compute
+    group = np.array(groups, np.uint64)[:, None] << np.uint64(GROUP_SHIFT)
+    counter = index & np.uint64(LOW), high | np.uint64(MASK_DOMAIN) | group, offset & LOW, offset >> 32
+    drawn = philox4x32_10(counter, (seed & LOW, seed >> 32))
+    return (output[row] for row in range(len(groups)) for output in drawn)

@@ -15,6 +15,7 @@ from ...core.checks import BFLOAT16, FLOAT16
 Array = NDArray[Any]
 Words = NDArray[np.uint32]
 Doubles = NDArray[np.float64]
+BITS = {4: np.uint32, 8: np.uint64}  # unsigned integers by their size
 
 
 def bfloat16_to_float32(bits: Array) -> Array:
@@ -47,6 +48,14 @@ def unpack_bits(words: Words, position: int, n: int) -> NDArray[np.bool_]:
     return np.unpackbits(whole.view(np.uint8), bitorder="little")[lead : lead + n].view(np.bool_)
 
 
+def align_rows(words: Words, lead: Array) -> Words:
+    """Rows of words, each moved down by its lead, which is below 32 bits; zeros come in."""
+    pairs = words.astype(np.uint64)
+    pairs[:, :-1] |= pairs[:, 1:] << np.uint64(32)
+    pairs >>= lead.astype(np.uint64)[:, None]
+    return pairs.astype(np.uint32)
+
+
 def write_bits(words: Words, position: int, keep: NDArray[np.bool_]) -> None:
     lead = position & 31
     start, stop = position >> 5, (position + keep.size + 31) >> 5
@@ -54,6 +63,34 @@ def write_bits(words: Words, position: int, keep: NDArray[np.bool_]) -> None:
     bits[:lead] = unpack_bits(words, position - lead, lead)
     bits[lead : lead + keep.size] = keep
     words[start:stop] = np.packbits(bits, bitorder="little").view("<u4")
+
+
+def select(keep: NDArray[np.bool_], values: Array, dropped: float = 0.0) -> None:
+    """Writes ``dropped`` to the values that are not kept. ``keep`` broadcasts to the float array ``values``.
+
+    A number's bits times 1 or 0 are the number or +0. NumPy's `where` branches at each element, which takes ten times
+    as long under a random mask.
+    """
+    unsigned = BITS[values.itemsize]
+    bits = values.view(unsigned)
+    if dropped == 0.0:
+        bits *= keep
+    else:
+        instead = values.dtype.type(dropped).view(unsigned)
+        bits ^= instead
+        bits *= keep
+        bits ^= instead
+
+
+def copy_bits(words: Words, position: int, source: Words, lead: int, n: int) -> None:
+    """Writes bits ``lead .. lead+n-1`` of source at ``position``, as `write_bits` does."""
+    if lead or position & 31:
+        write_bits(words, position, unpack_bits(source, lead, n))
+        return
+    start, stop = position >> 5, (position + n + 31) >> 5
+    words[start:stop] = source[: stop - start]
+    if n & 31:
+        words[stop - 1] &= np.uint32((1 << (n & 31)) - 1)
 
 
 def read_bits(words: Words | None, shape: tuple[int, int]) -> NDArray[np.bool_]:

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+import fastdrop as fd
 import fastdrop.torch as fdt
 
 from ...cases import ROOT, output_of
@@ -110,6 +111,29 @@ def load_in_workers():
     assert not set(masks) & set(masks_of(load(2)))
 
 
+class NumPyMasks(Dataset):
+    """Item i: a mask of the NumPy API, from the process-wide stream."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, i):
+        return str(fd.draw_mask(256, 0.5).words.tolist())
+
+
+def draw_in_workers():
+    """`fd.manual_seed` gives each worker other masks, and those of the next epoch others again."""
+    options = {"batch_size": None, "num_workers": 4, "multiprocessing_context": "fork", "timeout": 60}
+    runs = []
+    for persistent in (False, False, True):
+        fd.manual_seed(0)
+        loader = DataLoader(NumPyMasks(), persistent_workers=persistent, **options)
+        runs.append([mask for _ in range(2) for mask in loader])
+    assert [len({*masks}) for masks in runs] == [32, 32, 32]
+    assert runs[0] == runs[1]
+    assert runs[2][:16] == runs[0][:16]
+
+
 def in_a_fork(function):
     """What the function returns in a forked child, or what went wrong there."""
     read, write = os.pipe()
@@ -194,6 +218,7 @@ def fork():
     fork_while_enabled()
     fork_while_others_compute()
     load_in_workers()
+    draw_in_workers()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
