@@ -31,7 +31,7 @@ def versions() -> str:
 def check_backend(name: str) -> None:
     """The example of README, a pickled mask and a fused function, against NumPy's backend."""
     x = np.linspace(-2, 2, 4 * 515, dtype=np.float32).reshape(4, 515)
-    results = []
+    results: list[tuple[np.ndarray, ...]] = []
     for backend in (name, "numpy"):
         with fd.use_backend(backend):
             y, mask = fd.dropout(x, p=0.25, rng=0)
@@ -44,7 +44,7 @@ def check_backend(name: str) -> None:
         assert np.allclose(y[y != 0], x[y != 0] / 0.75)
         results.append((y, dx, half, normed))
     (*exact, normed), (*reference, reference_normed) = results
-    assert all(np.array_equal(a, b) for a, b in zip(exact, reference, strict=True)), f"{name} differs from NumPy"
+    assert all((a == b).all() for a, b in zip(exact, reference, strict=True)), f"{name} differs from NumPy"
     assert np.allclose(normed, reference_normed, atol=1e-5), f"{name}'s fused function differs from NumPy's"
 
 
