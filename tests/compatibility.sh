@@ -6,8 +6,8 @@
 #     sh tests/compatibility.sh dist/*.whl python3.11 torch==2.11.0 numpy pytest hypothesis expecttest
 #
 # With torch the main test files of tests/torch run, too, on the installed wheel; they need pytest, hypothesis and
-# expecttest. INSTALLER is an interpreter that has pip 23.1 or later; by default PYTHON itself. FOLDERS, if set, is a
-# PYTHONPATH of folders that already hold packages, which saves downloads.
+# expecttest. INSTALLER is an interpreter that has pip 23.1 or later; by default PYTHON itself. FOLDERS, if set, are
+# folders, with colons between, that already hold packages, which saves downloads.
 set -eu
 
 wheel=$(realpath "$1")
@@ -21,10 +21,12 @@ trap 'rm -rf "$work"' EXIT
 installed=$work/environment/bin/python
 "${INSTALLER:-$python}" -m pip --python "$installed" install --quiet --disable-pip-version-check --no-compile "$wheel" "$@"
 
-# Away from the checkout, whose fastdrop must not be found. Installed packages come before FOLDERS.
+# Away from the checkout, whose fastdrop must not be found. Packages of the environment come before those in FOLDERS.
 cd "$work"
 site=$("$installed" -c 'import sysconfig; print(sysconfig.get_path("platlib"))')
-export PYTHONPATH="$site${FOLDERS:+:$FOLDERS}" PYTHONDONTWRITEBYTECODE=1 NUMBA_CACHE_DIR="$work/numba"
+echo "${FOLDERS:-}" | tr : '\n' > "$site/folders.pth"  # unlike PYTHONPATH also for processes that tests start
+unset PYTHONPATH
+export PYTHONDONTWRITEBYTECODE=1 NUMBA_CACHE_DIR="$work/numba"
 
 "$installed" "$checkout/tests/compatibility.py" "$site"
 "$installed" -m fastdrop selftest
