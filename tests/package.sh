@@ -1,6 +1,7 @@
 #!/bin/sh
 # The wheel, which is built from the sdist, is installed in clean environments and self-tested there, outside the
-# checkout: with the newest NumPy and with NumPy 1.26. So is the sdist, without a compiler. PYTHON is an interpreter that has the build package.
+# checkout: with the newest NumPy and with NumPy 1.26. So is the sdist, without a compiler; its tests can be collected.
+# PYTHON is an interpreter that has the packages of requirements-dev.txt.
 set -eu
 
 checkout=$(pwd)
@@ -32,6 +33,15 @@ esac
 grep -q '_native.abi3.so' "$work/contents" || { echo "the wheel lacks the C extension" && exit 1; }
 
 cd "$work"
+
+# A helper that the sdist lacks makes an error when the tests are collected: all are, in one process, and few run.
+step "the sdist's tests"
+mkdir sdist
+tar -xzf "$sdist" -C sdist --strip-components 1
+"$PYTHON" -m zipfile -e "$wheel" unpacked
+cp unpacked/fastdrop/_native.abi3.so sdist/fastdrop
+(cd sdist && PYTHONPATH=$PWD "$PYTHON" -m pytest -q -W ignore -p no:cacheprovider tests \
+    -k "test_random.py or test_grid.py")
 
 step "wheel, newest NumPy"
 environment wheel "$wheel"
