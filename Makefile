@@ -178,7 +178,8 @@ $(OUT)/kernels-%: $(C_TEST_DEPENDS)
 NEXT := .venv-next
 NEXT_TORCH := 2.14.1
 
-$(NEXT)/.packages: requirements-demo.txt requirements-dev.txt
+# Makefile has the versions.
+$(NEXT)/.packages: requirements-demo.txt requirements-dev.txt Makefile
 	@echo "== creating $(NEXT) with torch $(NEXT_TORCH) and its packages for CUDA (several GB, once)"
 	$(PYTHON) -m venv $(NEXT)
 	sed 's/^torch==.*/torch==$(NEXT_TORCH)/' requirements-demo.txt > $(NEXT)/requirements-demo.txt
@@ -194,7 +195,7 @@ test-torch-next: $(NEXT)/.packages
 # For the recipes that need them. torchvision's binary is made for torch with CUDA; tests/vision.py says how it is done.
 VISION := build/vision
 
-$(VISION)/.packages: $(VENV)/.packages
+$(VISION)/.packages: $(VENV)/.packages Makefile
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --no-deps --upgrade --target $(VISION) \
 	    torchvision==0.28.0 timm==1.0.31
 	@touch $@

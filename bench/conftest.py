@@ -16,6 +16,7 @@ import pytest
 
 import fastdrop
 from fastdrop import backends
+from fastdrop.backends import c as native
 from fastdrop.backends import memory
 from fastdrop.cli import selftest
 
@@ -25,14 +26,18 @@ from . import machine, pairing
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: a row of the speed table of plain dropout")
     if not config.pluginmanager.hasplugin("benchmark"):
-        raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install '.[bench]' in fastdrop's folder")
+        raise pytest.UsageError("the benchmarks need pytest-benchmark: pip install -e '.[bench]' in fastdrop's folder")
+    if (reason := native.unavailable()) and native.installed_elsewhere():
+        raise pytest.UsageError(f"the benchmarks would run without C: {reason}")
     pairing.share_of_seconds = float(config.getoption("benchmark_max_time"))
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     if importlib.util.find_spec("torch"):
         return []
-    return ["torch is not installed: bench/torch is skipped. pip install '.[torch]' in fastdrop's folder installs it"]
+    return [
+        "torch is not installed: bench/torch is skipped. pip install -e '.[torch]' in fastdrop's folder installs it"
+    ]
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:

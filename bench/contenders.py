@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from fastdrop import Stream, backends, draw_mask, dropout, dropout_backward
 from fastdrop.backends import c as native
 from fastdrop.backends.memory import Policy, policy, use_policy
+from fastdrop.cli import bench as cli_bench
 from fastdrop.cli.bench import numpy_dropout, numpy_dropout_backward
 from fastdrop.core import checks
 from fastdrop.core.random import keep_scale
@@ -72,31 +73,16 @@ class Buffers:
         return cls(*arrays)
 
 
-def import_torch() -> Any:
-    """torch, or None where it is not installed."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    return torch
-
-
 @contextlib.contextmanager
 def threads(n: int, torch: Any) -> Iterator[None]:
-    """Gives fastdrop and torch, unless it is None, so many threads until the block ends.
-
-    The C backend gets them even where another backend runs, because C is a peer then.
-    """
-    before = backends.get_num_threads(), torch and torch.get_num_threads()
-    _give_threads(n)
-    try:
-        if torch is not None:
-            torch.set_num_threads(n)
-        yield
-    finally:
-        _give_threads(before[0])
-        if torch is not None:
-            torch.set_num_threads(before[1])
+    """`fastdrop.cli.bench.threads`, also for the C backend where another backend runs, because C is a peer then."""
+    before = backends.get_num_threads()
+    with cli_bench.threads(n, torch):
+        try:
+            _give_c_threads(n)
+            yield
+        finally:
+            _give_c_threads(before)
 
 
 def threads_id(n: int) -> str:
@@ -109,8 +95,7 @@ def p_id(value: object) -> str | None:
     return f"p{value}" if isinstance(value, float) else None
 
 
-def _give_threads(n: int) -> None:
-    backends.set_num_threads(n)
+def _give_c_threads(n: int) -> None:
     if native.unavailable() is None:
         native.set_num_threads(n)
 

@@ -26,6 +26,7 @@ include_patterns = [
     "docs/api/*.md",
     "CHANGELOG.md",
     "CONTRIBUTING.md",
+    "SECURITY.md",
     "bench/results/*.md",
     "bench/results/*/*.md",
     "examples/tour.ipynb",

@@ -16,6 +16,7 @@ import pytest
 import fastdrop as fd
 from fastdrop import backends
 from fastdrop.backends import c as native
+from fastdrop.cli.bench import import_torch
 from fastdrop.core.random import threshold
 
 from .. import contenders
@@ -26,7 +27,7 @@ CASE_SECONDS, DRAW_SECONDS = 0.5, 1.0
 COMPILED = "compiled F.dropout"
 C, BITS, DRAW_BITS = "C", "bits", "draw_bits"
 
-torch = contenders.import_torch()
+torch = import_torch()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

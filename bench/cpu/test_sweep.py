@@ -20,6 +20,7 @@ import pytest
 
 from fastdrop import backends
 from fastdrop.backends import memory
+from fastdrop.cli.bench import import_torch
 from fastdrop.cli.timing import SAMPLE_SECONDS, sample
 
 from .. import contenders, machine
@@ -34,7 +35,7 @@ THRESHOLDS = {ALWAYS: 0, NEVER: memory.NEVER}
 
 NAMES = {size: size_name(size) for size in SIZES} | {n: contenders.threads_id(n) for n in THREADS}
 
-torch = contenders.import_torch()
+torch = import_torch()
 
 
 @pytest.mark.parametrize(

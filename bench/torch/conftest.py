@@ -6,11 +6,13 @@ from collections.abc import Iterator
 
 import pytest
 
+from fastdrop.cli.bench import import_torch
+
 from .. import contenders
 
 
 @pytest.fixture(params=(1, 2), ids=contenders.threads_id)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """So many threads for fastdrop and torch."""
-    with contenders.threads(request.param, contenders.import_torch()):
+    with contenders.threads(request.param, import_torch()):
         yield request.param

@@ -1,9 +1,12 @@
 """Drop inputs in the workers of a DataLoader, with the same masks for any number of workers.
 
-You want this if you augment data with NumPy dropout (words, pixels, features) in `Dataset.__getitem__`. A random state
+You want this if you augment data with NumPy dropout (words, pixels, features) in `Dataset.__getitem__`. A `fd.Stream`
 that was made before the workers start is copied into each of them, so all workers draw the same masks. Here the seed
 comes from the epoch and the number of the sample instead. So samples differ, epochs differ, and neither the number of
 workers nor the order of samples matters.
+
+With `persistent_workers=True` each worker keeps the copy of the data set that it began with, and so its `epoch`. Take
+the seed from an epoch that the sampler hands on with the number of the sample then, or leave the option off.
 
     python examples/recipes/dataloader_workers.py --quick
 """

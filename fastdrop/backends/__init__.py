@@ -12,6 +12,7 @@ import importlib
 import os
 import platform
 import sys
+import warnings
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -24,13 +25,17 @@ __all__ = ["active", "explain", "get_num_threads", "reasons", "set_num_threads",
 MODULES = {"c": "c", "numba": "numba.launch", "numpy": "reference"}  # best first
 CUDA = "cuda"
 FILES = {**MODULES, CUDA: "cuda.launch"}
+MAX_THREADS = 256
 AUTO = "auto"
+NO_COMPILER = ("emscripten", "wasi")  # systems for which C is not built
 
 _package = sys.modules[__name__.partition(".")[0]]  # held, because nothing can be imported at the interpreter's exit
 
 _chosen: str | None = None  # by name; None until FASTDROP_BACKEND or use_backend has said which
-_module: Any = None  # the module of _chosen, once it is loaded
+_module: Any = None  # the module of _chosen, once it is used
+_found: Any = None  # the module that the environment or "auto" led to
 _num_threads: int | None = None
+_has_warned = False
 
 
 def active() -> Any:
@@ -50,15 +55,20 @@ def draws() -> bool:
 
 def active_name() -> str:
     """The name of the backend that runs now."""
-    module = active()
+    module = _running()
     return next(name for name, file in MODULES.items() if module.__name__.endswith("." + file))
+
+
+def why_numpy() -> str | None:
+    """Why NumPy runs though nobody has asked for it by name. None if something else runs, or if somebody has."""
+    return reason("c") if active_name() == "numpy" and _chosen == AUTO else None
 
 
 def is_vectorized() -> bool:
     """Whether the running backend computes with the CPU's vectors. NumPy's kernels and C's scalar ones run anywhere,
     but may be slower than what they replace."""
     name = active_name()
-    return name == "numba" or (name == "c" and active().isa() != "scalar")
+    return name == "numba" or (name == "c" and _running().isa() != "scalar")
 
 
 def load(name: str) -> ModuleType:
@@ -92,11 +102,48 @@ def _module_of(file: str) -> ModuleType:
 
 
 def _resolve() -> Any:
-    global _chosen, _module
+    global _module
+    module = _running()
+    if _chosen == AUTO:
+        _warn_of_fallback()
+    module.set_num_threads(get_num_threads())  # may have changed since the module was found
+    _module = module
+    return module
+
+
+def _running() -> Any:
+    """The module that runs, or would if something was to be computed now."""
+    global _chosen, _found
+    if _module is not None:
+        return _module
     if _chosen is None:
-        _chosen = _checked(os.environ.get("FASTDROP_BACKEND", AUTO), "FASTDROP_BACKEND")
-    _module = _loaded(_chosen)
-    return _module
+        _chosen, _found = _checked(os.environ.get("FASTDROP_BACKEND", AUTO), "FASTDROP_BACKEND"), None
+    if _found is None:
+        _found = _loaded(_chosen)
+    return _found
+
+
+def _warn_of_fallback() -> None:
+    """Says once, at the first use, that C does not run where it could."""
+    global _has_warned
+    why, name = reason("c"), active_name()
+    if why is None or _has_warned or sys.platform in NO_COMPILER:
+        return
+    _has_warned = True
+    warnings.warn(
+        f"fastdrop computes with the backend {name!r}, which is slower than 'c': {why}\nIf it is what you want, choose "
+        f"it by fastdrop.use_backend({name!r}) or FASTDROP_BACKEND={name}; then there is no warning",
+        RuntimeWarning,
+        stacklevel=user_level(),
+    )
+
+
+def user_level() -> int:
+    """The ``stacklevel`` with which the caller's warning names the user's line: that outside of fastdrop and torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fastdrop", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _loaded(name: str) -> Any:
@@ -220,8 +267,8 @@ def set_num_threads(n: int) -> None:
     global _num_threads
     if isinstance(n, (bool, np.bool_)) or not isinstance(n, (int, np.integer)):
         raise TypeError(f"n must be an int, but got {type(n).__name__}")
-    if not 1 <= n <= 256:
-        raise ValueError(f"n, the number of threads, must be from 1 to 256, but got {n}")
+    if not 1 <= n <= MAX_THREADS:
+        raise ValueError(f"n, the number of threads, must be from 1 to {MAX_THREADS}, but got {n}")
     _num_threads = int(n)
     if _module is not None:
         _module.set_num_threads(_num_threads)
@@ -250,13 +297,13 @@ def get_num_threads() -> int:
     if _num_threads is None:
         from_environment = os.environ.get("FASTDROP_NUM_THREADS")
         if from_environment is not None:
-            if not (from_environment.isdecimal() and 1 <= int(from_environment) <= 256):
-                raise ValueError(f"FASTDROP_NUM_THREADS must be from 1 to 256, but got {from_environment!r}")
+            if not (from_environment.isdecimal() and 1 <= int(from_environment) <= MAX_THREADS):
+                raise ValueError(f"FASTDROP_NUM_THREADS must be from 1 to {MAX_THREADS}, but got {from_environment!r}")
             _num_threads = int(from_environment)
         elif hasattr(os, "sched_getaffinity"):
-            _num_threads = min(256, len(os.sched_getaffinity(0)))
+            _num_threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
         else:
-            _num_threads = min(256, os.cpu_count() or 1)
+            _num_threads = min(MAX_THREADS, os.cpu_count() or 1)
     return _num_threads
 
 

@@ -11,6 +11,8 @@ import dataclasses
 import functools
 import importlib
 import os
+import sys
+from importlib.machinery import EXTENSION_SUFFIXES
 from typing import Any
 
 from numpy.typing import NDArray
@@ -27,6 +29,7 @@ except ImportError as error:
     _import_error = str(error)
 
 Array = NDArray[Any]
+FOLDER = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 BAD_ARGUMENT, NO_MEMORY = -1, -3  # of csrc/fastdrop.h
 
 if _native is not None:
@@ -37,12 +40,28 @@ if _native is not None:
 
 
 def unavailable() -> str | None:
+    if _native is None and (folder := installed_elsewhere()):
+        return (
+            f"the C extension is in {folder}, but fastdrop is imported from {os.path.dirname(FOLDER)}; leave that "
+            "folder, or run pip install -e . in it"
+        )
     if _native is None:
         return (
             f"the C extension is not built ({_import_error}); install a C compiler (Debian: apt-get install gcc "
             "python3-dev) and then, in fastdrop's source folder: pip install --force-reinstall ."
         )
     return None
+
+
+def installed_elsewhere() -> str | None:
+    """Where a built fastdrop is that this one hides. The source folder hides an installed one from what runs there."""
+    if _has_extension(FOLDER):  # which does not load
+        return None
+    return next(filter(_has_extension, (os.path.realpath(os.path.join(entry, "fastdrop")) for entry in sys.path)), None)
+
+
+def _has_extension(folder: str) -> bool:
+    return any(os.path.exists(os.path.join(folder, "_native" + suffix)) for suffix in EXTENSION_SUFFIXES)
 
 
 def describe() -> str:

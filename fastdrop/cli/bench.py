@@ -7,6 +7,7 @@ benchmarks in the source folder (``pytest bench``) measure far more.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import sys
@@ -79,12 +80,8 @@ def main(args: argparse.Namespace) -> int:
     if args.output and importlib.util.find_spec("matplotlib") is None:
         print("fastdrop: --output needs matplotlib: pip install matplotlib", file=sys.stderr)
         return 1
-    torch = _torch()
-    before = backends.get_num_threads()
-    backends.set_num_threads(args.threads)
-    if torch is not None:
-        torch.set_num_threads(args.threads)
-    try:
+    torch = import_torch()
+    with threads(args.threads, torch):
         run = {
             "fastdrop": __version__,
             "backend": backends.active().describe(),
@@ -95,14 +92,36 @@ def main(args: argparse.Namespace) -> int:
             "p": args.p,
         }
         rows = _measure_and_show(run, args.quick, torch, sys.stderr if args.json else sys.stdout)
-    finally:
-        backends.set_num_threads(before)
     if args.json:
         print(json.dumps({**run, "rows": [row._asdict() for row in rows]}, indent=2))
     if args.output:
         _draw(run, rows, args.output)
         print(f"wrote {args.output}", file=sys.stderr if args.json else sys.stdout)
     return 0
+
+
+def import_torch() -> Any:
+    """torch, or None where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    return torch
+
+
+@contextlib.contextmanager
+def threads(n: int, torch: Any) -> Iterator[None]:
+    """Gives fastdrop and torch, unless it is None, so many threads until the block ends."""
+    before = backends.get_num_threads(), torch and torch.get_num_threads()
+    backends.set_num_threads(n)
+    try:
+        if torch is not None:
+            torch.set_num_threads(n)
+        yield
+    finally:
+        backends.set_num_threads(before[0])
+        if torch is not None:
+            torch.set_num_threads(before[1])
 
 
 def numpy_dropout(x: Array, p: float, rng: np.random.Generator) -> tuple[Array, NDArray[np.bool_]]:
@@ -218,18 +237,9 @@ def _draw(run: dict[str, Any], rows: list[Row], path: Path) -> None:
     plt.close(figure)
 
 
-def _torch() -> Any:
-    """torch, or None where it is not installed."""
-    try:
-        import torch
-    except ImportError:
-        return None
-    return torch
-
-
 def _picture(text: str) -> Path:
     path = Path(text)
-    if path.suffix not in PICTURES:
+    if path.suffix.lower() not in PICTURES:
         raise argparse.ArgumentTypeError(f"must end in {', '.join(PICTURES)}, but got {text!r}")
     if not path.resolve().parent.is_dir():
         raise argparse.ArgumentTypeError(f"there is no folder {path.resolve().parent}")
@@ -237,8 +247,8 @@ def _picture(text: str) -> Path:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a number from 1 on, but got {text!r}")
+    if not text.isdecimal() or not 1 <= int(text) <= backends.MAX_THREADS:
+        raise argparse.ArgumentTypeError(f"must be a number from 1 to {backends.MAX_THREADS}, but got {text!r}")
     return int(text)
 
 

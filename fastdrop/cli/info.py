@@ -7,7 +7,6 @@ registry. It must work where nothing else does, so a wrong environment variable 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ from typing import Any
 from .. import __version__, backends
 from ..backends import memory
 from ..core.installing import how_to_install
+from ..integrations import INTEGRATIONS
 
 HELP = "show versions, which backend runs and why, and what else could be installed"
 DESCRIPTION = (
@@ -68,10 +68,7 @@ def collect() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": {package: version(package) for package in PACKAGES},
-        "integrations": {
-            module: {"distribution": distribution, "version": version(distribution)}
-            for module, distribution in integrations().items()
-        },
+        "integrations": {module: _first_installed(distributions) for module, distributions in INTEGRATIONS.items()},
         "environment": {name: os.environ.get(name) for name in VARIABLES},
         "backends": {},
         "backend": None,
@@ -88,21 +85,18 @@ def collect() -> dict[str, Any]:
     return found
 
 
-def integrations() -> dict[str, str]:
-    """Modules of ``fastdrop.integrations``, and the distribution that each one needs."""
-    try:
-        module = importlib.import_module("fastdrop.integrations")
-    except ModuleNotFoundError:
-        return {}
-    return {**module.INTEGRATIONS}
-
-
 def version(package: str) -> str | None:
     """A distribution's version without importing it; None if it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _first_installed(distributions: tuple[str, ...]) -> dict[str, str | None]:
+    """The first that is installed; the first of all if none is."""
+    name = next((name for name in distributions if version(name)), distributions[0])
+    return {"distribution": name, "version": version(name)}
 
 
 def _running() -> dict[str, Any]:
@@ -112,7 +106,7 @@ def _running() -> dict[str, Any]:
     native = backends.load("c") if backends.reasons()["c"] is None else None
     return {
         "backends": {name: {"used": name == active, "why": why[name]} for name in backends.FILES},
-        "backend": backends.active().describe(),
+        "backend": backends.load(active).describe(),
         "instruction_set": native and native.isa(),
         "instruction_sets": list(native.usable_isas()) if native else [],
         "memory_policy": memory.describe(),
@@ -124,8 +118,7 @@ def _print(found: dict[str, Any]) -> None:
     rows = [("fastdrop", found["fastdrop"]), ("Python", f"{found['python']}, {found['platform']}")]
     rows += [(name, its or f"not installed ({PACKAGES[name]})") for name, its in found["packages"].items()]
     _print_section("Versions", rows)
-    if found["integrations"]:
-        _print_section("Integrations", [_integration(*entry) for entry in found["integrations"].items()])
+    _print_section("Integrations", [_integration(*entry) for entry in found["integrations"].items()])
     _print_section("Environment", [(name, its or "not set") for name, its in found["environment"].items()])
     if found["error"]:
         print(f"Error\n  {found['error']}")

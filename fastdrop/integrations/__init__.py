@@ -11,7 +11,7 @@ from __future__ import annotations
 
 __all__ = ["INTEGRATIONS"]
 
-INTEGRATIONS: dict[str, str] = {  # module in this package: the distribution that it needs
-    "lightning": "lightning",
-    "transformers": "transformers",
+INTEGRATIONS: dict[str, tuple[str, ...]] = {  # module in this package: the distributions of which it needs one
+    "lightning": ("lightning", "pytorch-lightning"),
+    "transformers": ("transformers",),
 }

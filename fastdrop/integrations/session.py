@@ -17,7 +17,9 @@ from torch import nn
 
 from .. import torch as fdt
 from ..core import checks
+from ..torch.models.fuse.rules import restore_class
 from ..torch.runtime import context
+from ..torch.tools.scheduler import MODES
 
 __all__ = ["LOGGED", "Session"]
 
@@ -77,8 +79,13 @@ class Session:
     ) -> None:
         if schedule is not None:
             checks.function("schedule", schedule)
+            if filter is not None:
+                checks.function("filter", filter)
+            checks.choice("mode", mode, (None, *MODES))
         elif filter is not None or mode is not None:
             raise ValueError("filter and mode must come with a schedule, but got none")
+        if not isinstance(convert, bool):
+            checks.choice("convert", convert, checks.STORES)
         self.enable, self.fuse, self.convert, self.schedule = enable, fuse, convert, schedule
         self.filter, self.mode = filter, mode
         self.reports: dict[str, fdt.Report] = {}
@@ -92,12 +99,9 @@ class Session:
         self.reports, self.scheduler = {}, None
         with contextlib.ExitStack() as undo:
             for name, change, back in self._changes():
-                before = [(module, type(module)) for module in model.modules()]
-                report = change(model)
-                for module, its_class in before:  # what the user had changed before stays changed at the end
-                    if type(module) is not its_class:
-                        undo.callback(back, module)
-                self._report(name, report, log)
+                before = [(module, type(module), vars(module).get("store")) for module in model.modules()]
+                undo.callback(_put_back, before, back)
+                self._report(name, change(model), log)
             if self.schedule is not None:
                 self.scheduler = fdt.DropoutScheduler(model, self.schedule, self.filter, mode=self.mode)
                 self._report("schedule", self.scheduler.report, log)
@@ -125,7 +129,7 @@ class Session:
             store = "bits" if self.convert is True else self.convert
             yield "convert", functools.partial(fdt.convert, store=store), fdt.revert
         if self.fuse:
-            yield "fuse", fdt.fuse, fdt.unfuse
+            yield "fuse", fdt.fuse, restore_class
 
     def _report(self, name: str, report: fdt.Report, log: Callable[[str], Any]) -> None:
         self.reports[name] = report
@@ -133,6 +137,15 @@ class Session:
         if told not in self._told:
             self._told.add(told)
             log(f"fastdrop, {name}: {len(report.changed)} of {len(report)} places\n{report}")
+
+
+def _put_back(before: list[tuple[nn.Module, type, str | None]], back: Callable[[nn.Module], Any]) -> None:
+    """Undoes what has changed since ``before`` was noted. What the user had changed earlier stays changed."""
+    for module, its_class, store in before:
+        if type(module) is not its_class:
+            back(module)
+        elif vars(module).get("store") != store:
+            module.store = store  # type: ignore[assignment]
 
 
 def _nothing() -> None:

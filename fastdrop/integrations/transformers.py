@@ -57,7 +57,7 @@ class FastDropout(Session, TrainerCallback):  # type: ignore[misc]
     Raises
     ------
     TypeError, ValueError
-        For a schedule, filter or mode that `fastdrop.torch.DropoutScheduler` refuses.
+        For a schedule, filter or mode that `fastdrop.torch.DropoutScheduler` refuses, and for another ``convert``.
 
     Examples
     --------

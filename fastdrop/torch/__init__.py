@@ -80,6 +80,8 @@ if TYPE_CHECKING:
     from .tools.monte_carlo import Prediction, mc_dropout, mc_predict
     from .tools.named_masks import NamedMasks, name_masks
     from .tools.scheduler import DropoutScheduler
+    from .tools.step_report import report
+    from .tools.step_table import DropoutRow, StepReport
 
 # What works on whole models is imported at its first use: a quarter of this package, which many programs never call.
 _AT_FIRST_USE = {
@@ -93,6 +95,8 @@ _AT_FIRST_USE = {
     "tools.monte_carlo": ("Prediction", "mc_dropout", "mc_predict"),
     "tools.named_masks": ("NamedMasks", "name_masks"),
     "tools.scheduler": ("DropoutScheduler",),
+    "tools.step_report": ("report",),
+    "tools.step_table": ("DropoutRow", "StepReport"),
 }
 _MODULE_OF = {name: module for module, names in _AT_FIRST_USE.items() for name in names}
 
@@ -122,6 +126,7 @@ __all__ = [
     "Dropout1d",
     "Dropout2d",
     "Dropout3d",
+    "DropoutRow",
     "DropoutScheduler",
     "EmbeddingDropout",
     "FeatureAlphaDropout",
@@ -131,6 +136,7 @@ __all__ = [
     "Prediction",
     "Report",
     "SkipResidual",
+    "StepReport",
     "StochasticDepth",
     "TokenDropout",
     "VariationalDropout",
@@ -168,6 +174,7 @@ __all__ = [
     "mc_predict",
     "multi_sample",
     "name_masks",
+    "report",
     "revert",
     "same_masks",
     "scaled_dot_product_attention",

@@ -100,6 +100,21 @@ def test_missing_extension_says_how_to_get_it(monkeypatch):
     assert "compiler" in native.unavailable()
 
 
+def test_missing_extension_that_is_installed_elsewhere(monkeypatch, tmp_path):
+    """As in the source folder after an install that isn't editable."""
+    native, folders = primitive_modules()["c"], [tmp_path / name / "fastdrop" for name in ("source", "site-packages")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    (folders[1] / "_native.abi3.so").touch()
+    monkeypatch.setattr(native, "_native", None)
+    monkeypatch.setattr(native, "_import_error", "undefined symbol", raising=False)
+    monkeypatch.setattr(native.sys, "path", [str(folder.parent) for folder in folders])
+    monkeypatch.setattr(native, "FOLDER", str(folders[0]))
+    assert f"is in {folders[1]}, but fastdrop is imported from {folders[0].parent}; leave that" in native.unavailable()
+    (folders[0] / "_native.abi3.so").touch()
+    assert "undefined symbol" in native.unavailable()
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_show_config_names_what_runs(name, capsys):
     with activated(name):
@@ -148,6 +163,36 @@ def test_backends_without_numba_and_c():
     assert lines[0].startswith("c: can't run: ")
     assert lines[1].startswith("numba: can't run: ")
     assert lines[2] == "numpy: taken, the best that can run here"
+
+
+FALLS_BACK = """
+import sys, warnings
+sys.modules["numba"] = sys.modules["fastdrop._native"] = None  # as if there was neither
+import fastdrop as fd
+from fastdrop.cli import info
+with warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    fd.explain(), fd.show_config(), info.collect()
+    if CHOICE:
+        fd.use_backend(CHOICE)
+    asked = len(seen)
+    fd.draw_mask(5, 0.5)  # the user's line
+    fd.draw_mask(5, 0.5)
+texts = [" ".join(str(w.message).split()) for w in seen]
+print(asked, *[f"{w.category.__name__}{w.lineno}{w.filename} {text}" for w, text in zip(seen, texts)], sep="|")
+"""
+
+
+def test_auto_says_once_that_it_falls_back_and_why():
+    """At the first use, at the user's line, and only if nobody has chosen."""
+    ending = output_of(f"CHOICE = None{FALLS_BACK}").splitlines()[-1]
+    asked, warning = ending.split("|")
+    assert asked == "0"
+    assert warning.startswith("RuntimeWarning12<string> fastdrop computes with the backend 'numpy', which is slower")
+    assert "the C extension is not built (" in warning
+    assert "install a C compiler" in warning
+    assert output_of(f"CHOICE = 'numpy'{FALLS_BACK}").splitlines()[-1] == "0"
+    assert output_of(f"CHOICE = None{FALLS_BACK}", FASTDROP_BACKEND="numpy").splitlines()[-1] == "0"
 
 
 def test_threads_may_resolve_the_backend_at_once():

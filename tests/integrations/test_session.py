@@ -53,16 +53,20 @@ def test_begin_and_end():
 
 
 def test_what_was_changed_before_stays():
-    model, _ = model_and_classes()
-    fdt.convert(model), fdt.fuse(model)
+    inner, _ = model_and_classes()
+    fdt.convert(inner), fdt.fuse(inner)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), inner)
     before = classes(model)
     fdt.enable()
     try:
-        session = Session(fuse=True, convert=True)
+        session = Session(fuse=True, convert="seed")
         session.begin(model, str)
+        assert inner[2].store == "seed"
+        assert type(model).__name__ == "FusedSequential"
         session.end()
         assert is_enabled_everywhere()
         assert classes(model) == before
+        assert inner[2].store == "bits"
     finally:
         fdt.disable()
 
@@ -105,8 +109,13 @@ def test_a_beginning_that_fails_changes_nothing():
     assert classes(model) == before
     with pytest.raises(TypeError, match="schedule"):
         Session(schedule=0.1)
-    with pytest.raises(ValueError, match="must come with a schedule"):
-        Session(mode="set")
+    for text, options in (
+        ("must come with a schedule", {"mode": "set"}),
+        ("mode must be", {"mode": "sat", "schedule": float}),
+        ("convert must be", {"convert": "sead"}),
+    ):
+        with pytest.raises(ValueError, match=text):
+            Session(**options)
 
 
 @pytest.mark.parametrize("name", ["lightning", "transformers"])

@@ -75,7 +75,7 @@ _is_registered = False
 _lock = threading.Lock()
 
 
-def enable() -> None:
+def enable(*, even_if_slower: bool = False) -> None:
     """Makes torch's own dropouts run on fastdrop, until `disable`: process-wide, wherever they are called from, on the
     CPU and, with numba-cuda, on NVIDIA GPUs.
 
@@ -93,6 +93,20 @@ def enable() -> None:
     while another thread calls the same operator. Code compiled from then on follows the state by itself, each state
     with its own code.
 
+    Where fastdrop has neither its C extension nor Numba, it computes with NumPy, which takes longer than torch for
+    tensors of fewer than about 100,000 elements. `enable` then changes nothing and warns, unless NumPy was chosen by
+    name: by `fastdrop.use_backend` or ``FASTDROP_BACKEND``. `enabled` does not ask.
+
+    Parameters
+    ----------
+    even_if_slower : bool
+        Whether to go on in that case.
+
+    Warns
+    -----
+    RuntimeWarning
+        Nothing was enabled; the message says why, and how to get the C extension.
+
     Examples
     --------
     >>> import torch, fastdrop.torch as fdt
@@ -104,6 +118,15 @@ def enable() -> None:
     >>> torch.nn.functional.dropout(x, 1.0)
     tensor([0., nan, 0.])
     """
+    why = None if even_if_slower else backends.why_numpy()
+    if why is not None:
+        warnings.warn(
+            "torch's own dropout goes on, because fastdrop would compute with NumPy here, which is slower for most "
+            f"models: {why}\nTo enable fastdrop anyway: fastdrop.torch.enable(even_if_slower=True)",
+            RuntimeWarning,
+            stacklevel=backends.user_level(),
+        )
+        return
     register()
     context.set_everywhere(True)
 

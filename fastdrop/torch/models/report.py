@@ -8,12 +8,11 @@ If the rows of ``layer.0.dropout`` to ``layer.11.dropout`` say the same, one lin
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Report", "Row", "class_name", "describe", "fold", "fold_and_count", "table"]
+__all__ = ["MODEL", "Report", "Row", "class_name", "describe", "fold", "fold_and_count", "fold_members", "table"]
 
 NUMBER = re.compile(r"(?<!\d)(0|[1-9]\d*)(?!\d)")
 MODEL = "(the model)"  # the path of the model itself, in print
@@ -105,30 +104,42 @@ def fold(lines: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
 
 def fold_and_count(lines: Iterable[tuple[str, ...]]) -> list[tuple[tuple[str, ...], int]]:
     """The same as `fold`, with how many lines each one stands for."""
-    counts: Counter[Entry] = Counter()
-    for path, *rest in lines:
-        parts = NUMBER.split(path)
-        counts[tuple(frozenset([int(part)]) if i % 2 else part for i, part in enumerate(parts)), tuple(rest)] += 1
-    longest = max((len(key) for key, _ in counts), default=0)
-    for position in range(longest - longest % 2 - 1, 0, -2):
-        counts = _merge(counts, position)
+    lines = list(lines)
     return [
-        ((_path(key) + (f" ({count}x)" if count > 1 else ""), *rest), count) for (key, rest), count in counts.items()
+        ((path + (f" ({len(members)}x)" if len(members) > 1 else ""), *lines[members[0]][1:]), len(members))
+        for path, members in fold_members(lines)
     ]
 
 
-def _merge(counts: Counter[Entry], position: int) -> Counter[Entry]:
+def fold_members(lines: Sequence[tuple[str, ...]]) -> list[tuple[str, list[int]]]:
+    """The folded paths of `fold`, with the positions of the lines that each one stands for.
+
+    >>> fold_members([("a.0", "x"), ("b", "x"), ("a.1", "x")])
+    [('a.0-1', [0, 2]), ('b', [1])]
+    """
+    members: dict[Entry, list[int]] = {}
+    for i, (path, *rest) in enumerate(lines):
+        parts = NUMBER.split(path)
+        key = tuple(frozenset([int(part)]) if i % 2 else part for i, part in enumerate(parts))
+        members.setdefault((key, tuple(rest)), []).append(i)
+    longest = max((len(key) for key, _ in members), default=0)
+    for position in range(longest - longest % 2 - 1, 0, -2):
+        members = _merge(members, position)
+    return [(_path(key), sorted(positions)) for (key, _), positions in members.items()]
+
+
+def _merge(members: dict[Entry, list[int]], position: int) -> dict[Entry, list[int]]:
     """Makes one entry of those that differ at one position only, in the place of the first of them."""
     groups: dict[object, list[Entry]] = {}
-    for key, rest in counts:
+    for key, rest in members:
         groups.setdefault((key[:position], key[position + 1 :], rest), []).append((key, rest))
-    merged: Counter[Entry] = Counter()
+    merged: dict[Entry, list[int]] = {}
     for entries in groups.values():
         key, rest = entries[0]
         if position < len(key):
             numbers = frozenset[int]().union(*(other[position] for other, _ in entries))
             key = (*key[:position], numbers, *key[position + 1 :])
-        merged[key, rest] = sum(counts[entry] for entry in entries)
+        merged[key, rest] = [i for entry in entries for i in members[entry]]
     return merged
 
 

@@ -28,7 +28,7 @@ from ..runtime import context, seeds
 from ..runtime.dispatch.modules import TorchNorm
 from .sampling import passes
 
-__all__ = ["Prediction", "mc_dropout", "mc_predict"]
+__all__ = ["Prediction", "inputs_of", "mc_dropout", "mc_predict"]
 
 LONG = 5.0  # seconds; longer runs have a progress bar
 TASKS = ("regression", "classification")
@@ -264,7 +264,7 @@ def mc_predict(
     checks.choice("task", task, TASKS)
     checks.choice("outputs", outputs, OUTPUTS)
     first_seed = seeds.next_seed(None) if seed is None else checks.uint64("seed", seed)
-    arguments, keywords = _inputs(x, kwargs)
+    arguments, keywords = inputs_of(x, kwargs)
     moments, entropies = _Moments(), _Moments()
 
     def without_draws() -> None:
@@ -306,7 +306,7 @@ def mc_predict(
     return Prediction(mean.to(dtype), std.to(dtype), entropy.to(dtype), information.to(dtype), kept_samples)
 
 
-def _inputs(x: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def inputs_of(x: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The model's arguments, by place and by name."""
     if kwargs is not None and not isinstance(kwargs, Mapping):
         raise TypeError(f"kwargs must be a dict, but got {type(kwargs).__name__}")

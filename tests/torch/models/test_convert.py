@@ -254,3 +254,21 @@ def test_compiled_model_is_compiled_anew_after_convert():
     fdt.revert(compiled)
     assert torch.equal(seeded(compiled, x), before)
     torch.compiler.reset()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fx_quantisation_after_revert_is_that_of_torchs_dropout():
+    """FX knows torch's dropout by its class, and puts a pair of quantize and dequantize around ours."""
+    quantize_fx = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    from torch.ao.quantization import get_default_qconfig_mapping
+
+    def quantised(change=lambda model: None):
+        model, x = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Linear(8, 4)).eval(), torch.ones(4, 8)
+        change(model)
+        prepared = quantize_fx.prepare_fx(model, get_default_qconfig_mapping("x86"), (x,))
+        prepared(x)
+        return [str(node.target) for node in quantize_fx.convert_fx(prepared).graph.nodes]
+
+    assert quantised().count("dequantize") == 1
+    assert quantised(lambda model: (fdt.convert(model), fdt.revert(model))) == quantised()
+    assert quantised(fdt.convert).count("dequantize") == 2  # if this fails the guide's sentence can go

@@ -22,8 +22,9 @@ from torch.utils.checkpoint import checkpoint
 import fastdrop.torch as fdt
 from fastdrop.torch.functional import attention
 from fastdrop.torch.models import enable
+from fastdrop.torch.runtime import context
 
-from ...cases import output_of
+from ...cases import output_of, primitive_modules
 from ..cases import assert_equal, gradient, saved_tensors, under
 
 NAMES = ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
@@ -309,6 +310,26 @@ def test_explained_attention_under_shared_masks_is_what_runs(monkeypatch, noise_
 
 
 # ---- on, off ----
+
+
+def test_enable_declines_where_numpy_runs_and_nobody_has_chosen_it(monkeypatch):
+    for name in ("c", "numba"):
+        monkeypatch.setattr(primitive_modules()[name], "unavailable", lambda: "there is no compiler")
+    try:
+        with fd.use_backend("auto"):
+            with pytest.warns(RuntimeWarning, match=r"there is no compiler\n.*even_if_slower=True") as seen:
+                fdt.enable()
+            assert seen[0].filename == __file__
+            assert not context.is_enabled_everywhere()
+            fdt.enable(even_if_slower=True)
+            assert context.is_enabled_everywhere()
+        fdt.disable()
+        with fd.use_backend("numpy"):
+            fdt.enable()  # a warning would be an error
+            assert context.is_enabled_everywhere()
+    finally:
+        fdt.disable()
+
 
 LIFE = """
 import sys

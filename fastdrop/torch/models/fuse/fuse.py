@@ -18,7 +18,7 @@ from ..reasons import functional_rows, reach, why_left, why_lent
 from ..report import Report, Row, describe
 from ..source.owners import Owners
 from . import peft_layers, residual_layers, transformers_layers
-from .rules import Fused, change_class, changed_code, original_class
+from .rules import Fused, change_class, changed_code, original_class, restore_class
 from .torch_layers import (
     FusedSequential,
     FusedTransformerDecoderLayer,
@@ -26,7 +26,7 @@ from .torch_layers import (
     find_runs,
 )
 
-__all__ = ["fuse", "unfuse"]
+__all__ = ["fuse", "unfuse", "would_fuse"]
 
 UNKNOWN = "not in a part that is known"
 
@@ -125,6 +125,20 @@ def _fused_class(module: nn.Module) -> Any:
     return theirs or residual_layers.fused_class(original, module)
 
 
+def would_fuse(owner: Any, inner: nn.Module | None = None) -> bool:
+    """Whether `fuse` has a module drop by fastdrop: itself, or the module ``inner`` in it."""
+    known = _fused_class(owner)
+    if known is None or isinstance(owner, Fused) or changed_code(owner, known):
+        return False
+    if known is FusedSequential:
+        children = [*children_of(owner).values()]
+        runs = find_runs(owner, range(len(children)))
+        return any(child is inner and not isinstance(run, str) for child, run in zip(children, runs, strict=True))
+    if known.obstacle(owner) or known.batch_norm_obstacle(owner):
+        return False
+    return inner is None or any(part is inner for part in known.parts(owner))
+
+
 def _fuse_sequence(path: str, sequence: Any) -> list[Row]:
     """A row for the sequence if it changes, and one for each of its modules that drops and is left."""
     name, reason = type(sequence).__name__, changed_code(sequence, FusedSequential)
@@ -174,9 +188,8 @@ def unfuse(model: nn.Module) -> Report:
     for path, module in model.named_modules():
         before = type(module)
         if isinstance(module, Fused):
-            if "original" in vars(before):
-                module.__class__ = before.original
-                rows.append(Row(path, before.__name__, before.original.__name__))
-            else:
-                rows.append(Row(path, before.__name__, None, "its class was changed since"))
+            after, reason = (
+                (type(module).__name__, "") if restore_class(module) else (None, "its class was changed since")
+            )
+            rows.append(Row(path, before.__name__, after, reason))
     return Report(rows)

@@ -121,6 +121,14 @@ def change_class(module: nn.Module, fused_class: type[Fused]) -> None:
     module.__class__ = _subclass_of_both(type(module), fused_class)  # type: ignore[arg-type]
 
 
+def restore_class(module: nn.Module) -> bool:
+    """Undoes `change_class` of this module, not of those inside. Returns whether it did."""
+    if not isinstance(module, Fused) or "original" not in vars(type(module)):  # its class was changed since
+        return False
+    module.__class__ = type(module).original  # type: ignore[assignment]
+    return True
+
+
 @functools.cache
 def _subclass_of_both(original: Any, fused_class: Any) -> type[Fused]:
     if original is getattr(fused_class, "original", None):

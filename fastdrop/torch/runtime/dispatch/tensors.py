@@ -153,6 +153,11 @@ def storage_id(x: Tensor) -> int:
     return number
 
 
+def has_hook_after_gradient(x: Tensor) -> bool:
+    """Whether something runs once x's gradient is there. False if torch does not tell."""
+    return bool(getattr(x, "_post_accumulate_grad_hooks", None))
+
+
 # ---- nested tensors ----
 
 _view_from_buffer = named("torch._nested_view_from_buffer")
