@@ -9,6 +9,7 @@ memory and threads belong to another library.
 import os
 import re
 import runpy
+import sys
 from pathlib import Path
 
 from cffi import FFI
@@ -20,6 +21,12 @@ HEADERS = sorted(path.name for pattern in ("*.h", "*.def") for path in HERE.glob
 # Wider instructions appear only inside the isa_ files' own target regions. No contraction: a x + b must round twice on
 # every instruction set, as NumPy does. No errno from sqrtf, which would make it a call into libm.
 COMPILE_ARGS = ["-std=c11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread", "-g0"]
+
+LINK_ARGS = ["-pthread"]
+if sys.platform == "win32":  # MinGW's GCC; fastdrop.h refuses Microsoft's compiler
+    # GCC does not align the stack of Windows for wide registers (its bug 54412). No library of MinGW's to be found.
+    COMPILE_ARGS.append("-Wa,-muse-unaligned-vector-move")
+    LINK_ARGS.append("-static")
 
 COMMENT = re.compile(r"/\*.*?\*/", re.S)
 TABLE = runpy.run_path(str(HERE.parent / "fastdrop" / "backends" / "primitives.py"))
@@ -66,7 +73,7 @@ def builder() -> FFI:
         depends=[str((HERE / name).relative_to(root)) for name in HEADERS],
         extra_compile_args=[*COMPILE_ARGS, *debug],
         libraries=["m"],
-        extra_link_args=["-pthread", *debug],
+        extra_link_args=[*LINK_ARGS, *debug],
         optional=True,  # no compiler: the install goes through and fastdrop runs on Numba or NumPy
     )
     return ffi
