@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 CC ?= cc
 CROSS ?= aarch64-linux-gnu-gcc
+MINGW ?= x86_64-w64-mingw32-gcc-posix
+WINE ?= $(firstword $(wildcard /usr/lib/wine/wine64) wine64)
+ZIG ?= $(PYTHON) -m ziglang
 EMULATOR ?= qemu-aarch64
 
 C_SOURCES := $(wildcard csrc/*.c)
@@ -19,7 +22,7 @@ OUT := build/c
 empty :=
 space := $(empty) $(empty)
 
-.PHONY: help demo test check test-all test-torch-next test-vision bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving bench-parallel cuda-report fuzz report lint format sanitize test-c test-neon package wheel docs clean
+.PHONY: help demo test check test-all test-torch-next test-vision bench bench-quick bench-sweep bench-torch bench-family bench-fused bench-attention bench-saving bench-parallel cuda-report fuzz report lint format sanitize test-c test-neon test-windows test-macos cross package wheel docs clean
 
 help:
 	@echo "make demo         trains a network in NumPy and a transformer in torch, with fastdrop and with what is used today"
@@ -38,6 +41,7 @@ help:
 	@echo "make lint         ruff, mypy, clang-format; make format applies the formatters"
 	@echo "make test-c       the C kernels; make sanitize: under the address, undefined-behaviour and thread sanitizers"
 	@echo "make test-neon    the Arm kernels, cross-compiled and emulated"
+	@echo "make cross        test-neon; test-windows: the kernels by MinGW, under wine; test-macos: compiles them for macOS"
 	@echo "make package      builds wheel and sdist, installs them in clean environments and tests them"
 	@echo "make wheel        builds a wheel that runs on Linux with glibc 2.17 or later, in dist, and tests it"
 	@echo "make docs         builds the documentation in build/docs/index.html, and checks its links; warnings are errors"
@@ -165,6 +169,8 @@ $(OUT)/kernels-address: COMPILER = $(CC) -fsanitize=address,undefined -fno-sanit
 # Threads share work in the same way with every instruction set.
 $(OUT)/kernels-thread: COMPILER := $(CC) -fsanitize=thread -DFASTDROP_PORTABLE
 $(OUT)/kernels-neon: COMPILER := $(CROSS) -static
+# GCC does not align the stack of Windows for registers of 32 and 64 bytes (its bug 54412): no aligned moves.
+$(OUT)/kernels-windows: COMPILER := $(MINGW) -static -Wa,-muse-unaligned-vector-move
 
 # An instruction set's kernels come by way of vector_math_lanes.c, which adds what a test of its vector math calls.
 $(OUT)/kernels-%: $(C_TEST_DEPENDS)
@@ -224,6 +230,31 @@ test-neon: $(OUT)/golden.txt
 	    echo "test-neon: skipped, needs $(CROSS) and $(EMULATOR) (Debian: apt-get install gcc-aarch64-linux-gnu" \
 	         "libc6-dev-arm64-cross qemu-user)"; \
 	fi
+
+test-windows: $(OUT)/golden.txt
+	@if command -v $(MINGW) > /dev/null && command -v $(WINE) > /dev/null; then \
+	    $(MAKE) --no-print-directory $(OUT)/kernels-windows && \
+	    echo "== C kernels for Windows, under wine" && \
+	    WINEPREFIX=$(abspath $(OUT))/wine WINEDEBUG=-all $(WINE) $(OUT)/kernels-windows $(OUT)/golden.txt 20011; \
+	else \
+	    echo "test-windows: skipped, needs $(MINGW) and $(WINE) (Debian: apt-get install gcc-mingw-w64-x86-64 wine64)"; \
+	fi
+
+# Compiled, not run: nothing emulates macOS.
+test-macos:
+	@if $(ZIG) version > /dev/null 2>&1; then \
+	    mkdir -p $(OUT) && \
+	    for target in aarch64-macos x86_64-macos; do \
+	        echo "== C kernels for $$target, compiled"; \
+	        for source in $(C_SOURCES); do \
+	            $(ZIG) cc -target $$target $(C_FLAGS) -c $$source -o $(OUT)/macos.o || exit; \
+	        done; \
+	    done; \
+	else \
+	    echo "test-macos: skipped, needs Zig's C compiler (pip install ziglang, or ZIG=path/to/zig)"; \
+	fi
+
+cross: test-neon test-windows test-macos
 
 $(VENV)/.docs: requirements-docs.txt $(VENV)/.ready
 	@echo "== installing what the documentation is built with"

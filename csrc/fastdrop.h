@@ -12,6 +12,10 @@
 #ifndef FASTDROP_H
 #define FASTDROP_H
 
+#if defined(_MSC_VER)
+#error "on Windows the C kernels need MinGW-w64: python setup.py build_ext --compiler=mingw32"
+#endif
+
 #include <stdint.h>
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__

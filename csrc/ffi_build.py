@@ -23,6 +23,11 @@ HEADERS = sorted(path.name for pattern in ("*.h", "*.def") for path in HERE.glob
 # every instruction set, as NumPy does. No errno from sqrtf, which would make it a call into libm.
 COMPILE_ARGS = ["-std=c11", "-O2", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-pthread", "-g0"]
 
+LINK_ARGS = ["-pthread"]
+if sys.platform == "win32":  # MinGW's GCC; fastdrop.h refuses Microsoft's compiler
+    # GCC does not align the stack of Windows for wide registers (its bug 54412). No library of MinGW's to be found.
+    COMPILE_ARGS.append("-Wa,-muse-unaligned-vector-move")
+    LINK_ARGS.append("-static")
 # MinGW's linker takes names from this library before those of one version of Python.
 STABLE_ABI = ["python3"] if sys.platform == "win32" and not sysconfig.get_config_var("Py_GIL_DISABLED") else []
 
@@ -71,7 +76,7 @@ def builder() -> FFI:
         depends=[str((HERE / name).relative_to(root)) for name in HEADERS],
         extra_compile_args=[*COMPILE_ARGS, *debug],
         libraries=["m", *STABLE_ABI],
-        extra_link_args=["-pthread", *debug],
+        extra_link_args=[*LINK_ARGS, *debug],
         # No compiler: the install goes through and fastdrop runs on Numba or NumPy. A wheel for others must have it.
         optional=not os.environ.get("FASTDROP_REQUIRE_EXTENSION"),
     )

@@ -141,6 +141,7 @@ static void *worker(void *unused) {
     return NULL;
 }
 
+#if !defined(_WIN32)
 /* The child has only the thread that forked. Locks that other threads held would stay locked for ever. */
 static void reset_in_child(void) {
     pthread_mutex_init(&busy, NULL);
@@ -159,6 +160,9 @@ static void watch_for_forks(void) {
     static pthread_once_t once = PTHREAD_ONCE_INIT;
     pthread_once(&once, register_reset);
 }
+#else
+static void watch_for_forks(void) {}
+#endif
 
 /* Called with lock held. Fewer threads than asked for are no error: the others do the work. */
 static void start_workers(int n) {
@@ -218,8 +222,12 @@ static int usable_cpus(void) {
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
 #endif
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-    return n > 0 ? (int)n : 1;
+#if defined(_WIN32)
+    const int n = pthread_num_processors_np(); /* in the process's affinity mask */
+#else
+    const int n = (int)sysconf(_SC_NPROCESSORS_ONLN);
+#endif
+    return n > 0 ? n : 1;
 }
 
 int fd_set_num_threads(int n) {

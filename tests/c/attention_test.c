@@ -6,7 +6,9 @@
 
 #include "kernels.h"
 
+#if !defined(_WIN32)
 #include <sys/resource.h>
+#endif
 
 /* A sanitizer's malloc returns NULL too where there is no memory. */
 const char *__asan_default_options(void);
@@ -363,17 +365,22 @@ void check_attention(int isa) {
         REFUSED(call, good, "no strides", bad.strides = NULL);                                                         \
     } while (0)
 
-/* So wide that scratch memory would take more terabytes than the limit allows. */
+/* So wide that scratch memory would take more terabytes than the limit allows. Windows promises no memory that it does
+ * not have. */
 static void check_no_memory(attention_forward_args first, attention_backward_args second) {
+#if !defined(_WIN32)
     struct rlimit before, less;
     getrlimit(RLIMIT_AS, &before);
     less = before;
     if (LIMITED && before.rlim_cur > (rlim_t)1 << 43) less.rlim_cur = (rlim_t)1 << 43;
     setrlimit(RLIMIT_AS, &less);
+#endif
     first.width = second.value_width = (uint64_t)1 << 32;
     expect(forward(&first) == FD_NO_MEMORY, "forward without memory", fd_isa_active(), first.width, 0);
     expect(backward(&second) == FD_NO_MEMORY, "backward without memory", fd_isa_active(), 0, second.value_width);
+#if !defined(_WIN32)
     setrlimit(RLIMIT_AS, &before);
+#endif
 }
 
 void check_attention_refusals(void) {

@@ -292,6 +292,13 @@ static void check_team(void) {
     fd_use_team(0);
 }
 
+static void reset_float_modes(void) {
+    fesetenv(FE_DFL_ENV);
+#if defined(__x86_64__)
+    __builtin_ia32_ldmxcsr(0x1F80); /* MinGW's fesetenv leaves MXCSR as it is */
+#endif
+}
+
 /* Under another rounding mode, and with subnormals flushed on x86 and Arm, the pool and a team give the bits of one
  * thread. Afterwards their threads have their own modes again. */
 static void check_float_modes(void) {
@@ -310,7 +317,7 @@ static void check_float_modes(void) {
             fesetround(FE_UPWARD);
         }
         for (int way = 0; way < 4; way++) { /* one thread, pool, team, pool under default modes */
-            if (way == 3) fesetenv(FE_DFL_ENV);
+            if (way == 3) reset_float_modes();
             if (way == 2) fd_use_team((uintptr_t)parallel);
             fd_set_num_threads(way ? 4 : 1);
             fd_limit_threads(way == 2 ? TEAM : 0);

@@ -26,7 +26,7 @@ from .dispatch import is_lazy, read_address
 # in pages of 2 MiB. NumPy asks for large pages itself.
 HUGE_PAGES_BYTES = 8 << 20
 HUGE_PAGES_FROM = HUGE_PAGES_BYTES // 8  # fewer elements are never that many bytes
-_advise = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_HUGEPAGE") else None
+_advise = getattr(ctypes.CDLL(None), "madvise", None) if hasattr(mmap, "MADV_HUGEPAGE") else None  # Linux alone
 
 with torch.inference_mode(False):
     _NO_WORDS = torch.empty(0, dtype=torch.int32, device="cpu")  # its `new_empty` costs less than `torch.empty`
@@ -58,7 +58,7 @@ def _borrow_threads() -> None:
     """Runs the C kernels on torch's own threads, because these spin between torch's loops and would fight a second
     pool."""
     if native.unavailable() is None and "OpenMP" in torch.__config__.parallel_info():
-        with contextlib.suppress(AttributeError, OSError):  # an OpenMP without GNU's entry point
+        with contextlib.suppress(AttributeError, OSError, TypeError):  # no GNU OpenMP; TypeError: Windows' CDLL(None)
             native.use_team(ctypes.cast(ctypes.CDLL(None).GOMP_parallel, ctypes.c_void_p).value or 0)
 
 
