@@ -19,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, get_proxy_slot
-from torch.fx.traceback import MEMORY_BUDGET_ANNOTATION_KEY
 from torch.utils.checkpoint import CheckpointPolicy
 
 from . import traced_names
 from .dispatch.compilers import memory_budget, runs_again_in_backward
 from .dispatch.tensors import jit_trace
+
+# None before torch 2.13
+MEMORY_BUDGET_ANNOTATION_KEY = getattr(torch.fx.traceback, "MEMORY_BUDGET_ANNOTATION_KEY", None)
 
 # With a budget of 0 the partitioner keeps nothing at all, not even what it was told to keep. With this one it keeps
 # just that.
