@@ -107,7 +107,8 @@ def _resolve() -> Any:
     if _chosen == AUTO:
         _warn_of_fallback()
     module.set_num_threads(get_num_threads())  # may have changed since the module was found
-    _module = module
+    if _module is None:  # else another thread has chosen meanwhile
+        _module = module
     return module
 
 

@@ -212,6 +212,22 @@ print(len(masks), all(mask == masks[0] for mask in masks))
     assert output_of(code) == "8 True"
 
 
+def test_a_backend_chosen_while_another_thread_loads_the_default_stays():
+    code = """
+import fastdrop as fd
+load = fd.backends._loaded
+def slowly(name):
+    fd.backends._loaded = load
+    module = load(name)
+    fd.use_backend("numpy")  # as another thread might
+    return module
+fd.backends._loaded = slowly
+fd.draw_mask(9, 0.5)
+print(fd.backends.active_name())
+"""
+    assert output_of(code) == "numpy"
+
+
 # ---- what an import loads ----
 
 LOADED = "import sys; {code}; print(*sorted({{name.split('.')[0] for name in sys.modules}} & {names!r}))"

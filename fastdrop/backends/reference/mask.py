@@ -40,7 +40,7 @@ Words = NDArray[np.uint32]
 # Temporaries of the draw stay in a core's second cache. Smaller pieces would leave more to NumPy's own costs.
 PHILOX_BLOCKS = 1 << 14
 FEW_BLOCKS = 1 << 11  # take no longer than one
-DRAWN_WORDS = 1 << 18  # drawn at a time; bounds the temporaries at a few MB
+DRAWN_WORDS = 1 << 18  # drawn at a time; bounds the temporaries at some tens of MB
 APPLIED_CELLS = 1 << 18  # elements at a time that a mask is applied to
 FEWEST_COLUMNS = 1 << 10
 FEWEST_GROUPS = 2  # drawn together: after them one word in eight has a cell that is not decided

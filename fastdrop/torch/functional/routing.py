@@ -75,7 +75,7 @@ def drop(
     threshold = threshold_of(p)  # type: ignore[arg-type]
     affine = variants.affine(scaling, threshold)
     if x.requires_grad and torch.is_grad_enabled():
-        result: Tensor = _apply_dropout(x, seed, inplace, (threshold, affine, cells, store == "bits", p, scaling))
+        result: Tensor = _apply_dropout(x, inplace, (seed, threshold, affine, cells, store == "bits", p, scaling))
         return result
     if inplace:
         torch.autograd.graph.increment_version(x)
@@ -87,11 +87,15 @@ class Dropout(torch.autograd.Function):
 
     The record of ``forward`` would make the same function, but this one computes threshold and affine once for both
     passes. For a small tensor that is a tenth of the call.
+
+    torch's profiler, if it records shapes, raises for an argument that is an int of 2**63 or more, as seeds may be. It
+    does not look into ``drawn``, because that holds a text.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, seed: Any, inplace: bool, drawn: tuple[Any, ...]) -> Tensor:
-        threshold, affine, cells, store_bits, _, _ = ctx.drawn = drawn
+    def forward(ctx: Any, x: Tensor, inplace: bool, drawn: tuple[Any, ...]) -> Tensor:
+        seed, threshold, affine, cells, store_bits, _, _ = drawn
+        ctx.drawn = drawn[1:]
         y, words = mask_kernels.forward(x, seed, threshold, affine, cells, store_bits, inplace)
         ctx.save_for_backward(seeds.as_tensor(seed) if words is None else words)
         if inplace:
@@ -99,16 +103,16 @@ class Dropout(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         (saved_mask,) = ctx.saved_tensors
         threshold, (a, _, _), cells, store_bits, p, scaling = ctx.drawn
         if not can_call_kernel(dy):
-            return mask_ops.masked(dy, saved_mask, p, cells, store_bits, scaling), None, None, None
+            return mask_ops.masked(dy, saved_mask, p, cells, store_bits, scaling), None, None
         if store_bits:
-            return mask_kernels.apply(dy, saved_mask, (a, 0.0, 0.0), cells), None, None, None
+            return mask_kernels.apply(dy, saved_mask, (a, 0.0, 0.0), cells), None, None
         seed = seeds.for_kernel(saved_mask, dy)
         dx, _ = mask_kernels.forward(dy, seed, threshold, (a, 0.0, 0.0), cells, False)
-        return dx, None, None, None
+        return dx, None, None
 
 
 _apply_dropout = fast_apply(Dropout)

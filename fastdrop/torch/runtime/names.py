@@ -11,12 +11,13 @@ after the pass, they get the same again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import math
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +45,7 @@ __all__ = [
     "largest_axis",
     "note_axis",
     "note_users",
+    "uncounted",
 ]
 
 are_used = False  # whether any model has names: most calls of dropout read this and look no further
@@ -83,7 +85,7 @@ class _Thread(threading.local):
 
     def __init__(self) -> None:
         self.running: list[_Call] = []
-        self.passes = 0
+        self.passes: list[Scope] = []
 
 
 class _Call:
@@ -131,6 +133,17 @@ class Draw(NamedTuple):
     cells: Cells
 
 
+@contextlib.contextmanager
+def uncounted() -> Iterator[None]:
+    """A block whose calls of modules don't count in the passes that this thread is in."""
+    before = [(scope, scope.calls.copy(), scope.numbers.copy()) for scope in _thread.passes]
+    try:
+        yield
+    finally:
+        for scope, calls, numbers in before:
+            scope.calls, scope.numbers = calls, numbers
+
+
 class Names:
     """What the hooks of one model share."""
 
@@ -151,13 +164,13 @@ class Names:
             self._cells.clear()
         scope = Scope(step, samples, self._cells.setdefault(samples, {}))
         self._open.__dict__.setdefault("scopes", []).append(scope)
-        _thread.passes += 1
+        _thread.passes.append(scope)
         return scope
 
     def close(self, scope: Scope) -> None:
         """Also after an exception that kept hooks from being called."""
         self._open.scopes.remove(scope)
-        _thread.passes -= 1
+        _thread.passes.remove(scope)
         del _thread.running[scope.depth :]
 
 

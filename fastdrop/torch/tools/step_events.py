@@ -97,6 +97,7 @@ def record(model: nn.Module, step: Callable[[], Any], *, closely: bool = False) 
     modules = [*model.named_modules()]
     hidden = modules_in_compiled(model)
     with contextlib.ExitStack() as stack:
+        profiler = stack.enter_context(_profiling())  # first: it refuses if another profiler is on
         for i, (_, module) in enumerate(modules):
             if id(module) not in hidden and not isinstance(module, torch.jit.ScriptModule):
                 for hook in _hooks(module, i):
@@ -105,7 +106,6 @@ def record(model: nn.Module, step: Callable[[], Any], *, closely: bool = False) 
         if closely:
             stack.enter_context(saved_tensors_hooks(_Keeper(model).pack, lambda x: x))
             stack.enter_context(overriding(_Lines()))
-        profiler = stack.enter_context(_profiling())
         step()
     return _Finder(modules, profiler.function_events).calls()
 
@@ -224,7 +224,7 @@ def _profiling() -> Iterator[Any]:
             yield profiler
     finally:
         if before is None:
-            del os.environ[variable]
+            os.environ.pop(variable, None)
 
 
 # ---- from events to calls ----
@@ -254,7 +254,7 @@ class _Place:
                 operator = around
             elif name in _names_of_functions() and function is None:
                 function = around
-            self.in_backward = name.startswith(BACKWARD)
+            self.in_backward |= name.startswith(BACKWARD)
             around = around.cpu_parent
         self.operator = "" if operator is None else operator.name
         if around is not None and is_dropout_module(self.module):

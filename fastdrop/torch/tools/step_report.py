@@ -37,6 +37,7 @@ from ..runtime.context import is_enabled
 from ..runtime.dispatch.modules import buffers_of, is_compiled
 from ..runtime.dispatch.ops import tree_leaves, tree_map_only
 from ..runtime.dispatch.tensors import has_hook_after_gradient
+from ..runtime.names import uncounted
 from .monte_carlo import inputs_of
 from .step_events import Call, is_dropout_module, modules_in_compiled, record
 from .step_table import DropoutRow, StepReport
@@ -66,7 +67,7 @@ def report(
         It may be converted, fused, compiled, or run under `enable`, or nothing of it: the report then says what
         fastdrop would reach.
     example_input : Tensor, tuple, dict or anything else
-        The model's argument, a Tensor or anything else. A tuple has several arguments, a dict has arguments with names.
+        The model's argument. A tuple has several arguments, a dict has arguments with names.
     kwargs : dict, optional
         Arguments with names, in addition to those of example_input.
     loss : callable, optional
@@ -181,18 +182,14 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
     modules = [*model.modules()]
     modes = [(module, module.training) for module in modules]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
-    buffers = [
-        (buffers_of(module), name, buffer, buffer.clone())
-        for module in modules
-        for name, buffer in buffers_of(module).items()
-        if buffer is not None
-    ]
+    buffers = [(buffers_of(module), dict(buffers_of(module))) for module in modules]
+    values = [(buffer, buffer.clone()) for _, named in buffers for buffer in named.values() if buffer is not None]
     sources = {id(one.own_source): one.own_source for one in modules if isinstance(one, Rated)}
     positions = [(source, source.position()) for source in sources.values() if source is not None]
     states = random.getstate(), np.random.get_state()  # noqa: NPY002
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     try:
-        with torch.random.fork_rng(devices), torch.enable_grad():
+        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad(), uncounted():
             for parameter, _ in gradients:
                 parameter.grad = None
             if not model.training:
@@ -203,10 +200,13 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
             module.training = training
         for parameter, gradient in gradients:
             parameter.grad = gradient
-        with torch.no_grad():
-            for of_module, name, buffer, before in buffers:
-                buffer.copy_(before)
+        for of_module, named in buffers:
+            for name in {*of_module.keys()} - {*named}:
+                del of_module[name]
+            for name, buffer in named.items():
                 of_module[name] = buffer
+        for buffer, value in values:
+            buffer.data.copy_(value)  # .data: a graph that is waiting for its backward may hold the buffer's version
         for source, position in positions:
             source.move_to(position)
         random.setstate(states[0])
@@ -294,7 +294,7 @@ def _reached_by(model: nn.Module, call: Call) -> tuple[str, ...]:
         reached.append("enable")
     if whole and class_for(module) is not None and not why_left(module):
         reached.append("convert")
-    parent = model.get_submodule(call.path.rpartition(".")[0])
+    parent = dict(model.named_modules())[call.path.rpartition(".")[0]]  # scripted modules have no get_submodule
     if (parent is not module and would_fuse(parent, module)) or (not whole and would_fuse(module)):
         reached.append("fuse")
     return tuple(reached)
@@ -354,7 +354,7 @@ def _header(model: nn.Module, enabled: bool) -> dict[str, str]:
 
 
 def _processor() -> str:
-    with contextlib.suppress(OSError, IndexError):
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()  # on Arm they have no name
         return next(line for line in lines if line.startswith("model name")).partition(": ")[2]
     return platform.processor() or platform.machine()

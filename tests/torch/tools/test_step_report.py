@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pathlib
 import random
 import re
 
@@ -99,11 +100,11 @@ def state(model):
     return sources, modes, {name: x.clone() for name, x in model.state_dict().items()}, gradients
 
 
-@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("raises", [None, "forward", "backward"])
 def test_report_leaves_everything_as_it_was(model, raises):
     x = torch.randn(SHAPE, requires_grad=True)
     model(x).sum().backward()
-    kept = x.grad.clone()
+    kept, waiting = x.grad.clone(), model(x).sum()
     model.eval()
     model[1].dropout.train()
     before, twin = state(model), copy.deepcopy(model[2]).train()
@@ -111,8 +112,10 @@ def test_report_leaves_everything_as_it_was(model, raises):
     def loss(y):
         np.random.rand()  # noqa: NPY002
         random.random()
-        if raises:
+        if raises == "forward":
             raise ZeroDivisionError
+        if raises == "backward":
+            y.register_hook(lambda gradient: 1 / 0)
         return y.square().sum()
 
     if raises:
@@ -124,7 +127,54 @@ def test_report_leaves_everything_as_it_was(model, raises):
     assert after[:2] == before[:2]
     torch.testing.assert_close(after[2:], before[2:], rtol=0, atol=0)
     torch.testing.assert_close(x.grad, kept, rtol=0, atol=0)
+    waiting.backward()  # which reads the buffers of BatchNorm
     assert torch.equal(model[2].train()(torch.ones(8)), twin(torch.ones(8)))
+
+
+class Caches(nn.Module):
+    """Its forward fills a buffer and adds another."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("filled", None)
+
+    def forward(self, x):
+        self.filled = x.detach()
+        self.register_buffer("added", self.filled)
+        return x
+
+
+def test_report_takes_away_the_buffers_of_its_steps():
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5), Caches())
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            (row,) = fdt.report(model, torch.randn(SHAPE), runs=1).rows
+        assert row.backward_ms > 0
+        assert row.kept_bytes == 4 * ELEMENTS
+        assert model[2]._buffers == {"filled": None}
+
+
+def test_report_does_not_count_in_a_pass_of_named_masks():
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), fdt.Dropout(0.5)), torch.randn(SHAPE)
+    for seed in range(4):  # half of the seeds that masks have are above 2**63
+        masks, results = fdt.name_masks(model, seed), []
+        for reports in (False, True):
+            with masks.at(step=0):
+                first = model(x)
+                if reports:
+                    assert fdt.report(model, x, runs=1).rows[0].by == "fastdrop"
+                results.append((first, model(x)))
+        torch.testing.assert_close(*results, rtol=0, atol=0)
+        assert not torch.equal(*results[0])
+        masks.remove()
+
+
+def test_scripted_models_and_processors_without_a_name(monkeypatch):
+    model = torch.jit.script(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.5)))
+    monkeypatch.setattr(pathlib.Path, "read_text", lambda path: "processor\t: 0\nBogoMIPS\t: 50.00\n")  # as on Arm
+    report = fdt.report(model, torch.randn(SHAPE), runs=1)
+    assert [(row.path, row.by) for row in report.rows] == [("", "torch")]
+    assert report.header["device"].startswith("cpu (")
 
 
 def test_compiled_code_is_named_as_what_hides_dropout(model):
