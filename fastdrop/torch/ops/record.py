@@ -60,6 +60,11 @@ ON_ANY_DEVICE = ("seed", "p")  # tensors that may lie on another device than the
 library = torch.library.Library("fastdrop", "DEF")
 
 
+# torch's profiler, if it records shapes, raises for an argument that is an int of 2**63 or more, as seeds may be. It
+# does not look into a tuple that holds a text.
+UNSEEN = ""
+
+
 def _one(call: Any) -> int:
     return 1
 
@@ -91,6 +96,7 @@ class Op:
         self.hints = get_type_hints(self.signature, include_extras=True)
         self.results: Any = get_type_hints(self.launch)["return"]
         self.has_p = "p" in self.hints
+        self.seed_at = [*self.hints].index("seed") if "seed" in self.hints else None
         if self.linear:
             self.saved, self.gradients, self.tangents = _all_but_data, self._adjoint, self._linear_tangent
         self._register()
@@ -105,7 +111,9 @@ class Op:
     def call_kernel(self, call: Any, wanted: bool, inplace: bool = False) -> Any:
         """The results for eager dense tensors, by the kernel. ``wanted`` says whether a gradient is."""
         if wanted:
-            return self.apply(call, inplace, *call)
+            at = self.seed_at
+            inputs = call if at is None else (*call[:at], None, *call[at + 1 :])
+            return self.apply((call, UNSEEN), inplace, *inputs)
         if not inplace:
             return self.launch(call)
         torch.autograd.graph.increment_version(call[0])
@@ -124,7 +132,8 @@ class Op:
         return None if dx is None else self(self.signature(dx, *saved[1:]))
 
     def _eager(self) -> Any:
-        """``apply(call, inplace, *call)`` for eager dense tensors: an autograd function that calls the kernel at once.
+        """``apply((call, UNSEEN), inplace, *call)`` for eager dense tensors: an autograd function that calls the kernel
+        at once. In the place of the seed it is given None.
 
         It is written in the old style, which costs a quarter of ``setup_context``. It skips the Python code of
         `Function.apply` and of its counterpart in backward. That code looks for functorch and for a ``vjp``, and the
@@ -136,7 +145,8 @@ class Op:
         assert differentiable is not None
         single, rest = self.results is Tensor, (None,) * len(self.hints)
 
-        def forward(ctx: Any, call: Any, inplace: bool, *inputs: Any) -> Any:
+        def forward(ctx: Any, hidden: Any, inplace: bool, *inputs: Any) -> Any:
+            call = hidden[0]
             results = launch(call, inplace) if inplace else launch(call)
             if inplace:
                 ctx.mark_dirty(call[0])

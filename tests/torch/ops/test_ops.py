@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 import torch.autograd.forward_ad as fwAD
 from torch.func import vmap
 
+import fastdrop as fd
 import fastdrop.torch as fdt
 from fastdrop.core.activations import ACTIVATIONS
 from fastdrop.torch.ops import pointwise as pointwise_ops
@@ -207,3 +208,23 @@ def test_op_under_a_transform_is_right_or_refused(x, bits):
         except RuntimeError:
             continue
         torch.testing.assert_close(ours, expected)
+
+
+def test_profilers_that_record_shapes_take_all_seeds():
+    """torch converts the arguments of autograd functions then, and can't convert an int of 2**63 or more."""
+    x = torch.randn(2, 4, 16, 16, requires_grad=True)
+    calls = {
+        "dropout": lambda: fdt.dropout(x, P, seed=2**64 - 1),
+        "of a part": lambda: fdt.dropout(x, P, seed=2**64 - 1, part=fd.Part((4, *x.shape[1:]), (2, 0, 0, 0), x.shape)),
+        "gaussian": lambda: fdt.gaussian_dropout(x, P, seed=2**64 - 1),
+        "residual": lambda: fdt.dropout_add(x, x, P, seed=2**64 - 1),
+        "norm": lambda: fdt.dropout_add_layer_norm(x, x, p=P, seed=2**64 - 1)[0],
+        "softmax": lambda: fdt.softmax_dropout(x, P, seed=2**64 - 1),
+        "attention": lambda: fdt.scaled_dot_product_attention(x, x, x, dropout_p=P, seed=2**64 - 1),
+    }
+    for name, call in calls.items():
+        expected = call()
+        with torch.autograd.profiler.profile(record_shapes=True):
+            y = call()
+            y.sum().backward()
+        torch.testing.assert_close(y, expected, rtol=0, atol=0, msg=name)
