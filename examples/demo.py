@@ -47,6 +47,7 @@ from pictures import BLUE, DPI, GREEN, GREY, STYLE, VERMILLION, check_picture, m
 from bench import contenders
 from bench.contenders import F_DROPOUT, FASTDROP, NUMPY, TORCH_MUL, Buffers
 from fastdrop import Stream, __version__, backends
+from fastdrop.cli.bench import import_torch
 from fastdrop.cli.timing import Timing, alternate
 
 Array = NDArray[Any]
@@ -193,7 +194,7 @@ def _table(headings: tuple[str, ...]) -> Any:
 def _time_layer(console: Console, quick: bool) -> Layer:
     shape, seconds = (QUICK_LAYER, QUICK_SECONDS) if quick else (LAYER, SECONDS)
     console.print(f"Timing a dropout layer on {shape[0]} x {shape[1]} float32 beside what people use today ...")
-    torch = contenders.import_torch()
+    torch = import_torch()
     buffers = Buffers.of(shape, np.dtype(np.float32))
     timings, kept = {}, {}
     with contenders.threads(1, torch):

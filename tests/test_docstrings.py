@@ -13,7 +13,7 @@ import fastdrop as fd
 torch = pytest.importorskip("torch")
 import fastdrop.torch as fdt
 
-ORDER = ["Parameters", "Attributes", "Returns", "Yields", "Raises", "See Also", "Notes", "Examples"]
+ORDER = ["Parameters", "Attributes", "Returns", "Yields", "Raises", "Warns", "See Also", "Notes", "Examples"]
 OF_ENTRIES = ORDER[:6]  # the sections that are lists
 
 
