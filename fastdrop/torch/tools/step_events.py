@@ -13,6 +13,7 @@ import contextlib
 import functools
 import os
 import sys
+import threading
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -63,6 +64,8 @@ RANDOM = ("aten::bernoulli_", "aten::bernoulli", "aten::rand", "aten::rand_like"
 # fastdrop's kernels that draw. Others apply masks that these have drawn, or drop nothing.
 DRAWN = ("draw_bits", "draw_rows", "dropout_forward", "gaussian_multiply", "attention_forward")
 
+_recording = threading.RLock()  # torch's profiler breaks if two threads use it at once
+
 
 @dataclass
 class Call:
@@ -96,7 +99,7 @@ def record(model: nn.Module, step: Callable[[], Any], *, closely: bool = False) 
     """
     modules = [*model.named_modules()]
     hidden = modules_in_compiled(model)
-    with contextlib.ExitStack() as stack:
+    with _recording, contextlib.ExitStack() as stack:
         profiler = stack.enter_context(_profiling())  # first: it refuses if another profiler is on
         for i, (_, module) in enumerate(modules):
             if id(module) not in hidden and not isinstance(module, torch.jit.ScriptModule):

@@ -7,6 +7,7 @@ import json
 import pathlib
 import random
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastdrop.torch as fdt
+from fastdrop import backends
 
 SHAPE = BATCH, TOKENS, WIDTH = 4, 16, 32
 ELEMENTS = BATCH * TOKENS * WIDTH
@@ -167,6 +169,23 @@ def test_report_does_not_count_in_a_pass_of_named_masks():
         torch.testing.assert_close(*results, rtol=0, atol=0)
         assert not torch.equal(*results[0])
         masks.remove()
+
+
+def test_threads_report_one_after_the_other():
+    kernel, start, reports = backends.active().draw_bits, threading.Barrier(2), []
+
+    def run():
+        model = nn.Sequential(nn.Linear(WIDTH, WIDTH), fdt.Dropout(0.5))
+        start.wait()
+        reports.append(fdt.report(model, torch.randn(SHAPE)))
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [[row.by for row in report.rows] for report in reports] == [["fastdrop"]] * 2
+    assert backends.active().draw_bits is kernel
 
 
 def test_scripted_models_and_processors_without_a_name(monkeypatch):
