@@ -8,7 +8,7 @@ out=$PWD/build/aarch64
 rm -rf "$out"
 mkdir -p "$out/debs" "$out/root" "$out/site"
 
-CC=aarch64-linux-gnu-gcc LDSHARED="aarch64-linux-gnu-gcc -shared" _PYTHON_HOST_PLATFORM=linux-aarch64 \
+FASTDROP_REQUIRE_EXTENSION=1 CC=aarch64-linux-gnu-gcc LDSHARED="aarch64-linux-gnu-gcc -shared" _PYTHON_HOST_PLATFORM=linux-aarch64 \
     "$PYTHON" setup.py -q build -b "$out/build" bdist_wheel -d "$out/wheels"
 
 cd "$out/debs"
@@ -20,4 +20,4 @@ cd "$out"
 "$PYTHON" -m pip download -q --only-binary :all: --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 \
     --platform manylinux2014_aarch64 --python-version 3.11 --implementation cp numpy cffi -d wheels
 for wheel in wheels/*.whl; do "$PYTHON" -m zipfile -e "$wheel" site; done
-PYTHONPATH=$out/site qemu-aarch64 -L root root/usr/bin/python3.11 -m fastdrop selftest
+FASTDROP_BACKEND=c PYTHONPATH=$out/site qemu-aarch64 -L root root/usr/bin/python3.11 -m fastdrop selftest
