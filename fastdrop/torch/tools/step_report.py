@@ -33,6 +33,7 @@ from ..models.reasons import why_left, why_lent
 from ..models.report import MODEL
 from ..models.source.owners import Owners
 from ..nn.base import Rated
+from ..ops.lora import Lora
 from ..runtime.context import is_enabled
 from ..runtime.dispatch.modules import buffers_of, is_compiled
 from ..runtime.dispatch.ops import tree_leaves, tree_map_only
@@ -260,7 +261,7 @@ def _rows(
                 code=tuple(
                     dict.fromkeys(call.kernels if fastdrops else filter(None, (call.operator, *call.operators)))
                 ),
-                fused=any(PRIMITIVES[kernel.removesuffix("_drawn")].is_fused for kernel in call.kernels),
+                fused=_is_fused(call),
                 p=call.p,
                 shape=call.shape,
                 runs=len(members),
@@ -273,6 +274,13 @@ def _rows(
             )
         )
     return rows
+
+
+def _is_fused(call: Call) -> bool:
+    # LoRA's matrix products are torch's, but its op keeps their inputs together with the mask.
+    return call.name == Lora.__name__ or any(
+        PRIMITIVES[kernel.removesuffix("_drawn")].is_fused for kernel in call.kernels
+    )
 
 
 def _lines_of(calls: list[Call]) -> dict[Key, str]:

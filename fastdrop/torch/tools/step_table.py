@@ -33,7 +33,7 @@ class DropoutRow:
     code : tuple of str
         The kernels of fastdrop, or the operators of torch, that drew and applied the mask.
     fused : bool
-        Whether a kernel of fastdrop computes more than dropout. Then, and for attention, times are of the whole.
+        Whether an op of fastdrop computes more than dropout. Then, and for attention, times and bytes are of the whole.
     p : float or None
     shape : tuple of int
         Of the first input.

@@ -196,6 +196,19 @@ def test_scripted_models_and_processors_without_a_name(monkeypatch):
     assert report.header["device"].startswith("cpu (")
 
 
+def test_ops_that_compute_more_are_called_fused():
+    class Adapter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.base, self.a, self.b = nn.Linear(8, 8), nn.Parameter(torch.ones(2, 8)), nn.Parameter(torch.ones(8, 2))
+
+        def forward(self, x):
+            y = fdt.lora_linear(x, self.base.weight, self.base.bias, self.a, self.b, scaling=1.0, p=0.5)
+            return fdt.dropout(fdt.dropout_add(y, x, 0.5), 0.5)
+
+    assert [row.fused for row in fdt.report(Adapter(), torch.ones(4, 8)).rows] == [True, True, False]
+
+
 def test_compiled_code_is_named_as_what_hides_dropout(model):
     report = fdt.report(torch.compile(model, backend="aot_eager"), torch.randn(SHAPE), runs=1)
     assert "Compiled: " in str(report)
